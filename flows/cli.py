@@ -1,0 +1,479 @@
+"""The command `ferry`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import ota
+from flows.errors import BusyError, FlowError, ServerError
+from model.errors import ModelError
+from ota.errors import OtaError, TransferError
+from registry.errors import LedgerError, PromotionError, RegistryError, StoreError
+
+if TYPE_CHECKING:
+    from flows.workspace import Workspace
+
+EXIT_CODES = """
+Exit codes: 0 done, or nothing to do · 1 a fault of ferry itself · 2 wrong usage · 3 what was handed in does not fit
+(workspace, data, name, key) · 4 a store or server cannot be used now, try later · 5 the gate did not let a version through ·
+6 a record was changed after the fact.
+"""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help=(
+        "Retrain small image-generating models, promote the better ones, and ferry only the difference to the devices.\n\n"
+        "A workspace (`ferry init`) holds everything; commands work on the one in the present folder, or the one that "
+        f"--workspace names.\n{EXIT_CODES}"
+    ),
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data revisions: DVC keeps the bytes, Git their hashes.")
+rollout_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may install a release, and when.")
+fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and what they reported.")
+trust_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keys and signatures of the repository.")
+app.add_typer(data_app, name="data")
+app.add_typer(rollout_app, name="rollout")
+app.add_typer(fleet_app, name="fleet")
+app.add_typer(trust_app, name="trust")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+class _Options:
+    workspace = Path()
+    debug = False
+    quiet = False
+
+
+@app.callback()
+def options(
+    workspace: Annotated[Path, typer.Option("--workspace", "-w", envvar="FERRY_WORKSPACE", help="The workspace.")] = Path(),
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries log.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not show progress.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Set what holds for all commands."""
+    if version:
+        typer.echo(f"ferry {ota.__version__}")
+        raise typer.Exit
+    _Options.workspace, _Options.debug, _Options.quiet = workspace, debug, quiet
+    if debug:
+        os.environ["PREFECT_LOGGING_LEVEL"] = "DEBUG"
+    else:
+        warnings.simplefilter("ignore")  # of libraries, about themselves; the tests turn them into errors
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder of the workspace; made when missing.")] = Path(),
+    line: Annotated[list[str] | None, typer.Option(help="Name of a line (product); may be given several times.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a workspace: Git and DVC with a folder remote, ferry.toml, keys, an empty signed repository.
+
+    Repeated, it completes what a killed call left out and changes nothing else.
+    """
+    with _errors():
+        from flows.workspace import create
+
+        made = create(folder, line or ["surfaces"])
+        lines = list(made.settings.lines)
+        _answer(
+            as_json, {"workspace": str(made.root), "lines": lines, "root": str(made.root / "root.json")},
+            f"{made.root} is a workspace for {', '.join(lines)}.\n"
+            f"Next: put images and a metadata.jsonl into {made.root / made.line(lines[0]).data}, then `ferry data add {lines[0]}`.\n"
+            f"Move {made.root / 'keys' / 'offline'} to a medium that is not plugged in day by day.",
+        )  # fmt: skip
+
+
+@data_app.command("add")
+def data_add(
+    line: Annotated[str, typer.Argument(help="Whose data folder to record.")],
+    message: Annotated[str, typer.Option("--message", "-m", help="What is new.")] = "new data",
+    as_json: Json = False,
+) -> None:
+    """Check a line's data folder and record it as a revision.
+
+    Images and captions that cannot be used are listed; they are recorded all the same but never trained on.
+    """
+    with _errors():
+        from model import data, versions
+
+        workspace = _workspace()
+        settings = workspace.line(line)
+        usable, bad = data.check(workspace.root / settings.data, settings.text_length)
+        if not usable:
+            raise _data_error(f"not one image in {settings.data} can be used; {next(iter(bad.items()))}")
+        for name, why in bad.items():
+            typer.echo(f"{name} {why}", err=True)
+        with workspace.locked():
+            version = versions.add(workspace.root, settings.data, line, message)
+        _answer(
+            as_json, version.model_dump() | {"usable": usable, "unusable": bad},
+            f"{line} is at {version.rev[:12]}: {usable} usable images{f', {len(bad)} that cannot be used' if bad else ''}",
+        )  # fmt: skip
+
+
+def _data_error(message: str) -> ModelError:
+    from model.errors import DataError
+
+    return DataError(message)
+
+
+@data_app.command("log")
+def data_log(line: Annotated[str, typer.Argument(help="Whose revisions.")], as_json: Json = False) -> None:
+    """List a line's data revisions, newest first."""
+    with _errors():
+        from model import versions
+
+        workspace = _workspace()
+        rows = versions.log(workspace.root, workspace.line(line).data, line)
+        _answer(
+            as_json, {"revisions": [v.model_dump() | {"message": m} for v, m in rows]},
+            "\n".join(f"{v.rev[:12]}  {v.files:6d} files  {v.bytes:>12,} bytes  {m}" for v, m in rows) or "no revision yet",
+        )  # fmt: skip
+
+
+@app.command()
+def retrain(
+    line: Annotated[str, typer.Argument(help="Whose models to retrain.")],
+    data: Annotated[str, typer.Option("--data", help="Git revision of the data; the present one by default.")] = "",
+    promote: Annotated[bool, typer.Option(help="Promote what the gate lets through.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Pull a data revision, train, evaluate, gate, register, and promote the winners.
+
+    Killed and repeated, it goes on where it was cut; with nothing new it does nothing.
+    """
+    with _errors():
+        workspace = _workspace()
+        workspace.line(line)
+        from flows import retrain as flow
+
+        if not data:
+            flow.check_clean(workspace, line)
+        with _progress():
+            rows = flow.retrain(str(workspace.root), line, data or "HEAD", promote)
+        _answer(
+            as_json, {"models": rows},
+            "\n".join(f"{r['subject']} version {r['version']}: {r['outcome']}, {r['reason']}" for r in rows),
+        )  # fmt: skip
+        if any(row["outcome"] in ("refuse", "more data") for row in rows):
+            raise typer.Exit(5)
+
+
+@app.command()
+def promote(
+    subject: Annotated[str, typer.Argument(help="LINE/CONFIG/VARIANT, such as surfaces/I/full.")],
+    version: Annotated[int, typer.Argument(min=1, help="Version in MLflow.")],
+    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "promoted by hand",
+    overrule: Annotated[bool, typer.Option("--overrule", help="Although the gate did not let it through.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a version champion: MLflow's alias, and an entry in the ledger. Going back to an earlier champion works the same."""
+    with _errors():
+        workspace = _workspace()
+        from flows.promote import promote as make_champion
+        from registry.catalog import Subject
+
+        with workspace.locked():
+            entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule)
+        _answer(
+            as_json, entry.model_dump(mode="json") | {"sha256": entry.sha256},
+            f"{subject} version {version} is champion (ledger entry {entry.number}); publish it with `ferry release`",
+        )  # fmt: skip
+
+
+@app.command()
+def history(
+    subject: Annotated[str, typer.Argument(help="Only this subject, such as surfaces/I/full.")] = "", as_json: Json = False
+) -> None:
+    """Show the ledger, after checking that nobody changed it."""
+    with _errors():
+        entries = _workspace().ledger.entries(subject or None)
+        _answer(
+            as_json, {"entries": [e.model_dump(mode="json") for e in entries]},
+            "\n".join(f"{e.number:4d}  {e.when[:16]}  {e.who:10.10}  {e.kind:9}  {e.subject}: {e.why}" for e in entries)
+            or "nothing was decided yet",
+        )  # fmt: skip
+
+
+@app.command()
+def release(
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")], as_json: Json = False
+) -> None:
+    """Publish a line's champions: bundle, deltas from what is fielded, signatures, then to where devices fetch it."""
+    with _errors():
+        workspace = _workspace()
+        from flows.workspace import line_and_class
+
+        line, device_class = line_and_class(target, workspace)
+        from flows.release import release as flow
+
+        with _progress():
+            made = flow(str(workspace.root), line, device_class)
+        deltas = ", ".join(f"{size:,} bytes from {base[:8]}" for base, size in made["deltas"].items())
+        _answer(
+            as_json, made,
+            f"{line}/{device_class} release {made['release']}: {made['full_bytes']:,} bytes in full"
+            f"{f'; as a delta {deltas}' if deltas else ''}\nno device installs it yet: `ferry rollout start {line}/{device_class}`",
+        )  # fmt: skip
+
+
+@rollout_app.command("start")
+def rollout_start(
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")],
+    number: Annotated[int, typer.Option("--release", help="Release number; the newest by default.")] = 0,
+    waves: Annotated[str, typer.Option(help="Rising shares of the fleet in percent.")] = "1,10,100",
+    soak: Annotated[int, typer.Option(min=0, help="Seconds between two waves.")] = 86_400,
+    revert: Annotated[bool, typer.Option("--revert", help="The release is older than what runs, on purpose.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Sign the policy that opens a release to the fleet, wave by wave; devices obey it by themselves."""
+    with _errors():
+        workspace = _workspace()
+        from flows.release import publish
+        from flows.workspace import line_and_class
+        from ota.errors import OperatorError
+        from ota.release import rollout
+
+        line, device_class = line_and_class(target, workspace)
+        releases = workspace.repository.releases(line, device_class)
+        chosen = [r for r in releases if number in (0, r.seq)]
+        if not chosen:
+            raise OperatorError(f"{line}/{device_class} has no release {number or ''}; publish one with `ferry release {target}`")
+        try:
+            shares = [float(part) for part in waves.split(",")]
+        except ValueError:
+            raise OperatorError(f"{waves!r} are not shares in percent; write them as 1,10,100") from None
+        with workspace.locked():
+            policy = rollout.start(chosen[-1], shares, soak, revert=revert)
+            workspace.repository.set_policy(policy)
+            workspace.ledger.append("rollout", f"{line}/{device_class}", f"waves {waves} %", {"release": policy.seq, "soak": soak})
+            publish.fn(str(workspace.root))
+        _answer(as_json, policy.model_dump(), rollout.describe(policy))
+
+
+@rollout_app.command("halt")
+def rollout_halt(
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")],
+    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "halted by hand",
+    as_json: Json = False,
+) -> None:
+    """Sign a policy that lets no further device install the release."""
+    with _errors():
+        workspace = _workspace()
+        from flows.release import publish
+        from flows.workspace import line_and_class
+        from ota.errors import OperatorError
+        from ota.release import rollout
+
+        line, device_class = line_and_class(target, workspace)
+        with workspace.locked():
+            policy = workspace.repository.policy(line, device_class)
+            if policy is None:
+                raise OperatorError(f"nothing of {line}/{device_class} is rolled out, so there is nothing to halt")
+            halted = rollout.halt(policy)
+            workspace.repository.set_policy(halted)
+            workspace.ledger.append("halt", f"{line}/{device_class}", reason, {"release": policy.seq})
+            publish.fn(str(workspace.root))
+        _answer(as_json, halted.model_dump(), rollout.describe(halted))
+
+
+@rollout_app.command("status")
+def rollout_status(
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")], as_json: Json = False
+) -> None:
+    """Say how far the present rollout is."""
+    with _errors():
+        workspace = _workspace()
+        from flows.workspace import line_and_class
+        from ota.release import rollout
+
+        line, device_class = line_and_class(target, workspace)
+        policy = workspace.repository.policy(line, device_class)
+        _answer(
+            as_json, policy.model_dump() if policy else {},
+            rollout.describe(policy) if policy else f"nothing of {line}/{device_class} is rolled out",
+        )  # fmt: skip
+
+
+@fleet_app.command("enroll")
+def fleet_enroll(
+    device: Annotated[str, typer.Argument(help="Id of the device.")],
+    public_key: Annotated[str, typer.Argument(help="Its public key, as `ferry-agent init` printed it.")],
+    as_json: Json = False,
+) -> None:
+    """Accept the reports of a device."""
+    with _errors():
+        _workspace().fleet.enroll(device, public_key)
+        _answer(as_json, {"device": device}, f"{device} is enrolled")
+
+
+@fleet_app.command("status")
+def fleet_status(as_json: Json = False) -> None:
+    """Read the reports that devices left, and show each device's last one."""
+    with _errors():
+        workspace = _workspace()
+        collected = workspace.fleet.collect(workspace.inbox)
+        for name, why in collected.rejected.items():
+            typer.echo(f"{name}: {why}", err=True)
+        devices = workspace.fleet.devices()
+        rows = [
+            f"{name:20}  {last.event if last else 'silent':12}  {(last.active or 'nothing')[:12] if last else '':12}  "
+            f"{last.reason if last else ''}"
+            for name, last in devices.items()
+        ]
+        _answer(
+            as_json, {"devices": {n: r.model_dump() if r else None for n, r in devices.items()}, "rejected": collected.rejected},
+            "\n".join(rows) or "no device is enrolled; `ferry fleet enroll` adds one",
+        )  # fmt: skip
+
+
+@trust_app.command("refresh")
+def trust_refresh(as_json: Json = False) -> None:
+    """Sign snapshot and timestamp anew and publish them, so that devices do not find expired metadata. Run it daily."""
+    with _errors():
+        workspace = _workspace()
+        from flows.release import publish
+
+        with workspace.locked():
+            workspace.repository.refresh()
+            publish.fn(str(workspace.root))
+        expiries = {role: when.isoformat() for role, when in workspace.repository.expiries().items()}
+        _answer(as_json, {"expires": expiries}, f"signed; the next refresh is due before {expiries['timestamp']}")
+
+
+@trust_app.command("status")
+def trust_status(as_json: Json = False) -> None:
+    """Say when each role's signatures expire."""
+    with _errors():
+        expiries = {role: when.isoformat() for role, when in _workspace().repository.expiries().items()}
+        _answer(as_json, {"expires": expiries}, "\n".join(f"{role:10} {when}" for role, when in sorted(expiries.items())))
+
+
+@app.command()
+def report(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; report.html by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the one-page report: quality, time, bytes and cost, what changed, how to go back."""
+    with _errors():
+        workspace = _workspace()
+        from flows.report import write
+
+        workspace.fleet.collect(workspace.inbox)
+        path = write(workspace, output or workspace.root / "report.html")
+        _answer(as_json, {"report": str(path)}, str(path))
+
+
+@app.command()
+def serve(
+    lines: Annotated[list[str] | None, typer.Argument(help="Lines to retrain; all by default.")] = None,
+    cron: Annotated[str, typer.Option(help="When, as five cron fields in UTC.")] = "0 3 * * 1",
+) -> None:
+    """Retrain by a schedule, until interrupted. Starts a Prefect server of its own unless PREFECT_API_URL names one."""
+    with _errors():
+        workspace = _workspace()
+        chosen = lines or list(workspace.settings.lines)
+        for line in chosen:
+            workspace.line(line)
+        from flows import serve as schedule
+
+        with schedule.server(workspace) as address:
+            typer.echo(f"retraining {', '.join(chosen)} at {cron!r}; Prefect's page is {address.removesuffix('/api')}", err=True)
+            schedule.serve(workspace, chosen, cron)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path | None, typer.Option("--dir", help="Folder to play in; a new one by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Play the whole story on real photographs in a fresh folder, then say what happened. About five minutes.
+
+    In a folder where a demo was killed, it goes on where it was cut.
+    """
+    with _errors():
+        from flows.demo import Demo, text
+
+        story = Demo(folder or _fresh_folder(), lambda line: typer.echo(f"· {line}", err=True))
+        with _progress():
+            story.play()
+        summary = story.summary()
+        _answer(as_json, summary, text(summary))
+
+
+def _fresh_folder() -> Path:
+    candidates = (Path("ferry-demo" if i == 1 else f"ferry-demo-{i}") for i in range(1, 1000))
+    return next(path for path in candidates if not path.exists())
+
+
+def _workspace() -> Workspace:
+    from flows.workspace import Workspace
+
+    return Workspace(_Options.workspace)
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    if _Options.quiet:
+        yield
+        return
+    from flows import progress
+
+    with progress.bars():
+        yield
+
+
+def _answer(as_json: bool, value: dict[str, Any], text: str) -> None:
+    typer.echo(json.dumps(value) if as_json else text)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn our own exceptions into one sentence and an exit code; others are faults and keep their traceback."""
+    try:
+        yield
+    except (FlowError, ModelError, RegistryError, OtaError) as error:
+        if _Options.debug:
+            raise
+        _fail(str(error), _exit_code(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; repeat the command to go on", 130)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, PromotionError):
+        return 5
+    if isinstance(error, LedgerError):
+        return 6
+    if isinstance(error, (StoreError, TransferError, ServerError, BusyError)):
+        return 4
+    return 3
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"ferry: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+"""The whole story in one workspace: data, training, registry, release, devices, drift, update by delta, a broken release.
+
+Steps that were finished are written down in `work/demo.json`, so a demo that was killed goes on where it was cut. The
+summary is read from the stores (MLflow, the ledger, the signed repository, the devices' folders, the fleet's reports), not from
+what the steps returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flows.errors import FlowError
+from flows.workspace import Workspace, create
+
+LINE, SECOND, CLASS = "surfaces", "digits", "edge"
+DEVICES = ("press-01", "press-02", "press-03")
+CAPTIONS = {"press-01": "brick", "press-02": "coins", "press-03": "gravel, hole"}
+CAPTIONS_AFTER = {"press-01": "dim brick", "press-02": "dim coins", "press-03": "page"}
+
+# Sizes chosen so that everything ends within five minutes on two cores, and the samples still look like what they are.
+SETTINGS = """\
+# The demo's workspace. Relative paths start at this folder.
+schema = 1
+
+[lines.surfaces]                   # patches of brick, grass, gravel, coins; later also of printed pages
+data = "data/surfaces"
+tier = "nano"
+image_size = 16
+channels = 1
+text_length = 20
+
+[lines.surfaces.training]
+steps = 420
+batch = 16
+learning_rate = 2e-3
+
+[lines.surfaces.retraining]        # from the champion, on the data of both deliveries
+steps = 240
+batch = 16
+learning_rate = 1e-3
+
+[lines.surfaces.sampler]
+method = "ab2"
+steps = 10
+guidance = 2.0
+
+[lines.surfaces.gate]
+images = 128
+coverage = 0.2
+
+[lines.surfaces.classes.edge]
+configuration = "I"
+precision = "float16"
+latency_ms = 3000
+
+[lines.digits]                     # a second product in the same workspace: scanned digits
+data = "data/digits"
+tier = "test"
+image_size = 16
+channels = 1
+text_length = 8
+
+[lines.digits.training]
+steps = 400
+batch = 64
+learning_rate = 8e-3
+
+[lines.digits.sampler]
+method = "ab2"
+steps = 10
+guidance = 2.0
+
+[lines.digits.gate]
+images = 128
+coverage = 0.2
+
+[lines.digits.classes.edge]
+configuration = "I"
+precision = "float16"
+latency_ms = 1000
+"""
+
+
+class DemoError(FlowError):
+    """A step of the demo did not do what it must."""
+
+
+class Demo:
+    """The story's state: which steps are done, what was read back after each act, how long it took."""
+
+    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+        self.root, self._say = root.absolute(), say
+        self._path = self.root / "work" / "demo.json"
+        self.notes: dict[str, Any] = {"done": [], "seconds": {}, "devices": {name: {} for name in DEVICES}}
+        if self._path.is_file():
+            self.notes = json.loads(self._path.read_bytes())
+        self.workspace = create(self.root, [], SETTINGS)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step was done before."""
+        return "report" in self.notes["done"]
+
+    def step(self, name: str, text: str, action: Callable[[], None]) -> None:
+        """Do a step unless it is done, and write down that it is."""
+        if name in self.notes["done"]:
+            return
+        self._say(text)
+        began = time.monotonic()
+        action()
+        self.notes["done"].append(name)
+        self.notes["seconds"][name] = round(time.monotonic() - began, 1)
+        self._save()
+
+    def _save(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(self.notes, indent=1))
+        fresh.replace(self._path)
+
+    def play(self) -> None:
+        """All steps, in order."""
+        from model import photographs
+
+        self.step(
+            "data 1", "first delivery: patches cut from photographs, and scanned digits → DVC",
+            lambda: self._deliver("first delivery", {
+                LINE: lambda folder: photographs.surfaces(folder, 1), SECOND: lambda folder: photographs.digits(folder, 1),
+            }),
+        )  # fmt: skip
+        self.step("train 1", f"train {LINE} (nano, configuration I) → evaluate → gate → MLflow", lambda: self._retrain(LINE))
+        self.step("train digits", f"the same flow for {SECOND} (test tier)", lambda: self._retrain(SECOND))
+        self.step("release 1", "ONNX bundles → signed repository → rollout", lambda: self._release([LINE, SECOND]))
+        self.step("install", "three devices install it and draw an image each", lambda: self._update("installed", CAPTIONS))
+        self.step(
+            "data 2", "second delivery: dim, slanting light, and a new surface → DVC",
+            lambda: self._deliver("lamp moved, printed pages added", {LINE: lambda folder: photographs.surfaces(folder, 2)}),
+        )  # fmt: skip
+        self.step("train 2", "retrain from the champion → gate → promotion; digits have no news", self._retrain_both)
+        self.step("release 2", "bundle → delta from release 1 → signed → rollout", lambda: self._release([LINE]))
+        self.step("update", "the devices update by delta, try the new model, report", lambda: self._update("updated", CAPTIONS_AFTER))
+        self.step("break", "version 3 has garbage for weights; the gate says no, somebody overrules it", self._break)
+        self.step("release 3", "the broken version is signed and rolled out all the same", lambda: self._release([LINE]))
+        self.step("refuse", "the devices try it and refuse", lambda: self._update("after_broken", {}, refuses=True))
+        self.step("recover", "halt, and go back to version 2", self._recover)
+        self.step("report", "the one-page report", self._report)
+
+    # Acts
+
+    def _deliver(self, message: str, deliveries: dict[str, Callable[[Path], int]]) -> None:
+        from model import versions
+
+        for line, write in deliveries.items():
+            path = self.workspace.line(line).data
+            write(self.root / path)
+            versions.add(self.root, path, line, f"{line}: {message}")
+
+    def _retrain(self, line: str) -> dict[str, Any]:
+        from flows.retrain import retrain
+
+        (row,) = retrain(str(self.root), line)
+        if row["outcome"] not in ("promote", "unchanged"):
+            raise DemoError(f"the gate did not promote {row['subject']} {row['version']}: {row['reason']}")
+        return row
+
+    def _retrain_both(self) -> None:
+        self._retrain(LINE)
+        if self._retrain(SECOND)["outcome"] != "unchanged":
+            raise DemoError(f"{SECOND} was trained again although its data did not change")
+
+    def _release(self, lines: list[str]) -> None:
+        from flows.release import publish, release
+        from ota.release import rollout
+
+        for line in lines:
+            made = release(str(self.root), line, CLASS)
+            published = next(r for r in self.workspace.repository.releases(line, CLASS) if r.seq == made["release"])
+            self.workspace.repository.set_policy(rollout.start(published, [100], soak=0))
+            self.workspace.ledger.append("rollout", f"{line}/{CLASS}", "to all devices at once", {"release": published.seq})
+        publish.fn(str(self.root))
+
+    def _update(self, act: str, captions: dict[str, str], refuses: bool = False) -> None:
+        """Every device updates, in processes of their own, at the same time; then its folder is read."""
+        with ThreadPoolExecutor(len(DEVICES)) as pool:
+            list(pool.map(lambda device: self._one_update(device, captions.get(device), refuses), DEVICES))
+        for device in DEVICES:
+            self.notes["devices"][device][act] = active_manifest(self.root / "devices" / device)
+        self.workspace.fleet.collect(self.workspace.inbox)
+
+    def _one_update(self, device: str, caption: str | None, refuses: bool) -> None:
+        folder = self.root / "devices" / device
+        if not (folder / "config.json").is_file():
+            anchor = self.root / "root.json"
+            known = agent(
+                folder, "init", "--device", device, "--line", LINE, "--class", CLASS,
+                "--repository", str(self.root / self.workspace.settings.stores.publish), "--root", str(anchor),
+                "--root-sha256", file_sha256(anchor), "--reports", str(self.workspace.inbox),
+            )  # fmt: skip
+            self.workspace.fleet.enroll(device, known["public_key"])
+        agent(folder, "update", expect=6 if refuses else 0)
+        if caption is not None:
+            pictures = self.root / "pictures"
+            pictures.mkdir(exist_ok=True)
+            name = f"{device}-{caption.replace(', ', '-').replace(' ', '-')}.png"
+            agent(folder, "generate", caption, "--output", str(pictures / name), "--seed", str(DEVICES.index(device)))
+
+    def _break(self) -> None:
+        """Register the champion with its weights shuffled, as a fault in the factory might; then overrule the gate."""
+        import torch
+
+        from flows.promote import promote
+        from flows.retrain import champion_files, register_checkpoint
+        from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
+
+        champion = self.workspace.catalog.champion(self._subject())
+        assert champion is not None
+        whole = load_checkpoint(Path(champion_files(self.workspace, champion)["checkpoint"]))
+        broken = self.workspace.work / "runs" / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(whole.folder, broken)
+        generator = torch.Generator().manual_seed(3)
+        weights = whole.network().state_dict()
+        for name, weight in weights.items():
+            order = torch.randperm(weight.numel(), generator=generator)
+            weights[name] = weight.flatten()[order].view(weight.shape)
+        write_safely(broken / WEIGHTS, weights)
+        lineage = whole.lineage.model_copy(update={"parent": whole.weights_sha256, "steps": 0})
+        (broken / LINEAGE).write_text(lineage.model_dump_json(indent=1))
+        row = register_checkpoint(str(self.root), str(broken))
+        if row["outcome"] == "promote":
+            raise DemoError("the gate let the broken version through")
+        promote(self.workspace, self._subject(), row["version"], "drill: would the devices notice?", overrule=True)
+
+    def _recover(self) -> None:
+        from flows.promote import promote
+        from flows.release import publish, release
+        from ota.release import rollout
+
+        repository, ledger, subject = self.workspace.repository, self.workspace.ledger, self._subject()
+        broken = repository.policy(LINE, CLASS)
+        assert broken is not None
+        repository.set_policy(rollout.halt(broken))
+        ledger.append("halt", f"{LINE}/{CLASS}", "every device refused it", {"release": broken.seq})
+        good = [e.facts["version"] for e in ledger.entries(str(subject)) if e.kind == "promotion" and not e.facts["overruled"]]
+        promote(self.workspace, subject, good[-1], "drill ended")
+        made = release(str(self.root), LINE, CLASS)
+        again = next(r for r in repository.releases(LINE, CLASS) if r.seq == made["release"])
+        repository.set_policy(rollout.start(again, [100], soak=0, revert=True))
+        ledger.append("rollout", f"{LINE}/{CLASS}", "back to the release before", {"release": again.seq})
+        publish.fn(str(self.root))
+
+    def _report(self) -> None:
+        from flows.report import write
+
+        write(self.workspace, self.root / "report.html")
+
+    def _subject(self) -> Any:
+        from registry.catalog import Subject
+
+        return Subject(line=LINE, configuration="I", variant="full")
+
+    # What happened, read back
+
+    def summary(self) -> dict[str, Any]:
+        """The story's figures, each from the store that keeps it."""
+        from model import versions
+
+        w, subject = self.workspace, self._subject()
+        registered = w.catalog.versions(subject)
+        releases = {r.manifest: r for r in w.repository.releases(LINE, CLASS)}
+        updated = self.notes["devices"][DEVICES[0]]["updated"]
+        installed = self.notes["devices"][DEVICES[0]]["installed"]
+        delta = next(d for d in w.repository.deltas(LINE, CLASS) if (d.base, d.target) == (installed, updated))
+        received = {r.device: r.received for r in w.fleet.reports() if r.event == "installed" and r.manifest == updated}
+        return {
+            "data_versions": [v.rev for v, _ in reversed(versions.log(w.root, w.line(LINE).data, LINE))],
+            "model_versions": [v.number for v in registered],
+            "devices": self.notes["devices"],
+            "bytes": {
+                "full": releases[updated].full_bytes, "delta": delta.size, "received": received,
+                "metadata": w.repository.metadata_bytes(),
+            },
+            "gate": {
+                str(v.number): {"outcome": v.outcome, "reason": v.tags["gate.reason"], "n": int(v.tags["gate.n"])}
+                for v in registered
+            },
+            "refused": {device: " ".join(refusals(w.root / "devices" / device).values()) for device in DEVICES},
+            "champion": next((v.number for v in registered if "champion" in v.aliases), None),
+            "ledger_entries": len(w.ledger.entries()),
+            "also": {SECOND: [v.number for v in w.catalog.versions(subject.model_copy(update={"line": SECOND}))]},
+            "seconds": self.notes["seconds"] | {"all": round(sum(self.notes["seconds"].values()), 1)},
+            "report": str(w.root / "report.html"),
+            "workspace": str(w.root),
+        }  # fmt: skip
+
+
+def agent(folder: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:
+    """Call the real `ferry-agent` in a process of its own; returns what it answers.
+
+    Raises:
+        DemoError: it ended otherwise than expected.
+    """
+    command = [sys.executable, "-m", "ota.agent.cli", "--quiet", *arguments, "--dir", str(folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode != expect:
+        raise DemoError(f"{folder.name}: `ferry-agent {arguments[0]}` ended with {done.returncode}: {done.stderr.strip()}")
+    answer: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {}
+    return answer
+
+
+def active_manifest(folder: Path) -> str:
+    """sha256 of the manifest of the bundle that a device runs, from its folder."""
+    active = json.loads((folder / "state.json").read_bytes())["state"]["active"]
+    return file_sha256(folder / "slots" / active / "manifest.json")
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """What a device refused and why, from its folder."""
+    found: dict[str, str] = json.loads((folder / "state.json").read_bytes())["state"]["refused"]
+    return found
+
+
+def text(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    b, g = summary["bytes"], summary["gate"]
+    first, second = summary["data_versions"][0][:8], summary["data_versions"][-1][:8]
+    lines = [
+        f"data        two revisions, {first} and {second}",
+        *(f"gate        version {number}: {row['outcome']}, {row['reason']}" for number, row in g.items()),
+        f"update      {b['delta']:,} bytes as a delta, {b['full']:,} in full ({b['full'] / b['delta']:.1f} times less); "
+        f"{max(b['received'].values()):,} bytes fetched in all, metadata included",
+    ]
+    for device, acts in summary["devices"].items():
+        lines.append(
+            f"{device}    installed {acts['installed'][:8]}, updated to {acts['updated'][:8]}, after the broken release "
+            f"{acts['after_broken'][:8]}"
+        )
+    for device, reason in summary["refused"].items():
+        lines.append(f"{device}    refused: {reason}")
+    lines += [
+        f"champion    version {summary['champion']}; {summary['ledger_entries']} decisions in the ledger",
+        f"time        {summary['seconds']['all']:.0f} s in all",
+        f"report      {summary['report']}",
+        f"workspace   {summary['workspace']}; go on with `cd {summary['workspace']}` and `ferry --help`",
+    ]
+    return "\n".join(lines)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,153 @@
+"""The flow `release`: champions → bundle → deltas from what is fielded → signatures → publication."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+
+from flows import progress
+from flows.retrain import RETRIES, champion_files
+from flows.workspace import Workspace
+from model.config import VariantName
+from model.scorecard import Frozen
+from model.train import load_checkpoint
+from ota.manifest import Origin
+from ota.release import bundle, store
+from ota.release.bundle import Bundle, Delta
+from ota.release.repository import Release
+from registry.catalog import Subject, Version
+from registry.errors import CatalogError
+
+PREVIOUS = 2  # releases before this one that get a delta even if no device reports them
+
+
+class Released(Frozen):
+    """What the flow published."""
+
+    line: str
+    device_class: str
+    release: int
+    manifest: str
+    versions: dict[str, int]
+    full_bytes: int
+    deltas: dict[str, int]
+    """Base manifest → bytes of the delta; bases whose delta was not smaller than the bundle are left out."""
+    metadata_bytes: int
+    copied: int
+
+
+@task(name="bundle")
+def make_bundle(root: str, line: str, device_class: str) -> str:
+    """Put the champions of a line together for a device class; returns the bundle's folder."""
+    workspace = Workspace(Path(root))
+    settings = workspace.device_class(line, device_class)
+    exports: dict[VariantName, Path] = {}
+    champions: list[Version] = []
+    for variant in settings.variants:
+        subject = Subject(line=line, configuration=settings.configuration, variant=variant)
+        champion = workspace.catalog.champion(subject)
+        if champion is None:
+            raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {line}`, or `ferry promote`")
+        champions.append(champion)
+        exports[variant] = Path(champion_files(workspace, champion)["bundle"])
+    first = champions[0]
+    lineage = load_checkpoint(Path(champion_files(workspace, first)["checkpoint"])).lineage
+    promotions = [
+        e for e in workspace.ledger.entries(str(first.subject)) if e.kind == "promotion" and e.facts["version"] == first.number
+    ]
+    if not promotions:
+        raise CatalogError(
+            f"{first.subject} {first.number} is champion in MLflow, but the ledger does not say why; run `ferry promote "
+            f"{first.subject} {first.number} --reason ...`"
+        )
+    # The first promotion: going back to a version later must find the bundle that devices know, byte for byte.
+    origin = Origin(
+        data_rev=lineage.data.rev, data_md5=lineage.data.md5, code=lineage.code, lineage=lineage.sha256,
+        scorecard=first.tags["scorecard.sha256"], decision=promotions[0].sha256, model=first.subject.model,
+        version=first.number,
+    )  # fmt: skip
+    made = bundle.assemble(
+        exports, line=line, device_class=device_class, tier=lineage.config.tier, configuration=settings.configuration,
+        precision=settings.precision, origin=origin, out=workspace.work / "bundles",
+    )  # fmt: skip
+    return str(made.folder)
+
+
+@task(name="deltas")
+def make_deltas(root: str, folder: str) -> list[Delta]:
+    """Deltas to a bundle from every bundle that is fielded, and from the releases before it."""
+    workspace = Workspace(Path(root))
+    target = bundle.open_bundle(Path(folder))
+    bases = fielded(workspace, target)
+    made = []
+    for done, base in enumerate(bases):
+        progress.advance("build deltas", done, len(bases))
+        delta = bundle.make_delta(base, target, workspace.work / "deltas")
+        if delta:
+            made.append(delta)
+    if bases:
+        progress.advance("build deltas", len(bases), len(bases))
+    return made
+
+
+def fielded(workspace: Workspace, target: Bundle) -> list[Bundle]:
+    """Published bundles from which devices will come: those they report, and the last few releases."""
+    releases = workspace.repository.releases(target.manifest.line, target.manifest.device_class)
+    reported = {report.active for report in workspace.fleet.devices().values() if report}
+    chosen = [r for r in releases if r.manifest in reported or r in releases[-PREVIOUS:]]
+    return [
+        Bundle(workspace.repository.objects, workspace.repository.manifest(r))
+        for r in chosen
+        if r.manifest != target.manifest.digest
+    ]
+
+
+@task(name="sign", **RETRIES)
+def sign(root: str, folder: str, deltas: list[Delta]) -> Release:
+    """Add the bundle and its deltas to the signed repository, and record it."""
+    workspace = Workspace(Path(root))
+    made = bundle.open_bundle(Path(folder))
+    release = workspace.repository.publish_release(
+        made.manifest, made.folder, workspace.ledger.head(), [(d.base, d.path) for d in deltas]
+    )
+    subject = f"{release.line}/{release.device_class}"
+    known = [e for e in workspace.ledger.entries(subject) if e.kind == "release" and e.facts["manifest"] == release.manifest]
+    if not known:
+        workspace.ledger.append(
+            "release", subject, f"version {release.version} published",
+            {"release": release.seq, "manifest": release.manifest, "deltas": {d.base: d.size for d in deltas}},
+        )  # fmt: skip
+    return release
+
+
+@task(name="publish", **RETRIES)
+def publish(root: str) -> int:
+    """Copy what is new in the repository to where devices fetch it; returns the number of files."""
+    workspace = Workspace(Path(root))
+    stores = workspace.settings.stores
+    return store.publish(workspace.repository.files(), stores.publish, workspace.root, stores.s3_endpoint or None)
+
+
+@flow(name="release", persist_result=False)
+def release(root: str, line: str, device_class: str) -> dict[str, Any]:
+    """Publish a line's champions for a device class; returns a `Released` as plain data.
+
+    Who may install it is a matter of its own: `ferry rollout start`.
+    """
+    workspace = Workspace(Path(root))
+    with workspace.locked():
+        folder = make_bundle(root, line, device_class)
+        deltas = make_deltas(root, folder)
+        published = sign(root, folder, deltas)
+        copied = publish(root)
+    made = Released(
+        line=line, device_class=device_class, release=published.seq, manifest=published.manifest,
+        versions={v: published.version for v in workspace.device_class(line, device_class).variants},
+        full_bytes=published.full_bytes, deltas={d.base: d.size for d in deltas},
+        metadata_bytes=workspace.repository.metadata_bytes(), copied=copied,
+    )  # fmt: skip
+    create_table_artifact(table=[made.model_dump()], key="release", description=f"{line}/{device_class} {published.seq}")
+    return made.model_dump()

@@ -1,0 +1,404 @@
+"""A workspace: the folder in which `ferry` works, its settings, and the way to everything that it holds.
+
+    ferry.toml      settings; the only file that is written by hand
+    data/           the lines' data folders, versioned by DVC
+    keys/           signing keys (keys.json holds the public halves)
+    repository/     the signed repository; copied to where it is published
+    ferry.db        ledger and fleet      mlflow.db, mlartifacts/   catalogue
+    features/       the frozen feature spaces, one file for each line
+    inbox/          where devices leave reports
+    work/           everything that can be made again: caches, checkpoints, bundles, Prefect's own files
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from flows.errors import BusyError, WorkspaceError
+from model.config import ConfigurationName, ModelConfig, TierName, VariantName
+from model.scorecard import Sampler
+
+if TYPE_CHECKING:
+    from model.train import TrainOptions
+    from ota.release.fleet import Fleet
+    from ota.release.keys import KeyRing
+    from ota.release.repository import Repository
+    from registry.catalog import Catalog
+    from registry.ledger import Ledger
+
+SETTINGS = "ferry.toml"
+LineName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+
+
+class Section(BaseModel):
+    """A part of ferry.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stores(Section):
+    """Where things are kept. Relative paths start at the workspace."""
+
+    data: str = "dvc-remote"
+    database: str = "sqlite:///ferry.db"
+    mlflow: str = "sqlite:///mlflow.db"
+    publish: str = "published"
+    s3_endpoint: str = ""
+    reports: str = "inbox"
+
+
+class Prices(Section):
+    """What things cost, for the report; nobody's prices but yours belong here."""
+
+    currency: str = "EUR"
+    megabyte: float = Field(default=0.5, ge=0, description="of traffic to a device")
+    kilowatt_hour: float = Field(default=0.3, ge=0)
+    training_hour: float = Field(default=0.1, ge=0, description="of the machine that trains")
+    fleet: int = Field(default=1000, ge=1, description="devices that an update goes to")
+
+
+class Training(Section):
+    """How long and how fast to train; see `model.train.TrainOptions`."""
+
+    steps: int = Field(default=400, ge=1)
+    batch: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    seed: int = 0
+
+    def options(self) -> TrainOptions:
+        """As training takes them."""
+        from model.train import TrainOptions
+
+        return TrainOptions(**self.model_dump())
+
+
+class Gate(Section):
+    """What promotion asks for; see `registry.selection.Limits`."""
+
+    images: int = Field(default=256, ge=8, description="generated images for each evaluation")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    margin: float = Field(default=0.1, gt=0, le=1)
+    minimum_images: int = Field(default=96, ge=8)
+    coverage: float = Field(default=0.3, ge=0, le=1)
+
+
+class DeviceClass(Section):
+    """A kind of hardware: it chooses the configuration, the precision and the variants."""
+
+    configuration: ConfigurationName = "I"
+    precision: Literal["float32", "float16"] = "float16"
+    variants: list[Literal["full"]] = Field(default=["full"], min_length=1, max_length=1)
+    latency_ms: float = Field(default=5000, gt=0, description="budget for one image")
+
+
+class Line(Section):
+    """One product: its data, its model, its device classes."""
+
+    data: str
+    tier: TierName = "nano"
+    image_size: int = 16
+    channels: Literal[1, 3] = 1
+    text_length: int = 24
+    training: Training = Training()
+    retraining: Training = Training(steps=200, learning_rate=5e-4)
+    sampler: Sampler = Sampler()
+    gate: Gate = Gate()
+    classes: dict[LineName, DeviceClass] = Field(default={"edge": DeviceClass()}, min_length=1)
+
+    def config(self, configuration: ConfigurationName) -> ModelConfig:
+        """The network of a configuration."""
+        return ModelConfig(
+            tier=self.tier, configuration=configuration, image_size=self.image_size, channels=self.channels,
+            text_length=self.text_length,
+        )  # fmt: skip
+
+    def combinations(self) -> list[tuple[ConfigurationName, VariantName]]:
+        """What has to be trained: every (configuration, variant) that some class runs."""
+        return sorted({(c.configuration, v) for c in self.classes.values() for v in c.variants})
+
+    def latency_ms(self, configuration: ConfigurationName) -> float:
+        """The tightest budget among the classes with a configuration."""
+        return min(c.latency_ms for c in self.classes.values() if c.configuration == configuration)
+
+
+class Settings(Section):
+    """ferry.toml."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    stores: Stores = Stores()
+    prices: Prices = Prices()
+    lines: dict[LineName, Line] = Field(min_length=1)
+
+
+class Workspace:
+    """An opened workspace; its parts are opened when they are first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        """Open a workspace.
+
+        Raises:
+            WorkspaceError: there is none, or its settings are wrong.
+        """
+        self.root = root.absolute()
+        path = self.root / SETTINGS
+        if not path.is_file():
+            raise WorkspaceError(f"{self.root} is not a workspace (it has no {SETTINGS}); make one with `ferry init {root}`")
+        try:
+            self.settings = Settings.model_validate(tomllib.loads(path.read_text()))
+            for line in self.settings.lines.values():
+                for configuration, _ in line.combinations():
+                    line.config(configuration)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise WorkspaceError(f"{path} is not valid TOML: {error}; mend that line") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "a line"
+            raise WorkspaceError(f"{path}: {where}: {first['msg']}") from error
+        self.work = self.root / "work"
+        configure_environment(self.root)
+
+    def line(self, name: str) -> Line:
+        """A line's settings.
+
+        Raises:
+            WorkspaceError: there is no such line.
+        """
+        try:
+            return self.settings.lines[name]
+        except KeyError:
+            known = ", ".join(self.settings.lines)
+            raise WorkspaceError(f"there is no line {name!r} in {SETTINGS}; there is {known}") from None
+
+    def device_class(self, line: str, name: str) -> DeviceClass:
+        """A device class's settings.
+
+        Raises:
+            WorkspaceError: the line has no such class.
+        """
+        try:
+            return self.line(line).classes[name]
+        except KeyError:
+            known = ", ".join(self.line(line).classes)
+            raise WorkspaceError(f"line {line} has no device class {name!r} in {SETTINGS}; it has {known}") from None
+
+    @property
+    def database(self) -> str:
+        """The URL behind which ledger and fleet are kept."""
+        return self._sqlite(self.settings.stores.database)
+
+    def _sqlite(self, url: str) -> str:
+        """A relative SQLite path starts at the workspace, wherever `ferry` was called."""
+        prefix = "sqlite:///"
+        if url.startswith(prefix) and not url.startswith(prefix + "/"):
+            return prefix + str(self.root / url.removeprefix(prefix))
+        return url
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        from registry.catalog import Catalog
+
+        return Catalog(self._sqlite(self.settings.stores.mlflow), self.root / "mlartifacts")
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        from registry.ledger import Ledger
+
+        return Ledger(self.database)
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        from ota.release.fleet import Fleet
+
+        return Fleet(self.database)
+
+    @cached_property
+    def keys(self) -> KeyRing:
+        from ota.release.keys import KeyRing
+
+        return KeyRing(self.root / "keys")
+
+    @cached_property
+    def repository(self) -> Repository:
+        from ota.release.repository import Repository
+
+        return Repository(self.root / "repository", self.keys)
+
+    @property
+    def inbox(self) -> Path:
+        """Where devices leave reports."""
+        return self.root / self.settings.stores.reports
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the workspace against a second process that would change it.
+
+        Raises:
+            BusyError: another one holds it.
+        """
+        self.work.mkdir(exist_ok=True)
+        lock = FileLock(self.work / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise BusyError(f"another ferry is at work in {self.root}; wait for it to finish") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def configure_environment(root: Path) -> None:
+    """Set what Prefect, MLflow and DVC read from the environment; before they are imported. What is set already wins."""
+    for name, value in {
+        "PREFECT_HOME": str(root / "work" / "prefect"),
+        # The in-process server needs longer than the default 20 s on a small or busy machine.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "ERROR",
+        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DVC_NO_ANALYTICS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def create(root: Path, lines: list[str], settings: str | None = None) -> Workspace:
+    """Make a workspace; repeatable: what is there is kept, what a killed call left out is made.
+
+    Args:
+        root: the folder; made when missing.
+        lines: names of the lines in a new `ferry.toml`.
+        settings: content of a new `ferry.toml`; None: defaults for the lines, with comments.
+
+    Raises:
+        WorkspaceError: a name is not valid, or the folder holds something else.
+    """
+    from model import versions
+    from ota.release import keys, repository
+
+    path = root / SETTINGS
+    if not path.is_file():
+        if root.is_dir() and any(entry.name not in ("data", ".git") for entry in root.iterdir()):
+            raise WorkspaceError(f"{root} holds other things; name an empty folder, or one with nothing but data/")
+        root.mkdir(parents=True, exist_ok=True)
+        text = settings or template(lines)
+        fresh = root / f".{SETTINGS}.tmp"
+        fresh.write_text(text)
+        try:
+            Settings.model_validate(tomllib.loads(text))
+        except (ValidationError, tomllib.TOMLDecodeError) as error:
+            fresh.unlink()
+            raise WorkspaceError(f"these are not names of lines: {', '.join(lines)}; use lower-case letters and digits") from error
+        fresh.replace(path)
+    workspace = Workspace(root)
+    root = workspace.root
+    for line in workspace.settings.lines.values():
+        (root / line.data).mkdir(parents=True, exist_ok=True)
+    (root / ".gitignore").write_text("".join(f"/{name}\n" for name in IGNORED))
+    remote = workspace.settings.stores.data
+    versions.init(root, remote if "://" in remote else str(root / remote))
+    ring = keys.create(root / "keys")
+    repository.Repository.create(root / "repository", ring)
+    anchor = root / "root.json"
+    shutil.copyfile(root / "repository" / "metadata" / "1.root.json", anchor)
+    workspace.inbox.mkdir(parents=True, exist_ok=True)
+    workspace.ledger.head()
+    workspace.fleet.devices()
+    return workspace
+
+
+IGNORED = (
+    "keys", "repository", "published", "dvc-remote", "ferry.db", "mlflow.db", "mlartifacts", "inbox", "work", "report.html",
+    "devices", "pictures",
+)  # fmt: skip
+
+
+def template(lines: list[str]) -> str:
+    """A ferry.toml with the defaults written out and explained."""
+    head = """\
+# A DeltaFerry workspace. Relative paths start at this folder.
+schema = 1
+
+[stores]
+data = "dvc-remote"                # where DVC keeps the bytes of the data: a folder or s3://bucket/prefix
+database = "sqlite:///ferry.db"    # ledger and fleet; postgresql://… for several machines
+mlflow = "sqlite:///mlflow.db"     # or the address of an MLflow server
+publish = "published"              # where devices fetch from: a folder or s3://bucket/prefix
+s3_endpoint = ""                   # of an S3-compatible server other than AWS's
+reports = "inbox"                  # folder in which devices leave reports
+
+[prices]                           # yours; the report counts with them
+currency = "EUR"
+megabyte = 0.5                     # of traffic to a device
+kilowatt_hour = 0.3
+training_hour = 0.1                # of the machine that trains
+fleet = 1000                       # devices that an update goes to
+"""
+    return head + "".join(_line_template(name) for name in lines)
+
+
+def _line_template(name: str) -> str:
+    return f"""
+[lines.{name}]
+data = "data/{name}"               # images and a metadata.jsonl with file_name and text
+tier = "nano"                      # test, nano or small
+image_size = 16                    # pixels
+channels = 1                       # 1 is grey, 3 is colour
+text_length = 24                   # caption bytes
+
+[lines.{name}.training]            # the first time, from noise
+steps = 400
+batch = 32
+learning_rate = 2e-3
+
+[lines.{name}.retraining]          # later, from the champion
+steps = 200
+batch = 32
+learning_rate = 5e-4
+
+[lines.{name}.sampler]
+method = "ab2"                     # euler, heun or ab2 (second order, one evaluation a step)
+steps = 14
+guidance = 2.0                     # 1 is unguided
+
+[lines.{name}.gate]
+images = 256                       # generated for each evaluation
+alpha = 0.05                       # chance of promoting a worse model
+margin = 0.1                       # tolerated on old data, as a share of pure noise's distance
+minimum_images = 96                # below this, nothing is decided
+coverage = 0.3
+
+[lines.{name}.classes.edge]        # a kind of device
+configuration = "I"                # I: stride 2, II: stride 1
+precision = "float16"              # how weights are stored
+latency_ms = 5000                  # budget for one image
+"""
+
+
+def line_and_class(text: str, workspace: Workspace) -> tuple[str, str]:
+    """LINE/CLASS, or LINE alone where it has one class.
+
+    Raises:
+        WorkspaceError: there is no such line or class, or the class is not clear.
+    """
+    line, _, device_class = text.partition("/")
+    classes = list(workspace.line(line).classes)
+    if not device_class:
+        if len(classes) > 1:
+            raise WorkspaceError(f"line {line} has several device classes; write {line}/{classes[0]} or another")
+        device_class = classes[0]
+    workspace.device_class(line, device_class)
+    return line, device_class
+
+

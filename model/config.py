@@ -1,0 +1,126 @@
+"""What can be chosen about a model, as rows of three tables: tier, configuration, variant.
+
+A *tier* is the size of the network, a *configuration* the stride of its initial convolution, a *variant* the number of
+sampling steps it is meant for. A fourth choice, the line, is not made here: it is whatever the data are about.
+
+    >>> config = ModelConfig(tier="nano", configuration="I", image_size=16, channels=1)
+    >>> config.tokens, config.blocks
+    (64, 6)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TierName = Literal["test", "nano", "small"]
+ConfigurationName = Literal["I", "II"]
+VariantName = Literal["full", "dev", "fast"]
+
+BYTE_VOCABULARY = 257  # id 0 pads, id 1 + b is the byte b of a UTF-8 caption
+LINEAGE_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Sizes of the one block shape that all instances share, and how many instances there are."""
+
+    width: int  # D, the embedding dimension
+    heads: int
+    experts: int  # E routed experts in each block
+    active: int  # k: every token meets k routed experts on average
+    expert_width: int  # H, hidden width of a routed expert
+    shared_width: int  # S, hidden width of the shared expert
+    dual: int  # layers in which image and text have a block instance each
+    single: int  # layers in which one instance serves both
+
+
+TIERS: dict[str, Tier] = {
+    "test": Tier(width=32, heads=2, experts=4, active=1, expert_width=32, shared_width=32, dual=1, single=1),
+    "nano": Tier(width=128, heads=4, experts=4, active=1, expert_width=192, shared_width=192, dual=1, single=4),
+    "small": Tier(width=192, heads=6, experts=8, active=2, expert_width=256, shared_width=256, dual=2, single=6),
+}
+
+CONFIGURATIONS: dict[str, int] = {"I": 2, "II": 1}  # stride of the initial convolution
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How many steps a variant takes, and whether it is guided (then each step costs two network evaluations)."""
+
+    steps: int
+    guided: bool
+
+
+VARIANTS: dict[str, Variant] = {
+    "full": Variant(steps=56, guided=True),
+    "dev": Variant(steps=28, guided=False),
+    "fast": Variant(steps=14, guided=False),
+}
+
+
+class ModelConfig(BaseModel):
+    """Everything that fixes the shape of every tensor of one network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tier: TierName = "nano"
+    configuration: ConfigurationName = "I"
+    image_size: int = Field(default=16, ge=8, le=128, description="side of the square image, pixels")
+    channels: Literal[1, 3] = 1
+    text_length: int = Field(default=24, ge=4, le=256, description="caption bytes the network reads")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelConfig:
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image size {self.image_size} is not divisible by the stride {self.stride} of configuration "
+                f"{self.configuration}; choose a multiple of {self.stride}"
+            )
+        return self
+
+    @property
+    def shape(self) -> Tier:
+        return TIERS[self.tier]
+
+    @property
+    def stride(self) -> int:
+        return CONFIGURATIONS[self.configuration]
+
+    @property
+    def side(self) -> int:
+        """Side of the feature map, in positions."""
+        return self.image_size // self.stride
+
+    @property
+    def tokens(self) -> int:
+        """Image positions that the blocks see, N."""
+        return self.side**2
+
+    @property
+    def blocks(self) -> int:
+        """Block instances, M: two for each dual layer, one for each single layer."""
+        return 2 * self.shape.dual + self.shape.single
+
+    def capacity(self, tokens: int) -> int:
+        """Tokens that each routed expert takes out of `tokens` (expert choice): ceil(tokens * k / E)."""
+        return -(-tokens * self.shape.active // self.shape.experts)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical JSON of this configuration."""
+        return canonical_sha256(self.model_dump())
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys, no spaces and no NaN: the same bytes for the same value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def canonical_sha256(value: object) -> str:
+    """sha256 of `canonical_json`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()

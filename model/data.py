@@ -1,0 +1,274 @@
+"""A folder of captioned images → a memory-mapped cache → deterministic batches.
+
+The folder follows the Hugging Face ImageFolder convention: images anywhere below it, and a `metadata.jsonl` whose lines
+hold `file_name` and `text`, optionally `group`. Images of one group (crops of one photograph, shots of one part) always
+fall on the same side of the held-out split; without a group, an image is its own.
+
+Nothing is dropped silently: what cannot be used is listed by name in `Dataset.quarantine`.
+
+    >>> dataset = prepare(Path("data/surfaces"), config, cache=Path("work/cache"))
+    >>> images, ids = dataset.batch(seed=0, step=0, size=32)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from model.config import ModelConfig, canonical_sha256
+from model.errors import DataError
+
+METADATA = "metadata.jsonl"
+HELD_OUT_PERMILLE = 150
+MAX_PIXELS = 64_000_000  # pixels of one source image; more is taken for a decompression bomb
+CACHE_SCHEMA = 2
+MIN_TRAINING = 2  # images; a batch of one image over and over is a copy, not a model
+
+
+@dataclass(frozen=True)
+class Item:
+    """One captioned image of a folder."""
+
+    file: str
+    text: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Decoded images and captions of one folder at one size.
+
+    Attributes:
+        images: uint8 [n, C, R, R], memory-mapped.
+        captions: n captions.
+        ids: int64 [n, L], caption bytes plus one, zero-padded.
+        held_out: bool [n].
+        quarantine: file name → why it cannot be used.
+    """
+
+    images: npt.NDArray[np.uint8]
+    captions: list[str]
+    ids: npt.NDArray[np.int64]
+    held_out: npt.NDArray[np.bool_]
+    quarantine: dict[str, str]
+
+    def training(self) -> npt.NDArray[np.intp]:
+        """Indices of the items to learn from."""
+        return np.flatnonzero(~self.held_out)
+
+    def reference(self) -> npt.NDArray[np.intp]:
+        """Indices of the held-out items."""
+        return np.flatnonzero(self.held_out)
+
+    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
+        """The batch of one training step: images float32 [size, C, R, R] in [-1, 1] and ids [size, L].
+
+        A function of (seed, step) alone, so that a resumed run sees what an undisturbed one would have seen.
+        """
+        generator = torch.Generator().manual_seed(mix(seed, step, 1))
+        training = self.training()
+        chosen = training[torch.randint(0, len(training), (size,), generator=generator).numpy()]
+        return to_unit(self.images[chosen]), torch.from_numpy(self.ids[chosen])
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers, so that streams for different purposes are unrelated."""
+    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def to_unit(images: npt.NDArray[np.uint8]) -> Tensor:
+    """uint8 [..] → float32 [..] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> npt.NDArray[np.uint8]:
+    """float [..] in [-1, 1], clipped → uint8 [..]."""
+    array: npt.NDArray[np.uint8] = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    return array
+
+
+def caption_ids(text: str, length: int) -> list[int]:
+    """A caption's UTF-8 bytes plus one, padded with 0 to `length`.
+
+    Raises:
+        DataError: the caption has more bytes than the network reads.
+    """
+    data = text.encode()
+    if len(data) > length:
+        raise DataError(
+            f"the caption {text[:40]!r} has {len(data)} bytes but this model reads {length}; shorten it or train a "
+            f"model with text_length = {len(data)}"
+        )
+    return [byte + 1 for byte in data] + [0] * (length - len(data))
+
+
+def read_metadata(folder: Path) -> tuple[list[Item], dict[str, str]]:
+    """The items that `metadata.jsonl` lists, and what is wrong with the lines and files that cannot be used.
+
+    Raises:
+        DataError: there is no folder, no metadata file, or not one usable line.
+    """
+    path = folder / METADATA
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}; put the images there, or name another one")
+    if not path.is_file():
+        raise DataError(f'{folder} has no {METADATA}; write one line {{"file_name": ..., "text": ...}} for each image')
+    items: list[Item] = []
+    bad: dict[str, str] = {}
+    seen: set[str] = set()
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row: dict[str, Any] = json.loads(line)
+            name = row["file_name"]
+            if not isinstance(name, str):
+                raise TypeError(name)
+        except (ValueError, KeyError, TypeError):
+            bad[f"{METADATA}:{number}"] = "is not a JSON object with a file_name"
+            continue
+        text = row.get("text")
+        parts = Path(name).parts
+        if name in seen:
+            bad[f"{METADATA}:{number}"] = f"names {name} a second time"
+        elif Path(name).is_absolute() or ".." in parts:
+            bad[name] = "lies outside the folder"
+        elif not isinstance(text, str):
+            bad[name] = "has no caption (text)"
+        else:
+            items.append(Item(name, text, str(row.get("group", name))))
+        seen.add(name)
+    listed = seen | {METADATA}
+    for extra in _files(folder):
+        if extra not in listed:
+            bad[extra] = f"is not named in {METADATA}"
+    if not items:
+        raise DataError(f"{path} names no usable image; see its lines, {len(bad)} cannot be used")
+    return sorted(items, key=lambda item: item.file), bad
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix()
+
+
+def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
+    """One image, its largest central square, scaled to `size`: uint8 [C, size, size].
+
+    Raises:
+        DataError: the file is missing, damaged, or larger than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"has more than {MAX_PIXELS:,} pixels")
+            picture = image.convert("L" if channels == 1 else "RGB")
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError("is missing" if isinstance(error, FileNotFoundError) else "cannot be decoded") from error
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    if (side, side) != picture.size or side != size:
+        box = (left, top, left + side, top + side)
+        picture = picture.resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC, box)
+    array = np.asarray(picture, dtype=np.uint8)
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def is_held_out(group: str) -> bool:
+    """Whether the items of a group are kept for evaluation: by hash, so that it never changes."""
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") % 1000 < HELD_OUT_PERMILLE
+
+
+def check(folder: Path, text_length: int) -> tuple[int, dict[str, str]]:
+    """Look at every image and caption of a folder as training would: how many are usable, and what is wrong with the rest.
+
+    Raises:
+        DataError: the folder cannot be read at all.
+    """
+    items, bad = read_metadata(folder)
+    for item in items:
+        try:
+            caption_ids(item.text, text_length)
+            decode(folder / item.file, 8, 1)
+        except DataError as error:
+            bad[item.file] = str(error)
+    return sum(item.file not in bad for item in items), bad
+
+
+def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = None) -> Dataset:
+    """Decode a folder once and map the result; a second call with the same key maps what is there.
+
+    Args:
+        folder: the images and their `metadata.jsonl`.
+        config: gives image size, channels and caption length.
+        cache: where caches are kept, a folder each.
+        key: what identifies the folder's content (a data revision's md5); None: its `metadata.jsonl` and file sizes.
+
+    Raises:
+        DataError: no usable image, too few to train on, or none held out.
+    """
+    if key is None:
+        key = canonical_sha256([(folder / METADATA).read_text() if (folder / METADATA).is_file() else "", _sizes(folder)])
+    name = canonical_sha256([CACHE_SCHEMA, key, config.image_size, config.channels, config.text_length])[:24]
+    place = cache / name
+    if not (place / "index.json").is_file():
+        _fill(folder, config, place)
+    index = json.loads((place / "index.json").read_bytes())
+    dataset = Dataset(
+        images=np.load(place / "images.npy", mmap_mode="r"),
+        captions=index["captions"],
+        ids=np.load(place / "ids.npy"),
+        held_out=np.load(place / "held_out.npy"),
+        quarantine=index["quarantine"],
+    )
+    if len(dataset.training()) < MIN_TRAINING:
+        raise DataError(f"{folder} has {len(dataset.training())} usable training images; at least {MIN_TRAINING} are needed")
+    if not len(dataset.reference()):
+        raise DataError(f"{folder} has too few images or groups: not one of them is held out; add more")
+    return dataset
+
+
+def _sizes(folder: Path) -> list[tuple[str, int]]:
+    return [(name, (folder / name).stat().st_size) for name in _files(folder)]
+
+
+def _fill(folder: Path, config: ModelConfig, place: Path) -> None:
+    items, bad = read_metadata(folder)
+    images, ids, captions, held_out = [], [], [], []
+    for item in items:
+        try:
+            row = caption_ids(item.text, config.text_length)
+            images.append(decode(folder / item.file, config.image_size, config.channels))
+        except DataError as error:
+            bad[item.file] = str(error)
+            continue
+        ids.append(row)
+        captions.append(item.text)
+        held_out.append(is_held_out(item.group))
+    if not images:
+        raise DataError(f"not one of the {len(items)} images in {folder} can be used; the first: {next(iter(bad.items()))}")
+    fresh = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    np.save(fresh / "images.npy", np.stack(images))
+    np.save(fresh / "ids.npy", np.array(ids, dtype=np.int64))
+    np.save(fresh / "held_out.npy", np.array(held_out, dtype=np.bool_))
+    (fresh / "index.json").write_text(json.dumps({"captions": captions, "quarantine": bad}))
+    try:
+        fresh.rename(place)  # whole or not at all: a killed run leaves a .tmp that nobody reads
+    except OSError:  # another process was first with the same content
+        shutil.rmtree(fresh)

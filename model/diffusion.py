@@ -1,0 +1,113 @@
+"""The training objective and the samplers, as plain functions of a velocity field.
+
+Rectified flow (Liu et al. 2022; Lipman et al. 2022): x_t = (1 - t) x_0 + t e, with t = 0 the image and t = 1 Gaussian
+noise e; the network learns the velocity v = e - x_0. Times are drawn logit-normal (Esser et al. 2024).
+
+A sampler integrates dx/dt = v from t = 1 to t = 0 over a table of times. All have the same signature; `evaluate`
+drives them with ONNX Runtime, `train` and the tests with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model.errors import ConfigError
+from model.scorecard import Sampler
+
+Velocity = Callable[[Tensor, float, float], Tensor]
+"""(x [B, C, R, R], t, r) → v [B, C, R, R]"""
+
+
+def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The point on the straight path at time t and the velocity there: both [B, C, R, R], t [B]."""
+    t = t.view(-1, 1, 1, 1)
+    return (1 - t) * x0 + t * noise, noise - x0
+
+
+def logit_normal(size: int, generator: torch.Generator) -> Tensor:
+    """Times in (0, 1), [size], denser in the middle, where the velocity is hardest to tell."""
+    return torch.sigmoid(torch.randn(size, generator=generator))
+
+
+def timetable(steps: int) -> list[float]:
+    """The steps + 1 times of a sampler, from 1 to 0."""
+    return [1 - i / steps for i in range(steps)] + [0.0]
+
+
+def guided(network: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], ids: Tensor, guidance: float) -> Velocity:
+    """Velocity for captions `ids` [B, L] with classifier-free guidance (Ho and Salimans 2022); scale 1 is unguided.
+
+    Args:
+        network: (x, t [B], r [B], ids) → v.
+        ids: captions; the unconditional half is all zeros, "no caption".
+        guidance: how far past the conditional velocity to go.
+    """
+
+    def velocity(x: Tensor, t: float, r: float) -> Tensor:
+        B = x.shape[0]
+        if guidance == 1:
+            return network(x, torch.full((B,), t), torch.full((B,), r), ids)
+        both = network(
+            torch.cat((x, x)), torch.full((2 * B,), t), torch.full((2 * B,), r), torch.cat((ids, torch.zeros_like(ids)))
+        )
+        with_caption, without = both.chunk(2)
+        return without + guidance * (with_caption - without)
+
+    return velocity
+
+
+def sample_euler(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
+    """Euler's method: one evaluation a step."""
+    for t, s in zip(times, times[1:], strict=False):
+        x = x + (s - t) * velocity(x, t, t)
+    return x
+
+
+def sample_heun(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
+    """Heun's second-order method, two evaluations a step (Karras et al. 2022, algorithm 1, without churn)."""
+    for t, s in zip(times, times[1:], strict=False):
+        v = velocity(x, t, t)
+        guess = x + (s - t) * v
+        x = x + (s - t) * (v + velocity(guess, s, s)) / 2
+    return x
+
+
+def sample_ab2(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
+    """Adams-Bashforth of order two, one evaluation a step: the last two velocities, extrapolated over the next step.
+
+    The first step is Euler's; unequal steps are weighted by their ratio.
+    """
+    before: tuple[Tensor, float] | None = None
+    for t, s in zip(times, times[1:], strict=False):
+        h = s - t
+        v = velocity(x, t, t)
+        if before is None:
+            x = x + h * v
+        else:
+            ratio = h / (2 * before[1])
+            x = x + h * ((1 + ratio) * v - ratio * before[0])
+        before = (v, h)
+    return x
+
+
+SAMPLERS: dict[str, Callable[[Velocity, Tensor, list[float]], Tensor]] = {
+    "euler": sample_euler,
+    "heun": sample_heun,
+    "ab2": sample_ab2,
+}
+
+
+def sample(velocity: Velocity, noise: Tensor, sampler: Sampler) -> Tensor:
+    """Images [B, C, R, R], about [-1, 1], from noise of that shape.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    try:
+        method = SAMPLERS[sampler.method]
+    except KeyError:
+        raise ConfigError(f"there is no sampler {sampler.method!r}; choose one of {', '.join(SAMPLERS)}") from None
+    return method(velocity, noise, timetable(sampler.steps))

@@ -1,0 +1,136 @@
+"""Two unrelated, frozen feature spaces in which images are compared.
+
+- `trained`: the last hidden layer of a small classifier of captions, trained once on a line's first data revision.
+- `random`: responses of fixed random convolutions; no training, sees texture and noise, blind to meaning.
+
+Both are standardised by the first revision and kept in one file; its hash is part of every figure, and figures with
+different hashes are never compared. Distances in them are named `fd` and `kd`, never "FID": that name belongs to
+Inception features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model.data import Dataset, mix, to_unit
+from model.errors import CheckpointError
+from model.scorecard import Sha256
+from model.train import write_safely
+
+DIMENSIONS = 64
+SPACES = ("trained", "random")
+TRAINING_STEPS = 300
+Features = npt.NDArray[np.float64]  # [n, DIMENSIONS]
+
+
+class Classifier(nn.Module):
+    """Which caption belongs to an image; its last hidden layer is the feature space."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, 32, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(32, 48, 3, stride=2, padding=1)
+        self.hidden = nn.Linear(48 * 16, DIMENSIONS)
+        self.last = nn.Linear(DIMENSIONS, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        h = F.relu(self.second(F.relu(self.first(x))))
+        return self.hidden(F.adaptive_avg_pool2d(h, 4).flatten(1))  # [B, DIMENSIONS]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.features(x)))
+
+
+@dataclass(frozen=True)
+class FeatureSpaces:
+    """The two spaces of one line."""
+
+    tensors: dict[str, Tensor]
+    sha256: Sha256
+
+    def __call__(self, space: str, images: npt.NDArray[np.uint8]) -> Features:
+        """Features of uint8 images [n, C, R, R]: float64 [n, DIMENSIONS]."""
+        with torch.inference_mode():
+            raw = self._raw(space, to_unit(images)).double()
+        standard = (raw - self.tensors[f"{space}.mean"]) / self.tensors[f"{space}.deviation"]
+        result: Features = standard.numpy()
+        return result
+
+    def scale(self, space: str) -> float:
+        """Median distance between two images of the first revision: what the kernel's widths are multiples of."""
+        return float(self.tensors[f"{space}.scale"])
+
+    def _raw(self, space: str, x: Tensor) -> Tensor:
+        if space == "random":
+            return random_features(x, self.tensors["random.first"], self.tensors["random.second"])
+        classifier = Classifier(x.shape[1], len(self.tensors["trained.last.bias"]))
+        classifier.load_state_dict(
+            {k.removeprefix("trained."): v for k, v in self.tensors.items() if k.startswith("trained.") and k.count(".") == 2}
+        )
+        return classifier.features(x)
+
+
+def random_features(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Mean and deviation of two layers of fixed filters, [B, C, R, R] -> [B, DIMENSIONS]."""
+    h = F.avg_pool2d(F.relu(F.conv2d(x, first, padding=1)), 2)
+    h = F.relu(F.conv2d(h, second, padding=1)).flatten(2)
+    return torch.cat((h.mean(dim=2), h.std(dim=2)), dim=1)
+
+
+def fit(dataset: Dataset, path: Path, seed: int = 0) -> FeatureSpaces:
+    """Make the spaces of a line from its first data revision and write them to `path`; what is there is kept."""
+    if path.is_file():
+        return load(path)
+    channels = dataset.images.shape[1]
+    generator = torch.Generator().manual_seed(mix(seed, 3))
+    tensors: dict[str, Tensor] = {
+        "random.first": torch.randn((24, channels, 3, 3), generator=generator) * (9 * channels) ** -0.5,
+        "random.second": torch.randn((DIMENSIONS // 2, 24, 3, 3), generator=generator) * (9 * 24) ** -0.5,
+    }
+    names = sorted(set(dataset.captions))
+    target = torch.tensor([names.index(c) for c in dataset.captions])
+    training = dataset.training()
+    torch.manual_seed(mix(seed, 4))
+    classifier = Classifier(channels, len(names))
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.05)
+    for _ in range(TRAINING_STEPS):
+        chosen = training[torch.randint(0, len(training), (64,), generator=generator).numpy()]
+        loss = F.cross_entropy(classifier(to_unit(dataset.images[chosen])), target[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tensors |= {f"trained.{k}": v.detach() for k, v in classifier.state_dict().items()}
+    spaces = FeatureSpaces(tensors, "")
+    x = to_unit(dataset.images[training[:2000]])
+    for space in SPACES:
+        with torch.inference_mode():
+            raw = spaces._raw(space, x).double()
+        tensors[f"{space}.mean"] = raw.mean(dim=0)
+        tensors[f"{space}.deviation"] = raw.std(dim=0).clamp(min=1e-6)
+        standard = (raw - tensors[f"{space}.mean"]) / tensors[f"{space}.deviation"]
+        tensors[f"{space}.scale"] = torch.pdist(standard[:1000]).median()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safely(path, tensors)
+    return load(path)
+
+
+def load(path: Path) -> FeatureSpaces:
+    """Open the feature spaces that `fit` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        return FeatureSpaces(load_file(path), hashlib.sha256(path.read_bytes()).hexdigest())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read; restore it from a backup, past figures depend on it") from error

@@ -1,0 +1,380 @@
+"""The network as an ONNX graph, built once for each (configuration, precision) and never traced or re-exported.
+
+`Block` is a model-local function: the fixed-size block is literally one definition in the file, called M times. The
+weights are not in the graph; they lie in one flat file (`WEIGHTS_FILE`) at offsets that depend on the configuration
+alone: a shell record, then M equal block records, in each of which an expert is one contiguous range. So two trainings
+of one configuration share the graph byte for byte, and their weight files differ only where weights differ.
+
+Written with `onnx.helper` because PyTorch's exporter renames, folds and de-duplicates weights by their values, which
+would move bytes from one release to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from model.config import BYTE_VOCABULARY, ModelConfig
+from model.network import NORM_EPS, RATES, TIME_FREQUENCIES
+
+OPSET = 20
+IR_VERSION = 10
+DOMAIN = "deltaferry"
+WEIGHTS_FILE = "weights.bin"
+TENSOR_ALIGNMENT = 64  # bytes; a cache line, and any vector register
+RECORD_ALIGNMENT = 4096  # bytes; a page, so that a record can be mapped or patched alone
+
+Precision = Literal["float32", "float16"]
+ONNX_TYPES: dict[str, int] = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies in the weight file."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int  # bytes
+
+
+def block_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes inside one block record, in file order."""
+    s = config.shape
+    D, d = s.width, s.width // s.heads
+    rows: list[tuple[str, tuple[int, ...]]] = [
+        ("mod", (6, D)), ("qkv", (D, 3 * D)), ("out", (D, D)), ("q_gain", (d,)), ("k_gain", (d,)), ("dw", (D, 1, 3, 3)),
+        ("gate", (D, s.experts)), ("gate_bias", (s.experts,)), ("s13", (D, 2 * s.shared_width)), ("s2", (s.shared_width, D)),
+    ]  # fmt: skip
+    for e in range(s.experts):
+        rows += [(f"expert{e}.w13", (D, 2 * s.expert_width)), (f"expert{e}.w2", (s.expert_width, D))]
+    return rows
+
+
+def shell_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of everything outside the blocks, in file order."""
+    D, C, s = config.shape.width, config.channels, config.stride
+    return [
+        ("stem.weight", (D, C, 3, 3)), ("stem.bias", (D,)), ("text", (BYTE_VOCABULARY, D)),
+        ("pool.weight", (D, D)), ("pool.bias", (D,)), ("time_in.weight", (D, 4 * TIME_FREQUENCIES)), ("time_in.bias", (D,)),
+        ("time_out.weight", (D, D)), ("time_out.bias", (D,)), ("ada.weight", (6 * D, D)), ("ada.bias", (6 * D,)),
+        ("head_mod", (2, D)), ("head.weight", (C * s * s, D, 3, 3)), ("head.bias", (C * s * s,)),
+    ]  # fmt: skip
+
+
+def layout(config: ModelConfig, precision: Precision) -> tuple[list[Tensor], int]:
+    """Every tensor's place in the weight file, and the file's size in bytes."""
+    width = np.dtype(precision).itemsize
+    placed: list[Tensor] = []
+
+    def place(prefix: str, rows: list[tuple[str, tuple[int, ...]]], start: int) -> int:
+        for name, shape in rows:
+            start = align(start, TENSOR_ALIGNMENT)
+            length = width * int(np.prod(shape))
+            placed.append(Tensor(prefix + name, shape, start, length))
+            start += length
+        return align(start, RECORD_ALIGNMENT)
+
+    end = place("", shell_tensors(config), 0)
+    for b in range(config.blocks):
+        end = place(f"block{b}.", block_tensors(config), end)
+    return placed, end
+
+
+def align(offset: int, to: int) -> int:
+    """The next multiple of `to` at or after `offset`."""
+    return -(-offset // to) * to
+
+
+class _Body:
+    """Collects nodes; each helper returns the name of its first output."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.count = 0
+
+    def name(self, hint: str) -> str:
+        self.count += 1
+        return f"{hint}_{self.count}"
+
+    def add(
+        self, op: str, inputs: Sequence[str], outputs: Sequence[str] | None = None, domain: str = "", **attributes: object
+    ) -> str:
+        """One node; its outputs are named after it unless given."""
+        made = list(outputs) if outputs else [self.name(op.lower())]
+        self.nodes.append(helper.make_node(op, list(inputs), made, domain=domain, **attributes))
+        return made[0]
+
+    def ints(self, *values: int) -> str:
+        """A constant int64 vector."""
+        return self.add("Constant", [], value_ints=list(values))
+
+    def number(self, value: float) -> str:
+        """A constant float32 scalar."""
+        return self.add("Constant", [], value_float=value)
+
+    def slice(self, x: str, start: int, stop: int, axis: int) -> str:
+        return self.add("Slice", [x, self.ints(start), self.ints(stop), self.ints(axis)])
+
+    def swiglu(self, x: str) -> str:
+        """[.., 2H] -> [.., H]"""
+        gate, value = self.name("gate"), self.name("value")
+        self.add("Split", [x], [gate, value], axis=-1, num_outputs=2)
+        return self.add("Mul", [self.add("Mul", [gate, self.add("Sigmoid", [gate])]), value])
+
+    def silu(self, x: str) -> str:
+        return self.add("Mul", [x, self.add("Sigmoid", [x])])
+
+    def modulated_norm(self, x: str, ones: str, mod: str, shift: int) -> str:
+        """LayerNorm without parameters, then rows `shift` (shift) and `shift + 1` (scale) of mod [B, 6, D]."""
+        normed = self.add("LayerNormalization", [x, ones], axis=-1, epsilon=NORM_EPS)
+        scale = self.add("Add", [self.slice(mod, shift + 1, shift + 2, 1), self.number(1.0)])
+        return self.add("Add", [self.add("Mul", [normed, scale]), self.slice(mod, shift, shift + 1, 1)])
+
+    def rms_norm(self, x: str, gain: str) -> str:
+        mean = self.add("ReduceMean", [self.add("Mul", [x, x]), self.ints(-1)], keepdims=1)
+        root = self.add("Sqrt", [self.add("Add", [mean, self.number(NORM_EPS)])])
+        return self.add("Mul", [self.add("Div", [x, root]), gain])
+
+    def linear(self, x: str, name: str) -> str:
+        """x [B, in] through a torch-style [out, in] weight and bias."""
+        return self.add("Gemm", [x, f"{name}.weight", f"{name}.bias"], transB=1)
+
+
+def _function(name: str, inputs: list[str], outputs: list[str], body: _Body) -> FunctionProto:
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_function(DOMAIN, name, inputs, outputs, body.nodes, imports)
+
+
+def _project(config: ModelConfig) -> FunctionProto:
+    """x [B, T, D] → q, k, v, each [B, h, T, d]"""
+    heads = config.shape.heads
+    f = _Body()
+    f.add("Add", ["ada", "mod"], ["m"])
+    h = f.modulated_norm("x", "ones", "m", 0)
+    f.add("Split", [f.add("MatMul", [h, "qkv"])], ["q0", "k0", "v0"], axis=-1, num_outputs=3)
+
+    def split_heads(x: str, outputs: Sequence[str] | None = None) -> str:
+        grouped = f.add("Reshape", [x, f.ints(0, 0, heads, -1)])
+        return f.add("Transpose", [grouped], outputs, perm=[0, 2, 1, 3])
+
+    f.add("Identity", [f.rms_norm(split_heads("q0"), "q_gain")], ["q"])
+    f.add("Identity", [f.rms_norm(split_heads("k0"), "k_gain")], ["k"])
+    split_heads("v0", ["v"])
+    return _function("Project", ["x", "ada", "mod", "qkv", "q_gain", "k_gain", "ones"], ["q", "k", "v"], f)
+
+
+def _attend(config: ModelConfig) -> FunctionProto:
+    """q, k, v [B, h, T, d] → [B, T, D]"""
+    d = config.shape.width // config.shape.heads
+    f = _Body()
+    scaled = f.add("Mul", ["q", f.number(d**-0.5)])
+    weights = f.add("Softmax", [f.add("MatMul", [scaled, f.add("Transpose", ["k"], perm=[0, 1, 3, 2])])], axis=-1)
+    merged = f.add("Transpose", [f.add("MatMul", [weights, "v"])], perm=[0, 2, 1, 3])
+    f.add("Reshape", [merged, f.ints(0, 0, -1)], ["y"])
+    return _function("Attend", ["q", "k", "v"], ["y"], f)
+
+
+def _residual() -> FunctionProto:
+    """x, attended [B, T, D] → the residual stream after attention, and its norm, the input of convolution and experts"""
+    f = _Body()
+    f.add("Add", ["ada", "mod"], ["m"])
+    gated = f.add("Mul", [f.slice("m", 2, 3, 1), f.add("MatMul", ["attended", "out"])])
+    f.add("Add", ["x", gated], ["y"])
+    f.add("Identity", [f.modulated_norm("y", "ones", "m", 3)], ["h"])
+    return _function("Residual", ["x", "attended", "ada", "mod", "out", "ones"], ["y", "h"], f)
+
+
+def _convolve(config: ModelConfig) -> FunctionProto:
+    """h [B, n, D] on a map of `size` [0, D, rows, columns] → h + depthwise 3x3 convolution, [B, n, D]"""
+    D = config.shape.width
+    f = _Body()
+    grid = f.add("Reshape", [f.add("Transpose", ["h"], perm=[0, 2, 1]), "size"])
+    conv = f.add("Conv", [grid, "dw"], kernel_shape=[3, 3], pads=[1, 1, 1, 1], group=D)
+    back = f.add("Transpose", [f.add("Reshape", [conv, f.ints(0, D, -1)])], perm=[0, 2, 1])
+    f.add("Add", ["h", back], ["y"])
+    return _function("Convolve", ["h", "dw", "size"], ["y"], f)
+
+
+def _experts(config: ModelConfig) -> FunctionProto:
+    """Shared and routed experts on h [B, T, D], added to x: y [B, T, D], load [B, E], chosen [B, E, C]"""
+    s = config.shape
+    D, E = s.width, s.experts
+    f = _Body()
+    f.add("Add", ["ada", "mod"], ["m"])
+    scores = f.add("Transpose", [f.add("Softmax", [f.add("MatMul", ["h", "gate"])], axis=-1)], perm=[0, 2, 1])
+    f.add("TopK", [scores, "capacity"], ["weight", "chosen"], axis=-1, largest=1, sorted=1)  # [B, E, C]
+    batch = f.add("Shape", ["x"], start=0, end=1)
+    tokens = f.add("Shape", ["x"], start=1, end=2)
+    mass = f.add("ReduceSum", ["weight", f.ints(-1)], keepdims=0)
+    f.add("Div", [mass, f.add("Cast", [tokens], to=TensorProto.FLOAT)], ["load"])
+    # Rows of the flattened [B * T, D] batch: an expert's work is then two plain matrix products over what it chose.
+    scalar = f.add("Constant", [], value_int=0), f.add("Constant", [], value_int=1)
+    order = f.add("Range", [scalar[0], f.add("Squeeze", [batch]), scalar[1]])
+    start = f.add("Reshape", [f.add("Mul", [order, tokens]), f.ints(-1, 1, 1)])
+    rows = f.add("Add", ["chosen", start])
+    flat = f.add("Reshape", ["h", f.ints(-1, D)])
+    mixed = f.add("MatMul", [f.swiglu(f.add("MatMul", [flat, "s13"])), "s2"])  # [B * T, D]
+    for e in range(E):
+        index = f.add("Constant", [], value_int=e)
+        mine = f.add("Reshape", [f.add("Gather", [rows, index], axis=1), f.ints(-1)])  # [B * C]
+        share = f.add("Reshape", [f.add("Gather", ["weight", index], axis=1), f.ints(-1, 1)])
+        picked = f.add("Gather", [flat, mine], axis=0)  # [B * C, D]
+        made = f.add("MatMul", [f.swiglu(f.add("MatMul", [picked, f"w13_{e}"])), f"w2_{e}"])
+        target = f.add("Reshape", [mine, f.ints(-1, 1)])
+        mixed = f.add("ScatterND", [mixed, target, f.add("Mul", [made, share])], reduction="add")
+    shaped = f.add("Reshape", [mixed, f.add("Shape", ["x"])])
+    f.add("Add", ["x", f.add("Mul", [f.slice("m", 5, 6, 1), shaped])], ["y"])
+    inputs = ["x", "h", "ada", "mod", "gate", "s13", "s2", "capacity"]
+    inputs += [f"{w}_{e}" for e in range(E) for w in ("w13", "w2")]
+    return _function("Experts", inputs, ["y", "load", "chosen"], f)
+
+
+BLOCK_WEIGHTS = ("mod", "qkv", "out", "q_gain", "k_gain", "dw", "gate", "s13", "s2")  # gate_bias: token choice only
+
+
+def _expert_names(config: ModelConfig, pattern: str) -> list[str]:
+    return [pattern.format(e=e, w=w) for e in range(config.shape.experts) for w in ("w13", "w2")]
+
+
+def _block(config: ModelConfig) -> FunctionProto:
+    """The single-stream block on [image | text], x [B, N + L, D]; dual layers call its parts once for each stream."""
+    N, L = config.tokens, config.text_length
+    f = _Body()
+    f.add("Project", ["x", "ada", "mod", "qkv", "q_gain", "k_gain", "ones"], ["q", "k", "v"], DOMAIN)
+    f.add("Attend", ["q", "k", "v"], ["attended"], DOMAIN)
+    f.add("Residual", ["x", "attended", "ada", "mod", "out", "ones"], ["r", "h"], DOMAIN)
+    f.add("Split", ["h", f.ints(N, L)], ["image", "text"], axis=1)
+    image = f.add("Convolve", ["image", "dw", "image_size"], domain=DOMAIN)
+    text = f.add("Convolve", ["text", "dw", "text_size"], domain=DOMAIN)
+    both = f.add("Concat", [image, text], axis=1)
+    weights = ["mod", "gate", "s13", "s2", "capacity", *_expert_names(config, "{w}_{e}")]
+    f.add("Experts", ["r", both, "ada", *weights], ["y", "load", "chosen"], DOMAIN)
+    inputs = ["x", "ada", *BLOCK_WEIGHTS, "ones", "image_size", "text_size", "capacity", *_expert_names(config, "{w}_{e}")]
+    return _function("Block", inputs, ["y", "load", "chosen"], f)
+
+
+def build(config: ModelConfig, precision: Precision, routes: bool = False) -> ModelProto:
+    """The graph: x [B, C, R, R], t [B], r [B], ids [B, L] → v [B, C, R, R], load [B, M, E].
+
+    Args:
+        config: the network's shape.
+        precision: how weights are stored; arithmetic is float32 either way (the casts are folded when a session loads).
+        routes: also output each block's routing as `chosen{b}` [B, E, C], for parity checks.
+
+    The bytes of the result depend on the arguments alone.
+    """
+    s = config.shape
+    D, N, L, side = s.width, config.tokens, config.text_length, config.side
+    g = _Body()
+    initializers: list[TensorProto] = []
+    used = {t.name for t in layout(config, precision)[0] if not t.name.endswith("gate_bias")}
+    for tensor in layout(config, precision)[0]:
+        if tensor.name not in used:
+            continue
+        stored = tensor.name if precision == "float32" else f"{tensor.name}.stored"
+        initializers.append(_external(stored, tensor, precision))
+        if stored != tensor.name:
+            g.add("Cast", [stored], [tensor.name], to=TensorProto.FLOAT)
+    initializers += [
+        helper.make_tensor("ones", TensorProto.FLOAT, [D], [1.0] * D),
+        helper.make_tensor("rates", TensorProto.FLOAT, [1, TIME_FREQUENCIES], RATES),
+        helper.make_tensor("image_size", TensorProto.INT64, [4], [0, D, side, side]),
+        helper.make_tensor("text_size", TensorProto.INT64, [4], [0, D, 1, L]),
+        *(
+            helper.make_tensor(f"capacity_{name}", TensorProto.INT64, [1], [config.capacity(tokens)])
+            for name, tokens in (("image", N), ("text", L), ("both", N + L))
+        ),
+    ]
+
+    stem = g.add(
+        "Conv", ["x", "stem.weight", "stem.bias"], kernel_shape=[3, 3], pads=[1] * 4, strides=[config.stride] * 2
+    )  # [B, D, side, side]
+    image = g.add("Transpose", [g.add("Reshape", [stem, g.ints(0, D, -1)])], perm=[0, 2, 1])  # [B, N, D]
+    text = g.add("Gather", ["text", "ids"], axis=0)  # [B, L, D]
+    given = g.add("Cast", [g.add("Greater", ["ids", g.add("Constant", [], value_int=0)])], to=TensorProto.FLOAT)
+    count = g.add("Max", [g.add("ReduceSum", [given, g.ints(1)], keepdims=1), g.number(1.0)])  # [B, 1]
+    masked = g.add("Mul", [text, g.add("Unsqueeze", [given, g.ints(-1)])])
+    mean = g.add("Div", [g.add("ReduceSum", [masked, g.ints(1)], keepdims=0), count])
+    pooled = g.linear(mean, "pool")  # [B, D]
+    angles = [g.add("Mul", [g.add("Unsqueeze", [t, g.ints(1)]), "rates"]) for t in ("t", "r")]
+    waves = g.add("Concat", [g.add(op, [angle]) for angle in angles for op in ("Cos", "Sin")], axis=1)
+    when = g.linear(g.silu(g.linear(waves, "time_in")), "time_out")  # [B, D]
+    flat = g.linear(g.silu(g.add("Add", [when, pooled])), "ada")
+    ada = g.add("Reshape", [flat, g.ints(0, 6, D)])  # [B, 6, D]
+
+    def weights(b: int, *names: str) -> list[str]:
+        return [f"block{b}.{name}" for name in names]
+
+    def experts(b: int) -> list[str]:
+        return _expert_names(config, f"block{b}.expert{{e}}.{{w}}")
+
+    def projected(b: int, x: str) -> list[str]:
+        qkv = [f"q{b}", f"k{b}", f"v{b}"]
+        g.add("Project", [x, ada, *weights(b, "mod", "qkv", "q_gain", "k_gain"), "ones"], qkv, DOMAIN)
+        return qkv
+
+    def stream(b: int, x: str, attended: str, segment: str) -> str:
+        r, h = g.name("r"), g.name("h")
+        g.add("Residual", [x, attended, ada, *weights(b, "mod", "out"), "ones"], [r, h], DOMAIN)
+        conv = g.add("Convolve", [h, *weights(b, "dw"), f"{segment}_size"], domain=DOMAIN)
+        inputs = [r, conv, ada, *weights(b, "mod", "gate", "s13", "s2"), f"capacity_{segment}", *experts(b)]
+        return g.add("Experts", inputs, [f"y{b}", f"load{b}", f"chosen{b}"], DOMAIN)
+
+    for layer in range(s.dual):
+        i, j = 2 * layer, 2 * layer + 1
+        joined = [g.add("Concat", pair, axis=2) for pair in zip(projected(i, image), projected(j, text), strict=True)]
+        attended = g.add("Attend", joined, domain=DOMAIN)  # [B, N + L, D]
+        parts = [g.name("of_image"), g.name("of_text")]
+        g.add("Split", [attended, g.ints(N, L)], parts, axis=1)
+        image, text = stream(i, image, parts[0], "image"), stream(j, text, parts[1], "text")
+    both = g.add("Concat", [image, text], axis=1)  # [B, N + L, D]
+    for b in range(2 * s.dual, config.blocks):
+        inputs = [both, ada, *weights(b, *BLOCK_WEIGHTS), "ones", "image_size", "text_size", "capacity_both", *experts(b)]
+        both = g.add("Block", inputs, [f"y{b}", f"load{b}", f"chosen{b}"], DOMAIN)
+    image = g.slice(both, 0, N, 1)
+
+    mod = g.add("Add", [g.slice(ada, 0, 2, 1), "head_mod"])  # [B, 2, D]
+    grid = g.add("Transpose", [g.modulated_norm(image, "ones", mod, 0)], perm=[0, 2, 1])
+    skip = g.add("Add", [g.add("Reshape", [grid, "image_size"]), stem])
+    head = g.add("Conv", [skip, "head.weight", "head.bias"], kernel_shape=[3, 3], pads=[1] * 4)
+    g.add("DepthToSpace", [head], ["v"], blocksize=config.stride, mode="CRD")
+    stacked = [g.add("Unsqueeze", [f"load{b}", g.ints(1)]) for b in range(config.blocks)]
+    g.add("Concat", stacked, ["load"], axis=1)
+
+    C, R = config.channels, config.image_size
+    inputs_info = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", C, R, R]),
+        helper.make_tensor_value_info("t", TensorProto.FLOAT, ["B"]),
+        helper.make_tensor_value_info("r", TensorProto.FLOAT, ["B"]),
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", L]),
+    ]
+    outputs_info: list[ValueInfoProto] = [
+        helper.make_tensor_value_info("v", TensorProto.FLOAT, ["B", C, R, R]),
+        helper.make_tensor_value_info("load", TensorProto.FLOAT, ["B", config.blocks, s.experts]),
+    ]
+    if routes:
+        outputs_info += [
+            helper.make_tensor_value_info(f"chosen{b}", TensorProto.INT64, ["B", s.experts, None])
+            for b in range(config.blocks)
+        ]
+    graph = helper.make_graph(g.nodes, "network", inputs_info, outputs_info, initializers)
+    functions = [_project(config), _attend(config), _residual(), _convolve(config), _experts(config), _block(config)]
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    # No producer version and no metadata: a new release of the tool must not change the bytes of an old graph.
+    return helper.make_model(
+        graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION, producer_name="deltaferry"
+    )
+
+
+def _external(name: str, tensor: Tensor, precision: Precision) -> TensorProto:
+    made = TensorProto(name=name, data_type=ONNX_TYPES[precision], dims=tensor.shape)
+    made.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", WEIGHTS_FILE), ("offset", str(tensor.offset)), ("length", str(tensor.length))):
+        entry = made.external_data.add()
+        entry.key, entry.value = key, value
+    return made

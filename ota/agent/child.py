@@ -1,0 +1,195 @@
+"""What runs in a process of its own, with limits: applying a delta, trying a bundle, drawing an image.
+
+A patch, a graph and weights are parsed here and nowhere else, so that whatever they do to a process, the agent lives on;
+and memory that ONNX Runtime keeps goes back with the process. The parent calls `run`; the child reads one JSON request
+from its standard input and answers with one JSON line.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ota.errors import BaseError, DeltaError, DeviceError, ManifestError, OperatorError, OtaError, RoomError, StateError
+
+MEMORY = 4 * 1024**3  # bytes of address space; ONNX Runtime maps far more than it uses
+SECONDS = {"apply": 600, "try": 300, "generate": 300}  # of wall time; twice that in CPU time, for two cores
+GATE_IMAGES = 4  # drawn at once when a bundle is tried
+KNOWN: dict[str, type[OtaError]] = {
+    kind.__name__: kind for kind in (BaseError, DeltaError, DeviceError, ManifestError, OperatorError, RoomError, StateError)
+}
+
+
+def run(task: str, **request: Any) -> dict[str, Any]:
+    """Run a task in a child process and return its answer.
+
+    Raises:
+        OtaError: what the task raised; `DeviceError` when the child died or ran out of time.
+    """
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "ota.agent.child", task],
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            timeout=SECONDS[task],
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DeviceError(f"the {task} process did not end within {SECONDS[task]} s and was stopped") from error
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        raise DeviceError(f"the {task} process died ({_ending(done.returncode)}): {_last_line(done.stderr)}") from error
+    if "error" in answer:
+        raise KNOWN.get(answer["kind"], DeviceError)(answer["error"])
+    return answer
+
+
+def _ending(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit {code}"
+
+
+def _last_line(data: bytes) -> str:
+    lines = data.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+# Below: in the child
+
+
+def main() -> None:
+    """Entry point of the child process."""
+    task = sys.argv[1]
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS[task], 2 * SECONDS[task]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        answer = {"apply": apply, "try": try_bundle, "generate": generate}[task](**json.loads(sys.stdin.buffer.read()))
+    except OtaError as error:
+        answer = {"kind": type(error).__name__, "error": str(error)}
+    except MemoryError:
+        answer = {"kind": "DeviceError", "error": "not enough memory"}
+    sys.stdout.write(json.dumps(answer))
+    sys.stdout.flush()
+    os._exit(0)  # ONNX Runtime's teardown is not worth waiting for, and has been seen to crash
+
+
+def apply(root: str, patch: str, base: str, base_digest: str, slot: str, target_digest: str) -> dict[str, Any]:
+    """Make a bundle's files in the folder `slot` from the slot `base` and the delta `patch`; all names are below `root`."""
+    from ota import delta
+    from ota.agent.disk import Disk
+    from ota.agent.state import Slot
+    from ota.manifest import FileEntry, Role, VariantName
+
+    disk = Disk(Path(root))
+    running = Slot(Path(root) / base, base_digest)
+
+    def open_base(role: Role, variant: VariantName | None) -> BinaryIO:
+        try:
+            return running.path(role, variant).open("rb")
+        except (OSError, StopIteration) as error:
+            raise BaseError(f"the installed bundle lacks its {role} file; fetch the full bundle") from error
+
+    class Output:
+        """Opens each new file through `Disk`, so that it is synced when it is complete."""
+
+        def __init__(self, entry: FileEntry) -> None:
+            self._writing = disk.writing(f"{slot}/{entry.sha256}")
+
+        def __enter__(self) -> BinaryIO:
+            return self._writing.__enter__()
+
+        def __exit__(self, *raised: Any) -> None:
+            self._writing.__exit__(*raised)
+
+    with (Path(root) / patch).open("rb") as stream:
+        header = delta.read_header(stream)
+        if (header.base, header.target) != (base_digest, target_digest):
+            raise DeltaError("the delta is for other bundles than its signed name says; fetch the full bundle")
+        delta.apply(stream, header, open_base, Output)  # type: ignore[arg-type]
+    return {"files": len(header.files)}
+
+
+def try_bundle(slot: str, digest: str, variant: str) -> dict[str, Any]:
+    """Load a bundle's variant, compare its golden outputs, draw images; returns the fields of `rules.Trying`."""
+    import numpy as np
+    import onnxruntime
+
+    from ota.agent import rules, sampler
+    from ota.agent.state import MAX_STATE, Slot
+    from ota.manifest import SamplerTable, parse
+
+    bundle = Slot(Path(slot), digest)
+    table = parse(SamplerTable, bundle.path("sampler", variant).read_bytes(), MAX_STATE)  # type: ignore[arg-type]
+    reference = bundle.reference(variant)  # type: ignore[arg-type]
+    problem = rules.check_runtime(table.runtime.onnxruntime, onnxruntime.__version__)
+    weights = bundle.path("weights", variant).read_bytes()  # type: ignore[arg-type]
+    model = sampler.open_model(bundle.path("graph").read_bytes(), weights, table)
+
+    try:
+        with np.load(bundle.path("golden", variant), allow_pickle=False) as file:  # type: ignore[arg-type]
+            ids, seeds, t, expected = (file[name] for name in ("ids", "seeds", "t", "velocity"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ManifestError(f"the bundle's golden outputs cannot be read: {error}") from error
+    shape = (table.image.channels, table.image.size, table.image.size)
+    x = np.stack([sampler.noise(int(seed), shape) for seed in seeds])
+    velocity = model.run(x, t, ids)
+    close = np.abs(velocity - expected) <= reference.golden.tolerance
+    share = float(close.mean()) if np.isfinite(velocity).all() else 0.0
+
+    model.load_sum, model.evaluations = None, 0
+    pictures, took = [], []
+    for first in range(0, len(ids), GATE_IMAGES):
+        pictures.append(model.generate(ids[first : first + GATE_IMAGES], [int(s) for s in seeds[first : first + GATE_IMAGES]]))
+    images = np.concatenate(pictures)
+    load = model.load()
+    for i in range(3):
+        start = time.perf_counter()
+        model.generate(ids[:1], [i])
+        took.append(time.perf_counter() - start)
+    finite = bool(np.isfinite(images).all())
+    return {
+        "golden_share": share,
+        "finite": finite,
+        "statistics": sampler.statistics(np.nan_to_num(images)),
+        "load": load,
+        "milliseconds": 1000 * sorted(took)[1],
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "runtime_problem": problem,
+    }
+
+
+def generate(slot: str, digest: str, variant: str, caption: str, seed: int) -> dict[str, Any]:
+    """Draw one image; returns the PNG in base64 and how it went."""
+    import numpy as np
+
+    from ota.agent import sampler
+    from ota.agent.state import MAX_STATE, Slot
+    from ota.manifest import SamplerTable, parse
+
+    bundle = Slot(Path(slot), digest)
+    table = parse(SamplerTable, bundle.path("sampler", variant).read_bytes(), MAX_STATE)  # type: ignore[arg-type]
+    weights = bundle.path("weights", variant).read_bytes()  # type: ignore[arg-type]
+    model = sampler.open_model(bundle.path("graph").read_bytes(), weights, table)
+    start = time.perf_counter()
+    image = model.generate(model.encode(caption), [seed])[0]
+    elapsed = time.perf_counter() - start
+    return {
+        "png": base64.b64encode(sampler.png(np.nan_to_num(image))).decode(),
+        "good": bool(np.isfinite(image).all() and image.std() > 0.01),
+        "milliseconds": 1000 * elapsed,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""All writes of the agent. Nothing else in `ota.agent` opens a file for writing, renames or removes one.
+
+What a method promises holds after a power cut at any later moment: a replaced file is whole, old or new; a renamed folder
+and what was synced in it are there. Names are relative to the agent's directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from ota.errors import RoomError, StateError
+
+
+class Disk:
+    """Durable changes below one directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, name: str) -> Path:
+        """Where a name lies; for reading."""
+        return self.root / name
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Give a file new content, whole or not at all, and durable on return.
+
+        Raises:
+            RoomError: the disk is full.
+            StateError: the file cannot be written.
+        """
+        fresh = f"{name}.tmp"
+        with self.writing(fresh) as file:
+            file.write(data)
+        self.rename(fresh, name)
+
+    @contextmanager
+    def writing(self, name: str, append: bool = False) -> Iterator[BinaryIO]:
+        """A file open for writing; synced when the block ends well. The name itself is durable after `rename`."""
+        with self._errors(name):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+            with os.fdopen(os.open(self.root / name, flags, 0o600), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+
+    def rename(self, name: str, to: str) -> None:
+        """Rename a file or folder within the directory; durable on return."""
+        with self._errors(to):
+            os.replace(self.root / name, self.root / to)
+            self._sync_folder((self.root / to).parent)
+
+    def make_folder(self, name: str) -> None:
+        """Make a folder and its parents; durable on return."""
+        with self._errors(name):
+            missing = [p for p in ((self.root / name), *(self.root / name).parents) if not p.exists()]
+            (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+            for path in reversed(missing):
+                self._sync_folder(path.parent)
+
+    def sync_folder(self, name: str) -> None:
+        """Make the names in a folder durable."""
+        with self._errors(name):
+            self._sync_folder(self.root / name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all it holds; nothing happens where there is none."""
+        with self._errors(name):
+            path = self.root / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def free(self) -> int:
+        """Bytes that can still be written."""
+        with self._errors("."):
+            found = os.statvfs(self.root)
+            return found.f_bavail * found.f_frsize
+
+    @staticmethod
+    def _sync_folder(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RoomError(f"the disk of {self.root} is full; make room, the next update goes on") from error
+            raise StateError(
+                f"cannot write {self.root / name}: {error.strerror}; check the directory's owner and the disk"
+            ) from error
+
+
+def read_uncached(path: Path) -> Iterator[bytes]:
+    """A file's bytes as the disk holds them, not as the page cache remembers them, in pieces."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # only clean pages can be dropped
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while piece := file.read(1 << 20):
+            yield piece

@@ -1,0 +1,112 @@
+"""What a device tells the factory: signed, numbered, kept in a bounded queue until delivered. Never an image.
+
+A report's number is made durable before the report is, so that no number is ever used for two contents; a power cut may
+leave a gap in the numbers, which means nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from ota.agent.state import Home
+from ota.errors import StateError, TransferError
+from ota.manifest import DeviceReport, Event, SignedReport
+
+MAX_QUEUE = 200  # reports; the oldest go first
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+log = logging.getLogger(__name__)
+
+
+def make_key(home: Home) -> None:
+    """Make the device's key where there is none."""
+    if not home.disk.path("device.key").is_file():
+        home.disk.replace("device.key", Ed25519PrivateKey.generate().private_bytes_raw())
+
+
+def _key(home: Home) -> Ed25519PrivateKey:
+    try:
+        return Ed25519PrivateKey.from_private_bytes(home.disk.path("device.key").read_bytes())
+    except (OSError, ValueError) as error:
+        raise StateError(f"{home.root / 'device.key'} cannot be read; run `ferry-agent init` again and enroll anew") from error
+
+
+def public_key(home: Home) -> str:
+    """The public half, 64 hex digits, for `ferry fleet enroll`."""
+    return _key(home).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+
+
+def queue(
+    home: Home, event: Event, manifest: str | None, reason: str = "", received: int = 0, milliseconds: float = 0
+) -> None:
+    """Sign a report and put it into the queue; durable on return."""
+    config = home.config()
+    home.disk.make_folder("queue")
+    number = _next_number(home)
+    report = DeviceReport(
+        device=config.device, boot=_boot(), number=number, time=int(time.time()), line=config.line,
+        device_class=config.device_class, event=event, manifest=manifest, active=home.load().active, reason=reason[:500],
+        received=received, milliseconds=round(milliseconds),
+    )  # fmt: skip
+    signed = SignedReport(report=report, signature=_key(home).sign(report.canonical()).hex())
+    home.disk.replace(f"queue/{number:08d}.json", json.dumps(signed.model_dump(mode="json")).encode())
+    for old in sorted(home.disk.path("queue").glob("*.json"))[:-MAX_QUEUE]:
+        home.disk.remove(f"queue/{old.name}")
+
+
+def _next_number(home: Home) -> int:
+    path = home.disk.path("number")
+    try:
+        last = int(path.read_bytes())
+    except (OSError, ValueError):
+        last = max((int(p.stem) for p in home.disk.path("queue").glob("*.json")), default=0)
+    home.disk.replace("number", str(last + 1).encode())
+    return last + 1
+
+
+def _boot() -> str:
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def send(home: Home) -> int:
+    """Deliver what is queued; what cannot be delivered stays. Returns how many reports are left.
+
+    A report is a file in a folder, named by device and number: dropping it twice is the same as once.
+    """
+    config = home.config()
+    waiting = sorted(home.disk.path("queue").glob("*.json"))
+    if not config.reports:
+        return len(waiting)
+    folder = Path(urlsplit(config.reports).path)
+    for done, path in enumerate(waiting):
+        try:
+            _drop(path.read_bytes(), folder, f"{config.device}-{path.name}")
+        except TransferError as error:
+            log.warning("%s", error)
+            return len(waiting) - done
+        home.disk.remove(f"queue/{path.name}")
+    return 0
+
+
+def _drop(data: bytes, folder: Path, name: str) -> None:
+    fresh = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with fresh.open("wb") as file:  # on another file system than the agent's own, so not through Disk
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(folder / name)
+    except OSError as error:
+        raise TransferError(f"reports cannot be left in {folder}: {error.strerror}; they are kept and tried again") from error

@@ -1,0 +1,210 @@
+"""Every decision of the agent, without I/O: what to install, from where, and whether a new bundle is fit to run."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ota.agent.state import Config, State
+from ota.errors import ManifestError, TrustError
+from ota.manifest import Manifest, Policy, Reference
+
+BUCKETS = 10_000
+CLOCK_SLACK = 24 * 3600  # seconds that a clock may run behind the latest time seen
+STATISTIC_FLOOR = 0.02  # of the grey range of 2; the least width that a reference range is taken for
+MAX_DEAD_LOAD = 0.1  # of its reference share; an expert with less is not used on this device
+MEMORY_LIMIT = 1024  # MiB that trying or running a bundle may take at its peak
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the policy wants of this device now."""
+
+    install: bool
+    reason: str
+
+
+def bucket(device: str, salt: str) -> int:
+    """The device's place in the fleet for one release, 0 … 9999: the same on every device and machine."""
+    digest = hmac.new(salt.encode(), device.encode(), hashlib.sha256).digest()
+    return int.from_bytes(digest[:8], "big") % BUCKETS
+
+
+def check_clock(now: int, floor: int) -> None:
+    """Refuse a clock that runs behind what was already seen: with it, expired metadata would look fresh.
+
+    Raises:
+        TrustError: it does, by more than `CLOCK_SLACK`.
+    """
+    if now < floor - CLOCK_SLACK:
+        raise TrustError(
+            f"the clock is {(floor - now) // 3600} hours behind the last time seen; set it, the running model is kept"
+        )
+
+
+def check_versions(found: dict[str, int], marks: dict[str, int]) -> None:
+    """Refuse metadata older than what this device accepted before, also when its cache was lost.
+
+    Raises:
+        TrustError: a role went back.
+    """
+    for role, version in sorted(found.items()):
+        if version < marks.get(role, 0):
+            raise TrustError(
+                f"the repository offers version {version} of {role}, this device has seen {marks[role]}; it is an old copy "
+                "or an attack, nothing is installed"
+            )
+
+
+def want(policy: Policy, config: Config, state: State, revertible: bool, now: int) -> Wanted:
+    """What a policy wants of this device.
+
+    Args:
+        policy: signed, and not expired.
+        config: of the device.
+        state: of the device.
+        revertible: whether `models` marks the named release as one to go back to.
+        now: seconds since 1970.
+
+    Raises:
+        ManifestError: the policy is for another line or class.
+        TrustError: it names an older release without saying so, or one that may not be gone back to.
+    """
+    if (policy.line, policy.device_class) != (config.line, config.device_class):
+        raise ManifestError(f"the policy is for {policy.line}/{policy.device_class}, not for this device")
+    if policy.manifest == state.active:
+        return Wanted(False, f"release {policy.seq} is installed")
+    if policy.manifest in state.refused:
+        return Wanted(False, f"release {policy.seq} was refused before: {state.refused[policy.manifest]}")
+    if policy.halt:
+        return Wanted(False, f"release {policy.seq} is halted")
+    if policy.seq < state.seq:
+        if not policy.revert:
+            raise TrustError(f"the policy names release {policy.seq}, older than {state.seq}, without calling it a revert")
+        if not revertible:
+            raise TrustError(f"the policy goes back to release {policy.seq}, which is not marked as one to go back to")
+    mine = bucket(config.device, policy.salt)
+    opening = [wave.not_before for wave in policy.waves if mine < wave.bps]
+    if not opening:
+        return Wanted(False, f"release {policy.seq} is not meant for this device yet (bucket {mine})")
+    if min(opening) > now:
+        return Wanted(False, f"release {policy.seq} opens for this device in {min(opening) - now} s")
+    if config.window and not in_window(config.window, now):
+        return Wanted(False, f"release {policy.seq} waits for the maintenance window {config.window} UTC")
+    return Wanted(True, f"release {policy.seq} is open to this device")
+
+
+def in_window(window: str, now: int) -> bool:
+    """Whether the time of day (UTC) lies in a window such as 22:00-05:00."""
+    start, stop = (int(part[:2]) * 60 + int(part[3:5]) for part in window.split("-"))
+    minute = now // 60 % 1440
+    return start <= minute < stop if start <= stop else minute >= start or minute < stop
+
+
+def check_fits(manifest: Manifest, config: Config, agent: str) -> None:
+    """Refuse a bundle that was not made for this device, before anything of it is fetched.
+
+    Raises:
+        ManifestError: another line or class, or it needs a newer agent.
+    """
+    if (manifest.line, manifest.device_class) != (config.line, config.device_class):
+        raise ManifestError(f"the bundle is for {manifest.line}/{manifest.device_class}, not for this device")
+    if as_numbers(manifest.minimum_agent) > as_numbers(agent):
+        raise ManifestError(f"the bundle needs agent {manifest.minimum_agent}, this is {agent}; update the agent first")
+
+
+def as_numbers(version: str) -> tuple[int, ...]:
+    """A version as numbers to compare, up to the first part that is not one."""
+    numbers: list[int] = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def check_runtime(bounds: Sequence[str], version: str) -> str | None:
+    """Why this ONNX Runtime must not run the bundle, if so; `bounds` are ">=a" and "<b"."""
+    low, high = as_numbers(bounds[0].removeprefix(">=")), as_numbers(bounds[1].removeprefix("<"))
+    if low <= as_numbers(version) < high:
+        return None
+    return f"it needs ONNX Runtime {bounds[0]}, {bounds[1]}, this device has {version}"
+
+
+def room_needed(download: int, bundle: int) -> int:
+    """Bytes that must be free: the download, the new slot beside the old ones, and a margin for everything else."""
+    return download + bundle + max(bundle // 10, 8 * 1024 * 1024)
+
+
+@dataclass(frozen=True)
+class Trying:
+    """What a child process measured when it tried a bundle's variant."""
+
+    golden_share: float
+    """Share of the golden outputs within the tolerance; 0 when any is not finite."""
+    finite: bool
+    statistics: tuple[tuple[str, float], ...]
+    """Means over the generated images: (name, value)."""
+    load: tuple[tuple[float, ...], ...]
+    """Mean gate mass [M][E]."""
+    milliseconds: float
+    peak_mib: float
+    runtime_problem: str | None
+
+
+def judge(trying: Trying, own: Reference, running: Reference | None) -> list[str]:
+    """Why a new bundle is not fit to run here; empty when it is.
+
+    Args:
+        trying: what was measured on this device.
+        own: what the bundle claims of itself. A bundle that was damaged or computes otherwise here differs from it.
+        running: what the bundle that runs now claims of itself. A bundle made from garbage agrees with its own golden
+            outputs, so its images are also held against the images of the one it would replace.
+    """
+    reasons = []
+    if trying.runtime_problem:
+        return [trying.runtime_problem]
+    if not trying.finite:
+        reasons.append("it makes images that are not finite")
+    if trying.golden_share < own.golden.share:
+        reasons.append(
+            f"only {100 * trying.golden_share:.1f} % of its golden outputs come out right here, {100 * own.golden.share:.0f} % "
+            "must"
+        )
+    reasons += unlike(trying.statistics, own, "its own reference")
+    if running:
+        reasons += unlike(trying.statistics, running, "the running model's")
+    idle = [
+        f"expert {e} of block {b}"
+        for b, (row, reference) in enumerate(zip(trying.load, own.load, strict=True))
+        for e, (mass, expected) in enumerate(zip(row, reference, strict=True))
+        if mass < MAX_DEAD_LOAD * expected
+    ]
+    if idle:
+        reasons.append(f"{', '.join(idle[:3])} carry no load here as they did in the factory")
+    if trying.milliseconds > own.latency_ms:
+        reasons.append(f"an image takes {trying.milliseconds:.0f} ms, the budget is {own.latency_ms:.0f} ms")
+    if trying.peak_mib > MEMORY_LIMIT:
+        reasons.append(f"it takes {trying.peak_mib:.0f} MiB, {MEMORY_LIMIT} are allowed")
+    return reasons
+
+
+def unlike(statistics: Sequence[tuple[str, float]], reference: Reference, whose: str) -> list[str]:
+    """Which image statistics lie more than their own range's width outside a reference's range.
+
+    The width makes room for what retraining is for (a lighting change moves the mean); garbage moves several statistics
+    by many widths.
+    """
+    reasons = []
+    for name, value in statistics:
+        expected = reference.statistics.get(name)  # type: ignore[call-overload]
+        if expected is None:
+            continue
+        width = max(expected.high - expected.low, STATISTIC_FLOOR)
+        if not expected.low - width <= value <= expected.high + width:
+            reasons.append(
+                f"the images' {name} is {value:.2f}, {whose} lies between {expected.low:.2f} and {expected.high:.2f}"
+            )
+    return reasons

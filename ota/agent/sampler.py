@@ -1,0 +1,174 @@
+"""Draw images on the device: NumPy, ONNX Runtime, and the table in `sampler.json`. Nothing of the factory is needed.
+
+This is a second implementation of the factory's samplers, kept to what a device needs; a test holds the two together on
+the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from ota.errors import DeviceError, OperatorError
+from ota.manifest import WEIGHTS_LOCATION, SamplerTable
+
+Floats = npt.NDArray[np.float32]
+Velocity = Callable[[Floats, float], Floats]
+
+
+@dataclass
+class Model:
+    """A loaded variant: its session and table, and the expert load of everything drawn so far."""
+
+    session: Any
+    table: SamplerTable
+    load_sum: npt.NDArray[np.float64] | None = None
+    evaluations: int = 0
+
+    def velocity(self, x: Floats, t: float, ids: npt.NDArray[np.int64]) -> Floats:
+        """The network at (x [B, C, R, R], t) for captions [B, L]; guided where the table says so."""
+        guidance, B = np.float32(self.table.guidance), len(x)
+        if guidance == 1:
+            return self.run(x, np.full(B, t, np.float32), ids)
+        both = self.run(
+            np.concatenate((x, x)), np.full(2 * B, t, np.float32), np.concatenate((ids, np.zeros_like(ids)))
+        )
+        return both[B:] + guidance * (both[:B] - both[B:])
+
+    def run(self, x: Floats, t: Floats, ids: npt.NDArray[np.int64]) -> Floats:
+        """One evaluation of the network, counted."""
+        v, load = self.session.run(["v", "load"], {"x": x, "t": t, "r": t, "ids": ids})
+        mean = load.mean(axis=0, dtype=np.float64)
+        self.load_sum = mean if self.load_sum is None else self.load_sum + mean
+        self.evaluations += 1
+        velocity: Floats = v
+        return velocity
+
+    def generate(self, ids: npt.NDArray[np.int64], seeds: list[int]) -> Floats:
+        """One image for each caption and seed: float32 [B, C, R, R], about [-1, 1]."""
+        shape = (self.table.image.channels, self.table.image.size, self.table.image.size)
+        x = np.stack([noise(seed, shape) for seed in seeds])
+        return SAMPLERS[self.table.method](lambda y, t: self.velocity(y, t, ids), x, self.table.times)
+
+    def encode(self, caption: str) -> npt.NDArray[np.int64]:
+        """A caption as ids [1, L].
+
+        Raises:
+            OperatorError: it is longer than the model reads.
+        """
+        data, length = caption.encode(), self.table.text_length
+        if len(data) > length:
+            raise OperatorError(f"the caption has {len(data)} bytes, this model reads {length}; shorten it")
+        ids = np.zeros((1, length), dtype=np.int64)
+        ids[0, : len(data)] = np.frombuffer(data, np.uint8).astype(np.int64) + 1
+        return ids
+
+    def load(self) -> list[list[float]]:
+        """Mean expert load [M][E] over all evaluations."""
+        if self.load_sum is None:
+            return []
+        rows: list[list[float]] = (self.load_sum / self.evaluations).tolist()
+        return rows
+
+
+def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int = 1) -> Model:
+    """Load a variant with the session options that its table pins.
+
+    Raises:
+        DeviceError: ONNX Runtime refuses it.
+    """
+    levels = ort.GraphOptimizationLevel
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.graph_optimization_level = {
+        "all": levels.ORT_ENABLE_ALL, "extended": levels.ORT_ENABLE_EXTENDED, "basic": levels.ORT_ENABLE_BASIC,
+        "disabled": levels.ORT_DISABLE_ALL,
+    }[table.runtime.graph_optimization_level]  # fmt: skip
+    for key, value in table.runtime.config.items():
+        options.add_session_config_entry(key, value)
+    # The graph's only external file is handed over in memory: no path of its choosing is ever opened.
+    options.add_external_initializers_from_files_in_memory(
+        [WEIGHTS_LOCATION], [np.frombuffer(weights, dtype=np.uint8)], [len(weights)]
+    )
+    try:
+        return Model(ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]), table)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        raise DeviceError(f"ONNX Runtime {ort.__version__} does not load the model: {error}") from error
+
+
+def sample_euler(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
+    """Euler's method."""
+    for t, s in zip(times, times[1:], strict=False):
+        x = x + np.float32(s - t) * velocity(x, t)
+    return x
+
+
+def sample_heun(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
+    """Heun's second-order method (Karras et al. 2022, algorithm 1, without churn)."""
+    for t, s in zip(times, times[1:], strict=False):
+        h = np.float32(s - t)
+        v = velocity(x, t)
+        x = x + h * (v + velocity(x + h * v, s)) / np.float32(2)
+    return x
+
+
+def sample_ab2(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
+    """Adams-Bashforth of order two."""
+    before: tuple[Floats, float] | None = None
+    for t, s in zip(times, times[1:], strict=False):
+        h = s - t
+        v = velocity(x, t)
+        if before is None:
+            x = x + np.float32(h) * v
+        else:
+            ratio = h / (2 * before[1])
+            x = x + np.float32(h) * (np.float32(1 + ratio) * v - np.float32(ratio) * before[0])
+        before = (v, h)
+    return x
+
+
+SAMPLERS: dict[str, Callable[[Velocity, Floats, list[float]], Floats]] = {
+    "euler": sample_euler,
+    "heun": sample_heun,
+    "ab2": sample_ab2,
+}
+
+
+def noise(seed: int, shape: tuple[int, ...]) -> Floats:
+    """Standard normal numbers from a seed: Philox's raw stream (stable by NumPy's promise) through Box-Muller."""
+    count = math.prod(shape)
+    half = -(-count // 2)
+    raw = np.random.Philox(key=seed).random_raw(2 * half)
+    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[:half])), 2.0 * np.pi * uniform[half:]
+    return np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:count].astype(np.float32).reshape(shape)
+
+
+def statistics(images: Floats) -> list[tuple[str, float]]:
+    """Mean, standard deviation and mean step between neighbouring pixels, each averaged over the images [B, C, R, R]."""
+    x = images.clip(-1, 1).astype(np.float64)
+    edges = np.abs(np.diff(x, axis=2)).mean() + np.abs(np.diff(x, axis=3)).mean()
+    return [("mean", float(x.mean())), ("deviation", float(x.std(axis=(1, 2, 3)).mean())), ("edges", float(edges))]
+
+
+def png(image: Floats) -> bytes:
+    """One image [C, R, R], about [-1, 1], as a PNG file."""
+    pixels = ((image.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+    channels, rows, columns = pixels.shape
+    lines = np.ascontiguousarray(pixels.transpose(1, 2, 0)).reshape(rows, columns * channels)
+    data = b"".join(b"\0" + line.tobytes() for line in lines)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data, 9)) + chunk(b"IEND", b"")

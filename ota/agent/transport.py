@@ -1,0 +1,195 @@
+"""Fetching from where the repository is published: a folder, or a web server. Nothing that arrives is trusted here."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
+
+import urllib3
+
+from ota.agent.disk import Disk
+from ota.errors import RepositoryError, TransferError
+
+PIECE = 64 * 1024  # bytes read at once
+GAP_TIMEOUT = 30.0  # seconds without a byte
+ATTEMPTS = 5
+BACKOFF = 0.5  # seconds before the second attempt, doubling, with jitter
+SYNC_EVERY = 4 * 1024 * 1024  # bytes of a download between two syncs; what a power cut may cost
+MINIMUM_RATE = 512  # bytes a second over the whole transfer, below which a server is stalling us
+DEADLINE_FLOOR = 120.0  # seconds that any transfer gets
+
+Answer = TypeVar("Answer")
+
+
+class NotFoundError(TransferError):
+    """The repository does not have the file."""
+
+
+class Transport(Protocol):
+    """Where files come from."""
+
+    received: int
+    """Bytes received so far."""
+
+    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+        """A file's bytes from `offset` on, in pieces.
+
+        Raises:
+            NotFoundError: there is no such file.
+            TransferError: the source cannot be reached, or broke off.
+        """
+
+
+def connect(repository: str) -> Transport:
+    """The transport for an address: http(s)://…, file:///… or a folder.
+
+    Raises:
+        TransferError: it is of another kind.
+    """
+    parts = urlsplit(repository)
+    if parts.scheme in ("http", "https"):
+        return Web(repository)
+    if parts.scheme in ("", "file"):
+        return Folder(Path(parts.path))
+    raise TransferError(f"cannot fetch from {repository!r}; give an http(s) address or a folder")
+
+
+class Folder:
+    """A published repository in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.received = folder, 0
+
+    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+        """See `Transport.read`."""
+        if not self.folder.is_dir():
+            raise TransferError(f"there is no repository in {self.folder}; check the address given at init")
+        try:
+            with (self.folder / name).open("rb") as file:
+                file.seek(offset)
+                while piece := file.read(PIECE):
+                    self.received += len(piece)
+                    yield piece
+        except FileNotFoundError as error:
+            raise NotFoundError(f"the repository has no {name}") from error
+        except OSError as error:
+            raise TransferError(f"cannot read {self.folder / name}: {error.strerror}") from error
+
+
+class Web:
+    """A published repository on a web server."""
+
+    def __init__(self, address: str) -> None:
+        self.address, self.received = address.rstrip("/"), 0
+        self._pool = urllib3.PoolManager(
+            retries=False, timeout=urllib3.Timeout(connect=GAP_TIMEOUT, read=GAP_TIMEOUT), headers={"Accept-Encoding": "identity"}
+        )
+
+    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+        """See `Transport.read`."""
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
+        try:
+            response = self._pool.request("GET", f"{self.address}/{name}", headers=headers, preload_content=False)
+        except urllib3.exceptions.HTTPError as error:
+            raise TransferError(f"cannot reach {self.address}: {error}; it will be tried again") from error
+        try:
+            if response.status in (403, 404, 410):
+                raise NotFoundError(f"the repository has no {name} (status {response.status})")
+            if response.status not in (200, 206):
+                raise TransferError(f"the server answered {response.status} for {name}; it will be tried again")
+            skip = offset if response.status == 200 else 0  # the server ignored the range and starts over
+            for piece in response.stream(PIECE):
+                self.received += len(piece)
+                if skip >= len(piece):
+                    skip -= len(piece)
+                    continue
+                yield piece[skip:]
+                skip = 0
+        except urllib3.exceptions.HTTPError as error:
+            raise TransferError(f"the transfer of {name} broke off: {error}; it will be resumed") from error
+        finally:
+            response.close()
+
+
+def read_small(transport: Transport, name: str, limit: int) -> bytes:
+    """A small file, whole.
+
+    Raises:
+        RepositoryError: it is longer than it may be.
+        TransferError: it cannot be fetched.
+    """
+
+    def once() -> bytes:
+        data = bytearray()
+        for piece in transport.read(name):
+            data += piece
+            if len(data) > limit:
+                raise RepositoryError(f"{name} is longer than the {limit} bytes that are signed for it; nothing of it is used")
+        return bytes(data)
+
+    return _retrying(once)
+
+
+def download(transport: Transport, name: str, size: int, sha256: str, disk: Disk, place: str) -> None:
+    """Fetch a file of known size and hash into `place`, continuing what an earlier call left there.
+
+    Raises:
+        RepositoryError: what arrived is longer, or has another hash; the file is removed.
+        TransferError: the link failed, or the deadline passed; what arrived is kept for the next call.
+    """
+    deadline = time.monotonic() + max(DEADLINE_FLOOR, size / MINIMUM_RATE)
+
+    def once() -> None:
+        path = disk.path(place)
+        have = path.stat().st_size if path.is_file() else 0
+        if have > size:
+            disk.remove(place)
+            have = 0
+        if have == size:
+            return
+        unsynced = 0
+        pieces = transport.read(name, have)
+        while have < size:
+            with disk.writing(place, append=True) as file:  # synced at the end of each block
+                for piece in pieces:
+                    have += len(piece)
+                    unsynced += len(piece)
+                    if have > size:
+                        raise RepositoryError(f"{name} is longer than the {size} bytes that are signed for it; nothing of it is used")
+                    file.write(piece)
+                    if time.monotonic() > deadline:
+                        raise TransferError(f"{name} arrives too slowly; what is here is kept, and it will be resumed")
+                    if unsynced >= SYNC_EVERY:
+                        unsynced = 0
+                        break
+                else:
+                    if have < size:
+                        raise TransferError(f"{name} ended after {have} of {size} bytes; it will be resumed")
+
+    try:
+        _retrying(once)
+        with disk.path(place).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise RepositoryError(f"{name} does not have the hash that is signed for it; nothing of it is used")
+    except RepositoryError:
+        disk.remove(place)
+        raise
+
+
+def _retrying(once: Callable[[], Answer]) -> Answer:
+    """Try again on a failing link, with growing, random pauses; never on a file that is not there."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return once()
+        except NotFoundError:
+            raise
+        except TransferError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
+    raise AssertionError("unreachable")

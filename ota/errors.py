@@ -1,0 +1,67 @@
+"""What can go wrong on the way to a device, split by who is at fault.
+
+    OtaError
+    ├── RepositoryError      what the factory published is wrong, and nothing of it is used
+    │   ├── TrustError       a signature, version or expiry does not hold
+    │   ├── ManifestError    a manifest, policy or table that does not say what it must
+    │   └── DeltaError       a delta that is damaged, foreign, or over a limit
+    ├── TransferError        the link or the server failed; trying again later is right
+    ├── DeviceError          this device cannot do it
+    │   ├── RoomError        not enough disk or memory
+    │   ├── StateError       the state directory is missing, foreign, or in use by another agent
+    │   └── BaseError        the bundle on disk is not the one that was installed
+    ├── GateError            the new bundle was tried on this device and refused
+    └── OperatorError        a key, store or name handed in on the factory's side does not fit
+
+`TrustError` and `GateError` are final for a release; `TransferError` is not. Each message is one sentence that says what
+to do next. Nothing foreign crosses the package's boundary: errors of python-tuf, urllib3, zstandard, bsdiff4, ONNX
+Runtime and the operating system arrive as one of these, with the original as `__cause__`.
+"""
+
+
+class OtaError(Exception):
+    """Base of everything that `ota` raises on purpose."""
+
+
+class RepositoryError(OtaError):
+    """What was published is wrong."""
+
+
+class TrustError(RepositoryError):
+    """Metadata that is not signed, too old, expired, or rolled back."""
+
+
+class ManifestError(RepositoryError):
+    """A signed document that does not have the form or the content it must have."""
+
+
+class DeltaError(RepositoryError):
+    """A delta that cannot be applied: damaged, for another base, of an unknown version, or over a limit."""
+
+
+class TransferError(OtaError):
+    """The repository could not be reached, or broke off."""
+
+
+class DeviceError(OtaError):
+    """This device cannot carry the update out."""
+
+
+class RoomError(DeviceError):
+    """Not enough room on the disk."""
+
+
+class StateError(DeviceError):
+    """The agent's state directory is missing, damaged, or locked."""
+
+
+class BaseError(DeviceError):
+    """A file of the running bundle does not have the hash it was installed with."""
+
+
+class GateError(OtaError):
+    """The device tried the new bundle and refused it."""
+
+
+class OperatorError(OtaError):
+    """Something handed in on the factory's side is wrong: a key, a store, a name, a version."""

@@ -1,0 +1,268 @@
+"""The signed documents: what a bundle is, how images are drawn with it, who may install it, what a device reports.
+
+All are frozen values with closed field lists and a limit on every number and length that a stranger could send. Their
+canonical JSON is what is hashed and signed, so it holds no floats where TUF signs it (`Policy`) and sorts its keys.
+
+A bundle is a closed set of files. Names never come from a document: on the device a file is called by its hash, and
+what it is for is one of five roles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from ota.errors import ManifestError
+
+KiB, MiB = 1024, 1024 * 1024
+MAX_MANIFEST = 64 * KiB
+MAX_POLICY = 16 * KiB
+MAX_TABLE = 256 * KiB  # sampler.json, reference.json
+MAX_GOLDEN = 8 * MiB
+MAX_GRAPH = 8 * MiB
+MAX_WEIGHTS = 4096 * MiB
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+Role = Literal["graph", "weights", "sampler", "golden", "reference"]
+VariantName = Literal["full", "dev", "fast"]
+ROLES_OF_VARIANT: tuple[Role, ...] = ("weights", "sampler", "golden", "reference")
+SIZE_LIMITS: dict[str, int] = {
+    "graph": MAX_GRAPH, "weights": MAX_WEIGHTS, "sampler": MAX_TABLE, "golden": MAX_GOLDEN, "reference": MAX_TABLE,
+}  # fmt: skip
+WEIGHTS_LOCATION = "weights.bin"  # how the graph names the file of its external weights
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+
+
+class Document(BaseModel):
+    """A frozen value with a closed list of fields, hashed by its canonical JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def canonical(self) -> bytes:
+        """The bytes that are hashed and signed."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical bytes; for a manifest, the bundle's name."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+def parse(kind: type[AnyDocument], data: bytes, limit: int) -> AnyDocument:
+    """Read a document that came from outside.
+
+    Raises:
+        ManifestError: it is too long, not JSON, or not of this form.
+    """
+    what = kind.__name__.lower()
+    if len(data) > limit:
+        raise ManifestError(f"the {what} has {len(data)} bytes, more than {limit}; publish a smaller one")
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise ManifestError(f"the {what} is not valid: {where}: {first['msg']}; this agent may be too old for it") from error
+    except RecursionError as error:
+        raise ManifestError(f"the {what} is nested too deeply; do not use this repository") from error
+
+
+class FileEntry(Document):
+    """One file of a bundle."""
+
+    role: Role
+    variant: VariantName | None = Field(description="None for the graph, which all variants share")
+    size: int = Field(ge=1, le=MAX_WEIGHTS, description="bytes")
+    sha256: Sha256
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.size > SIZE_LIMITS[self.role]:
+            raise ValueError(f"a {self.role} file of {self.size} bytes is over the limit of {SIZE_LIMITS[self.role]}")
+        if (self.variant is None) != (self.role == "graph"):
+            raise ValueError("the graph, and only the graph, belongs to no variant")
+        return self
+
+
+class Origin(Document):
+    """Where a bundle comes from: hashes that lead back to the data revision and the decision."""
+
+    data_rev: str = Field(max_length=64)
+    data_md5: str = Field(max_length=64)
+    code: Sha256
+    lineage: Sha256
+    scorecard: Sha256
+    decision: Sha256 = Field(description="ledger entry of the promotion; it names the entry before it")
+    model: str = Field(max_length=120, description="registered model")
+    version: int = Field(ge=1, description="its version in the registry")
+
+
+class Manifest(Document):
+    """A bundle: one line, runnable on one device class, in one to three variants. Its hash is the bundle's name."""
+
+    schema_version: Literal[1] = 1
+    line: Name
+    device_class: Name
+    tier: str = Field(max_length=20)
+    configuration: Literal["I", "II"]
+    precision: Literal["float32", "float16"]
+    variants: list[VariantName] = Field(min_length=1, max_length=3)
+    default_variant: VariantName
+    files: list[FileEntry] = Field(min_length=5, max_length=13)
+    origin: Origin
+    minimum_agent: str = Field(pattern=r"^\d{1,4}\.\d{1,4}\.\d{1,4}$")
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        expected = {("graph", None)} | {(role, v) for v in self.variants for role in ROLES_OF_VARIANT}
+        found = [(entry.role, entry.variant) for entry in self.files]
+        if len(set(self.variants)) != len(self.variants) or self.default_variant not in self.variants:
+            raise ValueError("the default variant must be one of the variants, and each is listed once")
+        if len(found) != len(set(found)) or set(found) != expected:
+            raise ValueError("the files are not one graph and four files for each variant")
+        return self
+
+    def entry(self, role: Role, variant: VariantName | None = None) -> FileEntry:
+        """The file of a role; `variant` for all but the graph."""
+        return next(e for e in self.files if (e.role, e.variant) == (role, variant))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files: what a device without a base downloads, besides the manifest itself."""
+        return sum(entry.size for entry in self.files)
+
+
+class Image(Document):
+    """Shape of a line's images."""
+
+    channels: Literal[1, 3]
+    size: int = Field(ge=8, le=128, description="side in pixels")
+
+
+class Runtime(Document):
+    """Which ONNX Runtime computes what was scored, and how its session is set up."""
+
+    onnxruntime: list[str] = Field(min_length=2, max_length=2, description="lower bound (>=), upper bound (<)")
+    graph_optimization_level: Literal["all", "extended", "basic", "disabled"]
+    config: dict[str, str] = Field(max_length=16)
+
+
+class SamplerTable(Document):
+    """`sampler.json`: everything needed to draw an image with a graph and its weights."""
+
+    schema_version: Literal[1]
+    variant: VariantName
+    method: Literal["euler", "heun", "ab2"]
+    times: list[float] = Field(min_length=2, max_length=1001)
+    guidance: float = Field(ge=1, le=20)
+    image: Image
+    text_length: int = Field(ge=4, le=256)
+    runtime: Runtime
+
+    @model_validator(mode="after")
+    def _falling(self) -> Self:
+        if not all(1 >= a > b >= 0 for a, b in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError("the times must fall from 1 to 0")
+        return self
+
+
+class Golden(Document):
+    """How close a device must come to the golden outputs."""
+
+    tolerance: float = Field(gt=0, le=0.1)
+    share: float = Field(gt=0.5, le=1)
+
+
+class Range(Document):
+    """Lowest and highest value among the golden images."""
+
+    low: float
+    high: float
+
+
+class Reference(Document):
+    """`reference.json`: what a bundle looked like in the factory, for devices to compare themselves with."""
+
+    schema_version: Literal[1]
+    golden: Golden
+    load: list[list[float]] = Field(min_length=1, max_length=256)
+    statistics: dict[Literal["mean", "deviation", "edges"], Range]
+    latency_ms: float = Field(gt=0, description="budget for one image")
+
+
+class Wave(Document):
+    """From a moment on, the devices whose bucket lies below a limit."""
+
+    bps: int = Field(ge=0, le=10_000, description="share of the fleet in basis points")
+    not_before: int = Field(ge=0, description="seconds since 1970, UTC")
+
+
+class Policy(Document):
+    """Which release the devices of one line and class may install, and when. Signed by the rollout role; no floats."""
+
+    schema_version: Literal[1] = 1
+    line: Name
+    device_class: Name
+    seq: int = Field(ge=1, description="release number of the named bundle")
+    manifest: Sha256
+    salt: str = Field(max_length=64, description="new for each release, so that the first devices are not always the same")
+    waves: list[Wave] = Field(max_length=16)
+    halt: bool = False
+    revert: bool = Field(default=False, description="the named release is older than what runs, on purpose")
+
+    @model_validator(mode="after")
+    def _widening(self) -> Self:
+        if any(a.bps >= b.bps or a.not_before > b.not_before for a, b in zip(self.waves, self.waves[1:], strict=False)):
+            raise ValueError("each wave must be wider than the one before it, and not earlier")
+        return self
+
+
+Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "failed", "base_corrupt"]
+
+
+class DeviceReport(Document):
+    """What a device tells the factory; never an image, only what happened and how it ran."""
+
+    schema_version: Literal[1] = 1
+    device: Name
+    boot: str = Field(max_length=64, description="changes with every start of the machine")
+    number: int = Field(ge=1, description="rises by one with every report of this device")
+    time: int = Field(ge=0, description="seconds since 1970 by the device's clock")
+    line: Name
+    device_class: Name
+    event: Event
+    manifest: Sha256 | None = Field(description="bundle that the event is about")
+    active: Sha256 | None = Field(description="bundle that runs now")
+    reason: str = Field(default="", max_length=500)
+    received: int = Field(default=0, ge=0, description="bytes fetched for this update, metadata included")
+    milliseconds: int = Field(default=0, ge=0, description="median time of one image, where it was measured")
+
+
+class SignedReport(Document):
+    """A report in its envelope: an Ed25519 signature over the report's canonical bytes."""
+
+    report: DeviceReport
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+
+
+def load_json(data: bytes, limit: int, what: str) -> Any:
+    """JSON of bounded length.
+
+    Raises:
+        ManifestError: it is too long or not JSON.
+    """
+    if len(data) > limit:
+        raise ManifestError(f"{what} has {len(data)} bytes, more than {limit}")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{what} is not JSON; it is damaged") from error

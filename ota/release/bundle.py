@@ -1,0 +1,176 @@
+"""Exported variants → a bundle with its manifest; two bundles → a delta that was applied once to prove it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import onnx
+
+from ota import delta
+from ota.errors import DeltaError, ManifestError, OperatorError
+from ota.manifest import (
+    MAX_MANIFEST,
+    MAX_TABLE,
+    WEIGHTS_LOCATION,
+    FileEntry,
+    Manifest,
+    Origin,
+    Reference,
+    Role,
+    SamplerTable,
+    VariantName,
+    parse,
+)
+
+FILE_NAMES: dict[Role, str] = {
+    "graph": "graph.onnx", "weights": WEIGHTS_LOCATION, "sampler": "sampler.json", "golden": "golden.npz",
+    "reference": "reference.json",
+}  # fmt: skip
+WIDTHS: dict[int, Literal[1, 2, 4]] = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.INT8: 1}
+MINIMUM_AGENT = "0.1.0"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder with a bundle's files, each named by its hash, and the manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, role: Role, variant: VariantName | None = None) -> Path:
+        """Where the file of a role lies."""
+        return self.folder / self.manifest.entry(role, variant).sha256
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A proved delta between two bundles."""
+
+    path: Path
+    base: str
+    target: str
+    size: int
+    by_kind: dict[str, int]
+
+
+def assemble(
+    exports: Mapping[VariantName, Path], *, line: str, device_class: str, tier: str, configuration: Literal["I", "II"],
+    precision: Literal["float32", "float16"], origin: Origin, out: Path,
+) -> Bundle:  # fmt: skip
+    """Put exported variants together as `out/<manifest's sha256>/`; the same input makes the same folder.
+
+    Raises:
+        OperatorError: a file is missing, or the variants do not share one graph.
+        ManifestError: a table or name does not have the form that devices accept.
+    """
+    entries: list[FileEntry] = []
+    sources: dict[str, Path] = {}
+    for variant, folder in exports.items():
+        for role, name in FILE_NAMES.items():
+            try:
+                data = (folder / name).read_bytes()
+            except OSError as error:
+                raise OperatorError(f"{folder / name} is missing; export {variant} again") from error
+            if role == "sampler":
+                parse(SamplerTable, data, MAX_TABLE)
+            elif role == "reference":
+                parse(Reference, data, MAX_TABLE)
+            digest = hashlib.sha256(data).hexdigest()
+            entry = FileEntry(
+                role=role, variant=None if role == "graph" else variant, size=len(data), sha256=digest
+            )
+            if role == "graph" and entries and entries[0].sha256 != digest:
+                raise OperatorError(f"{variant} was exported with another graph than {next(iter(exports))}; export both again")
+            if entry not in entries:
+                entries.append(entry)
+                sources[digest] = folder / name
+    try:
+        manifest = Manifest(
+            line=line, device_class=device_class, tier=tier, configuration=configuration, precision=precision,
+            variants=list(exports), default_variant=next(iter(exports)), files=entries, origin=origin,
+            minimum_agent=MINIMUM_AGENT,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ManifestError(f"these exports do not make a bundle: {error}") from error
+    place = out / manifest.digest
+    if not place.is_dir():
+        fresh = place.with_name(f".{manifest.digest}.{os.getpid()}.tmp")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        for digest, source in sources.items():
+            shutil.copyfile(source, fresh / digest)
+        (fresh / "manifest.json").write_bytes(manifest.canonical())
+        fresh.rename(place)
+    return Bundle(place, manifest)
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """A bundle that `assemble` made.
+
+    Raises:
+        OperatorError: it is not there.
+    """
+    try:
+        return Bundle(folder, parse(Manifest, (folder / "manifest.json").read_bytes(), MAX_MANIFEST))
+    except OSError as error:
+        raise OperatorError(f"there is no bundle in {folder}; build it again with `ferry release`") from error
+
+
+def elements_of(graph: Path) -> list[delta.Elements]:
+    """Where the numbers of a bundle's weights lie, as its graph says."""
+    model = onnx.load(str(graph), load_external_data=False)
+    found = []
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            found.append(delta.Elements(int(place["offset"]), int(place["length"]), WIDTHS[tensor.data_type]))
+    return found
+
+
+def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
+    """Build the delta from one bundle to another and apply it once; None if it is not smaller than the full bundle.
+
+    Raises:
+        DeltaError: what it makes is not the target (a fault of the codec: nothing is published).
+    """
+    elements = elements_of(target.path("graph"))
+    same_layout = base.manifest.entry("graph").sha256 == target.manifest.entry("graph").sha256
+    pairs = []
+    for entry in target.manifest.files:
+        has_old = any((e.role, e.variant) == (entry.role, entry.variant) for e in base.manifest.files)
+        old = base.path(entry.role, entry.variant) if has_old else None
+        if entry.role == "weights":
+            # Another layout: the old weights are of no use, number by number.
+            old = old if same_layout else None
+        pairs.append(delta.Pair(entry, target.path(entry.role, entry.variant), old, elements if entry.role == "weights" else ()))
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{base.manifest.digest}.{target.manifest.digest}"
+    built = delta.build(pairs, base.manifest.digest, target.manifest.digest, path)
+    _prove(path, base, target)
+    if built.size >= target.manifest.size:
+        path.unlink()
+        return None
+    return Delta(path, base.manifest.digest, target.manifest.digest, built.size, built.by_kind)
+
+
+def _prove(path: Path, base: Bundle, target: Bundle) -> None:
+    with tempfile.TemporaryDirectory() as folder, path.open("rb") as patch:
+
+        def open_base(role: Role, variant: VariantName | None) -> BinaryIO:
+            return base.path(role, variant).open("rb")
+
+        def open_output(entry: FileEntry) -> BinaryIO:
+            return (Path(folder) / entry.sha256).open("wb")
+
+        header = delta.read_header(patch)
+        delta.apply(patch, header, open_base, open_output)
+        for entry in target.manifest.files:
+            if (Path(folder) / entry.sha256).read_bytes() != target.path(entry.role, entry.variant).read_bytes():
+                raise DeltaError(f"the delta {path.name} does not make the {entry.role} file; do not publish it")

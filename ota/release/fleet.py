@@ -1,0 +1,169 @@
+"""What devices reported: enrolled keys and signed reports, in tables of their own behind the workspace's database URL."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pydantic import ValidationError
+from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, String, Table, create_engine, insert, select, update
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from ota.errors import ManifestError, OperatorError, TransferError
+from ota.manifest import NAME_PATTERN, DeviceReport, SignedReport, parse
+
+MAX_REPORT = 8 * 1024  # bytes
+
+_metadata = MetaData()
+_devices = Table(
+    "fleet_devices", _metadata,
+    Column("device", String(40), primary_key=True),
+    Column("public_key", String(64), nullable=False),
+    Column("enrolled", BigInteger, nullable=False),
+    Column("last_number", Integer, nullable=False, default=0),
+)  # fmt: skip
+_reports = Table(
+    "fleet_reports", _metadata,
+    Column("device", String(40), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("received_at", BigInteger, nullable=False),
+    Column("event", String(20), nullable=False),
+    Column("manifest", String(64)),
+    Column("body", String(MAX_REPORT), nullable=False),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What reading an inbox gave."""
+
+    accepted: list[DeviceReport]
+    rejected: dict[str, str]
+    """File name → why."""
+
+
+class Fleet:
+    """Devices and their reports."""
+
+    def __init__(self, database: str) -> None:
+        """Open the tables behind a SQLAlchemy URL, making them where they are missing.
+
+        Raises:
+            OperatorError: the database cannot be opened.
+        """
+        self._engine: Engine = create_engine(database)
+        with _foreign_errors():
+            _metadata.create_all(self._engine)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    def enroll(self, device: str, public_key: str) -> None:
+        """Accept reports of a device that signs with this key; the same key again changes nothing.
+
+        Args:
+            device: its id.
+            public_key: 64 hex digits of its Ed25519 key, as `ferry-agent init` prints it.
+
+        Raises:
+            OperatorError: the id or key is malformed, or the device is enrolled with another key.
+        """
+        if not NAME_PATTERN.fullmatch(device):
+            raise OperatorError(f"{device!r} is not a device id; use lower-case letters, digits and '-', at most 40")
+        try:
+            Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
+        except ValueError:
+            raise OperatorError("the public key must be 64 hex digits; copy it from `ferry-agent init`") from None
+        with _foreign_errors(), self._engine.begin() as connection:
+            known = connection.execute(select(_devices.c.public_key).where(_devices.c.device == device)).scalar()
+            if known is None:
+                row = {"device": device, "public_key": public_key, "enrolled": int(time.time()), "last_number": 0}
+                connection.execute(insert(_devices).values(**row))
+            elif known != public_key:
+                raise OperatorError(f"{device} is enrolled with another key; give the replaced device a new id")
+
+    def receive(self, data: bytes) -> DeviceReport:
+        """Check one signed report and keep it; a repetition of a kept one is accepted and changes nothing.
+
+        Raises:
+            ManifestError: it is malformed, not signed by an enrolled device, or its number was used for other content.
+        """
+        signed = parse(SignedReport, data, MAX_REPORT)
+        report = signed.report
+        with _foreign_errors(), self._engine.begin() as connection:
+            key = connection.execute(select(_devices.c.public_key).where(_devices.c.device == report.device)).scalar()
+            if key is None:
+                raise ManifestError(f"{report.device} is not enrolled; run `ferry fleet enroll {report.device} KEY`")
+            try:
+                Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signed.signature), report.canonical())
+            except InvalidSignature:
+                raise ManifestError(f"the report is not signed by {report.device}'s key") from None
+            body = report.canonical().decode()
+            kept = connection.execute(
+                select(_reports.c.body).where(_reports.c.device == report.device, _reports.c.number == report.number)
+            ).scalar()
+            if kept == body:
+                return report
+            if kept is not None:
+                raise ManifestError(f"{report.device} has already sent another report number {report.number}")
+            try:
+                connection.execute(
+                    insert(_reports).values(
+                        device=report.device, number=report.number, received_at=int(time.time()), event=report.event,
+                        manifest=report.manifest, body=body,
+                    )  # fmt: skip
+                )
+            except IntegrityError as error:
+                raise ManifestError(f"report {report.number} of {report.device} arrived twice at once") from error
+            connection.execute(
+                update(_devices)
+                .where(_devices.c.device == report.device, _devices.c.last_number < report.number)
+                .values(last_number=report.number)
+            )
+        return report
+
+    def collect(self, inbox: Path) -> Collected:
+        """Receive every report file of a folder; accepted files are removed, rejected ones moved to `rejected/`."""
+        accepted, rejected = [], {}
+        for path in sorted(inbox.glob("*.json")):
+            try:
+                if path.stat().st_size > MAX_REPORT:
+                    raise ManifestError(f"is larger than {MAX_REPORT} bytes")
+                accepted.append(self.receive(path.read_bytes()))
+                path.unlink()
+            except ManifestError as error:
+                rejected[path.name] = str(error)
+                (inbox / "rejected").mkdir(exist_ok=True)
+                path.replace(inbox / "rejected" / path.name)
+        return Collected(accepted, rejected)
+
+    def reports(self, device: str | None = None) -> list[DeviceReport]:
+        """Kept reports, by device and number."""
+        query = select(_reports.c.body).order_by(_reports.c.device, _reports.c.number)
+        if device:
+            query = query.where(_reports.c.device == device)
+        with _foreign_errors(), self._engine.connect() as connection:
+            return [DeviceReport.model_validate_json(body) for body in connection.execute(query).scalars()]
+
+    def devices(self) -> dict[str, DeviceReport | None]:
+        """Every enrolled device with its last report."""
+        with _foreign_errors(), self._engine.connect() as connection:
+            names = connection.execute(select(_devices.c.device).order_by(_devices.c.device)).scalars().all()
+        return {name: (self.reports(name) or [None])[-1] for name in names}
+
+
+@contextmanager
+def _foreign_errors() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise TransferError(f"the database cannot be used: {str(error).splitlines()[0]}; check its URL in ferry.toml") from error
+    except ValidationError as error:
+        raise OperatorError("the fleet's tables hold a report of another version; migrate the database") from error
+

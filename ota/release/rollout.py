@@ -1,0 +1,56 @@
+"""Who may install a release, and when: signed policies that devices obey by themselves.
+
+A device puts itself into one of 10,000 buckets by an HMAC of its id under the policy's salt and installs when a wave that
+covers its bucket has opened. No server decides anything; a halt is a newer policy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ota.errors import OperatorError
+from ota.manifest import Policy, Wave
+from ota.release.repository import Release
+
+FULL = 10_000  # basis points
+
+
+def start(release: Release, shares: Sequence[float], soak: int, now: int | None = None, revert: bool = False) -> Policy:
+    """The policy that spreads a release in waves.
+
+    Args:
+        release: what to install.
+        shares: of the fleet in percent, rising, such as (1, 10, 100).
+        soak: seconds between the openings of two waves.
+        now: seconds since 1970; the present by default.
+        revert: the release is older than what runs, on purpose.
+
+    Raises:
+        OperatorError: the shares do not rise, or do not lie between 0 and 100.
+    """
+    begin = int(time.time()) if now is None else now
+    limits = [round(share * 100) for share in shares]
+    if not limits or any(not 0 < bps <= FULL for bps in limits) or any(a >= b for a, b in zip(limits, limits[1:], strict=False)):
+        raise OperatorError(f"waves must be rising shares of the fleet between 0 and 100 percent, not {list(shares)}")
+    return Policy(
+        line=release.line, device_class=release.device_class, seq=release.seq, manifest=release.manifest,
+        salt=f"{release.seq}-{release.manifest[:16]}",
+        waves=[Wave(bps=bps, not_before=begin + i * soak) for i, bps in enumerate(limits)], revert=revert,
+    )  # fmt: skip
+
+
+def halt(policy: Policy) -> Policy:
+    """The same policy, halted: no device installs it from now on, and none that has is told to go back."""
+    return policy.model_copy(update={"halt": True})
+
+
+def describe(policy: Policy, now: int | None = None) -> str:
+    """One line for people."""
+    moment = int(time.time()) if now is None else now
+    if policy.halt:
+        return f"release {policy.seq} is halted"
+    reached = max((wave.bps for wave in policy.waves if wave.not_before <= moment), default=0)
+    later = [wave for wave in policy.waves if wave.not_before > moment]
+    text = f"release {policy.seq} is open to {reached / 100:g} % of the fleet"
+    return text + (f", to {later[0].bps / 100:g} % in {later[0].not_before - moment} s" if later else "")

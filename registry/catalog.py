@@ -1,0 +1,326 @@
+"""MLflow: runs, versions and aliases of our models. The only file that imports it.
+
+One registered model for each line, configuration and variant. A version's run holds the checkpoint and the exported files
+byte for byte; MLflow's ONNX flavour beside them is a view for people and tools, never what is signed. `champion` is an
+alias (stages are deprecated); the facts that lead back to data, code and parent are tags.
+
+    >>> catalog = Catalog("sqlite:///mlflow.db", Path("mlartifacts"))
+    >>> catalog.champion(Subject.parse("surfaces/I/full"))
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from model.config import ConfigurationName, VariantName
+from model.scorecard import Frozen, Lineage, Scorecard
+from registry.errors import CatalogError, StoreError
+from registry.selection import Decision
+
+# MLflow reads these when it is imported. DO_NOT_TRACK must be the literal word; "1" does not switch it off.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+import mlflow
+import mlflow.onnx
+import numpy as np
+import onnx
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import Schema, TensorSpec
+
+CHAMPION = "champion"
+CHECKPOINT, BUNDLE = "checkpoint", "bundle"
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+class Subject(Frozen):
+    """What a version is a version of."""
+
+    line: str
+    configuration: ConfigurationName
+    variant: VariantName
+
+    @classmethod
+    def parse(cls, text: str) -> Subject:
+        """Read LINE/CONFIG/VARIANT.
+
+        Raises:
+            CatalogError: it does not have that form.
+        """
+        parts = text.split("/")
+        if len(parts) != 3 or parts[1] not in get_args(ConfigurationName) or parts[2] not in get_args(VariantName):
+            raise CatalogError(f"{text!r} is not LINE/CONFIG/VARIANT; write it as surfaces/I/full")
+        return cls(line=parts[0], configuration=cast("Any", parts[1]), variant=cast("Any", parts[2]))
+
+    def __str__(self) -> str:
+        return f"{self.line}/{self.configuration}/{self.variant}"
+
+    @property
+    def model(self) -> str:
+        """The registered model's name; MLflow allows no slash in it."""
+        return f"{self.line}-{self.configuration}-{self.variant}"
+
+
+class Version(Frozen):
+    """A registered version."""
+
+    subject: Subject
+    number: int
+    run_id: str
+    aliases: list[str]
+    tags: dict[str, str]
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of its exported weights."""
+        return self.tags["weights.sha256"]
+
+    @property
+    def outcome(self) -> str:
+        """What the gate said of it."""
+        return self.tags["gate.outcome"]
+
+
+class Catalog:
+    """Registered models behind an MLflow tracking URI."""
+
+    def __init__(self, uri: str, artifacts: Path) -> None:
+        """Open the catalogue; a database that is new is set up.
+
+        Args:
+            uri: of MLflow: a database URL, or the address of a server.
+            artifacts: where files go when MLflow is a database on this machine; a server has its own place.
+
+        Raises:
+            StoreError: it cannot be reached.
+        """
+        self._uri, self._artifacts = uri, artifacts
+        with _foreign_errors():
+            mlflow.set_tracking_uri(uri)
+            self._client = MlflowClient(uri)
+
+    def register(
+        self,
+        subject: Subject,
+        lineage: Lineage,
+        card: Scorecard,
+        decision: Decision,
+        checkpoint: Path,
+        export: Path,
+        pictures: Mapping[str, Path],
+        curve: list[dict[str, float]],
+    ) -> Version:
+        """Record a model with everything about it; the same scorecard again returns the version that is there.
+
+        The version is created last, in one call, so a killed registration leaves a run but never half a version.
+
+        Raises:
+            StoreError: MLflow cannot be reached or refuses; the run is then marked failed.
+        """
+        with _foreign_errors():
+            for known in self._find(subject):
+                if known.tags.get("scorecard.sha256") == card.sha256:
+                    return known
+            experiment = self._experiment(subject.line)
+            tags = _tags(lineage, card, decision)
+            run = self._client.create_run(experiment, run_name=f"{subject.configuration}-{subject.variant}", tags=tags)
+            run_id = run.info.run_id
+            try:
+                self._log(run_id, subject, lineage, card, curve)
+                self._client.log_artifacts(run_id, str(checkpoint), CHECKPOINT)
+                self._client.log_artifacts(run_id, str(export), BUNDLE)
+                for path in pictures.values():
+                    self._client.log_artifact(run_id, str(path), "pictures")
+                self._client.log_text(run_id, card.model_dump_json(indent=1), "scorecard.json")
+                self._client.log_text(run_id, decision.model_dump_json(indent=1), "decision.json")
+                uri = self._log_view(run_id, export)
+                self._client.set_terminated(run_id)
+            except BaseException:
+                self._client.set_terminated(run_id, "FAILED")
+                raise
+            if not self._client.search_registered_models(f"name = '{subject.model}'"):
+                self._client.create_registered_model(subject.model, description=f"{subject}, made by DeltaFerry")
+            made = self._client.create_model_version(
+                subject.model, source=uri, run_id=run_id, tags=tags, description=decision.reason
+            )
+            return _version(subject, made)
+
+    def promote(self, subject: Subject, number: int) -> None:
+        """Point the champion alias at a version.
+
+        Raises:
+            CatalogError: there is no such version.
+        """
+        self.version(subject, number)
+        with _foreign_errors():
+            self._client.set_registered_model_alias(subject.model, CHAMPION, str(number))
+
+    def champion(self, subject: Subject) -> Version | None:
+        """The present champion."""
+        with _foreign_errors():
+            try:
+                return self._with_aliases(subject, self._client.get_model_version_by_alias(subject.model, CHAMPION))
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+
+    def version(self, subject: Subject, number: int) -> Version:
+        """One version.
+
+        Raises:
+            CatalogError: there is none with that number.
+        """
+        with _foreign_errors():
+            try:
+                return self._with_aliases(subject, self._client.get_model_version(subject.model, str(number)))
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    known = [str(v.number) for v in self.versions(subject)]
+                    hint = f"there are {', '.join(known)}" if known else "there is none yet, run `ferry retrain`"
+                    raise CatalogError(f"{subject} has no version {number}; {hint}") from error
+                raise
+
+    def versions(self, subject: Subject) -> list[Version]:
+        """All versions, oldest first."""
+        with _foreign_errors():
+            return self._find(subject)
+
+    def files(self, version: Version, part: Literal["checkpoint", "bundle"], into: Path) -> Path:
+        """A version's files in a folder of their own, fetched once.
+
+        Raises:
+            StoreError: they cannot be fetched.
+        """
+        place = into / version.run_id / part
+        if not place.is_dir():
+            fresh = into / f"{version.run_id}.{part}.{os.getpid()}.tmp"
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            with _foreign_errors():
+                self._client.download_artifacts(version.run_id, part, str(fresh))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (fresh / part).rename(place)
+            fresh.rmdir()
+        return place
+
+    def data(self, version: Version, name: str) -> bytes:
+        """One file of a version's run.
+
+        Raises:
+            StoreError: it cannot be fetched.
+        """
+        with _foreign_errors(), tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(version.run_id, name, folder)).read_bytes()
+
+    def text(self, version: Version, name: str) -> str:
+        """`data`, as text."""
+        return self.data(version, name).decode()
+
+    # Inside
+
+    def _find(self, subject: Subject) -> list[Version]:
+        found = self._client.search_model_versions(f"name = '{subject.model}'", max_results=1000)
+        versions = sorted((_version(subject, v) for v in found), key=lambda v: v.number)
+        aliases = self._aliases(subject) if versions else {}
+        return [v.model_copy(update={"aliases": aliases.get(v.number, [])}) for v in versions]
+
+    def _aliases(self, subject: Subject) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for alias, number in self._client.get_registered_model(subject.model).aliases.items():
+            found.setdefault(int(number), []).append(alias)
+        return found
+
+    def _with_aliases(self, subject: Subject, made: Any) -> Version:
+        version = _version(subject, made)
+        return version.model_copy(update={"aliases": self._aliases(subject).get(version.number, [])})
+
+    def _experiment(self, line: str) -> str:
+        known = self._client.get_experiment_by_name(line)
+        if known:
+            return str(known.experiment_id)
+        location = None if self._uri.startswith("http") else (self._artifacts / line).absolute().as_uri()
+        return str(self._client.create_experiment(line, artifact_location=location))
+
+    def _log(self, run_id: str, subject: Subject, lineage: Lineage, card: Scorecard, curve: list[dict[str, float]]) -> None:
+        params = lineage.config.model_dump() | card.sampler.model_dump()
+        params |= {"variant": subject.variant, "seed": lineage.seed, "training_steps": lineage.steps, "items": lineage.items}
+        metrics = [
+            Metric(name, value, 0, int(row["step"])) for row in curve for name, value in row.items() if name != "step"
+        ]
+        for q in card.quality:
+            for name, value in (("fd", q.fd), ("kd", q.kd), ("coverage", q.coverage)):
+                metrics.append(Metric(f"{name}_{q.space}_{q.split}", value, 0, 0))
+        metrics.append(Metric("milliseconds_per_image", card.cost.milliseconds, 0, 0))
+        self._client.log_batch(run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        for first in range(0, len(metrics), 1000):
+            self._client.log_batch(run_id, metrics=metrics[first : first + 1000])
+
+    def _log_view(self, run_id: str, export: Path) -> str:
+        """MLflow's ONNX flavour of an export, with its weights inside: with them beside it, MLflow would give the file a
+        random name, and two logs of one model would differ.
+        """
+        model = onnx.load(str(export / "graph.onnx"))
+        signature = ModelSignature(_schema(model.graph.input), _schema(model.graph.output))
+        with redirect_stdout(StringIO()), mlflow.start_run(run_id=run_id):  # it greets on stdout
+            info = mlflow.onnx.log_model(
+                model, name="onnx", save_as_external_data=False, onnx_execution_providers=["CPUExecutionProvider"],
+                signature=signature, pip_requirements=["onnxruntime"],
+            )  # fmt: skip
+        return str(info.model_uri)
+
+
+def _schema(values: Any) -> Schema:
+    types = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.INT64: np.int64}
+    return Schema(
+        [
+            TensorSpec(
+                np.dtype(types[v.type.tensor_type.elem_type]), [d.dim_value or -1 for d in v.type.tensor_type.shape.dim], v.name
+            )
+            for v in values
+        ]
+    )
+
+
+def _version(subject: Subject, made: Any) -> Version:
+    return Version(
+        subject=subject, number=int(made.version), run_id=made.run_id, aliases=sorted(made.aliases), tags=dict(made.tags)
+    )
+
+
+def _tags(lineage: Lineage, card: Scorecard, decision: Decision) -> dict[str, str]:
+    """What leads back from a version: to its data, code, configuration, parent and decision."""
+    return {
+        "data.line": lineage.data.line, "data.rev": lineage.data.rev, "data.path": lineage.data.path,
+        "data.md5": lineage.data.md5, "data.files": str(lineage.data.files), "code.sha256": lineage.code,
+        "config.sha256": lineage.config.sha256, "training.sha256": lineage.training_sha256, "seed": str(lineage.seed),
+        "torch": lineage.torch, "parent.sha256": lineage.parent or "", "lineage.sha256": lineage.sha256,
+        "weights.sha256": card.weights_sha256, "scorecard.sha256": card.sha256, "gate.outcome": decision.outcome,
+        "gate.reason": decision.reason[:4900], "gate.n": str(decision.n), "gate.decision": decision.sha256, "gate.champion": decision.champion or "",
+    }  # fmt: skip
+
+
+@contextmanager
+def _foreign_errors() -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        first = str(error).strip().splitlines()[0]
+        raise StoreError(f"MLflow refused: {first}; check its address in ferry.toml") from error
+    except OSError as error:
+        raise StoreError(f"MLflow cannot be reached: {error}; check its address in ferry.toml") from error
+

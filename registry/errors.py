@@ -1,0 +1,30 @@
+"""What can go wrong in `registry`, split by who has to act.
+
+    RegistryError
+    ├── CatalogError     a model, version or alias that does not exist
+    ├── PromotionError   the gate did not let this version through, and nobody overruled it
+    ├── LedgerError      the record of decisions was changed after the fact
+    └── StoreError       MLflow or the database cannot be reached
+
+Each message is one sentence that says what to do next.
+"""
+
+
+class RegistryError(Exception):
+    """Base of everything that `registry` raises on purpose."""
+
+
+class CatalogError(RegistryError):
+    """There is no such model, version or alias."""
+
+
+class PromotionError(RegistryError):
+    """A version that may not become champion as things stand."""
+
+
+class LedgerError(RegistryError):
+    """An entry of the ledger does not have the hash that the next one names."""
+
+
+class StoreError(RegistryError):
+    """MLflow or the database refused or cannot be reached."""
