@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -261,7 +260,9 @@ def rollout_start(
         with workspace.locked():
             policy = rollout.start(chosen[-1], shares, soak, revert=revert)
             workspace.repository.set_policy(policy)
-            workspace.ledger.append("rollout", f"{line}/{device_class}", f"waves {waves} %", {"release": policy.seq, "soak": soak})
+            workspace.ledger.append(
+                "rollout", f"{line}/{device_class}", f"waves {waves} %", {"release": policy.seq, "soak": soak}
+            )
             publish.fn(str(workspace.root))
         _answer(as_json, policy.model_dump(), rollout.describe(policy))
 
@@ -476,4 +477,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

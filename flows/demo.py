@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import FlowError
-from flows.workspace import Workspace, create
+from flows.workspace import create
 
 LINE, SECOND, CLASS = "surfaces", "digits", "edge"
 DEVICES = ("press-01", "press-02", "press-03")
@@ -39,14 +39,15 @@ channels = 1
 text_length = 20
 
 [lines.surfaces.training]
-steps = 420
-batch = 16
-learning_rate = 2e-3
+steps = 640
+batch = 8
+learning_rate = 1.5e-3
 
 [lines.surfaces.retraining]        # from the champion, on the data of both deliveries
-steps = 240
-batch = 16
-learning_rate = 1e-3
+steps = 340
+batch = 8
+learning_rate = 7e-4
+update_grid = 3.0                  # rounds the update, so that its delta is small
 
 [lines.surfaces.sampler]
 method = "ab2"
@@ -59,7 +60,7 @@ coverage = 0.2
 
 [lines.surfaces.classes.edge]
 configuration = "I"
-precision = "float16"
+precision = "bfloat16"
 latency_ms = 3000
 
 [lines.digits]                     # a second product in the same workspace: scanned digits
@@ -85,7 +86,7 @@ coverage = 0.2
 
 [lines.digits.classes.edge]
 configuration = "I"
-precision = "float16"
+precision = "bfloat16"
 latency_ms = 1000
 """
 
@@ -110,7 +111,7 @@ class Demo:
         """Whether every step was done before."""
         return "report" in self.notes["done"]
 
-    def step(self, name: str, text: str, action: Callable[[], None]) -> None:
+    def step(self, name: str, text: str, action: Callable[[], object]) -> None:
         """Do a step unless it is done, and write down that it is."""
         if name in self.notes["done"]:
             return
@@ -147,7 +148,9 @@ class Demo:
         )  # fmt: skip
         self.step("train 2", "retrain from the champion → gate → promotion; digits have no news", self._retrain_both)
         self.step("release 2", "bundle → delta from release 1 → signed → rollout", lambda: self._release([LINE]))
-        self.step("update", "the devices update by delta, try the new model, report", lambda: self._update("updated", CAPTIONS_AFTER))
+        self.step(
+            "update", "the devices update by delta, try the new model, report", lambda: self._update("updated", CAPTIONS_AFTER)
+        )
         self.step("break", "version 3 has garbage for weights; the gate says no, somebody overrules it", self._break)
         self.step("release 3", "the broken version is signed and rolled out all the same", lambda: self._release([LINE]))
         self.step("refuse", "the devices try it and refuse", lambda: self._update("after_broken", {}, refuses=True))
@@ -222,7 +225,8 @@ class Demo:
         from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
 
         champion = self.workspace.catalog.champion(self._subject())
-        assert champion is not None
+        if champion is None:
+            raise DemoError(f"{self._subject()} has no champion to break")
         whole = load_checkpoint(Path(champion_files(self.workspace, champion)["checkpoint"]))
         broken = self.workspace.work / "runs" / "broken"
         shutil.rmtree(broken, ignore_errors=True)
@@ -247,7 +251,8 @@ class Demo:
 
         repository, ledger, subject = self.workspace.repository, self.workspace.ledger, self._subject()
         broken = repository.policy(LINE, CLASS)
-        assert broken is not None
+        if broken is None:
+            raise DemoError(f"nothing of {LINE}/{CLASS} is rolled out")
         repository.set_policy(rollout.halt(broken))
         ledger.append("halt", f"{LINE}/{CLASS}", "every device refused it", {"release": broken.seq})
         good = [e.facts["version"] for e in ledger.entries(str(subject)) if e.kind == "promotion" and not e.facts["overruled"]]
@@ -336,8 +341,8 @@ def text(summary: dict[str, Any]) -> str:
     lines = [
         f"data        two revisions, {first} and {second}",
         *(f"gate        version {number}: {row['outcome']}, {row['reason']}" for number, row in g.items()),
-        f"update      {b['delta']:,} bytes as a delta, {b['full']:,} in full ({b['full'] / b['delta']:.1f} times less); "
-        f"{max(b['received'].values()):,} bytes fetched in all, metadata included",
+        f"update      {b['delta']:,} bytes as a delta, {b['full']:,} in full ({b['full'] / b['delta']:.1f} times less)",
+        f"fetched     {max(b['received'].values()):,} bytes by each device for the update, metadata included",
     ]
     for device, acts in summary["devices"].items():
         lines.append(

@@ -1,9 +1,9 @@
 """What can go wrong in `flows` itself; errors of `model`, `registry` and `ota` pass through as they are.
 
-    FlowError
-    ├── WorkspaceError   not a workspace, or its ferry.toml does not say what it must
-    ├── BusyError        another ferry is at work in it
-    └── ServerError      Prefect's server does not start or answer
+FlowError
+├── WorkspaceError   not a workspace, or its ferry.toml does not say what it must
+├── BusyError        another ferry is at work in it
+└── ServerError      Prefect's server does not start or answer
 """
 
 

@@ -44,5 +44,7 @@ def promote(workspace: Workspace, subject: Subject, number: int, reason: str, ov
     workspace.catalog.promote(subject, number)
     seen = workspace.catalog.champion(subject)
     if seen is None or seen.number != number:
-        raise StoreError(f"MLflow's alias of {subject} was changed at the same moment; the ledger says {number}, repeat the command")
+        raise StoreError(
+            f"MLflow's alias of {subject} was changed at the same moment; the ledger says {number}, repeat the command"
+        )
     return entry

@@ -145,7 +145,7 @@ def release(root: str, line: str, device_class: str) -> dict[str, Any]:
         copied = publish(root)
     made = Released(
         line=line, device_class=device_class, release=published.seq, manifest=published.manifest,
-        versions={v: published.version for v in workspace.device_class(line, device_class).variants},
+        versions=dict.fromkeys(workspace.device_class(line, device_class).variants, published.version),
         full_bytes=published.full_bytes, deltas={d.base: d.size for d in deltas},
         metadata_bytes=workspace.repository.metadata_bytes(), copied=copied,
     )  # fmt: skip

@@ -30,13 +30,17 @@ def write(workspace: Workspace, out: Path) -> Path:
     prices = workspace.settings.prices
     page = report.render(
         report.Report(
-            title="What the models cost and bring", made=datetime.now(UTC), models=models, releases=_releases(workspace),
-            devices=_devices(workspace), decisions=_decisions(workspace),
+            title="What the models cost and bring",
+            made=datetime.now(UTC),
+            models=models,
+            releases=_releases(workspace),
+            devices=_devices(workspace),
+            decisions=_decisions(workspace),
             prices=report.Prices(
                 currency=prices.currency, megabyte=prices.megabyte, training_hour=prices.training_hour, fleet=prices.fleet
             ),
             go_back=_go_back(workspace),
-        )  # fmt: skip
+        )
     )
     fresh = out.with_name(f".{out.name}.tmp")
     fresh.write_text(page)
@@ -64,14 +68,20 @@ def _models(workspace: Workspace) -> list[report.ModelRow]:
         new = [q for q in card.quality if q.split == "new"]
         rows.append(
             report.ModelRow(
-                subject=str(subject), version=champion.number, tier=card.tier, data_rev=champion.tags["data.rev"],
+                subject=str(subject),
+                version=champion.number,
+                tier=card.tier,
+                data_rev=champion.tags["data.rev"],
                 kd={q.space: q.kd for q in new},
                 kd_before={c.space: c.champion_kd for c in card.comparisons if c.split == "new"},
-                n=new[0].n, steps=card.sampler.steps, milliseconds=card.cost.milliseconds,
-                train_seconds=curve[-1]["seconds"], reason=champion.tags["gate.reason"],
+                n=new[0].n,
+                steps=card.sampler.steps,
+                milliseconds=card.cost.milliseconds,
+                train_seconds=curve[-1]["seconds"],
+                reason=champion.tags["gate.reason"],
                 samples=workspace.catalog.data(champion, "pictures/samples.png"),
                 captions=json.loads(workspace.catalog.text(champion, "pictures/samples.json")),
-            )  # fmt: skip
+            )
         )
     return rows
 
@@ -92,10 +102,15 @@ def _releases(workspace: Workspace) -> list[report.ReleaseRow]:
             sizes = [d.size for d in workspace.repository.deltas(name, device_class) if d.target == shown.manifest]
             rows.append(
                 report.ReleaseRow(
-                    line=name, device_class=device_class, release=shown.seq, version=shown.version, full_bytes=shown.full_bytes,
-                    delta_bytes=min(sizes) if sizes else None, metadata_bytes=workspace.repository.metadata_bytes(),
+                    line=name,
+                    device_class=device_class,
+                    release=shown.seq,
+                    version=shown.version,
+                    full_bytes=shown.full_bytes,
+                    delta_bytes=min(sizes) if sizes else None,
+                    metadata_bytes=workspace.repository.metadata_bytes(),
                     rollout=rollout.describe(policy) if policy else "not rolled out",
-                )  # fmt: skip
+                )
             )
     return rows
 
@@ -109,10 +124,12 @@ def _devices(workspace: Workspace) -> list[report.DeviceRow]:
     }
     return [
         report.DeviceRow(
-            device=device, release=names.get(last.active or "", "an unknown bundle") if last and last.active else "nothing",
-            event=last.event if last else "silent", reason=last.reason if last else "has not reported yet",
+            device=device,
+            release=names.get(last.active or "", "an unknown bundle") if last and last.active else "nothing",
+            event=last.event if last else "silent",
+            reason=last.reason if last else "has not reported yet",
             when=datetime.fromtimestamp(last.time, UTC) if last else None,
-        )  # fmt: skip
+        )
         for device, last in workspace.fleet.devices().items()
     ]
 

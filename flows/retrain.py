@@ -31,8 +31,12 @@ from model.scorecard import Comparison, DataVersion, Frozen, Lineage, Quality, S
 from registry.catalog import BUNDLE, CHECKPOINT, Subject, Version
 from registry.selection import Decision, Limits, decide
 
-RETRIES = {"retries": 2, "retry_delay_seconds": exponential_backoff(2), "retry_jitter_factor": 0.5}  # where I/O is
-GRID_COLUMNS = 8
+RETRIES: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": exponential_backoff(2),
+    "retry_jitter_factor": 0.5,
+}  # where I/O is
+GRID_COLUMNS, GRID_ROWS = 8, 6
 
 
 class Retrained(Frozen):
@@ -96,9 +100,7 @@ def export_model(root: str, checkpoint: str, configuration: ConfigurationName, k
 
 
 @task(name="evaluate", cache_key_fn=by_key, persist_result=True, result_serializer="json")
-def evaluate_model(
-    root: str, checkpoint: str, exported: str, champion: dict[str, str] | None, key: str
-) -> dict[str, str]:
+def evaluate_model(root: str, checkpoint: str, exported: str, champion: dict[str, str] | None, key: str) -> dict[str, str]:
     """Draw images and score them, beside the champion's where there is one; returns the paths of card and pictures."""
     workspace = Workspace(Path(root))
     opened = train.load_checkpoint(Path(checkpoint))
@@ -253,9 +255,7 @@ def judge_and_register(
     )
     card = Scorecard.model_validate_json(Path(evaluated["scorecard"]).read_bytes())
     limits = Limits(**line.gate.model_dump(exclude={"images"}))
-    decision = decide(
-        card, limits, line.latency_ms(configuration), champion.weights_sha256 if champion else None, together
-    )
+    decision = decide(card, limits, line.latency_ms(configuration), champion.weights_sha256 if champion else None, together)
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))
     create_image_artifact(image_url=Path(evaluated["samples"]).as_uri(), key="samples", description=f"{subject} {number}")
     promoted = False
@@ -302,8 +302,7 @@ def check_clean(workspace: Workspace, line: str) -> None:
     path = workspace.line(line).data
     if versions.is_dirty(workspace.root, path):
         raise RevisionError(
-            f"{path} holds changes that no revision has; record them with `ferry data add {line}`, or name a revision "
-            "with --data"
+            f"{path} holds changes that no revision has; record them with `ferry data add {line}`, or name a revision with --data"
         )
 
 
@@ -356,7 +355,7 @@ def file_sha256(path: Path) -> str:
 
 def picture(groups: dict[str, list[Any]], path: Path, scale: int = 4) -> None:
     """A grid of samples, a row for each of the most frequent captions; captions in `<path>.json`."""
-    rows = sorted(groups, key=lambda caption: (-len(groups[caption]), caption))[:GRID_COLUMNS]
+    rows = sorted(groups, key=lambda caption: (-len(groups[caption]), caption))[:GRID_ROWS]
     size, channels = groups[rows[0]][0].shape[1], groups[rows[0]][0].shape[0]
     cell = size * scale + 2
     sheet = np.full((len(rows) * cell, GRID_COLUMNS * cell, channels), 255, dtype=np.uint8)
@@ -366,4 +365,3 @@ def picture(groups: dict[str, list[Any]], path: Path, scale: int = 4) -> None:
             sheet[y * cell + 1 : y * cell + 1 + len(large), x * cell + 1 : x * cell + 1 + len(large)] = large
     Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet).save(path)
     path.with_suffix(".json").write_text(json.dumps(sorted(rows)))
-

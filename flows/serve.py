@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from flows.errors import ServerError
 from flows.workspace import Workspace
@@ -91,6 +92,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str) -> None:
         ServerError: the schedule is not valid, or Prefect's server cannot be used.
     """
     from prefect import serve as prefect_serve
+    from prefect.deployments.runner import RunnerDeployment
     from prefect.flows import EntrypointType
 
     from flows.retrain import retrain
@@ -105,4 +107,4 @@ def serve(workspace: Workspace, lines: list[str], cron: str) -> None:
         ]  # fmt: skip
     except ValueError as error:
         raise ServerError(f"{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 1' for Mondays at 3") from error
-    prefect_serve(*deployments, limit=1, print_starting_message=False)
+    prefect_serve(*cast("list[RunnerDeployment]", deployments), limit=1, print_starting_message=False)

@@ -1,13 +1,13 @@
 """A workspace: the folder in which `ferry` works, its settings, and the way to everything that it holds.
 
-    ferry.toml      settings; the only file that is written by hand
-    data/           the lines' data folders, versioned by DVC
-    keys/           signing keys (keys.json holds the public halves)
-    repository/     the signed repository; copied to where it is published
-    ferry.db        ledger and fleet      mlflow.db, mlartifacts/   catalogue
-    features/       the frozen feature spaces, one file for each line
-    inbox/          where devices leave reports
-    work/           everything that can be made again: caches, checkpoints, bundles, Prefect's own files
+ferry.toml      settings; the only file that is written by hand
+data/           the lines' data folders, versioned by DVC
+keys/           signing keys (keys.json holds the public halves)
+repository/     the signed repository; copied to where it is published
+ferry.db        ledger and fleet      mlflow.db, mlartifacts/   catalogue
+features/       the frozen feature spaces, one file for each line
+inbox/          where devices leave reports
+work/           everything that can be made again: caches, checkpoints, bundles, Prefect's own files
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Training(Section):
     steps: int = Field(default=400, ge=1)
     batch: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
+    update_grid: float = Field(default=0.0, ge=0, le=8, description="coarseness of an update; see TrainOptions")
     seed: int = 0
 
     def options(self) -> TrainOptions:
@@ -96,7 +97,7 @@ class DeviceClass(Section):
     """A kind of hardware: it chooses the configuration, the precision and the variants."""
 
     configuration: ConfigurationName = "I"
-    precision: Literal["float32", "float16"] = "float16"
+    precision: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     variants: list[Literal["full"]] = Field(default=["full"], min_length=1, max_length=1)
     latency_ms: float = Field(default=5000, gt=0, description="budget for one image")
 
@@ -110,7 +111,7 @@ class Line(Section):
     channels: Literal[1, 3] = 1
     text_length: int = 24
     training: Training = Training()
-    retraining: Training = Training(steps=200, learning_rate=5e-4)
+    retraining: Training = Training(steps=200, learning_rate=5e-4, update_grid=2.0)
     sampler: Sampler = Sampler()
     gate: Gate = Gate()
     classes: dict[LineName, DeviceClass] = Field(default={"edge": DeviceClass()}, min_length=1)
@@ -205,30 +206,35 @@ class Workspace:
 
     @cached_property
     def catalog(self) -> Catalog:
+        """MLflow."""
         from registry.catalog import Catalog
 
         return Catalog(self._sqlite(self.settings.stores.mlflow), self.root / "mlartifacts")
 
     @cached_property
     def ledger(self) -> Ledger:
+        """The record of decisions."""
         from registry.ledger import Ledger
 
         return Ledger(self.database)
 
     @cached_property
     def fleet(self) -> Fleet:
+        """Devices and their reports."""
         from ota.release.fleet import Fleet
 
         return Fleet(self.database)
 
     @cached_property
     def keys(self) -> KeyRing:
+        """Signing keys."""
         from ota.release.keys import KeyRing
 
         return KeyRing(self.root / "keys")
 
     @cached_property
     def repository(self) -> Repository:
+        """The signed repository."""
         from ota.release.repository import Repository
 
         return Repository(self.root / "repository", self.keys)
@@ -299,7 +305,9 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
             Settings.model_validate(tomllib.loads(text))
         except (ValidationError, tomllib.TOMLDecodeError) as error:
             fresh.unlink()
-            raise WorkspaceError(f"these are not names of lines: {', '.join(lines)}; use lower-case letters and digits") from error
+            raise WorkspaceError(
+                f"these are not names of lines: {', '.join(lines)}; use lower-case letters and digits"
+            ) from error
         fresh.replace(path)
     workspace = Workspace(root)
     root = workspace.root
@@ -366,6 +374,7 @@ learning_rate = 2e-3
 steps = 200
 batch = 32
 learning_rate = 5e-4
+update_grid = 2.0                  # rounds the update, so that its delta is small; 0 is off
 
 [lines.{name}.sampler]
 method = "ab2"                     # euler, heun or ab2 (second order, one evaluation a step)
@@ -381,7 +390,7 @@ coverage = 0.3
 
 [lines.{name}.classes.edge]        # a kind of device
 configuration = "I"                # I: stride 2, II: stride 1
-precision = "float16"              # how weights are stored
+precision = "bfloat16"             # how weights are stored: float32, float16 or bfloat16 (smallest updates)
 latency_ms = 5000                  # budget for one image
 """
 
@@ -400,5 +409,3 @@ def line_and_class(text: str, workspace: Workspace) -> tuple[str, str]:
         device_class = classes[0]
     workspace.device_class(line, device_class)
     return line, device_class
-
-

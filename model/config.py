@@ -85,10 +85,12 @@ class ModelConfig(BaseModel):
 
     @property
     def shape(self) -> Tier:
+        """The tier's sizes."""
         return TIERS[self.tier]
 
     @property
     def stride(self) -> int:
+        """Of the initial convolution."""
         return CONFIGURATIONS[self.configuration]
 
     @property

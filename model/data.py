@@ -95,7 +95,7 @@ def to_unit(images: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> npt.NDArray[np.uint8]:
-    """float [..] in [-1, 1], clipped → uint8 [..]."""
+    """Float [..] in [-1, 1], clipped → uint8 [..]."""
     array: npt.NDArray[np.uint8] = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
     return array
 

@@ -10,6 +10,7 @@ drives them with ONNX Runtime, `train` and the tests with torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -61,14 +62,14 @@ def guided(network: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], ids: Ten
 
 def sample_euler(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
     """Euler's method: one evaluation a step."""
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         x = x + (s - t) * velocity(x, t, t)
     return x
 
 
 def sample_heun(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
     """Heun's second-order method, two evaluations a step (Karras et al. 2022, algorithm 1, without churn)."""
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         v = velocity(x, t, t)
         guess = x + (s - t) * v
         x = x + (s - t) * (v + velocity(guess, s, s)) / 2
@@ -81,7 +82,7 @@ def sample_ab2(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
     The first step is Euler's; unequal steps are weighted by their ratio.
     """
     before: tuple[Tensor, float] | None = None
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         h = s - t
         v = velocity(x, t, t)
         if before is None:

@@ -46,7 +46,7 @@ class Drawn:
 
 
 def held_out_captions(dataset: Dataset, n: int) -> list[str]:
-    """n captions in the proportions of the held-out items; the same for every model.
+    """N captions in the proportions of the held-out items; the same for every model.
 
     Raises:
         DataError: fewer than 2 are asked for.
@@ -145,10 +145,16 @@ def quality(spaces: FeatureSpaces, reference: Images, drawn: Drawn, split: str) 
         x, y, scale = spaces(space, reference), spaces(space, drawn.images), spaces.scale(space)
         rows.append(
             Quality(
-                space=space, space_sha256=spaces.sha256, split=split, n=len(y), reference=len(x), fd=frechet_distance(x, y),
-                kd=kernel_distance(x, y, scale), noise_kd=kernel_distance(x, spaces(space, noise), scale),
+                space=space,
+                space_sha256=spaces.sha256,
+                split=split,
+                n=len(y),
+                reference=len(x),
+                fd=frechet_distance(x, y),
+                kd=kernel_distance(x, y, scale),
+                noise_kd=kernel_distance(x, spaces(space, noise), scale),
                 coverage=coverage(x, y),
-            )  # fmt: skip
+            )
         )
     return rows
 
@@ -163,9 +169,15 @@ def compare(
         delta, se = relative_distance(x, spaces(space, challenger.images), h, scale)
         rows.append(
             Comparison(
-                against="champion", against_sha256=champion_sha256, space=space, split=split, n=len(h), delta=delta, se=se,
+                against="champion",
+                against_sha256=champion_sha256,
+                space=space,
+                split=split,
+                n=len(h),
+                delta=delta,
+                se=se,
                 champion_kd=kernel_distance(x, h, scale),
-            )  # fmt: skip
+            )
         )
     return rows
 

@@ -1,10 +1,10 @@
 """A checkpoint → the files that a device runs, checked against the network they came from before anything is handed on.
 
-    graph.onnx      the graph of (tier, configuration, precision); the same bytes for every release
-    weights.bin     the weights, at offsets that depend on the configuration alone
-    sampler.json    the solver's table and the pinned runtime: what a device needs to draw an image
-    golden.npz      fixed inputs and the outputs they gave here
-    reference.json  expert load, image statistics and latency budget that a device compares itself with
+graph.onnx      the graph of (tier, configuration, precision); the same bytes for every release
+weights.bin     the weights, at offsets that depend on the configuration alone
+sampler.json    the solver's table and the pinned runtime: what a device needs to draw an image
+golden.npz      fixed inputs and the outputs they gave here
+reference.json  expert load, image statistics and latency budget that a device compares itself with
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from model.config import VARIANTS, ModelConfig, VariantName
 from model.diffusion import timetable
 from model.errors import ExportError
-from model.graph import WEIGHTS_FILE, Precision, Tensor, build, layout
+from model.graph import WEIGHTS_FILE, Precision, build, layout
 from model.network import Network
 from model.scorecard import Sampler, Sha256
 from model.session import RUNTIME, Session, noise
@@ -34,6 +34,7 @@ GOLDEN_TOLERANCE = 1e-3  # |difference| that a device may show; other CPUs order
 GOLDEN_SHARE = 0.98  # of the elements that must stay within it: a flipped tie in the routing moves a few far
 GOLDEN_SEED = 20_000
 GOLDEN_IMAGES = 8
+TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STATISTICS = ("mean", "deviation", "edges")
 
 
@@ -101,11 +102,10 @@ def pack(network: Network, precision: Precision) -> bytes:
     placed, size = layout(network.config, precision)
     buffer = bytearray(size)
     for tensor in placed:
-        with np.errstate(over="ignore"):
-            values = tensor_of(network, tensor.name).numpy().astype(precision)
-        if not np.isfinite(values).all():
+        values = tensor_of(network, tensor.name).to(TORCH_TYPES[precision]).contiguous()
+        if not values.isfinite().all():
             raise ExportError(f"{tensor.name} holds a value that {precision} cannot; train again or store float32")
-        buffer[tensor.offset : tensor.offset + tensor.length] = values.tobytes()
+        buffer[tensor.offset : tensor.offset + tensor.length] = values.view(torch.uint8).numpy().tobytes()
     return bytes(buffer)
 
 
@@ -120,14 +120,9 @@ def unpack(config: ModelConfig, precision: Precision, weights: bytes) -> Network
         raise ExportError(f"weights of {config.tier}/{config.configuration} take {size} bytes, not {len(weights)}")
     network = Network(config)
     for tensor in placed:
-        tensor_of(network, tensor.name).copy_(torch.from_numpy(values_of(tensor, precision, weights).astype(np.float32)))
+        part = bytearray(weights[tensor.offset : tensor.offset + tensor.length])
+        tensor_of(network, tensor.name).copy_(torch.frombuffer(part, dtype=TORCH_TYPES[precision]).view(tensor.shape))
     return network.eval()
-
-
-def values_of(tensor: Tensor, precision: Precision, weights: bytes) -> npt.NDArray[np.generic]:
-    """One tensor out of a weight file."""
-    part = np.frombuffer(weights, dtype=precision, count=int(np.prod(tensor.shape)), offset=tensor.offset)
-    return part.reshape(tensor.shape)
 
 
 def check_parity(network: Network, precision: Precision, weights: bytes, seed: int = 0) -> float:
@@ -169,9 +164,7 @@ def image_statistics(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]
     return np.stack((x.mean(axis=(1, 2, 3)), x.std(axis=(1, 2, 3)), edges), axis=1)
 
 
-def describe(
-    session: Session, sampler: Sampler, variant: VariantName, captions: list[str], latency_ms: float, out: Path
-) -> None:
+def describe(session: Session, sampler: Sampler, variant: VariantName, captions: list[str], latency_ms: float, out: Path) -> None:
     """Write `sampler.json`, `golden.npz` and `reference.json` for a session."""
     if sampler.guidance != 1 and not VARIANTS[variant].guided:
         raise ExportError(f"the variant {variant} is trained without guidance; give its sampler guidance 1")

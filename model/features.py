@@ -44,10 +44,12 @@ class Classifier(nn.Module):
         self.last = nn.Linear(DIMENSIONS, classes)
 
     def features(self, x: Tensor) -> Tensor:
+        """[B, C, R, R] -> [B, DIMENSIONS]."""
         h = F.relu(self.second(F.relu(self.first(x))))
         return self.hidden(F.adaptive_avg_pool2d(h, 4).flatten(1))  # [B, DIMENSIONS]
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, R, R] -> scores of the captions."""
         return self.last(F.relu(self.features(x)))
 
 
@@ -61,7 +63,7 @@ class FeatureSpaces:
     def __call__(self, space: str, images: npt.NDArray[np.uint8]) -> Features:
         """Features of uint8 images [n, C, R, R]: float64 [n, DIMENSIONS]."""
         with torch.inference_mode():
-            raw = self._raw(space, to_unit(images)).double()
+            raw = self.raw(space, to_unit(images)).double()
         standard = (raw - self.tensors[f"{space}.mean"]) / self.tensors[f"{space}.deviation"]
         result: Features = standard.numpy()
         return result
@@ -70,7 +72,8 @@ class FeatureSpaces:
         """Median distance between two images of the first revision: what the kernel's widths are multiples of."""
         return float(self.tensors[f"{space}.scale"])
 
-    def _raw(self, space: str, x: Tensor) -> Tensor:
+    def raw(self, space: str, x: Tensor) -> Tensor:
+        """Features before they are standardised, [B, C, R, R] -> [B, DIMENSIONS]."""
         if space == "random":
             return random_features(x, self.tensors["random.first"], self.tensors["random.second"])
         classifier = Classifier(x.shape[1], len(self.tensors["trained.last.bias"]))
@@ -114,7 +117,7 @@ def fit(dataset: Dataset, path: Path, seed: int = 0) -> FeatureSpaces:
     x = to_unit(dataset.images[training[:2000]])
     for space in SPACES:
         with torch.inference_mode():
-            raw = spaces._raw(space, x).double()
+            raw = spaces.raw(space, x).double()
         tensors[f"{space}.mean"] = raw.mean(dim=0)
         tensors[f"{space}.deviation"] = raw.std(dim=0).clamp(min=1e-6)
         standard = (raw - tensors[f"{space}.mean"]) / tensors[f"{space}.deviation"]

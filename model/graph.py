@@ -11,11 +11,11 @@ would move bytes from one release to the next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from model.config import BYTE_VOCABULARY, ModelConfig
@@ -28,8 +28,11 @@ WEIGHTS_FILE = "weights.bin"
 TENSOR_ALIGNMENT = 64  # bytes; a cache line, and any vector register
 RECORD_ALIGNMENT = 4096  # bytes; a page, so that a record can be mapped or patched alone
 
-Precision = Literal["float32", "float16"]
-ONNX_TYPES: dict[str, int] = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+Precision = Literal["float32", "float16", "bfloat16"]
+# Stored type → its ONNX type and bytes a number.
+STORED: dict[str, tuple[int, int]] = {
+    "float32": (TensorProto.FLOAT, 4), "float16": (TensorProto.FLOAT16, 2), "bfloat16": (TensorProto.BFLOAT16, 2),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,13 @@ def shell_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 def layout(config: ModelConfig, precision: Precision) -> tuple[list[Tensor], int]:
     """Every tensor's place in the weight file, and the file's size in bytes."""
-    width = np.dtype(precision).itemsize
+    width = STORED[precision][1]
     placed: list[Tensor] = []
 
     def place(prefix: str, rows: list[tuple[str, tuple[int, ...]]], start: int) -> int:
         for name, shape in rows:
             start = align(start, TENSOR_ALIGNMENT)
-            length = width * int(np.prod(shape))
+            length = width * math.prod(shape)
             placed.append(Tensor(prefix + name, shape, start, length))
             start += length
         return align(start, RECORD_ALIGNMENT)
@@ -102,7 +105,7 @@ class _Body:
         return f"{hint}_{self.count}"
 
     def add(
-        self, op: str, inputs: Sequence[str], outputs: Sequence[str] | None = None, domain: str = "", **attributes: object
+        self, op: str, inputs: Sequence[str], outputs: Sequence[str] | None = None, domain: str = "", **attributes: Any
     ) -> str:
         """One node; its outputs are named after it unless given."""
         made = list(outputs) if outputs else [self.name(op.lower())]
@@ -121,7 +124,7 @@ class _Body:
         return self.add("Slice", [x, self.ints(start), self.ints(stop), self.ints(axis)])
 
     def swiglu(self, x: str) -> str:
-        """[.., 2H] -> [.., H]"""
+        """Split in two and gate, [.., 2H] -> [.., H]."""
         gate, value = self.name("gate"), self.name("value")
         self.add("Split", [x], [gate, value], axis=-1, num_outputs=2)
         return self.add("Mul", [self.add("Mul", [gate, self.add("Sigmoid", [gate])]), value])
@@ -141,7 +144,7 @@ class _Body:
         return self.add("Mul", [self.add("Div", [x, root]), gain])
 
     def linear(self, x: str, name: str) -> str:
-        """x [B, in] through a torch-style [out, in] weight and bias."""
+        """X [B, in] through a torch-style [out, in] weight and bias."""
         return self.add("Gemm", [x, f"{name}.weight", f"{name}.bias"], transB=1)
 
 
@@ -151,7 +154,7 @@ def _function(name: str, inputs: list[str], outputs: list[str], body: _Body) -> 
 
 
 def _project(config: ModelConfig) -> FunctionProto:
-    """x [B, T, D] → q, k, v, each [B, h, T, d]"""
+    """Project: x [B, T, D] → q, k, v, each [B, h, T, d]."""
     heads = config.shape.heads
     f = _Body()
     f.add("Add", ["ada", "mod"], ["m"])
@@ -169,7 +172,7 @@ def _project(config: ModelConfig) -> FunctionProto:
 
 
 def _attend(config: ModelConfig) -> FunctionProto:
-    """q, k, v [B, h, T, d] → [B, T, D]"""
+    """Attend: q, k, v [B, h, T, d] → [B, T, D]."""
     d = config.shape.width // config.shape.heads
     f = _Body()
     scaled = f.add("Mul", ["q", f.number(d**-0.5)])
@@ -180,7 +183,7 @@ def _attend(config: ModelConfig) -> FunctionProto:
 
 
 def _residual() -> FunctionProto:
-    """x, attended [B, T, D] → the residual stream after attention, and its norm, the input of convolution and experts"""
+    """Residual: x and attended [B, T, D] → the stream after attention, and its norm for convolution and experts."""
     f = _Body()
     f.add("Add", ["ada", "mod"], ["m"])
     gated = f.add("Mul", [f.slice("m", 2, 3, 1), f.add("MatMul", ["attended", "out"])])
@@ -190,7 +193,7 @@ def _residual() -> FunctionProto:
 
 
 def _convolve(config: ModelConfig) -> FunctionProto:
-    """h [B, n, D] on a map of `size` [0, D, rows, columns] → h + depthwise 3x3 convolution, [B, n, D]"""
+    """Convolve: h [B, n, D] on a map of `size` [0, D, rows, columns] → h + its depthwise 3x3 convolution, [B, n, D]."""
     D = config.shape.width
     f = _Body()
     grid = f.add("Reshape", [f.add("Transpose", ["h"], perm=[0, 2, 1]), "size"])
@@ -201,7 +204,7 @@ def _convolve(config: ModelConfig) -> FunctionProto:
 
 
 def _experts(config: ModelConfig) -> FunctionProto:
-    """Shared and routed experts on h [B, T, D], added to x: y [B, T, D], load [B, E], chosen [B, E, C]"""
+    """Experts, shared and routed, on h [B, T, D], added to x: y [B, T, D], load [B, E], chosen [B, E, C]."""
     s = config.shape
     D, E = s.width, s.experts
     f = _Body()
@@ -359,20 +362,17 @@ def build(config: ModelConfig, precision: Precision, routes: bool = False) -> Mo
     ]
     if routes:
         outputs_info += [
-            helper.make_tensor_value_info(f"chosen{b}", TensorProto.INT64, ["B", s.experts, None])
-            for b in range(config.blocks)
+            helper.make_tensor_value_info(f"chosen{b}", TensorProto.INT64, ["B", s.experts, None]) for b in range(config.blocks)
         ]
     graph = helper.make_graph(g.nodes, "network", inputs_info, outputs_info, initializers)
     functions = [_project(config), _attend(config), _residual(), _convolve(config), _experts(config), _block(config)]
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     # No producer version and no metadata: a new release of the tool must not change the bytes of an old graph.
-    return helper.make_model(
-        graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION, producer_name="deltaferry"
-    )
+    return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION, producer_name="deltaferry")
 
 
 def _external(name: str, tensor: Tensor, precision: Precision) -> TensorProto:
-    made = TensorProto(name=name, data_type=ONNX_TYPES[precision], dims=tensor.shape)
+    made = TensorProto(name=name, data_type=STORED[precision][0], dims=tensor.shape)
     made.data_location = TensorProto.EXTERNAL
     for key, value in (("location", WEIGHTS_FILE), ("offset", str(tensor.offset)), ("length", str(tensor.length))):
         entry = made.external_data.add()

@@ -14,6 +14,7 @@ What is unusual here, compared with a diffusion transformer as published (DiT, H
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,12 @@ class Block(nn.Module):
         return rms_norm(q) * self.q_gain, rms_norm(k) * self.k_gain, v
 
     def mix(
-        self, x: Tensor, attended: Tensor, ada: Tensor, segments: list[tuple[int, int]], capacity: int,
+        self,
+        x: Tensor,
+        attended: Tensor,
+        ada: Tensor,
+        segments: list[tuple[int, int]],
+        capacity: int,
         chosen: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Everything after attention: residual, depthwise convolution over each segment's map, experts."""
@@ -91,15 +97,16 @@ class Network(nn.Module):
         self.time_in = nn.Linear(4 * TIME_FREQUENCIES, D)
         self.time_out = nn.Linear(D, D)
         self.ada = nn.Linear(D, 6 * D)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        blocks = [Block(config) for _ in range(config.blocks)]
+        self.blocks = nn.ModuleList(blocks)
         self.head_mod = nn.Parameter(torch.zeros(2, D))
         self.head = nn.Conv2d(D, C * s * s, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
         nn.init.normal_(self.ada.weight, std=0.1 * D**-0.5)
         nn.init.zeros_(self.ada.bias)
         with torch.no_grad():
-            for block in self.blocks:  # the residual branches start half open, so that short trainings use them
+            for block in blocks:  # the residual branches start half open, so that short trainings use them
                 block.mod[2] = block.mod[5] = 0.5 / math.sqrt(config.blocks)
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,26 +137,27 @@ class Network(nn.Module):
         pooled = self.pool((text * given).sum(1) / given.sum(1).clamp(min=1))  # [B, D]
         when = self.time_out(F.silu(self.time_in(torch.cat((frequencies(t), frequencies(r)), dim=-1))))  # [B, D]
         ada = self.ada(F.silu(when + pooled)).unflatten(-1, (6, D))  # [B, 6, D]
+        blocks = cast("list[Block]", list(self.blocks))
         loads: list[Tensor] = []
         used: list[Tensor] = []
 
         def run(b: int, y: Tensor, attended: Tensor, segments: list[tuple[int, int]]) -> Tensor:
             capacity = c.capacity(y.shape[1])
-            y, load, chosen = self.blocks[b].mix(y, attended, ada, segments, capacity, routes[b] if routes else None)
+            y, load, chosen = blocks[b].mix(y, attended, ada, segments, capacity, routes[b] if routes else None)
             loads.append(load)
             used.append(chosen)
             return y
 
         for layer in range(c.shape.dual):
             i, j = 2 * layer, 2 * layer + 1
-            of_image, of_text = self.blocks[i].project(image, ada), self.blocks[j].project(text, ada)
+            of_image, of_text = blocks[i].project(image, ada), blocks[j].project(text, ada)
             q, k, v = (torch.cat(pair, dim=2) for pair in zip(of_image, of_text, strict=True))
             attended = F.scaled_dot_product_attention(q, k, v)  # [B, h, N + L, d]
             image = run(i, image, attended[:, :, :N], [(side, side)])
             text = run(j, text, attended[:, :, N:], [(1, L)])
         both = torch.cat((image, text), dim=1)  # [B, N + L, D]
         for b in range(2 * c.shape.dual, c.blocks):
-            attended = F.scaled_dot_product_attention(*self.blocks[b].project(both, ada))
+            attended = F.scaled_dot_product_attention(*blocks[b].project(both, ada))
             both = run(b, both, attended, [(side, side), (1, L)])
         image = both[:, :N]  # the text has done its work
 

@@ -74,7 +74,7 @@ def digits(folder: Path, delivery: int) -> int:
         if number % 2 != delivery - 1:
             continue
         name = f"{delivery}/{number:04d}.png"
-        _save(folder / name, np.asarray(scan, dtype=np.float32) / 16)
+        _save(folder / name, np.asarray(scan / 16, dtype=np.float32))
         rows.append({"file_name": name, "text": DIGIT_NAMES[target]})
     _append(folder, rows)
     return len(rows)
@@ -83,8 +83,7 @@ def digits(folder: Path, delivery: int) -> int:
 def _photograph(surface: str) -> Picture:
     import skimage.data
 
-    picture: Picture = np.asarray(getattr(skimage.data, surface)(), dtype=np.float32) / 255
-    return picture
+    return np.asarray(getattr(skimage.data, surface)() / 255, dtype=np.float32)
 
 
 def _patch(photograph: Picture, side: int, tile: int, rng: np.random.Generator) -> tuple[Picture, str]:
@@ -111,7 +110,7 @@ def _draw(patch: Picture, defect: str, rng: np.random.Generator) -> Picture:
         target = 1.0
     elif defect == "stain":
         radius = rng.uniform(0.2, 0.3) * side
-        mask = 0.8 * np.exp(-(((x - cx) ** 2 + (y - cy) ** 2) / radius**2) ** 2)
+        mask = 0.8 * np.exp(-((((x - cx) ** 2 + (y - cy) ** 2) / radius**2) ** 2))
         target = 0.15
     else:
         radius = rng.uniform(0.1, 0.18) * side

@@ -22,6 +22,7 @@ class Frozen(BaseModel):
 
     @property
     def sha256(self) -> Sha256:
+        """Hash of the canonical JSON."""
         return canonical_sha256(self.model_dump(mode="json"))
 
 

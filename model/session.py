@@ -26,10 +26,11 @@ from model.scorecard import Sampler
 Floats = npt.NDArray[np.float32]
 
 # What a device must reproduce to run the model that was scored.
+SESSION_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
 RUNTIME: dict[str, object] = {
     "onnxruntime": [">=1.20", "<2"],
     "graph_optimization_level": "all",
-    "config": {"session.qdq_matmulnbits_accuracy_level": "1"},
+    "config": SESSION_CONFIG,
 }
 
 
@@ -51,9 +52,7 @@ class Session:
         options.intra_op_num_threads = threads
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
-        config = RUNTIME["config"]
-        assert isinstance(config, dict)
-        for key, value in config.items():
+        for key, value in SESSION_CONFIG.items():
             options.add_session_config_entry(key, value)
         buffer = np.frombuffer(weights, dtype=np.uint8)
         options.add_external_initializers_from_files_in_memory([WEIGHTS_FILE], [buffer], [len(weights)])
@@ -96,9 +95,7 @@ class Session:
         images = sample(guided(network, torch.from_numpy(ids), sampler.guidance), start, sampler)
         return images, np.mean(loads, axis=0, dtype=np.float32)
 
-    def generate_many(
-        self, captions: list[str], seed: int, sampler: Sampler, batch: int = 32
-    ) -> Iterator[tuple[Tensor, Floats]]:
+    def generate_many(self, captions: list[str], seed: int, sampler: Sampler, batch: int = 32) -> Iterator[tuple[Tensor, Floats]]:
         """`generate` for many captions, batch by batch; image i starts from noise of seed `seed + i`."""
         ids = self.encode(captions)
         for first in range(0, len(captions), batch):

@@ -55,6 +55,9 @@ class TrainOptions(Frozen):
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     ema: float = Field(default=0.995, ge=0, lt=1)
     caption_dropout: float = Field(default=0.1, ge=0, le=1, description="share of captions hidden, for guidance")
+    update_grid: float = Field(
+        default=0.0, ge=0, description="with a parent: the update of each tensor is rounded to multiples of its rms times this"
+    )
     seed: int = 0
     save_every: int = Field(default=100, ge=1, description="steps between two states from which a run can resume")
 
@@ -175,11 +178,27 @@ def train(
             run.save(out / RESUME, lineage.sha256, step + 1)
         if on_step:
             on_step(step + 1, figures)
+    if parent and options.update_grid:
+        round_update(average, parent.network(), options.update_grid)
     write_safely(out / WEIGHTS, average.state_dict())
     (out / CURVE).write_text(json.dumps(run.curve))
     (out / LINEAGE).write_text(lineage.model_dump_json(indent=1))
     (out / RESUME).unlink(missing_ok=True)
     return load_checkpoint(out)
+
+
+def round_update(network: Network, parent: Network, grid: float) -> None:
+    """Round what training changed, in place, to multiples of `grid` times the root mean square of each tensor's change.
+
+    Most small changes become none, and the delta to the parent shrinks with the entropy of what is left; what is evaluated and
+    fielded is the rounded model, so the gate sees the price.
+    """
+    with torch.no_grad():
+        for ours, theirs in zip(network.parameters(), parent.parameters(), strict=True):
+            change = ours - theirs
+            step = grid * change.square().mean().sqrt()
+            if step > 0:
+                ours.copy_(theirs + torch.round(change / step) * step)
 
 
 class _Run:

@@ -18,6 +18,7 @@ import bz2
 import hashlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -235,7 +236,7 @@ def _from_planes(planes: bytes, old: bytes, width: int) -> bytes:
 # Decoding
 
 OpenBase = Callable[[Role, VariantName | None], BinaryIO]
-OpenOutput = Callable[[FileEntry], BinaryIO]
+OpenOutput = Callable[[FileEntry], AbstractContextManager[BinaryIO]]
 
 
 def read_header(patch: BinaryIO) -> Header:
@@ -319,7 +320,10 @@ def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: OpenBase, output: B
 
 
 def _check_base(base: BinaryIO, file: DeltaFile) -> None:
-    if hashlib.file_digest(base, "sha256").hexdigest() != file.base:
+    digest = hashlib.sha256()
+    while piece := base.read(MAX_CHUNK):
+        digest.update(piece)
+    if digest.hexdigest() != file.base:
         raise BaseError(f"the installed {file.target.role} file is not the one the delta starts from; fetch the full bundle")
 
 

@@ -30,6 +30,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 Role = Literal["graph", "weights", "sampler", "golden", "reference"]
 VariantName = Literal["full", "dev", "fast"]
+Precision = Literal["float32", "float16", "bfloat16"]
 ROLES_OF_VARIANT: tuple[Role, ...] = ("weights", "sampler", "golden", "reference")
 SIZE_LIMITS: dict[str, int] = {
     "graph": MAX_GRAPH, "weights": MAX_WEIGHTS, "sampler": MAX_TABLE, "golden": MAX_GOLDEN, "reference": MAX_TABLE,
@@ -114,7 +115,7 @@ class Manifest(Document):
     device_class: Name
     tier: str = Field(max_length=20)
     configuration: Literal["I", "II"]
-    precision: Literal["float32", "float16"]
+    precision: Precision
     variants: list[VariantName] = Field(min_length=1, max_length=3)
     default_variant: VariantName
     files: list[FileEntry] = Field(min_length=5, max_length=13)

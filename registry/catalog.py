@@ -259,9 +259,7 @@ class Catalog:
     def _log(self, run_id: str, subject: Subject, lineage: Lineage, card: Scorecard, curve: list[dict[str, float]]) -> None:
         params = lineage.config.model_dump() | card.sampler.model_dump()
         params |= {"variant": subject.variant, "seed": lineage.seed, "training_steps": lineage.steps, "items": lineage.items}
-        metrics = [
-            Metric(name, value, 0, int(row["step"])) for row in curve for name, value in row.items() if name != "step"
-        ]
+        metrics = [Metric(name, value, 0, int(row["step"])) for row in curve for name, value in row.items() if name != "step"]
         for q in card.quality:
             for name, value in (("fd", q.fd), ("kd", q.kd), ("coverage", q.coverage)):
                 metrics.append(Metric(f"{name}_{q.space}_{q.split}", value, 0, 0))
@@ -271,8 +269,9 @@ class Catalog:
             self._client.log_batch(run_id, metrics=metrics[first : first + 1000])
 
     def _log_view(self, run_id: str, export: Path) -> str:
-        """MLflow's ONNX flavour of an export, with its weights inside: with them beside it, MLflow would give the file a
-        random name, and two logs of one model would differ.
+        """MLflow's ONNX flavour of an export, with its weights inside.
+
+        With them beside it, MLflow would give the file a random name, and two logs of one model would differ.
         """
         model = onnx.load(str(export / "graph.onnx"))
         signature = ModelSignature(_schema(model.graph.input), _schema(model.graph.output))
@@ -323,4 +322,3 @@ def _foreign_errors() -> Iterator[None]:
         raise StoreError(f"MLflow refused: {first}; check its address in ferry.toml") from error
     except OSError as error:
         raise StoreError(f"MLflow cannot be reached: {error}; check its address in ferry.toml") from error
-

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from pydantic import Field
 from sqlalchemy import Column, Integer, MetaData, String, Table, Text, create_engine, insert, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
@@ -42,7 +43,7 @@ class Entry(Frozen):
     who: str
     when: str
     why: str
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = Field(default_factory=dict)
 
 
 class Ledger:

@@ -137,11 +137,11 @@ PAGE = """<!doctype html>
   table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .88rem }
   th { text-align: left; font-weight: 600; color: var(--soft) } th, td { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
   td.n, th.n { text-align: right }
-  .samples { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; max-width: 100% }
-  .samples img { image-rendering: pixelated; max-width: 100%; border: 1px solid var(--line) }
-  figcaption { font-size: .8rem; color: var(--soft); max-width: 34rem }
+  .samples { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 }
+  .samples img { image-rendering: pixelated; width: 100%; border: 1px solid var(--line) }
+  figcaption { font-size: .8rem; color: var(--soft) } figure { flex: 1 1 18rem; max-width: 27rem }
   code { background: var(--tint); padding: .1rem .3rem; border-radius: .25rem; overflow-wrap: anywhere }
-  @media print { body { padding: 0; font-size: 10.5px } .samples img { max-height: 42mm } h2 { margin: .6rem 0 .2rem } .tile b { font-size: 1rem } }
+  @media print { body { padding: 0; font-size: 10.5px } figure { max-width: 62mm } h2 { margin: .6rem 0 .2rem } .tile b { font-size: 1rem } }
 </style>
 </head>
 <body>
@@ -198,7 +198,7 @@ only be compared within this page.</p>
 <div class="scroll"><table>
 <tr><th>Device</th><th>Runs</th><th>Last report</th><th>Reason</th></tr>
 {% for d in r.devices %}
-<tr><td>{{ d.device }}</td><td>{{ d.release }}</td><td class="{{ 'bad' if d.event in ('refused', 'rolled_back', 'failed', 'base_corrupt') else 'good' }}">{{ d.event }}{% if d.when %} <span class="soft">{{ d.when.strftime("%Y-%m-%d %H:%M") }}</span>{% endif %}</td><td>{{ d.reason }}</td></tr>
+<tr><td>{{ d.device }}</td><td>{{ d.release }}</td><td class="{{ 'bad' if d.event in ('refused', 'rolled_back', 'failed', 'base_corrupt') else 'good' }}">{{ d.event }}{% if d.when %} <span class="soft">{{ d.when.strftime("%Y-%m-%d %H:%M") }}</span>{% endif %}</td><td>{{ d.reason | truncate(140) }}</td></tr>
 {% else %}<tr><td colspan="4">No device has reported yet.</td></tr>
 {% endfor %}
 </table></div>
@@ -207,7 +207,7 @@ only be compared within this page.</p>
 <div class="scroll"><table>
 <tr><th class="n">No.</th><th>When (UTC)</th><th>Who</th><th>What</th><th>Why</th></tr>
 {% for e in r.decisions %}
-<tr><td class="n">{{ e.number }}</td><td>{{ e.when[:16] | replace("T", " ") }}</td><td>{{ e.who }}</td><td>{{ e.kind }}, {{ e.subject }}</td><td>{{ e.why }}</td></tr>
+<tr><td class="n">{{ e.number }}</td><td>{{ e.when[:16] | replace("T", " ") }}</td><td>{{ e.who }}</td><td>{{ e.kind }}, {{ e.subject }}</td><td>{{ e.why | truncate(140) }}</td></tr>
 {% endfor %}
 </table></div>
 

@@ -102,9 +102,7 @@ def _too_few(qualities: list[Quality], limits: Limits) -> str | None:
     images = min(min(q.n, q.reference) for q in qualities)
     if images >= limits.minimum_images:
         return None
-    return (
-        f"{images} images are too few to decide on, {limits.minimum_images} are needed; add data, or generate more images"
-    )
+    return f"{images} images are too few to decide on, {limits.minimum_images} are needed; add data, or generate more images"
 
 
 def floors(card: Scorecard, limits: Limits, latency_ms: float) -> list[Check]:

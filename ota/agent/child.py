@@ -14,10 +14,12 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ota.errors import BaseError, DeltaError, DeviceError, ManifestError, OperatorError, OtaError, RoomError, StateError
+from ota.manifest import Role, VariantName
 
 MEMORY = 4 * 1024**3  # bytes of address space; ONNX Runtime maps far more than it uses
 SECONDS = {"apply": 600, "try": 300, "generate": 300}  # of wall time; twice that in CPU time, for two cores
@@ -73,7 +75,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS[task], 2 * SECONDS[task]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        answer = {"apply": apply, "try": try_bundle, "generate": generate}[task](**json.loads(sys.stdin.buffer.read()))
+        answer = TASKS[task](**json.loads(sys.stdin.buffer.read()))
     except OtaError as error:
         answer = {"kind": type(error).__name__, "error": str(error)}
     except MemoryError:
@@ -88,7 +90,6 @@ def apply(root: str, patch: str, base: str, base_digest: str, slot: str, target_
     from ota import delta
     from ota.agent.disk import Disk
     from ota.agent.state import Slot
-    from ota.manifest import FileEntry, Role, VariantName
 
     disk = Disk(Path(root))
     running = Slot(Path(root) / base, base_digest)
@@ -99,27 +100,15 @@ def apply(root: str, patch: str, base: str, base_digest: str, slot: str, target_
         except (OSError, StopIteration) as error:
             raise BaseError(f"the installed bundle lacks its {role} file; fetch the full bundle") from error
 
-    class Output:
-        """Opens each new file through `Disk`, so that it is synced when it is complete."""
-
-        def __init__(self, entry: FileEntry) -> None:
-            self._writing = disk.writing(f"{slot}/{entry.sha256}")
-
-        def __enter__(self) -> BinaryIO:
-            return self._writing.__enter__()
-
-        def __exit__(self, *raised: Any) -> None:
-            self._writing.__exit__(*raised)
-
     with (Path(root) / patch).open("rb") as stream:
         header = delta.read_header(stream)
         if (header.base, header.target) != (base_digest, target_digest):
             raise DeltaError("the delta is for other bundles than its signed name says; fetch the full bundle")
-        delta.apply(stream, header, open_base, Output)  # type: ignore[arg-type]
+        delta.apply(stream, header, open_base, lambda entry: disk.writing(f"{slot}/{entry.sha256}"))
     return {"files": len(header.files)}
 
 
-def try_bundle(slot: str, digest: str, variant: str) -> dict[str, Any]:
+def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
     """Load a bundle's variant, compare its golden outputs, draw images; returns the fields of `rules.Trying`."""
     import numpy as np
     import onnxruntime
@@ -129,14 +118,14 @@ def try_bundle(slot: str, digest: str, variant: str) -> dict[str, Any]:
     from ota.manifest import SamplerTable, parse
 
     bundle = Slot(Path(slot), digest)
-    table = parse(SamplerTable, bundle.path("sampler", variant).read_bytes(), MAX_STATE)  # type: ignore[arg-type]
-    reference = bundle.reference(variant)  # type: ignore[arg-type]
+    table = parse(SamplerTable, bundle.path("sampler", variant).read_bytes(), MAX_STATE)
+    reference = bundle.reference(variant)
     problem = rules.check_runtime(table.runtime.onnxruntime, onnxruntime.__version__)
-    weights = bundle.path("weights", variant).read_bytes()  # type: ignore[arg-type]
+    weights = bundle.path("weights", variant).read_bytes()
     model = sampler.open_model(bundle.path("graph").read_bytes(), weights, table)
 
     try:
-        with np.load(bundle.path("golden", variant), allow_pickle=False) as file:  # type: ignore[arg-type]
+        with np.load(bundle.path("golden", variant), allow_pickle=False) as file:
             ids, seeds, t, expected = (file[name] for name in ("ids", "seeds", "t", "velocity"))
     except (OSError, ValueError, KeyError) as error:
         raise ManifestError(f"the bundle's golden outputs cannot be read: {error}") from error
@@ -147,11 +136,10 @@ def try_bundle(slot: str, digest: str, variant: str) -> dict[str, Any]:
     share = float(close.mean()) if np.isfinite(velocity).all() else 0.0
 
     model.load_sum, model.evaluations = None, 0
-    pictures, took = [], []
-    for first in range(0, len(ids), GATE_IMAGES):
-        pictures.append(model.generate(ids[first : first + GATE_IMAGES], [int(s) for s in seeds[first : first + GATE_IMAGES]]))
-    images = np.concatenate(pictures)
+    parts = [slice(first, first + GATE_IMAGES) for first in range(0, len(ids), GATE_IMAGES)]
+    images = np.concatenate([model.generate(ids[part], [int(seed) for seed in seeds[part]]) for part in parts])
     load = model.load()
+    took = []
     for i in range(3):
         start = time.perf_counter()
         model.generate(ids[:1], [i])
@@ -168,7 +156,7 @@ def try_bundle(slot: str, digest: str, variant: str) -> dict[str, Any]:
     }
 
 
-def generate(slot: str, digest: str, variant: str, caption: str, seed: int) -> dict[str, Any]:
+def generate(slot: str, digest: str, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
     """Draw one image; returns the PNG in base64 and how it went."""
     import numpy as np
 
@@ -177,8 +165,8 @@ def generate(slot: str, digest: str, variant: str, caption: str, seed: int) -> d
     from ota.manifest import SamplerTable, parse
 
     bundle = Slot(Path(slot), digest)
-    table = parse(SamplerTable, bundle.path("sampler", variant).read_bytes(), MAX_STATE)  # type: ignore[arg-type]
-    weights = bundle.path("weights", variant).read_bytes()  # type: ignore[arg-type]
+    table = parse(SamplerTable, bundle.path("sampler", variant).read_bytes(), MAX_STATE)
+    weights = bundle.path("weights", variant).read_bytes()
     model = sampler.open_model(bundle.path("graph").read_bytes(), weights, table)
     start = time.perf_counter()
     image = model.generate(model.encode(caption), [seed])[0]
@@ -190,6 +178,8 @@ def generate(slot: str, digest: str, variant: str, caption: str, seed: int) -> d
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"apply": apply, "try": try_bundle, "generate": generate}
 
 if __name__ == "__main__":
     main()

@@ -33,9 +33,7 @@ app = typer.Typer(
     help=f"Keep the model of this device fresh: verify, apply, try out and, if need be, take back updates.\n{EXIT_CODES}",
 )
 
-Directory = Annotated[
-    Path, typer.Option("--dir", envvar="FERRY_AGENT_DIR", help="The agent's directory.", show_default=True)
-]
+Directory = Annotated[Path, typer.Option("--dir", envvar="FERRY_AGENT_DIR", help="The agent's directory.", show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 DEFAULT_DIR = Path("/var/lib/deltaferry")
 
@@ -99,7 +97,11 @@ def init(
         home.disk.replace("root.json", data)
         home.disk.replace("config.json", config.canonical())  # last: with it the directory counts as set up
         key = report_queue.public_key(home)
-        _answer(as_json, {"device": device, "public_key": key}, f"{device} is set up; enroll it with\n  ferry fleet enroll {device} {key}")
+        _answer(
+            as_json,
+            {"device": device, "public_key": key},
+            f"{device} is set up; enroll it with\n  ferry fleet enroll {device} {key}",
+        )
 
 
 @app.command()
@@ -133,7 +135,9 @@ def status(directory: Directory = DEFAULT_DIR, as_json: Json = False) -> None:
         if found["active"]:
             sound = "sound" if found["sound"] else "DAMAGED, run `ferry-agent update`"
             trial = f", on trial: {found['trial']['left']} good images to go" if found["trial"] else ""
-            text = f"{found['device']} runs release {found['release']} of {found['line']} ({found['active'][:12]}), {sound}{trial}"
+            text = (
+                f"{found['device']} runs release {found['release']} of {found['line']} ({found['active'][:12]}), {sound}{trial}"
+            )
         for digest, why in found["refused"].items():
             text += f"\nrefused {digest[:12]}: {why}"
         _answer(as_json, found, text)

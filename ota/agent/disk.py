@@ -52,7 +52,7 @@ class Disk:
     def rename(self, name: str, to: str) -> None:
         """Rename a file or folder within the directory; durable on return."""
         with self._errors(to):
-            os.replace(self.root / name, self.root / to)
+            (self.root / name).replace(self.root / to)
             self._sync_folder((self.root / to).parent)
 
     def make_folder(self, name: str) -> None:

@@ -44,9 +44,7 @@ def public_key(home: Home) -> str:
     return _key(home).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
-def queue(
-    home: Home, event: Event, manifest: str | None, reason: str = "", received: int = 0, milliseconds: float = 0
-) -> None:
+def queue(home: Home, event: Event, manifest: str | None, reason: str = "", received: int = 0, milliseconds: float = 0) -> None:
     """Sign a report and put it into the queue; durable on return."""
     config = home.config()
     home.disk.make_folder("queue")

@@ -204,7 +204,5 @@ def unlike(statistics: Sequence[tuple[str, float]], reference: Reference, whose:
             continue
         width = max(expected.high - expected.low, STATISTIC_FLOOR)
         if not expected.low - width <= value <= expected.high + width:
-            reasons.append(
-                f"the images' {name} is {value:.2f}, {whose} lies between {expected.low:.2f} and {expected.high:.2f}"
-            )
+            reasons.append(f"the images' {name} is {value:.2f}, {whose} lies between {expected.low:.2f} and {expected.high:.2f}")
     return reasons

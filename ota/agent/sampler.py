@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,7 @@ class Model:
         guidance, B = np.float32(self.table.guidance), len(x)
         if guidance == 1:
             return self.run(x, np.full(B, t, np.float32), ids)
-        both = self.run(
-            np.concatenate((x, x)), np.full(2 * B, t, np.float32), np.concatenate((ids, np.zeros_like(ids)))
-        )
+        both = self.run(np.concatenate((x, x)), np.full(2 * B, t, np.float32), np.concatenate((ids, np.zeros_like(ids))))
         return both[B:] + guidance * (both[:B] - both[B:])
 
     def run(self, x: Floats, t: Floats, ids: npt.NDArray[np.int64]) -> Floats:
@@ -107,14 +106,14 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
 
 def sample_euler(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
     """Euler's method."""
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         x = x + np.float32(s - t) * velocity(x, t)
     return x
 
 
 def sample_heun(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
     """Heun's second-order method (Karras et al. 2022, algorithm 1, without churn)."""
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         h = np.float32(s - t)
         v = velocity(x, t)
         x = x + h * (v + velocity(x + h * v, s)) / np.float32(2)
@@ -124,14 +123,15 @@ def sample_heun(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
 def sample_ab2(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
     """Adams-Bashforth of order two."""
     before: tuple[Floats, float] | None = None
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         h = s - t
         v = velocity(x, t)
         if before is None:
             x = x + np.float32(h) * v
         else:
             ratio = h / (2 * before[1])
-            x = x + np.float32(h) * (np.float32(1 + ratio) * v - np.float32(ratio) * before[0])
+            extrapolated: Floats = np.float32(1 + ratio) * v - np.float32(ratio) * before[0]
+            x = x + np.float32(h) * extrapolated
         before = (v, h)
     return x
 
@@ -150,7 +150,8 @@ def noise(seed: int, shape: tuple[int, ...]) -> Floats:
     raw = np.random.Philox(key=seed).random_raw(2 * half)
     uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     radius, angle = np.sqrt(-2.0 * np.log(uniform[:half])), 2.0 * np.pi * uniform[half:]
-    return np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:count].astype(np.float32).reshape(shape)
+    normal = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[:count]
+    return normal.astype(np.float32).reshape(shape)
 
 
 def statistics(images: Floats) -> list[tuple[str, float]]:

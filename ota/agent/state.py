@@ -1,15 +1,15 @@
 """The agent's directory, its configuration, and the one state file that says what runs.
 
-    config.json      who this device is and where it looks; written once by `init`
-    root.json        the trust anchor, given at `init` with its hash
-    device.key       Ed25519 private key for reports
-    state.json       what runs, what ran before, what is on trial; replacing it is the only commit point
-    state.prev.json  the state before, for a disk that damages files
-    highwater.json   the newest metadata versions ever accepted, and the latest time seen
-    metadata/        python-tuf's cache; can be lost at any moment
-    slots/<sha256>/  bundles by their manifest's hash, files by their own
-    incoming/        downloads that are under way
-    queue/           reports that were not delivered yet
+config.json      who this device is and where it looks; written once by `init`
+root.json        the trust anchor, given at `init` with its hash
+device.key       Ed25519 private key for reports
+state.json       what runs, what ran before, what is on trial; replacing it is the only commit point
+state.prev.json  the state before, for a disk that damages files
+highwater.json   the newest metadata versions ever accepted, and the latest time seen
+metadata/        python-tuf's cache; can be lost at any moment
+slots/<sha256>/  bundles by their manifest's hash, files by their own
+incoming/        downloads that are under way
+queue/           reports that were not delivered yet
 """
 
 from __future__ import annotations

@@ -160,7 +160,9 @@ def download(transport: Transport, name: str, size: int, sha256: str, disk: Disk
                     have += len(piece)
                     unsynced += len(piece)
                     if have > size:
-                        raise RepositoryError(f"{name} is longer than the {size} bytes that are signed for it; nothing of it is used")
+                        raise RepositoryError(
+                            f"{name} is longer than the {size} bytes that are signed for it; nothing of it is used"
+                        )
                     file.write(piece)
                     if time.monotonic() > deadline:
                         raise TransferError(f"{name} arrives too slowly; what is here is kept, and it will be resumed")

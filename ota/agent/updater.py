@@ -25,7 +25,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import ota
 from ota.agent import child, reports, rules
@@ -88,7 +88,7 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         TransferError: the repository cannot be reached; nothing was changed.
         RoomError, StateError, DeviceError: this device cannot; nothing was changed.
     """
-    step = on_step or (lambda number, name: None)
+    step = on_step or _silent
     finish_probation(home, step)  # what an earlier call left on trial comes first
     transport = connect(home.config().repository)
 
@@ -106,10 +106,10 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         way = "kept"
     else:
         step(3, "choose a way")
-        delta = _find_delta(trust, state, plan)
-        if delta:
+        delta = _find_delta(trust, state.active, plan)
+        if delta and state.active:
             try:
-                _fetch_delta(home, transport, state, plan, delta, step)
+                _fetch_delta(home, transport, state.active, plan, delta, step)
                 way = "delta"
             except BaseError as error:
                 log.warning("%s", error)
@@ -134,14 +134,23 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
     step(11, "switch")
     home.save(
         State(
-            active=digest, previous=state.active, seq=plan.policy.seq, previous_seq=state.seq,
-            trial=Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS), refused=state.refused,
-        )  # fmt: skip
+            active=digest,
+            previous=state.active,
+            seq=plan.policy.seq,
+            previous_seq=state.seq,
+            trial=Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS),
+            refused=state.refused,
+        )
     )
     reports.queue(home, "installed", digest, reason=way, received=transport.received, milliseconds=milliseconds)
     finish_probation(home, step)
     reports.send(home)
     return Outcome(True, digest, f"release {plan.policy.seq} is installed", way, transport.received)
+
+
+def _silent(number: int, name: str) -> None:
+    """Nobody wants to know."""
+    log.debug("step %d: %s", number, name)
 
 
 # Steps 2 and 3
@@ -170,20 +179,19 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, str]:
     return _Plan(policy, manifest, data), wanted.reason
 
 
-def _find_delta(trust: Trust, state: State, plan: _Plan) -> Target | None:
+def _find_delta(trust: Trust, active: str | None, plan: _Plan) -> Target | None:
     """The delta from exactly what runs now, if one is published and worth it."""
-    if state.active is None:
+    if active is None:
         return None
     m = plan.manifest
-    found = trust.target(f"deltas/{m.line}/{m.device_class}/{state.active}.{m.digest}")
+    found = trust.target(f"deltas/{m.line}/{m.device_class}/{active}.{m.digest}")
     return found if found and found.size < m.size else None
 
 
 # Steps 4 to 8
 
 
-def _fetch_delta(home: Home, transport: Transport, state: State, plan: _Plan, delta: Target, step: OnStep) -> None:
-    assert state.active is not None
+def _fetch_delta(home: Home, transport: Transport, active: str, plan: _Plan, delta: Target, step: OnStep) -> None:
     part, fresh = f"incoming/{delta.sha256}", _prepare_slot(home, plan)
     step(4, "check room")
     _check_room(home, delta.size, plan.manifest.size)
@@ -195,7 +203,7 @@ def _fetch_delta(home: Home, transport: Transport, state: State, plan: _Plan, de
     step(7, "apply into a new slot")
     try:
         child.run(
-            "apply", root=str(home.root), patch=part, base=f"slots/{state.active}", base_digest=state.active, slot=fresh,
+            "apply", root=str(home.root), patch=part, base=f"slots/{active}", base_digest=active, slot=fresh,
             target_digest=plan.manifest.digest,
         )  # fmt: skip
     finally:
@@ -335,22 +343,20 @@ def _refuse(home: Home, digest: str, why: str, state: State) -> None:
 # Step 12, and serving
 
 
-def finish_probation(home: Home, on_step: OnStep | None = None) -> bool:
-    """Carry a trial through with inferences of the agent's own; returns whether the bundle on trial was kept.
+def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
+    """Carry a trial through with inferences of the agent's own; nothing happens where nothing is on trial.
 
     An idle device must come to an answer too, so these self-tests count like anybody's images.
+
+    Raises:
+        GateError: the bundle on trial failed and was taken back.
     """
-    state = home.load()
-    if state.trial is None:
-        return True
-    if on_step:
-        on_step(12, "probation")
     seed = 0
-    while state.trial is not None:
+    while home.load().trial is not None:
+        if on_step and not seed:
+            on_step(12, "probation")
         generate(home, "", seed)
         seed += 1
-        state = home.load()
-    return True
 
 
 def generate(home: Home, caption: str, seed: int, variant: VariantName | None = None) -> tuple[bytes, dict[str, Any]]:
@@ -364,52 +370,43 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
         GateError: the bundle on trial failed and was taken back; ask again.
     """
     state = home.load()
-    if state.active is None:
+    active, trial = state.active, state.trial
+    if active is None:
         raise StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
-    if state.trial is not None:
-        if state.trial.loads == 0:
-            _take_back(home, state, "it did not get through its trial")
-        state = state.model_copy(
-            update={"trial": state.trial.model_copy(update={"loads": state.trial.loads - 1})}
-        )
+    if trial is not None:
+        if trial.loads == 0:
+            _take_back(home, state, active, "it did not get through its trial")
+        trial = trial.model_copy(update={"loads": trial.loads - 1})
+        state = state.model_copy(update={"trial": trial})
         home.save(state)
-    assert state.active is not None
     try:
-        slot = home.slot(state.active)
+        slot = home.slot(active)
         chosen = variant or slot.manifest.default_variant
         if chosen not in slot.manifest.variants:
             raise OperatorError(f"this bundle has no variant {chosen}; choose one of {', '.join(slot.manifest.variants)}")
-        answer = child.run(
-            "generate", slot=str(slot.folder), digest=slot.digest, variant=chosen, caption=caption, seed=seed
-        )
+        answer = child.run("generate", slot=str(slot.folder), digest=slot.digest, variant=chosen, caption=caption, seed=seed)
         if not answer["good"]:
             raise DeviceError("it made an image that is constant or not finite")
-    except OperatorError:
-        raise
     except (DeviceError, ManifestError) as error:
-        if state.trial is not None:
-            _take_back(home, state, str(error))
+        if trial is not None:
+            _take_back(home, state, active, str(error))
         raise
-    if state.trial is not None:
-        _count_good(home, state, answer["milliseconds"])
+    if trial is not None:
+        _count_good(home, state, trial, answer["milliseconds"])
     return base64.b64decode(answer["png"]), answer
 
 
-def _count_good(home: Home, state: State, milliseconds: float) -> None:
-    assert state.trial is not None
-    left = state.trial.left - 1
-    if left > 0:
-        home.save(state.model_copy(update={"trial": state.trial.model_copy(update={"left": left})}))
+def _count_good(home: Home, state: State, trial: Trial, milliseconds: float) -> None:
+    if trial.left > 1:
+        home.save(state.model_copy(update={"trial": trial.model_copy(update={"left": trial.left - 1})}))
         return
     home.save(state.model_copy(update={"trial": None}))
     reports.queue(home, "confirmed", state.active, milliseconds=milliseconds)
     home.collect_garbage()
 
 
-def _take_back(home: Home, state: State, why: str) -> None:
-    """Go back to the bundle before and refuse this one from now on; always raises `GateError`."""
-    assert state.active is not None
-    failed = state.active
+def _take_back(home: Home, state: State, failed: str, why: str) -> NoReturn:
+    """Go back to the bundle before, and refuse the failed one from now on."""
     refused = state.refused | {failed: f"on trial: {why}"[:500]}
     home.save(State(active=state.previous, seq=state.previous_seq, refused=refused))
     reports.queue(home, "rolled_back", failed, why)

@@ -22,6 +22,7 @@ from ota.manifest import (
     FileEntry,
     Manifest,
     Origin,
+    Precision,
     Reference,
     Role,
     SamplerTable,
@@ -33,7 +34,9 @@ FILE_NAMES: dict[Role, str] = {
     "graph": "graph.onnx", "weights": WEIGHTS_LOCATION, "sampler": "sampler.json", "golden": "golden.npz",
     "reference": "reference.json",
 }  # fmt: skip
-WIDTHS: dict[int, Literal[1, 2, 4]] = {onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.INT8: 1}
+WIDTHS: dict[int, Literal[1, 2, 4]] = {
+    onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.BFLOAT16: 2,
+}  # fmt: skip
 MINIMUM_AGENT = "0.1.0"
 
 
@@ -62,7 +65,7 @@ class Delta:
 
 def assemble(
     exports: Mapping[VariantName, Path], *, line: str, device_class: str, tier: str, configuration: Literal["I", "II"],
-    precision: Literal["float32", "float16"], origin: Origin, out: Path,
+    precision: Precision, origin: Origin, out: Path,
 ) -> Bundle:  # fmt: skip
     """Put exported variants together as `out/<manifest's sha256>/`; the same input makes the same folder.
 
@@ -83,9 +86,7 @@ def assemble(
             elif role == "reference":
                 parse(Reference, data, MAX_TABLE)
             digest = hashlib.sha256(data).hexdigest()
-            entry = FileEntry(
-                role=role, variant=None if role == "graph" else variant, size=len(data), sha256=digest
-            )
+            entry = FileEntry(role=role, variant=None if role == "graph" else variant, size=len(data), sha256=digest)
             if role == "graph" and entries and entries[0].sha256 != digest:
                 raise OperatorError(f"{variant} was exported with another graph than {next(iter(exports))}; export both again")
             if entry not in entries:

@@ -115,9 +115,13 @@ class Fleet:
             try:
                 connection.execute(
                     insert(_reports).values(
-                        device=report.device, number=report.number, received_at=int(time.time()), event=report.event,
-                        manifest=report.manifest, body=body,
-                    )  # fmt: skip
+                        device=report.device,
+                        number=report.number,
+                        received_at=int(time.time()),
+                        event=report.event,
+                        manifest=report.manifest,
+                        body=body,
+                    )
                 )
             except IntegrityError as error:
                 raise ManifestError(f"report {report.number} of {report.device} arrived twice at once") from error
@@ -155,7 +159,7 @@ class Fleet:
         """Every enrolled device with its last report."""
         with _foreign_errors(), self._engine.connect() as connection:
             names = connection.execute(select(_devices.c.device).order_by(_devices.c.device)).scalars().all()
-        return {name: (self.reports(name) or [None])[-1] for name in names}
+        return {name: next(reversed(self.reports(name)), None) for name in names}
 
 
 @contextmanager
@@ -166,4 +170,3 @@ def _foreign_errors() -> Iterator[None]:
         raise TransferError(f"the database cannot be used: {str(error).splitlines()[0]}; check its URL in ferry.toml") from error
     except ValidationError as error:
         raise OperatorError("the fleet's tables hold a report of another version; migrate the database") from error
-

@@ -73,7 +73,7 @@ class KeyRing:
 
     def _absolute(self, uri: str) -> str:
         scheme, _, path = uri.partition(":")
-        return f"file2:{self.folder / path}" if scheme == "file2" and not os.path.isabs(path) else uri
+        return f"file2:{self.folder / path}" if scheme == "file2" and not Path(path).is_absolute() else uri
 
 
 def create(folder: Path) -> KeyRing:

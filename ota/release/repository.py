@@ -119,7 +119,9 @@ class Repository:
         top.delegations = Delegations(
             {},
             {
-                role: DelegatedRole(role, [], keys.threshold(role), True, [f"{role}/*/*/*" if role != "rollout" else "rollout/*/*"])
+                role: DelegatedRole(
+                    role, [], keys.threshold(role), True, [f"{role}/*/*/*" if role != "rollout" else "rollout/*/*"]
+                )
                 for role in DELEGATED
             },
         )
@@ -158,9 +160,10 @@ class Repository:
         """Published deltas of a line and class."""
         prefix = f"deltas/{line}/{device_class}/"
         return [
-            DeltaTarget(*path.removeprefix(prefix).split("."), size=target.length)
+            DeltaTarget(base, to, target.length)
             for path, target in self._targets("deltas").targets.items()
             if path.startswith(prefix)
+            for base, _, to in [path.removeprefix(prefix).partition(".")]
         ]
 
     def policy(self, line: str, device_class: str) -> Policy | None:
@@ -214,10 +217,11 @@ class Repository:
         for entry in manifest.files:
             self._add_object(files / entry.sha256, entry.sha256)
         seq = 1 + max((release.seq for release in known), default=0)
-        custom = {
-            "seq": seq, "ledger": ledger, "version": manifest.origin.version, "full_bytes": manifest.size,
-            "revertible": revertible,
-        }  # fmt: skip
+        made = Release(
+            line=line, device_class=device_class, seq=seq, manifest=manifest.digest, ledger=ledger,
+            version=manifest.origin.version, full_bytes=manifest.size, revertible=revertible,
+        )  # fmt: skip
+        custom = made.model_dump(exclude={"line", "device_class", "manifest"})  # the path and the hash say the rest
         path = manifest_path(line, device_class, manifest.digest)
         target = self._add_target(path, manifest.canonical(), custom)
         delta_targets = [
@@ -225,7 +229,7 @@ class Repository:
             for base, file in deltas
         ]
 
-        kept = {r.manifest for r in [*known, Release(line=line, device_class=device_class, manifest=manifest.digest, **custom)][-KEPT_RELEASES:]}  # fmt: skip
+        kept = {r.manifest for r in [*known, made][-KEPT_RELEASES:]}
         newest = {manifest.digest, *(r.manifest for r in known[len(known) - KEPT_DELTAS_TO + 1 :])}
 
         def change_models(models: Targets) -> None:
@@ -242,7 +246,7 @@ class Repository:
                     del all_deltas.targets[name]
 
         self._commit({"models": change_models, "deltas": change_deltas})
-        return Release(line=line, device_class=device_class, manifest=manifest.digest, **custom)
+        return made
 
     def set_policy(self, policy: Policy) -> None:
         """Sign a policy; it replaces the one of its line and class.
@@ -365,5 +369,3 @@ def _write(path: Path, data: bytes) -> None:
     fresh = path.with_name(f".{path.name}.tmp")
     fresh.write_bytes(data)
     fresh.replace(path)
-
-

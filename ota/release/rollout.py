@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ota.errors import OperatorError
 from ota.manifest import Policy, Wave
@@ -31,7 +32,7 @@ def start(release: Release, shares: Sequence[float], soak: int, now: int | None 
     """
     begin = int(time.time()) if now is None else now
     limits = [round(share * 100) for share in shares]
-    if not limits or any(not 0 < bps <= FULL for bps in limits) or any(a >= b for a, b in zip(limits, limits[1:], strict=False)):
+    if not limits or any(not 0 < bps <= FULL for bps in limits) or any(a >= b for a, b in pairwise(limits)):
         raise OperatorError(f"waves must be rising shares of the fleet between 0 and 100 percent, not {list(shares)}")
     return Policy(
         line=release.line, device_class=release.device_class, seq=release.seq, manifest=release.manifest,
