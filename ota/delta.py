@@ -5,7 +5,8 @@ value is a small difference of integers; the differences are zig-zag coded, spli
 zstd. The other files are small and go through bsdiff4 or zstd, whichever is smaller.
 
     >>> build(files, base_sha256, target_sha256, Path("patch"))
-    >>> apply(Path("patch"), open_base, open_output)
+    >>> with Path("patch").open("rb") as patch:
+    ...     apply(patch, read_header(patch), open_base, open_output)
 
 A delta is read as a stream and its output written in order; memory is bounded by `MAX_CHUNK` for weights and
 `MAX_SMALL` for other files, whatever their size. The format is described to the byte in README.md beside this file.
@@ -30,7 +31,7 @@ import zstandard
 from pydantic import Field
 
 from ota.errors import BaseError, DeltaError, ManifestError
-from ota.manifest import Document, FileEntry, KiB, MiB, Role, Sha256, VariantName, parse
+from ota.manifest import MAX_WEIGHTS, Document, FileEntry, KiB, MiB, Role, Sha256, VariantName, parse
 
 MAGIC = b"DFDELTA"
 VERSION = 1
@@ -52,7 +53,7 @@ class DeltaFile(Document):
 
     target: FileEntry
     base: Sha256 | None = Field(description="hash of the base's file of the same role and variant; None: made without one")
-    base_size: int = Field(ge=0)
+    base_size: int = Field(ge=0, le=MAX_WEIGHTS)
     records: int = Field(ge=1, le=1 << 20)
 
 

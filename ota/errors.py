@@ -3,13 +3,16 @@
     OtaError
     ├── RepositoryError      what the factory published is wrong, and nothing of it is used
     │   ├── TrustError       a signature, version or expiry does not hold
+    │   │   └── ExpiredError what was signed is too old to act on
     │   ├── ManifestError    a manifest, policy or table that does not say what it must
     │   └── DeltaError       a delta that is damaged, foreign, or over a limit
     ├── TransferError        the link or the server failed; trying again later is right
     ├── DeviceError          this device cannot do it
     │   ├── RoomError        not enough disk or memory
-    │   ├── StateError       the state directory is missing, foreign, or in use by another agent
-    │   └── BaseError        the bundle on disk is not the one that was installed
+    │   ├── UnfinishedError  a child process was killed, or ran out of time or memory; that proves nothing yet
+    │   ├── StateError       the state directory is missing or foreign
+    │   │   └── BusyError    another agent holds it
+    │   └── BaseError        a bundle on disk is not the one that was installed
     ├── GateError            the new bundle was tried on this device and refused
     └── OperatorError        a key, store or name handed in on the factory's side does not fit
 
@@ -31,6 +34,10 @@ class TrustError(RepositoryError):
     """Metadata that is not signed, too old, expired, or rolled back."""
 
 
+class ExpiredError(TrustError):
+    """Metadata whose signature has ended: perhaps nobody renewed it, perhaps an old copy is served."""
+
+
 class ManifestError(RepositoryError):
     """A signed document that does not have the form or the content it must have."""
 
@@ -48,15 +55,23 @@ class DeviceError(OtaError):
 
 
 class RoomError(DeviceError):
-    """Not enough room on the disk."""
+    """Not enough room on the disk, or memory to start a process."""
+
+
+class UnfinishedError(DeviceError):
+    """A child process was killed, or ran out of time or memory: it may go better next time, so tries are counted."""
 
 
 class StateError(DeviceError):
-    """The agent's state directory is missing, damaged, or locked."""
+    """The agent's state directory is missing, damaged, or not to be read."""
+
+
+class BusyError(StateError):
+    """Another agent is at work in the state directory."""
 
 
 class BaseError(DeviceError):
-    """A file of the running bundle does not have the hash it was installed with."""
+    """A file of an installed bundle is missing, or does not have the hash it was installed with."""
 
 
 class GateError(OtaError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -25,12 +25,15 @@ MAX_TABLE = 256 * KiB  # sampler.json, reference.json
 MAX_GOLDEN = 8 * MiB
 MAX_GRAPH = 8 * MiB
 MAX_WEIGHTS = 4096 * MiB
+MAX_WAVES = 16  # of a rollout
+MAX_NUMBER = 2**31 - 1  # of a report; what every database's integer column holds
+MAX_COUNT = 2**53
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 Role = Literal["graph", "weights", "sampler", "golden", "reference"]
 VariantName = Literal["full", "dev", "fast"]
-Precision = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ROLES_OF_VARIANT: tuple[Role, ...] = ("weights", "sampler", "golden", "reference")
 SIZE_LIMITS: dict[str, int] = {
     "graph": MAX_GRAPH, "weights": MAX_WEIGHTS, "sampler": MAX_TABLE, "golden": MAX_GOLDEN, "reference": MAX_TABLE,
@@ -137,9 +140,14 @@ class Manifest(Document):
         return next(e for e in self.files if (e.role, e.variant) == (role, variant))
 
     @property
+    def objects(self) -> dict[str, FileEntry]:
+        """The files by hash: two variants may share one."""
+        return {entry.sha256: entry for entry in self.files}
+
+    @property
     def size(self) -> int:
         """Bytes of all files: what a device without a base downloads, besides the manifest itself."""
-        return sum(entry.size for entry in self.files)
+        return sum(entry.size for entry in self.objects.values())
 
 
 class Image(Document):
@@ -162,7 +170,7 @@ class SamplerTable(Document):
 
     schema_version: Literal[1]
     variant: VariantName
-    method: Literal["euler", "heun", "ab2"]
+    method: Literal["euler", "heun", "ab2", "mean"]
     times: list[float] = Field(min_length=2, max_length=1001)
     guidance: float = Field(ge=1, le=20)
     image: Image
@@ -216,7 +224,7 @@ class Policy(Document):
     seq: int = Field(ge=1, description="release number of the named bundle")
     manifest: Sha256
     salt: str = Field(max_length=64, description="new for each release, so that the first devices are not always the same")
-    waves: list[Wave] = Field(max_length=16)
+    waves: list[Wave] = Field(max_length=MAX_WAVES)
     halt: bool = False
     revert: bool = Field(default=False, description="the named release is older than what runs, on purpose")
 
@@ -227,7 +235,7 @@ class Policy(Document):
         return self
 
 
-Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "failed", "base_corrupt"]
+Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "base_corrupt"]
 
 
 class DeviceReport(Document):
@@ -236,16 +244,16 @@ class DeviceReport(Document):
     schema_version: Literal[1] = 1
     device: Name
     boot: str = Field(max_length=64, description="changes with every start of the machine")
-    number: int = Field(ge=1, description="rises by one with every report of this device")
-    time: int = Field(ge=0, description="seconds since 1970 by the device's clock")
+    number: int = Field(ge=1, le=MAX_NUMBER, description="rises by one with every report of this device")
+    time: int = Field(ge=0, le=MAX_COUNT, description="seconds since 1970 by the device's clock")
     line: Name
     device_class: Name
     event: Event
     manifest: Sha256 | None = Field(description="bundle that the event is about")
     active: Sha256 | None = Field(description="bundle that runs now")
     reason: str = Field(default="", max_length=500)
-    received: int = Field(default=0, ge=0, description="bytes fetched for this update, metadata included")
-    milliseconds: int = Field(default=0, ge=0, description="median time of one image, where it was measured")
+    received: int = Field(default=0, ge=0, le=MAX_COUNT, description="bytes fetched for this update, metadata included")
+    milliseconds: int = Field(default=0, ge=0, le=MAX_COUNT, description="median time of one image, where it was measured")
 
 
 class SignedReport(Document):
@@ -253,17 +261,3 @@ class SignedReport(Document):
 
     report: DeviceReport
     signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
-
-
-def load_json(data: bytes, limit: int, what: str) -> Any:
-    """JSON of bounded length.
-
-    Raises:
-        ManifestError: it is too long or not JSON.
-    """
-    if len(data) > limit:
-        raise ManifestError(f"{what} has {len(data)} bytes, more than {limit}")
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{what} is not JSON; it is damaged") from error

@@ -8,37 +8,58 @@ from its standard input and answers with one JSON line.
 from __future__ import annotations
 
 import base64
+import ctypes
+import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ota.errors import BaseError, DeltaError, DeviceError, ManifestError, OperatorError, OtaError, RoomError, StateError
+from ota.errors import (
+    BaseError,
+    DeltaError,
+    DeviceError,
+    ManifestError,
+    OperatorError,
+    OtaError,
+    RoomError,
+    StateError,
+    UnfinishedError,
+)
 from ota.manifest import Role, VariantName
 
 MEMORY = 4 * 1024**3  # bytes of address space; ONNX Runtime maps far more than it uses
 SECONDS = {"apply": 600, "try": 300, "generate": 300}  # of wall time; twice that in CPU time, for two cores
+PR_SET_PDEATHSIG = 1
 GATE_IMAGES = 4  # drawn at once when a bundle is tried
 KNOWN: dict[str, type[OtaError]] = {
-    kind.__name__: kind for kind in (BaseError, DeltaError, DeviceError, ManifestError, OperatorError, RoomError, StateError)
-}
+    kind.__name__: kind
+    for kind in (
+        BaseError, DeltaError, DeviceError, ManifestError, OperatorError, RoomError, StateError, UnfinishedError,
+    )
+}  # fmt: skip
 
 
 def run(task: str, **request: Any) -> dict[str, Any]:
     """Run a task in a child process and return its answer.
 
     Raises:
-        OtaError: what the task raised; `DeviceError` when the child died or ran out of time.
+        RoomError: no process can be started; the task was not begun.
+        UnfinishedError: the child was killed, or ran out of time or memory, which may be the device's fault this once.
+        OtaError: what the task raised; `DeviceError` when the child died in another way.
     """
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(  # noqa: S603
-            [sys.executable, "-m", "ota.agent.child", task],
+            # -P: what lies in the working directory of whoever asks for an image is not to be imported
+            [sys.executable, "-P", "-m", "ota.agent.child", task, str(os.getpid())],
             input=json.dumps(request).encode(),
             capture_output=True,
             timeout=SECONDS[task],
@@ -46,7 +67,11 @@ def run(task: str, **request: Any) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise DeviceError(f"the {task} process did not end within {SECONDS[task]} s and was stopped") from error
+        raise UnfinishedError(f"the {task} process did not end within {SECONDS[task]} s and was stopped; try again") from error
+    except OSError as error:
+        raise RoomError(f"cannot start the {task} process: {error.strerror}; free memory and try again") from error
+    if done.returncode == -signal.SIGKILL:  # the kernel's when memory or CPU time is short, or somebody else's
+        raise UnfinishedError(f"the {task} process was killed, perhaps for want of memory or time; try again")
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError as error:
@@ -70,7 +95,10 @@ def _last_line(data: bytes) -> str:
 
 def main() -> None:
     """Entry point of the child process."""
-    task = sys.argv[1]
+    task, parent = sys.argv[1], int(sys.argv[2])
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed agent's child must not write beside the next one's
+    if os.getppid() != parent:
+        os._exit(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS[task], 2 * SECONDS[task]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -79,20 +107,25 @@ def main() -> None:
     except OtaError as error:
         answer = {"kind": type(error).__name__, "error": str(error)}
     except MemoryError:
-        answer = {"kind": "DeviceError", "error": "not enough memory"}
+        answer = {"kind": "UnfinishedError", "error": f"the {task} process has not enough memory; free some and try again"}
     sys.stdout.write(json.dumps(answer))
     sys.stdout.flush()
     os._exit(0)  # ONNX Runtime's teardown is not worth waiting for, and has been seen to crash
 
 
-def apply(root: str, patch: str, base: str, base_digest: str, slot: str, target_digest: str) -> dict[str, Any]:
+def apply(
+    root: str, patch: str, base: str, base_digest: str, slot: str, target_digest: str, files: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Make a bundle's files in the folder `slot` from the slot `base` and the delta `patch`; all names are below `root`."""
     from ota import delta
     from ota.agent.disk import Disk
     from ota.agent.state import Slot
 
     disk = Disk(Path(root))
-    running = Slot(Path(root) / base, base_digest)
+    try:
+        running = Slot(Path(root) / base, base_digest)
+    except StateError as error:
+        raise BaseError("the installed bundle's manifest is missing or damaged; fetch the full bundle") from error
 
     def open_base(role: Role, variant: VariantName | None) -> BinaryIO:
         try:
@@ -104,8 +137,22 @@ def apply(root: str, patch: str, base: str, base_digest: str, slot: str, target_
         header = delta.read_header(stream)
         if (header.base, header.target) != (base_digest, target_digest):
             raise DeltaError("the delta is for other bundles than its signed name says; fetch the full bundle")
+        if [file.target.model_dump(mode="json") for file in header.files] != files:
+            raise DeltaError("the delta makes other files than the signed manifest lists; fetch the full bundle")
         delta.apply(stream, header, open_base, lambda entry: disk.writing(f"{slot}/{entry.sha256}"))
     return {"files": len(header.files)}
+
+
+def peak_mib() -> float:
+    """The most memory that this process ever had resident.
+
+    Linux hands `ru_maxrss` on to a started process, at what its parent weighed; the high-water mark of its own memory is
+    elsewhere.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # a kernel without it
 
 
 def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
@@ -114,24 +161,23 @@ def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
     import onnxruntime
 
     from ota.agent import rules, sampler
-    from ota.agent.state import MAX_STATE, Slot
-    from ota.manifest import SamplerTable, parse
+    from ota.agent.state import Slot
+    from ota.manifest import MAX_TABLE, SamplerTable, parse
 
     bundle = Slot(Path(slot), digest)
-    table = parse(SamplerTable, bundle.path("sampler", variant).read_bytes(), MAX_STATE)
+    table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
     reference = bundle.reference(variant)
     problem = rules.check_runtime(table.runtime.onnxruntime, onnxruntime.__version__)
-    weights = bundle.path("weights", variant).read_bytes()
-    model = sampler.open_model(bundle.path("graph").read_bytes(), weights, table)
+    model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
 
     try:
-        with np.load(bundle.path("golden", variant), allow_pickle=False) as file:
-            ids, seeds, t, expected = (file[name] for name in ("ids", "seeds", "t", "velocity"))
-    except (OSError, ValueError, KeyError) as error:
+        with np.load(io.BytesIO(bundle.read("golden", variant)), allow_pickle=False) as file:
+            ids, seeds, t, r, expected = (file[name] for name in ("ids", "seeds", "t", "r", "velocity"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ManifestError(f"the bundle's golden outputs cannot be read: {error}") from error
     shape = (table.image.channels, table.image.size, table.image.size)
     x = np.stack([sampler.noise(int(seed), shape) for seed in seeds])
-    velocity = model.run(x, t, ids)
+    velocity = model.run(x, t, r, ids)
     close = np.abs(velocity - expected) <= reference.golden.tolerance
     share = float(close.mean()) if np.isfinite(velocity).all() else 0.0
 
@@ -151,7 +197,7 @@ def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
         "statistics": sampler.statistics(np.nan_to_num(images)),
         "load": load,
         "milliseconds": 1000 * sorted(took)[1],
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "runtime_problem": problem,
     }
 
@@ -161,13 +207,12 @@ def generate(slot: str, digest: str, variant: VariantName, caption: str, seed: i
     import numpy as np
 
     from ota.agent import sampler
-    from ota.agent.state import MAX_STATE, Slot
-    from ota.manifest import SamplerTable, parse
+    from ota.agent.state import Slot
+    from ota.manifest import MAX_TABLE, SamplerTable, parse
 
     bundle = Slot(Path(slot), digest)
-    table = parse(SamplerTable, bundle.path("sampler", variant).read_bytes(), MAX_STATE)
-    weights = bundle.path("weights", variant).read_bytes()
-    model = sampler.open_model(bundle.path("graph").read_bytes(), weights, table)
+    table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
+    model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
     start = time.perf_counter()
     image = model.generate(model.encode(caption), [seed])[0]
     elapsed = time.perf_counter() - start
@@ -175,7 +220,7 @@ def generate(slot: str, digest: str, variant: VariantName, caption: str, seed: i
         "png": base64.b64encode(sampler.png(np.nan_to_num(image))).decode(),
         "good": bool(np.isfinite(image).all() and image.std() > 0.01),
         "milliseconds": 1000 * elapsed,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
     }
 
 

@@ -43,16 +43,21 @@ class _Options:
     quiet = False
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ferry-agent {ota.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and details.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not show progress.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[  # noqa: ARG001 - taken before any command is asked for
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and stop.")
+    ] = False,
 ) -> None:
     """Set what holds for all commands."""
-    if version:
-        typer.echo(f"ferry-agent {ota.__version__}")
-        raise typer.Exit
     _Options.debug, _Options.quiet = debug, quiet
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", stream=sys.stderr)
 
@@ -72,7 +77,7 @@ def init(
 ) -> None:
     """Set this device up: who it is, where it looks, whom it trusts. Prints the public key to enroll.
 
-    Run again, it changes the configuration and keeps what is installed.
+    Run again, it changes the addresses and the window, and keeps what is installed.
     """
     with _errors():
         from ota.agent import reports as report_queue
@@ -91,7 +96,9 @@ def init(
         except ValidationError as error:
             first = error.errors()[0]
             raise OperatorError(f"--{str(first['loc'][0]).replace('_', '-')} is not valid: {first['msg']}") from error
+        report_queue.folder_of(config.reports)
         home = Home(directory)
+        home.check_same(config)
         home.disk.make_folder("slots")
         report_queue.make_key(home)
         home.disk.replace("root.json", data)
@@ -158,9 +165,7 @@ def generate(
 
         if variant not in ("", "full", "dev", "fast"):
             raise OperatorError(f"there is no variant {variant!r}; choose full, dev or fast")
-        home = Home(directory)
-        with home.locked():
-            data, how = updater.generate(home, caption, seed, variant or None)  # type: ignore[arg-type]
+        data, how = updater.generate(Home(directory), caption, seed, variant or None)  # type: ignore[arg-type]
         try:
             output.write_bytes(data)
         except OSError as error:
@@ -213,6 +218,10 @@ def _errors() -> Iterator[None]:
         if _Options.debug:
             raise
         _fail(str(error), _exit_code(error))
+    except OSError as error:
+        if _Options.debug:
+            raise
+        _fail(f"the system refused: {error}; check the directory's owner and the disk", 3)
 
 
 def _exit_code(error: OtaError) -> int:

@@ -1,4 +1,4 @@
-"""All writes of the agent. Nothing else in `ota.agent` opens a file for writing, renames or removes one.
+"""The agent's writes in its own directory, all but python-tuf's cache and the lock file, which may be lost at any moment.
 
 What a method promises holds after a power cut at any later moment: a replaced file is whole, old or new; a renamed folder
 and what was synced in it are there. Names are relative to the agent's directory.
@@ -26,6 +26,23 @@ class Disk:
     def path(self, name: str) -> Path:
         """Where a name lies; for reading."""
         return self.root / name
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's content; None where there is none. What the disk no longer gives counts as emptied, so as damaged.
+
+        Raises:
+            StateError: it may not be read. That is no damage, and nothing may be made up in its place.
+        """
+        try:
+            return (self.root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return b""
+            raise StateError(
+                f"cannot read {self.root / name}: {error.strerror}; run the agent as the directory's owner"
+            ) from error
 
     def replace(self, name: str, data: bytes) -> None:
         """Give a file new content, whole or not at all, and durable on return.

@@ -17,26 +17,28 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from ota.agent.state import Home
-from ota.errors import StateError, TransferError
-from ota.manifest import DeviceReport, Event, SignedReport
+from ota.errors import OperatorError, StateError, TransferError
+from ota.manifest import MAX_NUMBER, DeviceReport, Event, SignedReport
 
 MAX_QUEUE = 200  # reports; the oldest go first
+EPOCH = 1_700_000_000  # seconds since 1970; where numbers start that replace lost ones
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 log = logging.getLogger(__name__)
 
 
 def make_key(home: Home) -> None:
-    """Make the device's key where there is none."""
+    """Make the device's key where there is none; its numbers start at 1."""
     if not home.disk.path("device.key").is_file():
+        home.disk.replace("number", b"0")
         home.disk.replace("device.key", Ed25519PrivateKey.generate().private_bytes_raw())
 
 
 def _key(home: Home) -> Ed25519PrivateKey:
     try:
-        return Ed25519PrivateKey.from_private_bytes(home.disk.path("device.key").read_bytes())
-    except (OSError, ValueError) as error:
-        raise StateError(f"{home.root / 'device.key'} cannot be read; run `ferry-agent init` again and enroll anew") from error
+        return Ed25519PrivateKey.from_private_bytes(home.disk.read("device.key") or b"")
+    except ValueError as error:
+        raise StateError(f"{home.root / 'device.key'} is lost; run `ferry-agent init` again and enroll anew") from error
 
 
 def public_key(home: Home) -> str:
@@ -61,11 +63,13 @@ def queue(home: Home, event: Event, manifest: str | None, reason: str = "", rece
 
 
 def _next_number(home: Home) -> int:
-    path = home.disk.path("number")
     try:
-        last = int(path.read_bytes())
-    except (OSError, ValueError):
-        last = max((int(p.stem) for p in home.disk.path("queue").glob("*.json")), default=0)
+        last = int(home.disk.read("number") or b"")
+    except ValueError:
+        last = -1
+    if not 0 <= last < MAX_NUMBER:  # lost: go past all that can have been used, at less than a report a second
+        queued = [int(p.stem) for p in home.disk.path("queue").glob("*.json")]
+        last = max(0, max(int(time.time()), home.high_water().time) - EPOCH, *queued)
     home.disk.replace("number", str(last + 1).encode())
     return last + 1
 
@@ -77,6 +81,21 @@ def _boot() -> str:
         return "unknown"
 
 
+def folder_of(address: str) -> Path:
+    """The folder in which reports are left.
+
+    Raises:
+        OperatorError: it is not one; what was sent to another kind of place would be lost without a word.
+    """
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise OperatorError(f"--reports is not valid ({error}); give a folder") from error
+    if parts.scheme not in ("", "file") or parts.netloc:
+        raise OperatorError(f"reports cannot be left at {address!r}; give --reports a folder")
+    return Path(parts.path)
+
+
 def send(home: Home) -> int:
     """Deliver what is queued; what cannot be delivered stays. Returns how many reports are left.
 
@@ -86,7 +105,7 @@ def send(home: Home) -> int:
     waiting = sorted(home.disk.path("queue").glob("*.json"))
     if not config.reports:
         return len(waiting)
-    folder = Path(urlsplit(config.reports).path)
+    folder = folder_of(config.reports)
     for done, path in enumerate(waiting):
         try:
             _drop(path.read_bytes(), folder, f"{config.device}-{path.name}")
@@ -98,13 +117,20 @@ def send(home: Home) -> int:
 
 
 def _drop(data: bytes, folder: Path, name: str) -> None:
+    """Leave a file in a folder; durable on return, because the only other copy is removed next."""
     fresh = folder / f".{name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with fresh.open("wb") as file:  # on another file system than the agent's own, so not through Disk
+            os.fchmod(file.fileno(), 0o644)  # whatever the agent's umask: another user collects it
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(folder / name)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise TransferError(f"reports cannot be left in {folder}: {error.strerror}; they are kept and tried again") from error

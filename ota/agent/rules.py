@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ota.agent.state import Config, State
-from ota.errors import ManifestError, TrustError
+from ota.errors import ManifestError, OperatorError, TrustError
 from ota.manifest import Manifest, Policy, Reference
 
 BUCKETS = 10_000
 CLOCK_SLACK = 24 * 3600  # seconds that a clock may run behind the latest time seen
 STATISTIC_FLOOR = 0.02  # of the grey range of 2; the least width that a reference range is taken for
 MAX_DEAD_LOAD = 0.1  # of its reference share; an expert with less is not used on this device
+SEEDS = 2**128  # numbers that Philox takes as a key
 MEMORY_LIMIT = 1024  # MiB that trying or running a bundle may take at its peak
 
 
@@ -133,9 +134,23 @@ def check_runtime(bounds: Sequence[str], version: str) -> str | None:
     return f"it needs ONNX Runtime {bounds[0]}, {bounds[1]}, this device has {version}"
 
 
-def room_needed(download: int, bundle: int) -> int:
-    """Bytes that must be free: the download, the new slot beside the old ones, and a margin for everything else."""
-    return download + bundle + max(bundle // 10, 8 * 1024 * 1024)
+def room_needed(written: int, bundle: int) -> int:
+    """Bytes that must be free: what is still to be written of an update to `bundle` bytes, and a margin for everything else."""
+    return written + max(bundle // 10, 8 * 1024 * 1024)
+
+
+def check_wish(caption: str, seed: int) -> None:
+    """Refuse what no bundle could draw, before any is blamed for it.
+
+    Raises:
+        OperatorError: the caption is not Unicode text, or the seed is out of range.
+    """
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise OperatorError("the caption is not valid UTF-8; type it anew, or set the terminal to UTF-8") from error
+    if not 0 <= seed < SEEDS:
+        raise OperatorError(f"the seed {seed} is out of range; choose one from 0 to 2^128 - 1")
 
 
 @dataclass(frozen=True)
@@ -176,10 +191,12 @@ def judge(trying: Trying, own: Reference, running: Reference | None) -> list[str
     reasons += unlike(trying.statistics, own, "its own reference")
     if running:
         reasons += unlike(trying.statistics, running, "the running model's")
+    if [len(row) for row in trying.load] != [len(row) for row in own.load]:
+        reasons.append("it has other experts than its own reference lists")
     idle = [
         f"expert {e} of block {b}"
-        for b, (row, reference) in enumerate(zip(trying.load, own.load, strict=True))
-        for e, (mass, expected) in enumerate(zip(row, reference, strict=True))
+        for b, (row, reference) in enumerate(zip(trying.load, own.load, strict=False))
+        for e, (mass, expected) in enumerate(zip(row, reference, strict=False))
         if mass < MAX_DEAD_LOAD * expected
     ]
     if idle:

@@ -22,7 +22,7 @@ from ota.errors import DeviceError, OperatorError
 from ota.manifest import WEIGHTS_LOCATION, SamplerTable
 
 Floats = npt.NDArray[np.float32]
-Velocity = Callable[[Floats, float], Floats]
+Velocity = Callable[[Floats, float, float], Floats]
 
 
 @dataclass
@@ -34,17 +34,18 @@ class Model:
     load_sum: npt.NDArray[np.float64] | None = None
     evaluations: int = 0
 
-    def velocity(self, x: Floats, t: float, ids: npt.NDArray[np.int64]) -> Floats:
-        """The network at (x [B, C, R, R], t) for captions [B, L]; guided where the table says so."""
+    def velocity(self, x: Floats, t: float, r: float, ids: npt.NDArray[np.int64]) -> Floats:
+        """The network at (x [B, C, R, R], t, r) for captions [B, L]; guided where the table says so."""
         guidance, B = np.float32(self.table.guidance), len(x)
         if guidance == 1:
-            return self.run(x, np.full(B, t, np.float32), ids)
-        both = self.run(np.concatenate((x, x)), np.full(2 * B, t, np.float32), np.concatenate((ids, np.zeros_like(ids))))
+            return self.run(x, np.full(B, t, np.float32), np.full(B, r, np.float32), ids)
+        twice = np.concatenate((x, x)), np.full(2 * B, t, np.float32), np.full(2 * B, r, np.float32)
+        both = self.run(*twice, np.concatenate((ids, np.zeros_like(ids))))
         return both[B:] + guidance * (both[:B] - both[B:])
 
-    def run(self, x: Floats, t: Floats, ids: npt.NDArray[np.int64]) -> Floats:
+    def run(self, x: Floats, t: Floats, r: Floats, ids: npt.NDArray[np.int64]) -> Floats:
         """One evaluation of the network, counted."""
-        v, load = self.session.run(["v", "load"], {"x": x, "t": t, "r": t, "ids": ids})
+        v, load = self.session.run(["v", "load"], {"x": x, "t": t, "r": r, "ids": ids})
         mean = load.mean(axis=0, dtype=np.float64)
         self.load_sum = mean if self.load_sum is None else self.load_sum + mean
         self.evaluations += 1
@@ -55,7 +56,7 @@ class Model:
         """One image for each caption and seed: float32 [B, C, R, R], about [-1, 1]."""
         shape = (self.table.image.channels, self.table.image.size, self.table.image.size)
         x = np.stack([noise(seed, shape) for seed in seeds])
-        return SAMPLERS[self.table.method](lambda y, t: self.velocity(y, t, ids), x, self.table.times)
+        return SAMPLERS[self.table.method](lambda y, t, r: self.velocity(y, t, r, ids), x, self.table.times)
 
     def encode(self, caption: str) -> npt.NDArray[np.int64]:
         """A caption as ids [1, L].
@@ -100,6 +101,8 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
     )
     try:
         return Model(ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]), table)
+    except MemoryError:
+        raise  # that is not the model's fault
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise DeviceError(f"ONNX Runtime {ort.__version__} does not load the model: {error}") from error
 
@@ -107,7 +110,7 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
 def sample_euler(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
     """Euler's method."""
     for t, s in pairwise(times):
-        x = x + np.float32(s - t) * velocity(x, t)
+        x = x + np.float32(s - t) * velocity(x, t, t)
     return x
 
 
@@ -115,8 +118,8 @@ def sample_heun(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
     """Heun's second-order method (Karras et al. 2022, algorithm 1, without churn)."""
     for t, s in pairwise(times):
         h = np.float32(s - t)
-        v = velocity(x, t)
-        x = x + h * (v + velocity(x + h * v, s)) / np.float32(2)
+        v = velocity(x, t, t)
+        x = x + h * (v + velocity(x + h * v, s, s)) / np.float32(2)
     return x
 
 
@@ -125,7 +128,7 @@ def sample_ab2(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
     before: tuple[Floats, float] | None = None
     for t, s in pairwise(times):
         h = s - t
-        v = velocity(x, t)
+        v = velocity(x, t, t)
         if before is None:
             x = x + np.float32(h) * v
         else:
@@ -136,10 +139,18 @@ def sample_ab2(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
     return x
 
 
+def sample_mean(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
+    """Steps by the mean velocity from each time to the next, which distilled variants predict."""
+    for t, s in pairwise(times):
+        x = x + np.float32(s - t) * velocity(x, t, s)
+    return x
+
+
 SAMPLERS: dict[str, Callable[[Velocity, Floats, list[float]], Floats]] = {
     "euler": sample_euler,
     "heun": sample_heun,
     "ab2": sample_ab2,
+    "mean": sample_mean,
 }
 
 

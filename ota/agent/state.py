@@ -18,19 +18,23 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import Field
 
 from ota.agent.disk import Disk
-from ota.errors import ManifestError, StateError
-from ota.manifest import MAX_MANIFEST, Document, Manifest, Name, Reference, Role, Sha256, VariantName, parse
+from ota.errors import BaseError, BusyError, ManifestError, OperatorError, StateError
+from ota.manifest import MAX_MANIFEST, MAX_TABLE, Document, Manifest, Name, Reference, Role, Sha256, VariantName, parse
 
 MAX_STATE = 256 * 1024
+WINDOW = r"^(([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9])?$"
 TRIAL_GOOD = 3  # inferences that must go well before a bundle is trusted
 TRIAL_LOADS = 6  # times a bundle on trial may be loaded before it counts as failed
+MAX_REFUSED = 64  # bundles that are remembered as refused; the newest are kept
+LOCK_PAUSE = 0.1  # seconds between two looks at a lock that is waited for
 
 
 class Config(Document):
@@ -43,7 +47,7 @@ class Config(Document):
     repository: str = Field(max_length=500, description="http(s) address or folder")
     root_sha256: Sha256
     reports: str = Field(default="", max_length=500, description="folder in which reports are left; empty: nowhere")
-    window: str = Field(default="", max_length=11, description="hours of UTC in which it may switch, as 22:00-05:00; empty: any")
+    window: str = Field(default="", pattern=WINDOW, description="hours of UTC in which it may switch, as 22:00-05:00; empty: any")
 
 
 class Trial(Document):
@@ -63,6 +67,12 @@ class State(Document):
     previous_seq: int = Field(default=0, ge=0)
     trial: Trial | None = None
     refused: dict[str, str] = Field(default_factory=dict, description="bundle → why this device will not have it")
+    tries: dict[str, int] = Field(default_factory=dict, description="bundle → times its trying began and gave no answer")
+
+    def refusing(self, digest: str, why: str) -> dict[str, str]:
+        """`refused` with one more, and bounded: the oldest is forgotten, and would be tried again if it were offered again."""
+        others = [(known, reason) for known, reason in self.refused.items() if known != digest]
+        return dict([*others, (digest, why[:500])][-MAX_REFUSED:])
 
 
 class HighWater(Document):
@@ -85,30 +95,60 @@ class Home:
         Raises:
             StateError: the directory was never initialised, or is damaged.
         """
+        data = self.disk.read("config.json")
+        if data is None:
+            raise StateError(f"{self.root} is not an agent's directory; make it one with `ferry-agent init`")
         try:
-            return parse(Config, (self.root / "config.json").read_bytes(), MAX_STATE)
-        except FileNotFoundError as error:
-            raise StateError(f"{self.root} is not an agent's directory; make it one with `ferry-agent init`") from error
-        except (OSError, ManifestError) as error:
+            return parse(Config, data, MAX_STATE)
+        except ManifestError as error:
             raise StateError(f"{self.root / 'config.json'} is damaged; run `ferry-agent init` again") from error
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the directory against a second agent.
+    def check_same(self, config: Config) -> None:
+        """Refuse to make another device of this directory: what is installed, seen and refused here would not hold for it.
 
         Raises:
-            StateError: another agent holds it.
+            OperatorError: it is set up for another root, line or class.
+        """
+        if self.disk.read("config.json") is None:
+            return
+        old = self.config()
+        for what, before, now in (
+            ("root", old.root_sha256, config.root_sha256),
+            ("line", old.line, config.line),
+            ("class", old.device_class, config.device_class),
+        ):
+            if before != now:
+                raise OperatorError(f"{self.root} is set up for {what} {before}; use another folder, or remove this one first")
+
+    @contextmanager
+    def locked(self, wait: float = 0) -> Iterator[None]:
+        """Hold the directory against a second agent; waits for it for at most so many seconds.
+
+        Raises:
+            BusyError: another agent holds it.
+            StateError: the lock file cannot be opened.
         """
         self.config()
-        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise StateError(f"another agent is at work in {self.root}; wait for it to finish") from error
+            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateError(f"cannot open {self.root / 'lock'}: {error.strerror}; run the agent as its owner") from error
+        try:
+            self._lock(descriptor, time.monotonic() + wait)
             yield
         finally:
             os.close(descriptor)
+
+    def _lock(self, descriptor: int, until: float) -> None:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() >= until:
+                    raise BusyError(f"another agent is at work in {self.root}; wait for it to finish") from error
+                time.sleep(LOCK_PAUSE)
+            else:
+                return
 
     def root_bytes(self) -> bytes:
         """The trust anchor.
@@ -116,10 +156,9 @@ class Home:
         Raises:
             StateError: it is missing or is not the one given at `init`.
         """
-        try:
-            data = (self.root / "root.json").read_bytes()
-        except OSError as error:
-            raise StateError(f"{self.root / 'root.json'} cannot be read; run `ferry-agent init` again") from error
+        data = self.disk.read("root.json")
+        if data is None:
+            raise StateError(f"{self.root / 'root.json'} is missing; run `ferry-agent init` again")
         if hashlib.sha256(data).hexdigest() != self.config().root_sha256:
             raise StateError(f"{self.root / 'root.json'} is not the root given at init; run `ferry-agent init` again")
         return data
@@ -130,28 +169,21 @@ class Home:
         """The state: from `state.json`, or where that is damaged the one before; a new device has an empty one.
 
         Raises:
-            StateError: both copies are damaged.
+            StateError: both copies are damaged, or may not be read.
         """
-        found = [self._read(name) for name in ("state.json", "state.prev.json")]
-        for state in found:
-            if state:
+        found = [self.disk.read(name) for name in ("state.json", "state.prev.json")]
+        for data in found:
+            if state := _opened(data):
                 return state
-        if (self.root / "state.json").exists() or (self.root / "state.prev.json").exists():
+        if found != [None, None]:
             raise StateError(f"both state files in {self.root} are damaged; run `ferry-agent update` after removing them")
         return State()
 
-    def _read(self, name: str) -> State | None:
-        try:
-            envelope = json.loads((self.root / name).read_bytes()[:MAX_STATE])
-            state = parse(State, json.dumps(envelope["state"]).encode(), MAX_STATE)
-            return state if envelope["sha256"] == state.digest else None
-        except (OSError, ValueError, KeyError, TypeError, ManifestError):
-            return None
-
     def save(self, state: State) -> None:
         """Commit a state; durable on return."""
-        current = self._read("state.json")
+        current = _opened(self.disk.read("state.json"))
         if current == state:
+            self.disk.sync_folder(".")  # whoever wrote it may have been killed before its name was durable
             return
         if current:  # a damaged state.json must not replace the good copy
             self.disk.replace("state.prev.json", _enveloped(current))
@@ -163,17 +195,20 @@ class Home:
         Raises:
             StateError: they are damaged; updates stop rather than forget what was newest.
         """
-        try:
-            return parse(HighWater, (self.root / "highwater.json").read_bytes(), MAX_STATE)
-        except FileNotFoundError:
+        data = self.disk.read("highwater.json")
+        if data is None:
             return HighWater()
-        except (OSError, ManifestError) as error:
+        try:
+            return parse(HighWater, data, MAX_STATE)
+        except ManifestError as error:
             raise StateError(f"{self.root / 'highwater.json'} is damaged; restore it, or set the device up anew") from error
 
     def raise_high_water(self, marks: HighWater) -> None:
         """Set the marks; durable on return."""
         if marks != self.high_water():
             self.disk.replace("highwater.json", marks.canonical())
+        else:
+            self.disk.sync_folder(".")  # as in `save`
 
     # Slots
 
@@ -185,12 +220,15 @@ class Home:
         """
         return Slot(self.root / "slots" / digest, digest)
 
-    def collect_garbage(self) -> list[str]:
-        """Remove slots that no state names and downloads that nobody needs; returns what was removed."""
-        named: set[str | None] = set()
-        for state in (self._read("state.json"), self._read("state.prev.json")):
-            if state:
-                named |= {state.active, state.previous}
+    def collect_garbage(self, wanted: Collection[str] = ()) -> list[str]:
+        """Remove slots that no state names, and downloads; returns what was removed.
+
+        Args:
+            wanted: slots and downloads to keep besides, by hash.
+        """
+        state, before = self.load(), _opened(self.disk.read("state.prev.json")) or State()
+        # What was refused since is not needed even if state.json is lost: then the one before it draws and is gone back to.
+        named = {state.active, state.previous, *({before.active, before.previous} - state.refused.keys()), *wanted}
         removed = []
         for folder in ("slots", "incoming"):
             for path in sorted((self.root / folder).glob("*")):
@@ -220,9 +258,34 @@ class Slot:
         """Where the file of a role lies."""
         return self.folder / self.manifest.entry(role, variant).sha256
 
+    def read(self, role: Role, variant: VariantName | None = None) -> bytes:
+        """The bytes of a role's file.
+
+        Raises:
+            BaseError: the file is missing, or is not the one that was installed.
+        """
+        entry = self.manifest.entry(role, variant)
+        try:
+            data = (self.folder / entry.sha256).read_bytes()
+        except OSError as error:
+            raise BaseError(f"the {role} file of bundle {self.digest[:12]} is lost; run `ferry-agent update`") from error
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise BaseError(f"the {role} file of bundle {self.digest[:12]} is damaged; run `ferry-agent update`")
+        return data
+
     def reference(self, variant: VariantName) -> Reference:
         """What the bundle looked like in the factory."""
-        return parse(Reference, self.path("reference", variant).read_bytes(), MAX_STATE)
+        return parse(Reference, self.read("reference", variant), MAX_TABLE)
+
+
+def _opened(data: bytes | None) -> State | None:
+    """The state in a state file's content; None where that is missing or invalid."""
+    try:
+        envelope = json.loads((data or b"")[:MAX_STATE])
+        state = parse(State, json.dumps(envelope["state"]).encode(), MAX_STATE)
+        return state if envelope["sha256"] == state.digest else None
+    except (ValueError, KeyError, TypeError, RecursionError, ManifestError):
+        return None
 
 
 def _enveloped(state: State) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -36,12 +35,17 @@ class Transport(Protocol):
     received: int
     """Bytes received so far."""
 
-    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+    def read(self, name: str, offset: int = 0, deadline: float | None = None) -> Iterator[bytes]:
         """A file's bytes from `offset` on, in pieces.
+
+        Args:
+            name: of the file.
+            offset: where to begin.
+            deadline: moment of `time.monotonic` at which all must have arrived; in `DEADLINE_FLOOR` seconds by default.
 
         Raises:
             NotFoundError: there is no such file.
-            TransferError: the source cannot be reached, or broke off.
+            TransferError: the source cannot be reached, broke off, or lets its bytes drip.
         """
 
 
@@ -51,7 +55,10 @@ def connect(repository: str) -> Transport:
     Raises:
         TransferError: it is of another kind.
     """
-    parts = urlsplit(repository)
+    try:
+        parts = urlsplit(repository)
+    except ValueError as error:
+        raise TransferError(f"{repository!r} is not an address ({error}); give an http(s) address or a folder") from error
     if parts.scheme in ("http", "https"):
         return Web(repository)
     if parts.scheme in ("", "file"):
@@ -65,8 +72,9 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.received = folder, 0
 
-    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+    def read(self, name: str, offset: int = 0, deadline: float | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
+        deadline = deadline or time.monotonic() + DEADLINE_FLOOR
         if not self.folder.is_dir():
             raise TransferError(f"there is no repository in {self.folder}; check the address given at init")
         try:
@@ -75,6 +83,7 @@ class Folder:
                 while piece := file.read(PIECE):
                     self.received += len(piece)
                     yield piece
+                    _check_deadline(name, deadline)
         except FileNotFoundError as error:
             raise NotFoundError(f"the repository has no {name}") from error
         except OSError as error:
@@ -90,11 +99,14 @@ class Web:
             retries=False, timeout=urllib3.Timeout(connect=GAP_TIMEOUT, read=GAP_TIMEOUT), headers={"Accept-Encoding": "identity"}
         )
 
-    def read(self, name: str, offset: int = 0) -> Iterator[bytes]:
+    def read(self, name: str, offset: int = 0, deadline: float | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
+        deadline = deadline or time.monotonic() + DEADLINE_FLOOR
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
         try:
-            response = self._pool.request("GET", f"{self.address}/{name}", headers=headers, preload_content=False)
+            response = self._pool.request(
+                "GET", f"{self.address}/{name}", headers=headers, preload_content=False, decode_content=False
+            )
         except urllib3.exceptions.HTTPError as error:
             raise TransferError(f"cannot reach {self.address}: {error}; it will be tried again") from error
         try:
@@ -103,17 +115,22 @@ class Web:
             if response.status not in (200, 206):
                 raise TransferError(f"the server answered {response.status} for {name}; it will be tried again")
             skip = offset if response.status == 200 else 0  # the server ignored the range and starts over
-            for piece in response.stream(PIECE):
+            while piece := response.read1(PIECE):  # what is there, so that no byte before a cut is fetched again
                 self.received += len(piece)
-                if skip >= len(piece):
-                    skip -= len(piece)
-                    continue
-                yield piece[skip:]
-                skip = 0
+                rest, skip = piece[skip:], max(0, skip - len(piece))
+                if rest:
+                    yield rest
+                _check_deadline(name, deadline)
         except urllib3.exceptions.HTTPError as error:
             raise TransferError(f"the transfer of {name} broke off: {error}; it will be resumed") from error
         finally:
             response.close()
+
+
+def _check_deadline(name: str, deadline: float) -> None:
+    """Called where every byte so far was handed on, so that a download keeps what it has."""
+    if time.monotonic() > deadline:
+        raise TransferError(f"{name} arrives too slowly; it will be tried again")
 
 
 def read_small(transport: Transport, name: str, limit: int) -> bytes:
@@ -135,11 +152,11 @@ def read_small(transport: Transport, name: str, limit: int) -> bytes:
     return _retrying(once)
 
 
-def download(transport: Transport, name: str, size: int, sha256: str, disk: Disk, place: str) -> None:
-    """Fetch a file of known size and hash into `place`, continuing what an earlier call left there.
+def download(transport: Transport, name: str, size: int, disk: Disk, place: str) -> None:
+    """Fetch a file of known size into `place`, continuing what an earlier call left there; the caller checks its hash.
 
     Raises:
-        RepositoryError: what arrived is longer, or has another hash; the file is removed.
+        RepositoryError: what arrived is longer; the file is removed.
         TransferError: the link failed, or the deadline passed; what arrived is kept for the next call.
     """
     deadline = time.monotonic() + max(DEADLINE_FLOOR, size / MINIMUM_RATE)
@@ -153,7 +170,7 @@ def download(transport: Transport, name: str, size: int, sha256: str, disk: Disk
         if have == size:
             return
         unsynced = 0
-        pieces = transport.read(name, have)
+        pieces = transport.read(name, have, deadline)
         while have < size:
             with disk.writing(place, append=True) as file:  # synced at the end of each block
                 for piece in pieces:
@@ -164,8 +181,6 @@ def download(transport: Transport, name: str, size: int, sha256: str, disk: Disk
                             f"{name} is longer than the {size} bytes that are signed for it; nothing of it is used"
                         )
                     file.write(piece)
-                    if time.monotonic() > deadline:
-                        raise TransferError(f"{name} arrives too slowly; what is here is kept, and it will be resumed")
                     if unsynced >= SYNC_EVERY:
                         unsynced = 0
                         break
@@ -175,9 +190,6 @@ def download(transport: Transport, name: str, size: int, sha256: str, disk: Disk
 
     try:
         _retrying(once)
-        with disk.path(place).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise RepositoryError(f"{name} does not have the hash that is signed for it; nothing of it is used")
     except RepositoryError:
         disk.remove(place)
         raise

@@ -22,15 +22,15 @@ from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 from ota.agent import rules
 from ota.agent.state import HighWater, Home
 from ota.agent.transport import NotFoundError, Transport, read_small
-from ota.errors import RepositoryError, StateError, TransferError, TrustError
+from ota.errors import ExpiredError, RepositoryError, StateError, TransferError, TrustError
 from ota.manifest import KiB
 
 # Limits on what an attacker could make long; far above what a repository of ours needs.
 LIMITS = UpdaterConfig(
-    max_root_rotations=32, max_delegations=8, root_max_length=64 * KiB, timestamp_max_length=16 * KiB,
+    max_root_rotations=256, max_delegations=8, root_max_length=64 * KiB, timestamp_max_length=16 * KiB,
     snapshot_max_length=64 * KiB, targets_max_length=1024 * KiB, app_user_agent="deltaferry-agent",
 )  # fmt: skip
-ROLES = ("timestamp", "snapshot", "targets", "models", "deltas", "rollout")
+TOP_ROLES = ("root", "timestamp", "snapshot", "targets")  # a lost root would bring back keys that were taken out of it
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,24 @@ class Trust:
                 str(folder), "metadata/", fetcher=_Fetcher(transport), config=LIMITS, bootstrap=home.root_bytes()
             )
             self._updater.refresh()
-        self._remember(now)
+        self._remember(now, TOP_ROLES)
 
     def target(self, name: str) -> Target | None:
         """What is signed about a target; None if nothing is.
 
         Raises:
-            TrustError: the role that could name it does not hold.
+            ExpiredError: the role that could name it was not renewed.
+            TrustError: it does not hold.
             TransferError: the repository cannot be reached.
         """
         with _foreign_errors():
             found: TargetFile | None = self._updater.get_targetinfo(name)
-        self._remember(int(time.time()))
+        self._remember(int(time.time()), (*TOP_ROLES, name.partition("/")[0]))
         if found is None:
             return None
         if "sha256" not in found.hashes:
             raise TrustError(f"{name} is signed without a sha256; nothing of it is used")
-        return Target(name, found.length, found.hashes["sha256"], dict(found.custom or {}))
+        return Target(name, found.length, found.hashes["sha256"], found.custom if isinstance(found.custom, dict) else {})
 
     def read(self, target: Target, limit: int) -> bytes:
         """A small target's bytes, checked against what is signed.
@@ -101,11 +102,14 @@ class Trust:
             TargetFile(target.size, {"sha256": target.sha256}, target.name).verify_length_and_hashes(data)
         return data
 
-    def _remember(self, now: int) -> None:
-        """Compare the cached versions with the marks, and raise the marks."""
+    def _remember(self, now: int, roles: tuple[str, ...]) -> None:
+        """Compare the versions of roles that were just loaded with the marks, and raise the marks.
+
+        Other roles' files in the cache may be of any age, or torn: the client looks at them only when it needs them.
+        """
         marks = self._home.high_water()
         found: dict[str, int] = {}
-        for role in ROLES:
+        for role in roles:
             path = self._home.disk.path(f"metadata/{role}.json")
             if path.is_file():
                 with _foreign_errors():
@@ -144,7 +148,7 @@ class _foreign_errors:  # noqa: N801 - used as a statement
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ExpiredMetadataError):
-            raise TrustError(
+            raise ExpiredError(
                 f"the repository's signatures have expired ({error}); the running model is kept, the factory must sign anew"
             ) from error
         if isinstance(error, DownloadHTTPError):

@@ -13,8 +13,11 @@
     11  switch: replace the state file, the only commit point
     12  probation: it is trusted after some good inferences, else taken back and refused from then on
 
-Until step 11 the running bundle is not touched in any way. Every step may be cut by a power failure and is repeated from
-the beginning of the update; downloads are resumed, a finished slot is used again.
+No step but a repair touches the running bundle: where files of it are damaged, they are fetched again before step 2 and
+renamed over the damaged ones. Every step may be cut by a power failure and is repeated from the beginning of the update;
+downloads are resumed, a finished slot is used again.
+
+Drawing images needs no lock unless a bundle is on trial, so an update at work does not stop it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import base64
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -31,20 +34,27 @@ import ota
 from ota.agent import child, reports, rules
 from ota.agent.disk import read_uncached
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, Slot, State, Trial
-from ota.agent.transport import Transport, connect, download
+from ota.agent.transport import NotFoundError, Transport, connect, download
 from ota.agent.trust import Target, Trust
 from ota.errors import (
     BaseError,
+    BusyError,
     DeltaError,
     DeviceError,
+    ExpiredError,
     GateError,
     ManifestError,
     OperatorError,
+    OtaError,
     RepositoryError,
     RoomError,
     StateError,
+    UnfinishedError,
 )
-from ota.manifest import MAX_MANIFEST, MAX_POLICY, Manifest, Policy, Reference, VariantName, parse
+from ota.manifest import MAX_MANIFEST, MAX_POLICY, FileEntry, Manifest, Policy, Reference, VariantName, parse
+
+MAX_TRIES = 3  # times step 10 may begin without coming to an answer before a bundle is refused
+TRIAL_WAIT = 5.0  # seconds that an image waits for an update at work, before the bundle before draws it
 
 log = logging.getLogger(__name__)
 
@@ -87,26 +97,43 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         TrustError, ManifestError, DeltaError, RepositoryError: what is published is wrong; nothing was changed.
         TransferError: the repository cannot be reached; nothing was changed.
         RoomError, StateError, DeviceError: this device cannot; nothing was changed.
+        UnfinishedError: the trying was killed or ran out of time or memory; the next call tries again, a few times.
     """
     step = on_step or _silent
-    finish_probation(home, step)  # what an earlier call left on trial comes first
+    if not check_only:
+        finish_probation(home, step)  # what an earlier call left on trial comes first
     transport = connect(home.config().repository)
 
     step(1, "refresh metadata")
     trust = Trust(home, transport)
+    state = home.load()
+    damaged = state.active is not None and not _is_sound(home, state.active)
+    problem: OtaError | None = None
+    if damaged and not check_only:
+        try:
+            _repair(home, trust, transport)
+        except (RepositoryError, NotFoundError) as error:  # a newer release may still help
+            log.warning("the running bundle is damaged and cannot be repaired: %s", error)
+            problem = error
     step(2, "read the policy")
     plan, reason = _decide(home, trust)
-    state = home.load()
+    if plan is None and problem:
+        raise problem
     if plan is None or check_only:
-        return Outcome(False, state.active, reason, received=transport.received)
+        repaired = damaged and not check_only
+        if damaged:
+            reason = f"release {state.seq} {'was damaged and is repaired' if repaired else 'is damaged'}; {reason}"
+        return Outcome(repaired, state.active, reason, "full" if repaired else "", transport.received)
 
     digest = plan.manifest.digest
     way = "full"
     if _is_complete(home, digest, plan):  # installed before, or cut after step 8
         way = "kept"
+        home.disk.sync_folder("slots")  # the cut may have come before its name was durable
     else:
         step(3, "choose a way")
         delta = _find_delta(trust, state.active, plan)
+        home.collect_garbage({digest, *plan.manifest.objects, *([delta.sha256] if delta else [])})
         if delta and state.active:
             try:
                 _fetch_delta(home, transport, state.active, plan, delta, step)
@@ -114,10 +141,11 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
             except BaseError as error:
                 log.warning("%s", error)
                 reports.queue(home, "base_corrupt", state.active, str(error))
-            except (DeltaError, DeviceError, RepositoryError) as error:
+            except (DeltaError, DeviceError, RepositoryError, NotFoundError) as error:
                 if isinstance(error, (RoomError, StateError)):
                     raise
                 log.warning("%s; fetching the full bundle", error)
+                home.disk.remove(f"incoming/{delta.sha256}")
         if way == "full":
             _fetch_full(home, transport, plan, step)
 
@@ -127,7 +155,7 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         return Outcome(False, state.active, f"stopped before the switch: {reason}", way, transport.received)
 
     step(10, "try it on this device")
-    milliseconds = _try(home, plan.manifest, state, transport.received)
+    milliseconds = _try_counted(home, plan.manifest, state, transport.received)
     reports.queue(home, "starting", digest, received=transport.received, milliseconds=milliseconds)
     reports.send(home)
 
@@ -153,6 +181,35 @@ def _silent(number: int, name: str) -> None:
     log.debug("step %d: %s", number, name)
 
 
+# Repair
+
+
+def _repair(home: Home, trust: Trust, transport: Transport) -> None:
+    """Fetch the damaged files of the bundle that runs, and rename each over its name: there is never less of it than before.
+
+    It is held against its own manifest, and its files are still in the repository, so no policy need offer it.
+    """
+    config, active = home.config(), home.load().active
+    home.disk.make_folder(f"slots/{active}")
+    try:
+        slot = home.slot(str(active))
+    except StateError:
+        signed = trust.target(f"models/{config.line}/{config.device_class}/{active}.json")
+        if signed is None or signed.sha256 != active:
+            raise RepositoryError("the manifest of the running bundle is no longer published; publish a newer release") from None
+        home.disk.replace(f"slots/{active}/manifest.json", trust.read(signed, MAX_MANIFEST))
+        slot = home.slot(active)
+    bad = [entry for entry in slot.manifest.objects.values() if not _file_is(slot, entry)]
+    home.collect_garbage({entry.sha256 for entry in bad})
+    _check_room(home, _missing(home, bad), slot.manifest.size)
+    _fetch_objects(home, transport, bad)
+    for entry in bad:
+        _verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
+        home.disk.rename(f"incoming/{entry.sha256}", f"slots/{active}/{entry.sha256}")
+    reports.queue(home, "base_corrupt", active, "it was fetched again", transport.received)
+    reports.send(home)
+
+
 # Steps 2 and 3
 
 
@@ -160,7 +217,16 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, str]:
     """The release to install, or why there is none."""
     config, state = home.config(), home.load()
     place = f"{config.line}/{config.device_class}"
-    target = trust.target(f"rollout/{place}.json")
+    try:
+        target = trust.target(f"rollout/{place}.json")
+    except ExpiredError:
+        if state.active is None:
+            raise
+        # Meant: a rollout that nobody renews stops spreading. The roles above it are fresh, or we would not be here.
+        return (
+            None,
+            "the rollout policy has expired, so nothing newer can be installed until it is signed anew; what runs goes on",
+        )
     if target is None:
         return None, f"nothing is rolled out to {place} yet"
     policy = parse(Policy, trust.read(target, MAX_POLICY), MAX_POLICY)
@@ -194,17 +260,17 @@ def _find_delta(trust: Trust, active: str | None, plan: _Plan) -> Target | None:
 def _fetch_delta(home: Home, transport: Transport, active: str, plan: _Plan, delta: Target, step: OnStep) -> None:
     part, fresh = f"incoming/{delta.sha256}", _prepare_slot(home, plan)
     step(4, "check room")
-    _check_room(home, delta.size, plan.manifest.size)
+    _check_room(home, delta.size - _have(home, delta.sha256) + plan.manifest.size, plan.manifest.size)
     step(5, f"download the delta, {delta.size:,} bytes")
     home.disk.make_folder("incoming")
-    download(transport, delta.published_as, delta.size, delta.sha256, home.disk, part)
+    download(transport, delta.published_as, delta.size, home.disk, part)
     step(6, "verify what was downloaded")
     _verify(home, part, delta.size, delta.sha256)
     step(7, "apply into a new slot")
     try:
         child.run(
             "apply", root=str(home.root), patch=part, base=f"slots/{active}", base_digest=active, slot=fresh,
-            target_digest=plan.manifest.digest,
+            target_digest=plan.manifest.digest, files=[entry.model_dump(mode="json") for entry in plan.manifest.files],
         )  # fmt: skip
     finally:
         home.disk.remove(part)
@@ -212,21 +278,24 @@ def _fetch_delta(home: Home, transport: Transport, active: str, plan: _Plan, del
 
 
 def _fetch_full(home: Home, transport: Transport, plan: _Plan, step: OnStep) -> None:
-    fresh = _prepare_slot(home, plan)
+    fresh, entries = _prepare_slot(home, plan), plan.manifest.objects.values()
     step(4, "check room")
-    _check_room(home, plan.manifest.size, plan.manifest.size)
+    _check_room(home, _missing(home, entries), plan.manifest.size)
     step(5, f"download the full bundle, {plan.manifest.size:,} bytes")
-    home.disk.make_folder("incoming")
-    for entry in plan.manifest.files:
-        part = f"incoming/{entry.sha256}"
-        download(transport, f"objects/{entry.sha256}", entry.size, entry.sha256, home.disk, part)
+    _fetch_objects(home, transport, entries)
     step(6, "verify what was downloaded")
-    for entry in plan.manifest.files:
+    for entry in entries:
         _verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
     step(7, "move into a new slot")
-    for entry in plan.manifest.files:
+    for entry in entries:
         home.disk.rename(f"incoming/{entry.sha256}", f"{fresh}/{entry.sha256}")
     _finish_slot(home, plan, fresh, step)
+
+
+def _fetch_objects(home: Home, transport: Transport, entries: Iterable[FileEntry]) -> None:
+    home.disk.make_folder("incoming")
+    for entry in entries:
+        download(transport, f"objects/{entry.sha256}", entry.size, home.disk, f"incoming/{entry.sha256}")
 
 
 def _prepare_slot(home: Home, plan: _Plan) -> str:
@@ -237,8 +306,18 @@ def _prepare_slot(home: Home, plan: _Plan) -> str:
     return fresh
 
 
-def _check_room(home: Home, fetched: int, size: int) -> None:
-    needed, free = rules.room_needed(fetched, size), home.disk.free()
+def _have(home: Home, sha256: str) -> int:
+    """Bytes of a download that are here from an earlier call."""
+    path = home.disk.path(f"incoming/{sha256}")
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _missing(home: Home, entries: Iterable[FileEntry]) -> int:
+    return sum(max(0, entry.size - _have(home, entry.sha256)) for entry in entries)
+
+
+def _check_room(home: Home, written: int, size: int) -> None:
+    needed, free = rules.room_needed(written, size), home.disk.free()
     if needed > free:
         raise RoomError(f"the update needs {needed:,} free bytes, {home.root} has {free:,}; make room and try again")
 
@@ -249,7 +328,7 @@ def _verify(home: Home, name: str, size: int, sha256: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if path.stat().st_size != size or found != sha256:
         home.disk.remove(name)
-        raise RepositoryError(f"{path.name[:12]} is not what is signed; it was thrown away and will be fetched again")
+        raise RepositoryError(f"{path.name} is not what is signed; it was thrown away and will be fetched again")
 
 
 def _finish_slot(home: Home, plan: _Plan, fresh: str, step: OnStep) -> None:
@@ -276,16 +355,25 @@ def _check_slot(home: Home, name: str, plan: _Plan) -> None:
 
 def _is_complete(home: Home, digest: str, plan: _Plan) -> bool:
     """Whether a whole slot of this bundle is there already."""
-    if not home.disk.path(f"slots/{digest}/manifest.json").is_file():
-        return False
     try:
+        if home.disk.path(f"slots/{digest}/manifest.json").read_bytes() != plan.manifest_bytes:
+            return False
         _check_slot(home, f"slots/{digest}", plan)
-    except (StateError, DeltaError):
+    except (OSError, StateError, DeltaError):
         return False
     return True
 
 
 # Step 10
+
+
+def _try_counted(home: Home, manifest: Manifest, state: State, received: int) -> float:
+    """Try a bundle, counting before it what may crash the machine; returns the milliseconds of an image."""
+    tries = state.tries.get(manifest.digest, 0)
+    if tries >= MAX_TRIES:
+        _refuse(home, manifest.digest, f"its trying began {tries} times and never came to an answer", state, received)
+    home.save(state.model_copy(update={"tries": {manifest.digest: tries + 1}}))
+    return _try(home, manifest, state, received)
 
 
 def _try(home: Home, manifest: Manifest, state: State, received: int) -> float:
@@ -298,16 +386,15 @@ def _try(home: Home, manifest: Manifest, state: State, received: int) -> float:
             answer = child.run("try", slot=str(slot.folder), digest=slot.digest, variant=variant)
             trying = _trying(answer)
             reasons = rules.judge(trying, slot.reference(variant), running)
+        except RoomError:
+            home.save(state)  # no process could be started, so it was not tried
+            raise
+        except (StateError, BaseError, UnfinishedError):
+            raise  # this device's fault, or nobody's
         except (DeviceError, ManifestError) as error:
-            if isinstance(error, StateError):
-                raise
             reasons = [str(error)]
         if reasons:
-            why = f"{variant}: {'; '.join(reasons)}"
-            _refuse(home, manifest.digest, why, state)
-            reports.queue(home, "refused", manifest.digest, why, received)
-            reports.send(home)
-            raise GateError(f"the bundle was tried and refused, {why}; the running one is kept")
+            _refuse(home, manifest.digest, f"{variant}: {'; '.join(reasons)}", state, received)
         if variant == manifest.default_variant:
             milliseconds = trying.milliseconds
     return milliseconds
@@ -330,17 +417,23 @@ def _running_reference(home: Home, state: State, variant: VariantName) -> Refere
         running = home.slot(state.active)
         same = variant if variant in running.manifest.variants else running.manifest.default_variant
         return running.reference(same)
-    except (StateError, ManifestError, OSError):
+    except (StateError, BaseError, ManifestError):
         return None  # the running bundle is damaged; the new one must not be kept out by that
 
 
-def _refuse(home: Home, digest: str, why: str, state: State) -> None:
-    """Remember for good that this device will not have a bundle, then free its slot."""
-    home.save(state.model_copy(update={"refused": state.refused | {digest: why[:500]}}))
+def _refuse(home: Home, digest: str, why: str, state: State, received: int) -> NoReturn:
+    """Remember for good that this device will not have a bundle, free its slot, and say so."""
+    home.save(state.model_copy(update={"refused": state.refusing(digest, why), "tries": {}}))
     home.disk.remove(f"slots/{digest}")
+    reports.queue(home, "refused", digest, why, received)
+    reports.send(home)
+    raise GateError(f"the bundle was tried and refused, {why}; the running one is kept")
 
 
 # Step 12, and serving
+
+Drawn = tuple[bytes, dict[str, Any]]
+"""PNG bytes, and how it went."""
 
 
 def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
@@ -350,55 +443,92 @@ def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
 
     Raises:
         GateError: the bundle on trial failed and was taken back.
+        UnfinishedError: it was killed, or ran out of time or memory; the next call goes on, a few times.
     """
     seed = 0
-    while home.load().trial is not None:
+    while (state := home.load()).trial is not None:
         if on_step and not seed:
             on_step(12, "probation")
-        generate(home, "", seed)
+        _generate_on_trial(home, state, "", seed, None)
         seed += 1
 
 
-def generate(home: Home, caption: str, seed: int, variant: VariantName | None = None) -> tuple[bytes, dict[str, Any]]:
-    """Draw one image with what runs now: PNG bytes and how it went.
+def generate(home: Home, caption: str, seed: int, variant: VariantName | None = None) -> Drawn:
+    """Draw one image with what runs now, whatever else the agent is doing; the caller does not hold the lock.
 
-    On probation each load is counted before it happens, so a bundle that kills the machine is taken back in the end.
+    Where it is on trial and its loads cannot be counted, because an update is at work or the disk is full, and where it
+    is damaged, the bundle before draws.
 
     Raises:
         StateError: nothing is installed.
-        OperatorError: the caption is too long, or there is no such variant.
+        BaseError: what is installed is damaged.
+        OperatorError: the caption or seed cannot be drawn, or there is no such variant.
         GateError: the bundle on trial failed and was taken back; ask again.
     """
-    state = home.load()
-    active, trial = state.active, state.trial
-    if active is None:
-        raise StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
-    if trial is not None:
-        if trial.loads == 0:
-            _take_back(home, state, active, "it did not get through its trial")
-        trial = trial.model_copy(update={"loads": trial.loads - 1})
-        state = state.model_copy(update={"trial": trial})
-        home.save(state)
-    try:
-        slot = home.slot(active)
-        chosen = variant or slot.manifest.default_variant
-        if chosen not in slot.manifest.variants:
-            raise OperatorError(f"this bundle has no variant {chosen}; choose one of {', '.join(slot.manifest.variants)}")
-        answer = child.run("generate", slot=str(slot.folder), digest=slot.digest, variant=chosen, caption=caption, seed=seed)
-        if not answer["good"]:
-            raise DeviceError("it made an image that is constant or not finite")
-    except (DeviceError, ManifestError) as error:
-        if trial is not None:
-            _take_back(home, state, active, str(error))
-        raise
-    if trial is not None:
-        _count_good(home, state, trial, answer["milliseconds"])
+    home.config()  # says so where this is no agent's directory
+    rules.check_wish(caption, seed)
+    problem: DeviceError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
+    if home.load().trial is not None:
+        try:
+            with home.locked(TRIAL_WAIT):
+                state = home.load()
+                if state.trial is not None:
+                    return _generate_on_trial(home, state, caption, seed, variant)
+        except (BusyError, RoomError, UnfinishedError) as error:
+            problem = error
+    for _ in range(2):  # an update at work may switch, and take a bundle away that is being read
+        state = home.load()
+        for digest in (None if state.trial else state.active, state.previous):
+            if digest is None:
+                continue
+            if digest != state.active:
+                log.warning("%s; the bundle before draws", problem)
+            try:
+                return _draw(home, digest, caption, seed, variant)
+            except (BaseError, StateError) as error:
+                problem = error
+    raise problem
+
+
+def _draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName | None) -> Drawn:
+    slot = home.slot(digest)
+    chosen = variant or slot.manifest.default_variant
+    if chosen not in slot.manifest.variants:
+        raise OperatorError(f"this bundle has no variant {chosen}; choose one of {', '.join(slot.manifest.variants)}")
+    answer = child.run("generate", slot=str(slot.folder), digest=digest, variant=chosen, caption=caption, seed=seed)
+    if not answer["good"]:
+        raise DeviceError("it made an image that is constant or not finite")
     return base64.b64decode(answer["png"]), answer
 
 
-def _count_good(home: Home, state: State, trial: Trial, milliseconds: float) -> None:
-    if trial.left > 1:
-        home.save(state.model_copy(update={"trial": trial.model_copy(update={"left": trial.left - 1})}))
+def _generate_on_trial(home: Home, state: State, caption: str, seed: int, variant: VariantName | None) -> Drawn:
+    """Draw with the bundle on trial; the caller holds the lock.
+
+    Each load is counted before it happens, so a bundle that kills the machine is taken back in the end.
+    """
+    active, trial = state.active, state.trial
+    if active is None or trial is None:
+        raise StateError(f"nothing is on trial in {home.root}; run `ferry-agent update`")
+    if trial.loads == 0:
+        _take_back(home, state, active, "it did not get through its trial")
+    counted = state.model_copy(update={"trial": trial.model_copy(update={"loads": trial.loads - 1})})
+    home.save(counted)
+    try:
+        drawn = _draw(home, active, caption, seed, variant)
+    except (OperatorError, RoomError):  # a wrong wish, or no process to be had: that says nothing about the bundle
+        home.save(state)
+        raise
+    except UnfinishedError:
+        raise  # perhaps its fault, perhaps the device's; it was counted
+    except (DeviceError, ManifestError) as error:
+        _take_back(home, state, active, str(error))
+    _count_good(home, counted, drawn[1]["milliseconds"])
+    return drawn
+
+
+def _count_good(home: Home, state: State, milliseconds: float) -> None:
+    if state.trial and state.trial.left > 1:
+        home.save(state.model_copy(update={"trial": state.trial.model_copy(update={"left": state.trial.left - 1})}))
         return
     home.save(state.model_copy(update={"trial": None}))
     reports.queue(home, "confirmed", state.active, milliseconds=milliseconds)
@@ -407,7 +537,7 @@ def _count_good(home: Home, state: State, trial: Trial, milliseconds: float) -> 
 
 def _take_back(home: Home, state: State, failed: str, why: str) -> NoReturn:
     """Go back to the bundle before, and refuse the failed one from now on."""
-    refused = state.refused | {failed: f"on trial: {why}"[:500]}
+    refused = state.refusing(failed, f"on trial: {why}")
     home.save(State(active=state.previous, seq=state.previous_seq, refused=refused))
     reports.queue(home, "rolled_back", failed, why)
     reports.send(home)
@@ -419,12 +549,17 @@ def rollback(home: Home) -> str:
 
     Raises:
         OperatorError: there is none to go back to.
+        StateError: it is damaged; nothing was changed.
     """
     state = home.load()
     if state.previous is None or state.active is None:
         raise OperatorError("there is no bundle to go back to; only one was ever installed")
     home.slot(state.previous)
-    refused = state.refused | {state.active: "rolled back by the operator"}
+    if not _is_sound(home, state.previous):
+        raise StateError(
+            f"the bundle before, {state.previous[:12]}, is damaged; the present one is kept, publish another release"
+        )
+    refused = state.refusing(state.active, "rolled back by the operator")
     home.save(State(active=state.previous, seq=state.previous_seq, refused=refused))
     reports.queue(home, "rolled_back", state.active, "by the operator")
     reports.send(home)
@@ -434,13 +569,7 @@ def rollback(home: Home) -> str:
 def status(home: Home) -> dict[str, Any]:
     """What runs, checked against its manifest: every file's hash is recomputed."""
     config, state = home.config(), home.load()
-    sound: bool | None = None
-    if state.active:
-        try:
-            slot = home.slot(state.active)
-            sound = all(_file_is(slot, entry.sha256, entry.size) for entry in slot.manifest.files)
-        except StateError:
-            sound = False
+    sound = _is_sound(home, state.active) if state.active else None
     return {
         "device": config.device,
         "line": config.line,
@@ -455,9 +584,17 @@ def status(home: Home) -> dict[str, Any]:
     }
 
 
-def _file_is(slot: Slot, sha256: str, size: int) -> bool:
-    path = slot.folder / sha256
-    if not path.is_file() or path.stat().st_size != size:
+def _is_sound(home: Home, digest: str) -> bool:
+    try:
+        slot = home.slot(digest)
+        return all(_file_is(slot, entry) for entry in slot.manifest.objects.values())
+    except StateError:
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+
+def _file_is(slot: Slot, entry: FileEntry) -> bool:
+    try:
+        with (slot.folder / entry.sha256).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+    except OSError:
+        return False

@@ -35,7 +35,7 @@ FILE_NAMES: dict[Role, str] = {
     "reference": "reference.json",
 }  # fmt: skip
 WIDTHS: dict[int, Literal[1, 2, 4]] = {
-    onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.BFLOAT16: 2,
+    onnx.TensorProto.FLOAT: 4, onnx.TensorProto.FLOAT16: 2, onnx.TensorProto.BFLOAT16: 2, onnx.TensorProto.INT8: 1,
 }  # fmt: skip
 MINIMUM_AGENT = "0.1.0"
 
@@ -86,7 +86,10 @@ def assemble(
             elif role == "reference":
                 parse(Reference, data, MAX_TABLE)
             digest = hashlib.sha256(data).hexdigest()
-            entry = FileEntry(role=role, variant=None if role == "graph" else variant, size=len(data), sha256=digest)
+            try:
+                entry = FileEntry(role=role, variant=None if role == "graph" else variant, size=len(data), sha256=digest)
+            except ValueError as error:
+                raise ManifestError(f"{folder / name} does not fit into a bundle: {error}") from error
             if role == "graph" and entries and entries[0].sha256 != digest:
                 raise OperatorError(f"{variant} was exported with another graph than {next(iter(exports))}; export both again")
             if entry not in entries:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
-from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, String, Table, create_engine, insert, select, update
+from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, String, Table, create_engine, insert, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from ota.errors import ManifestError, OperatorError, TransferError
@@ -25,7 +25,6 @@ _devices = Table(
     Column("device", String(40), primary_key=True),
     Column("public_key", String(64), nullable=False),
     Column("enrolled", BigInteger, nullable=False),
-    Column("last_number", Integer, nullable=False, default=0),
 )  # fmt: skip
 _reports = Table(
     "fleet_reports", _metadata,
@@ -54,10 +53,10 @@ class Fleet:
         """Open the tables behind a SQLAlchemy URL, making them where they are missing.
 
         Raises:
-            OperatorError: the database cannot be opened.
+            TransferError: the database cannot be opened.
         """
-        self._engine: Engine = create_engine(database)
         with _foreign_errors():
+            self._engine: Engine = create_engine(database)
             _metadata.create_all(self._engine)
 
     def close(self) -> None:
@@ -83,8 +82,7 @@ class Fleet:
         with _foreign_errors(), self._engine.begin() as connection:
             known = connection.execute(select(_devices.c.public_key).where(_devices.c.device == device)).scalar()
             if known is None:
-                row = {"device": device, "public_key": public_key, "enrolled": int(time.time()), "last_number": 0}
-                connection.execute(insert(_devices).values(**row))
+                connection.execute(insert(_devices).values(device=device, public_key=public_key, enrolled=int(time.time())))
             elif known != public_key:
                 raise OperatorError(f"{device} is enrolled with another key; give the replaced device a new id")
 
@@ -125,26 +123,27 @@ class Fleet:
                 )
             except IntegrityError as error:
                 raise ManifestError(f"report {report.number} of {report.device} arrived twice at once") from error
-            connection.execute(
-                update(_devices)
-                .where(_devices.c.device == report.device, _devices.c.last_number < report.number)
-                .values(last_number=report.number)
-            )
         return report
 
     def collect(self, inbox: Path) -> Collected:
-        """Receive every report file of a folder; accepted files are removed, rejected ones moved to `rejected/`."""
+        """Receive every report file of a folder; accepted files are removed, rejected ones moved to `rejected/`.
+
+        One that cannot be read or moved is told of and left, and keeps no other from being received.
+        """
         accepted, rejected = [], {}
         for path in sorted(inbox.glob("*.json")):
             try:
+                if not path.is_file():
+                    raise ManifestError("is not a file")
                 if path.stat().st_size > MAX_REPORT:
                     raise ManifestError(f"is larger than {MAX_REPORT} bytes")
                 accepted.append(self.receive(path.read_bytes()))
                 path.unlink()
             except ManifestError as error:
                 rejected[path.name] = str(error)
-                (inbox / "rejected").mkdir(exist_ok=True)
-                path.replace(inbox / "rejected" / path.name)
+                _set_aside(path)
+            except OSError as error:
+                rejected[path.name] = f"cannot be read and removed: {error.strerror}; it is left for the next time"
         return Collected(accepted, rejected)
 
     def reports(self, device: str | None = None) -> list[DeviceReport]:
@@ -160,6 +159,12 @@ class Fleet:
         with _foreign_errors(), self._engine.connect() as connection:
             names = connection.execute(select(_devices.c.device).order_by(_devices.c.device)).scalars().all()
         return {name: next(reversed(self.reports(name)), None) for name in names}
+
+
+def _set_aside(path: Path) -> None:
+    with suppress(OSError):  # then it is told of again next time
+        (path.parent / "rejected").mkdir(exist_ok=True)
+        path.replace(path.parent / "rejected" / path.name)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -48,6 +48,7 @@ LIFETIMES = {
     "deltas": timedelta(days=180), "rollout": timedelta(days=14), "snapshot": timedelta(days=14),
     "timestamp": timedelta(days=14),
 }  # fmt: skip
+RENEWED = ("root", "targets", "models", "deltas")  # what `Repository.renew` signs anew
 KEPT_RELEASES = 8  # of one line and class in `models`
 KEPT_DELTAS_TO = 2  # newest releases to which deltas are kept
 
@@ -211,9 +212,25 @@ class Repository:
         """
         line, device_class = manifest.line, manifest.device_class
         known = self.releases(line, device_class)
+        delta_targets = [
+            self._add_target(delta_path(line, device_class, base, manifest.digest), file.read_bytes(), {})
+            for base, file in deltas
+        ]
+        newest = {manifest.digest, *(r.manifest for r in known[len(known) - KEPT_DELTAS_TO + 1 :])}
+
+        def change_deltas(all_deltas: Targets) -> None:
+            for delta in delta_targets:
+                all_deltas.targets[delta.path] = delta
+            for name in list(all_deltas.targets):
+                if name.startswith(f"deltas/{line}/{device_class}/") and name.rpartition(".")[2] not in newest:
+                    del all_deltas.targets[name]
+
         for release in known:
-            if release.manifest == manifest.digest:
-                return release  # the same bytes again: already published
+            if release.manifest == manifest.digest:  # the same bytes again: gone back to, by ways that may be new
+                present = self._targets("deltas").targets
+                if any(present.get(delta.path) != delta for delta in delta_targets):
+                    self._commit({"deltas": change_deltas})
+                return release
         for entry in manifest.files:
             self._add_object(files / entry.sha256, entry.sha256)
         seq = 1 + max((release.seq for release in known), default=0)
@@ -224,26 +241,16 @@ class Repository:
         custom = made.model_dump(exclude={"line", "device_class", "manifest"})  # the path and the hash say the rest
         path = manifest_path(line, device_class, manifest.digest)
         target = self._add_target(path, manifest.canonical(), custom)
-        delta_targets = [
-            self._add_target(delta_path(line, device_class, base, manifest.digest), file.read_bytes(), {})
-            for base, file in deltas
-        ]
-
         kept = {r.manifest for r in [*known, made][-KEPT_RELEASES:]}
-        newest = {manifest.digest, *(r.manifest for r in known[len(known) - KEPT_DELTAS_TO + 1 :])}
+        policy = self.policy(line, device_class)
+        if policy:  # what devices are told to install must stay installable
+            kept.add(policy.manifest)
 
         def change_models(models: Targets) -> None:
             models.targets[path] = target
             for name in list(models.targets):
                 if name.startswith(f"models/{line}/{device_class}/") and models.targets[name].hashes["sha256"] not in kept:
                     del models.targets[name]
-
-        def change_deltas(all_deltas: Targets) -> None:
-            for delta in delta_targets:
-                all_deltas.targets[delta.path] = delta
-            for name in list(all_deltas.targets):
-                if name.startswith(f"deltas/{line}/{device_class}/") and name.rpartition(".")[2] not in newest:
-                    del all_deltas.targets[name]
 
         self._commit({"models": change_models, "deltas": change_deltas})
         return made
@@ -274,6 +281,30 @@ class Repository:
         """Sign snapshot and timestamp anew, and nothing else: a rollout that nobody renews is meant to expire."""
         self._commit({})
 
+    def renew(self, roles: Collection[str] = RENEWED) -> dict[str, datetime]:
+        """Sign roles anew, with nothing changed but their expiry, and snapshot and timestamp with them.
+
+        Args:
+            roles: any of root, targets (both need the offline keys), models, deltas. A policy is renewed by the rollout.
+
+        Returns:
+            When each role's signature ends now.
+
+        Raises:
+            OperatorError: there is no such role to renew, or too few of its keys can be used here; nothing was signed.
+        """
+        for role in roles:
+            if role not in RENEWED:
+                raise OperatorError(f"{role} is not renewed by itself; choose among {', '.join(RENEWED)}")
+            self.keys.signers(role)
+        if "root" in roles:
+            root = self._load(f"{self._root_version()}.root.json")
+            root.signed.version += 1
+            root.signed.expires = _expiry("root")
+            _sign(self.metadata / f"{root.signed.version}.root.json", root, self.keys, "root")
+        self._commit({role: lambda _: None for role in roles if role != "root"})
+        return self.expiries()
+
     # Inside
 
     def _commit(self, changes: dict[str, Callable[[Targets], None]]) -> None:
@@ -281,12 +312,12 @@ class Repository:
         for role, change in changes.items():
             metadata = self._load(f"{versions[role]}.{role}.json")
             change(cast("Targets", metadata.signed))
-            metadata.signed.version += 1
+            metadata.signed.version = self._unused(role, metadata.signed.version + 1)
             metadata.signed.expires = _expiry(role)
             versions[role] = metadata.signed.version
             _sign(self.metadata / f"{versions[role]}.{role}.json", metadata, self.keys, role)
         snapshot = self._load(f"{self._snapshot_version()}.snapshot.json")
-        snapshot.signed.version += 1
+        snapshot.signed.version = self._unused("snapshot", snapshot.signed.version + 1)
         snapshot.signed.expires = _expiry("snapshot")
         cast("Snapshot", snapshot.signed).meta = {f"{role}.json": MetaFile(version) for role, version in versions.items()}
         _sign(self.metadata / f"{snapshot.signed.version}.snapshot.json", snapshot, self.keys, "snapshot")
@@ -301,6 +332,12 @@ class Repository:
             return Metadata.from_file(str(self.metadata / name))
         except (StorageError, DeserializationError) as error:
             raise OperatorError(f"{self.metadata / name} is missing or damaged; restore the repository from a backup") from error
+
+    def _unused(self, role: str, version: int) -> int:
+        """The first version from this one on whose name no killed run has used: it may have been copied already."""
+        while (self.metadata / f"{version}.{role}.json").exists():
+            version += 1
+        return version
 
     def _snapshot_version(self) -> int:
         return int(self._load("timestamp.json").signed.snapshot_meta.version)

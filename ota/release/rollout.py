@@ -6,12 +6,13 @@ covers its bucket has opened. No server decides anything; a halt is a newer poli
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 
 from ota.errors import OperatorError
-from ota.manifest import Policy, Wave
+from ota.manifest import MAX_WAVES, Policy, Wave
 from ota.release.repository import Release
 
 FULL = 10_000  # basis points
@@ -31,9 +32,11 @@ def start(release: Release, shares: Sequence[float], soak: int, now: int | None 
         OperatorError: the shares do not rise, or do not lie between 0 and 100.
     """
     begin = int(time.time()) if now is None else now
-    limits = [round(share * 100) for share in shares]
+    limits = [round(share * 100) if math.isfinite(share) else 0 for share in shares]
     if not limits or any(not 0 < bps <= FULL for bps in limits) or any(a >= b for a, b in pairwise(limits)):
         raise OperatorError(f"waves must be rising shares of the fleet between 0 and 100 percent, not {list(shares)}")
+    if len(limits) > MAX_WAVES:
+        raise OperatorError(f"a rollout has at most {MAX_WAVES} waves, not {len(limits)}; name fewer shares")
     return Policy(
         line=release.line, device_class=release.device_class, seq=release.seq, manifest=release.manifest,
         salt=f"{release.seq}-{release.manifest[:16]}",

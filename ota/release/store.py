@@ -91,6 +91,6 @@ def _to_s3(files: Files, bucket: str, prefix: str, endpoint: str | None, on_file
         if code in ("NoSuchBucket", "404"):
             raise OperatorError(f"there is no bucket {bucket!r}; make it, or name another in ferry.toml") from error
         raise TransferError(f"S3 refused with {code}; check the credentials and the bucket's policy") from error
-    except (BotoCoreError, boto3.exceptions.Boto3Error) as error:
+    except (BotoCoreError, boto3.exceptions.Boto3Error, ValueError) as error:  # ValueError: the endpoint is no address
         raise TransferError(f"S3 cannot be used: {error}; check the endpoint and the credentials") from error
     return copied
