@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-TierName = Literal["test", "nano", "small"]
+TierName = Literal["test", "nano", "small", "base"]
 ConfigurationName = Literal["I", "II"]
 VariantName = Literal["full", "dev", "fast"]
+PrecisionName = Literal["float32", "float16", "bfloat16", "int8"]
+RouterName = Literal["expert-choice", "token-choice"]
+AblationName = Literal["none", "no-conv", "positions", "dense", "single-stream"]
 
+HELD_OUT_PERMILLE = 150  # of the groups of a data set are never trained on
+MAX_TEXT = 256  # caption bytes that a network can read
 BYTE_VOCABULARY = 257  # id 0 pads, id 1 + b is the byte b of a UTF-8 caption
-LINEAGE_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ TIERS: dict[str, Tier] = {
     "test": Tier(width=32, heads=2, experts=4, active=1, expert_width=32, shared_width=32, dual=1, single=1),
     "nano": Tier(width=128, heads=4, experts=4, active=1, expert_width=192, shared_width=192, dual=1, single=4),
     "small": Tier(width=192, heads=6, experts=8, active=2, expert_width=256, shared_width=256, dual=2, single=6),
+    "base": Tier(width=384, heads=6, experts=8, active=2, expert_width=512, shared_width=512, dual=3, single=9),
 }
 
 CONFIGURATIONS: dict[str, int] = {"I": 2, "II": 1}  # stride of the initial convolution
@@ -63,6 +69,28 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+TEACHERS: dict[VariantName, VariantName] = {"dev": "full", "fast": "dev"}  # a variant → the one that it is distilled from
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One idea of the network switched off or replaced, to measure what it brings; such a network is never exported."""
+
+    convolved: bool = True  # order comes from the depthwise convolution
+    positions: bool = False  # ... or from sinusoids added to every token
+    routed: bool = True  # False: one dense feed-forward layer as wide as what a token meets otherwise
+    dual: bool = True  # False: every layer is a single stream, as many layers as before
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "none": Ablation(),
+    "no-conv": Ablation(convolved=False),
+    "positions": Ablation(convolved=False, positions=True),
+    "dense": Ablation(routed=False),
+    "single-stream": Ablation(dual=False),
+}
+
+
 class ModelConfig(BaseModel):
     """Everything that fixes the shape of every tensor of one network."""
 
@@ -72,21 +100,34 @@ class ModelConfig(BaseModel):
     configuration: ConfigurationName = "I"
     image_size: int = Field(default=16, ge=8, le=128, description="side of the square image, pixels")
     channels: Literal[1, 3] = 1
-    text_length: int = Field(default=24, ge=4, le=256, description="caption bytes the network reads")
+    text_length: int = Field(default=24, ge=4, le=MAX_TEXT, description="caption bytes the network reads")
+    router: RouterName = Field(default="expert-choice", description="who chooses: experts their tokens, or tokens their experts")
+    ablation: AblationName = Field(default="none", description="an idea switched off, for measurements only")
 
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
         if self.image_size % self.stride:
-            raise ValueError(
-                f"image size {self.image_size} is not divisible by the stride {self.stride} of configuration "
-                f"{self.configuration}; choose a multiple of {self.stride}"
+            raise PydanticCustomError(  # a ValueError would be told as "Value error, image size ..."
+                "image_size",
+                "image size {size} is not divisible by the stride {stride} of configuration {name}; choose a multiple of {stride}",
+                {"size": self.image_size, "stride": self.stride, "name": self.configuration},
             )
         return self
 
     @property
     def shape(self) -> Tier:
-        """The tier's sizes."""
-        return TIERS[self.tier]
+        """The tier's sizes, as the ablation has them."""
+        tier = TIERS[self.tier]
+        if not self.switched.routed:
+            tier = replace(tier, experts=0, active=0, shared_width=tier.shared_width + tier.active * tier.expert_width)
+        if not self.switched.dual:
+            tier = replace(tier, dual=0, single=tier.dual + tier.single)
+        return tier
+
+    @property
+    def switched(self) -> Ablation:
+        """What is switched off."""
+        return ABLATIONS[self.ablation]
 
     @property
     def stride(self) -> int:
@@ -109,8 +150,8 @@ class ModelConfig(BaseModel):
         return 2 * self.shape.dual + self.shape.single
 
     def capacity(self, tokens: int) -> int:
-        """Tokens that each routed expert takes out of `tokens` (expert choice): ceil(tokens * k / E)."""
-        return -(-tokens * self.shape.active // self.shape.experts)
+        """Tokens that each routed expert takes out of `tokens` (expert choice): ceil(tokens * k / E); 0 without experts."""
+        return -(-tokens * self.shape.active // max(1, self.shape.experts))
 
     @property
     def sha256(self) -> str:

@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,19 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from model.config import ModelConfig, canonical_sha256
+from model.config import HELD_OUT_PERMILLE, MAX_TEXT, ModelConfig, canonical_sha256
 from model.errors import DataError
 
 METADATA = "metadata.jsonl"
-HELD_OUT_PERMILLE = 150
+ONE_LINE_EACH = 'write one line {"file_name": ..., "text": ...} for each image'
 MAX_PIXELS = 64_000_000  # pixels of one source image; more is taken for a decompression bomb
-CACHE_SCHEMA = 2
+CACHE_SCHEMA = 3
 MIN_TRAINING = 2  # images; a batch of one image over and over is a copy, not a model
+MIN_HELD_OUT = 6  # images; coverage looks at 5 neighbours
+
+
+OnItem = Callable[[int, int], None]
+"""Called with (images looked at, images to look at)."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Dataset:
         captions: n captions.
         ids: int64 [n, L], caption bytes plus one, zero-padded.
         held_out: bool [n].
+        groups: n names; items of one group are not independent of each other.
         quarantine: file name → why it cannot be used.
     """
 
@@ -62,6 +69,7 @@ class Dataset:
     captions: list[str]
     ids: npt.NDArray[np.int64]
     held_out: npt.NDArray[np.bool_]
+    groups: list[str]
     quarantine: dict[str, str]
 
     def training(self) -> npt.NDArray[np.intp]:
@@ -71,6 +79,11 @@ class Dataset:
     def reference(self) -> npt.NDArray[np.intp]:
         """Indices of the held-out items."""
         return np.flatnonzero(self.held_out)
+
+    def reference_groups(self) -> npt.NDArray[np.intp]:
+        """The group of each held-out item, numbered from 0."""
+        numbered: npt.NDArray[np.intp] = np.unique([self.groups[i] for i in self.reference()], return_inverse=True)[1]
+        return numbered
 
     def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
         """The batch of one training step: images float32 [size, C, R, R] in [-1, 1] and ids [size, L].
@@ -104,14 +117,15 @@ def caption_ids(text: str, length: int) -> list[int]:
     """A caption's UTF-8 bytes plus one, padded with 0 to `length`.
 
     Raises:
-        DataError: the caption has more bytes than the network reads.
+        DataError: the caption has more bytes than the network reads, or is no text.
     """
-    data = text.encode()
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the caption {text[:40]!r} is not valid Unicode text; write it again") from None
     if len(data) > length:
-        raise DataError(
-            f"the caption {text[:40]!r} has {len(data)} bytes but this model reads {length}; shorten it or train a "
-            f"model with text_length = {len(data)}"
-        )
+        longer = f" or train a model with text_length = {len(data)}" if len(data) <= MAX_TEXT else ""
+        raise DataError(f"the caption {text[:40]!r} has {len(data)} bytes but this model reads {length}; shorten it{longer}")
     return [byte + 1 for byte in data] + [0] * (length - len(data))
 
 
@@ -125,7 +139,7 @@ def read_metadata(folder: Path) -> tuple[list[Item], dict[str, str]]:
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; put the images there, or name another one")
     if not path.is_file():
-        raise DataError(f'{folder} has no {METADATA}; write one line {{"file_name": ..., "text": ...}} for each image')
+        raise DataError(f"{folder} has no {METADATA}; {ONE_LINE_EACH}")
     items: list[Item] = []
     bad: dict[str, str] = {}
     seen: set[str] = set()
@@ -137,10 +151,14 @@ def read_metadata(folder: Path) -> tuple[list[Item], dict[str, str]]:
             name = row["file_name"]
             if not isinstance(name, str):
                 raise TypeError(name)
-        except (ValueError, KeyError, TypeError):
+        except UnicodeDecodeError:
+            bad[f"{METADATA}:{number}"] = "is not UTF-8; save the file in that encoding"
+            continue
+        except (ValueError, KeyError, TypeError, RecursionError):
             bad[f"{METADATA}:{number}"] = "is not a JSON object with a file_name"
             continue
-        text = row.get("text")
+        name = Path(name).as_posix()  # "./a.png" is "a.png"
+        text, group = row.get("text"), row.get("group")
         parts = Path(name).parts
         if name in seen:
             bad[f"{METADATA}:{number}"] = f"names {name} a second time"
@@ -149,14 +167,15 @@ def read_metadata(folder: Path) -> tuple[list[Item], dict[str, str]]:
         elif not isinstance(text, str):
             bad[name] = "has no caption (text)"
         else:
-            items.append(Item(name, text, str(row.get("group", name))))
+            items.append(Item(name, text, name if group is None else str(group)))
         seen.add(name)
     listed = seen | {METADATA}
     for extra in _files(folder):
         if extra not in listed:
             bad[extra] = f"is not named in {METADATA}"
     if not items:
-        raise DataError(f"{path} names no usable image; see its lines, {len(bad)} cannot be used")
+        first = f"; the first that cannot be used: {' '.join(next(iter(bad.items())))}" if bad else ""
+        raise DataError(f"{path} names no usable image; {ONE_LINE_EACH}{first}")
     return sorted(items, key=lambda item: item.file), bad
 
 
@@ -170,14 +189,16 @@ def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
     """One image, its largest central square, scaled to `size`: uint8 [C, size, size].
 
     Raises:
-        DataError: the file is missing, damaged, or larger than `MAX_PIXELS`.
+        DataError: the file is missing, damaged, larger than `MAX_PIXELS`, or has more than 8 bits a channel.
     """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"has more than {MAX_PIXELS:,} pixels")
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
+                raise DataError("has more than 8 bits a channel; store it with 8")
             picture = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError("is missing" if isinstance(error, FileNotFoundError) else "cannot be decoded") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -190,23 +211,29 @@ def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
 
 def is_held_out(group: str) -> bool:
     """Whether the items of a group are kept for evaluation: by hash, so that it never changes."""
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") % 1000 < HELD_OUT_PERMILLE
+    return int.from_bytes(hashlib.sha256(group.encode(errors="surrogatepass")).digest()[:4], "big") % 1000 < HELD_OUT_PERMILLE
 
 
-def check(folder: Path, text_length: int) -> tuple[int, dict[str, str]]:
-    """Look at every image and caption of a folder as training would: how many are usable, and what is wrong with the rest.
+def check(folder: Path, text_length: int, on_item: OnItem | None = None) -> tuple[int, int, dict[str, str]]:
+    """Look at every image and caption of a folder as training would.
+
+    Returns:
+        how many are usable, how many of these are held out, and what is wrong with the rest, by name.
 
     Raises:
         DataError: the folder cannot be read at all.
     """
     items, bad = read_metadata(folder)
-    for item in items:
+    for done, item in enumerate(items, start=1):
         try:
             caption_ids(item.text, text_length)
             decode(folder / item.file, 8, 1)
         except DataError as error:
             bad[item.file] = str(error)
-    return sum(item.file not in bad for item in items), bad
+        if on_item:
+            on_item(done, len(items))
+    usable = [item for item in items if item.file not in bad]
+    return len(usable), sum(is_held_out(item.group) for item in usable), bad
 
 
 def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = None) -> Dataset:
@@ -222,7 +249,8 @@ def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = No
         DataError: no usable image, too few to train on, or none held out.
     """
     if key is None:
-        key = canonical_sha256([(folder / METADATA).read_text() if (folder / METADATA).is_file() else "", _sizes(folder)])
+        metadata = (folder / METADATA).read_bytes() if (folder / METADATA).is_file() else b""
+        key = canonical_sha256([hashlib.sha256(metadata).hexdigest(), _sizes(folder)])
     name = canonical_sha256([CACHE_SCHEMA, key, config.image_size, config.channels, config.text_length])[:24]
     place = cache / name
     if not (place / "index.json").is_file():
@@ -233,12 +261,18 @@ def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = No
         captions=index["captions"],
         ids=np.load(place / "ids.npy"),
         held_out=np.load(place / "held_out.npy"),
+        groups=index["groups"],
         quarantine=index["quarantine"],
     )
     if len(dataset.training()) < MIN_TRAINING:
-        raise DataError(f"{folder} has {len(dataset.training())} usable training images; at least {MIN_TRAINING} are needed")
-    if not len(dataset.reference()):
-        raise DataError(f"{folder} has too few images or groups: not one of them is held out; add more")
+        raise DataError(
+            f"{folder} has {len(dataset.training())} usable training images; at least {MIN_TRAINING} are needed, add more"
+        )
+    if len(dataset.reference()) < MIN_HELD_OUT:
+        raise DataError(
+            f"{folder} has too few images or groups: {len(dataset.reference())} of them are held out, at least {MIN_HELD_OUT} "
+            "are needed to evaluate; add more"
+        )
     return dataset
 
 
@@ -248,7 +282,7 @@ def _sizes(folder: Path) -> list[tuple[str, int]]:
 
 def _fill(folder: Path, config: ModelConfig, place: Path) -> None:
     items, bad = read_metadata(folder)
-    images, ids, captions, held_out = [], [], [], []
+    images, ids, captions, groups = [], [], [], []
     for item in items:
         try:
             row = caption_ids(item.text, config.text_length)
@@ -258,16 +292,18 @@ def _fill(folder: Path, config: ModelConfig, place: Path) -> None:
             continue
         ids.append(row)
         captions.append(item.text)
-        held_out.append(is_held_out(item.group))
+        groups.append(item.group)
     if not images:
-        raise DataError(f"not one of the {len(items)} images in {folder} can be used; the first: {next(iter(bad.items()))}")
-    fresh = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+        raise DataError(
+            f"not one of the {len(items)} images in {folder} can be used, the first: {' '.join(next(iter(bad.items())))}"
+        )
+    fresh = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     np.save(fresh / "images.npy", np.stack(images))
     np.save(fresh / "ids.npy", np.array(ids, dtype=np.int64))
-    np.save(fresh / "held_out.npy", np.array(held_out, dtype=np.bool_))
-    (fresh / "index.json").write_text(json.dumps({"captions": captions, "quarantine": bad}))
+    np.save(fresh / "held_out.npy", np.array([is_held_out(group) for group in groups], dtype=np.bool_))
+    (fresh / "index.json").write_text(json.dumps({"captions": captions, "groups": groups, "quarantine": bad}))
     try:
         fresh.rename(place)  # whole or not at all: a killed run leaves a .tmp that nobody reads
     except OSError:  # another process was first with the same content

@@ -1,18 +1,28 @@
-"""Router and experts of one block: a shared expert for every token, and routed experts that choose their tokens.
+"""Router and experts of one block: a shared expert for every token, and routed experts for some of them.
 
 Expert choice (Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing"): the router gives every token a
 probability over the experts, and each expert takes the C tokens that score highest for it. All experts are then
 equally busy by construction, nothing depends on the other images of a batch, and no balancing loss is needed.
 
+Token choice: each token takes the k experts that score highest for it, after a bias that is moved by load and not by gradient
+(Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing"). The bias decides who is chosen, never with what weight. Same
+parameters, same shapes.
+
 What each expert contributed leaves the layer with the result: its gate mass, the mean over all tokens of the
-probabilities with which it was mixed in. Token counts are constant and would say nothing.
+probabilities with which it was mixed in. Under expert choice token counts are constant and would say nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.config import RouterName, Tier
+
+BIAS_STEP = 1e-3  # by which the bias of an expert that is chosen too seldom rises after each training step
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -24,17 +34,18 @@ def swiglu(x: Tensor) -> Tensor:
 class Experts(nn.Module):
     """One shared and E routed SwiGLU experts, [B, T, D] -> ([B, T, D], load [B, E])."""
 
-    def __init__(self, width: int, experts: int, expert_width: int, shared_width: int) -> None:
+    def __init__(self, shape: Tier, router: RouterName = "expert-choice") -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.empty(width, experts))
-        # Only token-choice routing would move the bias (by load, not by gradient); it is stored so that both routers
-        # have the same record.
-        self.gate_bias = nn.Parameter(torch.zeros(experts), requires_grad=False)
+        D, E, H, S = shape.width, shape.experts, shape.expert_width, shape.shared_width
+        self.router, self.active = router, shape.active
+        self.gate = nn.Parameter(torch.empty(D, E))
+        # Only token choice moves the bias; it is stored either way, so that both routers have the same record.
+        self.gate_bias = nn.Parameter(torch.zeros(E), requires_grad=False)
         # Expert-major: expert e is one contiguous range of each tensor, so that a delta can name it.
-        self.w13 = nn.Parameter(torch.empty(experts, width, 2 * expert_width))
-        self.w2 = nn.Parameter(torch.empty(experts, expert_width, width))
-        self.s13 = nn.Parameter(torch.empty(width, 2 * shared_width))
-        self.s2 = nn.Parameter(torch.empty(shared_width, width))
+        self.w13 = nn.Parameter(torch.empty(E, D, 2 * H))
+        self.w2 = nn.Parameter(torch.empty(E, H, D))
+        self.s13 = nn.Parameter(torch.empty(D, 2 * S))
+        self.s2 = nn.Parameter(torch.empty(S, D))
         for weight in (self.gate, self.w13, self.w2, self.s13, self.s2):
             nn.init.normal_(weight, std=weight.shape[-2] ** -0.5)
 
@@ -43,25 +54,55 @@ class Experts(nn.Module):
 
         Args:
             x: [B, T, D].
-            capacity: tokens that each expert takes, C.
-            chosen: [B, E, C] token indices; given, the router's own choice is overruled (for parity tests, where a
-                tie broken the other way would hide a real difference or show a false one).
+            capacity: tokens that each expert takes under expert choice, C.
+            chosen: given, the router's own choice is overruled (for parity tests, where a tie broken the other way would hide
+                a real difference or show a false one). Expert choice: token indices [B, E, C]; token choice: expert
+                indices [B, T, k].
 
         Returns:
-            the mixture [B, T, D], the load [B, E] and the indices [B, E, C] that were used.
+            the mixture [B, T, D], the load [B, E] and the indices that were used.
         """
+        shared = (swiglu(x @ self.s13) @ self.s2).to(x.dtype)  # [B, T, D], to which the routed experts are added
+        if self.gate.shape[1] == 0:
+            return shared, x.new_zeros(len(x), 0), x.new_zeros((len(x), 0, 0), dtype=torch.int64)
+        with torch.autocast(x.device.type, enabled=False):  # who goes where is decided in float32, whatever the rest is in
+            scores = torch.softmax(x @ self.gate, dim=-1)  # [B, T, E]
+        if self.router == "expert-choice":
+            return self._by_expert(x, shared, scores.transpose(1, 2), capacity, chosen)
+        return self._by_token(x, shared, scores, chosen)
+
+    def _by_expert(
+        self, x: Tensor, shared: Tensor, scores: Tensor, capacity: int, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         B, T, D = x.shape
-        E = self.gate.shape[1]
-        scores = torch.softmax(x @ self.gate, dim=-1).transpose(1, 2)  # [B, E, T]
+        E = scores.shape[1]
         if chosen is None:
             chosen = scores.topk(capacity, dim=-1, sorted=False).indices  # [B, E, C]
         weight = scores.gather(2, chosen)  # [B, E, C]
         # Rows of the flattened batch, expert by expert: [E, B*C]
         rows = (chosen + torch.arange(B, device=x.device).view(B, 1, 1) * T).transpose(0, 1).reshape(E, -1)
-        picked = x.reshape(B * T, D)[rows]  # [E, B*C, D]
+        # index_select, not indexing: the gradient of indexing adds in whatever order the threads come, so two runs would differ.
+        picked = x.reshape(B * T, D).index_select(0, rows.reshape(-1)).view(E, -1, D)  # [E, B*C, D]
         hidden = swiglu(torch.bmm(picked, self.w13))  # [E, B*C, H]
         routed = torch.bmm(hidden, self.w2) * weight.transpose(0, 1).reshape(E, -1, 1)  # [E, B*C, D]
-        shared = swiglu(x @ self.s13) @ self.s2  # [B, T, D]
         mixed = shared.reshape(B * T, D).index_add(0, rows.reshape(-1), routed.reshape(-1, D))
-        load = weight.sum(dim=-1) / T  # [B, E]
-        return mixed.view(B, T, D), load, chosen
+        return mixed.view(B, T, D), weight.sum(dim=-1) / T, chosen
+
+    def _by_token(self, x: Tensor, shared: Tensor, scores: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, D = x.shape
+        if chosen is None:
+            chosen = (scores + self.gate_bias).topk(self.active, dim=-1).indices  # [B, T, k]
+        weight = torch.zeros_like(scores).scatter(2, chosen, scores.gather(2, chosen))  # [B, T, E], 0 where not chosen
+        flat, mixed, share = x.reshape(B * T, D), shared.reshape(B * T, D), weight.reshape(B * T, -1)
+        for e in range(scores.shape[2]):
+            rows = (chosen == e).any(dim=2).reshape(-1).nonzero().squeeze(1)
+            made = swiglu(flat.index_select(0, rows) @ self.w13[e]) @ self.w2[e]
+            mixed = mixed.index_add(0, rows, made * share[:, e].index_select(0, rows).unsqueeze(1))
+        return mixed.view(B, T, D), weight.mean(dim=1), chosen
+
+    @torch.no_grad()
+    def balance(self, chosen: Tensor, average: Callable[[list[Tensor]], None]) -> None:
+        """Move the bias towards an even load, by what tokens chose [B, T, k] in one training step; see `Network.balance`."""
+        counts = torch.bincount(chosen.reshape(-1), minlength=len(self.gate_bias)).float()
+        average([counts])
+        self.gate_bias.add_(torch.sign(counts.mean() - counts), alpha=BIAS_STEP)

@@ -5,12 +5,15 @@
 
 Both are standardised by the first revision and kept in one file; its hash is part of every figure, and figures with
 different hashes are never compared. Distances in them are named `fd` and `kd`, never "FID": that name belongs to
-Inception features.
+Inception features. They can be had too, from a file of the user's own (`published_features`), for figures that are to
+be compared with those of papers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +26,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.data import Dataset, mix, to_unit
-from model.errors import CheckpointError
+from model.errors import CheckpointError, DataError
 from model.scorecard import Sha256
 from model.train import write_safely
 
 DIMENSIONS = 64
 SPACES = ("trained", "random")
 TRAINING_STEPS = 300
+INCEPTION_SIZE = 299  # pixels
+INCEPTION_BATCH = 32
 Features = npt.NDArray[np.float64]  # [n, DIMENSIONS]
 
 
@@ -134,6 +139,53 @@ def load(path: Path) -> FeatureSpaces:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        return FeatureSpaces(load_file(path), hashlib.sha256(path.read_bytes()).hexdigest())
+        tensors = load_file(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read; restore it from a backup, past figures depend on it") from error
+    if not {f"{space}.scale" for space in SPACES} <= set(tensors):
+        raise CheckpointError(f"{path} holds no feature spaces; restore it from a backup, past figures depend on it")
+    return FeatureSpaces(tensors, digest)
+
+
+def published_features(file: Path) -> tuple[Callable[[npt.NDArray[np.uint8]], Features], Sha256]:
+    """Features by the usual protocol, from a network in a TorchScript file, and the hash of that file.
+
+    The network takes float32 [B, 3, 299, 299] with values from 0 to 255 and gives [B, d]; one that has an option
+    `return_features`, like NVIDIA's `inception-2015-12-05.pt`, is called with it. Images are enlarged bilinearly with
+    antialiasing; grey ones are repeated in three channels. A TorchScript file is a program: run only one that you trust.
+
+    Raises:
+        DataError: there is no such file.
+        CheckpointError: it is no TorchScript; later, by the returned function: it does not give finite features.
+    """
+    if not file.is_file():
+        raise DataError(f"there is no file {file}; name a TorchScript file of Inception weights")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch about TorchScript, which is what such files are
+            network = torch.jit.load(str(file), map_location="cpu").eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a TorchScript file; save the network with torch.jit.script(...).save(...)"
+        ) from error
+    options = {"return_features": True} if "return_features" in {a.name for a in network.forward.schema.arguments} else {}
+
+    def features(images: npt.NDArray[np.uint8]) -> Features:
+        parts = []
+        for first in range(0, len(images), INCEPTION_BATCH):
+            x = torch.from_numpy(np.array(images[first : first + INCEPTION_BATCH])).float()
+            x = x.expand(-1, 3, -1, -1)  # [B, 1 or 3, R, R] -> [B, 3, R, R]
+            x = F.interpolate(x, (INCEPTION_SIZE, INCEPTION_SIZE), mode="bilinear", antialias=True, align_corners=False)
+            try:
+                with torch.inference_mode():
+                    y = network(x, **options)
+            except RuntimeError as error:
+                raise CheckpointError(f"{file} does not take images [B, 3, 299, 299]; export the network for them") from error
+            if not isinstance(y, Tensor) or y.ndim != 2 or len(y) != len(x) or not y.isfinite().all():
+                raise CheckpointError(f"{file} does not give finite features [B, d] for B images; export its pooled layer")
+            parts.append(y.double().numpy())
+        made: Features = np.concatenate(parts)
+        return made
+
+    return features, hashlib.sha256(file.read_bytes()).hexdigest()

@@ -12,13 +12,14 @@ would move bytes from one release to the next.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from model.config import BYTE_VOCABULARY, ModelConfig
+from model.config import BYTE_VOCABULARY, ModelConfig, PrecisionName
 from model.network import NORM_EPS, RATES, TIME_FREQUENCIES
 
 OPSET = 20
@@ -28,11 +29,18 @@ WEIGHTS_FILE = "weights.bin"
 TENSOR_ALIGNMENT = 64  # bytes; a cache line, and any vector register
 RECORD_ALIGNMENT = 4096  # bytes; a page, so that a record can be mapped or patched alone
 
-Precision = Literal["float32", "float16", "bfloat16"]
 # Stored type → its ONNX type and bytes a number.
 STORED: dict[str, tuple[int, int]] = {
     "float32": (TensorProto.FLOAT, 4), "float16": (TensorProto.FLOAT16, 2), "bfloat16": (TensorProto.BFLOAT16, 2),
+    "int8": (TensorProto.INT8, 1),
 }  # fmt: skip
+# What is stored as int8 under that precision, and the axis that has a scale for each index: the outputs of a matrix product,
+# the rows of the byte table. Everything else is small and stays float32.
+SCALED_AXIS = {
+    "qkv": 1, "out": 1, "s13": 1, "s2": 1, "w13": 1, "w2": 1, "text": 0, "pool.weight": 0, "time_in.weight": 0, "time_out.weight": 0,
+    "ada.weight": 0,
+}  # fmt: skip
+SCALE = ".scale"
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,12 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
     length: int  # bytes
+    stored: PrecisionName
+
+
+def scaled_axis(name: str) -> int | None:
+    """The axis along which int8 storage of a tensor has scales; None: it is stored as float32."""
+    return SCALED_AXIS.get(re.sub(r"^(block\d+\.)?(expert\d+\.)?", "", name))
 
 
 def block_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
@@ -69,17 +83,28 @@ def shell_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
     ]  # fmt: skip
 
 
-def layout(config: ModelConfig, precision: Precision) -> tuple[list[Tensor], int]:
-    """Every tensor's place in the weight file, and the file's size in bytes."""
-    width = STORED[precision][1]
+def layout(config: ModelConfig, precision: PrecisionName) -> tuple[list[Tensor], int]:
+    """Every tensor's place in the weight file, and the file's size in bytes.
+
+    Under int8 each scaled tensor is followed by its scales, named after it.
+    """
     placed: list[Tensor] = []
+
+    def put(name: str, shape: tuple[int, ...], stored: PrecisionName, start: int) -> int:
+        start = align(start, TENSOR_ALIGNMENT)
+        placed.append(Tensor(name, shape, start, STORED[stored][1] * math.prod(shape), stored))
+        return start + placed[-1].length
 
     def place(prefix: str, rows: list[tuple[str, tuple[int, ...]]], start: int) -> int:
         for name, shape in rows:
-            start = align(start, TENSOR_ALIGNMENT)
-            length = width * math.prod(shape)
-            placed.append(Tensor(prefix + name, shape, start, length))
-            start += length
+            axis = scaled_axis(name)
+            if precision != "int8":
+                start = put(prefix + name, shape, precision, start)
+            elif axis is None:
+                start = put(prefix + name, shape, "float32", start)
+            else:
+                start = put(prefix + name, shape, "int8", start)
+                start = put(prefix + name + SCALE, (shape[axis],), "float32", start)
         return align(start, RECORD_ALIGNMENT)
 
     end = place("", shell_tensors(config), 0)
@@ -204,11 +229,21 @@ def _convolve(config: ModelConfig) -> FunctionProto:
 
 
 def _experts(config: ModelConfig) -> FunctionProto:
-    """Experts, shared and routed, on h [B, T, D], added to x: y [B, T, D], load [B, E], chosen [B, E, C]."""
-    s = config.shape
-    D, E = s.width, s.experts
+    """Experts, shared and routed, on h [B, T, D], added to x: y [B, T, D], load [B, E], chosen (see `Experts.forward`)."""
     f = _Body()
     f.add("Add", ["ada", "mod"], ["m"])
+    flat = f.add("Reshape", ["h", f.ints(-1, config.shape.width)])
+    mixed = f.add("MatMul", [f.swiglu(f.add("MatMul", [flat, "s13"])), "s2"])  # [B * T, D]
+    route = _by_token if config.router == "token-choice" else _by_expert
+    mixed = route(f, config, flat, mixed)
+    shaped = f.add("Reshape", [mixed, f.add("Shape", ["x"])])
+    f.add("Add", ["x", f.add("Mul", [f.slice("m", 5, 6, 1), shaped])], ["y"])
+    inputs = ["x", "h", "ada", *_routing_weights(config), "capacity", *_expert_names(config, "{w}_{e}")]
+    return _function("Experts", inputs, ["y", "load", "chosen"], f)
+
+
+def _by_expert(f: _Body, config: ModelConfig, flat: str, mixed: str) -> str:
+    """Each expert takes its C tokens: adds the routed experts to `mixed` [B * T, D], sets load and chosen [B, E, C]."""
     scores = f.add("Transpose", [f.add("Softmax", [f.add("MatMul", ["h", "gate"])], axis=-1)], perm=[0, 2, 1])
     f.add("TopK", [scores, "capacity"], ["weight", "chosen"], axis=-1, largest=1, sorted=1)  # [B, E, C]
     batch = f.add("Shape", ["x"], start=0, end=1)
@@ -220,9 +255,7 @@ def _experts(config: ModelConfig) -> FunctionProto:
     order = f.add("Range", [scalar[0], f.add("Squeeze", [batch]), scalar[1]])
     start = f.add("Reshape", [f.add("Mul", [order, tokens]), f.ints(-1, 1, 1)])
     rows = f.add("Add", ["chosen", start])
-    flat = f.add("Reshape", ["h", f.ints(-1, D)])
-    mixed = f.add("MatMul", [f.swiglu(f.add("MatMul", [flat, "s13"])), "s2"])  # [B * T, D]
-    for e in range(E):
+    for e in range(config.shape.experts):
         index = f.add("Constant", [], value_int=e)
         mine = f.add("Reshape", [f.add("Gather", [rows, index], axis=1), f.ints(-1)])  # [B * C]
         share = f.add("Reshape", [f.add("Gather", ["weight", index], axis=1), f.ints(-1, 1)])
@@ -230,14 +263,38 @@ def _experts(config: ModelConfig) -> FunctionProto:
         made = f.add("MatMul", [f.swiglu(f.add("MatMul", [picked, f"w13_{e}"])), f"w2_{e}"])
         target = f.add("Reshape", [mine, f.ints(-1, 1)])
         mixed = f.add("ScatterND", [mixed, target, f.add("Mul", [made, share])], reduction="add")
-    shaped = f.add("Reshape", [mixed, f.add("Shape", ["x"])])
-    f.add("Add", ["x", f.add("Mul", [f.slice("m", 5, 6, 1), shaped])], ["y"])
-    inputs = ["x", "h", "ada", "mod", "gate", "s13", "s2", "capacity"]
-    inputs += [f"{w}_{e}" for e in range(E) for w in ("w13", "w2")]
-    return _function("Experts", inputs, ["y", "load", "chosen"], f)
+    return mixed
 
 
-BLOCK_WEIGHTS = ("mod", "qkv", "out", "q_gain", "k_gain", "dw", "gate", "s13", "s2")  # gate_bias: token choice only
+def _by_token(f: _Body, config: ModelConfig, flat: str, mixed: str) -> str:
+    """Each token takes its k experts: adds them to `mixed` [B * T, D], sets load and chosen [B, T, k]."""
+    scores = f.add("Softmax", [f.add("MatMul", ["h", "gate"])], axis=-1)  # [B, T, E]
+    best = f.name("best")
+    f.add(
+        "TopK", [f.add("Add", [scores, "gate_bias"]), f.ints(config.shape.active)], [best, "chosen"], axis=-1, largest=1, sorted=1
+    )
+    taken = f.add("GatherElements", [scores, "chosen"], axis=2)  # the bias chooses, it does not weigh
+    weight = f.add("ScatterElements", [f.add("Sub", [scores, scores]), "chosen", taken], axis=2)  # [B, T, E]
+    f.add("ReduceMean", [weight, f.ints(1)], ["load"], keepdims=0)
+    shares = f.add("Reshape", [weight, f.ints(-1, config.shape.experts)])  # [B * T, E]
+    for e in range(config.shape.experts):
+        column = f.add("Gather", [shares, f.add("Constant", [], value_int=e)], axis=1)  # [B * T]
+        mine = f.add("Reshape", [f.add("NonZero", [column]), f.ints(-1)])
+        made = f.add("MatMul", [f.swiglu(f.add("MatMul", [f.add("Gather", [flat, mine], axis=0), f"w13_{e}"])), f"w2_{e}"])
+        target = f.add("Reshape", [mine, f.ints(-1, 1)])
+        share = f.add("Reshape", [f.add("Gather", [column, mine], axis=0), f.ints(-1, 1)])
+        mixed = f.add("ScatterND", [mixed, target, f.add("Mul", [made, share])], reduction="add")
+    return mixed
+
+
+def _routing_weights(config: ModelConfig) -> list[str]:
+    """What the function `Experts` takes besides experts; the bias only where it is used."""
+    return ["mod", "gate", *(["gate_bias"] if config.router == "token-choice" else []), "s13", "s2"]
+
+
+def _block_weights(config: ModelConfig) -> list[str]:
+    """What the function `Block` takes besides experts."""
+    return ["mod", "qkv", "out", "q_gain", "k_gain", "dw", *_routing_weights(config)[1:]]
 
 
 def _expert_names(config: ModelConfig, pattern: str) -> list[str]:
@@ -255,13 +312,22 @@ def _block(config: ModelConfig) -> FunctionProto:
     image = f.add("Convolve", ["image", "dw", "image_size"], domain=DOMAIN)
     text = f.add("Convolve", ["text", "dw", "text_size"], domain=DOMAIN)
     both = f.add("Concat", [image, text], axis=1)
-    weights = ["mod", "gate", "s13", "s2", "capacity", *_expert_names(config, "{w}_{e}")]
+    weights = [*_routing_weights(config), "capacity", *_expert_names(config, "{w}_{e}")]
     f.add("Experts", ["r", both, "ada", *weights], ["y", "load", "chosen"], DOMAIN)
-    inputs = ["x", "ada", *BLOCK_WEIGHTS, "ones", "image_size", "text_size", "capacity", *_expert_names(config, "{w}_{e}")]
+    inputs = [
+        "x",
+        "ada",
+        *_block_weights(config),
+        "ones",
+        "image_size",
+        "text_size",
+        "capacity",
+        *_expert_names(config, "{w}_{e}"),
+    ]
     return _function("Block", inputs, ["y", "load", "chosen"], f)
 
 
-def build(config: ModelConfig, precision: Precision, routes: bool = False) -> ModelProto:
+def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -> ModelProto:
     """The graph: x [B, C, R, R], t [B], r [B], ids [B, L] → v [B, C, R, R], load [B, M, E].
 
     Args:
@@ -275,13 +341,15 @@ def build(config: ModelConfig, precision: Precision, routes: bool = False) -> Mo
     D, N, L, side = s.width, config.tokens, config.text_length, config.side
     g = _Body()
     initializers: list[TensorProto] = []
-    used = {t.name for t in layout(config, precision)[0] if not t.name.endswith("gate_bias")}
     for tensor in layout(config, precision)[0]:
-        if tensor.name not in used:
+        if tensor.name.endswith("gate_bias") and config.router != "token-choice":
             continue
-        stored = tensor.name if precision == "float32" else f"{tensor.name}.stored"
-        initializers.append(_external(stored, tensor, precision))
-        if stored != tensor.name:
+        stored = tensor.name if tensor.stored == "float32" else f"{tensor.name}.stored"
+        initializers.append(_external(stored, tensor))
+        if tensor.stored == "int8":
+            axis = scaled_axis(tensor.name)
+            g.add("DequantizeLinear", [stored, tensor.name + SCALE], [tensor.name], axis=axis)
+        elif stored != tensor.name:
             g.add("Cast", [stored], [tensor.name], to=TensorProto.FLOAT)
     initializers += [
         helper.make_tensor("ones", TensorProto.FLOAT, [D], [1.0] * D),
@@ -325,7 +393,7 @@ def build(config: ModelConfig, precision: Precision, routes: bool = False) -> Mo
         r, h = g.name("r"), g.name("h")
         g.add("Residual", [x, attended, ada, *weights(b, "mod", "out"), "ones"], [r, h], DOMAIN)
         conv = g.add("Convolve", [h, *weights(b, "dw"), f"{segment}_size"], domain=DOMAIN)
-        inputs = [r, conv, ada, *weights(b, "mod", "gate", "s13", "s2"), f"capacity_{segment}", *experts(b)]
+        inputs = [r, conv, ada, *weights(b, *_routing_weights(config)), f"capacity_{segment}", *experts(b)]
         return g.add("Experts", inputs, [f"y{b}", f"load{b}", f"chosen{b}"], DOMAIN)
 
     for layer in range(s.dual):
@@ -337,7 +405,16 @@ def build(config: ModelConfig, precision: Precision, routes: bool = False) -> Mo
         image, text = stream(i, image, parts[0], "image"), stream(j, text, parts[1], "text")
     both = g.add("Concat", [image, text], axis=1)  # [B, N + L, D]
     for b in range(2 * s.dual, config.blocks):
-        inputs = [both, ada, *weights(b, *BLOCK_WEIGHTS), "ones", "image_size", "text_size", "capacity_both", *experts(b)]
+        inputs = [
+            both,
+            ada,
+            *weights(b, *_block_weights(config)),
+            "ones",
+            "image_size",
+            "text_size",
+            "capacity_both",
+            *experts(b),
+        ]
         both = g.add("Block", inputs, [f"y{b}", f"load{b}", f"chosen{b}"], DOMAIN)
     image = g.slice(both, 0, N, 1)
 
@@ -361,9 +438,8 @@ def build(config: ModelConfig, precision: Precision, routes: bool = False) -> Mo
         helper.make_tensor_value_info("load", TensorProto.FLOAT, ["B", config.blocks, s.experts]),
     ]
     if routes:
-        outputs_info += [
-            helper.make_tensor_value_info(f"chosen{b}", TensorProto.INT64, ["B", s.experts, None]) for b in range(config.blocks)
-        ]
+        sizes = ["B", None, s.active] if config.router == "token-choice" else ["B", s.experts, None]
+        outputs_info += [helper.make_tensor_value_info(f"chosen{b}", TensorProto.INT64, sizes) for b in range(config.blocks)]
     graph = helper.make_graph(g.nodes, "network", inputs_info, outputs_info, initializers)
     functions = [_project(config), _attend(config), _residual(), _convolve(config), _experts(config), _block(config)]
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
@@ -371,8 +447,8 @@ def build(config: ModelConfig, precision: Precision, routes: bool = False) -> Mo
     return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION, producer_name="deltaferry")
 
 
-def _external(name: str, tensor: Tensor, precision: Precision) -> TensorProto:
-    made = TensorProto(name=name, data_type=STORED[precision][0], dims=tensor.shape)
+def _external(name: str, tensor: Tensor) -> TensorProto:
+    made = TensorProto(name=name, data_type=STORED[tensor.stored][0], dims=tensor.shape)
     made.data_location = TensorProto.EXTERNAL
     for key, value in (("location", WEIGHTS_FILE), ("offset", str(tensor.offset)), ("length", str(tensor.length))):
         entry = made.external_data.add()

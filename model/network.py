@@ -9,11 +9,14 @@ What is unusual here, compared with a diffusion transformer as published (DiT, H
 - a dual layer is two instances (image, text) that share one attention; a single layer is one instance for both;
 - two times enter, t and r: the student variants learn the mean velocity from t to r; `full` passes r = t;
 - every forward pass also returns which expert contributed how much, [B, M, E].
+
+Under autocast the matrix products are bfloat16; the residual stream, normalisation, routing and both times stay float32.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -43,7 +46,8 @@ class Block(nn.Module):
         self.q_gain = nn.Parameter(torch.ones(d))
         self.k_gain = nn.Parameter(torch.ones(d))
         self.dw = nn.Parameter(torch.empty(D, 1, 3, 3))
-        self.experts = Experts(D, s.experts, s.expert_width, s.shared_width)
+        self.convolved = config.switched.convolved
+        self.experts = Experts(s, config.router)
         nn.init.normal_(self.qkv, std=D**-0.5)
         nn.init.normal_(self.out, std=D**-0.5)
         nn.init.normal_(self.dw, std=1 / 3)
@@ -53,7 +57,7 @@ class Block(nn.Module):
         mod = ada + self.mod  # [B, 6, D]
         h = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + mod[:, 1:2]) + mod[:, 0:1]  # [B, T, D]
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (h @ self.qkv).chunk(3, dim=-1))
-        return rms_norm(q) * self.q_gain, rms_norm(k) * self.k_gain, v
+        return (rms_norm(q.float()) * self.q_gain).to(v.dtype), (rms_norm(k.float()) * self.k_gain).to(v.dtype), v
 
     def mix(
         self,
@@ -68,8 +72,9 @@ class Block(nn.Module):
         mod = ada + self.mod  # [B, 6, D]
         x = x + mod[:, 2:3] * (attended.transpose(1, 2).flatten(2) @ self.out)  # [B, T, D]
         h = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + mod[:, 4:5]) + mod[:, 3:4]
-        parts = h.split([rows * columns for rows, columns in segments], dim=1)
-        h = h + torch.cat([self.convolve(p, m) for p, m in zip(parts, segments, strict=True)], dim=1)
+        if self.convolved:
+            parts = h.split([rows * columns for rows, columns in segments], dim=1)
+            h = h + torch.cat([self.convolve(p, m) for p, m in zip(parts, segments, strict=True)], dim=1)
         mixed, load, chosen = self.experts(h, capacity, chosen)
         return x + mod[:, 5:6] * mixed, load, chosen
 
@@ -124,15 +129,28 @@ class Network(nn.Module):
         v, load, _ = self.traced(x, t, r, ids)
         return v, load
 
+    def balance(self, chosen: list[Tensor], average: Callable[[list[Tensor]], None]) -> None:
+        """Move every router's bias towards an even load, after a step in which tokens chose so, [B, T, k] a block.
+
+        Args:
+            chosen: expert indices, block by block.
+            average: makes counts those of all processes that train together.
+        """
+        for block, indices in zip(cast("list[Block]", list(self.blocks)), chosen, strict=True):
+            block.experts.balance(indices, average)
+
     def traced(
         self, x: Tensor, t: Tensor, r: Tensor, ids: Tensor, routes: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """`forward` that also takes and returns each block's routing, [B, E, C] token indices a block."""
+        """`forward` that also takes and returns each block's routing, as `Experts.forward` describes it."""
         c = self.config
         D, N, L, side = c.shape.width, c.tokens, c.text_length, c.side
-        stem = self.stem(x)  # [B, D, side, side]
+        stem = self.stem(x).to(x.dtype)  # [B, D, side, side]
         image = stem.flatten(2).transpose(1, 2)  # [B, N, D]
         text = F.embedding(ids, self.text)  # [B, L, D]
+        if c.switched.positions:
+            image = image + grid_positions(side, side, D, image)
+            text = text + grid_positions(1, L, D, text)
         given = (ids > 0).unsqueeze(-1).to(text.dtype)  # [B, L, 1]
         pooled = self.pool((text * given).sum(1) / given.sum(1).clamp(min=1))  # [B, D]
         when = self.time_out(F.silu(self.time_in(torch.cat((frequencies(t), frequencies(r)), dim=-1))))  # [B, D]
@@ -165,7 +183,17 @@ class Network(nn.Module):
         image = F.layer_norm(image, (D,), eps=NORM_EPS) * (1 + mod[:, 1:2]) + mod[:, 0:1]
         grid = image.transpose(1, 2).unflatten(2, (side, side)) + stem  # [B, D, side, side], long skip
         v = F.pixel_shuffle(self.head(grid), c.stride)  # [B, C, R, R]
-        return v, torch.stack(loads, dim=1), used
+        return v.to(x.dtype), torch.stack(loads, dim=1), used
+
+
+def grid_positions(rows: int, columns: int, width: int, like: Tensor) -> Tensor:
+    """Sinusoids of row and column, [rows * columns, width]: what other transformers add to know places (ablation only)."""
+    quarter = width // 4
+    rates = torch.exp(torch.arange(quarter) * (-math.log(10_000.0) / quarter))
+    along = [torch.arange(n)[:, None] * rates for n in (rows, columns)]  # [rows, quarter], [columns, quarter]
+    row, column = (torch.cat((a.sin(), a.cos()), dim=1) for a in along)
+    both = torch.cat((row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)), dim=2)
+    return both.reshape(rows * columns, -1).to(like)
 
 
 def frequencies(t: Tensor) -> Tensor:

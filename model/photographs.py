@@ -24,9 +24,9 @@ from PIL import Image
 from model.data import METADATA
 
 # Surface → (side of a patch in photograph pixels, side of a tile); the patch side is the scale at which the surface is
-# recognisable in 16 pixels.
-SURFACES = {"brick": (96, 128), "grass": (40, 64), "gravel": (56, 80), "coins": (72, 88)}
-SECOND_SURFACES = {"page": (48, 64)}
+# recognisable in 16 pixels. Small tiles make many groups, and only those count as independent observations.
+SURFACES = {"brick": (80, 96), "grass": (40, 48), "gravel": (56, 64), "coins": (64, 72)}
+SECOND_SURFACES = {"page": (44, 48)}
 DEFECTS = ("scratch", "stain", "hole")
 DEFECT_SHARE = 1 / 3
 STORED_SIDE = 32  # pixels of a patch as stored; models scale it to their own size
@@ -138,4 +138,6 @@ def _append(folder: Path, rows: list[dict[str, Any]]) -> None:
     new = {row["file_name"] for row in rows}
     old = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     kept = [row for row in old if row["file_name"] not in new]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept + rows))
+    fresh = path.with_name(f"{METADATA}.tmp")
+    fresh.write_text("".join(json.dumps(row) + "\n" for row in kept + rows))
+    fresh.replace(path)  # whole, or as it was

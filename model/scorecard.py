@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from model.config import ConfigurationName, ModelConfig, TierName, VariantName, canonical_sha256
+from model.config import ConfigurationName, ModelConfig, PrecisionName, TierName, VariantName, canonical_sha256
 
 Sha256 = str
 
@@ -48,15 +48,20 @@ class Lineage(Frozen):
     code: str = Field(description="hash of the source files of model/, or of the installed version")
     seed: int
     parent: Sha256 | None = Field(description="weights from which training started; None: from noise")
+    teacher: Sha256 | None = Field(default=None, description="weights that a distilled variant was taught by")
+    guidance: float | None = Field(
+        default=None, description="that the teacher was run with; None: no teacher, or itself a student"
+    )
     steps: int
     items: int = Field(description="training items seen as data, held-out ones excluded")
     torch: str
+    hardware: str = Field(default="cpu", description="what it was trained on; see model.hardware")
 
 
 class Sampler(Frozen):
     """How images are drawn: the solver, its number of steps, and the guidance scale (1 is unguided)."""
 
-    method: Literal["euler", "heun", "ab2"] = "ab2"
+    method: Literal["euler", "heun", "ab2", "mean"] = Field(default="ab2", description="mean: of distilled variants")
     steps: int = Field(default=14, ge=1, le=1000)
     guidance: float = Field(default=2.0, ge=1.0, le=20.0)
 
@@ -74,29 +79,72 @@ class Quality(Frozen):
     split: str = Field(description="whose held-out items: the new data revision's, or the champion's own")
     n: int = Field(description="generated images, as many as captions drawn from the held-out items")
     reference: int = Field(description="held-out images")
+    groups: int = Field(description="independent groups among the held-out images")
     fd: float = Field(description="Fréchet distance; biased by n, compare only at equal n")
+    fd_se: float | None = Field(description="its standard error at this n, by jackknife; says nothing of the bias")
     kd: float = Field(description="squared kernel distance (unbiased MMD, Gaussian kernels)")
+    kd_se: float = Field(description="its standard error; Student's t with groups - 1 makes it an interval")
     noise_kd: float = Field(description="the same distance for images of pure noise: a yardstick of harm")
+    precision: float = Field(description="share of generated images among the 5 nearest of some held-out one")
+    recall: float = Field(description="share of held-out images among the 5 nearest of some generated one")
+    density: float = Field(description="held-out neighbourhoods around a generated image, over 5; about 1 is right")
     coverage: float = Field(description="share of held-out images with a generated one among their 5 nearest")
+
+
+class PublishedFid(Frozen):
+    """The Fréchet distance in the feature space of a network of the user's own; with Inception's weights it is the usual FID."""
+
+    fid: float = Field(description="biased by n: papers use 50,000 images, or say so")
+    n: int = Field(description="generated images")
+    reference: int = Field(description="images of the folder")
+    dimensions: int
+    features_sha256: Sha256 = Field(description="hash of the network's file")
 
 
 class Comparison(Frozen):
     """Challenger minus another model, on the same noise seeds and captions: negative says the challenger is better."""
 
-    against: Literal["champion"]
+    against: Literal["champion", "solver"] = Field(description="solver: full, drawn with as many evaluations as the student")
     against_sha256: Sha256
     space: str
     split: str
     n: int
+    groups: int = Field(description="independent groups among the held-out images")
     delta: float = Field(description="difference of the squared kernel distances")
     se: float = Field(description="its standard error, from the influence functions")
-    champion_kd: float
+    champion_kd: float = Field(description="the other model's distance")
+
+
+class Memorisation(Frozen):
+    """Whether generated images lie nearer to training images than held-out images do, in one feature space."""
+
+    space: str
+    n: int = Field(description="generated images")
+    reference: int = Field(description="held-out images")
+    training: int = Field(description="training images that were searched; copies of others go unseen")
+    probability: float = Field(description="chance that a generated image is nearer than a held-out one; 1/2 without copying")
+    z: float = Field(description="standard errors above 1/2")
+    p: float = Field(description="chance of such a z without copying")
+    nearer_than_any: float = Field(description="share of generated images that are nearer than every held-out one")
+
+
+class CaptionRow(Frozen):
+    """How far the images of one caption lie from held-out images of that caption, in the trained feature space."""
+
+    caption: str
+    n: int = Field(description="generated images")
+    reference: int = Field(description="held-out images")
+    generated: float | None = Field(description="mean distance of a generated image to the nearest held-out one")
+    held_out: float | None = Field(description="the same between held-out images of different groups; null for a single group")
+    ratio: float | None = Field(description="generated over held_out; above 1 is further from the data than the data are")
 
 
 class Usage(Frozen):
-    """Which expert did what: gate mass by block and expert, and how evenly it is spread."""
+    """Which expert did what: gate mass by block, expert and sampling step, and how evenly it is spread."""
 
     load: list[list[float]] = Field(description="[M][E] mean gate mass; 1/E where all are used alike")
+    by_step: list[list[list[float]]] = Field(description="[S][M][E] the same at each sampling step, first the noisiest")
+    entropy: list[float] = Field(description="[M] entropy of the shares over log E: 1 where all are used alike, 0 for one")
     dead: int = Field(description="experts that carry less than a tenth of an even share in their block")
 
 
@@ -105,6 +153,8 @@ class Cost(Frozen):
 
     milliseconds: float = Field(description="median time of one image, one thread, batch of one")
     evaluations: int
+    peak_mib: float = Field(description="peak memory of a fresh process that evaluates the network, without torch")
+    bare_mib: float = Field(description="of it, the interpreter with ONNX Runtime before any model is loaded")
     machine: str
 
 
@@ -119,9 +169,16 @@ class Scorecard(Frozen):
     weights_sha256: Sha256
     lineage_sha256: Sha256
     sampler: Sampler
+    precision: PrecisionName = Field(description="how its weights are stored")
     seed: int
     quality: list[Quality]
     comparisons: list[Comparison] = []
+    solver: Sampler | None = Field(
+        default=None, description="of a student: how `full` was drawn beside it, at as many evaluations"
+    )
+    beats_solver: bool | None = Field(default=None, description="of a student: whether its estimates are better in both spaces")
+    memorisation: list[Memorisation]
+    captions: list[CaptionRow] = Field(description="the most frequent captions of the held-out images")
     bad_images: float = Field(description="share of generated images that are constant or not finite")
     usage: Usage
     cost: Cost

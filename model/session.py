@@ -72,8 +72,8 @@ class Session:
         """Captions as ids [B, L]."""
         return np.array([caption_ids(c, self.text_length) for c in captions], dtype=np.int64)
 
-    def generate(self, ids: npt.NDArray[np.int64], seeds: list[int], sampler: Sampler) -> tuple[Tensor, Floats]:
-        """One image for each caption and seed.
+    def trace(self, ids: npt.NDArray[np.int64], seeds: list[int], sampler: Sampler) -> tuple[Tensor, Floats]:
+        """One image for each caption and seed, and which expert did what at each step.
 
         Args:
             ids: captions [B, L].
@@ -81,7 +81,8 @@ class Session:
             sampler: how to draw.
 
         Returns:
-            images float32 [B, C, R, R], about [-1, 1], and the mean expert load [M, E] over images and steps.
+            images float32 [B, C, R, R], about [-1, 1], and the expert load [S, M, E] of each sampling step: the mean over
+            images, with and without caption, and over the step's evaluations.
         """
         loads: list[Floats] = []
 
@@ -93,14 +94,21 @@ class Session:
         shape = (self.channels, self.size, self.size)
         start = torch.from_numpy(np.stack([noise(seed, shape) for seed in seeds]))
         images = sample(guided(network, torch.from_numpy(ids), sampler.guidance), start, sampler)
-        return images, np.mean(loads, axis=0, dtype=np.float32)
+        evaluations = np.stack(loads)  # [S * evaluations of a step, M, E]
+        by_step: Floats = evaluations.reshape(sampler.steps, -1, *evaluations.shape[1:]).mean(axis=1, dtype=np.float32)
+        return images, by_step
+
+    def generate(self, ids: npt.NDArray[np.int64], seeds: list[int], sampler: Sampler) -> tuple[Tensor, Floats]:
+        """`trace` with the mean load [M, E] over the steps."""
+        images, load = self.trace(ids, seeds, sampler)
+        return images, load.mean(axis=0)
 
     def generate_many(self, captions: list[str], seed: int, sampler: Sampler, batch: int = 32) -> Iterator[tuple[Tensor, Floats]]:
-        """`generate` for many captions, batch by batch; image i starts from noise of seed `seed + i`."""
+        """`trace` for many captions, batch by batch; image i starts from noise of seed `seed + i`."""
         ids = self.encode(captions)
         for first in range(0, len(captions), batch):
             part = ids[first : first + batch]
-            yield self.generate(part, [seed + first + i for i in range(len(part))], sampler)
+            yield self.trace(part, [seed + first + i for i in range(len(part))], sampler)
 
 
 def load(folder: Path, threads: int = 0) -> Session:

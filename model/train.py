@@ -4,7 +4,7 @@
 
 Every step is a function of (seed, step) and of the state before it, so a run resumed from its last saved state ends in
 the same bits as one that was never disturbed, on the same machine and number of threads. Checkpoints are safetensors
-and JSON, never pickles.
+and JSON, never pickles. Where there is a GPU it is used, and the bits are no longer promised; see `model.hardware`.
 """
 
 from __future__ import annotations
@@ -15,32 +15,48 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.config import ModelConfig, VariantName
 from model.data import Dataset, mix
 from model.diffusion import add_noise, logit_normal
-from model.errors import CheckpointError, TrainingError
+from model.errors import CheckpointError, ConfigError, TrainingError
+from model.hardware import Hardware
 from model.network import Network
 from model.scorecard import DataVersion, Frozen, Lineage, Sha256
+from model.watch import Figures, Watcher, draw, recorded_after, sampled_after
 
 WEIGHTS = "weights.safetensors"
 LINEAGE = "lineage.json"
 RESUME = "resume.safetensors"
 CURVE = "curve.json"
-CURVE_EVERY = 10  # steps between two points of the recorded curve
+STRETCH = 5  # points of it that `diverged` looks at together
 
-OnStep = Callable[[int, dict[str, float]], None]
-"""Called after every step with its number, from 1, and its figures: loss, learning rate, the busiest expert's share."""
+
+class Objective(Protocol):
+    """What a network regresses on. Times are drawn for the whole batch, targets made for a process's own rows."""
+
+    @property
+    def guidance(self) -> float | None:
+        """Scale that a teacher is run with, for the lineage; None where there is none."""
+        ...
+
+    def times(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The times t and r of a batch, both [size], on the CPU."""
+        ...
+
+    def aim(self, images: Tensor, ids: Tensor, noise: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """(images [B, C, R, R], ids [B, L], noise, t [B], r [B]) → (x, the velocity to predict there), on their device."""
+        ...
 
 
 class TrainOptions(Frozen):
@@ -90,8 +106,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         lineage = Lineage.model_validate_json((folder / LINEAGE).read_bytes())
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{folder} is not a checkpoint of this version; name a folder that `train` wrote") from error
+        with safe_open(folder / WEIGHTS, framework="pt"):
+            pass  # the header says how long the file is
+    except (OSError, ValidationError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint of this version, or is damaged; name a folder that `train` wrote"
+        ) from error
     return Checkpoint(folder, lineage, digest)
 
 
@@ -128,7 +148,10 @@ def train(
     *,
     variant: VariantName = "full",
     parent: Checkpoint | None = None,
-    on_step: OnStep | None = None,
+    teacher: Checkpoint | None = None,
+    objective: Objective | None = None,
+    watcher: Watcher | None = None,
+    hardware: Hardware | None = None,
 ) -> Checkpoint:
     """Train one network and write its checkpoint; a killed call, repeated, continues where its last state was saved.
 
@@ -140,16 +163,21 @@ def train(
         out: folder of the checkpoint; made when missing.
         variant: what the weights are meant for.
         parent: start from these weights instead of from noise (warm start).
-        on_step: called after each step; whatever it raises ends the run, which can be resumed.
+        teacher: whose weights the objective uses, for the lineage.
+        objective: what to regress on; flow matching by default, `model.distill` has the other.
+        watcher: hears of every step and sees samples; it changes no weight.
+        hardware: what to train on; by default what is here. A state saved on other hardware is not resumed.
 
     Raises:
-        TrainingError: the loss is not finite; the last saved state is kept.
+        ConfigError: several processes train together and the batch cannot be shared evenly, or a GPU is missing for one.
+        TrainingError: the run diverged, or the loss or a weight is not finite; the last saved state is kept.
         CheckpointError: the parent has another shape.
     """
+    hardware = hardware or Hardware.here()
     lineage = Lineage(
         data=data, config=config, variant=variant, training_sha256=options.sha256, code=code_sha256(), seed=options.seed,
-        parent=parent.weights_sha256 if parent else None, steps=options.steps, items=len(dataset.training()),
-        torch=torch.__version__,
+        parent=parent.weights_sha256 if parent else None, teacher=teacher.weights_sha256 if teacher else None, steps=options.steps, items=len(dataset.training()),
+        torch=torch.__version__, hardware=hardware.name, guidance=objective.guidance if objective else None,
     )  # fmt: skip
     try:
         done = load_checkpoint(out)
@@ -157,34 +185,127 @@ def train(
             return done  # trained before, from the same inputs
     except CheckpointError:
         out.mkdir(parents=True, exist_ok=True)
+    ranks = Ranks.here(options.batch, hardware)
+    watched = (watcher or Watcher()) if ranks.rank == 0 else Watcher()
     torch.manual_seed(mix(options.seed, 0))
     network = Network(config)
     if parent:
         load_weights(network, parent.folder / WEIGHTS)
+    network.to(hardware.device)  # the first weights come from the seed, whatever the device
     average = copy.deepcopy(network)
-    run = _Run(network, average, options)
+    run = _Run(network, average, options, ranks, objective or FlowMatching(), hardware)
     first = run.resume(out / RESUME, lineage.sha256)
     began = time.monotonic() - (run.curve[-1]["seconds"] if run.curve else 0.0)
     for step in range(first, options.steps):
         figures = run.step(dataset, step)
-        if step % CURVE_EVERY == 0 or step + 1 == options.steps:
-            run.curve.append({"step": step + 1, "seconds": time.monotonic() - began, **figures})
-        if not math.isfinite(figures["loss"]):
+        if recorded_after(step + 1, options.steps):
+            load = [[round(mass, 5) for mass in block] for block in figures.load]
+            seconds = time.monotonic() - began
+            run.curve.append({"step": step + 1, "seconds": seconds, **figures.numbers(), "load": load})
+        if not math.isfinite(figures.loss):
             raise TrainingError(
                 f"the loss of step {step + 1} is not finite; the last saved state is kept, train again with a learning rate below "
                 f"{options.learning_rate:g}"
             )
-        if (step + 1) % options.save_every == 0 and step + 1 < options.steps:
+        if diverged([row["loss"] for row in run.curve]):
+            raise TrainingError(
+                f"the loss has risen to {figures.loss:.3g} by step {step + 1}: the run diverged; the last saved state is kept, "
+                f"train again with a learning rate below {options.learning_rate:g}"
+            )
+        if watched.samples and step + 1 < options.steps and step + 1 in sampled_after(options.steps):
+            watched.samples(step + 1, *draw(average, dataset, variant))
+        if (step + 1) % options.save_every == 0 and step + 1 < options.steps and ranks.rank == 0:
             run.save(out / RESUME, lineage.sha256, step + 1)
-        if on_step:
-            on_step(step + 1, figures)
+        watched.step(step + 1, figures)
     if parent and options.update_grid:
-        round_update(average, parent.network(), options.update_grid)
-    write_safely(out / WEIGHTS, average.state_dict())
-    (out / CURVE).write_text(json.dumps(run.curve))
-    (out / LINEAGE).write_text(lineage.model_dump_json(indent=1))
-    (out / RESUME).unlink(missing_ok=True)
+        round_update(average, parent.network().to(hardware.device), options.update_grid)
+    if not all(weight.isfinite().all() for weight in average.parameters()):
+        raise TrainingError(
+            f"the last step left weights that are not finite; train again with a learning rate below {options.learning_rate:g}"
+        )
+    if watched.samples:
+        watched.samples(options.steps, *draw(average, dataset, variant))
+    if ranks.rank == 0:
+        (out / LINEAGE).unlink(missing_ok=True)  # an older one must never stand beside new weights
+        write_safely(out / WEIGHTS, average.state_dict())
+        (out / CURVE).write_text(json.dumps(run.curve))
+        (out / LINEAGE).write_text(lineage.model_dump_json(indent=1))
+        (out / RESUME).unlink(missing_ok=True)
+    ranks.wait()
     return load_checkpoint(out)
+
+
+class FlowMatching:
+    """The objective of an undistilled network: the velocity of the straight path at a logit-normal time, r = t."""
+
+    guidance: float | None = None
+
+    def times(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See `Objective`."""
+        t = logit_normal(size, generator)
+        return t, t
+
+    def aim(self, images: Tensor, ids: Tensor, noise: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective`; the path does not depend on the caption."""
+        del ids, r
+        return add_noise(images, noise, t)
+
+
+def diverged(losses: list[float]) -> bool:
+    """Whether a recorded loss curve has left for good: its last points lie far above the lowest stretch before.
+
+    The mean of the last `STRETCH` points against the lowest mean of as many, and above 2, which is more than a network loses
+    that always answers zero (1 for the noise, and the mean square of images in [-1, 1]).
+    """
+    if len(losses) < 2 * STRETCH:
+        return False
+    means = [sum(losses[i : i + STRETCH]) / STRETCH for i in range(len(losses) - STRETCH + 1)]
+    return means[-1] > max(2.0, 3 * min(means))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one network together, as `torchrun` starts them; one alone otherwise.
+
+    Every process draws the whole batch, noise and times from the seed and takes its share of the rows, and gradients are
+    averaged, so the number of processes changes the order of sums and nothing else. GPUs talk by NCCL, CPUs by Gloo.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def here(cls, batch: int, hardware: Hardware) -> Ranks:
+        """This process among those that torchrun started.
+
+        Raises:
+            ConfigError: the batch cannot be shared evenly.
+        """
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return cls()
+        if batch % world:
+            raise ConfigError(f"a batch of {batch} cannot be shared by {world} processes; choose a multiple of {world}")
+        if not dist.is_initialized():
+            own = torch.device(hardware.device) if hardware.gpu else None
+            dist.init_process_group("nccl" if own else "gloo", device_id=own)
+        return cls(dist.get_rank(), world)
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's rows of a batch."""
+        return rows[self.rank :: self.world]
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor, in place, by its mean over the processes."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor.div_(self.world)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
 
 
 def round_update(network: Network, parent: Network, grid: float) -> None:
@@ -204,9 +325,16 @@ def round_update(network: Network, parent: Network, grid: float) -> None:
 class _Run:
     """The state of a training run: weights, their moving average, the optimizer's moments."""
 
-    def __init__(self, network: Network, average: Network, options: TrainOptions) -> None:
+    def __init__(
+        self, network: Network, average: Network, options: TrainOptions, ranks: Ranks, objective: Objective, hardware: Hardware
+    ) -> None:
         self.network, self.average, self.options = network.train(), average, options
-        self.curve: list[dict[str, float]] = []
+        self.ranks, self.objective, self.hardware = ranks, objective, hardware
+        # The method is compiled, not the module, so names of weights stay as they are. Token choice is left out: how many tokens
+        # an expert gets is another number in each step, and every one would be compiled anew.
+        compiled = hardware.compiled and network.config.router == "expert-choice"
+        self.predict = torch.compile(network.traced, dynamic=False) if compiled else network.traced
+        self.curve: list[dict[str, Any]] = []
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         # Gains, biases and modulation tables are not pulled towards zero.
         spared = ("gain", "bias", "mod")
@@ -222,30 +350,35 @@ class _Run:
             fused=True,
         )
 
-    def step(self, dataset: Dataset, step: int) -> dict[str, float]:
+    def step(self, dataset: Dataset, step: int) -> Figures:
         """One step of gradient descent."""
         o = self.options
         images, ids = dataset.batch(o.seed, step, o.batch)
         generator = torch.Generator().manual_seed(mix(o.seed, step, 2))
         ids[torch.rand(o.batch, generator=generator) < o.caption_dropout] = 0
-        t = logit_normal(o.batch, generator)
         noise = torch.randn(images.shape, generator=generator)
-        x, target = add_noise(images, noise, t)
-        v, load = self.network(x, t, t, ids)
+        drawn = (images, ids, noise, *self.objective.times(o.batch, generator))  # on the CPU, so that a run is the same run
+        images, ids, noise, t, r = (self.ranks.share(rows).to(self.hardware.device) for rows in drawn)
+        with self.hardware.precision():
+            x, target = self.objective.aim(images, ids, noise, t, r)
+            v, load, chosen = self.predict(x, t, r, ids)
         loss = (v - target).square().mean()
-        loss.backward()
+        torch.autograd.backward(loss)
+        self.ranks.average([p.grad for p in self.parameters if p.grad is not None])
         torch.nn.utils.clip_grad_norm_(self.parameters, o.clip)
         rate = learning_rate(o, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.network.config.router == "token-choice":
+            self.network.balance(chosen, self.ranks.average)
         decay = min(o.ema, (step + 1) / (step + 10))  # a short run must not average in its own beginning
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
-        share = load.detach().mean(dim=0)
-        busiest = float((share / share.sum(dim=1, keepdim=True)).max())
-        return {"loss": float(loss.detach()), "learning_rate": rate, "busiest_expert": busiest}
+        share, mean = load.detach().mean(dim=0), loss.detach()
+        self.ranks.average([share, mean])
+        return Figures(float(mean), rate, share.tolist())
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
@@ -262,8 +395,6 @@ class _Run:
 
     def resume(self, path: Path, identity: Sha256) -> int:
         """Load a saved state of the same run; returns the number of steps done. No or another run's state: 0."""
-        from safetensors import safe_open
-
         if not path.is_file():
             return 0
         try:
@@ -271,7 +402,7 @@ class _Run:
                 meta: dict[str, Any] = file.metadata() or {}
             if meta.get("identity") != identity:
                 return 0
-            saved = load_file(path)
+            saved = load_file(path, device=self.hardware.device)
             step, self.curve = int(meta["step"]), json.loads(meta["curve"])
         except (OSError, SafetensorError, KeyError, ValueError):
             return 0  # torn by whatever ended the run; starting over gives the same weights
@@ -286,7 +417,7 @@ class _Run:
 def write_safely(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write safetensors beside `path` and rename: the file there is whole, old or new."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, fresh, metadata)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh, metadata)
     fresh.replace(path)
 
 

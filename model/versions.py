@@ -62,8 +62,11 @@ def _dvc(root: Path) -> Iterator[Any]:
         raise RevisionError(f"DVC failed: {error}; see its own message, and `dvc doctor` in {root}") from error
 
 
-def init(root: Path, remote: str) -> None:
-    """Make `root` a Git and DVC repository whose data go to `remote`, a folder or an s3:// URL; repeatable."""
+def init(root: Path, remote: str, s3_endpoint: str = "") -> None:
+    """Make `root` a Git and DVC repository whose data go to `remote`, a folder or an s3:// URL; repeatable.
+
+    What somebody else wrote into DVC's configuration (credentials, say) is left there.
+    """
     if not (root / ".git").exists():
         git(root, "init", "--quiet", "--initial-branch=main")
     if not (root / ".dvc" / "config").is_file():
@@ -72,9 +75,13 @@ def init(root: Path, remote: str) -> None:
         logging.getLogger("dvc").setLevel(logging.CRITICAL)
         shutil.rmtree(root / ".dvc", ignore_errors=True)  # half made by a killed run: no config, so nothing in it yet
         Repo.init(str(root)).close()
+    (root / ".dvcignore").touch()  # where the kill came after the config
     with _dvc(root) as repo, repo.config.edit() as config:
         config["core"] |= {"analytics": False, "check_update": False, "remote": "storage"}
-        config["remote"]["storage"] = {"url": remote, "verify": True}
+        storage = config["remote"].setdefault("storage", {})
+        storage |= {"url": remote, "verify": True}
+        if s3_endpoint and remote.startswith("s3://"):
+            storage["endpointurl"] = s3_endpoint
 
 
 def add(root: Path, path: str, line: str, message: str) -> DataVersion:
@@ -92,10 +99,11 @@ def add(root: Path, path: str, line: str, message: str) -> DataVersion:
     with _dvc(root) as repo:
         repo.add([str(root / path)])
         repo.push([str(root / f"{path}.dvc")])
-    git(root, "add", f"{path}.dvc", str(Path(path).parent / ".gitignore"), ".dvc/config", ".dvc/.gitignore", ".dvcignore")
-    if git(root, "diff", "--cached", "--name-only"):
+    ours = (f"{path}.dvc", str(Path(path).parent / ".gitignore"), ".dvc/config", ".dvc/.gitignore", ".dvcignore")
+    git(root, "add", *ours)
+    if git(root, "diff", "--cached", "--name-only", "--", *ours):  # whatever else is staged is not ours to commit
         identity = () if _has_identity(root) else GIT_IDENTITY
-        git(root, *identity, "commit", "--quiet", "-m", message)
+        git(root, *identity, "commit", "--quiet", "-m", message, "--", *ours)
     return resolve(root, path, line, "HEAD")
 
 
@@ -135,8 +143,22 @@ def log(root: Path, path: str, line: str) -> list[tuple[DataVersion, str]]:
 
 def is_dirty(root: Path, path: str) -> bool:
     """Whether the folder holds something else than the revision at HEAD."""
+    if git(root, "status", "--porcelain", "--", f"{path}.dvc"):  # recorded by a killed `add`, but not committed
+        return True
     with _dvc(root) as repo:
         return bool(repo.status([str(root / f"{path}.dvc")]))
+
+
+def check_clean(root: Path, path: str, line: str) -> None:
+    """Refuse to go on while the data folder holds something that no revision has.
+
+    Raises:
+        RevisionError: it does.
+    """
+    if is_dirty(root, path):
+        raise RevisionError(
+            f"{path} holds changes that no revision has; record them with `ferry data add {line}`, or name a revision with --data"
+        )
 
 
 def pull(root: Path, version: DataVersion, into: Path) -> Path:
@@ -159,7 +181,7 @@ def pull(root: Path, version: DataVersion, into: Path) -> Path:
     with _dvc(root) as repo:
         try:
             DVCFileSystem(repo=str(repo.root_dir), rev=version.rev).get(version.path, str(fresh), recursive=True)
-        except OSError as error:
+        except Exception as error:  # what DVC and its file systems raise has no common base
             shutil.rmtree(fresh, ignore_errors=True)
             raise RevisionError(
                 f"revision {version.rev[:12]} of {version.line} cannot be fetched: {_first_line(error)}; restore the "
@@ -186,5 +208,5 @@ def folder_md5(folder: Path) -> str:
         for path in folder.rglob("*")
         if path.is_file()
     ]
-    rows.sort(key=lambda row: tuple(row["relpath"].split("/")))
+    rows.sort(key=lambda row: row["relpath"])
     return hashlib.md5(json.dumps(rows, sort_keys=True).encode()).hexdigest() + ".dir"  # noqa: S324

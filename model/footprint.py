@@ -1,0 +1,55 @@
+"""Peak memory of an exported model in a process of its own: `python model/footprint.py FOLDER WEIGHTS BATCH CONFIG`.
+
+Run as a file, and on purpose without torch or anything else of `model`: a device has NumPy and ONNX Runtime, and no more.
+Prints two figures in MiB as JSON: before the model is loaded, and the peak after two evaluations of the network.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+EVALUATIONS = 2
+
+
+def peak_mib() -> float:
+    """The most memory that this process ever had resident.
+
+    Linux hands `ru_maxrss` on to a started process (its value is at least what the parent, full of torch, had resident), so
+    there the kernel's high-water mark of the process's own memory is read.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
+    except (OSError, StopIteration):
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def main(folder: str, weights_file: str, batch: str, config: str) -> None:
+    """Load the model as `model.session` does, with one thread, and evaluate it."""
+    bare = peak_mib()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    for key, value in json.loads(config).items():
+        options.add_session_config_entry(key, value)
+    weights = np.fromfile(Path(folder) / weights_file, dtype=np.uint8)
+    options.add_external_initializers_from_files_in_memory([weights_file], [weights], [len(weights)])
+    session = ort.InferenceSession((Path(folder) / "graph.onnx").read_bytes(), options, providers=["CPUExecutionProvider"])
+    inputs = {}
+    for value in session.get_inputs():
+        shape = (int(batch), *value.shape[1:])
+        inputs[value.name] = np.zeros(shape, np.int64) if "int64" in value.type else np.full(shape, 0.5, np.float32)
+    for _ in range(EVALUATIONS):
+        session.run(None, inputs)
+    sys.stdout.write(json.dumps([bare, peak_mib()]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
