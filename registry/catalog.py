@@ -1,7 +1,7 @@
 """MLflow: runs, versions and aliases of our models. The only file that imports it.
 
-One registered model for each line, configuration and variant. A version's run holds the checkpoint and the exported files
-byte for byte; MLflow's ONNX flavour beside them is a view for people and tools, never what is signed. `champion` is an
+One registered model for each line, configuration and variant. A version's run is opened when its training begins
+and fills while it goes on; in the end it holds the checkpoint and the exported files byte for byte; MLflow's ONNX flavour beside them is a view for people and tools, never what is signed. `champion` is an
 alias (stages are deprecated); the facts that lead back to data, code and parent are tags.
 
     >>> catalog = Catalog("sqlite:///mlflow.db", Path("mlartifacts"))
@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -34,7 +35,7 @@ import mlflow
 import mlflow.onnx
 import numpy as np
 import onnx
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
@@ -42,6 +43,7 @@ from mlflow.types import Schema, TensorSpec
 
 CHAMPION = "champion"
 CHECKPOINT, BUNDLE = "checkpoint", "bundle"
+TRAINING = "training.key"  # tag of a run that was opened for a training
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -62,8 +64,12 @@ class Subject(Frozen):
             CatalogError: it does not have that form.
         """
         parts = text.split("/")
-        if len(parts) != 3 or parts[1] not in get_args(ConfigurationName) or parts[2] not in get_args(VariantName):
-            raise CatalogError(f"{text!r} is not LINE/CONFIG/VARIANT; write it as surfaces/I/full")
+        known = (get_args(ConfigurationName), get_args(VariantName))
+        if len(parts) != 3 or parts[1] not in known[0] or parts[2] not in known[1]:
+            raise CatalogError(
+                f"{text!r} is not LINE/CONFIG/VARIANT; write it as surfaces/I/full, with configuration {' or '.join(known[0])} and variant "
+                f"{', '.join(known[1][:-1])} or {known[1][-1]}"
+            )
         return cls(line=parts[0], configuration=cast("Any", parts[1]), variant=cast("Any", parts[2]))
 
     def __str__(self) -> str:
@@ -93,6 +99,39 @@ class Version(Frozen):
     def outcome(self) -> str:
         """What the gate said of it."""
         return self.tags["gate.outcome"]
+
+
+class Training:
+    """A run that fills while a network is trained; `Catalog.register` goes on in it. Each call may raise StoreError."""
+
+    def __init__(self, client: MlflowClient, run_id: str, logged: set[int]) -> None:
+        self.run_id = run_id
+        self._client, self._logged = client, logged
+
+    def figures(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Log figures with their step; steps that a killed call logged before are left as they are."""
+        if step in self._logged:
+            return
+        now = int(time.time() * 1000)
+        with _foreign_errors():
+            self._client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in numbers.items()])
+        self._logged.add(step)
+
+    def sample(self, path: Path) -> None:
+        """Keep a picture where the checkpoint's own copy of it will be."""
+        with _foreign_errors():
+            self._client.log_artifact(self.run_id, str(path), f"{CHECKPOINT}/{path.parent.name}")
+
+    def finish(self, lineage_sha256: str) -> None:
+        """The weights are there; the run waits for their registration."""
+        with _foreign_errors():
+            self._client.set_tag(self.run_id, "lineage.sha256", lineage_sha256)
+            self._client.set_terminated(self.run_id)
+
+    def fail(self) -> None:
+        """The training was cut off; opening it again goes on."""
+        with _foreign_errors():
+            self._client.set_terminated(self.run_id, "FAILED")
 
 
 class Catalog:
@@ -126,7 +165,8 @@ class Catalog:
     ) -> Version:
         """Record a model with everything about it; the same scorecard again returns the version that is there.
 
-        The version is created last, in one call, so a killed registration leaves a run but never half a version.
+        The version is created last, in one call, so a killed registration leaves a run but never half a version. What is recorded
+        goes into the run that the training opened, or that a killed registration left; of the curve, what is not there yet.
 
         Raises:
             StoreError: MLflow cannot be reached or refuses; the run is then marked failed.
@@ -137,10 +177,11 @@ class Catalog:
                     return known
             experiment = self._experiment(subject.line)
             tags = _tags(lineage, card, decision)
-            run = self._client.create_run(experiment, run_name=f"{subject.configuration}-{subject.variant}", tags=tags)
-            run_id = run.info.run_id
+            run_id = self._begun(experiment, card, lineage) or self._create_run(experiment, subject, {})
             try:
-                self._log(run_id, subject, lineage, card, curve)
+                self._reopen(run_id, tags)
+                self._log(run_id, subject, lineage, card)
+                self._log_curve(run_id, curve)
                 self._client.log_artifacts(run_id, str(checkpoint), CHECKPOINT)
                 self._client.log_artifacts(run_id, str(export), BUNDLE)
                 for path in pictures.values():
@@ -158,6 +199,22 @@ class Catalog:
                 subject.model, source=uri, run_id=run_id, tags=tags, description=decision.reason
             )
             return _version(subject, made)
+
+    def open_training(self, subject: Subject, key: str) -> Training:
+        """The run that fills while a network is trained; the same key again goes on in the same run.
+
+        Raises:
+            StoreError: MLflow cannot be reached or refuses.
+        """
+        with _foreign_errors():
+            experiment = self._experiment(subject.line)
+            found = self._client.search_runs([experiment], f"tags.`{TRAINING}` = '{key}'")
+            # A run that became a version stays as it is, also when its training is repeated because its folder was lost.
+            known = [run for run in found if "scorecard.sha256" not in run.data.tags]
+            run_id = known[0].info.run_id if known else self._create_run(experiment, subject, {TRAINING: key})
+            self._reopen(run_id, {})
+            logged = {metric.step for metric in self._client.get_metric_history(run_id, "loss")}
+        return Training(self._client, run_id, logged)
 
     def promote(self, subject: Subject, number: int) -> None:
         """Point the champion alias at a version.
@@ -256,17 +313,46 @@ class Catalog:
         location = None if self._uri.startswith("http") else (self._artifacts / line).absolute().as_uri()
         return str(self._client.create_experiment(line, artifact_location=location))
 
-    def _log(self, run_id: str, subject: Subject, lineage: Lineage, card: Scorecard, curve: list[dict[str, float]]) -> None:
-        params = lineage.config.model_dump() | card.sampler.model_dump()
-        params |= {"variant": subject.variant, "seed": lineage.seed, "training_steps": lineage.steps, "items": lineage.items}
-        metrics = [Metric(name, value, 0, int(row["step"])) for row in curve for name, value in row.items() if name != "step"]
-        for q in card.quality:
-            for name, value in (("fd", q.fd), ("kd", q.kd), ("coverage", q.coverage)):
-                metrics.append(Metric(f"{name}_{q.space}_{q.split}", value, 0, 0))
-        metrics.append(Metric("milliseconds_per_image", card.cost.milliseconds, 0, 0))
-        self._client.log_batch(run_id, params=[Param(k, str(v)) for k, v in params.items()])
+    def _create_run(self, experiment: str, subject: Subject, tags: dict[str, str]) -> str:
+        name = f"{subject.configuration}-{subject.variant}"
+        return str(self._client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+
+    def _begun(self, experiment: str, card: Scorecard, lineage: Lineage) -> str | None:
+        """The run of a registration of this scorecard that was cut off, or else of the training that waits for its first."""
+        for tag, value in (("scorecard.sha256", card.sha256), ("lineage.sha256", lineage.sha256)):
+            for run in self._client.search_runs([experiment], f"tags.`{tag}` = '{value}'"):
+                if run.data.tags.get("scorecard.sha256", card.sha256) == card.sha256:
+                    return str(run.info.run_id)
+        return None
+
+    def _reopen(self, run_id: str, tags: dict[str, str]) -> None:
+        self._client.update_run(run_id, status="RUNNING")
+        self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def _log_curve(self, run_id: str, curve: list[dict[str, float]]) -> None:
+        """What the training has not logged itself, with its steps."""
+        names = {name for row in curve for name in row if name != "step"}
+        logged = {(name, metric.step) for name in names for metric in self._client.get_metric_history(run_id, name)}
+        metrics = [
+            Metric(name, row[name], 0, int(row["step"]))
+            for row in curve
+            for name in row
+            if name != "step" and (name, int(row["step"])) not in logged
+        ]
         for first in range(0, len(metrics), 1000):
             self._client.log_batch(run_id, metrics=metrics[first : first + 1000])
+
+    def _log(self, run_id: str, subject: Subject, lineage: Lineage, card: Scorecard) -> None:
+        params = lineage.config.model_dump() | card.sampler.model_dump()
+        params |= {"variant": subject.variant, "seed": lineage.seed, "training_steps": lineage.steps, "items": lineage.items}
+        metrics: list[Metric] = []
+        for q in card.quality:
+            names = ("fd", "kd", "kd_se", "precision", "recall", "density", "coverage")
+            metrics += [Metric(f"{name}_{q.space}_{q.split}", getattr(q, name), 0, 0) for name in names]
+        metrics += [Metric(f"copying_{m.space}", m.probability, 0, 0) for m in card.memorisation]
+        metrics.append(Metric("milliseconds_per_image", card.cost.milliseconds, 0, 0))
+        metrics.append(Metric("peak_mib", card.cost.peak_mib, 0, 0))
+        self._client.log_batch(run_id, metrics=metrics, params=[Param(k, str(v)) for k, v in params.items()])
 
     def _log_view(self, run_id: str, export: Path) -> str:
         """MLflow's ONNX flavour of an export, with its weights inside.
@@ -307,7 +393,7 @@ def _tags(lineage: Lineage, card: Scorecard, decision: Decision) -> dict[str, st
         "data.line": lineage.data.line, "data.rev": lineage.data.rev, "data.path": lineage.data.path,
         "data.md5": lineage.data.md5, "data.files": str(lineage.data.files), "code.sha256": lineage.code,
         "config.sha256": lineage.config.sha256, "training.sha256": lineage.training_sha256, "seed": str(lineage.seed),
-        "torch": lineage.torch, "parent.sha256": lineage.parent or "", "lineage.sha256": lineage.sha256,
+        "torch": lineage.torch, "hardware": lineage.hardware, "parent.sha256": lineage.parent or "", "lineage.sha256": lineage.sha256,
         "weights.sha256": card.weights_sha256, "scorecard.sha256": card.sha256, "gate.outcome": decision.outcome,
         "gate.reason": decision.reason[:4900], "gate.n": str(decision.n), "gate.decision": decision.sha256, "gate.champion": decision.champion or "",
     }  # fmt: skip

@@ -55,8 +55,8 @@ class Ledger:
         Raises:
             StoreError: the database cannot be opened.
         """
-        self._engine = create_engine(database)
         with _foreign_errors():
+            self._engine = create_engine(database)
             _metadata.create_all(self._engine)
 
     def close(self) -> None:
@@ -98,8 +98,8 @@ class Ledger:
         with _foreign_errors(), self._engine.connect() as connection:
             rows = connection.execute(select(_entries).order_by(_entries.c.number)).all()
         for expected, row in enumerate(rows, start=1):
-            entry = Entry.model_validate_json(row.body)
-            if (row.number, entry.number, entry.previous, row.sha256) != (expected, expected, previous, _hash(row.body)):
+            entry = Entry.model_validate_json(row.body) if row.sha256 == _hash(row.body) else None
+            if entry is None or (row.number, entry.number, entry.previous) != (expected, expected, previous):
                 raise LedgerError(f"entry {row.number} of the ledger was changed after it was written; restore the database")
             previous = row.sha256
             if subject is None or entry.subject == subject:
@@ -134,5 +134,7 @@ def _user() -> str:
 def _foreign_errors() -> Iterator[None]:
     try:
         yield
+    except ModuleNotFoundError as error:
+        raise StoreError(f"the database's driver {error.name} is not installed; `pip install 'deltaferry[postgres]'`") from error
     except SQLAlchemyError as error:
         raise StoreError(f"the database cannot be used: {str(error).splitlines()[0]}; check its URL in ferry.toml") from error

@@ -7,18 +7,20 @@ Promotion needs, in both feature spaces,
 - *non-inferiority* on the champion's own held-out items: the upper bound lies below a margin, which is a share of the
   distance at which pure noise lies, a model that learned nothing;
 
-and floors for coverage, bad images, unused experts and latency. Confidence is divided by the number of variants that are
+and floors for coverage, bad images, unused experts and latency. A distilled variant must also be better than `full` drawn by a
+second-order solver with as many network evaluations, which costs a device no second set of weights. Confidence is divided by the number of variants that are
 decided together (Bonferroni). With too few images the answer is not "no" but "more data", and how much.
 """
 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import Literal
 
 from pydantic import Field
+from scipy import stats
 
+from model.config import HELD_OUT_PERMILLE, TEACHERS
 from model.scorecard import Comparison, Frozen, Quality, Scorecard, Sha256
 
 Outcome = Literal["promote", "refuse", "more data"]
@@ -33,6 +35,7 @@ class Limits(Frozen):
     coverage: float = Field(default=0.3, ge=0, le=1, description="least share of held-out images with a generated neighbour")
     bad_images: float = Field(default=0.01, ge=0, le=1, description="largest share of constant or non-finite images")
     dead_experts: int = Field(default=2, ge=0, description="most routed experts that may carry next to nothing")
+    beat_solver: bool = Field(default=True, description="whether a student must be better than full at as many evaluations")
 
 
 class Check(Frozen):
@@ -70,16 +73,21 @@ def decide(card: Scorecard, limits: Limits, latency_ms: float, champion: Sha256 
     too_few = _too_few(card.quality, limits)
     checks = floors(card, limits, latency_ms)
     more: list[str] = []
+    rows: list[Comparison] = []
     if champion is not None:
-        z = NormalDist().inv_cdf(1 - limits.alpha / together)
-        rows = [c for c in card.comparisons if c.against_sha256 == champion]
+        rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion]
         if not {"new", "old"} <= {c.split for c in rows}:
             checks.append(Check(name="compared", passed=False, text="it was not compared with the present champion"))
-        for row in rows:
-            check, needed = _compared(row, card, limits, z)
-            checks.append(check)
-            if needed:
-                more.append(needed)
+    if limits.beat_solver and card.variant in TEACHERS:
+        beside = [c for c in card.comparisons if c.against == "solver"]
+        if not beside:
+            checks.append(Check(name="compared", passed=False, text="it was not compared with full, drawn by a solver"))
+        rows += beside
+    for row in rows:
+        check, needed = _compared(row, card, limits, limits.alpha / together)
+        checks.append(check)
+        if needed:
+            more.append(needed)
 
     failed = [check.text for check in checks if not check.passed]
     outcome: Outcome
@@ -99,10 +107,16 @@ def decide(card: Scorecard, limits: Limits, latency_ms: float, champion: Sha256 
 
 
 def _too_few(qualities: list[Quality], limits: Limits) -> str | None:
-    images = min(min(q.n, q.reference) for q in qualities)
-    if images >= limits.minimum_images:
-        return None
-    return f"{images} images are too few to decide on, {limits.minimum_images} are needed; add data, or generate more images"
+    generated, held_out = min(q.n for q in qualities), min(q.reference for q in qualities)
+    needed = limits.minimum_images
+    if generated < needed:
+        return f"{generated} generated images are too few to decide on, {needed} are needed; raise gate.images in ferry.toml"
+    if held_out < needed:
+        return (
+            f"{held_out} held-out images are too few to decide on, {needed} are needed; {HELD_OUT_PERMILLE / 10:.0f} % are held out, "
+            f"so about {math.ceil(needed * 1000 / HELD_OUT_PERMILLE)} images in all"
+        )
+    return None
 
 
 def floors(card: Scorecard, limits: Limits, latency_ms: float) -> list[Check]:
@@ -128,20 +142,27 @@ def floors(card: Scorecard, limits: Limits, latency_ms: float) -> list[Check]:
     ]  # fmt: skip
 
 
-def _compared(row: Comparison, card: Scorecard, limits: Limits, z: float) -> tuple[Check, str | None]:
+def _compared(row: Comparison, card: Scorecard, limits: Limits, alpha: float) -> tuple[Check, str | None]:
     """Superiority (new data) or non-inferiority (old data) in one space, and how much more data would settle a doubt."""
-    upper = row.delta + z * row.se
-    if row.split == "new":
+    # Student's t, because groups may be few; with a single one nothing can be said.
+    quantile = float(stats.t.ppf(1 - alpha, row.groups - 1)) if row.groups > 1 else math.inf
+    upper = row.delta + quantile * row.se
+    if row.against == "solver":
+        bound, what = 0.0, f"superiority over full in {card.solver.steps if card.solver else '?'} steps of a second-order solver"
+    elif row.split == "new":
         bound, what = 0.0, "superiority on the new data"
     else:
         noise = next(q.noise_kd for q in card.quality if (q.space, q.split) == (row.space, row.split))
         bound, what = limits.margin * noise, "non-inferiority on the old data"
     text = (
-        f"{what}, {row.space} features: difference {row.delta:+.4f} (upper bound {upper:+.4f} at n = {row.n}), "
-        f"must be below {bound:.4f}"
+        f"{what}, {row.space} features: difference {row.delta:+.4f} (upper bound {upper:+.4f} at n = {row.n} and {row.groups} "
+        f"held-out groups), must be below {bound:.4f}"
     )
     needed = None
     if upper >= bound > row.delta:  # the estimate would do, its error is too large
-        images = math.ceil(row.n * (z * row.se / (bound - row.delta)) ** 2)
-        needed = f"{what} is undecided at n = {row.n}, about {images} images are needed"
+        times = (quantile * row.se / (bound - row.delta)) ** 2 if row.groups > 1 else 8.0
+        needed = (
+            f"{what} is undecided at n = {row.n} and {row.groups} held-out groups, about {math.ceil(row.n * times)} and "
+            f"{math.ceil(row.groups * times)} are needed"
+        )
     return Check(name=f"{what} ({row.space})", passed=upper < bound, text=text), needed
