@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """
 Exit codes: 0 done, or nothing to do · 1 a fault of ferry itself · 2 wrong usage · 3 what was handed in does not fit
 (workspace, data, name, key) · 4 a store or server cannot be used now, try later · 5 the gate did not let a version through ·
-6 a record was changed after the fact.
+6 a record was changed after the fact · 130 interrupted.
 """
 
 app = typer.Typer(
@@ -56,17 +56,23 @@ class _Options:
     quiet = False
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ferry {ota.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     workspace: Annotated[Path, typer.Option("--workspace", "-w", envvar="FERRY_WORKSPACE", help="The workspace.")] = Path(),
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries log.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Do not show progress.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
+    ] = False,
 ) -> None:
     """Set what holds for all commands."""
-    if version:
-        typer.echo(f"ferry {ota.__version__}")
-        raise typer.Exit
+    del version  # answered by its callback
     _Options.workspace, _Options.debug, _Options.quiet = workspace, debug, quiet
     if debug:
         os.environ["PREFECT_LOGGING_LEVEL"] = "DEBUG"
@@ -108,20 +114,36 @@ def data_add(
     Images and captions that cannot be used are listed; they are recorded all the same but never trained on.
     """
     with _errors():
+        from flows import progress
         from model import data, versions
 
         workspace = _workspace()
         settings = workspace.line(line)
-        usable, bad = data.check(workspace.root / settings.data, settings.text_length)
+        with _progress():
+            usable, held_out, bad = data.check(
+                workspace.root / settings.data, settings.text_length,
+                lambda done, total: progress.advance(f"check {line}", done, total),
+            )  # fmt: skip
         if not usable:
-            raise _data_error(f"not one image in {settings.data} can be used; {next(iter(bad.items()))}")
+            name, why = next(iter(bad.items()))
+            raise _data_error(f"not one image in {settings.data} can be used, the first: {name} {why}")
         for name, why in bad.items():
             typer.echo(f"{name} {why}", err=True)
-        with workspace.locked():
+        if held_out < settings.gate.minimum_images:
+            typer.echo(
+                f"only {held_out} images are held out for evaluation, the gate of {line} wants {settings.gate.minimum_images}: add more "
+                "images (or groups), or lower gate.minimum_images in ferry.toml and know less",
+                err=True,
+            )
+        with workspace.locked("data"), _progress():
+            progress.advance("record and push", 0, 1)
+            versions.init(workspace.root, workspace.data_remote, workspace.settings.stores.s3_endpoint)  # as ferry.toml says now
             version = versions.add(workspace.root, settings.data, line, message)
+            progress.advance("record and push", 1, 1)
         _answer(
-            as_json, version.model_dump() | {"usable": usable, "unusable": bad},
-            f"{line} is at {version.rev[:12]}: {usable} usable images{f', {len(bad)} that cannot be used' if bad else ''}",
+            as_json, version.model_dump() | {"usable": usable, "held_out": held_out, "unusable": bad},
+            f"{line} is at {version.rev[:12]}: {usable} usable images, {held_out} of them held out"
+            f"{f', {len(bad)} files that cannot be used' if bad else ''}",
         )  # fmt: skip
 
 
@@ -158,11 +180,14 @@ def retrain(
     """
     with _errors():
         workspace = _workspace()
-        workspace.line(line)
+        from model import versions
+
+        settings = workspace.line(line)
+        versions.resolve(workspace.root, settings.data, line, data or "HEAD")
+        if not data:
+            versions.check_clean(workspace.root, settings.data, line)
         from flows import retrain as flow
 
-        if not data:
-            flow.check_clean(workspace, line)
         with _progress():
             rows = flow.retrain(str(workspace.root), line, data or "HEAD", promote)
         _answer(
@@ -171,6 +196,38 @@ def retrain(
         )  # fmt: skip
         if any(row["outcome"] in ("refuse", "more data") for row in rows):
             raise typer.Exit(5)
+
+
+@app.command()
+def evaluate(
+    subject: Annotated[str, typer.Argument(help="LINE/CONFIG/VARIANT, such as surfaces/I/full.")],
+    version: Annotated[int | None, typer.Argument(min=1, help="Version in MLflow; the champion by default.")] = None,
+    features: Annotated[
+        str, typer.Option(help="inception:FILE, a network in TorchScript (a program: one you trust); computes the FID of papers.")
+    ] = "",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder to compare with for FID; the version's own data revision by default.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", min=2, help="Images to draw for FID; as in the scorecard by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a version's figures: quality, time, memory, experts.
+
+    With --features also the FID that papers print. It falls with the number of images: compare it only at equal --n (papers: 50000)
+    and with the same network and folder.
+    """
+    with _errors():
+        workspace = _workspace()
+        from flows import measure
+        from model.errors import ConfigError
+
+        if not features and (images or n):
+            raise ConfigError("--images and --n say how FID is computed; add --features inception:FILE")
+        file = measure.network_file(features) if features else None
+        chosen = measure.find(workspace, subject, version)
+        with _progress():
+            measured = measure.measure(workspace, chosen, file, images, n)
+        _answer(as_json, measured.model_dump(mode="json"), measure.text(measured))
 
 
 @app.command()
@@ -187,8 +244,7 @@ def promote(
         from flows.promote import promote as make_champion
         from registry.catalog import Subject
 
-        with workspace.locked():
-            entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule)
+        entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule)
         _answer(
             as_json, entry.model_dump(mode="json") | {"sha256": entry.sha256},
             f"{subject} version {version} is champion (ledger entry {entry.number}); publish it with `ferry release`",
@@ -201,7 +257,13 @@ def history(
 ) -> None:
     """Show the ledger, after checking that nobody changed it."""
     with _errors():
-        entries = _workspace().ledger.entries(subject or None)
+        workspace = _workspace()
+        from flows.promote import check_ledger
+
+        if subject:
+            workspace.line(subject.split("/", maxsplit=1)[0])
+        entries = workspace.ledger.entries(subject or None)
+        check_ledger(workspace)
         _answer(
             as_json, {"entries": [e.model_dump(mode="json") for e in entries]},
             "\n".join(f"{e.number:4d}  {e.when[:16]}  {e.who:10.10}  {e.kind:9}  {e.subject}: {e.why}" for e in entries)
@@ -216,9 +278,12 @@ def release(
     """Publish a line's champions: bundle, deltas from what is fielded, signatures, then to where devices fetch it."""
     with _errors():
         workspace = _workspace()
+        from flows.promote import champions, check_ledger
         from flows.workspace import line_and_class
 
         line, device_class = line_and_class(target, workspace)
+        check_ledger(workspace)
+        champions(workspace, line, device_class)
         from flows.release import release as flow
 
         with _progress():
@@ -257,12 +322,13 @@ def rollout_start(
             shares = [float(part) for part in waves.split(",")]
         except ValueError:
             raise OperatorError(f"{waves!r} are not shares in percent; write them as 1,10,100") from None
-        with workspace.locked():
+        with workspace.locked("records"):
             policy = rollout.start(chosen[-1], shares, soak, revert=revert)
             workspace.repository.set_policy(policy)
             workspace.ledger.append(
                 "rollout", f"{line}/{device_class}", f"waves {waves} %", {"release": policy.seq, "soak": soak}
             )
+        with _progress():
             publish.fn(str(workspace.root))
         _answer(as_json, policy.model_dump(), rollout.describe(policy))
 
@@ -282,15 +348,40 @@ def rollout_halt(
         from ota.release import rollout
 
         line, device_class = line_and_class(target, workspace)
-        with workspace.locked():
+        with workspace.locked("records"):
             policy = workspace.repository.policy(line, device_class)
             if policy is None:
                 raise OperatorError(f"nothing of {line}/{device_class} is rolled out, so there is nothing to halt")
             halted = rollout.halt(policy)
             workspace.repository.set_policy(halted)
             workspace.ledger.append("halt", f"{line}/{device_class}", reason, {"release": policy.seq})
+        with _progress():
             publish.fn(str(workspace.root))
         _answer(as_json, halted.model_dump(), rollout.describe(halted))
+
+
+@rollout_app.command("renew")
+def rollout_renew(
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")], as_json: Json = False
+) -> None:
+    """Sign the present policy anew, its waves unchanged, before its signature ends after 14 days."""
+    with _errors():
+        workspace = _workspace()
+        from flows.release import publish
+        from flows.workspace import line_and_class
+        from ota.errors import OperatorError
+        from ota.release import rollout
+
+        line, device_class = line_and_class(target, workspace)
+        with workspace.locked("records"):
+            policy = workspace.repository.policy(line, device_class)
+            if policy is None:
+                raise OperatorError(f"nothing of {line}/{device_class} is rolled out, so there is nothing to renew")
+            workspace.repository.set_policy(policy)
+        with _progress():
+            publish.fn(str(workspace.root))
+        ends = workspace.repository.expiries()["rollout"].isoformat()
+        _answer(as_json, policy.model_dump() | {"expires": ends}, f"{rollout.describe(policy)}; signed until {ends}")
 
 
 @rollout_app.command("status")
@@ -350,11 +441,30 @@ def trust_refresh(as_json: Json = False) -> None:
         workspace = _workspace()
         from flows.release import publish
 
-        with workspace.locked():
+        with workspace.locked("records"):
             workspace.repository.refresh()
+        with _progress():
             publish.fn(str(workspace.root))
         expiries = {role: when.isoformat() for role, when in workspace.repository.expiries().items()}
         _answer(as_json, {"expires": expiries}, f"signed; the next refresh is due before {expiries['timestamp']}")
+
+
+@trust_app.command("renew")
+def trust_renew(
+    roles: Annotated[list[str] | None, typer.Argument(help="Of root, targets (both need keys/offline), models, deltas.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sign roles anew before their signatures end; models and deltas unless others are named."""
+    with _errors():
+        workspace = _workspace()
+        from flows.release import publish
+
+        with workspace.locked("records"):
+            expiries = workspace.repository.renew(roles or ["models", "deltas"])
+        with _progress():
+            publish.fn(str(workspace.root))
+        ends = {role: when.isoformat() for role, when in sorted(expiries.items())}
+        _answer(as_json, {"expires": ends}, "\n".join(f"{role:10} {when}" for role, when in ends.items()))
 
 
 @trust_app.command("status")
@@ -418,8 +528,11 @@ def demo(
 
 
 def _fresh_folder() -> Path:
+    """The first folder in which no demo was played to its end."""
+    from flows.demo import is_finished
+
     candidates = (Path("ferry-demo" if i == 1 else f"ferry-demo-{i}") for i in range(1, 1000))
-    return next(path for path in candidates if not path.exists())
+    return next(path for path in candidates if not is_finished(path))
 
 
 def _workspace() -> Workspace:
@@ -452,8 +565,22 @@ def _errors() -> Iterator[None]:
         if _Options.debug:
             raise
         _fail(str(error), _exit_code(error))
+    except OSError as error:
+        if _Options.debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; check the path and who may write there", 3)
+    except Exception as error:
+        if _Options.debug or not _is_unreachable(error):
+            raise
+        _fail(f"Prefect's server at {os.environ.get('PREFECT_API_URL')} cannot be reached; start it, or unset PREFECT_API_URL", 4)
     except KeyboardInterrupt:
         _fail("interrupted; repeat the command to go on", 130)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether Prefect's client did not reach its server; it says so by a bare RuntimeError, or by httpx's errors."""
+    return "Failed to reach API" in str(error) or type(error).__module__.startswith(("httpx", "httpcore"))
 
 
 def _exit_code(error: Exception) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flows.errors import FlowError
+from flows.errors import FlowError, WorkspaceError
+from flows.workspace import SETTINGS as SETTINGS_FILE
 from flows.workspace import create
 
 LINE, SECOND, CLASS = "surfaces", "digits", "edge"
@@ -39,12 +41,12 @@ channels = 1
 text_length = 20
 
 [lines.surfaces.training]
-steps = 640
+steps = 420
 batch = 8
 learning_rate = 1.5e-3
 
 [lines.surfaces.retraining]        # from the champion, on the data of both deliveries
-steps = 340
+steps = 310
 batch = 8
 learning_rate = 7e-4
 update_grid = 3.0                  # rounds the update, so that its delta is small
@@ -56,7 +58,7 @@ guidance = 2.0
 
 [lines.surfaces.gate]
 images = 128
-coverage = 0.2
+coverage = 0.1
 
 [lines.surfaces.classes.edge]
 configuration = "I"
@@ -71,7 +73,7 @@ channels = 1
 text_length = 8
 
 [lines.digits.training]
-steps = 400
+steps = 300
 batch = 64
 learning_rate = 8e-3
 
@@ -82,7 +84,7 @@ guidance = 2.0
 
 [lines.digits.gate]
 images = 128
-coverage = 0.2
+coverage = 0.1
 
 [lines.digits.classes.edge]
 configuration = "I"
@@ -104,12 +106,12 @@ class Demo:
         self.notes: dict[str, Any] = {"done": [], "seconds": {}, "devices": {name: {} for name in DEVICES}}
         if self._path.is_file():
             self.notes = json.loads(self._path.read_bytes())
+        settings = self.root / SETTINGS_FILE
+        if settings.is_file() and settings.read_text() != SETTINGS:
+            raise WorkspaceError(
+                f"{self.root} is a workspace of its own; name an empty folder, the demo would write into its data"
+            )
         self.workspace = create(self.root, [], SETTINGS)
-
-    @property
-    def finished(self) -> bool:
-        """Whether every step was done before."""
-        return "report" in self.notes["done"]
 
     def step(self, name: str, text: str, action: Callable[[], object]) -> None:
         """Do a step unless it is done, and write down that it is."""
@@ -201,7 +203,7 @@ class Demo:
 
     def _one_update(self, device: str, caption: str | None, refuses: bool) -> None:
         folder = self.root / "devices" / device
-        if not (folder / "config.json").is_file():
+        if device not in self.workspace.fleet.devices():  # both calls are repeatable: a kill may come between them
             anchor = self.root / "root.json"
             known = agent(
                 folder, "init", "--device", device, "--line", LINE, "--class", CLASS,
@@ -209,7 +211,14 @@ class Demo:
                 "--root-sha256", file_sha256(anchor), "--reports", str(self.workspace.inbox),
             )  # fmt: skip
             self.workspace.fleet.enroll(device, known["public_key"])
-        agent(folder, "update", expect=6 if refuses else 0)
+        if refuses:
+            # 6: it refuses now. 0: it did before, in a run of the demo that was killed.
+            agent(folder, "update", expect=(6, 0))
+            wanted = self.workspace.repository.policy(LINE, CLASS)
+            if wanted is None or wanted.manifest not in refusals(folder):
+                raise DemoError(f"{device} did not refuse the broken release; see {folder / 'state.json'}")
+        else:
+            agent(folder, "update")
         if caption is not None:
             pictures = self.root / "pictures"
             pictures.mkdir(exist_ok=True)
@@ -220,10 +229,12 @@ class Demo:
         """Register the champion with its weights shuffled, as a fault in the factory might; then overrule the gate."""
         import torch
 
-        from flows.promote import promote
+        from flows.promote import promote, promotions
         from flows.retrain import champion_files, register_checkpoint
         from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
 
+        if promotions(self.workspace, self._subject())[-1].facts["overruled"]:
+            return  # done, in a run of the demo that was killed
         champion = self.workspace.catalog.champion(self._subject())
         if champion is None:
             raise DemoError(f"{self._subject()} has no champion to break")
@@ -245,7 +256,7 @@ class Demo:
         promote(self.workspace, self._subject(), row["version"], "drill: would the devices notice?", overrule=True)
 
     def _recover(self) -> None:
-        from flows.promote import promote
+        from flows.promote import promote, promotions
         from flows.release import publish, release
         from ota.release import rollout
 
@@ -255,8 +266,8 @@ class Demo:
             raise DemoError(f"nothing of {LINE}/{CLASS} is rolled out")
         repository.set_policy(rollout.halt(broken))
         ledger.append("halt", f"{LINE}/{CLASS}", "every device refused it", {"release": broken.seq})
-        good = [e.facts["version"] for e in ledger.entries(str(subject)) if e.kind == "promotion" and not e.facts["overruled"]]
-        promote(self.workspace, subject, good[-1], "drill ended")
+        good = promotions(self.workspace, subject, overruled=False)[-1]
+        promote(self.workspace, subject, good.facts["version"], "drill ended")
         made = release(str(self.root), LINE, CLASS)
         again = next(r for r in repository.releases(LINE, CLASS) if r.seq == made["release"])
         repository.set_policy(rollout.start(again, [100], soak=0, revert=True))
@@ -308,7 +319,15 @@ class Demo:
         }  # fmt: skip
 
 
-def agent(folder: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:
+def is_finished(root: Path) -> bool:
+    """Whether a folder holds a demo that was played to its end, or something else altogether."""
+    notes = root / "work" / "demo.json"
+    if notes.is_file():
+        return "report" in json.loads(notes.read_bytes())["done"]
+    return root.exists()
+
+
+def agent(folder: Path, *arguments: str, expect: tuple[int, ...] = (0,)) -> dict[str, Any]:
     """Call the real `ferry-agent` in a process of its own; returns what it answers.
 
     Raises:
@@ -316,7 +335,7 @@ def agent(folder: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "ota.agent.cli", "--quiet", *arguments, "--dir", str(folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode != expect:
+    if done.returncode not in expect:
         raise DemoError(f"{folder.name}: `ferry-agent {arguments[0]}` ended with {done.returncode}: {done.stderr.strip()}")
     answer: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {}
     return answer
@@ -337,10 +356,14 @@ def refusals(folder: Path) -> dict[str, str]:
 def text(summary: dict[str, Any]) -> str:
     """The summary for people."""
     b, g = summary["bytes"], summary["gate"]
+    place = os.path.relpath(summary["workspace"])
     first, second = summary["data_versions"][0][:8], summary["data_versions"][-1][:8]
     lines = [
         f"data        two revisions, {first} and {second}",
-        *(f"gate        version {number}: {row['outcome']}, {row['reason']}" for number, row in g.items()),
+        *(
+            f"gate        version {number}: {row['outcome']}, {_first(row['reason'])}, n = {row['n']}"
+            for number, row in g.items()
+        ),
         f"update      {b['delta']:,} bytes as a delta, {b['full']:,} in full ({b['full'] / b['delta']:.1f} times less)",
         f"fetched     {max(b['received'].values()):,} bytes by each device for the update, metadata included",
     ]
@@ -350,14 +373,20 @@ def text(summary: dict[str, Any]) -> str:
             f"{acts['after_broken'][:8]}"
         )
     for device, reason in summary["refused"].items():
-        lines.append(f"{device}    refused: {reason}")
+        lines.append(f"{device}    refused: {_first(reason)}")
     lines += [
         f"champion    version {summary['champion']}; {summary['ledger_entries']} decisions in the ledger",
         f"time        {summary['seconds']['all']:.0f} s in all",
-        f"report      {summary['report']}",
-        f"workspace   {summary['workspace']}; go on with `cd {summary['workspace']}` and `ferry --help`",
+        f"report      {os.path.relpath(summary['report'])}",
+        f"workspace   {place}; go on with `cd {place}` and `ferry --help`",
     ]
     return "\n".join(lines)
+
+
+def _first(reason: str) -> str:
+    """The first of several reasons, for one line of text; --json has them all."""
+    first, *others = reason.partition(" (n = ")[0].split("; ")
+    return f"{first} (and {len(others)} more)" if others else first
 
 
 def file_sha256(path: Path) -> str:

@@ -9,16 +9,15 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 
 from flows import progress
+from flows.promote import champions, check_ledger, promotions
 from flows.retrain import RETRIES, champion_files
 from flows.workspace import Workspace
-from model.config import VariantName
-from model.scorecard import Frozen
+from model.scorecard import Frozen, Scorecard
 from model.train import load_checkpoint
 from ota.manifest import Origin
 from ota.release import bundle, store
 from ota.release.bundle import Bundle, Delta
 from ota.release.repository import Release
-from registry.catalog import Subject, Version
 from registry.errors import CatalogError
 
 PREVIOUS = 2  # releases before this one that get a delta even if no device reports them
@@ -44,29 +43,20 @@ def make_bundle(root: str, line: str, device_class: str) -> str:
     """Put the champions of a line together for a device class; returns the bundle's folder."""
     workspace = Workspace(Path(root))
     settings = workspace.device_class(line, device_class)
-    exports: dict[VariantName, Path] = {}
-    champions: list[Version] = []
-    for variant in settings.variants:
-        subject = Subject(line=line, configuration=settings.configuration, variant=variant)
-        champion = workspace.catalog.champion(subject)
-        if champion is None:
-            raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {line}`, or `ferry promote`")
-        champions.append(champion)
-        exports[variant] = Path(champion_files(workspace, champion)["bundle"])
-    first = champions[0]
+    found = champions(workspace, line, device_class)
+    exports = {variant: Path(champion_files(workspace, champion)["bundle"]) for variant, champion in found.items()}
+    first = next(iter(found.values()))
     lineage = load_checkpoint(Path(champion_files(workspace, first)["checkpoint"])).lineage
-    promotions = [
-        e for e in workspace.ledger.entries(str(first.subject)) if e.kind == "promotion" and e.facts["version"] == first.number
-    ]
-    if not promotions:
+    stored = Scorecard.model_validate_json(workspace.catalog.text(first, "scorecard.json")).precision
+    if stored != settings.precision:
         raise CatalogError(
-            f"{first.subject} {first.number} is champion in MLflow, but the ledger does not say why; run `ferry promote "
-            f"{first.subject} {first.number} --reason ...`"
+            f"{first.subject} {first.number} is stored as {stored}, ferry.toml asks for {settings.precision}; run `ferry retrain {line}`"
         )
+    promoted = next(e for e in promotions(workspace, first.subject) if e.facts["version"] == first.number)
     # The first promotion: going back to a version later must find the bundle that devices know, byte for byte.
     origin = Origin(
         data_rev=lineage.data.rev, data_md5=lineage.data.md5, code=lineage.code, lineage=lineage.sha256,
-        scorecard=first.tags["scorecard.sha256"], decision=promotions[0].sha256, model=first.subject.model,
+        scorecard=first.tags["scorecard.sha256"], decision=promoted.sha256, model=first.subject.model,
         version=first.number,
     )  # fmt: skip
     made = bundle.assemble(
@@ -110,16 +100,17 @@ def sign(root: str, folder: str, deltas: list[Delta]) -> Release:
     """Add the bundle and its deltas to the signed repository, and record it."""
     workspace = Workspace(Path(root))
     made = bundle.open_bundle(Path(folder))
-    release = workspace.repository.publish_release(
-        made.manifest, made.folder, workspace.ledger.head(), [(d.base, d.path) for d in deltas]
-    )
-    subject = f"{release.line}/{release.device_class}"
-    known = [e for e in workspace.ledger.entries(subject) if e.kind == "release" and e.facts["manifest"] == release.manifest]
-    if not known:
-        workspace.ledger.append(
-            "release", subject, f"version {release.version} published",
-            {"release": release.seq, "manifest": release.manifest, "deltas": {d.base: d.size for d in deltas}},
-        )  # fmt: skip
+    with workspace.locked("records"):
+        release = workspace.repository.publish_release(
+            made.manifest, made.folder, workspace.ledger.head(), [(d.base, d.path) for d in deltas]
+        )
+        subject = f"{release.line}/{release.device_class}"
+        known = [e for e in workspace.ledger.entries(subject) if e.kind == "release" and e.facts["manifest"] == release.manifest]
+        if not known:
+            workspace.ledger.append(
+                "release", subject, f"version {release.version} published",
+                {"release": release.seq, "manifest": release.manifest, "deltas": {d.base: d.size for d in deltas}},
+            )  # fmt: skip
     return release
 
 
@@ -128,7 +119,18 @@ def publish(root: str) -> int:
     """Copy what is new in the repository to where devices fetch it; returns the number of files."""
     workspace = Workspace(Path(root))
     stores = workspace.settings.stores
-    return store.publish(workspace.repository.files(), stores.publish, workspace.root, stores.s3_endpoint or None)
+    with workspace.locked("records"):
+        files = list(workspace.repository.files())
+        copied: list[str] = []
+
+        def show(name: str) -> None:
+            copied.append(name)
+            progress.advance("publish", len(copied), len(files))
+
+        count = store.publish(files, stores.publish, workspace.root, stores.s3_endpoint or None, show)
+    if copied:
+        progress.advance("publish", len(files), len(files))  # the others were there
+    return count
 
 
 @flow(name="release", persist_result=False)
@@ -138,15 +140,17 @@ def release(root: str, line: str, device_class: str) -> dict[str, Any]:
     Who may install it is a matter of its own: `ferry rollout start`.
     """
     workspace = Workspace(Path(root))
-    with workspace.locked():
+    with workspace.locked("release"):
+        check_ledger(workspace)
         folder = make_bundle(root, line, device_class)
         deltas = make_deltas(root, folder)
         published = sign(root, folder, deltas)
         copied = publish(root)
     made = Released(
         line=line, device_class=device_class, release=published.seq, manifest=published.manifest,
-        versions=dict.fromkeys(workspace.device_class(line, device_class).variants, published.version),
-        full_bytes=published.full_bytes, deltas={d.base: d.size for d in deltas},
+        versions={variant: champion.number for variant, champion in champions(workspace, line, device_class).items()},
+        full_bytes=published.full_bytes,
+        deltas={d.base: d.size for d in workspace.repository.deltas(line, device_class) if d.target == published.manifest},
         metadata_bytes=workspace.repository.metadata_bytes(), copied=copied,
     )  # fmt: skip
     create_table_artifact(table=[made.model_dump()], key="release", description=f"{line}/{device_class} {published.seq}")

@@ -6,13 +6,14 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+from flows.promote import promotions
 from flows.retrain import champion_files
 from flows.workspace import Workspace
 from model.scorecard import Scorecard
 from model.train import CURVE
 from ota.release import rollout
 from registry import report
-from registry.catalog import Subject
+from registry.catalog import Subject, Version
 from registry.errors import CatalogError
 
 DECISIONS_SHOWN = 8
@@ -78,7 +79,7 @@ def _models(workspace: Workspace) -> list[report.ModelRow]:
                 steps=card.sampler.steps,
                 milliseconds=card.cost.milliseconds,
                 train_seconds=curve[-1]["seconds"],
-                reason=champion.tags["gate.reason"],
+                reason=_why(workspace, champion),
                 samples=workspace.catalog.data(champion, "pictures/samples.png"),
                 captions=json.loads(workspace.catalog.text(champion, "pictures/samples.json")),
             )
@@ -141,11 +142,31 @@ def _decisions(workspace: Workspace) -> list[report.DecisionRow]:
     ]
 
 
+def _why(workspace: Workspace, champion: Version) -> str:
+    """Why a champion is one, as the ledger has it."""
+    made = [e for e in promotions(workspace, champion.subject) if e.facts["version"] == champion.number]
+    if not made:
+        return "by an alias set in MLflow, without a record"
+    first = f"the gate was overruled: {made[0].why}" if made[0].facts["overruled"] else made[0].why
+    return first if len(made) == 1 else f"{first}; again: {made[-1].why}"
+
+
 def _go_back(workspace: Workspace) -> list[str]:
+    """The commands that put every device back on the version before, for each device class."""
     commands = []
     for subject in _subjects(workspace):
-        was = [e.facts["version"] for e in workspace.ledger.entries(str(subject)) if e.kind == "promotion"]
-        earlier = [v for v in was if v != was[-1]]
-        if earlier:
-            commands.append(f'ferry promote {subject} {earlier[-1]} --reason "going back" && ferry release {subject.line}')
+        champion = workspace.catalog.champion(subject)
+        was = [e.facts["version"] for e in promotions(workspace, subject, overruled=False)]
+        earlier = [v for v in was if champion and v != champion.number]
+        if not earlier:
+            continue
+        for device_class, settings in workspace.line(subject.line).classes.items():
+            releases = workspace.repository.releases(subject.line, device_class)
+            known = [r.seq for r in releases if r.version == earlier[-1]]
+            if settings.configuration == subject.configuration and known:
+                place = f"{subject.line}/{device_class}"
+                commands.append(
+                    f'ferry promote {subject} {earlier[-1]} --reason "going back" && ferry release {place} && '
+                    f"ferry rollout start {place} --release {known[-1]} --revert --waves 100 --soak 0"
+                )
     return commands

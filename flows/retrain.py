@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from PIL import Image
-from prefect import flow, task
+from prefect import Flow, State, flow, task
 from prefect.artifacts import create_image_artifact, create_table_artifact
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import TaskRunContext
 from prefect.tasks import exponential_backoff
 
-from flows import progress
-from flows.promote import promote
-from flows.workspace import Line, Workspace
-from model import evaluate, export, features, session, train, versions
-from model.config import ConfigurationName, VariantName, canonical_sha256
+from flows import progress, watch
+from flows.errors import WorkspaceError
+from flows.promote import promote, promotions
+from flows.workspace import Line, Training, Workspace
+from model import distill, evaluate, export, features, session, train, versions
+from model.config import TEACHERS, ConfigurationName, ModelConfig, VariantName, canonical_sha256
 from model.data import Dataset, prepare
-from model.errors import RevisionError
+from model.errors import CheckpointError
 from model.evaluate import Drawn
-from model.scorecard import Comparison, DataVersion, Frozen, Lineage, Quality, Scorecard
+from model.scorecard import Comparison, DataVersion, Frozen, Lineage, Quality, Sampler, Scorecard
 from registry.catalog import BUNDLE, CHECKPOINT, Subject, Version
 from registry.selection import Decision, Limits, decide
 
@@ -53,36 +56,50 @@ class Retrained(Frozen):
 
 def by_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     """Cache by the content that a step depends on, not by the names of files."""
-    return f"{context.task.name}:{parameters['key']}"
+    return f"{context.task.name}:{parameters['root']}:{parameters['key']}"  # results are paths below the root
 
 
 @task(name="pull data", **RETRIES)
 def pull_data(root: str, version: dict[str, Any]) -> str:
     """Deliver and verify a data revision; returns its folder."""
     workspace = Workspace(Path(root))
-    return str(versions.pull(workspace.root, DataVersion(**version), workspace.work / "data"))
+    with workspace.locked("data"):
+        return str(versions.pull(workspace.root, DataVersion(**version), workspace.work / "data"))
 
 
 @task(name="train", cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def train_model(
-    root: str, version: dict[str, Any], configuration: ConfigurationName, variant: VariantName, parent: str | None, key: str
+    root: str,
+    version: dict[str, Any],
+    configuration: ConfigurationName,
+    variant: VariantName,
+    parent: str | None,
+    teacher: str | None,
+    key: str,
 ) -> str:
-    """Train, or go on training; returns the checkpoint's folder."""
+    """Train or distil, or go on with it; returns the checkpoint's folder."""
     workspace = Workspace(Path(root))
     data = DataVersion(**version)
     line = workspace.line(data.line)
-    settings = line.retraining if parent else line.training
-    label = f"train {data.line}/{configuration}/{variant}"
-    checkpoint = train.train(
-        line.config(configuration),
-        open_dataset(workspace, line, configuration, data),
-        data,
-        settings.options(),
-        workspace.work / "runs" / key,
-        variant=variant,
-        parent=train.load_checkpoint(Path(parent)) if parent else None,
-        on_step=lambda step, _: progress.advance(label, step, settings.steps),
-    )
+    settings = _training(line, variant, parent, teacher)
+    taught_by, objective = None, None
+    if teacher:
+        taught_by = train.load_checkpoint(Path(teacher))
+        objective = distill.stage(taught_by.network(), taught_by.lineage.variant, variant, line.sampler.guidance)
+    subject = Subject(line=data.line, configuration=configuration, variant=variant)
+    with watch.watching(workspace, subject, key, settings.steps, picture) as watcher:
+        checkpoint = train.train(
+            line.config(configuration),
+            open_dataset(workspace, line, configuration, data),
+            data,
+            settings.options(),
+            workspace.work / "runs" / key,
+            variant=variant,
+            parent=train.load_checkpoint(Path(parent)) if parent else None,
+            teacher=taught_by,
+            objective=objective,
+            watcher=watcher,
+        )
     return str(checkpoint.folder)
 
 
@@ -94,25 +111,38 @@ def export_model(root: str, checkpoint: str, configuration: ConfigurationName, k
     line = workspace.line(opened.lineage.data.line)
     captions = sorted(set(open_dataset(workspace, line, configuration, opened.lineage.data).captions))
     out = workspace.work / "exports" / key
-    precision = next(c.precision for c in line.classes.values() if c.configuration == configuration)
-    export.export(opened, precision, line.sampler, captions, line.latency_ms(configuration), out)
+    sampler = line.sampler_of(opened.lineage.variant)
+    export.export(
+        opened, line.precision(configuration), sampler, captions, line.latency_ms(configuration, opened.lineage.variant), out
+    )
     return str(out)
 
 
 @task(name="evaluate", cache_key_fn=by_key, persist_result=True, result_serializer="json")
-def evaluate_model(root: str, checkpoint: str, exported: str, champion: dict[str, str] | None, key: str) -> dict[str, str]:
-    """Draw images and score them, beside the champion's where there is one; returns the paths of card and pictures."""
+def evaluate_model(
+    root: str, checkpoint: str, exported: str, champion: dict[str, str] | None, full: str | None, key: str
+) -> dict[str, str]:
+    """Draw images and score them; returns the paths of card and pictures.
+
+    Beside them are scored the champion's, where there is one, and beside a student's those of `full`, drawn with as many
+    network evaluations.
+    """
     workspace = Workspace(Path(root))
     opened = train.load_checkpoint(Path(checkpoint))
     lineage = opened.lineage
     line = workspace.line(lineage.data.line)
     dataset = open_dataset(workspace, line, lineage.config.configuration, lineage.data)
-    spaces = features.fit(dataset, workspace.root / "features" / f"{lineage.data.line}.safetensors")
-    challenger = _Contender(Path(exported), workspace.work / "draws", line)
+    frozen = workspace.root / "features" / f"{lineage.data.line}.safetensors"
+    if champion and not frozen.is_file():  # fitted anew, they would be other spaces, and past figures would mean nothing
+        raise CheckpointError(f"{frozen} is missing; restore it from a backup, past figures depend on it")
+    spaces = features.fit(dataset, frozen)
+    sampler = line.sampler_of(lineage.variant)
+    challenger = _Contender(Path(exported), workspace.work / "draws", lineage.data.line, sampler)
     splits: dict[str, Dataset] = {"new": dataset}
     other = None
     if champion:
-        other = _Contender(Path(champion["bundle"]), workspace.work / "draws", line)
+        theirs = Path(champion["bundle"])
+        other = _Contender(theirs, workspace.work / "draws", lineage.data.line, _drawn_as(theirs))
         old = train.load_checkpoint(Path(champion["checkpoint"])).lineage.data
         folder = pull_data.fn(root, old.model_dump())
         splits["old"] = prepare(Path(folder), lineage.config, workspace.work / "cache", old.md5)
@@ -120,21 +150,29 @@ def evaluate_model(root: str, checkpoint: str, exported: str, champion: dict[str
     comparisons: list[Comparison] = []
     drawn: dict[str, Drawn] = {}
     for split, data in splits.items():
-        reference = data.images[data.reference()]
         captions = evaluate.held_out_captions(data, line.gate.images)
         drawn[split] = challenger.draw(captions)
-        qualities += evaluate.quality(spaces, reference, drawn[split], split)
+        qualities += evaluate.quality(spaces, data, drawn[split], split)
         if other:
-            theirs = other.draw(captions)
-            comparisons += evaluate.compare(spaces, reference, drawn[split], theirs, split, other.weights_sha256)
-    cost = evaluate.measure_cost(session.load(Path(exported), threads=1), dataset.captions[0], line.sampler)
+            images = other.draw(captions)
+            comparisons += evaluate.compare(spaces, data, drawn[split], images, split, other.weights_sha256)
+    captions = evaluate.held_out_captions(dataset, line.gate.images)
+    solver = None
+    if full:
+        solver = distill.solver(lineage.variant, line.sampler.guidance)
+        baseline = _Contender(Path(full), workspace.work / "draws", lineage.data.line, solver)
+        images = baseline.draw(captions)
+        comparisons += evaluate.compare(spaces, dataset, drawn["new"], images, "new", baseline.weights_sha256, "solver")
+    memories = evaluate.memorisation(spaces, dataset, drawn["new"])
+    by_caption = evaluate.by_caption(spaces, dataset, drawn["new"], captions)
+    cost = evaluate.measure_cost(Path(exported), dataset.captions[0], sampler)
     card = evaluate.scorecard(
-        lineage, lineage.config, challenger.weights_sha256, line.sampler, drawn["new"], qualities, comparisons, cost
-    )
+        lineage, lineage.config, challenger.weights_sha256, sampler, line.precision(lineage.config.configuration), drawn["new"],
+        qualities, comparisons, memories, by_caption, cost, solver,
+    )  # fmt: skip
     out = workspace.work / "evaluations" / key
     out.mkdir(parents=True, exist_ok=True)
     (out / "scorecard.json").write_text(card.model_dump_json(indent=1))
-    captions = evaluate.held_out_captions(dataset, line.gate.images)
     picture(challenger.by_caption(captions), out / "samples.png")
     return {"scorecard": str(out / "scorecard.json"), "samples": str(out / "samples.png")}
 
@@ -149,17 +187,24 @@ def register_model(root: str, checkpoint: str, exported: str, evaluated: dict[st
     version = workspace.catalog.register(
         subject, opened.lineage, Scorecard.model_validate_json(Path(evaluated["scorecard"]).read_bytes()), made,
         opened.folder, Path(exported), {"samples": Path(evaluated["samples"]), "captions": Path(evaluated["samples"]).with_suffix(".json")},
-        json.loads((opened.folder / train.CURVE).read_bytes()),
+        watch.points(json.loads((opened.folder / train.CURVE).read_bytes())),
     )  # fmt: skip
-    if not any(e.facts.get("decision") == made.sha256 for e in workspace.ledger.entries(str(subject))):
-        workspace.ledger.append(
-            "gate", str(subject), made.reason,
-            {"version": version.number, "outcome": made.outcome, "decision": made.sha256, "scorecard": made.scorecard},
-        )  # fmt: skip
+    with workspace.locked("records"):
+        if not any(e.facts.get("decision") == made.sha256 for e in workspace.ledger.entries(str(subject))):
+            workspace.ledger.append(
+                "gate", str(subject), made.reason,
+                {"version": version.number, "outcome": made.outcome, "decision": made.sha256, "scorecard": made.scorecard},
+            )  # fmt: skip
     return version.number
 
 
-@flow(name="retrain", validate_parameters=True, persist_result=False)
+def _tell(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001 - Prefect fixes the names
+    """One line for whoever watches `ferry serve`; a run that was started by hand says it through the command."""
+    if flow_run.deployment_id:
+        sys.stderr.write(f"ferry: the scheduled retraining {flow_run.name} failed: {state.message}\n")
+
+
+@flow(name="retrain", validate_parameters=True, persist_result=False, on_failure=[_tell], on_crashed=[_tell])
 def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = True) -> list[dict[str, Any]]:
     """Retrain every model of a line on a data revision, and promote what the gate lets through.
 
@@ -170,15 +215,17 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
         promote_winners: False registers only; a person promotes with `ferry promote`.
 
     Returns:
-        one `Retrained`, as plain data, for each configuration and variant.
+        one `Retrained`, as plain data, for each configuration and variant; the outcome of a student whose teacher has no version
+        that passed the gate is "no teacher", its version 0.
     """
     workspace = Workspace(Path(root))
     settings = workspace.line(line)
-    with workspace.locked():
+    with workspace.locked("retraining"):
         data = versions.resolve(workspace.root, settings.data, line, rev)
         pull_data(root, data.model_dump())
         combinations = settings.combinations()
-        done = [_retrain_one(workspace, data, c, v, len(combinations), promote_winners) for c, v in combinations]
+        teachers = _Teachers({})
+        done = [_retrain_one(workspace, data, c, v, teachers, len(combinations), promote_winners) for c, v in combinations]
     rows = [row.model_dump() for row in done]
     create_table_artifact(table=rows, key="scorecards", description=f"{line} at {data.rev[:12]}")
     return rows
@@ -192,54 +239,190 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
         a `Retrained`, as plain data.
     """
     workspace = Workspace(Path(root))
-    with workspace.locked():
+    with workspace.locked("retraining"):
         lineage = train.load_checkpoint(Path(checkpoint)).lineage
         pull_data(root, lineage.data.model_dump())
-        champion = workspace.catalog.champion(subject_of(lineage))
+        subject = subject_of(lineage)
+        champion = workspace.catalog.champion(subject)
         theirs = champion_files(workspace, champion) if champion else None
-        return judge_and_register(workspace, checkpoint, theirs, champion, 1, winners=False).model_dump()
+        full = workspace.catalog.champion(subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
+        beside = champion_files(workspace, full)["bundle"] if full else None
+        return judge_and_register(workspace, checkpoint, theirs, champion, 1, winners=False, full=beside).row.model_dump()
+
+
+@dataclass
+class _Teachers:
+    """What may teach the next variant of a configuration: the new version if the gate let it through, else the champion.
+
+    A version that somebody took back teaches nobody, nor does one of another shape.
+    """
+
+    files: dict[tuple[ConfigurationName, VariantName], dict[str, str]]
+
+    def of(self, configuration: ConfigurationName, variant: VariantName) -> dict[str, str] | None:
+        """Checkpoint and bundle of the variant that teaches this one."""
+        taught_by = TEACHERS.get(variant)
+        return self.files.get((configuration, taught_by)) if taught_by else None
+
+
+def _training(line: Line, variant: VariantName, parent: str | None, teacher: str | None) -> Training:
+    """The settings of a training: from noise, from the champion, or of a student.
+
+    A student that starts from its teacher's weights is not rounded to a grid around them: no device has them as its own.
+    """
+    if teacher is None:
+        return line.retraining if parent else line.training
+    if train.load_checkpoint(Path(cast("str", parent))).lineage.variant == variant:
+        return line.distillation
+    return line.distillation.model_copy(update={"update_grid": 0.0})
 
 
 def _retrain_one(
-    workspace: Workspace, data: DataVersion, configuration: ConfigurationName, variant: VariantName, together: int, winners: bool
+    workspace: Workspace,
+    data: DataVersion,
+    configuration: ConfigurationName,
+    variant: VariantName,
+    teachers: _Teachers,
+    together: int,
+    winners: bool,
 ) -> Retrained:
     root, line = str(workspace.root), workspace.line(data.line)
     subject = Subject(line=data.line, configuration=configuration, variant=variant)
     champion = workspace.catalog.champion(subject)
     theirs = champion_files(workspace, champion) if champion else None
-    if champion and theirs and _is_current(train.load_checkpoint(Path(theirs["checkpoint"])).lineage, line, data):
+    teacher = teachers.of(configuration, variant)
+    if variant in TEACHERS and teacher is None:
         return Retrained(
-            subject=str(subject), data_rev=data.rev, version=champion.number, outcome="unchanged",
-            reason="the champion was trained on these data with these settings", n=0, promoted=False,
+            subject=str(subject), data_rev=data.rev, version=0, outcome="no teacher",
+            reason=f"it is taught by {TEACHERS[variant]}, of which no version has passed the gate", n=0, promoted=False,
         )  # fmt: skip
+    taught_sha256 = train.load_checkpoint(Path(teacher["checkpoint"])).weights_sha256 if teacher else None
+    full = teachers.files[configuration, "full"]["bundle"] if teacher else None
+    config, starts = line.config(configuration), [teacher["checkpoint"] if teacher else None]
+    if champion and theirs:
+        before = train.load_checkpoint(Path(theirs["checkpoint"]))
+        check_same_pictures(before.lineage.config, config)
+        if before.lineage.config == config:
+            teachers.files[configuration, variant] = theirs
+        if _is_current(before.lineage, line, data, taught_sha256):
+            if _is_exported_so(workspace, champion, Path(theirs["bundle"]), line):
+                return Retrained(
+                    subject=str(subject), data_rev=data.rev, version=champion.number, outcome="unchanged",
+                    reason="the champion was trained on these data with these settings", n=0, promoted=False,
+                )  # fmt: skip
+            # Only how it is stored or drawn has changed: no training, but the gate has to see it.
+            judged = judge_and_register(workspace, theirs["checkpoint"], theirs, champion, together, winners, full)
+            if judged.fit:
+                teachers.files[configuration, variant] = {"checkpoint": theirs["checkpoint"], "bundle": judged.bundle}
+            return judged.row
+        if before.lineage.config.tier == config.tier:  # weights of another tier have other shapes
+            # A student goes on from the student before, so that the update is small; if that does not pass, from its teacher.
+            starts = [theirs["checkpoint"], *(starts if teacher else ())]
+    for parent in starts:
+        options = _training(line, variant, parent, teacher["checkpoint"] if teacher else None).options()
+        parent_sha256 = train.load_checkpoint(Path(parent)).weights_sha256 if parent else None
+        key = canonical_sha256(
+            [
+                data.line,
+                data.md5,
+                config.sha256,
+                variant,
+                options.sha256,
+                train.code_sha256(),
+                parent_sha256,
+                taught_sha256,
+                _guidance(line, variant),
+            ]
+        )[:32]
+        checkpoint = _cached(train_model, workspace.work / "runs" / key / train.LINEAGE)(
+            root, data.model_dump(), configuration, variant, parent, teacher["checkpoint"] if teacher else None, key
+        )
+        # Two attempts are two chances to be let through by luck.
+        judged = judge_and_register(workspace, checkpoint, theirs, champion, together * len(starts), winners, full)
+        if judged.fit:
+            teachers.files[configuration, variant] = {"checkpoint": checkpoint, "bundle": judged.bundle}
+        if judged.row.outcome == "promote":
+            break
+    return judged.row
 
-    parent = theirs["checkpoint"] if theirs else None
-    options = (line.retraining if parent else line.training).options()
-    parent_sha256 = train.load_checkpoint(Path(parent)).weights_sha256 if parent else None
-    key = canonical_sha256(
-        [data.md5, line.config(configuration).sha256, variant, options.sha256, train.code_sha256(), parent_sha256]
-    )[:32]
-    checkpoint = _cached(train_model, workspace.work / "runs" / key / train.LINEAGE)(
-        root, data.model_dump(), configuration, variant, parent, key
-    )
-    return judge_and_register(workspace, checkpoint, theirs, champion, together, winners)
+
+def _guidance(line: Line, variant: VariantName) -> float | None:
+    """What a student learns to do without: the guidance of `full`, where that teaches it."""
+    return line.sampler.guidance if TEACHERS.get(variant) == "full" else None
 
 
-def _is_current(lineage: Lineage, line: Line, data: DataVersion) -> bool:
+def _is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: str | None) -> bool:
     """Whether a champion was made from these data, by this code, with these settings: then there is nothing to do."""
-    options = {line.training.options().sha256, line.retraining.options().sha256}
+    ways = (
+        [line.distillation, line.distillation.model_copy(update={"update_grid": 0.0})]
+        if teacher
+        else [line.training, line.retraining]
+    )
+    options = {way.options().sha256 for way in ways}
     return (
         lineage.data.md5 == data.md5
         and lineage.code == train.code_sha256()
         and lineage.config == line.config(lineage.config.configuration)
         and lineage.training_sha256 in options
+        and lineage.teacher == teacher
+        and lineage.guidance == _guidance(line, lineage.variant)
     )
 
 
+def _is_exported_so(workspace: Workspace, champion: Version, bundle: Path, line: Line) -> bool:
+    """Whether a champion is stored and drawn as the settings say."""
+    card = Scorecard.model_validate_json(workspace.catalog.text(champion, "scorecard.json"))
+    latency = json.loads((bundle / "reference.json").read_bytes())["latency_ms"]
+    wanted = (
+        line.sampler_of(card.variant),
+        line.precision(card.configuration),
+        line.latency_ms(card.configuration, card.variant),
+    )
+    return (card.sampler, card.precision, latency) == wanted
+
+
+def check_same_pictures(champion: ModelConfig, wanted: ModelConfig) -> None:
+    """Refuse to judge pictures of one format by those of another.
+
+    Raises:
+        WorkspaceError: size or channels are not the champion's.
+    """
+    if (champion.image_size, champion.channels) != (wanted.image_size, wanted.channels):
+        raise WorkspaceError(
+            f"the champion draws {champion.image_size} pixels in {champion.channels} channels, ferry.toml asks for "
+            f"{wanted.image_size} in {wanted.channels}; pictures of another format are another product, give them a line of their own"
+        )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What came of a checkpoint, its exported files, and whether it may teach the next variant."""
+
+    row: Retrained
+    bundle: str
+    fit: bool
+
+
 def judge_and_register(
-    workspace: Workspace, checkpoint: str, theirs: dict[str, str] | None, champion: Version | None, together: int, winners: bool
-) -> Retrained:
-    """Export, evaluate, gate, register and perhaps promote a trained checkpoint."""
+    workspace: Workspace,
+    checkpoint: str,
+    theirs: dict[str, str] | None,
+    champion: Version | None,
+    together: int,
+    winners: bool,
+    full: str | None = None,
+) -> _Judged:
+    """Export, evaluate, gate, register and perhaps promote a trained checkpoint.
+
+    Args:
+        workspace: where.
+        checkpoint: folder.
+        theirs: the champion's files.
+        champion: the present one, if any.
+        together: models that are decided on in the same run.
+        winners: promote what the gate lets through.
+        full: bundle of the `full` that a student is compared with at equal network evaluations.
+    """
     root = str(workspace.root)
     opened = train.load_checkpoint(Path(checkpoint))
     data, configuration = opened.lineage.data, opened.lineage.config.configuration
@@ -249,25 +432,33 @@ def judge_and_register(
     )
     key = canonical_sha256([opened.weights_sha256, settings, train.code_sha256()])[:32]
     exported = _cached(export_model, workspace.work / "exports" / key / "reference.json")(root, checkpoint, configuration, key)
-    key = canonical_sha256([key, champion.weights_sha256 if champion else None])[:32]
+    beside = file_sha256(Path(full) / "weights.bin") if full else None
+    key = canonical_sha256([key, champion.weights_sha256 if champion else None, beside])[:32]
     evaluated = _cached(evaluate_model, workspace.work / "evaluations" / key / "samples.png")(
-        root, checkpoint, exported, theirs, key
+        root, checkpoint, exported, theirs, full, key
     )
     card = Scorecard.model_validate_json(Path(evaluated["scorecard"]).read_bytes())
     limits = Limits(**line.gate.model_dump(exclude={"images"}))
-    decision = decide(card, limits, line.latency_ms(configuration), champion.weights_sha256 if champion else None, together)
+    budget = line.latency_ms(configuration, opened.lineage.variant)
+    decision = decide(card, limits, budget, champion.weights_sha256 if champion else None, together)
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))
     create_image_artifact(image_url=Path(evaluated["samples"]).as_uri(), key="samples", description=f"{subject} {number}")
-    promoted = False
+    promoted, reason = False, decision.reason
+    numbers = [e.facts["version"] for e in promotions(workspace, subject)]
+    taken_back = number in numbers[:-1] and numbers[-1] != number  # somebody went back from it; a schedule must not undo that
     if decision.outcome == "promote" and winners:
-        current = workspace.catalog.champion(subject)
-        if current is None or current.number != number:
-            promote(workspace, subject, number, decision.reason)
-        promoted = True
-    return Retrained(
-        subject=str(subject), data_rev=data.rev, version=number, outcome=decision.outcome, reason=decision.reason,
-        n=decision.n, promoted=promoted,
+        if taken_back:
+            reason = f"{reason}; it was taken back, so promote it by hand if it is to come again"
+        else:
+            current = workspace.catalog.champion(subject)
+            if current is None or current.number != number:
+                promote(workspace, subject, number, decision.reason)
+            promoted = True
+    row = Retrained(
+        subject=str(subject), data_rev=data.rev, version=number, outcome=decision.outcome, reason=reason, n=decision.n,
+        promoted=promoted,
     )  # fmt: skip
+    return _Judged(row, exported, decision.outcome == "promote" and not taken_back)
 
 
 def _cached(step: Any, result: Path) -> Any:
@@ -293,26 +484,14 @@ def open_dataset(workspace: Workspace, line: Line, configuration: ConfigurationN
     return prepare(folder, line.config(configuration), workspace.work / "cache", data.md5)
 
 
-def check_clean(workspace: Workspace, line: str) -> None:
-    """Refuse to train on HEAD while the data folder holds something else.
-
-    Raises:
-        RevisionError: it does.
-    """
-    path = workspace.line(line).data
-    if versions.is_dirty(workspace.root, path):
-        raise RevisionError(
-            f"{path} holds changes that no revision has; record them with `ferry data add {line}`, or name a revision with --data"
-        )
-
-
 @dataclass
 class _Contender:
     """A model in an evaluation; what it draws for given captions is kept, keyed by its weights."""
 
     folder: Path
     kept: Path
-    line: Line
+    line: str
+    sampler: Sampler
 
     def __post_init__(self) -> None:
         self.weights_sha256 = file_sha256(self.folder / "weights.bin")
@@ -321,20 +500,20 @@ class _Contender:
 
     def draw(self, captions: list[str]) -> Drawn:
         """Images for captions, drawn once."""
-        key = canonical_sha256([self.weights_sha256, captions, self.line.sampler.model_dump(), evaluate.EVALUATION_SEED])[:32]
+        key = canonical_sha256([self.weights_sha256, captions, self.sampler.model_dump(), evaluate.EVALUATION_SEED])[:32]
         path = self.kept / f"{key}.npz"
         try:
             with np.load(path) as file:
-                self._last = Drawn(file["images"], file["load"], float(file["bad"]))
+                self._last = Drawn(file["images"], file["by_step"], float(file["bad"]))
         except (OSError, ValueError, KeyError):
             self._session = self._session or session.load(self.folder)
-            label = f"draw {self.line.data.rpartition('/')[2]} {self.weights_sha256[:8]}"
+            label = f"draw {self.line} {self.weights_sha256[:8]}"
             self._last = evaluate.draw(
-                self._session, captions, self.line.sampler, lambda done, total: progress.advance(label, done, total)
+                self._session, captions, self.sampler, lambda done, total: progress.advance(label, done, total)
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = path.with_suffix(".tmp.npz")
-            np.savez(fresh, images=self._last.images, load=self._last.load, bad=self._last.bad)
+            np.savez(fresh, images=self._last.images, by_step=self._last.load, bad=self._last.bad)
             fresh.replace(path)
         return self._last
 
@@ -345,6 +524,12 @@ class _Contender:
         for caption, image in zip(captions, drawn, strict=True):
             groups.setdefault(caption, []).append(image)
         return groups
+
+
+def _drawn_as(bundle: Path) -> Sampler:
+    """How a bundle says that it is drawn."""
+    table = json.loads((bundle / "sampler.json").read_bytes())
+    return Sampler(method=table["method"], steps=len(table["times"]) - 1, guidance=table["guidance"])
 
 
 def file_sha256(path: Path) -> str:

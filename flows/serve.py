@@ -13,9 +13,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
-from flows.errors import ServerError
+from flows.errors import ServerError, WorkspaceError
 from flows.workspace import Workspace
 
 START_SECONDS = 300.0
@@ -38,6 +38,8 @@ def server(workspace: Workspace) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}/api"
     workspace.work.mkdir(exist_ok=True)
     log_path = workspace.work / "prefect-server.log"
+    # systemd ends services by SIGTERM, which by default leaves no chance to end the server as well.
+    before = signal.signal(signal.SIGTERM, _terminate)
     with log_path.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
@@ -50,6 +52,11 @@ def server(workspace: Workspace) -> Iterator[str]:
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         _end(process)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _free_port() -> int:
@@ -89,7 +96,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str) -> None:
     """Run `retrain` for lines by a cron schedule, until interrupted. One run at a time.
 
     Raises:
-        ServerError: the schedule is not valid, or Prefect's server cannot be used.
+        WorkspaceError: the schedule is not valid.
     """
     from prefect import serve as prefect_serve
     from prefect.deployments.runner import RunnerDeployment
@@ -106,5 +113,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str) -> None:
             for line in lines
         ]  # fmt: skip
     except ValueError as error:
-        raise ServerError(f"{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 1' for Mondays at 3") from error
+        raise WorkspaceError(
+            f"{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 1' for Mondays at 3"
+        ) from error
     prefect_serve(*cast("list[RunnerDeployment]", deployments), limit=1, print_starting_message=False)

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from flows.errors import BusyError, WorkspaceError
-from model.config import ConfigurationName, ModelConfig, TierName, VariantName
+from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
 from model.scorecard import Sampler
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from registry.ledger import Ledger
 
 SETTINGS = "ferry.toml"
+LOCK_SECONDS = 60.0
+TEACHING_MS = 3_600_000.0  # for an image of a variant that no device class runs
 LineName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 
 
@@ -62,7 +64,6 @@ class Prices(Section):
 
     currency: str = "EUR"
     megabyte: float = Field(default=0.5, ge=0, description="of traffic to a device")
-    kilowatt_hour: float = Field(default=0.3, ge=0)
     training_hour: float = Field(default=0.1, ge=0, description="of the machine that trains")
     fleet: int = Field(default=1000, ge=1, description="devices that an update goes to")
 
@@ -91,15 +92,22 @@ class Gate(Section):
     margin: float = Field(default=0.1, gt=0, le=1)
     minimum_images: int = Field(default=96, ge=8)
     coverage: float = Field(default=0.3, ge=0, le=1)
+    beat_solver: bool = Field(default=True, description="of dev and fast: better than full, drawn with as many evaluations")
 
 
 class DeviceClass(Section):
     """A kind of hardware: it chooses the configuration, the precision and the variants."""
 
     configuration: ConfigurationName = "I"
-    precision: Literal["float32", "float16", "bfloat16"] = "bfloat16"
-    variants: list[Literal["full"]] = Field(default=["full"], min_length=1, max_length=1)
+    precision: PrecisionName = "bfloat16"
+    variants: list[VariantName] = Field(default=["full"], min_length=1, max_length=3, description="the first is the default")
     latency_ms: float = Field(default=5000, gt=0, description="budget for one image")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> DeviceClass:
+        if len(set(self.variants)) < len(self.variants):
+            raise ValueError("a variant is listed twice")
+        return self
 
 
 class Line(Section):
@@ -110,26 +118,54 @@ class Line(Section):
     image_size: int = 16
     channels: Literal[1, 3] = 1
     text_length: int = 24
+    router: RouterName = "expert-choice"
     training: Training = Training()
     retraining: Training = Training(steps=200, learning_rate=5e-4, update_grid=2.0)
+    distillation: Training = Training(steps=200, learning_rate=5e-4, update_grid=2.0)
     sampler: Sampler = Sampler()
     gate: Gate = Gate()
     classes: dict[LineName, DeviceClass] = Field(default={"edge": DeviceClass()}, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Line:
+        stored = {(c.configuration, c.precision) for c in self.classes.values()}
+        if len(stored) > len({configuration for configuration, _ in stored}):
+            raise ValueError("classes of one configuration must share a precision, a version is exported once")
+        return self
 
     def config(self, configuration: ConfigurationName) -> ModelConfig:
         """The network of a configuration."""
         return ModelConfig(
             tier=self.tier, configuration=configuration, image_size=self.image_size, channels=self.channels,
-            text_length=self.text_length,
+            text_length=self.text_length, router=self.router,
         )  # fmt: skip
 
     def combinations(self) -> list[tuple[ConfigurationName, VariantName]]:
-        """What has to be trained: every (configuration, variant) that some class runs."""
-        return sorted({(c.configuration, v) for c in self.classes.values() for v in c.variants})
+        """What has to be trained: every (configuration, variant) that some class runs, each after the one that teaches it."""
+        wanted: set[tuple[ConfigurationName, VariantName]] = set()
+        for device_class in self.classes.values():
+            for variant in device_class.variants:
+                taught: VariantName | None = variant
+                while taught:
+                    wanted.add((device_class.configuration, taught))
+                    taught = TEACHERS.get(taught)
+        ladder = list(VARIANTS)
+        return sorted(wanted, key=lambda pair: (pair[0], ladder.index(pair[1])))
 
-    def latency_ms(self, configuration: ConfigurationName) -> float:
-        """The tightest budget among the classes with a configuration."""
-        return min(c.latency_ms for c in self.classes.values() if c.configuration == configuration)
+    def sampler_of(self, variant: VariantName) -> Sampler:
+        """How a variant is drawn: `full` as the settings say, a distilled one in the steps that it was taught."""
+        if VARIANTS[variant].guided:
+            return self.sampler
+        return Sampler(method="mean", steps=VARIANTS[variant].steps, guidance=1.0)
+
+    def precision(self, configuration: ConfigurationName) -> PrecisionName:
+        """How the classes with a configuration store weights."""
+        return next(c.precision for c in self.classes.values() if c.configuration == configuration)
+
+    def latency_ms(self, configuration: ConfigurationName, variant: VariantName) -> float:
+        """The tightest budget among the classes that run a variant; for one that only teaches, an hour."""
+        budgets = [c.latency_ms for c in self.classes.values() if c.configuration == configuration and variant in c.variants]
+        return min(budgets, default=TEACHING_MS)
 
 
 class Settings(Section):
@@ -240,23 +276,32 @@ class Workspace:
         return Repository(self.root / "repository", self.keys)
 
     @property
+    def data_remote(self) -> str:
+        """Where DVC keeps the bytes: a URL or an absolute path."""
+        remote = self.settings.stores.data
+        return remote if "://" in remote else str(self.root / remote)
+
+    @property
     def inbox(self) -> Path:
         """Where devices leave reports."""
         return self.root / self.settings.stores.reports
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the workspace against a second process that would change it.
+    def locked(self, part: Literal["retraining", "release", "data", "records"]) -> Iterator[None]:
+        """Hold a part of the workspace against a second process that would change it.
+
+        `records` (ledger, aliases, signed repository) and `data` are held for moments and waited for; so a rollout can be
+        halted while a model is trained.
 
         Raises:
             BusyError: another one holds it.
         """
         self.work.mkdir(exist_ok=True)
-        lock = FileLock(self.work / "lock")
+        lock = FileLock(self.work / f"{part}.lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=0 if part in ("retraining", "release") else LOCK_SECONDS)
         except Timeout as error:
-            raise BusyError(f"another ferry is at work in {self.root}; wait for it to finish") from error
+            raise BusyError(f"another ferry holds the {part} of {self.root}; wait for it to finish") from error
         try:
             yield
         finally:
@@ -265,16 +310,21 @@ class Workspace:
 
 def configure_environment(root: Path) -> None:
     """Set what Prefect, MLflow and DVC read from the environment; before they are imported. What is set already wins."""
+    home = root / "work" / "prefect"
+    home.mkdir(parents=True, exist_ok=True)  # Prefect makes only the last folder of a path
     for name, value in {
-        "PREFECT_HOME": str(root / "work" / "prefect"),
+        "PREFECT_HOME": str(home),
         # The in-process server needs longer than the default 20 s on a small or busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_LEVEL": "ERROR",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # a failed flow is told in one sentence, not by its traceback
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DVC_NO_ANALYTICS": "1",
+        # Torch's threads wait for each other by spinning. Beside any other busy process the default (some milliseconds) makes
+        # a step up to fifty times slower; this (some ten microseconds) costs nothing where the machine is idle.
+        "GOMP_SPINCOUNT": "10000",
     }.items():
         os.environ.setdefault(name, value)
 
@@ -295,7 +345,10 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
 
     path = root / SETTINGS
     if not path.is_file():
-        if root.is_dir() and any(entry.name not in ("data", ".git") for entry in root.iterdir()):
+        ours = ("data", ".git", f".{SETTINGS}.tmp")
+        if root.exists() and not root.is_dir():
+            raise WorkspaceError(f"{root} is a file; name a folder")
+        if root.is_dir() and any(entry.name not in ours for entry in root.iterdir()):
             raise WorkspaceError(f"{root} holds other things; name an empty folder, or one with nothing but data/")
         root.mkdir(parents=True, exist_ok=True)
         text = settings or template(lines)
@@ -313,9 +366,10 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
     root = workspace.root
     for line in workspace.settings.lines.values():
         (root / line.data).mkdir(parents=True, exist_ok=True)
-    (root / ".gitignore").write_text("".join(f"/{name}\n" for name in IGNORED))
-    remote = workspace.settings.stores.data
-    versions.init(root, remote if "://" in remote else str(root / remote))
+    ignored = root / ".gitignore"
+    known = ignored.read_text().splitlines() if ignored.is_file() else []
+    ignored.write_text("\n".join([*known, *(f"/{name}" for name in IGNORED if f"/{name}" not in known)]) + "\n")
+    versions.init(root, workspace.data_remote, workspace.settings.stores.s3_endpoint)
     ring = keys.create(root / "keys")
     repository.Repository.create(root / "repository", ring)
     anchor = root / "root.json"
@@ -349,7 +403,6 @@ reports = "inbox"                  # folder in which devices leave reports
 [prices]                           # yours; the report counts with them
 currency = "EUR"
 megabyte = 0.5                     # of traffic to a device
-kilowatt_hour = 0.3
 training_hour = 0.1                # of the machine that trains
 fleet = 1000                       # devices that an update goes to
 """
@@ -360,7 +413,7 @@ def _line_template(name: str) -> str:
     return f"""
 [lines.{name}]
 data = "data/{name}"               # images and a metadata.jsonl with file_name and text
-tier = "nano"                      # test, nano or small
+tier = "nano"                      # test, nano, small or base
 image_size = 16                    # pixels
 channels = 1                       # 1 is grey, 3 is colour
 text_length = 24                   # caption bytes
@@ -390,7 +443,7 @@ coverage = 0.3
 
 [lines.{name}.classes.edge]        # a kind of device
 configuration = "I"                # I: stride 2, II: stride 1
-precision = "bfloat16"             # how weights are stored: float32, float16 or bfloat16 (smallest updates)
+precision = "bfloat16"             # how weights are stored: float32, float16, bfloat16 (smallest updates) or int8 (smallest file)
 latency_ms = 5000                  # budget for one image
 """
 

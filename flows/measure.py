@@ -1,0 +1,144 @@
+"""What is known of a registered version: the figures of its scorecard and, on request, a FID as papers print it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flows import progress
+from flows.workspace import Workspace
+from model.errors import ConfigError, DataError
+from model.scorecard import Frozen, PublishedFid, Scorecard
+from registry.catalog import CHAMPION, Subject, Version
+from registry.errors import CatalogError
+
+FEATURES = "inception:"  # and a file; the only features that are not the line's own
+
+
+class Measured(Frozen):
+    """A version and its figures."""
+
+    subject: str
+    version: int
+    champion: bool
+    outcome: str
+    reason: str
+    scorecard: Scorecard
+    fid: PublishedFid | None = None
+    images: str | None = None
+    """The folder that the FID compares with."""
+
+
+def find(workspace: Workspace, subject: str, number: int | None = None) -> Version:
+    """A version of LINE/CONFIG/VARIANT; the champion without a number.
+
+    Raises:
+        CatalogError: there is none, or the subject is not written so.
+        WorkspaceError: there is no such line.
+    """
+    asked = Subject.parse(subject)
+    workspace.line(asked.line)
+    if number is not None:
+        return workspace.catalog.version(asked, number)
+    champion = workspace.catalog.champion(asked)
+    if champion is None:
+        known = ", ".join(str(version.number) for version in workspace.catalog.versions(asked))
+        raise CatalogError(
+            f"{asked} has no champion; "
+            + (f"name one of its versions, {known}" if known else f"run `ferry retrain {asked.line}`")
+        )
+    return champion
+
+
+def network_file(features: str) -> Path:
+    """The file that `inception:FILE` names.
+
+    Raises:
+        ConfigError: it is not written so.
+    """
+    name = features.removeprefix(FEATURES)
+    if not name or name == features:
+        raise ConfigError(
+            f"there are no features {features!r}; write {FEATURES}FILE with a TorchScript file of Inception weights"
+        )
+    return Path(name)
+
+
+def measure(
+    workspace: Workspace, version: Version, file: Path | None = None, images: Path | None = None, n: int | None = None
+) -> Measured:
+    """Read a version's scorecard and, where a network is given, compute the FID of the images that it draws.
+
+    Args:
+        workspace: whose catalogue holds it.
+        version: what to look at.
+        file: TorchScript of the network in whose features the FID is computed; None: no FID.
+        images: the folder to compare with; None: the data revision that the version was trained on, all of it.
+        n: images to draw; None: as many as the scorecard counts. They are drawn as in an evaluation, so those are the same images.
+
+    Raises:
+        DataError: there is no such file or folder, or it holds what cannot be compared with.
+        CheckpointError: the file is no TorchScript, or not of a network that gives features.
+        StoreError: MLflow does not deliver the version's files.
+    """
+    card = Scorecard.model_validate_json(workspace.catalog.text(version, "scorecard.json"))
+    known = Measured(
+        subject=str(version.subject), version=version.number, champion=CHAMPION in version.aliases, outcome=version.outcome,
+        reason=version.tags["gate.reason"], scorecard=card,
+    )  # fmt: skip
+    if file is None:
+        return known
+    from model import evaluate, features, session, versions
+    from model.data import prepare
+    from model.train import load_checkpoint
+
+    network, _ = features.published_features(file)  # what cannot be used is refused before anything is drawn
+    if images is not None and not images.is_dir():
+        raise DataError(f"there is no folder {images}; put the images there, or name another one with --images")
+    kept = workspace.work / "champions"
+    lineage = load_checkpoint(workspace.catalog.files(version, "checkpoint", kept)).lineage
+    with workspace.locked("data"):
+        own = versions.pull(workspace.root, lineage.data, workspace.work / "data")
+    dataset = prepare(own, lineage.config, workspace.work / "cache", lineage.data.md5)
+    unusable = {name: why for name, why in dataset.quarantine.items() if (own / name).is_file()}
+    if images is None and unusable:
+        name, why = next(iter(unusable.items()))
+        raise DataError(
+            f"the version's own data hold {len(unusable)} files that cannot be used, the first: {name} {why}; name a folder of sound "
+            "images with --images"
+        )
+    network(evaluate.pure_noise(dataset.images[:2]))
+    drawn = evaluate.draw(
+        session.load(workspace.catalog.files(version, "bundle", kept)),
+        evaluate.held_out_captions(dataset, n or card.quality[0].n),
+        card.sampler,
+        lambda done, total: progress.advance(f"draw {version.subject} {version.number}", done, total),
+    )
+    folder = images or own
+    return known.model_copy(update={"fid": evaluate.published_fid(folder, drawn.images, file), "images": str(folder)})
+
+
+def text(measured: Measured) -> str:
+    """The figures as a short table."""
+    card = measured.scorecard
+    cost, drawn, usage = card.cost, card.sampler, card.usage
+    head = f"{measured.subject} version {measured.version}{' (champion)' if measured.champion else ''}"
+    rows = [
+        f"{head}: {measured.outcome}, {measured.reason}",
+        "",
+        f"{'held-out':10}{'features':10}{'n':>6}{'kd':>10}{'± se':>9}{'fd':>9}{'coverage':>10}{'precision':>11}{'recall':>8}",
+        *(
+            f"{q.split:10}{q.space:10}{q.n:6d}{q.kd:10.4f}{q.kd_se:9.4f}{q.fd:9.2f}{q.coverage:10.2f}{q.precision:11.2f}{q.recall:8.2f}"
+            for q in card.quality
+        ),
+        "",
+        f"experts   {usage.dead} dead of {sum(map(len, usage.load))}",
+        f"time      {cost.milliseconds:.1f} ms for an image, one thread, {cost.machine}",
+        f"memory    {cost.peak_mib:.1f} MiB at its peak, {cost.bare_mib:.1f} MiB of it before a model is loaded",
+        f"sampler   {drawn.method}, {drawn.steps} steps, guidance {drawn.guidance:g}: {drawn.evaluations} network evaluations",
+    ]
+    if fid := measured.fid:
+        rows.append(
+            f"FID       {fid.fid:.2f}: {fid.n:,} images drawn, {fid.reference:,} of {measured.images}, {fid.dimensions} dimensions of "
+            f"the network {fid.features_sha256}"
+        )
+    return "\n".join(rows)
