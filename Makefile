@@ -18,9 +18,11 @@ help: ## list the targets
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "DeltaFerry needs Python 3.11, 3.12 or 3.13; name one, as in: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 .PHONY: install
@@ -29,3 +31,63 @@ install: $(VENV)/.installed ## make .venv from pinned versions (once)
 .PHONY: demo
 demo: install ## play the whole story on real photographs, about five minutes
 	$(BIN)/ferry demo
+
+WHEELHOUSE := build/wheelhouse
+# What the device's wheel needs, as wheels, so that a test can install it without an index.
+$(WHEELHOUSE)/.filled: ota/pyproject.toml constraints.txt | $(VENV)/.installed
+	mkdir -p $(WHEELHOUSE)
+	$(BIN)/python -c "import tomllib; \
+	  print(*tomllib.load(open('ota/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > $(WHEELHOUSE)/requirements.txt
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --only-binary :all: --dest $(WHEELHOUSE) \
+	  --constraint constraints.txt --requirement $(WHEELHOUSE)/requirements.txt
+	@touch $@
+
+.PHONY: wheelhouse
+wheelhouse: $(WHEELHOUSE)/.filled ## fetch what the device's wheel needs, for the test that installs it alone
+
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+TESTS ?= tests
+
+.PHONY: test
+test: install wheelhouse ## the quick suite, on two cores (TESTS=path for a part of it)
+	$(PYTEST) $(TESTS)
+
+.PHONY: test-slow
+test-slow: install wheelhouse ## real schedules, real kills, minutes
+	$(BIN)/python -m pytest -m slow $(TESTS)
+
+.PHONY: test-offline
+test-offline: install wheelhouse ## the quick suite again with the network cut off (Linux, needs user namespaces or root)
+	$(BIN)/python -m tests.offline $(PYTEST) $(TESTS)
+
+.PHONY: lint
+lint: install ## ruff, mypy strict, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: fix
+fix: install ## let ruff mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: prove-demo
+prove-demo: install ## play the demo, check every claim against the stores; figures to build/bench/prove-demo.json
+	$(BIN)/python -m tests.bench.demo
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $@
+
+.PHONY: bench-model
+bench-model: $(VENV)/.bench ## the network beside its peers: two hours of one core; table to tests/bench/results/, figures to build/bench/bench-model.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.model
+
+.PHONY: device-wheel
+device-wheel: install ## build deltaferry-agent into dist/
+	cd ota && ../$(BIN)/python -m hatchling build -t wheel -d ../dist
+
+.PHONY: clean
+clean: ## remove build results and demo folders, keep .venv
+	rm -rf build dist ferry-demo ferry-demo-* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

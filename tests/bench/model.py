@@ -1,0 +1,656 @@
+"""`make bench-model`: quality and speed of the network beside its peers and beside itself with one idea switched off.
+
+    python -m tests.bench.model [quality|distil|speed|report ...]   without a word: everything
+
+Quality: every contender trains by the same loop on the same batches, one thread each, and is measured twice: when it has used
+`SECONDS` of processor time, and when it has used as much arithmetic as the yardstick network does in half of that. Processor
+time, not the clock, so that what else the machine does changes little. Parts that are done are kept in build/bench/model and
+not done again; `make clean` forgets them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import evaluate, features, photographs
+from model.config import TIERS, ModelConfig, Tier
+from model.data import Dataset, mix, prepare, to_bytes, to_unit
+from model.diffusion import add_noise, guided, logit_normal, sample
+from model.distill import Teaching
+from model.export import pack
+from model.graph import build
+from model.network import Network
+from model.scorecard import Sampler
+from model.session import Session, noise
+from tests.bench.peers import DiT, UNet
+
+BUILD, RESULTS = Path("build/bench/model"), Path("tests/bench/results")
+SIZE, TEXT = 16, 20
+SEEDS = (0, 1, 2)
+SECONDS = float(os.environ.get("BENCH_SECONDS", "120"))  # of processor time, for each contender and seed
+DISTIL_SECONDS = SECONDS / 2  # for each stage
+BATCH = 16
+IMAGES = 256  # generated for each evaluation
+DRAW = Sampler(method="ab2", steps=14, guidance=1.0)
+GUIDANCE = 2.0  # of `full` in the distillation
+SWEEP = (5e-4, 1e-3, 2e-3)
+EMA, WARMUP = 0.995, 20
+ROWS = ("I", "II", "DiT", "U-Net", "no-conv", "positions", "dense", "single-stream")
+PEERS = ("DiT", "U-Net")
+ROUNDS = 40  # of interleaved timings
+
+
+# Contenders
+
+
+def config(row: str, tier: str = "nano", size: int = SIZE) -> ModelConfig:
+    """The configuration of a row that is a form of our own network."""
+    ablation: Any = row if row not in ("I", "II") else "none"
+    return ModelConfig(
+        tier=tier, configuration="II" if row == "II" else "I", image_size=size, channels=1, text_length=TEXT, ablation=ablation
+    )
+
+
+class Widened(ModelConfig):
+    """Without routed experts, but with a feed-forward layer as wide as all of them together: the same number of weights."""
+
+    @property
+    def shape(self) -> Tier:
+        """The tier with its experts melted into the shared one."""
+        from dataclasses import replace
+
+        tier = TIERS[self.tier]
+        return replace(tier, experts=0, active=0, shared_width=tier.shared_width + tier.experts * tier.expert_width)
+
+
+def make(row: str, labels: int, tier: str = "nano", size: int = SIZE) -> nn.Module:
+    """A contender with fresh weights."""
+    if row == "DiT":
+        width, depth = {"nano": (128, 7), "small": (192, 12)}[tier]
+        return DiT(size, labels, width, depth, TIERS[tier].heads)
+    if row == "U-Net":
+        return UNet(size, labels, {"nano": (48, 96, 96), "small": (96, 192, 256)}[tier])
+    if row.startswith("dense, all"):
+        return Network(Widened(**config("II" if row.endswith("II") else "I", tier, size).model_dump()))
+    return Network(config(row, tier, size))
+
+
+def inputs(row: str, labels: int, batch: int, size: int = SIZE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random inputs of a contender."""
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn((batch, 1, size, size), generator=g), torch.rand(batch, generator=g)
+    ids = torch.randint(1, labels, (batch,), generator=g) if row in PEERS else torch.randint(1, 257, (batch, TEXT), generator=g)
+    return x, t, t, ids
+
+
+def flops(row: str, labels: int, tier: str = "nano", size: int = SIZE) -> float:
+    """Floating-point operations of one evaluation for one image, two for each multiplication with addition."""
+    network, batch = make(row, labels, tier, size), 4
+    # The counter does not know the fused attention of CPUs; spelled out, it is matrix products.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        network(*inputs(row, labels, batch, size))
+    return counter.get_total_flops() / batch
+
+
+# Data and training
+
+
+def dataset() -> Dataset:
+    """Surfaces, cut once: 600 patches of each of the four, and four with slanting light and printed pages."""
+    folder = BUILD / "data"
+    if not (folder / "metadata.jsonl").is_file():
+        photographs.surfaces(folder, 1, patches=400)
+        photographs.surfaces(folder, 2, patches=200)
+    return prepare(folder, config("I"), BUILD / "cache")
+
+
+class Words:
+    """What a contender is told about an image: caption bytes, or the number of the caption."""
+
+    def __init__(self, row: str, data: Dataset) -> None:
+        self.names = sorted(set(data.captions))
+        numbers = np.array([1 + self.names.index(c) for c in data.captions])
+        self.table = torch.from_numpy(numbers if row in PEERS else data.ids)  # [n] or [n, L]
+
+    @property
+    def labels(self) -> int:
+        """How many numbers there are, with the one for no caption."""
+        return len(self.names) + 1
+
+
+class Trainer:
+    """A training that can be stopped at a budget and gone on with; the same for every contender."""
+
+    def __init__(
+        self, network: nn.Module, row: str, data: Dataset, rate: float, seed: int, teaching: Teaching | None = None
+    ) -> None:
+        self.network, self.data, self.rate, self.seed, self.teaching = network.train(), data, rate, seed, teaching
+        self.words = Words(row, data).table
+        self.average = copy.deepcopy(network).eval()
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        self.parameters, self.steps, self.seconds = parameters, 0, 0.0
+
+    def step(self) -> None:
+        """One step; its processor time is counted."""
+        began = time.thread_time()
+        images, chosen = self._batch()
+        g = torch.Generator().manual_seed(mix(self.seed, self.steps, 2))
+        words = self.words[chosen].clone()
+        words[torch.rand(BATCH, generator=g) < 0.1] = 0
+        e = torch.randn(images.shape, generator=g)
+        if self.teaching:
+            x, t, r, target = self.teaching(images, words, e, g)
+        else:
+            t = logit_normal(BATCH, g)
+            x, target = add_noise(images, e, t)
+            r = t
+        loss = (self.network(x, t, r, words)[0] - target).square().mean()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.steps + 1) / WARMUP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = min(EMA, (self.steps + 1) / (self.steps + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+        self.steps += 1
+        self.seconds += time.thread_time() - began
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        g = torch.Generator().manual_seed(mix(self.seed, self.steps, 1))
+        training = self.data.training()
+        chosen = training[torch.randint(0, len(training), (BATCH,), generator=g).numpy()]
+        return to_unit(self.data.images[chosen]), torch.from_numpy(chosen)
+
+
+# Quality
+
+
+def judge(
+    network: nn.Module, row: str, data: Dataset, spaces: features.FeatureSpaces, seed: int, sampler: Sampler = DRAW
+) -> dict[str, float]:
+    """Held-out loss, and distances of generated images to held-out ones."""
+    words, reference = Words(row, data).table, data.reference()
+    held_out = to_unit(data.images[reference])
+    g = torch.Generator().manual_seed(5)
+    losses = []
+    with torch.inference_mode():
+        for first in range(0, len(held_out), 64):
+            part, text = held_out[first : first + 64], words[reference[first : first + 64]]
+            t, e = logit_normal(len(part), g), torch.randn(part.shape, generator=g)
+            x, target = add_noise(part, e, t)
+            losses.append((network(x, t, t, text)[0] - target).square().mean(dim=(1, 2, 3)))
+        order = np.random.Generator(np.random.Philox(key=mix(IMAGES, 5))).permutation(len(reference))
+        chosen = reference[order[np.arange(IMAGES) % len(order)]]
+        images = []
+        for first in range(0, IMAGES, 32):
+            part = chosen[first : first + 32]
+            start = torch.from_numpy(np.stack([noise(mix(seed, first + i), (1, SIZE, SIZE)) for i in range(len(part))]))
+            velocity = guided(lambda x, t, r, ids: network(x, t, r, ids)[0], words[part], sampler.guidance)
+            images.append(to_bytes(sample(velocity, start, sampler)))
+    drawn, real, groups = np.concatenate(images), data.images[reference], data.reference_groups()
+    row_of: dict[str, float] = {"loss": float(torch.cat(losses).mean())}
+    for space in features.SPACES:
+        x, y, scale = spaces(space, real), spaces(space, drawn), spaces.scale(space)
+        row_of[f"kd_{space}"], row_of[f"kd_{space}_se"] = evaluate.kernel_interval(x, y, scale, groups)
+        row_of[f"fd_{space}"] = evaluate.frechet_distance(x, y)
+        row_of[f"coverage_{space}"] = evaluate.coverage(x, y)
+    return row_of
+
+
+def commit() -> str:
+    """What is measured: the commit, with a mark if files differ from it."""
+    said = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"
+
+
+def kept(name: str, make_it: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A part's result, made once."""
+    path = BUILD / f"{name}.json"
+    if not path.is_file() or json.loads(path.read_bytes())["budget"] != SECONDS:
+        result = make_it() | {"budget": SECONDS, "commit": commit()}
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(result))
+        fresh.replace(path)
+    found: dict[str, Any] = json.loads(path.read_bytes())
+    return found
+
+
+def setting() -> tuple[Dataset, features.FeatureSpaces, int]:
+    """Data, feature spaces and number of labels, in a process with one thread."""
+    torch.set_num_threads(1)
+    data = dataset()
+    return data, features.fit(data, BUILD / "features.safetensors"), Words("I", data).labels
+
+
+def sweep_one(row: str, rate: float) -> dict[str, Any]:
+    """Held-out loss after a fifth of the time, on a seed that is not reported."""
+
+    def run() -> dict[str, Any]:
+        data, spaces, labels = setting()
+        torch.manual_seed(mix(99, 0))
+        trainer = Trainer(make(row, labels), row, data, rate, 99)
+        while trainer.seconds < SECONDS / 5:
+            trainer.step()
+        return {"loss": judge(trainer.average, row, data, spaces, 99, Sampler(method="euler", steps=1, guidance=1.0))["loss"]}
+
+    return kept(f"sweep-{row}-{rate:g}", run)
+
+
+def quality_one(row: str, seed: int, rate: float, compute: float) -> dict[str, Any]:
+    """Train one contender with one seed past both budgets, and judge it at each."""
+
+    def run() -> dict[str, Any]:
+        data, spaces, labels = setting()
+        torch.manual_seed(mix(seed, 0))
+        network = make(row, labels)
+        trainer = Trainer(network, row, data, rate, seed)
+        each = 3 * BATCH * flops(row, labels)  # backward costs twice the forward
+        found: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters()), "flops": each / 3 / BATCH}
+        while "seconds" not in found or "compute" not in found:
+            trainer.step()
+            for name, full in (("seconds", trainer.seconds >= SECONDS), ("compute", trainer.steps * each >= compute)):
+                if full and name not in found:
+                    found[name] = judge(trainer.average, row, data, spaces, seed)
+                    found[name] |= {"steps": trainer.steps, "spent": trainer.seconds, "flop": trainer.steps * each}
+                    if name == "seconds" and row == "I":
+                        save_file(trainer.average.state_dict(), BUILD / f"teacher-{seed}.safetensors")
+        found["images_per_second"] = BATCH * trainer.steps / trainer.seconds
+        return found
+
+    return kept(f"quality-{row}-{seed}", run)
+
+
+def distil_one(seed: int, rate: float) -> dict[str, Any]:
+    """full → dev → fast from one seed's network, each beside `full` under solvers with as many evaluations."""
+
+    def run() -> dict[str, Any]:
+        data, spaces, _ = setting()
+        full = Network(config("I"))
+        full.load_state_dict(load_file(BUILD / f"teacher-{seed}.safetensors"))
+        full.eval()
+        found: dict[str, Any] = {}
+        solvers = {
+            "full, 56 guided Euler steps (112)": Sampler(method="euler", steps=56, guidance=GUIDANCE),
+            "full, AB2 at 28": Sampler(method="ab2", steps=14, guidance=GUIDANCE),
+            "full, Heun at 28": Sampler(method="heun", steps=7, guidance=GUIDANCE),
+            "full, AB2 at 14": Sampler(method="ab2", steps=7, guidance=GUIDANCE),
+        }
+        for name, sampler in solvers.items():
+            found[name] = judge(full, "I", data, spaces, seed, sampler)
+        teacher: Network = full
+        guidance: float | None = GUIDANCE
+        for variant, steps in (("dev", 28), ("fast", 14)):
+            student = copy.deepcopy(teacher).train()
+            trainer = Trainer(student, "I", data, rate, mix(seed, steps) % 2**31, Teaching(teacher.eval(), steps, guidance))
+            while trainer.seconds < DISTIL_SECONDS:
+                trainer.step()
+            name = f"{variant} ({steps})"
+            found[name] = judge(trainer.average, "I", data, spaces, seed, Sampler(method="mean", steps=steps, guidance=1.0))
+            found[name]["steps"] = trainer.steps
+            teacher, guidance = trainer.average, None
+        return found
+
+    return kept(f"distil-{seed}", run)
+
+
+def in_two(calls: list[tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]]) -> None:
+    """Run parts in two processes, saying what is done."""
+    with ProcessPoolExecutor(2) as pool:
+        waiting = {pool.submit(call, *arguments): (call.__name__, *arguments) for call, arguments in calls}
+        for done, future in enumerate(as_completed(waiting), start=1):
+            future.result()
+            name = " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in waiting[future][:3])
+            print(f"[{done}/{len(waiting)}] {name}", flush=True)
+
+
+def rates() -> dict[str, float]:
+    """The learning rate of each row: the best of the sweep; an ablation takes that of the network it ablates."""
+    swept = ("I", "II", "DiT", "U-Net")
+    in_two([(sweep_one, (row, rate)) for row in swept for rate in SWEEP])
+    best = {row: min(SWEEP, key=lambda rate, row=row: sweep_one(row, rate)["loss"]) for row in swept}
+    return {row: best.get(row, best["I"]) for row in ROWS}
+
+
+def quality() -> None:
+    """All contenders, all seeds; the budget of arithmetic is what configuration I does in half of the time."""
+    setting()
+    chosen = rates()
+
+    def measure() -> dict[str, Any]:
+        data, _, labels = setting()
+        trainer = Trainer(make("I", labels), "I", data, 1e-3, 98)
+        for _ in range(12):
+            trainer.step()
+        return {"compute": 3 * BATCH * flops("I", labels) * SECONDS / 2 / (trainer.seconds / trainer.steps)}
+
+    compute = kept("compute", measure)["compute"]
+    in_two([(quality_one, (row, seed, chosen[row], compute)) for seed in SEEDS for row in ROWS])
+
+
+def distil() -> None:
+    """All seeds."""
+    rate = rates()["I"] / 3
+    in_two([(distil_one, (seed, rate)) for seed in SEEDS])
+
+
+# Speed
+
+
+def exported(row: str, labels: int, tier: str, size: int) -> bytes:
+    """A contender as ONNX by torch's own exporter, for batches of one."""
+    network = make(row, labels, tier, size).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():  # zeros and equal tensors would be folded away
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    path = BUILD / "exported.onnx"
+    torch.onnx.export(network, inputs(row, labels, 1, size), str(path), dynamo=True, external_data=False, verbose=False)
+    return path.read_bytes()
+
+
+def runners(row: str, labels: int, tier: str, size: int, threads: int) -> dict[str, Callable[[], object]]:
+    """One evaluation of one image: in ONNX Runtime from each exporter that takes the row, and in torch."""
+    torch.manual_seed(0)
+    arguments = inputs(row, labels, 1, size)
+    arrays = [a.numpy() for a in arguments]
+    found: dict[str, Callable[[], object]] = {}
+    if row in ("I", "II"):
+        network = Network(config(row, tier, size))
+        graph = build(network.config, "float32").SerializeToString(deterministic=True)
+        ours = Session(graph, pack(network, "float32"), threads)
+        found["ONNX"] = lambda: ours.run(*arrays)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    other = ort.InferenceSession(exported(row, labels, tier, size), options, providers=["CPUExecutionProvider"])
+    given = dict(zip(("x", "t", "r", "labels" if row in PEERS else "ids"), arrays, strict=True))
+    feeds = {i.name: given[i.name] for i in other.get_inputs()}
+    found["ONNX, torch's exporter"] = lambda: other.run(None, feeds)
+    eager = make(row, labels, tier, size).eval()
+
+    def in_torch() -> object:
+        with torch.inference_mode():
+            return eager(*arguments)
+
+    found["torch"] = in_torch
+    return found
+
+
+def interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Milliseconds of each call, round by round, so that a slow moment of the machine meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = np.random.default_rng(0)
+    for round_ in range(ROUNDS + 3):
+        for name in order.permutation(list(calls)):  # nobody always follows the same one's spinning threads
+            began = time.perf_counter()
+            calls[name]()
+            if round_ >= 3:
+                times[name].append(1000 * (time.perf_counter() - began))
+    return times
+
+
+def ratio(times: dict[str, list[float]], slow: str, fast: str) -> list[float]:
+    """Median of the rounds' ratios, and its 95 % interval (order statistics)."""
+    ratios = sorted(np.array(times[slow]) / np.array(times[fast]))
+    low = int(stats.binom.ppf(0.025, len(ratios), 0.5))  # the interval from the low-th smallest to the low-th largest
+    return [float(np.median(ratios)), float(ratios[low - 1]), float(ratios[-low])]
+
+
+def speed_one(tier: str, size: int, threads: int) -> dict[str, Any]:
+    """All rows of one tier and size with one number of threads."""
+
+    def run() -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        labels = 17
+        rows = ("I", "II", "dense, all experts, I", "dense, all experts, II", "dense", *PEERS)
+        calls = {f"{row} | {how}": call for row in rows for how, call in runners(row, labels, tier, size, threads).items()}
+        times = interleaved(calls)
+        return {
+            "milliseconds": {name: float(np.median(t)) for name, t in times.items()},
+            "flops": {row: flops(row, labels, tier, size) for row in rows},
+            "parameters": {row: sum(p.numel() for p in make(row, labels, tier, size).parameters()) for row in rows},
+            "dense/sparse I, both by torch's exporter": ratio(times, *(f"{r} | ONNX, torch's exporter" for r in (rows[2], "I"))),
+            "dense/sparse II, both by torch's exporter": ratio(times, *(f"{r} | ONNX, torch's exporter" for r in (rows[3], "II"))),
+            "dense/sparse I, sparse as shipped": ratio(times, f"{rows[2]} | ONNX, torch's exporter", "I | ONNX"),
+            "dense/sparse II, sparse as shipped": ratio(times, f"{rows[3]} | ONNX, torch's exporter", "II | ONNX"),
+            "torch/ONNX I": ratio(times, "I | torch", "I | ONNX"),
+            "torch/ONNX II": ratio(times, "II | torch", "II | ONNX"),
+            "II/I": ratio(times, "II | ONNX", "I | ONNX"),
+        }  # fmt: skip
+
+    return kept(f"speed-{tier}-{size}-{threads}", run)
+
+
+def images_one(threads: int) -> dict[str, Any]:
+    """Seconds for one image of each variant, nano, as the device's sampler draws it."""
+
+    def run() -> dict[str, Any]:
+        found = {}
+        for row in ("I", "II"):
+            torch.manual_seed(0)
+            network = Network(config(row))
+            session = Session(
+                build(network.config, "float32").SerializeToString(deterministic=True), pack(network, "float32"), threads
+            )
+            ids = session.encode(["brick"])
+            for variant, sampler in {
+                "full (56 guided)": Sampler(method="euler", steps=56, guidance=GUIDANCE),
+                "full (AB2, 14 guided)": Sampler(method="ab2", steps=14, guidance=GUIDANCE),
+                "dev (28)": Sampler(method="mean", steps=28, guidance=1.0),
+                "fast (14)": Sampler(method="mean", steps=14, guidance=1.0),
+            }.items():
+                times = []
+                for seed in range(4):
+                    began = time.perf_counter()
+                    session.generate(ids, [seed], sampler)
+                    times.append(time.perf_counter() - began)
+                found[f"{row} {variant}"] = float(np.median(times[1:]))
+        return found
+
+    return kept(f"images-{threads}", run)
+
+
+def throughput() -> dict[str, Any]:
+    """Training: images a second of our rows and the dense peer, in turns of five steps, one thread each."""
+
+    def run() -> dict[str, Any]:
+        data, _, labels = setting()
+        rows = ("I", "II", "DiT", "U-Net", "dense")
+        trainers = {row: Trainer(make(row, labels), row, data, 1e-3, 97) for row in rows}
+        rounds: dict[str, list[float]] = {row: [] for row in rows}
+        for turn in range(9):
+            for row, trainer in trainers.items():
+                before = trainer.seconds
+                for _ in range(5):
+                    trainer.step()
+                if turn:
+                    rounds[row].append(5 * BATCH / (trainer.seconds - before))
+        found: dict[str, Any] = {
+            row: {
+                "images_per_second": float(np.median(r)),
+                "gflop_per_second": float(np.median(r)) * 3 * flops(row, labels) / 1e9,
+            }
+            for row, r in rounds.items()
+        }
+        dense, ours = flops("DiT", labels), flops("I", labels)
+        at_equal_compute = np.array(rounds["I"]) * ours / (np.array(rounds["DiT"]) * dense)
+        found["I against DiT at equal arithmetic"] = float(np.median(at_equal_compute))
+        return found
+
+    return kept("throughput", run)
+
+
+def speed() -> None:
+    """Every tier, size and number of threads; nothing else should run meanwhile."""
+    for tier, size in (("nano", 16), ("nano", 32), ("small", 32)):
+        for threads in (1, 2):
+            speed_one(tier, size, threads)
+            print(f"speed {tier} {size} px, {threads} threads", flush=True)
+    for threads in (1, 2):
+        images_one(threads)
+    throughput()
+
+
+# Report
+
+
+def mean_interval(values: list[float]) -> str:
+    """Mean over seeds and the half width of its 95 % interval (Student's t)."""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return f"{np.mean(values):.4f} ± {half:.4f}"
+
+
+def machine() -> str:
+    """What this was measured on."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        "?",
+    )
+    commits = sorted({part["commit"] for part in read("*.json").values()})
+    return (
+        f"{model}, {os.cpu_count()} cores (shared), Python {platform.python_version()}, torch {torch.__version__}, "
+        f"ONNX Runtime {ort.__version__}; commit {', '.join(commits)}"
+    )
+
+
+def read(pattern: str) -> dict[str, Any]:
+    """The parts that are done, by name."""
+    return {path.stem: json.loads(path.read_bytes()) for path in sorted(BUILD.glob(pattern))}
+
+
+def quality_table(budget: str) -> list[str]:
+    """One row for each contender, and whether ours is better, seed by seed."""
+    parts = read("quality-*.json")
+    by_row = {row: {s: parts[f"quality-{row}-{s}"] for s in SEEDS if f"quality-{row}-{s}" in parts} for row in ROWS}
+    lines = [
+        "| contender | weights | MFLOP | steps | s | held-out loss | kd trained | kd random | coverage | I's loss less its loss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row, runs in by_row.items():
+        if len(runs) < 2:
+            lines.append(f"| {row} | not run |" + " |" * 8)
+            continue
+        first, cells = next(iter(runs.values())), [run[budget] for run in runs.values()]
+        paired = [by_row["I"][seed][budget]["loss"] - run[budget]["loss"] for seed, run in runs.items() if seed in by_row["I"]]
+        lines.append(
+            f"| {row} | {first['parameters'] / 1e6:.2f} M | {first['flops'] / 1e6:.0f} | "
+            f"{np.mean([c['steps'] for c in cells]):.0f} | {np.mean([c['spent'] for c in cells]):.0f} | "
+            + " | ".join(mean_interval([c[k] for c in cells]) for k in ("loss", "kd_trained", "kd_random", "coverage_trained"))
+            + f" | {'' if row == 'I' else mean_interval(paired)} |"
+        )
+    return lines
+
+
+def distil_table() -> list[str]:
+    """Variants beside solvers."""
+    parts = list(read("distil-*.json").values())
+    lines = ["| sampler | kd trained | kd random | coverage | fd trained |", "|---|---|---|---|---|"]
+    for name in [name for name in parts[0] if "(" in name or "at" in name] if len(parts) > 1 else ():
+        cells = [part[name] for part in parts]
+        lines.append(
+            f"| {name} | "
+            + " | ".join(
+                mean_interval([c[k] for c in cells]) for k in ("kd_trained", "kd_random", "coverage_trained", "fd_trained")
+            )
+            + " |"
+        )
+    return lines
+
+
+def speed_table() -> list[str]:
+    """Milliseconds and the ratios that were asked for."""
+    lines = []
+    for name, part in read("speed-*.json").items():
+        _, tier, size, threads = name.split("-")
+        lines += [
+            f"\n### {tier}, {size} pixels, {threads} thread(s), one image, one evaluation\n",
+            "| row | weights | MFLOP | way | ms |",
+            "|---|---|---|---|---|",
+        ]
+        for label, milliseconds in part["milliseconds"].items():
+            row, how = label.split(" | ")
+            lines.append(
+                f"| {row} | {part['parameters'][row] / 1e6:.2f} M | {part['flops'][row] / 1e6:.0f} | {how} | {milliseconds:.2f} |"
+            )
+        wanted = part["flops"]["II"] / part["flops"]["I"]
+        lines.append("")
+        lines += [f"- {what}: {part[what][0]:.2f} ({part[what][1]:.2f} to {part[what][2]:.2f})" for what in part if "/" in what]
+        lines.append(f"- arithmetic II/I: {wanted:.2f}; time over arithmetic: {part['II/I'][0] / wanted:.2f}")
+    return lines
+
+
+def report() -> None:
+    """Print the tables, and keep them and their figures."""
+    everything = {"machine": machine(), "seconds": SECONDS, "seeds": SEEDS, **read("*.json")}
+    everything = {k: v for k, v in everything.items() if not k.startswith("index")}
+    sweeps = {name.removeprefix("sweep-").rsplit("-", 1)[0]: {} for name in read("sweep-*.json")}  # type: dict[str, dict[float, float]]
+    for row, losses in sweeps.items():
+        losses.update({rate: part["loss"] for rate in SWEEP for part in read(f"sweep-{row}-{rate:g}.json").values()})
+    rates_used = "; ".join(
+        f"{row} {min(losses, key=lambda rate, losses=losses: losses[rate]):g} ("
+        + ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items()) + ")" for row, losses in sweeps.items()
+    )  # fmt: skip
+    conditions = (
+        f"`make bench-model`; {SIZE} pixels, grey, nano tier, batches of {BATCH}, {len(SEEDS)} seeds (± is a 95 % interval over them), "
+        f"{IMAGES} images for each distance. Smaller is better but for coverage."
+    )
+    lines = [
+        "# The network beside its peers", "", machine(), "", conditions, "",
+        f"Learning rates, by held-out loss after {SECONDS / 5:.0f} s on a seed that is not reported, but on the same held-out images: {rates_used}. The ablations take the rate of I.", "",
+        f"## At equal training seconds ({SECONDS:.0f} s of one thread)", "", *quality_table("seconds"), "",
+        "## At equal arithmetic (what I does in half of that time)", "", *quality_table("compute"), "",
+        f"## full, dev and fast (configuration I; {DISTIL_SECONDS:.0f} s for each stage)", "", *distil_table(), "",
+        "## Time", *speed_table(), "",
+    ]  # fmt: skip
+    for name, part in read("images-*.json").items():
+        lines += [
+            f"Seconds for one image, nano, 16 pixels, {name.split('-')[1]} thread(s): "
+            + ", ".join(f"{k} {v:.3f}" for k, v in part.items() if "(" in k),
+            "",
+        ]
+    for part in read("throughput.json").values():
+        lines += ["Training, images a second: " + ", ".join(f"{k} {v['images_per_second']:.0f} ({v['gflop_per_second']:.0f} GFLOP/s)" for k, v in part.items() if isinstance(v, dict))
+                  + f"; I against DiT at equal arithmetic {part['I against DiT at equal arithmetic']:.2f}", ""]  # fmt: skip
+    lines += ["On a GPU (bfloat16, compiled, model FLOP utilisation; quality of tiers small and base): not run.", ""]
+    print("\n".join(lines))
+    (BUILD.parent / "bench-model.json").write_text(json.dumps(everything, indent=1))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "model.md").write_text("\n".join(lines))
+
+
+def main() -> None:
+    """Do the named parts, or all."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    parts: dict[str, Callable[[], None]] = {"quality": quality, "distil": distil, "speed": speed, "report": report}
+    wanted = sys.argv[1:] or list(parts)
+    unknown = set(wanted) - set(parts)
+    if unknown:
+        sys.exit(f"there is no part {', '.join(sorted(unknown))}; choose among {', '.join(parts)}")
+    for part in wanted:
+        parts[part]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What many tests start from: a small data set, a model trained on it for seconds, its export, and bundles of it.
+
+Everything here is real (trained weights, signed metadata, files on disk) and made once for each test process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+# Read when Prefect, MLflow and DVC are imported; nothing in the tests may phone home or find the user's own set-up.
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+# What is promised to the bit is promised on a CPU. `CUDA_VISIBLE_DEVICES=0` on the command line lets tests/test_hardware.py see a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["GIT_CONFIG_GLOBAL"] = os.devnull
+os.environ["GIT_CONFIG_SYSTEM"] = os.devnull
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.config import ModelConfig
+from model.data import Dataset, prepare
+from model.export import Export, export
+from model.scorecard import DataVersion, Sampler
+from model.train import LINEAGE, WEIGHTS, Checkpoint, TrainOptions, load_checkpoint, train, write_safely
+from ota.manifest import Origin
+from ota.release.bundle import Bundle, assemble
+from ota.release.keys import KeyRing, create
+from ota.release.repository import Repository
+
+torch.set_num_threads(1)  # two test processes share two cores
+
+CONFIG = ModelConfig(tier="test", configuration="I", image_size=16, channels=1, text_length=8)
+SAMPLER = Sampler(method="ab2", steps=4, guidance=2.0)
+VERSION = DataVersion(line="shapes", path="data/shapes", rev="0" * 40, md5="0" * 32 + ".dir", files=81, bytes=1)
+CAPTIONS = ("bar", "disc")
+LATENCY_MS = 10_000.0
+
+
+def write_images(folder: Path, count: int = 80, seed: int = 0, dim: bool = False) -> Path:
+    """A folder of bars and discs, bright or dim, with captions, in the ImageFolder convention."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:16, 0:16]
+    rows = []
+    for i in range(count):
+        caption = CAPTIONS[i % 2]
+        at = rng.integers(4, 12)
+        mask = np.abs(x - at) < 2 if caption == "bar" else np.hypot(x - at, y - rng.integers(4, 12)) < 4
+        picture = (40 + 180 * mask + rng.normal(0, 8, mask.shape)) * (0.5 if dim else 1.0)
+        name = f"{'dim-' if dim else ''}{i:03d}.png"
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / name)
+        rows.append({"file_name": name, "text": f"dim {caption}" if dim else caption})
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 80 captioned images; do not write into it."""
+    return write_images(tmp_path_factory.mktemp("images") / "shapes")
+
+
+@pytest.fixture(scope="session")
+def dataset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same, decoded."""
+    return prepare(images, CONFIG, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model of the test tier, trained for a few seconds: its images are recognisably not noise."""
+    options = TrainOptions(steps=120, batch=16, learning_rate=8e-3)
+    return train(CONFIG, dataset, VERSION, options, tmp_path_factory.mktemp("run") / "first")
+
+
+@pytest.fixture(scope="session")
+def changed(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], Checkpoint]:
+    """Make a checkpoint that differs from the trained one: by small steps, or (amount 1) by shuffling every weight."""
+
+    def make(name: str, amount: float) -> Checkpoint:
+        folder = tmp_path_factory.mktemp("changed") / name
+        shutil.copytree(checkpoint.folder, folder)
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        weights = checkpoint.network().state_dict()
+        for key, weight in weights.items():
+            if amount == 1:
+                order = torch.randperm(weight.numel(), generator=generator)
+                weights[key] = weight.flatten()[order].view(weight.shape)
+            else:
+                weights[key] = weight + amount * weight.abs().mean() * torch.randn(weight.shape, generator=generator)
+        write_safely(folder / WEIGHTS, weights)
+        lineage = checkpoint.lineage.model_copy(update={"parent": checkpoint.weights_sha256})
+        (folder / LINEAGE).write_text(lineage.model_dump_json())
+        return load_checkpoint(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """The trained model's five files, stored in bfloat16."""
+    return export(checkpoint, "bfloat16", SAMPLER, list(CAPTIONS), LATENCY_MS, tmp_path_factory.mktemp("export"))
+
+
+def origin(version: int) -> Origin:
+    """A made-up origin for bundles that no registry knows."""
+    return Origin(
+        data_rev="0" * 40, data_md5="0" * 32, code="1" * 64, lineage="2" * 64, scorecard="3" * 64, decision="4" * 64,
+        model="shapes-I-full", version=version,
+    )  # fmt: skip
+
+
+def bundle_of(folder: Path, out: Path, version: int) -> Bundle:
+    """A bundle of one exported variant."""
+    return assemble(
+        {"full": folder}, line="shapes", device_class="edge", tier="test", configuration="I", precision="bfloat16",
+        origin=origin(version), out=out,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bundles(
+    exported: Export, changed: Callable[[str, float], Checkpoint], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Bundle]:
+    """Three bundles of one line: `first`, `second` (a small step from it), and `garbage` (consistent in itself, but noise)."""
+    out = tmp_path_factory.mktemp("bundles")
+    made = {"first": bundle_of(exported.folder, out, 1)}
+    for version, (name, amount) in enumerate((("second", 0.01), ("garbage", 1.0)), start=2):
+        folder = out / f"export-{name}"
+        export(changed(name, amount), "bfloat16", SAMPLER, list(CAPTIONS), LATENCY_MS, folder)
+        made[name] = bundle_of(folder, out, version)
+    return made
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyRing:
+    """A key ring with all roles' keys."""
+    return create(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture
+def repository(keys: KeyRing, tmp_path: Path) -> Repository:
+    """An empty signed repository."""
+    return Repository.create(tmp_path / "repository", keys)

@@ -1,0 +1,265 @@
+"""What cannot be trained, judged or drawn with: one sentence that names it and says what to do next.
+
+Here are the sentences that a person meets; `test_data.py` and `test_train.py` try every kind of damage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from flows import cli
+from flows.errors import WorkspaceError
+from flows.workspace import SETTINGS, Workspace
+from model import features
+from model.config import MAX_TEXT, ModelConfig
+from model.data import METADATA, caption_ids, is_held_out, prepare
+from model.errors import CheckpointError, DataError
+from model.network import Network
+from model.train import WEIGHTS, Checkpoint, load_checkpoint, load_weights, write_safely
+from ota.agent import cli as agent_cli
+from registry.catalog import Subject
+from registry.errors import CatalogError
+
+from .conftest import CONFIG, write_images
+
+TRAINING_GROUP = next(name for name in map(str, range(100)) if not is_held_out(name))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with an empty data folder; copied by each test."""
+    root = tmp_path_factory.mktemp("bad") / "ws"
+    assert CliRunner().invoke(cli.app, ["init", str(root), "--line", "shapes"]).exit_code == 0
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "ws", symlinks=True))
+
+
+def ferry(root: Path, *arguments: str, code: int = 3) -> str:
+    """What `ferry` says on stderr."""
+    told = CliRunner().invoke(cli.app, ["--quiet", "-w", str(root), *arguments])
+    assert told.exit_code == code, told.output
+    assert code == 0 or told.stdout == ""
+    return told.stderr
+
+
+def refused(error: type[Exception], call: Callable[[], object]) -> str:
+    """The one sentence of an exception."""
+    with pytest.raises(error) as caught:
+        call()
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def setting(root: Path, old: str, new: str) -> str:
+    """What opening the workspace says after a change of ferry.toml; the path of the file is left out."""
+    path = root / SETTINGS
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    return refused(WorkspaceError, lambda: Workspace(root)).removeprefix(f"{path}: ")
+
+
+def test_unknown_tier(root: Path) -> None:
+    with pytest.raises(ValidationError, match=r"tier\n  Input should be 'test', 'nano', 'small' or 'base'"):
+        ModelConfig.model_validate({"tier": "giant"})
+    assert setting(root, 'tier = "nano"', 'tier = "giant"') == (
+        "lines.shapes.tier: Input should be 'test', 'nano', 'small' or 'base'"
+    )
+
+
+def test_unknown_variant(root: Path) -> None:
+    assert refused(CatalogError, lambda: Subject.parse("shapes/I/slow")) == (
+        "'shapes/I/slow' is not LINE/CONFIG/VARIANT; write it as surfaces/I/full, with configuration I or II and variant full, dev or fast"
+    )
+    for command in (("promote", "shapes/I/slow", "1"), ("evaluate", "shapes/I/slow")):
+        assert "and variant full, dev or fast" in ferry(root, *command)
+    asked = setting(root, 'configuration = "I" ', 'variants = ["slow"]\nconfiguration = "I" ')
+    assert asked.startswith("lines.shapes.classes.edge.variants.0: Input should be 'full'")
+
+
+def test_unknown_variant_on_device(tmp_path: Path) -> None:
+    told = CliRunner().invoke(agent_cli.app, ["generate", "bar", "--variant", "slow", "--dir", str(tmp_path)])
+    assert (told.exit_code, told.stdout) == (3, "")
+    assert told.stderr == "ferry-agent: there is no variant 'slow'; choose full, dev or fast\n"
+
+
+def test_image_size_not_divisible_by_the_stride(root: Path) -> None:
+    sentence = "image size 17 is not divisible by the stride 2 of configuration I; choose a multiple of 2"
+    with pytest.raises(ValidationError, match=f"\n  {sentence} "):
+        ModelConfig(configuration="I", image_size=17)
+    assert ModelConfig(configuration="II", image_size=17).tokens == 289
+    assert setting(root, "image_size = 16", "image_size = 17").endswith(f": {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "says"),
+    [
+        (
+            "ä" * 5,
+            8,
+            "the caption 'äääää' has 10 bytes but this model reads 8; shorten it or train a model with text_length = 10",
+        ),
+        (
+            "ä" * 128 + "b",
+            8,
+            f"the caption '{'ä' * 40}' has 257 bytes but this model reads 8; shorten it",
+        ),  # no network reads more
+        ("b" * 257, MAX_TEXT, f"the caption '{'b' * 40}' has 257 bytes but this model reads 256; shorten it"),
+    ],
+)
+def test_caption_too_long(text: str, length: int, says: str) -> None:
+    assert refused(DataError, lambda: caption_ids(text, length)) == says
+    assert len(caption_ids(text[:4], length)) == length
+
+
+def test_caption_too_long_in_data(root: Path) -> None:
+    folder = write_images(root / "data/shapes", 3)
+    with (folder / METADATA).open("w") as file:
+        file.writelines(json.dumps({"file_name": f"00{i}.png", "text": "bars " * 5}) + "\n" for i in range(3))
+    assert ferry(root, "data", "add", "shapes") == (
+        "ferry: not one image in data/shapes can be used, the first: 000.png the caption 'bars bars bars bars bars ' has 25 bytes but this "
+        "model reads 24; shorten it or train a model with text_length = 25\n"
+    )
+
+
+def latin(folder: Path) -> Path:
+    """A caption file as an old editor writes it: its last line is not UTF-8, the others have no such letters."""
+    with (folder / METADATA).open("ab") as file:
+        file.write('{"file_name": "bär.png", "text": "bär"}\n'.encode("latin-1"))
+    return folder
+
+
+def test_caption_not_utf8_in_data(root: Path) -> None:
+    latin(write_images(root / "data/shapes", 3))
+    told = ferry(root, "data", "add", "shapes", code=0)
+    assert told.splitlines()[0] == "metadata.jsonl:4 is not UTF-8; save the file in that encoding"
+
+
+def test_caption_file_not_utf8_at_all(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    latin(tmp_path / "data")
+    assert refused(DataError, lambda: prepare(tmp_path / "data", CONFIG, tmp_path / "cache")) == (
+        f'{tmp_path}/data/metadata.jsonl names no usable image; write one line {{"file_name": ..., "text": ...}} for each image; the first '
+        "that cannot be used: metadata.jsonl:1 is not UTF-8; save the file in that encoding"
+    )
+
+
+def test_caption_not_utf8_on_device(made: Path, tmp_path: Path) -> None:
+    """As a terminal with another encoding hands it over: bytes, in a process of its own."""
+    anchor, where = made / "root.json", ["--dir", str(tmp_path / "device")]
+    words = [
+        "init", "--device", "press-01", "--line", "shapes", "--class", "edge", "--repository", str(tmp_path), "--root", str(anchor),
+        "--root-sha256", hashlib.sha256(anchor.read_bytes()).hexdigest(), *where,
+    ]  # fmt: skip
+    assert CliRunner().invoke(agent_cli.app, words).exit_code == 0
+    told = subprocess.run([sys.executable, "-m", "ota.agent.cli", "generate", b"b\xe4r", *where], capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == (3, "")
+    assert told.stderr == "ferry-agent: the caption is not valid UTF-8; type it anew, or set the terminal to UTF-8\n"
+    assert not (tmp_path / "image.png").exists()
+
+
+def test_empty_data_set(root: Path) -> None:
+    one_line = 'write one line {"file_name": ..., "text": ...} for each image'
+    assert ferry(root, "data", "add", "shapes") == f"ferry: {root}/data/shapes has no metadata.jsonl; {one_line}\n"
+    (root / "data/shapes" / METADATA).write_text("")
+    assert ferry(root, "data", "add", "shapes") == (
+        f"ferry: {root}/data/shapes/metadata.jsonl names no usable image; {one_line}\n"
+    )
+
+
+def test_one_image_data_set(root: Path, tmp_path: Path) -> None:
+    folder = write_images(root / "data/shapes", 1)
+    (folder / METADATA).write_text(json.dumps({"file_name": "000.png", "text": "bar", "group": TRAINING_GROUP}))
+    assert ferry(root, "data", "add", "shapes", code=0) == (
+        "only 0 images are held out for evaluation, the gate of shapes wants 96: add more images (or groups), or lower "
+        "gate.minimum_images in ferry.toml and know less\n"
+    )
+    assert refused(DataError, lambda: prepare(folder, CONFIG, tmp_path / "cache")) == (
+        f"{folder} has 1 usable training images; at least 2 are needed, add more"
+    )
+
+
+def with_weights(checkpoint: Checkpoint, folder: Path, content: bytes) -> Path:
+    """A checkpoint's folder with other bytes in the place of its weights."""
+    shutil.copytree(checkpoint.folder, folder)
+    (folder / WEIGHTS).write_bytes(content)
+    return folder
+
+
+def not_a_checkpoint(folder: Path) -> str:
+    return f"{folder} is not a checkpoint of this version, or is damaged; name a folder that `train` wrote"
+
+
+@pytest.mark.parametrize("keep", [1, 8, 100, 0.5, 0.999])
+def test_truncated_checkpoint(checkpoint: Checkpoint, tmp_path: Path, keep: float) -> None:
+    whole = (checkpoint.folder / WEIGHTS).read_bytes()
+    cut = whole[: keep if isinstance(keep, int) else int(keep * len(whole))]
+    folder = with_weights(checkpoint, tmp_path / "run", cut)
+    assert refused(CheckpointError, lambda: load_checkpoint(folder)) == not_a_checkpoint(folder)
+    assert refused(CheckpointError, lambda: load_weights(Network(CONFIG), folder / WEIGHTS)) == (
+        f"{folder / WEIGHTS} cannot be read as safetensors; it is damaged or truncated, fetch it again"
+    )
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("saved", ["pickle", "torch"])
+def test_foreign_checkpoint_of_a_pickle(checkpoint: Checkpoint, tmp_path: Path, saved: str) -> None:
+    """It is refused without running what it holds."""
+    trap = Trap(tmp_path / "sprung")
+    if saved == "pickle":
+        (tmp_path / "network.pt").write_bytes(pickle.dumps(trap))
+    else:
+        torch.save({"head.weight": torch.zeros(3), "trap": trap}, tmp_path / "network.pt")
+    folder = with_weights(checkpoint, tmp_path / "run", (tmp_path / "network.pt").read_bytes())
+    assert refused(CheckpointError, lambda: load_checkpoint(folder)) == not_a_checkpoint(folder)
+    assert not trap.path.exists()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_foreign_checkpoint_of_random_bytes(checkpoint: Checkpoint, tmp_path: Path, seed: int) -> None:
+    folder = with_weights(checkpoint, tmp_path / "run", np.random.default_rng(seed).bytes(5000))
+    assert refused(CheckpointError, lambda: load_checkpoint(folder)) == not_a_checkpoint(folder)
+
+
+@pytest.mark.parametrize("other", ["another tier", "no network"])
+def test_foreign_checkpoint_of_another_network(checkpoint: Checkpoint, tmp_path: Path, other: str) -> None:
+    """A sound safetensors file beside a lineage that is not its own."""
+    folder = Path(shutil.copytree(checkpoint.folder, tmp_path / "run"))
+    network = Network(CONFIG.model_copy(update={"tier": "nano"}))
+    write_safely(folder / WEIGHTS, network.state_dict() if other == "another tier" else {"weight": torch.zeros(3)})
+    assert refused(CheckpointError, load_checkpoint(folder).network) == (
+        f"{folder / WEIGHTS} holds the weights of another network than test/I at 16 pixels; use the configuration it was trained with"
+    )
+
+
+def test_foreign_feature_spaces(checkpoint: Checkpoint) -> None:
+    weights = checkpoint.folder / WEIGHTS  # a sound safetensors file, of something else
+    assert refused(CheckpointError, lambda: features.load(weights)) == (
+        f"{weights} holds no feature spaces; restore it from a backup, past figures depend on it"
+    )

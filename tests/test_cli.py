@@ -1,0 +1,373 @@
+"""What a newcomer types wrong gets one sentence that says what to do, an exit code, and nothing on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from flows import cli
+from ota.agent import cli as agent_cli
+from ota.release.keys import KeyRing
+from tests.conftest import write_images
+
+
+def ferry(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def agent(*arguments: str) -> Result:
+    return CliRunner().invoke(agent_cli.app, list(arguments))
+
+
+def commands(app: typer.Typer) -> list[list[str]]:
+    """Every command of an app, as the words to type."""
+    root = typer.main.get_command(app)
+
+    def walk(command: object, words: list[str]) -> list[list[str]]:
+        children = getattr(command, "commands", None)
+        if not children:
+            return [words]
+        return [found for name, child in children.items() for found in walk(child, [*words, name])]
+
+    return walk(root, [])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with one data revision; copied by each test that changes it."""
+    root = tmp_path_factory.mktemp("cli") / "ws"
+    assert ferry("init", str(root), "--line", "shapes").exit_code == 0
+    write_images(root / "data/shapes", 12)
+    assert ferry("-w", str(root), "data", "add", "shapes", "-m", "first").exit_code == 0
+    return root
+
+
+@pytest.fixture
+def workspace(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "ws", symlinks=True))
+
+
+def refused(result: Result, code: int, says: str) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert says in result.stderr
+    assert "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+APPS = {"ferry": cli.app, "ferry-agent": agent_cli.app}
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name, app in APPS.items() for words in commands(app)])
+def test_every_command_explains_itself(name: str, words: list[str]):
+    result = CliRunner().invoke(APPS[name], [*words, "--help"], prog_name=name)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: {name} {' '.join(words)} ")
+    assert len(result.stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_version_is_told_without_a_command(name: str):
+    result = CliRunner().invoke(APPS[name], ["--version"])
+    assert (result.exit_code, result.stdout.split()[0]) == (0, name)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("data", "add", "shapes"), ("data", "log", "shapes"), ("retrain", "shapes"), ("promote", "shapes/I/full", "1"), ("history",),
+        ("evaluate", "shapes/I/full"), ("release", "shapes"), ("rollout", "start", "shapes"), ("rollout", "halt", "shapes"), ("rollout", "status", "shapes"),
+        ("fleet", "status"), ("trust", "refresh"), ("trust", "renew"), ("rollout", "renew", "shapes"), ("trust", "status"), ("report",), ("serve",),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_outside_a_workspace_everything_says_so(arguments: tuple[str, ...], tmp_path: Path):
+    refused(ferry("-w", str(tmp_path), *arguments), 3, "is not a workspace (it has no ferry.toml); make one with `ferry init")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("retrain", "tables"), "there is no line 'tables' in ferry.toml; there is shapes"),
+        (("retrain", "shapes", "--data", "v9"), "there is no data revision 'v9'; `ferry data log shapes` lists them"),
+        (("promote", "shapes", "1"), "is not LINE/CONFIG/VARIANT"),
+        (("promote", "shapes/I/full", "7"), "has no version 7; there is none yet, run `ferry retrain`"),
+        (("release", "shapes/huge"), "line shapes has no device class 'huge'"),
+        (("rollout", "start", "shapes"), "has no release"),
+        (("rollout", "start", "shapes", "--waves", "ten"), "has no release"),
+        (("rollout", "halt", "shapes"), "nothing of shapes/edge is rolled out"),
+        (("rollout", "renew", "shapes"), "nothing of shapes/edge is rolled out"),
+        (("trust", "renew", "rollout"), "rollout is not renewed by itself"),
+        (("fleet", "enroll", "press-01", "abc"), "the public key must be 64 hex digits"),
+        (("fleet", "enroll", "Press 1", "ab" * 32), "is not a device id"),
+        (("report",), "there is no champion yet; run `ferry retrain` first"),
+        (("history", "tables/I/full"), "there is no line 'tables' in ferry.toml; there is shapes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_names_are_named(arguments: tuple[str, ...], says: str, prepared: Path):
+    refused(ferry("-w", str(prepared), *arguments), 3, says)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("schema = 1", "schema = 2"), "schema"),
+        (("schema = 1", "schema = "), "is not valid TOML"),
+        (("steps = 400", "stepps = 400"), "stepps"),
+        (("guidance = 2.0", "guidance = 0.5"), "guidance"),
+        (
+            ("latency_ms = 5000", "[lines.shapes.classes.old]\nprecision = 'float32'"),
+            "classes of one configuration must share a precision",
+        ),
+    ],
+)
+def test_wrong_setting_is_named(change: tuple[str, str], says: str, workspace: Path):
+    path = workspace / "ferry.toml"
+    path.write_text(path.read_text().replace(*change))
+    result = ferry("-w", str(workspace), "data", "log", "shapes")
+    refused(result, 3, says)
+    assert "ferry.toml" in result.stderr
+
+
+def test_init_leaves_a_foreign_folder_alone(tmp_path: Path):
+    (tmp_path / "letter.txt").write_text("dear all")
+    refused(ferry("init", str(tmp_path)), 3, "holds other things")
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_init_on_a_file_leaves_it_alone(tmp_path: Path):
+    (tmp_path / "letter.txt").write_text("dear all")
+    refused(ferry("init", str(tmp_path / "letter.txt")), 3, "is a file; name a folder")
+    assert (tmp_path / "letter.txt").read_text() == "dear all"
+
+
+def test_init_goes_on_where_settings_were_half_written(tmp_path: Path):
+    (tmp_path / ".ferry.toml.tmp").write_text("schema")
+    assert ferry("init", str(tmp_path)).exit_code == 0
+
+
+def test_demo_does_not_write_into_a_workspace_of_its_own(workspace: Path):
+    before = sorted(workspace.rglob("*"))
+    refused(ferry("demo", "--dir", str(workspace)), 3, "is a workspace of its own; name an empty folder")
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_unwritable_path_is_named_without_a_traceback(workspace: Path):
+    (workspace / "ferry.db").unlink()
+    (workspace / "ferry.db").mkdir()
+    refused(ferry("-w", str(workspace), "history"), 4, "the database cannot be used")
+    (workspace / "work" / "records.lock").unlink(missing_ok=True)
+    (workspace / "work" / "records.lock").mkdir(parents=True)
+    refused(ferry("-w", str(workspace), "trust", "refresh"), 3, "check the path and who may write there")
+
+
+@pytest.mark.parametrize("url", ["ferry.db", "postgresql+nosuch://h/d"])
+def test_database_that_cannot_be_used_is_named(url: str, workspace: Path):
+    path = workspace / "ferry.toml"
+    path.write_text(path.read_text().replace("sqlite:///ferry.db", url))
+    refused(ferry("-w", str(workspace), "history"), 4, "check its URL in ferry.toml")
+
+
+def test_prefect_server_that_is_not_there_is_named(workspace: Path):
+    """In a process of its own: Prefect reads the address when it is imported."""
+    words = [sys.executable, "-m", "flows.cli", "--quiet", "-w", str(workspace), "retrain", "shapes"]
+    told = subprocess.run(words, env=os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}, capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == (4, "")
+    assert told.stderr == (
+        "ferry: Prefect's server at http://127.0.0.1:9/api cannot be reached; start it, or unset PREFECT_API_URL\n"
+    )
+
+
+def test_signatures_are_renewed_and_published(workspace: Path):
+    before = json.loads(ferry("-w", str(workspace), "trust", "status", "--json").stdout)["expires"]
+    assert ferry("-w", str(workspace), "trust", "renew").exit_code == 0
+    assert ferry("-w", str(workspace), "trust", "renew", "root", "targets").exit_code == 0
+    after = json.loads(ferry("-w", str(workspace), "trust", "status", "--json").stdout)["expires"]
+    assert all(after[role] > before[role] for role in ("root", "targets", "models", "deltas"))
+    assert after["rollout"] == before["rollout"]
+    published = sorted(path.name for path in (workspace / "published" / "metadata").iterdir())
+    assert {"2.root.json", "2.targets.json", "2.models.json"} <= set(published)
+
+
+def test_renewing_root_without_the_offline_keys_says_so(workspace: Path):
+    (workspace / "keys" / "offline").rename(workspace / "keys" / "away")
+    before = sorted((workspace / "repository").rglob("*"))
+    refused(ferry("-w", str(workspace), "trust", "renew", "root"), 3, "keys")
+    assert sorted((workspace / "repository").rglob("*")) == before
+
+
+def test_settings_of_the_data_remote_reach_dvc(workspace: Path):
+    path, config = workspace / "ferry.toml", workspace / ".dvc" / "config"
+    config.write_text(config.read_text() + "    jobs = 3\n")  # somebody else's setting of the same remote
+    ignored = workspace / ".gitignore"
+    ignored.write_text(ignored.read_text() + "/mine\n")
+    path.write_text(path.read_text().replace('data = "dvc-remote"', 'data = "other"'))
+    write_images(workspace / "data/shapes", 4, seed=5, dim=True)
+    assert ferry("-w", str(workspace), "data", "add", "shapes").exit_code == 0
+    assert any((workspace / "other").rglob("*"))
+    assert "jobs = 3" in config.read_text()
+    assert ferry("init", str(workspace)).exit_code == 0
+    assert "/mine" in ignored.read_text().splitlines()
+
+
+def test_data_that_the_gate_cannot_decide_on_is_said_at_once(prepared: Path, workspace: Path):
+    result = ferry("-w", str(workspace), "data", "add", "shapes", "--json")
+    held_out = json.loads(result.stdout)["held_out"]
+    assert f"only {held_out} images are held out for evaluation, the gate of shapes wants 96" in result.stderr
+
+
+def test_init_repeated_keeps_keys_and_settings(workspace: Path):
+    before = {name: (workspace / name).read_bytes() for name in ("keys/keys.json", "ferry.toml", "root.json")}
+    assert ferry("init", str(workspace)).exit_code == 0
+    assert before == {name: (workspace / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("lost", ["keys", "repository", ".dvc", "inbox", "root.json", ".git"])
+def test_init_completes_what_a_killed_one_left_out(lost: str, tmp_path: Path):
+    root = tmp_path / "ws"
+    assert ferry("init", str(root), "--line", "shapes").exit_code == 0
+    if lost == "keys":  # keys come before the repository that they sign
+        shutil.rmtree(root / "repository")
+    shutil.rmtree(root / lost) if (root / lost).is_dir() else (root / lost).unlink()
+    assert ferry("init", str(root)).exit_code == 0
+    assert ferry("-w", str(root), "trust", "refresh").exit_code == 0
+    write_images(root / "data/shapes", 4)
+    assert ferry("-w", str(root), "data", "add", "shapes").exit_code == 0
+
+
+def test_unusable_images_are_listed_by_name(workspace: Path):
+    (workspace / "data/shapes/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    with (workspace / "data/shapes/metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "torn.png", "text": "bar"}\n{"file_name": "gone.png", "text": "bar"}\n')
+    result = ferry("-w", str(workspace), "data", "add", "shapes", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["unusable"] == {"torn.png": "cannot be decoded", "gone.png": "is missing"}
+    assert "torn.png cannot be decoded" in result.stderr
+    assert (workspace / "data/shapes/torn.png").exists()  # nothing of the user's is thrown away
+
+
+def test_folder_without_one_usable_image_is_not_recorded(workspace: Path):
+    for path in (workspace / "data/shapes").glob("*.png"):
+        path.write_bytes(b"not an image")
+    refused_lines = ferry("-w", str(workspace), "data", "add", "shapes")
+    assert refused_lines.exit_code == 3
+    assert "not one image in data/shapes can be used" in refused_lines.stderr
+    assert len(json.loads(ferry("-w", str(workspace), "data", "log", "shapes", "--json").stdout)["revisions"]) == 1
+
+
+def test_dirty_data_are_not_trained_on(workspace: Path):
+    write_images(workspace / "data/shapes", 4, seed=5, dim=True)
+    refused(ferry("-w", str(workspace), "retrain", "shapes"), 3, "record them with `ferry data add shapes`")
+
+
+def test_release_without_champion_says_what_comes_first(workspace: Path):
+    refused(
+        ferry("-w", str(workspace), "release", "shapes"),
+        3,
+        "shapes/I/full has no champion to release; run `ferry retrain shapes`",
+    )
+
+
+@pytest.mark.parametrize("role", ["snapshot", "timestamp"])
+def test_wrong_key_is_named_and_nothing_is_signed(role: str, workspace: Path):
+    keys = workspace / "keys" / "online"
+    before = {path.name: path.read_bytes() for path in (workspace / "repository/metadata").iterdir()}
+    shutil.copyfile(keys / "models.pem", keys / f"{role}.pem")
+    refused(ferry("-w", str(workspace), "trust", "refresh"), 3, f"role {role} needs 1 signatures")
+    after = {path.name: path.read_bytes() for path in (workspace / "repository/metadata").iterdir()}
+    assert after["timestamp.json"] == before["timestamp.json"]
+    assert KeyRing(workspace / "keys").signers("models")
+
+
+def test_missing_repository_says_how_to_make_it(workspace: Path):
+    shutil.rmtree(workspace / "repository")
+    refused(ferry("-w", str(workspace), "trust", "refresh"), 3, "there is no repository in")
+
+
+def test_changed_ledger_has_an_exit_code_of_its_own(workspace: Path):
+    import sqlite3
+
+    from registry.ledger import Ledger
+
+    ledger = Ledger(f"sqlite:///{workspace}/ferry.db")
+    ledger.append("gate", "shapes/I/full", "true", {})
+    ledger.close()
+    connection = sqlite3.connect(workspace / "ferry.db")
+    with connection:
+        connection.execute("UPDATE ledger_entries SET body = replace(body, 'true', 'false')")
+    connection.close()
+    refused(ferry("-w", str(workspace), "history"), 6, "was changed after it was written")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("data", "log", "shapes"), ("history",), ("rollout", "status", "shapes"), ("fleet", "status"), ("trust", "status"), ("trust", "refresh")],
+    ids=" ".join,
+)  # fmt: skip
+def test_json_is_one_object_on_stdout(arguments: tuple[str, ...], workspace: Path):
+    result = ferry("-w", str(workspace), *arguments, "--json")
+    assert result.exit_code == 0
+    assert isinstance(json.loads(result.stdout), dict)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path):
+    result = ferry("--debug", "-w", str(tmp_path), "history")
+    assert type(result.exception).__name__ == "WorkspaceError"
+
+
+@pytest.mark.parametrize("arguments", [("update",), ("status",), ("generate", "bar"), ("rollback",), ("report",)], ids=" ".join)
+def test_agent_without_a_directory_says_so(arguments: tuple[str, ...], tmp_path: Path):
+    result = agent(*arguments, "--dir", str(tmp_path))
+    assert result.exit_code == 3
+    assert "is not an agent's directory; make it one with `ferry-agent init`" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"--root-sha256": "0" * 64}, "does not have the sha256 that was given; do not trust it"),
+        ({"--root": "/nowhere/root.json"}, "cannot read /nowhere/root.json"),
+        ({"--device": "Press 1"}, "--device is not valid"),
+        ({"--line": "../x"}, "--line is not valid"),
+        ({"--window": "at night please"}, "--window is not valid"),
+    ],
+)
+def test_agent_init_refuses_what_does_not_fit(change: dict[str, str], says: str, prepared: Path, tmp_path: Path):
+    import hashlib
+
+    anchor = prepared / "root.json"
+    options = {
+        "--device": "press-01", "--line": "shapes", "--class": "edge", "--repository": str(prepared / "published"),
+        "--root": str(anchor), "--root-sha256": hashlib.sha256(anchor.read_bytes()).hexdigest(),
+    } | change  # fmt: skip
+    result = agent("init", *(word for pair in options.items() for word in pair), "--dir", str(tmp_path / "device"))
+    assert result.exit_code == 3
+    assert says in result.stderr
+    assert not (tmp_path / "device" / "config.json").exists()
+
+
+def test_agent_without_a_repository_can_try_later(prepared: Path, tmp_path: Path):
+    import hashlib
+
+    anchor = prepared / "root.json"
+    digest = hashlib.sha256(anchor.read_bytes()).hexdigest()
+    where = ("--dir", str(tmp_path / "device"))
+    made = agent(
+        "init", "--device", "press-01", "--line", "shapes", "--class", "edge", "--repository", str(tmp_path / "gone"), "--root",
+        str(anchor), "--root-sha256", digest, *where, "--json",
+    )  # fmt: skip
+    assert len(json.loads(made.stdout)["public_key"]) == 64
+    result = agent("--quiet", "update", *where)
+    assert result.exit_code == 4
+    assert "there is no repository in" in result.stderr

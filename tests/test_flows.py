@@ -1,0 +1,416 @@
+"""The loop in one workspace, with real Prefect, DVC, MLflow and signatures: what each step leaves in the stores.
+
+The tests of this file tell one story and run in order; each looks at what the step before it left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from filelock import FileLock
+from PIL import Image
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.errors import BusyError, WorkspaceError
+from flows.workspace import Workspace, create
+from model import versions
+from model.errors import CheckpointError, RevisionError
+from model.scorecard import Scorecard
+from registry.catalog import Catalog, Subject
+from registry.errors import CatalogError, PromotionError, StoreError
+from tests.conftest import write_images
+from tests.test_catalog import metrics
+
+SETTINGS = """
+schema = 1
+
+[lines.shapes]
+data = "data/shapes"
+tier = "test"
+text_length = 8
+
+[lines.shapes.training]
+steps = 60
+batch = 16
+learning_rate = 8e-3
+
+[lines.shapes.retraining]
+steps = 500
+batch = 16
+learning_rate = 6e-3
+update_grid = 1.0
+
+[lines.shapes.sampler]
+steps = 6
+
+[lines.shapes.gate]
+images = 64
+alpha = 0.1
+margin = 0.2
+minimum_images = 8
+coverage = 0.0
+"""
+SUBJECT = Subject(line="shapes", configuration="I", variant="full")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A workspace with a first data revision."""
+    for name in ("PREFECT_HOME", "PREFECT_API_URL"):
+        os.environ.pop(name, None)
+    made = create(tmp_path_factory.mktemp("factory") / "ws", [], SETTINGS)
+    write_images(made.root / "data/shapes", 120)
+    versions.add(made.root, "data/shapes", "shapes", "first")
+    yield made
+    made.ledger.close()
+    made.fleet.close()
+
+
+def statuses(workspace: Workspace, line: str) -> list[str]:
+    """Of all runs that MLflow has for a line."""
+    import mlflow
+
+    workspace.catalog.versions(SUBJECT)  # it is opened
+    return [run.info.status for run in mlflow.search_runs(experiment_names=[line], output_format="list")]
+
+
+def kinds(workspace: Workspace) -> list[str]:
+    return [entry.kind for entry in workspace.ledger.entries()]
+
+
+def champion_number(workspace: Workspace) -> int | None:
+    champion = workspace.catalog.champion(SUBJECT)
+    return champion.number if champion else None
+
+
+def ferry(workspace: Workspace, *arguments: str) -> Result:
+    """Call the command in this process."""
+    return CliRunner().invoke(app, ["--quiet", "-w", str(workspace.root), *arguments])
+
+
+@contextmanager
+def settings(workspace: Workspace, old: str, new: str) -> Iterator[None]:
+    """Another ferry.toml for a while."""
+    path = workspace.root / "ferry.toml"
+    before = path.read_text()
+    assert before.count(old) == 1, old
+    path.write_text(before.replace(old, new))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+def register_broken(workspace: Workspace) -> dict[str, Any]:
+    """Register the champion with its weights in another order."""
+    from flows.retrain import champion_files, register_checkpoint
+    from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
+
+    champion = workspace.catalog.champion(SUBJECT)
+    assert champion is not None
+    whole = load_checkpoint(Path(champion_files(workspace, champion)["checkpoint"]))
+    broken = workspace.work / "runs" / "broken"
+    shutil.copytree(whole.folder, broken)
+    weights = {name: weight.flatten().flip(0).view(weight.shape) for name, weight in whole.network().state_dict().items()}
+    write_safely(broken / WEIGHTS, weights)
+    (broken / LINEAGE).write_text(whole.lineage.model_copy(update={"parent": whole.weights_sha256}).model_dump_json())
+    return register_checkpoint(str(workspace.root), str(broken))
+
+
+def test_first_retraining_makes_a_champion(workspace: Workspace):
+    from flows.retrain import retrain
+
+    (row,) = retrain(str(workspace.root), "shapes")
+    assert (row["outcome"], row["version"], row["promoted"]) == ("promote", 1, True)
+    champion = workspace.catalog.champion(SUBJECT)
+    assert champion is not None
+    assert champion.number == 1
+    assert champion.tags["data.rev"] == versions.resolve(workspace.root, "data/shapes", "shapes").rev
+    assert kinds(workspace) == ["gate", "promotion"]
+
+
+def test_training_can_be_watched_in_the_run_of_its_version(workspace: Workspace):
+    champion = workspace.catalog.champion(SUBJECT)
+    assert champion is not None
+    assert statuses(workspace, "shapes") == ["FINISHED"]  # one run: the training's is the version's
+    steps = [1, 11, 21, 31, 41, 51, 60]
+    for name in ("loss", "learning_rate", "busiest_expert", "expert_entropy.00", "expert_entropy.02", "seconds"):
+        assert [step for step, _ in metrics(workspace.catalog, champion.run_id, name)] == steps
+    curve = json.loads(workspace.catalog.text(champion, "checkpoint/curve.json"))
+    assert [value for _, value in metrics(workspace.catalog, champion.run_id, "loss")] == [row["loss"] for row in curve]
+    for step in (15, 30, 45, 60):
+        with Image.open(BytesIO(workspace.catalog.data(champion, f"checkpoint/samples/step-{step:06d}.png"))) as image:
+            assert max(image.getextrema()) > 0
+        assert json.loads(workspace.catalog.text(champion, f"checkpoint/samples/step-{step:06d}.json")) == ["bar", "disc"]
+
+
+def test_nothing_new_means_no_work(workspace: Workspace):
+    from flows.retrain import retrain
+
+    before = sorted(path.name for path in (workspace.work / "runs").iterdir())
+    (row,) = retrain(str(workspace.root), "shapes")
+    assert row["outcome"] == "unchanged"
+    assert sorted(path.name for path in (workspace.work / "runs").iterdir()) == before
+    assert [v.number for v in workspace.catalog.versions(SUBJECT)] == [1]
+    assert kinds(workspace) == ["gate", "promotion"]
+
+
+def test_release_publishes_the_champion(workspace: Workspace):
+    from flows.release import release
+
+    made = release(str(workspace.root), "shapes", "edge")
+    (published,) = workspace.repository.releases("shapes", "edge")
+    assert (made["release"], made["manifest"], made["versions"]) == (1, published.manifest, {"full": 1})
+    manifest = workspace.repository.manifest(published)
+    champion = workspace.catalog.champion(SUBJECT)
+    assert champion is not None
+    assert manifest.entry("weights", "full").sha256 == champion.weights_sha256
+    assert manifest.origin.decision == workspace.ledger.entries()[1].sha256
+    assert (workspace.root / "published" / "metadata" / "timestamp.json").is_file()
+    assert workspace.ledger.holds(published.ledger)
+
+
+def test_release_without_news_publishes_nothing_new(workspace: Workspace):
+    from flows.release import release
+
+    before = kinds(workspace)
+    made = release(str(workspace.root), "shapes", "edge")
+    assert made["release"] == 1
+    assert len(workspace.repository.releases("shapes", "edge")) == 1
+    assert kinds(workspace) == before
+
+
+def test_changed_folder_is_not_trained_on(workspace: Workspace):
+    versions.check_clean(workspace.root, "data/shapes", "shapes")
+    write_images(workspace.root / "data/shapes", 120, seed=1, dim=True)
+    with pytest.raises(RevisionError, match="record them with `ferry data add shapes`"):
+        versions.check_clean(workspace.root, "data/shapes", "shapes")
+    assert [v.number for v in workspace.catalog.versions(SUBJECT)] == [1]
+
+
+def test_second_revision_starts_from_the_champion(workspace: Workspace):
+    from flows.retrain import champion_files, retrain
+
+    versions.add(workspace.root, "data/shapes", "shapes", "dimmer light")
+    first = workspace.catalog.champion(SUBJECT)
+    assert first is not None
+    (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
+    second = workspace.catalog.version(SUBJECT, 2)
+    assert row["version"] == 2
+    parent = json.loads((Path(champion_files(workspace, second)["checkpoint"]) / "lineage.json").read_bytes())["parent"]
+    assert parent == second.tags["parent.sha256"] != ""
+    assert second.tags["gate.champion"] == first.weights_sha256
+    champion = workspace.catalog.champion(SUBJECT)
+    assert champion is not None
+    assert champion.number == 1  # it was not to be promoted
+
+
+def test_interrupted_registration_is_not_repeated(workspace: Workspace):
+    from flows.retrain import retrain
+
+    before = kinds(workspace)
+    (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
+    assert row["version"] == 2
+    assert [v.number for v in workspace.catalog.versions(SUBJECT)] == [1, 2]
+    assert kinds(workspace) == before
+
+
+def test_alias_set_by_hand_is_neither_trusted_nor_built_on(workspace: Workspace):
+    from flows.promote import champions, promote
+
+    before = kinds(workspace)
+    workspace.catalog.promote(SUBJECT, 2)  # as somebody might in MLflow's page
+    with pytest.raises(PromotionError, match="was judged against another champion than the present one"):
+        promote(workspace, SUBJECT, 2, "late")
+    with pytest.raises(CatalogError, match="MLflow says shapes/I/full 2 is champion, the ledger does not"):
+        champions(workspace, "shapes", "edge")
+    workspace.catalog.promote(SUBJECT, 1)
+    assert kinds(workspace) == before
+
+
+def test_promotion_cut_before_the_alias_moved_is_completed_by_repeating_it(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    from flows.promote import champions, promote
+
+    def cut(*_: object) -> None:
+        raise StoreError("MLflow is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalog, "promote", cut)
+        with pytest.raises(StoreError):
+            promote(workspace, SUBJECT, 2, "it passed")
+    assert kinds(workspace)[-1] == "promotion"
+    assert champion_number(workspace) == 1
+    with pytest.raises(CatalogError, match="MLflow says shapes/I/full 1 is champion, the ledger does not"):
+        champions(workspace, "shapes", "edge")  # nothing is released from between the two
+    promote(workspace, SUBJECT, 2, "it passed")
+    assert champions(workspace, "shapes", "edge")["full"].number == 2
+    promote(workspace, SUBJECT, 1, "as before")
+
+
+def test_version_that_passed_the_gate_is_promoted_by_hand(workspace: Workspace):
+    from flows.promote import promote
+
+    assert workspace.catalog.version(SUBJECT, 2).outcome == "promote"
+    promote(workspace, SUBJECT, 2, "it passed")
+    assert champion_number(workspace) == 2
+
+
+def test_second_release_carries_a_smaller_delta(workspace: Workspace):
+    from flows.release import release
+
+    made = release(str(workspace.root), "shapes", "edge")
+    first = workspace.repository.releases("shapes", "edge")[0]
+    assert made["release"] == 2
+    assert 0 < made["deltas"][first.manifest] < made["full_bytes"]
+
+
+def test_going_back_finds_the_bundle_that_devices_know(workspace: Workspace):
+    from flows.promote import promote
+    from flows.release import release
+
+    promote(workspace, SUBJECT, 1, "going back")
+    assert release(str(workspace.root), "shapes", "edge")["release"] == 1
+    assert len(workspace.repository.releases("shapes", "edge")) == 2
+
+
+def test_schedule_does_not_undo_going_back(workspace: Workspace):
+    from flows.retrain import retrain
+
+    before = kinds(workspace)
+    (row,) = retrain(str(workspace.root), "shapes")
+    assert (row["version"], row["outcome"], row["promoted"]) == (2, "promote", False)  # the same challenger, judged before
+    assert "it was taken back" in row["reason"]
+    assert champion_number(workspace) == 1
+    assert kinds(workspace) == before
+
+
+def test_broken_version_needs_overruling_and_is_not_gone_back_to(workspace: Workspace):
+    from flows.promote import promote
+    from flows.report import write
+
+    promote(workspace, SUBJECT, 2, "back again")
+    row = register_broken(workspace)
+    assert (row["version"], row["outcome"]) == (3, "refuse")
+    with pytest.raises(PromotionError, match="add --overrule and a --reason"):
+        promote(workspace, SUBJECT, 3, "I like it")
+    promote(workspace, SUBJECT, 3, "I like it", overrule=True)
+    assert workspace.ledger.entries()[-1].facts["overruled"] is True
+    promote(workspace, SUBJECT, 2, "I was wrong")
+    with pytest.raises(PromotionError, match="add --overrule and a --reason"):
+        promote(workspace, SUBJECT, 3, "again")
+    page = write(workspace, workspace.root / "report.html").read_text()
+    assert "it passed; again: I was wrong" in page
+    assert "ferry promote shapes/I/full 1 " in page
+    assert "ferry promote shapes/I/full 3 " not in page
+    assert "ferry rollout start shapes/edge --release 1 --revert" in page
+
+
+def test_changed_sampler_is_judged_without_training(workspace: Workspace):
+    from flows.retrain import retrain
+
+    trained = sorted(path.name for path in (workspace.work / "runs").iterdir())
+    with settings(workspace, "steps = 6\n", "steps = 5\n"):
+        (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
+    made = Scorecard.model_validate_json(
+        workspace.catalog.text(workspace.catalog.version(SUBJECT, row["version"]), "scorecard.json")
+    )
+    assert (row["version"], made.sampler.steps) == (4, 5)
+    assert sorted(path.name for path in (workspace.work / "runs").iterdir()) == trained
+    assert champion_number(workspace) == 2
+
+
+def test_precision_that_the_champion_does_not_have_is_not_signed(workspace: Workspace):
+    from flows.release import release
+
+    before = workspace.repository.releases("shapes", "edge")
+    classes = '\n[lines.shapes.classes.edge]\nprecision = "float32"\n'
+    asked = settings(workspace, "coverage = 0.0\n", f"coverage = 0.0\n{classes}")
+    with asked, pytest.raises(CatalogError, match=r"is stored as bfloat16, ferry\.toml asks for float32"):
+        release(str(workspace.root), "shapes", "edge")
+    assert workspace.repository.releases("shapes", "edge") == before
+
+
+def test_other_tier_starts_from_noise(workspace: Workspace):
+    from flows.retrain import retrain
+
+    with settings(workspace, 'tier = "test"', 'tier = "nano"'), settings(workspace, "steps = 60", "steps = 2"):
+        (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
+    assert row["outcome"] == "refuse"
+    assert workspace.catalog.version(SUBJECT, row["version"]).tags["parent.sha256"] == ""
+
+
+def test_other_picture_format_is_another_line(workspace: Workspace):
+    from flows.retrain import retrain
+
+    before = len(workspace.catalog.versions(SUBJECT))
+    asked = settings(workspace, 'tier = "test"', 'tier = "test"\nimage_size = 8')
+    with asked, pytest.raises(WorkspaceError, match=r"the champion draws 16 pixels in 1 channels, ferry\.toml asks for 8"):
+        retrain(str(workspace.root), "shapes")
+    assert len(workspace.catalog.versions(SUBJECT)) == before
+
+
+def test_lost_feature_spaces_are_not_replaced_in_silence(workspace: Workspace):
+    from flows.retrain import retrain
+
+    spaces = workspace.root / "features" / "shapes.safetensors"
+    spaces.rename(spaces.with_suffix(".away"))
+    with settings(workspace, "steps = 6\n", "steps = 7\n"), pytest.raises(CheckpointError, match="restore it from a backup"):
+        retrain(str(workspace.root), "shapes")
+    spaces.with_suffix(".away").rename(spaces)
+
+
+def test_rollout_is_halted_while_a_model_is_trained(workspace: Workspace):
+    with FileLock(workspace.work / "retraining.lock"):
+        assert ferry(workspace, "rollout", "start", "shapes").exit_code == 0
+        begun = workspace.repository.policy("shapes", "edge")
+        assert ferry(workspace, "rollout", "renew", "shapes").exit_code == 0
+        assert workspace.repository.policy("shapes", "edge") == begun
+        assert ferry(workspace, "rollout", "halt", "shapes", "--reason", "blurred").exit_code == 0
+    policy = workspace.repository.policy("shapes", "edge")
+    assert policy is not None
+    assert policy.halt
+    assert kinds(workspace)[-2:] == ["rollout", "halt"]
+
+
+def test_ledger_that_was_cut_off_shows(workspace: Workspace):
+    database = workspace.root / "ferry.db"
+    whole = database.read_bytes()
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("DELETE FROM ledger_entries WHERE number > 1")
+    for command in (["history"], ["release", "shapes"]):
+        told = ferry(workspace, *command)
+        assert told.exit_code == 6
+        assert "entries were cut off" in told.stderr
+    database.write_bytes(whole)
+    assert ferry(workspace, "history").exit_code == 0
+
+
+def test_report_is_made_from_the_stores(workspace: Workspace):
+    from flows.report import write
+
+    page = write(workspace, workspace.root / "report.html").read_text()
+    assert "shapes/I/full" in page
+    assert "ferry promote shapes/I/full 1" in page
+
+
+def test_second_process_is_told_to_wait(workspace: Workspace):
+    from flows.retrain import retrain
+
+    with FileLock(workspace.work / "retraining.lock"), pytest.raises(BusyError, match="another ferry holds the retraining"):
+        retrain(str(workspace.root), "shapes")
+
+
+def test_ledger_is_whole_after_all_this(workspace: Workspace):
+    assert [e.number for e in workspace.ledger.entries()] == list(range(1, len(kinds(workspace)) + 1))
+    assert all(workspace.ledger.holds(r.ledger) for r in workspace.repository.releases("shapes", "edge"))

@@ -1,0 +1,304 @@
+"""Who may install what and when: waves, buckets, halts, reverts and maintenance windows, decided by the device alone."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ota.agent import rules
+from ota.agent.state import Config, State
+from ota.errors import ManifestError, OperatorError, TrustError
+from ota.manifest import Policy, Reference, Wave
+from ota.release import rollout
+from ota.release.repository import Release
+
+OLD, CURRENT, NEW = "0" * 64, "1" * 64, "2" * 64
+NOON = int(datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp())
+FLEET = [f"dev-{i}" for i in range(10_000)]
+
+
+def release(**fields: Any) -> Release:
+    base = {"line": "shapes", "device_class": "edge", "seq": 5, "manifest": NEW, "ledger": OLD, "version": 5, "full_bytes": 1}
+    return Release(**base, revertible=True).model_copy(update=fields)
+
+
+def policy(*waves: tuple[int, int], **fields: Any) -> Policy:
+    made = rollout.start(release(), (100,), soak=0, now=NOON)
+    listed = [Wave(bps=bps, not_before=at) for bps, at in waves] or made.waves
+    return made.model_copy(update={"waves": listed} | fields)
+
+
+def config(**fields: Any) -> Config:
+    base = {"device": "dev-1", "line": "shapes", "device_class": "edge", "repository": "/x", "root_sha256": OLD}
+    return Config(**(base | fields))
+
+
+RUNNING = State(active=CURRENT, previous=OLD, seq=4, previous_seq=3)
+
+
+def want(
+    offered: Policy, *, device: Config | None = None, state: State = RUNNING, revertible: bool = False, now: int = NOON
+) -> rules.Wanted:
+    return rules.want(offered, device or config(), state, revertible, now)
+
+
+# Buckets
+
+
+@pytest.mark.parametrize(("device", "salt"), [("dev-1", "5-abc"), ("a", ""), ("x" * 40, "s" * 64)])
+def test_bucket_is_documented_hmac(device, salt):
+    # HMAC (RFC 2104) by hand: two hashes of the padded key.
+    key = salt.encode().ljust(64, b"\0")
+    inner = hashlib.sha256(bytes(b ^ 0x36 for b in key) + device.encode()).digest()
+    outer = hashlib.sha256(bytes(b ^ 0x5C for b in key) + inner).digest()
+    assert outer == hmac.digest(salt.encode(), device.encode(), "sha256")
+    assert rules.bucket(device, salt) == int(outer[:8].hex(), 16) % 10_000
+
+
+def test_buckets_are_uniform():
+    counts = np.bincount([rules.bucket(device, "5-abc") // 100 for device in FLEET], minlength=100)
+    chi_square = float(((counts - 100) ** 2 / 100).sum())
+    assert 60 < chi_square < 149  # 99 degrees of freedom, 0.1 % on either side; the ids are fixed
+
+
+def test_waves_are_nested():
+    taken = [{d for d in FLEET if want(policy((bps, 0)), device=config(device=d)).install} for bps in (100, 1000, 5000, 10_000)]
+    assert [len(devices) / len(FLEET) for devices in taken] == pytest.approx([0.01, 0.1, 0.5, 1], abs=0.02)
+    for narrow, wide in pairwise(taken):
+        assert narrow < wide
+
+
+def test_first_devices_differ_by_release():
+    first, second = ({d for d in FLEET if rules.bucket(d, salt) < 1000} for salt in ("5-abc", "6-abd"))
+    assert len(first & second) / len(first) == pytest.approx(0.1, abs=0.03)
+
+
+def test_releases_get_their_own_salt():
+    salts = {rollout.start(release(seq=seq, manifest=digest), (1,), 0).salt for seq in (5, 6) for digest in (OLD, NEW)}
+    assert len(salts) == 4
+
+
+# Waves
+
+
+def test_wave_opens_at_its_time():
+    offered = policy((10_000, NOON + 60))
+    early = want(offered, now=NOON + 59)
+    assert (early.install, early.reason) == (False, "release 5 opens for this device in 1 s")
+    assert want(offered, now=NOON + 60).install
+
+
+def test_device_waits_for_its_own_wave():
+    mine = rules.bucket("dev-1", policy().salt)
+    offered = policy((mine, NOON - 50), (mine + 1, NOON + 50), (10_000, NOON + 90))
+    assert not want(offered).install
+    assert want(offered, now=NOON + 50).install
+
+
+def test_bucket_outside_all_waves_excluded():
+    mine = rules.bucket("dev-1", policy().salt)
+    refused = want(policy((mine, 0)))
+    assert (refused.install, refused.reason) == (False, f"release 5 is not meant for this device yet (bucket {mine})")
+    assert want(policy((mine + 1, 0))).install
+
+
+def test_no_wave_no_device():
+    assert not any(want(policy().model_copy(update={"waves": []}), device=config(device=d)).install for d in FLEET[:50])
+
+
+def test_halt_stops_everybody():
+    halted = rollout.halt(policy())
+    assert not any(want(halted, device=config(device=device)).install for device in FLEET[:50])
+    assert want(halted).reason == "release 5 is halted"
+
+
+def test_halt_takes_nothing_back():
+    assert want(rollout.halt(policy(manifest=CURRENT))).reason == "release 5 is installed"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (State(active=NEW, seq=5), "release 5 is installed"),
+        (State(active=CURRENT, seq=4, refused={NEW: "full: too slow"}), "release 5 was refused before: full: too slow"),
+    ],
+)
+def test_same_bundle_not_wanted_again(state, reason):
+    assert want(policy(), state=state) == rules.Wanted(install=False, reason=reason)
+
+
+# Reverts
+
+
+def test_older_release_is_no_revert():
+    with pytest.raises(TrustError, match="release 3, older than 4, without calling it a revert"):
+        want(policy(seq=3), revertible=True)
+
+
+def test_revert_needs_mark_in_models():
+    with pytest.raises(TrustError, match="not marked as one to go back to"):
+        want(policy(seq=3, revert=True), revertible=False)
+
+
+def test_authorised_revert_is_wanted():
+    assert want(policy(seq=3, revert=True), revertible=True).install
+
+
+@pytest.mark.parametrize("fields", [{"halt": True}, {"waves": []}])
+def test_revert_obeys_waves_and_halt(fields):
+    assert not want(policy(seq=3, revert=True, **fields), revertible=True).install
+
+
+@pytest.mark.parametrize("fields", [{"line": "other"}, {"device_class": "other"}])
+def test_policy_of_others_refused(fields):
+    with pytest.raises(ManifestError, match="not for this device"):
+        want(policy(**fields))
+
+
+# Maintenance windows
+
+
+@pytest.mark.parametrize(
+    ("window", "inside", "outside"),
+    [
+        ("09:00-17:00", ["09:00", "12:30", "16:59"], ["08:59", "17:00", "23:59", "00:00"]),
+        ("22:00-05:00", ["22:00", "23:59", "00:00", "04:59"], ["05:00", "12:00", "21:59"]),
+        ("00:00-00:01", ["00:00"], ["00:01", "23:59"]),
+        ("23:59-00:00", ["23:59"], ["00:00", "23:58"]),
+    ],
+)
+def test_window_over_midnight_too(window, inside, outside):
+    for clock in inside + outside:
+        now = NOON - NOON % 86_400 + int(clock[:2]) * 3600 + int(clock[3:]) * 60
+        found = want(policy((10_000, 0)), device=config(window=window), now=now)
+        assert found.install == (clock in inside), clock
+        assert found.install or found.reason == f"release 5 waits for the maintenance window {window} UTC"
+
+
+@pytest.mark.parametrize("window", ["5-6", "22:00", "22.00-05.00", "25:00-05:00", "22:60-05:00", "night", "22:00-05:0x"])
+def test_window_of_other_form_refused(window):
+    with pytest.raises(ValueError, match="window"):
+        config(window=window)
+
+
+# Clock and versions
+
+
+@pytest.mark.parametrize(("behind", "refused"), [(-5, False), (0, False), (24 * 3600, False), (24 * 3600 + 1, True)])
+def test_clock_may_not_go_back(behind, refused):
+    if refused:
+        with pytest.raises(TrustError, match="clock is 24 hours behind"):
+            rules.check_clock(NOON - behind, NOON)
+    else:
+        rules.check_clock(NOON - behind, NOON)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.integers(1, 3)), st.dictionaries(st.sampled_from("abc"), st.integers(1, 3)))
+def test_versions_may_not_go_back(found, marks):
+    older = [role for role in found if found[role] < marks.get(role, 0)]
+    if older:
+        with pytest.raises(TrustError, match=f"of {min(older)}"):
+            rules.check_versions(found, marks)
+    else:
+        rules.check_versions(found, marks)
+
+
+# What the operator asks for
+
+
+def test_start_spreads_in_waves():
+    made = rollout.start(release(), (1, 10, 100), soak=3600, now=NOON)
+    assert [(wave.bps, wave.not_before - NOON) for wave in made.waves] == [(100, 0), (1000, 3600), (10_000, 7200)]
+    assert (made.seq, made.manifest, made.halt, made.revert) == (5, NEW, False, False)
+
+
+def test_waves_are_few():
+    assert len(rollout.start(release(), range(1, 17), soak=0).waves) == 16
+    with pytest.raises(OperatorError, match="at most 16 waves, not 17"):
+        rollout.start(release(), range(1, 18), soak=0)
+
+
+@pytest.mark.parametrize("shares", [(), (0,), (-1,), (101,), (10, 10), (10, 1), (0.001,), (float("nan"),), (10, float("inf"))])
+def test_shares_must_rise(shares):
+    with pytest.raises(OperatorError, match="rising shares"):
+        rollout.start(release(), shares, soak=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        (policy((100, NOON), (10_000, NOON + 60)), "release 5 is open to 1 % of the fleet, to 100 % in 60 s"),
+        (policy((10_000, NOON)), "release 5 is open to 100 % of the fleet"),
+        (policy((50, NOON + 5)), "release 5 is open to 0 % of the fleet, to 0.5 % in 5 s"),
+        (rollout.halt(policy()), "release 5 is halted"),
+    ],
+)
+def test_policy_described_for_people(made, sentence):
+    assert rollout.describe(made, NOON) == sentence
+
+
+# Whether what was tried is fit to run
+
+
+def reference(low: float, high: float, latency: float = 100.0) -> Reference:
+    statistics = {"mean": {"low": low, "high": high}}
+    golden = {"tolerance": 1e-3, "share": 0.98}
+    rows = {"schema_version": 1, "golden": golden, "load": [[0.5, 0.5]], "statistics": statistics, "latency_ms": latency}
+    return Reference.model_validate(rows)
+
+
+def trying(**fields: Any) -> rules.Trying:
+    base = {
+        "golden_share": 1.0, "finite": True, "statistics": (("mean", 0.1),), "load": ((0.5, 0.5),), "milliseconds": 50.0,
+        "peak_mib": 200.0, "runtime_problem": None,
+    }  # fmt: skip
+    return rules.Trying(**(base | fields))
+
+
+OWN, BEFORE = reference(0.0, 0.2), reference(0.05, 0.15)
+
+
+def test_fit_bundle_has_no_reasons():
+    assert rules.judge(trying(), OWN, BEFORE) == []
+    assert rules.judge(trying(), OWN, None) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"golden_share": 0.979}, "only 97.9 % of its golden outputs come out right here, 98 % must"),
+        ({"finite": False}, "it makes images that are not finite"),
+        ({"load": ((0.96, 0.04),)}, "expert 1 of block 0 carry no load here as they did in the factory"),
+        ({"load": ((1.0,),)}, "other experts"),
+        ({"load": ()}, "other experts"),
+        ({"milliseconds": 101.0}, "an image takes 101 ms, the budget is 100 ms"),
+        ({"peak_mib": 1025.0}, "it takes 1025 MiB, 1024 are allowed"),
+        ({"runtime_problem": "it needs ONNX Runtime >=9"}, "it needs ONNX Runtime >=9"),
+        ({"statistics": (("mean", float("nan")),)}, "the images' mean is nan"),
+        ({"statistics": (("mean", 0.26),)}, "the images' mean is 0.26, the running model's lies between 0.05 and 0.15"),
+    ],
+)
+def test_unfit_bundle_refused_with_reason(fields, reason):
+    reasons = rules.judge(trying(**fields), OWN, BEFORE)
+    assert reason in reasons[-1]
+    assert len(reasons) == 1 or "nan" in reason
+
+
+def test_bundle_unlike_itself_refused():
+    reasons = rules.judge(trying(statistics=(("mean", 0.41),)), OWN, None)
+    assert reasons == ["the images' mean is 0.41, its own reference lies between 0.00 and 0.20"]
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("1.19.2", False), ("1.20.0", True), ("1.31.1", True), ("2.0.0", False), ("1.20.0rc1", True)]
+)
+def test_runtime_bounds_are_numeric(version, fits):
+    assert (rules.check_runtime([">=1.20", "<2"], version) is None) == fits

@@ -1,0 +1,395 @@
+"""Data revisions: what was recorded is what is delivered, or nothing is."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.errors import RevisionError
+from model.scorecard import DataVersion
+from model.versions import add, folder_md5, git, init, is_dirty, log, pull, resolve
+
+PATH, LINE = "data/parts", "parts"
+FILES = {"a.txt": "one", "deep/er/b.txt": "two", "metadata.jsonl": "{}"}
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def read(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def commits(root: Path) -> int:
+    return int(git(root, "rev-list", "--count", "HEAD"))
+
+
+@pytest.fixture(autouse=True)
+def own_site_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC keeps an index of what it has seen outside the workspace; each test starts as a new machine does."""
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+
+
+def workspace(place: Path) -> Path:
+    """A workspace with one data folder that no revision has yet, and a folder as its remote."""
+    root = place / "workspace"
+    root.mkdir()
+    init(root, str(place / "remote"))
+    write(root / PATH, FILES)
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return workspace(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with one revision; leave its `PATH` alone."""
+    root = workspace(tmp_path_factory.mktemp("recorded"))
+    add(root, PATH, LINE, "first delivery")
+    return root
+
+
+@pytest.fixture
+def version(root: Path) -> DataVersion:
+    """The first revision."""
+    return add(root, PATH, LINE, "first delivery")
+
+
+def objects(store: Path, text: str | None) -> Path:
+    """Where a store keeps the bytes of a text; None: the list of the folder's files."""
+    if text is None:
+        (path,) = store.rglob("*.dir")
+        return path
+    digest = hashlib.md5(text.encode()).hexdigest()
+    (path,) = store.rglob(f"{digest[:2]}/{digest[2:]}")
+    return path
+
+
+def damage(root: Path, where: str, text: str | None, content: bytes | None) -> None:
+    """Overwrite or delete an object in the cache, the remote, or both."""
+    stores = {"cache": [root / ".dvc" / "cache"], "remote": [root.parent / "remote"]}
+    for store in stores.get(where, [*stores["cache"], *stores["remote"]]):
+        path = objects(store, text)
+        path.chmod(0o644)
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+
+
+def forget_cache(root: Path) -> None:
+    """What another machine sees: the Git history and the remote."""
+    shutil.rmtree(root / ".dvc" / "cache")
+
+
+def test_delivered_is_what_was_added(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    place = pull(root, version, tmp_path / "out")
+    assert read(place) == FILES
+    assert place == tmp_path / "out" / version.md5.removesuffix(".dir")
+    assert (version.files, version.bytes) == (3, sum(map(len, FILES.values())))
+    assert version == resolve(root, PATH, LINE)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [place.name]
+
+
+def test_remote_alone_delivers_everything(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    forget_cache(root)
+    shutil.rmtree(root / PATH)
+    assert read(pull(root, version, tmp_path / "out")) == FILES
+
+
+def test_unchanged_data_make_no_commit(root: Path, version: DataVersion) -> None:
+    before = git(root, "rev-parse", "HEAD")
+    assert add(root, PATH, LINE, "again") == version
+    assert git(root, "rev-parse", "HEAD") == before
+
+
+def test_other_commits_leave_version_alone(root: Path, version: DataVersion) -> None:
+    (root / "notes.txt").write_text("nothing about data")
+    git(root, "add", "notes.txt")
+    git(root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "notes")
+    assert resolve(root, PATH, LINE) == version
+
+
+def test_staged_work_of_user_stays(root: Path, version: DataVersion) -> None:
+    """What the user has staged for a commit of their own goes into no data revision."""
+    (root / "notes.txt").write_text("half a thought")
+    git(root, "add", "notes.txt")
+    add(root, PATH, LINE, "nothing new")
+    assert commits(root) == 1
+    write(root / PATH, {"a.txt": "changed"})
+    add(root, PATH, LINE, "second delivery")
+    assert commits(root) == 2
+    assert git(root, "diff", "--cached", "--name-only") == "notes.txt"
+
+
+def test_older_revision_comes_back_unchanged(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    write(root / PATH, {"a.txt": "changed", "c.txt": "new"})
+    (root / PATH / "metadata.jsonl").unlink()
+    second = add(root, PATH, LINE, "second delivery")
+    assert second.md5 != version.md5
+    assert read(pull(root, version, tmp_path / "out")) == FILES
+    assert read(pull(root, second, tmp_path / "out")) == {"a.txt": "changed", "c.txt": "new", "deep/er/b.txt": "two"}
+    assert read(root / PATH) == read(pull(root, second, tmp_path / "out"))  # and the workspace was not touched
+    assert [(v, message) for v, message in log(root, PATH, LINE)] == [(second, "second delivery"), (version, "first delivery")]
+    assert resolve(root, PATH, LINE, "HEAD~1") == resolve(root, PATH, LINE, version.rev) == version
+
+
+def test_two_lines_share_a_workspace(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    write(root / "data" / "others", {"z.txt": "zed"})
+    other = add(root, "data/others", "others", "another line")
+    assert resolve(root, PATH, LINE) == version
+    assert read(pull(root, other, tmp_path / "out")) == {"z.txt": "zed"}
+    assert [v for v, _ in log(root, PATH, LINE)] == [version]
+
+
+def test_second_pull_fetches_nothing(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    place = pull(root, version, tmp_path / "out")
+    forget_cache(root)
+    shutil.rmtree(tmp_path / "remote")
+    assert pull(root, version, tmp_path / "out") == place
+
+
+def test_killed_pull_leaves_no_harm(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    half = tmp_path / "out" / f"{version.md5.removesuffix('.dir')}.4711.tmp"
+    write(half, {"a.txt": "ha"})
+    assert read(pull(root, version, tmp_path / "out")) == FILES
+
+
+@pytest.mark.parametrize("rev", ["nothing", "f" * 40, "--all", "HEAD~7", ""])
+def test_unknown_revision_is_a_sentence(recorded: Path, rev: str) -> None:
+    with pytest.raises(RevisionError, match=f"there is no data revision '{rev}'; `ferry data log parts` lists them"):
+        resolve(recorded, PATH, LINE, rev)
+
+
+def test_workspace_without_commit_has_no_revision(root: Path) -> None:
+    with pytest.raises(RevisionError, match="there is no data revision 'HEAD'"):
+        resolve(root, PATH, LINE)
+    assert log(root, PATH, LINE) == []
+
+
+def test_revision_without_these_data_is_refused(recorded: Path) -> None:
+    with pytest.raises(RevisionError, match="revision 'HEAD' holds no data for others; record some with `ferry data add others`"):
+        resolve(recorded, "data/others", "others")
+
+
+@pytest.mark.parametrize("pointer", ["", "outs: []", "outs:\n- path: parts\n", "outs: 3", "]["])
+def test_pointer_that_is_none_is_refused(recorded: Path, pointer: str) -> None:
+    commit = ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "pointer")
+    write(recorded, {"data/broken.dvc": pointer})
+    git(recorded, "add", "data/broken.dvc")
+    git(recorded, *commit)
+    git(recorded, "rm", "-q", "data/broken.dvc")  # DVC itself would stumble over it
+    git(recorded, *commit)
+    with pytest.raises(RevisionError, match="revision 'HEAD~1' holds no data for broken"):
+        resolve(recorded, "data/broken", "broken", "HEAD~1")
+
+
+def refused(root: Path, version: DataVersion, out: Path, sentence: str) -> None:
+    """Nothing is delivered, and what is wrong is said in one sentence."""
+    with pytest.raises(RevisionError, match=sentence) as caught:
+        pull(root, version, out)
+    assert "\n" not in str(caught.value)
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["cache", "both"])
+def test_damaged_object_is_never_delivered(root: Path, version: DataVersion, tmp_path: Path, where: str) -> None:
+    damage(root, where, "two", b"2wo")
+    refused(root, version, tmp_path / "out", "is damaged in the DVC cache or remote")
+
+
+def test_damaged_remote_is_never_delivered(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    damage(root, "remote", "two", b"2wo")
+    forget_cache(root)
+    refused(root, version, tmp_path / "out", "is damaged in the DVC cache or remote|cannot be fetched")
+
+
+def test_good_remote_heals_bad_cache(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    """The way out that the refusal names."""
+    damage(root, "cache", "two", b"2wo")
+    refused(root, version, tmp_path / "out", "delete the bad object from .dvc/cache")
+    objects(root / ".dvc" / "cache", "two").unlink()
+    assert read(pull(root, version, tmp_path / "out")) == FILES
+
+
+def test_missing_object_is_refused(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    damage(root, "remote", "two", None)
+    forget_cache(root)
+    refused(root, version, tmp_path / "out", "of parts cannot be fetched: .*; restore the object in the DVC remote")
+
+
+def test_missing_remote_is_refused(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "remote")
+    forget_cache(root)
+    refused(root, version, tmp_path / "out", "of parts cannot be fetched")
+
+
+LIST_WITH_STRANGER = b'[{"md5": "f97c5d29941bfb1b2fdab0874906ab82", "relpath": "../../../stranger.txt"}]'  # of "one"
+
+
+@pytest.mark.parametrize(
+    ("where", "content"),
+    [("both", b""), ("both", b"[]"), ("remote", b"{}"), ("remote", b"\xff"), ("remote", None), ("remote", LIST_WITH_STRANGER)],
+)
+def test_damaged_list_is_never_followed(
+    root: Path, version: DataVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, where: str
+) -> None:
+    """The object that lists the folder's files is damaged, and this machine has not seen it before."""
+    damage(root, where, None, content)
+    if where == "remote":
+        forget_cache(root)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "new site"))
+    refused(root, version, tmp_path / "out", "is damaged in the DVC cache or remote|cannot be fetched")
+    assert not list(tmp_path.rglob("stranger.txt"))
+
+
+def test_commit_without_data_is_refused(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    foreign = version.model_copy(update={"rev": "1" * 40})
+    refused(root, foreign, tmp_path / "out", "of parts cannot be fetched: unknown Git revision")
+
+
+def test_delivery_must_have_recorded_hash(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    """A version whose hash was exchanged on its way is not satisfied with the commit's own data."""
+    refused(root, version.model_copy(update={"md5": "0" * 32 + ".dir"}), tmp_path / "out", "do not have the recorded hash")
+
+
+def edit(folder: Path) -> None:
+    (folder / "a.txt").write_text("edited")
+
+
+def new_file(folder: Path) -> None:
+    (folder / "new.txt").write_text("new")
+
+
+def less(folder: Path) -> None:
+    (folder / "a.txt").unlink()
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("change", [edit, new_file, less, gone])
+def test_changed_folder_is_dirty(root: Path, version: DataVersion, change: Callable[[Path], None]) -> None:
+    assert not is_dirty(root, PATH)
+    change(root / PATH)
+    assert is_dirty(root, PATH)
+
+
+def test_folder_put_back_is_clean(root: Path, version: DataVersion) -> None:
+    edit(root / PATH)
+    write(root / PATH, FILES)
+    assert not is_dirty(root, PATH)
+
+
+def test_killed_add_is_dirty_and_repeatable(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    """The run ends between DVC and Git: the folder is not what HEAD says, however content DVC is."""
+    edit(root / PATH)
+    (root / ".git" / "index.lock").write_text("")
+    with pytest.raises(RevisionError, match="git add failed"):
+        add(root, PATH, LINE, "second delivery")
+    (root / ".git" / "index.lock").unlink()
+    assert resolve(root, PATH, LINE) == version
+    assert is_dirty(root, PATH)
+    second = add(root, PATH, LINE, "second delivery")
+    assert read(pull(root, second, tmp_path / "out"))["a.txt"] == "edited"
+    assert not is_dirty(root, PATH)
+
+
+def test_unrecorded_folder_is_a_sentence(root: Path) -> None:
+    with pytest.raises(RevisionError, match=r"parts\.dvc' does not exist"):
+        is_dirty(root, PATH)
+
+
+def test_missing_folder_cannot_be_added(root: Path) -> None:
+    with pytest.raises(RevisionError, match="output 'data/others' does not exist"):
+        add(root, "data/others", "others", "nothing")
+    assert log(root, "data/others", "others") == []
+
+
+def test_folder_without_repository_is_a_sentence(tmp_path: Path) -> None:
+    write(tmp_path / PATH, FILES)
+    with pytest.raises(RevisionError, match="you are not inside of a DVC repository"):
+        add(tmp_path, PATH, LINE, "too early")
+
+
+def nothing_yet(root: Path) -> None:
+    pass
+
+
+def git_only(root: Path) -> None:
+    git(root, "init", "--quiet")
+
+
+def empty_dvc(root: Path) -> None:
+    git_only(root)
+    write(root / ".dvc", {"tmp/lock": ""})
+
+
+def config_only(root: Path) -> None:
+    git_only(root)
+    write(root / ".dvc", {"config": ""})
+
+
+@pytest.mark.parametrize("killed", [nothing_yet, git_only, empty_dvc, config_only])
+def test_init_completes_what_was_killed(tmp_path: Path, killed: Callable[[Path], None]) -> None:
+    root = write(tmp_path / "workspace", {f"{PATH}/a.txt": "one"})
+    killed(root)
+    for _ in range(2):
+        init(root, str(tmp_path / "remote"))
+    version = add(root, PATH, LINE, "first delivery")
+    forget_cache(root)
+    assert read(pull(root, version, tmp_path / "out")) == {"a.txt": "one"}
+
+
+def test_init_again_keeps_history(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    init(root, str(tmp_path / "elsewhere"))
+    assert resolve(root, PATH, LINE) == version
+    forget_cache(root)
+    write(root / PATH, {"a.txt": "changed"})
+    add(root, PATH, LINE, "to the new remote")
+    assert objects(tmp_path / "elsewhere", "changed").read_text() == "changed"
+
+
+def test_commits_need_no_identity(root: Path, version: DataVersion) -> None:
+    """A build machine knows no user; a workspace that does keeps its own."""
+    assert git(root, "log", "-1", "--format=%an") == "ferry"
+    git(root, "config", "user.name", "Ada")
+    git(root, "config", "user.email", "ada@example.com")
+    edit(root / PATH)
+    add(root, PATH, LINE, "second delivery")
+    assert git(root, "log", "-1", "--format=%an") == "Ada"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a"],
+        ["b", "a", "c/d", "c/e/f"],
+        ["sub/x", "sub-1", "sub.d", "sub0", "sub/"[:-1] + " y"],  # around the slash in ASCII
+        ["brick/1.png", "brick-2/1.png", "brick.jsonl"],
+        ["ä.png", "日本/語.png", "z", "\N{GRINNING FACE}.png", "\uffff.png"],
+        ['quote".txt', "back\\slash.txt", "tab\t.txt"],
+        ["A", "a", "Z", "_"],
+        ["10.png", "9.png", "1/0.png"],
+    ],
+)
+def test_folder_md5_is_the_one_of_dvc(recorded: Path, tmp_path: Path, names: list[str]) -> None:
+    path = f"data/names-{hashlib.md5(repr(names).encode()).hexdigest()}"
+    folder = write(recorded / path, {name: f"content of {i}" for i, name in enumerate(names)})
+    version = add(recorded, path, "names", "names")
+    assert folder_md5(folder) == version.md5
+    assert yaml.safe_load((recorded / f"{path}.dvc").read_text())["outs"][0]["md5"] == version.md5
+    assert read(pull(recorded, version, tmp_path / "out")) == read(folder)
