@@ -41,6 +41,11 @@ SCALED_AXIS = {
     "ada.weight": 0,
 }  # fmt: skip
 SCALE = ".scale"
+# The rows of a block's adaLN vector, each [B, 1, D]; "open" is by how much a branch enters the stream.
+MOD = ["shift1", "scale1", "open1", "shift2", "scale2", "open2"]
+# What the experts are told about the tokens they see: how many each takes [1], the first row of each image in the flattened
+# batch [B, 1, 1], and the shape that they had [3].
+SEGMENT = ["capacity", "start", "map"]
 
 
 @dataclass(frozen=True)
@@ -157,16 +162,27 @@ class _Body:
     def silu(self, x: str) -> str:
         return self.add("Mul", [x, self.add("Sigmoid", [x])])
 
-    def modulated_norm(self, x: str, ones: str, mod: str, shift: int) -> str:
-        """LayerNorm without parameters, then rows `shift` (shift) and `shift + 1` (scale) of mod [B, 6, D]."""
+    def modulated_norm(self, x: str, ones: str, shift: str, scale: str, outputs: Sequence[str] | None = None) -> str:
+        """LayerNorm without parameters, times scale [B, 1, D] (its 1 is in it), plus shift [B, 1, D]."""
         normed = self.add("LayerNormalization", [x, ones], axis=-1, epsilon=NORM_EPS)
-        scale = self.add("Add", [self.slice(mod, shift + 1, shift + 2, 1), self.number(1.0)])
-        return self.add("Add", [self.add("Mul", [normed, scale]), self.slice(mod, shift, shift + 1, 1)])
+        return self.add("Add", [self.add("Mul", [normed, scale]), shift], outputs)
 
-    def rms_norm(self, x: str, gain: str) -> str:
-        mean = self.add("ReduceMean", [self.add("Mul", [x, x]), self.ints(-1)], keepdims=1)
+    def rms_norm(self, x: str, gain: str, outputs: Sequence[str] | None = None) -> str:
+        """Written as ONNX Runtime knows it (the square as a power), so that it becomes one kernel there."""
+        mean = self.add("ReduceMean", [self.add("Pow", [x, self.number(2.0)]), self.ints(-1)], keepdims=1)
         root = self.add("Sqrt", [self.add("Add", [mean, self.number(NORM_EPS)])])
-        return self.add("Mul", [self.add("Div", [x, root]), gain])
+        return self.add("Mul", [self.add("Div", [x, root]), gain], outputs)
+
+    def parts(self, x: str, count: int) -> list[str]:
+        """Equal parts along the first axis."""
+        made = [self.name("part") for _ in range(count)]
+        self.add("Split", [x], made, axis=0, num_outputs=count)
+        return made
+
+    def each_expert(self, config: ModelConfig, x: str, weight: str) -> str:
+        """Rows x [E * n, in], n for each expert, through the experts' own matrices: [E * n, out]."""
+        parts = self.parts(x, config.shape.experts)
+        return self.add("Concat", [self.add("MatMul", [part, f"{weight}_{e}"]) for e, part in enumerate(parts)], axis=0)
 
     def linear(self, x: str, name: str) -> str:
         """X [B, in] through a torch-style [out, in] weight and bias."""
@@ -182,18 +198,12 @@ def _project(config: ModelConfig) -> FunctionProto:
     """Project: x [B, T, D] → q, k, v, each [B, h, T, d]."""
     heads = config.shape.heads
     f = _Body()
-    f.add("Add", ["ada", "mod"], ["m"])
-    h = f.modulated_norm("x", "ones", "m", 0)
-    f.add("Split", [f.add("MatMul", [h, "qkv"])], ["q0", "k0", "v0"], axis=-1, num_outputs=3)
-
-    def split_heads(x: str, outputs: Sequence[str] | None = None) -> str:
-        grouped = f.add("Reshape", [x, f.ints(0, 0, heads, -1)])
-        return f.add("Transpose", [grouped], outputs, perm=[0, 2, 1, 3])
-
-    f.add("Identity", [f.rms_norm(split_heads("q0"), "q_gain")], ["q"])
-    f.add("Identity", [f.rms_norm(split_heads("k0"), "k_gain")], ["k"])
-    split_heads("v0", ["v"])
-    return _function("Project", ["x", "ada", "mod", "qkv", "q_gain", "k_gain", "ones"], ["q", "k", "v"], f)
+    product = f.add("MatMul", [f.modulated_norm("x", "ones", "shift", "scale"), "qkv"])  # [B, T, 3D]
+    grouped = f.add("Reshape", [product, f.ints(0, 0, 3 * heads, -1)])
+    f.add("Split", [f.add("Transpose", [grouped], perm=[0, 2, 1, 3])], ["q0", "k0", "v"], axis=1, num_outputs=3)
+    f.rms_norm("q0", "q_gain", ["q"])
+    f.rms_norm("k0", "k_gain", ["k"])
+    return _function("Project", ["x", "shift", "scale", "qkv", "q_gain", "k_gain", "ones"], ["q", "k", "v"], f)
 
 
 def _attend(config: ModelConfig) -> FunctionProto:
@@ -210,11 +220,9 @@ def _attend(config: ModelConfig) -> FunctionProto:
 def _residual() -> FunctionProto:
     """Residual: x and attended [B, T, D] → the stream after attention, and its norm for convolution and experts."""
     f = _Body()
-    f.add("Add", ["ada", "mod"], ["m"])
-    gated = f.add("Mul", [f.slice("m", 2, 3, 1), f.add("MatMul", ["attended", "out"])])
-    f.add("Add", ["x", gated], ["y"])
-    f.add("Identity", [f.modulated_norm("y", "ones", "m", 3)], ["h"])
-    return _function("Residual", ["x", "attended", "ada", "mod", "out", "ones"], ["y", "h"], f)
+    f.add("Add", ["x", f.add("Mul", ["open", f.add("MatMul", ["attended", "out"])])], ["y"])
+    f.modulated_norm("y", "ones", "shift", "scale", ["h"])
+    return _function("Residual", ["x", "attended", "open", "shift", "scale", "out", "ones"], ["y", "h"], f)
 
 
 def _convolve(config: ModelConfig) -> FunctionProto:
@@ -229,45 +237,41 @@ def _convolve(config: ModelConfig) -> FunctionProto:
 
 
 def _experts(config: ModelConfig) -> FunctionProto:
-    """Experts, shared and routed, on h [B, T, D], added to x: y [B, T, D], load [B, E], chosen (see `Experts.forward`)."""
+    """Experts, shared and routed, on h [B, T, D], added to x: y [B, T, D], mass [B, E], chosen (see `Experts.forward`).
+
+    The mass of an expert is its load times the number of tokens.
+    """
     f = _Body()
-    f.add("Add", ["ada", "mod"], ["m"])
     flat = f.add("Reshape", ["h", f.ints(-1, config.shape.width)])
     mixed = f.add("MatMul", [f.swiglu(f.add("MatMul", [flat, "s13"])), "s2"])  # [B * T, D]
     route = _by_token if config.router == "token-choice" else _by_expert
-    mixed = route(f, config, flat, mixed)
-    shaped = f.add("Reshape", [mixed, f.add("Shape", ["x"])])
-    f.add("Add", ["x", f.add("Mul", [f.slice("m", 5, 6, 1), shaped])], ["y"])
-    inputs = ["x", "h", "ada", *_routing_weights(config), "capacity", *_expert_names(config, "{w}_{e}")]
-    return _function("Experts", inputs, ["y", "load", "chosen"], f)
+    shaped = f.add("Reshape", [route(f, config, flat, mixed), "map"])
+    f.add("Add", ["x", f.add("Mul", ["open", shaped])], ["y"])
+    inputs = ["x", "h", "open", *_routing_weights(config), *SEGMENT, *_expert_names(config, "{w}_{e}")]
+    return _function("Experts", inputs, ["y", "mass", "chosen"], f)
 
 
 def _by_expert(f: _Body, config: ModelConfig, flat: str, mixed: str) -> str:
-    """Each expert takes its C tokens: adds the routed experts to `mixed` [B * T, D], sets load and chosen [B, E, C]."""
+    """Each expert takes its C tokens: adds the routed experts to `mixed` [B * T, D], sets mass and chosen [B, E, C]."""
     scores = f.add("Transpose", [f.add("Softmax", [f.add("MatMul", ["h", "gate"])], axis=-1)], perm=[0, 2, 1])
     f.add("TopK", [scores, "capacity"], ["weight", "chosen"], axis=-1, largest=1, sorted=1)  # [B, E, C]
-    batch = f.add("Shape", ["x"], start=0, end=1)
-    tokens = f.add("Shape", ["x"], start=1, end=2)
-    mass = f.add("ReduceSum", ["weight", f.ints(-1)], keepdims=0)
-    f.add("Div", [mass, f.add("Cast", [tokens], to=TensorProto.FLOAT)], ["load"])
-    # Rows of the flattened [B * T, D] batch: an expert's work is then two plain matrix products over what it chose.
-    scalar = f.add("Constant", [], value_int=0), f.add("Constant", [], value_int=1)
-    order = f.add("Range", [scalar[0], f.add("Squeeze", [batch]), scalar[1]])
-    start = f.add("Reshape", [f.add("Mul", [order, tokens]), f.ints(-1, 1, 1)])
-    rows = f.add("Add", ["chosen", start])
-    for e in range(config.shape.experts):
-        index = f.add("Constant", [], value_int=e)
-        mine = f.add("Reshape", [f.add("Gather", [rows, index], axis=1), f.ints(-1)])  # [B * C]
-        share = f.add("Reshape", [f.add("Gather", ["weight", index], axis=1), f.ints(-1, 1)])
-        picked = f.add("Gather", [flat, mine], axis=0)  # [B * C, D]
-        made = f.add("MatMul", [f.swiglu(f.add("MatMul", [picked, f"w13_{e}"])), f"w2_{e}"])
-        target = f.add("Reshape", [mine, f.ints(-1, 1)])
-        mixed = f.add("ScatterND", [mixed, target, f.add("Mul", [made, share])], reduction="add")
+    f.add("ReduceSum", ["weight", f.ints(-1)], ["mass"], keepdims=0)
+    # Rows of the flattened [B * T, D] batch, expert by expert: an expert's work is then two plain matrix products over
+    # what it chose, and everything between them is done for all experts at once.
+    rows = f.add("Transpose", [f.add("Add", ["chosen", "start"])], perm=[1, 0, 2])  # [E, B, C]
+    rows = f.add("Reshape", [rows, f.ints(-1, 1)])
+    share = f.add("Reshape", [f.add("Transpose", ["weight"], perm=[1, 0, 2]), f.ints(-1, 1)])  # [E * B * C, 1]
+    picked = f.add("GatherND", [flat, rows])  # [E * B * C, D]
+    hidden = f.swiglu(f.each_expert(config, picked, "w13"))
+    made = f.add("Mul", [f.each_expert(config, hidden, "w2"), share])
+    # One addition for each expert: within it no row is named twice, so threads cannot meet.
+    for target, part in zip(f.parts(rows, config.shape.experts), f.parts(made, config.shape.experts), strict=True):
+        mixed = f.add("ScatterND", [mixed, target, part], reduction="add")
     return mixed
 
 
 def _by_token(f: _Body, config: ModelConfig, flat: str, mixed: str) -> str:
-    """Each token takes its k experts: adds them to `mixed` [B * T, D], sets load and chosen [B, T, k]."""
+    """Each token takes its k experts: adds them to `mixed` [B * T, D], sets mass and chosen [B, T, k]."""
     scores = f.add("Softmax", [f.add("MatMul", ["h", "gate"])], axis=-1)  # [B, T, E]
     best = f.name("best")
     f.add(
@@ -275,7 +279,7 @@ def _by_token(f: _Body, config: ModelConfig, flat: str, mixed: str) -> str:
     )
     taken = f.add("GatherElements", [scores, "chosen"], axis=2)  # the bias chooses, it does not weigh
     weight = f.add("ScatterElements", [f.add("Sub", [scores, scores]), "chosen", taken], axis=2)  # [B, T, E]
-    f.add("ReduceMean", [weight, f.ints(1)], ["load"], keepdims=0)
+    f.add("ReduceSum", [weight, f.ints(1)], ["mass"], keepdims=0)
     shares = f.add("Reshape", [weight, f.ints(-1, config.shape.experts)])  # [B * T, E]
     for e in range(config.shape.experts):
         column = f.add("Gather", [shares, f.add("Constant", [], value_int=e)], axis=1)  # [B * T]
@@ -289,12 +293,12 @@ def _by_token(f: _Body, config: ModelConfig, flat: str, mixed: str) -> str:
 
 def _routing_weights(config: ModelConfig) -> list[str]:
     """What the function `Experts` takes besides experts; the bias only where it is used."""
-    return ["mod", "gate", *(["gate_bias"] if config.router == "token-choice" else []), "s13", "s2"]
+    return ["gate", *(["gate_bias"] if config.router == "token-choice" else []), "s13", "s2"]
 
 
 def _block_weights(config: ModelConfig) -> list[str]:
     """What the function `Block` takes besides experts."""
-    return ["mod", "qkv", "out", "q_gain", "k_gain", "dw", *_routing_weights(config)[1:]]
+    return ["qkv", "out", "q_gain", "k_gain", "dw", *_routing_weights(config)]
 
 
 def _expert_names(config: ModelConfig, pattern: str) -> list[str]:
@@ -305,26 +309,17 @@ def _block(config: ModelConfig) -> FunctionProto:
     """The single-stream block on [image | text], x [B, N + L, D]; dual layers call its parts once for each stream."""
     N, L = config.tokens, config.text_length
     f = _Body()
-    f.add("Project", ["x", "ada", "mod", "qkv", "q_gain", "k_gain", "ones"], ["q", "k", "v"], DOMAIN)
+    f.add("Project", ["x", *MOD[:2], "qkv", "q_gain", "k_gain", "ones"], ["q", "k", "v"], DOMAIN)
     f.add("Attend", ["q", "k", "v"], ["attended"], DOMAIN)
-    f.add("Residual", ["x", "attended", "ada", "mod", "out", "ones"], ["r", "h"], DOMAIN)
+    f.add("Residual", ["x", "attended", *MOD[2:5], "out", "ones"], ["r", "h"], DOMAIN)
     f.add("Split", ["h", f.ints(N, L)], ["image", "text"], axis=1)
     image = f.add("Convolve", ["image", "dw", "image_size"], domain=DOMAIN)
     text = f.add("Convolve", ["text", "dw", "text_size"], domain=DOMAIN)
     both = f.add("Concat", [image, text], axis=1)
-    weights = [*_routing_weights(config), "capacity", *_expert_names(config, "{w}_{e}")]
-    f.add("Experts", ["r", both, "ada", *weights], ["y", "load", "chosen"], DOMAIN)
-    inputs = [
-        "x",
-        "ada",
-        *_block_weights(config),
-        "ones",
-        "image_size",
-        "text_size",
-        "capacity",
-        *_expert_names(config, "{w}_{e}"),
-    ]
-    return _function("Block", inputs, ["y", "load", "chosen"], f)
+    weights = [*_routing_weights(config), *SEGMENT, *_expert_names(config, "{w}_{e}")]
+    f.add("Experts", ["r", both, MOD[5], *weights], ["y", "mass", "chosen"], DOMAIN)
+    inputs = ["x", *MOD, *_block_weights(config), "ones", "image_size", "text_size", *SEGMENT, *_expert_names(config, "{w}_{e}")]
+    return _function("Block", inputs, ["y", "mass", "chosen"], f)
 
 
 def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -> ModelProto:
@@ -356,11 +351,17 @@ def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -
         helper.make_tensor("rates", TensorProto.FLOAT, [1, TIME_FREQUENCIES], RATES),
         helper.make_tensor("image_size", TensorProto.INT64, [4], [0, D, side, side]),
         helper.make_tensor("text_size", TensorProto.INT64, [4], [0, D, 1, L]),
-        *(
-            helper.make_tensor(f"capacity_{name}", TensorProto.INT64, [1], [config.capacity(tokens)])
-            for name, tokens in (("image", N), ("text", L), ("both", N + L))
-        ),
+        helper.make_tensor("unit", TensorProto.FLOAT, [6, 1], [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]),  # the 1 of 1 + scale
     ]
+    order = g.add(
+        "Range",
+        [g.add("Constant", [], value_int=0), g.add("Squeeze", [g.add("Shape", ["t"])]), g.add("Constant", [], value_int=1)],
+    )
+    for name, tokens in (("image", N), ("text", L), ("both", N + L)):
+        initializers.append(helper.make_tensor(f"capacity_{name}", TensorProto.INT64, [1], [config.capacity(tokens)]))
+        initializers.append(helper.make_tensor(f"map_{name}", TensorProto.INT64, [3], [-1, tokens, D]))
+        first = g.add("Mul", [order, g.add("Constant", [], value_int=tokens)])
+        g.add("Reshape", [first, g.ints(-1, 1, 1)], [f"start_{name}"])
 
     stem = g.add(
         "Conv", ["x", "stem.weight", "stem.bias"], kernel_shape=[3, 3], pads=[1] * 4, strides=[config.stride] * 2
@@ -376,7 +377,12 @@ def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -
     waves = g.add("Concat", [g.add(op, [angle]) for angle in angles for op in ("Cos", "Sin")], axis=1)
     when = g.linear(g.silu(g.linear(waves, "time_in")), "time_out")  # [B, D]
     flat = g.linear(g.silu(g.add("Add", [when, pooled])), "ada")
-    ada = g.add("Reshape", [flat, g.ints(0, 6, D)])  # [B, 6, D]
+    ada = g.add("Reshape", [flat, g.ints(0, 1, 6, D)])  # [B, 1, 6, D]
+    # Every block's vector at once: what does not depend on the input is added up when a session loads.
+    own = [g.add("Unsqueeze", [g.add("Add", [f"block{b}.mod", "unit"]), g.ints(0)]) for b in range(config.blocks)]
+    every = g.add("Reshape", [g.add("Add", [ada, g.add("Concat", own, axis=0)]), g.ints(0, 6 * config.blocks, D)])
+    mods = [[f"{row}_{b}" for row in MOD] for b in range(config.blocks)]
+    g.add("Split", [every], [row for rows in mods for row in rows], axis=1, num_outputs=6 * config.blocks)
 
     def weights(b: int, *names: str) -> list[str]:
         return [f"block{b}.{name}" for name in names]
@@ -384,17 +390,20 @@ def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -
     def experts(b: int) -> list[str]:
         return _expert_names(config, f"block{b}.expert{{e}}.{{w}}")
 
+    def segment(name: str) -> list[str]:
+        return [f"{part}_{name}" for part in SEGMENT]
+
     def projected(b: int, x: str) -> list[str]:
         qkv = [f"q{b}", f"k{b}", f"v{b}"]
-        g.add("Project", [x, ada, *weights(b, "mod", "qkv", "q_gain", "k_gain"), "ones"], qkv, DOMAIN)
+        g.add("Project", [x, *mods[b][:2], *weights(b, "qkv", "q_gain", "k_gain"), "ones"], qkv, DOMAIN)
         return qkv
 
-    def stream(b: int, x: str, attended: str, segment: str) -> str:
+    def stream(b: int, x: str, attended: str, name: str) -> str:
         r, h = g.name("r"), g.name("h")
-        g.add("Residual", [x, attended, ada, *weights(b, "mod", "out"), "ones"], [r, h], DOMAIN)
-        conv = g.add("Convolve", [h, *weights(b, "dw"), f"{segment}_size"], domain=DOMAIN)
-        inputs = [r, conv, ada, *weights(b, *_routing_weights(config)), f"capacity_{segment}", *experts(b)]
-        return g.add("Experts", inputs, [f"y{b}", f"load{b}", f"chosen{b}"], DOMAIN)
+        g.add("Residual", [x, attended, *mods[b][2:5], *weights(b, "out"), "ones"], [r, h], DOMAIN)
+        conv = g.add("Convolve", [h, *weights(b, "dw"), f"{name}_size"], domain=DOMAIN)
+        inputs = [r, conv, mods[b][5], *weights(b, *_routing_weights(config)), *segment(name), *experts(b)]
+        return g.add("Experts", inputs, [f"y{b}", f"mass{b}", f"chosen{b}"], DOMAIN)
 
     for layer in range(s.dual):
         i, j = 2 * layer, 2 * layer + 1
@@ -405,26 +414,27 @@ def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -
         image, text = stream(i, image, parts[0], "image"), stream(j, text, parts[1], "text")
     both = g.add("Concat", [image, text], axis=1)  # [B, N + L, D]
     for b in range(2 * s.dual, config.blocks):
-        inputs = [
-            both,
-            ada,
-            *weights(b, *_block_weights(config)),
-            "ones",
-            "image_size",
-            "text_size",
-            "capacity_both",
-            *experts(b),
-        ]
-        both = g.add("Block", inputs, [f"y{b}", f"load{b}", f"chosen{b}"], DOMAIN)
+        maps = ["image_size", "text_size", *segment("both")]
+        inputs = [both, *mods[b], *weights(b, *_block_weights(config)), "ones", *maps, *experts(b)]
+        both = g.add("Block", inputs, [f"y{b}", f"mass{b}", f"chosen{b}"], DOMAIN)
     image = g.slice(both, 0, N, 1)
 
-    mod = g.add("Add", [g.slice(ada, 0, 2, 1), "head_mod"])  # [B, 2, D]
-    grid = g.add("Transpose", [g.modulated_norm(image, "ones", mod, 0)], perm=[0, 2, 1])
+    ends = g.add("Slice", [g.add("Reshape", [flat, g.ints(0, 6, D)]), g.ints(0), g.ints(2), g.ints(1)])
+    g.add(
+        "Split",
+        [g.add("Add", [ends, g.add("Add", ["head_mod", g.slice("unit", 0, 2, 0)])])],
+        ["shift", "scale"],
+        axis=1,
+        num_outputs=2,
+    )
+    grid = g.add("Transpose", [g.modulated_norm(image, "ones", "shift", "scale")], perm=[0, 2, 1])
     skip = g.add("Add", [g.add("Reshape", [grid, "image_size"]), stem])
     head = g.add("Conv", [skip, "head.weight", "head.bias"], kernel_shape=[3, 3], pads=[1] * 4)
     g.add("DepthToSpace", [head], ["v"], blocksize=config.stride, mode="CRD")
-    stacked = [g.add("Unsqueeze", [f"load{b}", g.ints(1)]) for b in range(config.blocks)]
-    g.add("Concat", stacked, ["load"], axis=1)
+    masses = g.add("Concat", [f"mass{b}" for b in range(config.blocks)], axis=1)
+    seen = [N, L] * s.dual + [N + L] * s.single  # tokens that each block sees
+    initializers.append(helper.make_tensor("seen", TensorProto.FLOAT, [len(seen), 1], seen))
+    g.add("Div", [g.add("Reshape", [masses, g.ints(0, config.blocks, s.experts)]), "seen"], ["load"])
 
     C, R = config.channels, config.image_size
     inputs_info = [

@@ -20,8 +20,10 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnxruntime as ort
@@ -41,7 +43,7 @@ from model.export import pack
 from model.graph import build
 from model.network import Network
 from model.scorecard import Sampler
-from model.session import Session, noise
+from model.session import SESSION_CONFIG, Session, noise
 from tests.bench.peers import DiT, UNet
 
 BUILD, RESULTS = Path("build/bench/model"), Path("tests/bench/results")
@@ -58,6 +60,8 @@ EMA, WARMUP = 0.995, 20
 ROWS = ("I", "II", "DiT", "U-Net", "no-conv", "positions", "dense", "single-stream")
 PEERS = ("DiT", "U-Net")
 ROUNDS = 40  # of interleaved timings
+# Many sessions take turns in one process: threads of one that wait spinning would take the cores from the next.
+QUIET = {"session.intra_op.allow_spinning": "0"}
 
 
 # Contenders
@@ -359,8 +363,9 @@ def distil() -> None:
 # Speed
 
 
+@cache
 def exported(row: str, labels: int, tier: str, size: int) -> bytes:
-    """A contender as ONNX by torch's own exporter, for batches of one."""
+    """A contender as ONNX by torch's own exporter, for batches of one; it takes a quarter of a minute, so once."""
     network = make(row, labels, tier, size).eval()
     with torch.no_grad():
         for parameter in network.parameters():  # zeros and equal tensors would be folded away
@@ -379,10 +384,13 @@ def runners(row: str, labels: int, tier: str, size: int, threads: int) -> dict[s
     if row in ("I", "II"):
         network = Network(config(row, tier, size))
         graph = build(network.config, "float32").SerializeToString(deterministic=True)
-        ours = Session(graph, pack(network, "float32"), threads)
+        with patch.dict(SESSION_CONFIG, QUIET):
+            ours = Session(graph, pack(network, "float32"), threads)
         found["ONNX"] = lambda: ours.run(*arrays)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    for key, value in QUIET.items():
+        options.add_session_config_entry(key, value)
     other = ort.InferenceSession(exported(row, labels, tier, size), options, providers=["CPUExecutionProvider"])
     given = dict(zip(("x", "t", "r", "labels" if row in PEERS else "ids"), arrays, strict=True))
     feeds = {i.name: given[i.name] for i in other.get_inputs()}
