@@ -20,6 +20,7 @@ from tuf.api.metadata import Metadata, MetaFile, Targets
 from ota import delta
 from ota.agent import transport
 from ota.agent.state import HighWater
+from ota.delta import format as container
 from ota.errors import ExpiredError, ManifestError, OtaError, RepositoryError, StateError, TransferError, TrustError
 from ota.manifest import Manifest
 from ota.release.bundle import make_delta
@@ -692,9 +693,9 @@ def header_of(patch: bytes) -> delta.Header:
 
 def with_header(patch: bytes, **fields: Any) -> bytes:
     header = header_of(patch)
-    rest = patch[delta._PREFIX.size + len(header.canonical()) :]
+    rest = patch[container.PREFIX.size + len(header.canonical()) :]
     made = header.model_copy(update=fields).canonical()
-    return delta._PREFIX.pack(delta.MAGIC, delta.VERSION, len(made)) + made + rest
+    return container.PREFIX.pack(container.MAGIC, container.VERSION, len(made)) + made + rest
 
 
 # 11, 14 Wrong software, and names that lead elsewhere

@@ -1,15 +1,10 @@
-"""Deltas: the difference between two bundles, lossless, in bounded memory.
+"""The delta's container, and what a device does with it: read records in order, make each stretch of the new files, check it.
 
-Weights are compared tensor by tensor: floats are mapped to integers in their own order, so that a small change of a
-value is a small difference of integers; the differences are zig-zag coded, split into byte planes and compressed with
-zstd. The other files are small and go through bsdiff4 or zstd, whichever is smaller.
-
-    >>> build(files, base_sha256, target_sha256, Path("patch"))
-    >>> with Path("patch").open("rb") as patch:
-    ...     apply(patch, read_header(patch), open_base, open_output)
+Weights are numbers, and a record of them says how far each moved in the order of its kind (`numbers`), in streams of numbers that
+are expected to move equally far (`streams`). The other files are small and go through bsdiff4 or zstd, whichever is smaller.
 
 A delta is read as a stream and its output written in order; memory is bounded by `MAX_CHUNK` for weights and
-`MAX_SMALL` for other files, whatever their size. The format is described to the byte in README.md beside this file.
+`MAX_SMALL` for other files, whatever their size. The format is described to the byte in ../README.md.
 Every length is checked against a limit before anything is allocated for it.
 """
 
@@ -18,11 +13,11 @@ from __future__ import annotations
 import bz2
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import BinaryIO
 
 import bsdiff4
 import numpy as np
@@ -30,6 +25,8 @@ import numpy.typing as npt
 import zstandard
 from pydantic import Field
 
+from ota.delta import numbers, streams
+from ota.delta.numbers import CONTEXTS, KIND_OF_CODE, Kind, Scales
 from ota.errors import BaseError, DeltaError, ManifestError
 from ota.manifest import MAX_WEIGHTS, Document, FileEntry, KiB, MiB, Role, Sha256, VariantName, parse
 
@@ -37,15 +34,19 @@ MAGIC = b"DFDELTA"
 VERSION = 1
 MAX_HEADER = 64 * KiB
 MAX_CHUNK = 1 * MiB  # bytes of the new file that one record makes
+MAX_NUMBERS = 512 * KiB  # numbers in a record; decoding needs some forty bytes for each
+MAX_TABLE = 1 * MiB  # bytes of a record's table of segments, unpacked
+MAX_SCALE = 4000  # half octaves
 MAX_SMALL = 8 * MiB  # bytes of a file that is handled whole (graph, tables, golden outputs)
 MAX_BSDIFF_CONTROL = 1 * MiB  # bytes of bsdiff4's control block, unpacked
-LEVEL = 19  # of zstd; building may be slow, applying is not affected
 
-_PREFIX = struct.Struct("<7sBI")  # magic, version, header length
-_RECORD = struct.Struct("<BBHIIQ16s")  # kind, width, reserved, new length, payload length, base offset, check
-SAME, PLANES, ZSTD, BSDIFF = range(4)
-KINDS = {SAME: "same", PLANES: "planes", ZSTD: "zstd", BSDIFF: "bsdiff"}
-_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+PREFIX = struct.Struct("<7sBI")  # magic, version, header length
+RECORD = struct.Struct("<IIIQ16s")  # kind, new length, payload length, base offset, check
+_TABLE = struct.Struct("<HB")  # segments, streams
+_SEGMENT = struct.Struct("<BBhIIQ")  # kind, flags, scale, bytes, numbers in a row, base offset
+_ROWS, _COLUMNS = 1, 2  # flags
+SAME, NUMBERS, ZSTD, BSDIFF = range(4)
+KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff"}
 
 
 class DeltaFile(Document):
@@ -66,175 +67,38 @@ class Header(Document):
 
 
 @dataclass(frozen=True)
-class Elements:
-    """A stretch of a file that holds numbers of one width, bytes each; 1 is plain bytes."""
+class Segment:
+    """Numbers of one kind that follow each other, and how far they are said to move; see `numbers.contexts`."""
 
-    offset: int
-    length: int
-    width: Literal[1, 2, 4]
+    kind: Kind
+    length: int  # bytes
+    row: int  # numbers
+    old: int  # where their predecessors lie
+    scale: int
+    rows: Scales | None
+    columns: Scales | None
 
-
-@dataclass(frozen=True)
-class Pair:
-    """One file of the new bundle, the old bundle's file of the same purpose, and where its numbers lie."""
-
-    entry: FileEntry
-    new: Path
-    old: Path | None
-    elements: Sequence[Elements] = ()
-
-
-@dataclass(frozen=True)
-class Built:
-    """What building a delta gave."""
-
-    size: int
-    by_kind: dict[str, int]
-    """Payload bytes by record kind."""
+    @property
+    def count(self) -> int:
+        """Numbers in it."""
+        return self.length * 2 if self.kind.packed else self.length // self.kind.width
 
 
-# Encoding
-
-
-def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
-    """Write the delta that turns the old files into the new ones.
+def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | None) -> bytes:
+    """What a record of numbers begins with.
 
     Args:
-        pairs: the files of the new bundle, each with its predecessor.
-        base: sha256 of the old bundle's manifest.
-        target: sha256 of the new bundle's manifest.
-        out: file to write.
-
-    Raises:
-        DeltaError: a file that is not weights is larger than `MAX_SMALL`.
+        segments: in the order of the file.
+        stream_of: the stream of each of the contexts; None: there is one stream.
     """
-    encoded = [list(_encode(pair)) for pair in pairs]
-    header = Header(
-        base=base,
-        target=target,
-        files=[
-            DeltaFile(
-                target=pair.entry,
-                base=_sha256(pair.old) if pair.old else None,
-                base_size=pair.old.stat().st_size if pair.old else 0,
-                records=len(records),
-            )
-            for pair, records in zip(pairs, encoded, strict=True)
-        ],
-    ).canonical()
-    by_kind = dict.fromkeys(KINDS.values(), 0)
-    with out.open("wb") as file:
-        file.write(_PREFIX.pack(MAGIC, VERSION, len(header)) + header)
-        for records in encoded:
-            for kind, width, new, base_offset, payload in records:
-                check = hashlib.blake2b(new, digest_size=16).digest()
-                file.write(_RECORD.pack(kind, width, 0, len(new), len(payload), base_offset, check) + payload)
-                by_kind[KINDS[kind]] += len(payload)
-        size = file.tell()
-    return Built(size, by_kind)
+    made = _TABLE.pack(len(segments), 1 if stream_of is None else int(stream_of.max()) + 1)
+    made += b"" if stream_of is None else stream_of.tobytes()
+    for s in segments:
+        flags = (_ROWS if s.rows is not None else 0) | (_COLUMNS if s.columns is not None else 0)
+        made += _SEGMENT.pack(s.kind.code, flags, s.scale, s.length, s.row, s.old)
+    made += b"".join(scales.astype(np.int8).tobytes() for s in segments for scales in (s.rows, s.columns) if scales is not None)
+    return streams.frame(made)
 
-
-_Record = tuple[int, int, bytes, int, bytes]  # kind, width, new bytes, base offset, payload
-
-
-def _encode(pair: Pair) -> Iterator[_Record]:
-    new, old = pair.new.read_bytes(), pair.old.read_bytes() if pair.old else b""
-    if pair.entry.role != "weights":
-        yield _encode_small(new, old)
-        return
-    for stretch in _cover(pair.elements, len(new)):
-        step = MAX_CHUNK // stretch.width * stretch.width
-        for start in range(stretch.offset, stretch.offset + stretch.length, step):
-            stop = min(start + step, stretch.offset + stretch.length)
-            yield _encode_chunk(new[start:stop], old[start:stop], start, stretch.width)
-
-
-def _encode_small(new: bytes, old: bytes) -> _Record:
-    if len(new) > MAX_SMALL or len(old) > MAX_SMALL:
-        raise DeltaError(f"a file of {len(new)} bytes is too large for a delta of plain files; the limit is {MAX_SMALL}")
-    if new == old:
-        return (SAME, 1, new, 0, b"")
-    whole = (ZSTD, 1, new, 0, _compress(new))
-    if not old:
-        return whole
-    return min(whole, (BSDIFF, 1, new, 0, bsdiff4.diff(old, new)), key=lambda record: len(record[4]))
-
-
-def _encode_chunk(new: bytes, old: bytes, offset: int, width: int) -> _Record:
-    if new == old:
-        return (SAME, width, new, offset, b"")
-    candidates: list[_Record] = [(ZSTD, 1, new, 0, _compress(new))]
-    if len(new) == len(old):
-        candidates.append((PLANES, width, new, offset, _compress(_planes(new, old, width))))
-    return min(candidates, key=lambda record: len(record[4]))
-
-
-def _cover(elements: Sequence[Elements], size: int) -> Iterator[Elements]:
-    """The stretches of a file in order, with the gaps between them as plain bytes."""
-    at = 0
-    for stretch in sorted(elements, key=lambda e: e.offset):
-        if stretch.offset > at:
-            yield Elements(at, stretch.offset - at, 1)
-        yield stretch
-        at = stretch.offset + stretch.length
-    if size > at:
-        yield Elements(at, size - at, 1)
-
-
-def _compress(data: bytes) -> bytes:
-    return zstandard.ZstdCompressor(level=LEVEL, write_content_size=True, write_checksum=False).compress(data)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# The transform, and its inverse
-
-
-def ordered(codes: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
-    """Float bit patterns as unsigned integers in the floats' own order: -inf … -0, +0 … +inf; its own inverse is `bits`.
-
-    Negative floats have all bits flipped, others only the sign bit. Plain bytes (width 1) stay as they are.
-    """
-    if width == 1:
-        return codes
-    kind = _UNSIGNED[width]
-    sign = kind(1 << (8 * width - 1))
-    flip = np.where(codes & sign, kind(~kind(0)), sign)
-    return codes ^ flip
-
-
-def bits(codes: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
-    """The inverse of `ordered`."""
-    if width == 1:
-        return codes
-    kind = _UNSIGNED[width]
-    sign = kind(1 << (8 * width - 1))
-    flip = np.where(codes & sign, sign, kind(~kind(0)))
-    return codes ^ flip
-
-
-def _planes(new: bytes, old: bytes, width: int) -> bytes:
-    """Zig-zag coded differences of ordered integers, most significant bytes of all elements first."""
-    kind = _UNSIGNED[width]
-    difference = ordered(np.frombuffer(new, kind), width) - ordered(np.frombuffer(old, kind), width)  # modulo 2^bits
-    top = difference >> kind(8 * width - 1)  # 1 where negative as two's complement
-    zigzag = (difference << kind(1)) ^ (kind(0) - top)
-    return np.ascontiguousarray(zigzag.byteswap().view(np.uint8).reshape(-1, width).T).tobytes()
-
-
-def _from_planes(planes: bytes, old: bytes, width: int) -> bytes:
-    """The inverse of `_planes`."""
-    kind = _UNSIGNED[width]
-    zigzag = np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(width, -1).T).view(kind).ravel().byteswap()
-    difference = (zigzag >> kind(1)) ^ (kind(0) - (zigzag & kind(1)))
-    new = ordered(np.frombuffer(old, kind), width) + difference
-    return bits(new, width).astype(kind, copy=False).tobytes()
-
-
-# Decoding
 
 OpenBase = Callable[[Role, VariantName | None], BinaryIO]
 OpenOutput = Callable[[FileEntry], AbstractContextManager[BinaryIO]]
@@ -246,10 +110,10 @@ def read_header(patch: BinaryIO) -> Header:
     Raises:
         DeltaError: not a delta, of another version, or over a limit.
     """
-    prefix = patch.read(_PREFIX.size)
-    if len(prefix) != _PREFIX.size:
+    prefix = patch.read(PREFIX.size)
+    if len(prefix) != PREFIX.size:
         raise DeltaError("the delta ends inside its first bytes; fetch it again")
-    magic, version, length = _PREFIX.unpack(prefix)
+    magic, version, length = PREFIX.unpack(prefix)
     if magic != MAGIC:
         raise DeltaError("the file is not a delta")
     if version != VERSION:
@@ -293,21 +157,21 @@ def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: OpenBase, output: B
         if base:
             _check_base(base, file)
         for _ in range(file.records):
-            record = _exactly(patch, _RECORD.size)
-            kind, width, reserved, new_length, payload_length, base_offset, check = _RECORD.unpack(record)
-            if kind not in KINDS or width not in _UNSIGNED or reserved or new_length % width:
+            record = _exactly(patch, RECORD.size)
+            kind, new_length, payload_length, base_offset, check = RECORD.unpack(record)
+            if kind not in KINDS:
                 raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update the agent")
             if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:
                 raise DeltaError("a record of the delta claims more bytes than it may")
             payload = _exactly(patch, payload_length)
             old = b""
-            if kind in (SAME, PLANES):
+            if kind == SAME:
                 old = _base_range(base, file, base_offset, new_length)
             elif kind == BSDIFF:
                 if file.base_size > MAX_SMALL:
                     raise DeltaError("the delta asks for bsdiff on a file that is too large for it")
                 old = _base_range(base, file, 0, file.base_size)
-            new = _decode(kind, width, payload, old, new_length)
+            new = _numbers(payload, base, file, new_length) if kind == NUMBERS else _decode(kind, payload, old, new_length)
             if hashlib.blake2b(new, digest_size=16).digest() != check:
                 raise DeltaError("a record of the delta does not make what it should; fetch it again")
             output.write(new)
@@ -338,15 +202,59 @@ def _base_range(base: BinaryIO | None, file: DeltaFile, offset: int, length: int
     return data
 
 
-def _decode(kind: int, width: int, payload: bytes, old: bytes, length: int) -> bytes:
+def _numbers(payload: bytes, base: BinaryIO | None, file: DeltaFile, length: int) -> bytes:
+    """What a record of numbers makes."""
+    reader = streams.Reader(payload)
+    segments, stream_of, count = _read_table(reader, length)
+    before = [numbers.codes(_base_range(base, file, s.old, s.length), s.kind) for s in segments]
+    if count == 1:
+        by = streams.decode(reader, sum(s.count for s in segments))
+    else:
+        pairs = zip(before, segments, strict=True)
+        classes = [numbers.contexts(old, s.kind, s.scale, s.rows, s.columns, s.row) for old, s in pairs]
+        ids = stream_of[np.concatenate(classes)]
+        ends = np.cumsum(np.bincount(ids, minlength=count))
+        apart = [streams.decode(reader, stop - start) for start, stop in pairwise([0, *ends.tolist()])]
+        by = np.empty(len(ids), np.uint32)
+        by[np.argsort(ids, kind="stable")] = np.concatenate(apart)
+    reader.end()
+    parts = np.split(by, np.cumsum([s.count for s in segments])[:-1])
+    made = (numbers.moved(old, part, s.kind) for old, part, s in zip(before, parts, segments, strict=True))
+    return b"".join(numbers.data(new, s.kind) for new, s in zip(made, segments, strict=True))
+
+
+def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt.NDArray[np.uint8], int]:
+    """The segments of a record of numbers, which must make `length` bytes, the stream of each context, and how many streams."""
+    table = streams.Reader(reader.frame(None, MAX_TABLE).tobytes())
+    segments_count, count = _TABLE.unpack(table.take(_TABLE.size))
+    stream_of = np.frombuffer(table.take(CONTEXTS if count > 1 else 0), np.uint8)
+    if not count or (stream_of >= count).any():
+        raise DeltaError("a record of the delta names a stream that it does not have; fetch it again")
+    rows = [_SEGMENT.unpack(table.take(_SEGMENT.size)) for _ in range(segments_count)]
+    segments: list[Segment] = []
+    for code, flags, scale, size, row, old in rows:
+        kind = KIND_OF_CODE.get(code)
+        if kind is None or flags > (_ROWS | _COLUMNS) or abs(scale) > MAX_SCALE or size % kind.width or not row:
+            raise DeltaError("a record of the delta describes numbers in an unknown way; update the agent")
+        segments.append(Segment(kind, size, row, old, scale, None, None))
+    if not segments or sum(s.length for s in segments) != length or sum(s.count for s in segments) > MAX_NUMBERS:
+        raise DeltaError("a record of the delta claims other numbers than it may")
+    for i, (segment, (_, flags, *_)) in enumerate(zip(segments, rows, strict=True)):
+        sizes = (-(-segment.count // segment.row) if flags & _ROWS else None, segment.row if flags & _COLUMNS else None)
+        scales = [None if n is None else np.frombuffer(table.take(n), np.int8).astype(np.int16) for n in sizes]
+        segments[i] = replace(segment, rows=scales[0], columns=scales[1])
+    table.end()
+    return segments, stream_of, count
+
+
+def _decode(kind: int, payload: bytes, old: bytes, length: int) -> bytes:
     if kind == SAME:
         if payload:
             raise DeltaError("a record of the delta that copies carries bytes of its own")
         return old
     if kind == BSDIFF:
         return _bsdiff(payload, old, length)
-    data = _decompress(payload, length)
-    return data if kind == ZSTD else _from_planes(data, old, width)
+    return _decompress(payload, length)
 
 
 def _decompress(payload: bytes, length: int) -> bytes:

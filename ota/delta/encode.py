@@ -1,0 +1,358 @@
+"""Making a delta: which stretches are the same, and for the others the shortest way to say how their numbers moved.
+
+Files are read twice, in ranges: once to plan the records, once to encode them, two at a time. So memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import bsdiff4
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from ota.delta import numbers, streams
+from ota.delta.format import (
+    BSDIFF,
+    KINDS,
+    MAGIC,
+    MAX_CHUNK,
+    MAX_NUMBERS,
+    MAX_SMALL,
+    NUMBERS,
+    PREFIX,
+    RECORD,
+    SAME,
+    VERSION,
+    ZSTD,
+    DeltaFile,
+    Header,
+    Segment,
+    pack_table,
+)  # fmt: skip
+from ota.delta.numbers import CONTEXTS, Kind, KindName, Scales
+from ota.delta.numbers import KINDS as KIND_NAMES
+from ota.errors import DeltaError
+from ota.manifest import FileEntry
+
+LEVEL = 9  # of zstd, for what is made without a base
+SAME_RUN = 4096  # bytes that are the same are worth a record of their own from here on
+STREAM_COST = 48  # bytes that another stream costs before it holds anything
+TOKEN_COST = 0.7  # bytes that a token adds to a Huffman table
+MAX_STREAM_CONTEXTS = 24  # neighbouring contexts that may share a stream; bounds the search
+
+
+@dataclass(frozen=True)
+class Elements:
+    """A stretch of a file that holds numbers of one kind."""
+
+    offset: int
+    length: int  # bytes
+    kind: KindName
+    row: int  # numbers in a row; 0: it has no rows
+    old: int | None  # where its predecessor lies in the old file; None: it has none
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One file of the new bundle, the old bundle's file of the same purpose, and where its numbers lie."""
+
+    entry: FileEntry
+    new: Path
+    old: Path | None
+    elements: Sequence[Elements] = ()
+
+
+@dataclass(frozen=True)
+class Built:
+    """What building a delta gave."""
+
+    size: int
+    by_kind: dict[str, int]
+    """Payload bytes by record kind."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one record, or a part of one, is about."""
+
+    start: int
+    length: int
+    kind: Kind
+    row: int
+    old: int | None  # None: it has no predecessor
+    same: bool
+
+
+def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
+    """Write the delta that turns the old files into the new ones.
+
+    Args:
+        pairs: the files of the new bundle, each with its predecessor.
+        base: sha256 of the old bundle's manifest.
+        target: sha256 of the new bundle's manifest.
+        out: file to write.
+
+    Raises:
+        DeltaError: a file that is not weights is larger than `MAX_SMALL`.
+    """
+    plans: list[list[list[_Piece]]] = [_plan(pair) if pair.entry.role == "weights" else [[]] for pair in pairs]
+    files = [
+        DeltaFile(
+            target=pair.entry,
+            base=_sha256(pair.old) if pair.old else None,
+            base_size=pair.old.stat().st_size if pair.old else 0,
+            records=len(plan),
+        )
+        for pair, plan in zip(pairs, plans, strict=True)
+    ]
+    header = Header(base=base, target=target, files=files).canonical()
+    by_kind = dict.fromkeys(KINDS.values(), 0)
+    with out.open("wb") as file:
+        file.write(PREFIX.pack(MAGIC, VERSION, len(header)) + header)
+        for pair, plan in zip(pairs, plans, strict=True):
+            for kind, length, check, base_offset, payload in _encode(pair, plan):
+                file.write(RECORD.pack(kind, length, len(payload), base_offset, check) + payload)
+                by_kind[KINDS[kind]] += len(payload)
+        size = file.tell()
+    return Built(size, by_kind)
+
+
+_Record = tuple[int, int, bytes, int, bytes]  # kind, length, check, base offset, payload
+
+
+def _record(kind: int, new: bytes, base_offset: int, payload: bytes) -> _Record:
+    return kind, len(new), hashlib.blake2b(new, digest_size=16).digest(), base_offset, payload
+
+
+def _encode(pair: Pair, plan: list[list[_Piece]]) -> Iterator[_Record]:
+    if pair.entry.role != "weights":
+        yield _encode_small(pair.new.read_bytes(), pair.old.read_bytes() if pair.old else b"")
+        return
+    new, old = _open(pair.new), _open(pair.old) if pair.old else None
+    yield from _side_by_side([lambda group=group: _encode_group(group, new, old) for group in plan])  # type: ignore[misc]
+
+
+def _side_by_side(calls: Sequence[Callable[[], _Record]]) -> Iterator[_Record]:
+    """Results in order; a few at a time, so that memory holds no more than those."""
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:  # numpy and zstd work outside the interpreter's lock
+        waiting: deque[Future[_Record]] = deque()
+        for call in calls:
+            waiting.append(pool.submit(call))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _encode_small(new: bytes, old: bytes) -> _Record:
+    if len(new) > MAX_SMALL or len(old) > MAX_SMALL:
+        raise DeltaError(f"a file of {len(new)} bytes is too large for a delta of plain files; the limit is {MAX_SMALL}")
+    if new == old:
+        return _record(SAME, new, 0, b"")
+    whole = _record(ZSTD, new, 0, _compress(new, 19))
+    if not old:
+        return whole
+    return min(whole, _record(BSDIFF, new, 0, bsdiff4.diff(old, new)), key=lambda record: len(record[4]))
+
+
+# Planning
+
+
+def _open(path: Path) -> npt.NDArray[np.uint8]:
+    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+
+
+def _plan(pair: Pair) -> list[list[_Piece]]:
+    """What each record is about, in the order of the file."""
+    new, old = _open(pair.new), _open(pair.old) if pair.old else None
+    groups: list[list[_Piece]] = []
+    for piece in _join(_pieces(pair.elements, new, old)):
+        last = groups[-1] if groups else []
+        apart = piece.old is None or (piece.same and piece.length >= SAME_RUN)
+        apart = apart or not last or last[0].old is None or (last[0].same and last[0].length >= SAME_RUN)
+        full = sum(p.length for p in last) + piece.length > MAX_CHUNK or sum(map(_count, last)) + _count(piece) > MAX_NUMBERS
+        if apart or full:
+            groups.append([piece])
+        else:
+            last.append(piece)
+    return groups
+
+
+def _count(piece: _Piece) -> int:
+    return piece.length * 2 if piece.kind.packed else piece.length // piece.kind.width
+
+
+def _pieces(elements: Sequence[Elements], new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8] | None) -> Iterator[_Piece]:
+    for stretch in _cover(elements, len(new)):
+        kind = KIND_NAMES[stretch.kind]
+        row = stretch.row * kind.width // (2 if stretch.kind == "int4" else 1) or kind.width  # bytes
+        limit = MAX_CHUNK // 4 if stretch.kind == "int4" else min(MAX_CHUNK, MAX_NUMBERS * kind.width)
+        step = limit // row * row or limit // kind.width * kind.width
+        for first in range(0, stretch.length, step):
+            length = min(step, stretch.length - first)
+            start, at = stretch.offset + first, None if stretch.old is None else stretch.old + first
+            if old is None or at is None or at + length > len(old):
+                yield _Piece(start, length, kind, stretch.row, None, False)
+            else:
+                same = bool(np.array_equal(new[start : start + length], old[at : at + length]))
+                yield _Piece(start, length, kind, stretch.row, at, same)
+
+
+def _join(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
+    """Pieces, with those that are the same and follow each other in both files made one, as long as a record may be."""
+    held: _Piece | None = None
+    for piece in pieces:
+        if (
+            held and held.same and piece.same and held.old is not None and held.old + held.length == piece.old
+            and held.start + held.length == piece.start and held.length + piece.length <= MAX_CHUNK
+        ):  # fmt: skip
+            held = _Piece(held.start, held.length + piece.length, KIND_NAMES["bytes"], 0, held.old, True)
+        else:
+            if held:
+                yield held
+            held = piece
+    if held:
+        yield held
+
+
+def _cover(elements: Sequence[Elements], size: int) -> Iterator[Elements]:
+    """The stretches of a file in order, with the gaps between them as plain bytes."""
+    at = 0
+    for stretch in sorted(elements, key=lambda e: e.offset):
+        if stretch.offset > at:
+            yield Elements(at, stretch.offset - at, "bytes", 0, at)
+        yield stretch
+        at = stretch.offset + stretch.length
+    if size > at:
+        yield Elements(at, size - at, "bytes", 0, at)
+
+
+# Encoding numbers
+
+
+def _encode_group(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8] | None) -> _Record:
+    first = group[0]
+    made = new[first.start : group[-1].start + group[-1].length].tobytes()
+    if old is None or first.old is None:
+        return _record(ZSTD, made, 0, _compress(made, LEVEL))
+    if all(piece.same for piece in group) and len(group) == 1:
+        return _record(SAME, made, first.old, b"")
+    found = _record(NUMBERS, made, 0, _numbers(group, new, old))
+    if len(found[4]) > 0.8 * len(made):
+        found = min(found, _record(ZSTD, made, 0, _compress(made, LEVEL)), key=lambda record: len(record[4]))
+    return found
+
+
+def _numbers(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8]) -> bytes:
+    """The payload of a record of numbers."""
+    segments: list[Segment] = []
+    values: list[streams.Numbers] = []
+    found: list[npt.NDArray[np.uint8]] = []
+    for piece in group:
+        before = numbers.codes(old[piece.old : (piece.old or 0) + piece.length].tobytes(), piece.kind)
+        after = numbers.codes(new[piece.start : piece.start + piece.length].tobytes(), piece.kind)
+        moved = numbers.difference(after, before, piece.kind)
+        segment, classes = _guess(piece, after, before, moved)
+        segments.append(segment)
+        values.append(moved)
+        found.append(classes)
+    together, classes = np.concatenate(values), np.concatenate(found)
+    stream_of = _share(classes, together)
+    count = int(stream_of.max()) + 1
+    if count == 1:
+        return pack_table(segments, None) + min(
+            streams.encode(together), streams.planes(together, max(p.kind.width for p in group)), key=len
+        )
+    ids = stream_of[classes]
+    apart = together[np.argsort(ids, kind="stable")]
+    ends = np.cumsum(np.bincount(ids, minlength=count))
+    parts = [streams.encode(apart[start:stop]) for start, stop in pairwise([0, *ends.tolist()])]
+    return pack_table(segments, stream_of) + b"".join(parts)
+
+
+def _guess(
+    piece: _Piece, after: numbers.Codes, before: numbers.Codes, moved: streams.Numbers
+) -> tuple[Segment, npt.NDArray[np.uint8]]:
+    """How far the numbers of a piece are said to move: all alike, by row, by column or by both, whichever pays."""
+    row = piece.row if 1 < piece.row < len(before) else 0
+    distance = numbers.distances(after, before, piece.kind)
+    mean = distance.mean() if len(distance) else 0.0
+    if not mean:
+        plain = Segment(piece.kind, piece.length, row or len(before), piece.old or 0, -2000, None, None)
+        return plain, np.zeros(len(before), np.uint8)
+    scale = int(_half_octaves(mean))
+    rows = columns = None
+    if row:
+        table = np.pad(distance, (0, -len(distance) % row)).reshape(-1, row)
+        rows = np.clip(_half_octaves(table.mean(axis=1)) - scale, -20, 20).astype(np.int16)
+        columns = np.clip(_half_octaves(table.mean(axis=0)) - scale, -20, 20).astype(np.int16)
+    token = streams.tokens(moved)[0]
+
+    def cost(said: tuple[Scales | None, Scales | None]) -> float:
+        classes = numbers.contexts(before, piece.kind, scale, *said, row or len(before))
+        return _entropy(_histogram(classes, token)) + 0.4 * sum(len(s) for s in said if s is not None)
+
+    ways = [(None, None), (rows, None), (None, columns), (rows, columns)] if row else [(None, None)]
+    best = min(ways, key=cost)
+    segment = Segment(piece.kind, piece.length, row or len(before), piece.old or 0, scale, *best)
+    return segment, numbers.contexts(before, piece.kind, scale, *best, segment.row)
+
+
+def _half_octaves(values: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
+    found: npt.NDArray[np.float64] = np.round(2 * np.log2(np.maximum(values, 1e-60)))
+    return found
+
+
+def _histogram(classes: npt.NDArray[np.uint8], token: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """How often each token comes in each context, [64, tokens]."""
+    joint = classes.astype(np.int32) * streams.TOKENS + token
+    return np.bincount(joint, minlength=CONTEXTS * streams.TOKENS).reshape(CONTEXTS, streams.TOKENS)
+
+
+def _entropy(counts: npt.NDArray[np.int64]) -> float:
+    """Bytes for the tokens of every row of a histogram, each row with its own code."""
+    total = counts.sum(axis=1, dtype=np.float64)
+    return float((total * np.log2(np.maximum(total, 1))).sum() - (counts * np.log2(np.maximum(counts, 1))).sum()) / 8
+
+
+def _share(classes: npt.NDArray[np.uint8], values: streams.Numbers) -> npt.NDArray[np.uint8]:
+    """Which stream each context goes to: neighbours share one where that costs least (dynamic programming over where to cut)."""
+    counts = _histogram(classes, streams.tokens(values)[0])
+    used = np.flatnonzero(counts.sum(axis=1))
+    sums = np.concatenate((np.zeros((1, counts.shape[1]), np.int64), np.cumsum(counts[used], axis=0)))
+    cost, cut = [0.0], [0]
+    for stop in range(1, len(used) + 1):
+        first = max(0, stop - MAX_STREAM_CONTEXTS)
+        joined = sums[stop] - sums[first:stop]  # [starts, tokens]
+        total = joined.sum(axis=1).astype(np.float64)
+        spent = (total * np.log2(total) - (joined * np.log2(np.maximum(joined, 1))).sum(axis=1)) / 8
+        spent += STREAM_COST + TOKEN_COST * np.count_nonzero(joined, axis=1) + np.array(cost[first:stop])
+        best = int(spent.argmin())
+        cost.append(float(spent[best]))
+        cut.append(first + best)
+    stream_of, stop, starts = np.zeros(CONTEXTS, np.uint8), len(used), []
+    while stop:
+        starts.append((cut[stop], stop))
+        stop = cut[stop]
+    for number, (start, stop) in enumerate(reversed(starts)):
+        stream_of[used[start:stop]] = number
+    return stream_of
+
+
+def _compress(data: bytes, level: int) -> bytes:
+    return zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False).compress(data)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
