@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -42,10 +43,12 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data r
 rollout_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may install a release, and when.")
 fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and what they reported.")
 trust_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keys and signatures of the repository.")
+delta_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Deltas between any two files, in no workspace.")
 app.add_typer(data_app, name="data")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(fleet_app, name="fleet")
 app.add_typer(trust_app, name="trust")
+app.add_typer(delta_app, name="delta")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -473,6 +476,91 @@ def trust_status(as_json: Json = False) -> None:
     with _errors():
         expiries = {role: when.isoformat() for role, when in _workspace().repository.expiries().items()}
         _answer(as_json, {"expires": expiries}, "\n".join(f"{role:10} {when}" for role, when in sorted(expiries.items())))
+
+
+Graph = Annotated[
+    Path | None,
+    typer.Option("--graph", help="The ONNX file that describes NEW, if NEW is its external data.", show_default=False),
+]
+OldGraph = Annotated[
+    Path | None, typer.Option("--old-graph", help="The same for OLD; without it, as --graph.", show_default=False)
+]
+
+
+@delta_app.command("build")
+def delta_build(
+    old: Annotated[Path, typer.Argument(help="The file before.")],
+    new: Annotated[Path, typer.Argument(help="The file after: ONNX, safetensors, or any other.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the delta goes.")],
+    graph: Graph = None,
+    old_graph: OldGraph = None,
+    as_json: Json = False,
+) -> None:
+    """Write what turns one file into another, bit by bit."""
+    with _errors():
+        from ota.delta import files
+
+        built = files.build(old, new, output, graph, old_graph)
+        size = new.stat().st_size
+        value = {"patch": str(output), "bytes": built.size, "of": size, "by_kind": built.by_kind}
+        _answer(as_json, value, f"{output}: {built.size:,} bytes, {built.size / max(size, 1):.1%} of {size:,}")
+
+
+@delta_app.command("apply")
+def delta_apply(
+    old: Annotated[Path, typer.Argument(help="The file that the delta was built from.")],
+    patch: Annotated[Path, typer.Argument(help="The delta.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the new file goes.")],
+) -> None:
+    """Make the new file; it appears when it is whole and has its hash."""
+    with _errors():
+        from ota.delta import files
+
+        files.apply(old, patch, output)
+        typer.echo(f"{output}: {output.stat().st_size:,} bytes")
+
+
+@delta_app.command("inspect")
+def delta_inspect(
+    patch: Annotated[Path, typer.Argument(help="The delta.")],
+    of: Annotated[
+        Path | None, typer.Option("--of", help="The file that it makes, to call tensors by their names.", show_default=False)
+    ] = None,
+    graph: Graph = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a delta is made of."""
+    with _errors():
+        from ota.delta import files
+
+        header, parts = files.inspect(patch, of, graph)
+        total = sum(part.size for part in parts) or 1
+        rows = [f"{'kind':8} {'offset':>13} {'makes':>10} {'costs':>10} {'share':>6}  holds"]
+        for part in parts:
+            holds = ", ".join(f"{count:,} {kind}" for kind, count in part.numbers.items())
+            holds += f" in {part.streams} streams" if part.streams > 1 else ""
+            names = ", ".join(part.tensors[:3]) + (f" and {len(part.tensors) - 3} more" if len(part.tensors) > 3 else "")
+            rows.append(
+                f"{part.kind:8} {part.offset:>13,} {part.length:>10,} {part.size:>10,} {part.size / total:>6.1%}  {'; '.join(filter(None, (holds, names)))}".rstrip()
+            )
+        value = {"base": header.base, "target": header.target, "parts": [asdict(part) for part in parts]}
+        _answer(as_json, value, "\n".join(rows))
+
+
+@delta_app.command("estimate")
+def delta_estimate(
+    old: Annotated[Path, typer.Argument(help="The file before.")],
+    new: Annotated[Path, typer.Argument(help="The file after.")],
+    graph: Graph = None,
+    old_graph: OldGraph = None,
+    as_json: Json = False,
+) -> None:
+    """Forecast how large a delta would be, without building it."""
+    with _errors():
+        from ota.delta import files
+
+        expected, size = files.estimate(old, new, graph, old_graph), new.stat().st_size
+        _answer(as_json, {"bytes": expected, "of": size}, f"about {expected:,} bytes, {expected / max(size, 1):.1%} of {size:,}")
 
 
 @app.command()

@@ -5,7 +5,7 @@
     ...     apply(patch, read_header(patch), open_base, open_output)
 
 `format` is the container and what a device does; `numbers` what is known about numbers in files; `streams` how small numbers become
-bytes; `encode`, for the factory, decides what to write.
+bytes; `encode`, for the factory, decides what to write, and `files` does it for any two files.
 """
 
 from ota.delta.encode import Built, Elements, Pair, build

@@ -10,9 +10,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import bsdiff4
 import numpy as np
@@ -35,14 +36,16 @@ from ota.delta.format import (
     ZSTD,
     DeltaFile,
     Header,
+    PlainFile,
     Segment,
     pack_table,
 )  # fmt: skip
 from ota.delta.numbers import CONTEXTS, Kind, KindName, Scales
 from ota.delta.numbers import KINDS as KIND_NAMES
 from ota.errors import DeltaError
-from ota.manifest import FileEntry
+from ota.manifest import FileEntry, KiB, MiB
 
+MAX_BSDIFF = 2 * MiB  # bytes of a plain file for which bsdiff4 is tried; it needs four seconds for each
 LEVEL = 9  # of zstd, for what is made without a base
 SAME_RUN = 4096  # bytes that are the same are worth a record of their own from here on
 STREAM_COST = 48  # bytes that another stream costs before it holds anything
@@ -63,12 +66,19 @@ class Elements:
 
 @dataclass(frozen=True)
 class Pair:
-    """One file of the new bundle, the old bundle's file of the same purpose, and where its numbers lie."""
+    """One new file, the old one that it follows, and where its numbers lie."""
 
-    entry: FileEntry
+    entry: FileEntry | PlainFile
     new: Path
     old: Path | None
     elements: Sequence[Elements] = ()
+
+    @property
+    def whole(self) -> bool:
+        """It goes into one record: it has no numbers, and is small or has to be."""
+        if isinstance(self.entry, FileEntry):
+            return self.entry.role != "weights"
+        return not self.elements and max(self.entry.size, self.old.stat().st_size if self.old else 0) <= MAX_BSDIFF
 
 
 @dataclass(frozen=True)
@@ -97,14 +107,14 @@ def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
 
     Args:
         pairs: the files of the new bundle, each with its predecessor.
-        base: sha256 of the old bundle's manifest.
-        target: sha256 of the new bundle's manifest.
+        base: sha256 of the old bundle's manifest, or of the old plain file.
+        target: sha256 of the new bundle's manifest, or of the new plain file.
         out: file to write.
 
     Raises:
         DeltaError: a file that is not weights is larger than `MAX_SMALL`.
     """
-    plans: list[list[list[_Piece]]] = [_plan(pair) if pair.entry.role == "weights" else [[]] for pair in pairs]
+    plans: list[list[list[_Piece]]] = [[[]] if pair.whole else _plan(pair) for pair in pairs]
     files = [
         DeltaFile(
             target=pair.entry,
@@ -134,7 +144,7 @@ def _record(kind: int, new: bytes, base_offset: int, payload: bytes) -> _Record:
 
 
 def _encode(pair: Pair, plan: list[list[_Piece]]) -> Iterator[_Record]:
-    if pair.entry.role != "weights":
+    if pair.whole:
         yield _encode_small(pair.new.read_bytes(), pair.old.read_bytes() if pair.old else b"")
         return
     new, old = _open(pair.new), _open(pair.old) if pair.old else None
@@ -193,7 +203,7 @@ def _count(piece: _Piece) -> int:
 
 
 def _pieces(elements: Sequence[Elements], new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8] | None) -> Iterator[_Piece]:
-    for stretch in _cover(elements, len(new)):
+    for stretch in _cover(elements, len(new), 0 if old is None else len(old)):
         kind = KIND_NAMES[stretch.kind]
         row = stretch.row * kind.width // (2 if stretch.kind == "int4" else 1) or kind.width  # bytes
         limit = MAX_CHUNK // 4 if stretch.kind == "int4" else min(MAX_CHUNK, MAX_NUMBERS * kind.width)
@@ -225,16 +235,19 @@ def _join(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
         yield held
 
 
-def _cover(elements: Sequence[Elements], size: int) -> Iterator[Elements]:
-    """The stretches of a file in order, with the gaps between them as plain bytes."""
+def _cover(elements: Sequence[Elements], size: int, old_size: int) -> Iterator[Elements]:
+    """The stretches of a file in order, with the gaps between them as plain bytes; bytes end where the old file does."""
     at = 0
-    for stretch in sorted(elements, key=lambda e: e.offset):
-        if stretch.offset > at:
-            yield Elements(at, stretch.offset - at, "bytes", 0, at)
-        yield stretch
+    for stretch in [*sorted(elements, key=lambda e: e.offset), Elements(size, 0, "bytes", 0, None)]:
+        gap = Elements(at, stretch.offset - at, "bytes", 0, at)
+        for part in (gap, stretch):
+            room = old_size - part.old if part.old is not None else 0
+            if part.kind == "bytes" and 0 < room < part.length:
+                yield replace(part, length=room)
+                part = replace(part, offset=part.offset + room, length=part.length - room, old=None)  # noqa: PLW2901
+            if part.length:
+                yield part
         at = stretch.offset + stretch.length
-    if size > at:
-        yield Elements(at, size - at, "bytes", 0, at)
 
 
 # Encoding numbers
@@ -267,7 +280,7 @@ def _numbers(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[n
         values.append(moved)
         found.append(classes)
     together, classes = np.concatenate(values), np.concatenate(found)
-    stream_of = _share(classes, together)
+    stream_of = _share(_histogram(classes, streams.tokens(together)[0]))[1]
     count = int(stream_of.max()) + 1
     if count == 1:
         return pack_table(segments, None) + min(
@@ -300,7 +313,7 @@ def _guess(
 
     def cost(said: tuple[Scales | None, Scales | None]) -> float:
         classes = numbers.contexts(before, piece.kind, scale, *said, row or len(before))
-        return _entropy(_histogram(classes, token)) + 0.4 * sum(len(s) for s in said if s is not None)
+        return float(_entropy(_histogram(classes, token)).sum()) + 0.4 * sum(len(s) for s in said if s is not None)
 
     ways = [(None, None), (rows, None), (None, columns), (rows, columns)] if row else [(None, None)]
     best = min(ways, key=cost)
@@ -319,24 +332,25 @@ def _histogram(classes: npt.NDArray[np.uint8], token: npt.NDArray[np.uint8]) -> 
     return np.bincount(joint, minlength=CONTEXTS * streams.TOKENS).reshape(CONTEXTS, streams.TOKENS)
 
 
-def _entropy(counts: npt.NDArray[np.int64]) -> float:
-    """Bytes for the tokens of every row of a histogram, each row with its own code."""
+def _entropy(counts: npt.NDArray[np.number[Any]]) -> npt.NDArray[np.float64]:
+    """Bytes for the tokens of each row of a histogram, each row with its own code."""
     total = counts.sum(axis=1, dtype=np.float64)
-    return float((total * np.log2(np.maximum(total, 1))).sum() - (counts * np.log2(np.maximum(counts, 1))).sum()) / 8
+    found: npt.NDArray[np.float64] = total * np.log2(np.maximum(total, 1)) - (counts * np.log2(np.maximum(counts, 1))).sum(axis=1)
+    return found / 8
 
 
-def _share(classes: npt.NDArray[np.uint8], values: streams.Numbers) -> npt.NDArray[np.uint8]:
-    """Which stream each context goes to: neighbours share one where that costs least (dynamic programming over where to cut)."""
-    counts = _histogram(classes, streams.tokens(values)[0])
+def _share(counts: npt.NDArray[np.number[Any]]) -> tuple[float, npt.NDArray[np.uint8]]:
+    """Which stream each context goes to, and the bytes that tokens then cost: neighbours share one where that costs least.
+
+    Dynamic programming over where to cut the used contexts.
+    """
     used = np.flatnonzero(counts.sum(axis=1))
-    sums = np.concatenate((np.zeros((1, counts.shape[1]), np.int64), np.cumsum(counts[used], axis=0)))
+    sums = np.concatenate((np.zeros((1, counts.shape[1])), np.cumsum(counts[used], axis=0, dtype=np.float64)))
     cost, cut = [0.0], [0]
     for stop in range(1, len(used) + 1):
         first = max(0, stop - MAX_STREAM_CONTEXTS)
         joined = sums[stop] - sums[first:stop]  # [starts, tokens]
-        total = joined.sum(axis=1).astype(np.float64)
-        spent = (total * np.log2(total) - (joined * np.log2(np.maximum(joined, 1))).sum(axis=1)) / 8
-        spent += STREAM_COST + TOKEN_COST * np.count_nonzero(joined, axis=1) + np.array(cost[first:stop])
+        spent = _entropy(joined) + STREAM_COST + TOKEN_COST * np.count_nonzero(joined, axis=1) + np.array(cost[first:stop])
         best = int(spent.argmin())
         cost.append(float(spent[best]))
         cut.append(first + best)
@@ -346,7 +360,62 @@ def _share(classes: npt.NDArray[np.uint8], values: streams.Numbers) -> npt.NDArr
         stop = cut[stop]
     for number, (start, stop) in enumerate(reversed(starts)):
         stream_of[used[start:stop]] = number
-    return stream_of
+    return cost[-1], stream_of
+
+
+# Forecasting
+
+
+def estimate(pairs: Sequence[Pair]) -> int:
+    """About how large `build` would make a delta, from an eighth of the rows.
+
+    Files that have no numbers are compressed once beside the old ones, and not compared as bsdiff4 would.
+    """
+    total = 0.0
+    for pair in pairs:
+        total += 400  # its part of the header
+        if pair.whole:
+            total += _beside(pair.new.read_bytes(), pair.old.read_bytes() if pair.old else b"")
+            continue
+        new, old = _open(pair.new), _open(pair.old) if pair.old else None
+        for group in _plan(pair):
+            total += RECORD.size
+            length = sum(piece.length for piece in group)
+            if old is None or group[0].old is None:
+                part = new[group[0].start :][: max(length // 8, min(length, 16 * KiB))].tobytes()
+                total += len(_compress(part, 3)) * length / len(part)
+            elif not (len(group) == 1 and group[0].same):
+                total += min(_forecast(group, new, old), 1.01 * length)
+    return int(total)
+
+
+def _beside(new: bytes, old: bytes) -> int:
+    if new == old:
+        return 0
+    known = zstandard.ZstdCompressionDict(old, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if old else None
+    return len(zstandard.ZstdCompressor(level=9, dict_data=known).compress(new))
+
+
+def _forecast(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8]) -> float:
+    """Bytes of a record of numbers, by the entropy of its tokens in a sample of each piece."""
+    counts, other = np.zeros((CONTEXTS, streams.TOKENS)), 60.0
+    for piece in group:
+        row = piece.row * piece.kind.width // (2 if piece.kind.packed else 1)  # bytes
+        step = row if row >= 1024 else max(1, 1024 // max(row, 1)) * max(row, piece.kind.width)
+        starts = range(0, piece.length, 8 * step) if piece.length >= 64 * step else range(0, piece.length, step)
+        after, before = (
+            np.concatenate([file[at + first : at + min(first + step, piece.length)] for first in starts])
+            for file, at in ((new, piece.start), (old, piece.old or 0))
+        )
+        weight = piece.length / len(after)
+        codes = numbers.codes(after.tobytes(), piece.kind), numbers.codes(before.tobytes(), piece.kind)
+        moved = numbers.difference(*codes, piece.kind)
+        segment, classes = _guess(replace(piece, length=len(after)), *codes, moved)
+        token, below = streams.tokens(moved)
+        counts += weight * _histogram(classes, token)
+        other += weight * below.sum(dtype=np.int64) / 8 + 10
+        other += 0.4 * sum(len(s) * w for s, w in ((segment.rows, weight), (segment.columns, 1.0)) if s is not None)
+    return 1.005 * _share(counts)[0] + other
 
 
 def _compress(data: bytes, level: int) -> bytes:

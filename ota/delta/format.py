@@ -13,9 +13,11 @@ from __future__ import annotations
 import bz2
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import BinaryIO
 
@@ -49,20 +51,37 @@ SAME, NUMBERS, ZSTD, BSDIFF = range(4)
 KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff"}
 
 
+class PlainFile(Document):
+    """A file that belongs to no bundle."""
+
+    size: int = Field(ge=0, le=MAX_WEIGHTS, description="bytes")
+    sha256: Sha256
+
+
 class DeltaFile(Document):
     """One file that a delta makes."""
 
-    target: FileEntry
+    target: FileEntry | PlainFile
     base: Sha256 | None = Field(description="hash of the base's file of the same role and variant; None: made without one")
     base_size: int = Field(ge=0, le=MAX_WEIGHTS)
-    records: int = Field(ge=1, le=1 << 20)
+    records: int = Field(ge=0, le=1 << 20)
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"{self.target.role} file" if isinstance(self.target, FileEntry) else "file"
+
+    @property
+    def remedy(self) -> str:
+        """What to do when its base does not fit."""
+        return "fetch the full bundle" if isinstance(self.target, FileEntry) else "name the file that it was built from"
 
 
 class Header(Document):
     """What a delta is for and what it makes, in the order in which it makes it."""
 
-    base: Sha256 = Field(description="manifest of the bundle it starts from")
-    target: Sha256 = Field(description="manifest of the bundle it makes")
+    base: Sha256 = Field(description="manifest of the bundle it starts from, or the plain file")
+    target: Sha256 = Field(description="manifest of the bundle it makes, or the plain file")
     files: list[DeltaFile] = Field(min_length=1, max_length=13)
 
 
@@ -143,16 +162,65 @@ def apply(patch: BinaryIO, header: Header, open_base: OpenBase, open_output: Ope
         BaseError: a file of the old bundle is not what the delta starts from.
     """
     for file in header.files:
+        if not isinstance(file.target, FileEntry):
+            raise DeltaError("the delta is for plain files and not for bundles; apply it with `ferry delta apply`")
         with open_output(file.target) as output:
-            _apply_file(patch, file, open_base, output)
+            _apply_file(patch, file, partial(open_base, file.target.role, file.target.variant), output)
+    _end(patch)
+
+
+def apply_plain(patch: BinaryIO, header: Header, base: BinaryIO, output: BinaryIO) -> None:
+    """Make the one plain file that a delta holds; its base is closed afterwards.
+
+    Raises:
+        DeltaError: the delta is damaged, over a limit, or for a bundle; what was written is then to be thrown away.
+        BaseError: `base` is not the file that the delta starts from.
+    """
+    (file, *others) = header.files
+    if others or not isinstance(file.target, PlainFile):
+        raise DeltaError("the delta is for bundles and not for plain files; devices apply it")
+    _apply_file(patch, file, lambda: base, output)
+    _end(patch)
+
+
+@dataclass(frozen=True)
+class RecordInfo:
+    """What a record says of itself."""
+
+    kind: int
+    length: int  # bytes of the new file
+    size: int  # bytes of the delta
+    numbers: dict[str, int]  # by kind
+    streams: int
+
+
+def records(patch: BinaryIO, file: DeltaFile) -> Iterator[RecordInfo]:
+    """What the records of one file say, without making anything; the stream must stand at the first of them.
+
+    Raises:
+        DeltaError: the delta is damaged.
+    """
+    for _ in range(file.records):
+        kind, length, payload_length, _, _ = RECORD.unpack(_exactly(patch, RECORD.size))
+        if kind not in KINDS or payload_length > MAX_SMALL + 64 * KiB:
+            raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update ferry")
+        payload, found, count = _exactly(patch, payload_length), Counter[str](), 0
+        if kind == NUMBERS:
+            segments, _, count = _read_table(streams.Reader(payload), length)
+            for segment in segments:
+                found[segment.kind.name] += segment.count
+        yield RecordInfo(kind, length, RECORD.size + payload_length, dict(found), count)
+
+
+def _end(patch: BinaryIO) -> None:
     if patch.read(1):
         raise DeltaError("the delta goes on after its last record; fetch it again")
 
 
-def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: OpenBase, output: BinaryIO) -> None:
-    limit = MAX_CHUNK if file.target.role == "weights" else MAX_SMALL
+def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: Callable[[], BinaryIO], output: BinaryIO) -> None:
+    small = not isinstance(file.target, FileEntry) or file.target.role != "weights"
     digest, written = hashlib.sha256(), 0
-    base = open_base(file.target.role, file.target.variant) if file.base else None
+    base = open_base() if file.base else None
     try:
         if base:
             _check_base(base, file)
@@ -161,6 +229,7 @@ def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: OpenBase, output: B
             kind, new_length, payload_length, base_offset, check = RECORD.unpack(record)
             if kind not in KINDS:
                 raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update the agent")
+            limit = MAX_SMALL if small and kind != NUMBERS else MAX_CHUNK
             if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:
                 raise DeltaError("a record of the delta claims more bytes than it may")
             payload = _exactly(patch, payload_length)
@@ -181,7 +250,7 @@ def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: OpenBase, output: B
         if base:
             base.close()
     if written != file.target.size or digest.hexdigest() != file.target.sha256:
-        raise DeltaError(f"the delta does not make the {file.target.role} file that it names; fetch it again")
+        raise DeltaError(f"the delta does not make the {file.name} that it names; fetch it again")
 
 
 def _check_base(base: BinaryIO, file: DeltaFile) -> None:
@@ -189,7 +258,7 @@ def _check_base(base: BinaryIO, file: DeltaFile) -> None:
     while piece := base.read(MAX_CHUNK):
         digest.update(piece)
     if digest.hexdigest() != file.base:
-        raise BaseError(f"the installed {file.target.role} file is not the one the delta starts from; fetch the full bundle")
+        raise BaseError(f"the old {file.name} is not the one that the delta starts from; {file.remedy}")
 
 
 def _base_range(base: BinaryIO | None, file: DeltaFile, offset: int, length: int) -> bytes:
@@ -198,7 +267,7 @@ def _base_range(base: BinaryIO | None, file: DeltaFile, offset: int, length: int
     base.seek(offset)
     data = base.read(length)
     if len(data) != length:
-        raise BaseError(f"the installed {file.target.role} file is shorter than it was; fetch the full bundle")
+        raise BaseError(f"the old {file.name} is shorter than it was; {file.remedy}")
     return data
 
 

@@ -26,6 +26,7 @@ _ZERO_CONTEXT = 14  # of numbers that are expected to move by one
 class Kind:
     """How the numbers of a stretch are stored."""
 
+    name: KindName
     code: int  # in the format
     width: int  # bytes; a packed pair of int4 is one byte
     mantissa: int = 0  # bits; 0: not a float
@@ -39,12 +40,15 @@ class Kind:
 
 
 KINDS: dict[KindName, Kind] = {
-    "bytes": Kind(0, 1),
-    "float32": Kind(1, 4, 23, 127),
-    "float16": Kind(2, 2, 10, 15),
-    "bfloat16": Kind(3, 2, 7, 127),
-    "int8": Kind(4, 1),
-    "int4": Kind(5, 1, packed=True),
+    kind.name: kind
+    for kind in (
+        Kind("bytes", 0, 1),
+        Kind("float32", 1, 4, 23, 127),
+        Kind("float16", 2, 2, 10, 15),
+        Kind("bfloat16", 3, 2, 7, 127),
+        Kind("int8", 4, 1),
+        Kind("int4", 5, 1, packed=True),
+    )
 }
 KIND_OF_CODE = {kind.code: kind for kind in KINDS.values()}
 

@@ -8,7 +8,7 @@ first laid into bytes that hold some bits of information each:
     pack2     two numbers in a byte, each 0 to 14, 15 as above
     pack4     four, each 0 to 2, 3 as above
     flags     eight bits of "is not 0" in a byte; the others, less 1, follow in a stream of their own
-    gaps      how many zeros lie before each number that is not 0, in bytes (255: go on adding); the others follow
+    gaps      how many zeros lie before each number that is not 0, as a stream of its own; the others, less 1, as another
     token     the number's bit length and its next two bits in a byte, what is below them bit plane by bit plane
     planes    the number's bytes, most significant first, for data with repetitions that zstd can find
 
@@ -42,7 +42,8 @@ MODES = {
     PLANES: "planes",
 }
 MAX_DEPTH = 6  # of streams within streams
-SMALL = 64  # a stream of fewer numbers is not worth trying several ways
+DEEP = 3  # a stream that is this many streams inside others is written without another
+FEW = 1 << 12  # numbers for which trying several ways costs little
 TOKENS = 16 + 4 * 28  # numbers below 16, and four for each bit length from 5 to 32
 _IN_A_BYTE = {PACK1: 1, PACK2: 2, PACK4: 4}
 _HEAD = struct.Struct("<BB")  # mode, low bits set aside
@@ -129,20 +130,21 @@ def encode(values: Numbers, depth: int = 0) -> bytes:
     sample = values[:: max(1, count // 4096)]
     middle = float(np.median(sample))
     aside = max(0, int(np.log2(middle / 12))) if middle > 24 else 0
-    if depth == MAX_DEPTH or (int(values.max()) > 100 * 255 and count < SMALL):
-        ways = [(TOKEN, 0)]
-    elif count < SMALL:
-        ways = [(PACK1, 0), (TOKEN, 0)]
-    elif zeros > 0.8:
+    ways = [(PACK1, aside)]
+    if zeros > 0.8:
         ways = [(GAPS, 0)]
     elif zeros > 0.6:
         ways = [(FLAGS, 0), (PACK4, 0), (GAPS, 0)]
     elif zeros > 0.3:
         ways = [(PACK4, 0), (PACK2, 0), (FLAGS, 0)]
-    else:
-        ways = [(PACK1, aside)] if middle > 8 else [(PACK2, 0), (PACK1, 0)]
-        if np.count_nonzero(sample >> np.uint32(aside) >= 255) > 0.01 * len(sample):
-            ways.append((TOKEN, 0))  # no number of low bits fits all
+    elif middle <= 8:
+        ways = [(PACK2, 0), (PACK1, 0)]
+    if count < FEW:  # a table of codes weighs as much as what it saves
+        ways += [(TOKEN, 0), *((PACK1, low) for low in (aside - 2, aside - 1, aside + 1, aside + 2) if low >= 0)]
+    elif np.count_nonzero(sample >> np.uint32(aside) >= 255) > 0.01 * len(sample):
+        ways.append((TOKEN, 0))  # no number of low bits fits all
+    if depth == DEEP:
+        ways = [(TOKEN, 0)]  # the only way that needs no stream inside
     return min((_as(values, mode, low, depth) for mode, low in ways), key=len)
 
 
@@ -161,10 +163,8 @@ def _as(values: Numbers, mode: int, aside: int, depth: int) -> bytes:
     high = values >> np.uint32(aside)
     if mode == GAPS:
         at = np.flatnonzero(high)
-        over, rest = np.divmod(np.diff(at, prepend=-1) - 1, 255)
-        gaps = np.full(len(at) + int(over.sum()), 255, np.uint8)
-        gaps[np.cumsum(over + 1) - 1] = rest
-        return head + _LENGTH.pack(len(at)) + frame(gaps) + encode(high[at] - np.uint32(1), depth + 1)
+        gaps = (np.diff(at, prepend=-1) - 1).astype(np.uint32)
+        return head + _LENGTH.pack(len(at)) + encode(gaps, depth + 1) + encode(high[at] - np.uint32(1), depth + 1)
     if mode == FLAGS:
         on = high != 0
         return head + frame(np.packbits(on)) + encode(high[on] - np.uint32(1), depth + 1)
@@ -252,10 +252,9 @@ def _high(reader: Reader, count: int, mode: int, depth: int) -> Numbers:
             others = int(np.count_nonzero(at))
         else:
             others = reader.number()
-            gaps = reader.frame(None, count)
-            ends = np.flatnonzero(gaps != 255)
-            at = np.cumsum(gaps, dtype=np.int64)[ends] + np.arange(len(ends))
-            if len(ends) != others or (others and int(at[-1]) >= count):
+            at = np.cumsum(decode(reader, others, depth + 1) if others <= count else [count], dtype=np.int64)
+            at += np.arange(len(at))
+            if len(at) != others or (others and int(at[-1]) >= count):
                 raise DeltaError("a record of the delta names a place that it does not have; fetch it again")
         high[at] = decode(reader, others, depth + 1) + np.uint32(1)
         return high

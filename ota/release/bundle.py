@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-import onnx
-
 from ota import delta
-from ota.delta.numbers import KindName
+from ota.delta import files
 from ota.errors import DeltaError, ManifestError, OperatorError
 from ota.manifest import (
     MAX_MANIFEST,
@@ -35,10 +32,6 @@ from ota.manifest import (
 FILE_NAMES: dict[Role, str] = {
     "graph": "graph.onnx", "weights": WEIGHTS_LOCATION, "sampler": "sampler.json", "golden": "golden.npz",
     "reference": "reference.json",
-}  # fmt: skip
-STORED: dict[int, KindName] = {
-    onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16",
-    onnx.TensorProto.INT8: "int8",
 }  # fmt: skip
 MINIMUM_AGENT = "0.1.0"
 
@@ -130,51 +123,19 @@ def open_bundle(folder: Path) -> Bundle:
         raise OperatorError(f"there is no bundle in {folder}; build it again with `ferry release`") from error
 
 
-def tensors_of(graph: Path) -> dict[str, tuple[tuple[int, ...], delta.Elements]]:
-    """Shape and place of each of a bundle's weights, by name, as its graph says; none has a predecessor yet."""
-    model = onnx.load(str(graph), load_external_data=False)
-    found = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            row = math.prod(tensor.dims[1:]) if len(tensor.dims) > 1 else 0
-            elements = delta.Elements(int(place["offset"]), int(place["length"]), STORED[tensor.data_type], row, None)
-            found[tensor.name] = tuple(tensor.dims), elements
-    return found
-
-
-def elements_of(graph: Path, before: Path | None) -> list[delta.Elements]:
-    """Where the numbers of a bundle's weights lie, and where their predecessors lie in the bundle before.
-
-    A tensor follows the one of its name, kind and shape; if there is none, the next of its kind and shape that nobody else follows.
-    """
-    old = tensors_of(before) if before else {}
-    new = tensors_of(graph)
-    kin = {name: (shape, elements.kind) for name, (shape, elements) in old.items()}
-    follows = {name: name for name, (shape, elements) in new.items() if kin.get(name) == (shape, elements.kind)}
-    free = [name for name in old if name not in follows]
-    for name, (shape, elements) in new.items():
-        heir = next((other for other in free if kin[other] == (shape, elements.kind)), None) if name not in follows else None
-        if heir:
-            follows[name] = heir
-            free.remove(heir)
-    return [
-        replace(elements, old=old[follows[name]][1].offset if name in follows else None) for name, (_, elements) in new.items()
-    ]
-
-
 def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
     """Build the delta from one bundle to another and apply it once; None if it is not smaller than the full bundle.
 
     Raises:
         DeltaError: what it makes is not the target (a fault of the codec: nothing is published).
     """
-    elements = elements_of(target.path("graph"), base.path("graph"))
     pairs = []
     for entry in target.manifest.files:
         has_old = any((e.role, e.variant) == (entry.role, entry.variant) for e in base.manifest.files)
         old = base.path(entry.role, entry.variant) if has_old else None
-        pairs.append(delta.Pair(entry, target.path(entry.role, entry.variant), old, elements if entry.role == "weights" else ()))
+        new = target.path(entry.role, entry.variant)
+        elements = files.elements(old, new, target.path("graph"), base.path("graph")) if entry.role == "weights" else ()
+        pairs.append(delta.Pair(entry, new, old, elements))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{base.manifest.digest}.{target.manifest.digest}"
     built = delta.build(pairs, base.manifest.digest, target.manifest.digest, path)

@@ -1,0 +1,332 @@
+"""Deltas between any two files: where the tensors of a model file lie, and which of the old ones they follow.
+
+    >>> built = build(Path("old.onnx"), Path("new.onnx"), Path("patch"))
+    >>> apply(Path("old.onnx"), Path("patch"), Path("again.onnx"))
+
+Tensors are found in ONNX files (inside the file, or in the external data that another ONNX file describes) and in safetensors files;
+everything else is bytes. Nothing depends on finding them but the size: every file comes back bit by bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ota.delta import encode
+from ota.delta import format as container
+from ota.delta.encode import Built, Elements, Pair
+from ota.delta.numbers import KINDS, KindName
+from ota.errors import OperatorError
+from ota.manifest import MAX_WEIGHTS, MiB
+
+_ONNX_KINDS: dict[int, KindName] = {
+    1: "float32", 2: "bytes", 3: "int8", 9: "bytes", 10: "float16", 16: "bfloat16", 21: "int4", 22: "int4",
+}  # fmt: skip
+_SAFETENSORS_KINDS: dict[str, KindName] = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "bytes", "BOOL": "bytes",
+}  # fmt: skip
+_MAX_SAFETENSORS_HEADER = 100 * MiB  # what the format itself allows
+_MAX_TENSORS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor's numbers lie in a file."""
+
+    name: str
+    kind: KindName
+    shape: tuple[int, ...]
+    offset: int
+    length: int  # bytes
+
+    @property
+    def row(self) -> int:
+        """Numbers for each index of the first axis; 0: it has fewer than two axes."""
+        return math.prod(self.shape[1:]) if len(self.shape) > 1 else 0
+
+
+def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph: Path | None = None) -> Built:
+    """Write the delta that turns one file into another.
+
+    Args:
+        old: the file before.
+        new: the file after.
+        out: where the delta goes.
+        graph: the ONNX file that says where the tensors of `new` lie, if `new` is its external data.
+        old_graph: the same for `old`; None: as `graph`.
+
+    Raises:
+        OperatorError: a file cannot be read, or is too large.
+    """
+    pair = _pair(old, new, graph, old_graph)
+    fresh = out.with_name(out.name + ".tmp")
+    try:
+        built = encode.build([pair], _sha256(old), pair.entry.sha256, fresh)
+        fresh.replace(out)
+    except OSError as error:
+        raise OperatorError(f"{out} cannot be written: {error.strerror}; name another place") from error
+    finally:
+        fresh.unlink(missing_ok=True)
+    return built
+
+
+def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> int:
+    """About how many bytes `build` would write, in a small part of its time; see there for arguments and errors."""
+    return encode.estimate([_pair(old, new, graph, old_graph)])
+
+
+def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None) -> Pair:
+    digest = _sha256(new)
+    for path in (old, new):
+        if path.is_file() and path.stat().st_size > MAX_WEIGHTS:
+            raise OperatorError(f"{path} is larger than {MAX_WEIGHTS // MiB} MiB, too large for a delta; split it")
+    found = elements(old, new, graph, old_graph)
+    return Pair(container.PlainFile(size=new.stat().st_size, sha256=digest), new, old, found)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One record of a delta, and what it is about."""
+
+    kind: str
+    offset: int  # in the new file
+    length: int  # bytes that it makes
+    size: int  # bytes that it costs
+    numbers: dict[str, int]
+    """How many numbers of which kind, in a record of numbers."""
+    streams: int
+    tensors: list[str]
+    """Whose bytes they are, if the new file was given."""
+
+
+def inspect(patch: Path, of: Path | None = None, graph: Path | None = None) -> tuple[container.Header, list[Part]]:
+    """What a delta is made of; its base is not needed.
+
+    Args:
+        patch: the delta.
+        of: the file that it makes, to call tensors by their names.
+        graph: as for `build`.
+
+    Raises:
+        DeltaError: the delta is damaged.
+        OperatorError: a file cannot be read.
+    """
+    named = sorted(tensors(of, graph), key=lambda t: t.offset) if of else []
+    parts: list[Part] = []
+    try:
+        with patch.open("rb") as stream:
+            header = container.read_header(stream)
+            for file in header.files:
+                at = 0
+                for row in container.records(stream, file):
+                    names = [t.name for t in named if t.offset < at + row.length and t.offset + t.length > at]
+                    parts.append(Part(container.KINDS[row.kind], at, row.length, row.size, row.numbers, row.streams, names))
+                    at += row.length
+    except OSError as error:
+        raise OperatorError(f"{patch} cannot be read: {error.strerror}; check its name") from error
+    return header, parts
+
+
+def apply(old: Path, patch: Path, out: Path) -> None:
+    """Make the new file; `out` appears when it is whole and right, and not before.
+
+    Raises:
+        DeltaError: the delta is damaged, or for something else.
+        BaseError: `old` is not the file that the delta starts from.
+        OperatorError: a file cannot be read or written.
+    """
+    fresh = out.with_name(out.name + ".tmp")
+    try:
+        with patch.open("rb") as stream, old.open("rb") as base:
+            header = container.read_header(stream)
+            with fresh.open("wb") as output:
+                container.apply_plain(stream, header, base, output)
+        fresh.replace(out)
+    except OSError as error:
+        raise OperatorError(f"{error.filename or out} cannot be used: {error.strerror}; check its name and place") from error
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+# Which tensor follows which
+
+
+def elements(old: Path | None, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> list[Elements]:
+    """Where the numbers of a file and those that they follow lie.
+
+    A tensor follows the one of its name, kind and shape; if there is none, the next of its kind and shape that nobody else follows.
+    What lies between tensors follows what lies as far from the tensor before it in the old file.
+    """
+    after, before = tensors(new, graph), tensors(old, old_graph or graph) if old else []
+    followed = follow(after, before)
+    found: list[Elements] = []
+    at, shift = 0, 0
+    for tensor in sorted(after, key=lambda t: t.offset):
+        if tensor.offset < at or tensor.length % KINDS[tensor.kind].width:  # two names for one place, or not as it says
+            continue
+        if tensor.offset > at:
+            found.append(Elements(at, tensor.offset - at, "bytes", 0, max(0, at - shift)))
+        predecessor = followed.get(tensor.name)
+        found.append(Elements(tensor.offset, tensor.length, tensor.kind, tensor.row, predecessor.offset if predecessor else None))
+        at = tensor.offset + tensor.length
+        shift = at - (predecessor.offset + predecessor.length) if predecessor else shift
+    rest = new.stat().st_size - at
+    return [*found, Elements(at, rest, "bytes", 0, max(0, at - shift))] if found and rest else found
+
+
+def follow(after: Sequence[Tensor], before: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The old tensor that each new one follows, by the new one's name."""
+    named = {t.name: t for t in before}
+    found = {t.name: named[t.name] for t in after if t.name in named and _kin(named[t.name]) == _kin(t)}
+    taken = {t.name for t in found.values()}
+    free: dict[tuple[KindName, tuple[int, ...]], list[Tensor]] = {}
+    for tensor in before:
+        if tensor.name not in taken:
+            free.setdefault(_kin(tensor), []).append(tensor)
+    for tensor in after:
+        if tensor.name not in found and free.get(_kin(tensor)):
+            found[tensor.name] = free[_kin(tensor)].pop(0)
+    return found
+
+
+def _kin(tensor: Tensor) -> tuple[KindName, tuple[int, ...]]:
+    return tensor.kind, tensor.shape
+
+
+# Where tensors lie
+
+
+def tensors(path: Path, graph: Path | None = None) -> list[Tensor]:
+    """The tensors of a file that are numbers of a kind the codec knows; none if it is no model file.
+
+    Raises:
+        OperatorError: a file cannot be read, or `graph` describes no external data.
+    """
+    try:
+        size = path.stat().st_size
+        if not size:
+            return []
+        with (graph or path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if graph:
+                found = [t for t in _onnx(data, external=True) if t.offset + t.length <= size]
+                if not found:
+                    raise OperatorError(f"{graph} describes no external data of {path}; name the ONNX file that it belongs to")
+                return found
+            return [t for t in _safetensors(data) or _onnx(data, external=False) if t.offset + t.length <= size]
+    except (OSError, ValueError) as error:  # mmap refuses empty files with ValueError
+        raise OperatorError(f"{graph or path} cannot be read: {error}; check its name") from error
+
+
+def _safetensors(data: mmap.mmap) -> list[Tensor]:
+    """By the format's own header: its length in eight bytes, then JSON."""
+    if len(data) < 8:
+        return []
+    (length,) = struct.unpack("<Q", data[:8])
+    if not 2 <= length <= min(_MAX_SAFETENSORS_HEADER, len(data) - 8):
+        return []
+    try:
+        header = json.loads(data[8 : 8 + length])
+        found = []
+        for name, row in header.items():
+            if name != "__metadata__" and row["dtype"] in _SAFETENSORS_KINDS:
+                start, stop = row["data_offsets"]
+                shape = tuple(int(n) for n in row["shape"])
+                found.append(
+                    Tensor(name, _SAFETENSORS_KINDS[row["dtype"]], shape, 8 + length + int(start), int(stop) - int(start))
+                )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return [t for t in found if t.offset >= 8 + length and t.length >= 0]
+
+
+def _onnx(data: mmap.mmap, external: bool) -> list[Tensor]:
+    """By the wire format of protocol buffers: the model's graph (7), its initializers (5), of each what says where it is.
+
+    The onnx package gives values and not their places in the file, and is not on devices.
+    """
+    found: list[Tensor] = []
+    try:
+        for number, start, stop in _fields(data, 0, len(data)):
+            if number == 7:
+                for inner, first, last in _fields(data, start, stop):
+                    if inner == 5 and len(found) < _MAX_TENSORS:
+                        tensor = _initializer(data, first, last, external)
+                        found += [tensor] if tensor else []
+    except (IndexError, ValueError):
+        return []  # no ONNX file
+    return found
+
+
+def _initializer(data: mmap.mmap, start: int, stop: int, external: bool) -> Tensor | None:
+    shape: list[int] = []
+    name, stored, place = "", 0, None
+    entries: dict[str, str] = {}
+    for number, first, last in _fields(data, start, stop):
+        if number == 1:  # dims, one by one or packed
+            at = first
+            while at < last:
+                value, at = _varint(data, at, last)
+                shape.append(value)
+        elif number == 2:
+            stored = _varint(data, first, last)[0]
+        elif number == 8:
+            name = data[first:last].decode(errors="replace")
+        elif number in (4, 9) and not external:  # packed float_data, or raw_data
+            place = first, last - first
+        elif number == 13 and external:
+            parts = {n: data[a:b].decode(errors="replace") for n, a, b in _fields(data, first, last)}
+            entries[parts.get(1, "")] = parts.get(2, "")
+    if external and "length" in entries:
+        place = int(entries.get("offset", "0")), int(entries["length"])
+    if place is None or stored not in _ONNX_KINDS or place[0] < 0 or place[1] < 0:
+        return None
+    return Tensor(name, _ONNX_KINDS[stored], tuple(shape), *place)
+
+
+def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The fields of a message as (number, start, stop) of what each holds.
+
+    Raises:
+        ValueError: these bytes are no message.
+    """
+    while at < stop:
+        tag, at = _varint(data, at, stop)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            end = _varint(data, at, stop)[1]
+        elif wire == 2:
+            length, at = _varint(data, at, stop)
+            end = at + length
+        elif wire in (1, 5):
+            end = at + (8 if wire == 1 else 4)
+        else:
+            raise ValueError("not a message")
+        if not number or end > stop:
+            raise ValueError("not a message")
+        yield number, at, end
+        at = end
+
+
+def _varint(data: mmap.mmap, at: int, stop: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < stop and shift < 64:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+    raise ValueError("not a number")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise OperatorError(f"{path} cannot be read: {error.strerror}; check its name") from error

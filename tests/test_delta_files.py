@@ -1,0 +1,298 @@
+"""Deltas between any two files: where tensors are found, which follows which, and that every file comes back whatever was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+from safetensors.torch import save as save_torch
+from typer.testing import CliRunner
+
+from flows.cli import app
+from ota.delta import files
+from ota.errors import BaseError, DeltaError, OperatorError
+from ota.release.bundle import make_delta
+
+ONNX = onnx.TensorProto
+RNG = np.random.default_rng(0)
+WEIGHTS = RNG.normal(size=(256, 96)).astype(np.float32)
+STEP = RNG.normal(scale=1e-4, size=WEIGHTS.shape).astype(np.float32)
+
+
+def model(tensors: dict[str, tuple[int, list[int], bytes]], external: str = "") -> bytes:
+    """An ONNX file of nothing but weights, inside it or one after the other in another file."""
+    initializers, offset = [], 0
+    for name, (kind, dims, raw) in tensors.items():
+        tensor = ONNX(name=name, data_type=kind, dims=dims)
+        if external:
+            tensor.data_location = ONNX.EXTERNAL
+            for key, value in (("location", external), ("offset", str(offset)), ("length", str(len(raw)))):
+                tensor.external_data.add(key=key, value=value)
+            offset += len(raw)
+        else:
+            tensor.raw_data = raw
+        initializers.append(tensor)
+    node = onnx.helper.make_node("Identity", [next(iter(tensors), "x")], ["y"])
+    made = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], initializers))
+    data: bytes = made.SerializeToString(deterministic=True)
+    return data
+
+
+def full(values: Any) -> tuple[int, list[int], bytes]:
+    return ONNX.FLOAT, list(values.shape), values.astype(np.float32).tobytes()
+
+
+def size_of_delta(tmp_path: Path, old: bytes, new: bytes, suffix: str = "onnx", **graphs: Any) -> int:
+    """Build a delta, apply it, and see that the file came back; how large it was."""
+    before, after, patch, again = (tmp_path / f"{name}.{suffix}" for name in ("old", "new", "patch", "again"))
+    before.write_bytes(old)
+    after.write_bytes(new)
+    built = files.build(before, after, patch, **graphs)
+    files.apply(before, patch, again)
+    assert again.read_bytes() == new
+    assert built.size == patch.stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".tmp") == []
+    return built.size
+
+
+def test_tensors_are_found_in_onnx(tmp_path):
+    path = tmp_path / "m.onnx"
+    tensors = {
+        "f": full(np.ones((2, 3))), "h": (ONNX.FLOAT16, [4], bytes(8)), "b": (ONNX.BFLOAT16, [2, 2], bytes(range(8))),
+        "q": (ONNX.INT8, [3, 1], b"abc"), "n": (ONNX.INT4, [5], b"xyz"), "i": (ONNX.INT64, [1], bytes(8)), "s": (ONNX.FLOAT, [], bytes(4)),
+    }  # fmt: skip
+    path.write_bytes(model(tensors))
+    found = {t.name: t for t in files.tensors(path)}
+    assert {name: (t.kind, t.shape, t.row) for name, t in found.items()} == {
+        "f": ("float32", (2, 3), 3), "h": ("float16", (4,), 0), "b": ("bfloat16", (2, 2), 2), "q": ("int8", (3, 1), 1),
+        "n": ("int4", (5,), 0), "s": ("float32", (), 0),
+    }  # fmt: skip
+    for name, tensor in found.items():
+        assert path.read_bytes()[tensor.offset : tensor.offset + tensor.length] == tensors[name][2]
+
+
+def test_values_that_onnx_packs_otherwise_are_found_too(tmp_path):
+    path = tmp_path / "m.onnx"
+    graph = onnx.helper.make_graph([], "g", [], [], [onnx.helper.make_tensor("f", ONNX.FLOAT, [2, 2], [1.0, 2.0, 3.0, 4.0])])
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    (tensor,) = files.tensors(path)
+    assert path.read_bytes()[tensor.offset :][: tensor.length] == np.array([1, 2, 3, 4], np.float32).tobytes()
+
+
+def test_tensors_are_found_in_safetensors(tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(
+        save_torch({"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16), "c": torch.zeros(2, dtype=torch.int64)})
+    )
+    found = {t.name: t for t in files.tensors(path)}
+    assert {name: (t.kind, t.shape, t.length) for name, t in found.items()} == {
+        "a": ("float32", (2, 3), 24),
+        "b": ("bfloat16", (4,), 8),
+    }
+    assert path.read_bytes()[found["a"].offset :][:24] == np.ones(6, np.float32).tobytes()
+
+
+def test_retrained_model_costs_a_fraction(tmp_path):
+    old, new = (model({"w": full(w)}) for w in (WEIGHTS, WEIGHTS + STEP))
+    assert size_of_delta(tmp_path, old, new) < 0.65 * len(new)
+    old, new = (save({"w": w.astype(np.float16)}) for w in (WEIGHTS, WEIGHTS + STEP))
+    assert size_of_delta(tmp_path, old, new, "safetensors") < 0.3 * len(new)
+
+
+def test_renamed_and_permuted_tensors_cost_nothing(tmp_path):
+    parts = {f"t{i}": full(RNG.normal(size=(64, 33 + i))) for i in range(6)}
+    turned = dict(reversed(parts.items()))
+    renamed = {f"other.{name}.longer": value for name, value in parts.items()}
+    for new in (model(turned), model(renamed), model(dict(reversed(renamed.items())))):
+        assert size_of_delta(tmp_path, model(parts), new) < 0.03 * len(new)
+
+
+def test_added_tensor_costs_itself_and_removed_one_nothing(tmp_path):
+    parts = {f"t{i}": full(RNG.normal(size=(64, 64))) for i in range(6)}
+    more = {"new": full(np.linspace(0, 1, 4096).reshape(64, 64))} | parts
+    assert size_of_delta(tmp_path, model(parts), model(more)) < 1.1 * 64 * 64 * 4 + 2000
+    assert size_of_delta(tmp_path, model(more), model(parts)) < 2500
+
+
+def test_external_data_is_found_through_its_graph(tmp_path):
+    tensors = {"v": full(np.ones((3, 3))), "w": full(WEIGHTS)}
+    turned = {"w": full(WEIGHTS + STEP), "v": full(np.ones((3, 3)))}
+    (tmp_path / "g.onnx").write_bytes(model(turned, external="w.bin"))
+    (tmp_path / "o.onnx").write_bytes(model(tensors, external="w.bin"))
+    old, new = (b"".join(raw for _, _, raw in t.values()) for t in (tensors, turned))
+    with_graphs = size_of_delta(tmp_path, old, new, graph=tmp_path / "g.onnx", old_graph=tmp_path / "o.onnx")
+    assert with_graphs < 0.65 * len(new)
+    assert with_graphs < 0.75 * size_of_delta(tmp_path, old, new)
+
+
+def test_graph_of_other_data_refused(tmp_path):
+    (tmp_path / "g.onnx").write_bytes(model({"w": full(WEIGHTS)}))
+    with pytest.raises(OperatorError, match=r"describes no external data of .*name the ONNX file that it belongs to"):
+        size_of_delta(tmp_path, b"old", b"new", graph=tmp_path / "g.onnx")
+
+
+def test_tensors_follow_by_name_then_by_shape():
+    def tensor(name: str, kind: Any = "float32", shape: tuple[int, ...] = (2, 2)) -> files.Tensor:
+        return files.Tensor(name, kind, shape, 0, 16)
+
+    old = [tensor("a"), tensor("b"), tensor("c", "float16"), tensor("d", shape=(4,))]
+    new = [tensor("b"), tensor("x"), tensor("y"), tensor("c"), tensor("d", shape=(5,)), tensor("z", "float16")]
+    # b by name; x is a renamed; nothing is left for y; c and d changed kind and shape; z is c renamed.
+    assert {name: t.name for name, t in files.follow(new, old).items()} == {"b": "b", "x": "a", "z": "c"}
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"", b""), (b"", b"x"), (b"x", b""), (b"same", b"same"), (b"a" * 9, b"b" * 5000)])
+@pytest.mark.parametrize("suffix", ["onnx", "safetensors", "bin"])
+def test_any_small_file_comes_back(tmp_path, old, new, suffix):
+    size_of_delta(tmp_path, old, new, suffix)
+
+
+def test_large_file_without_tensors_comes_back(tmp_path):
+    old = RNG.bytes(5_000_000)
+    new = old[:2_000_000] + b"something else" + old[2_000_014:] + b"more"
+    assert size_of_delta(tmp_path, old, new, "bin") < 20_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_model_file_is_a_file_like_any_other(tmp_path_factory, data):
+    whole = data.draw(
+        st.sampled_from([model({"w": full(WEIGHTS[:4]), "v": full(WEIGHTS[:2])}), save({"w": WEIGHTS[:4], "v": WEIGHTS[:2]})])
+    )
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, min(len(whole), 300) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
+    size_of_delta(tmp_path_factory.mktemp("case"), whole, data.draw(st.sampled_from([bytes(damaged), cut])))
+    size_of_delta(tmp_path_factory.mktemp("case"), bytes(damaged), whole)
+
+
+def lying_safetensors(**row: Any) -> bytes:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]} | row}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(16)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"data_offsets": [-8, 8]}, {"data_offsets": [8, 4]}, {"data_offsets": [0, 2**63]}, {"data_offsets": [0, 15]}, {"shape": [-1]},
+        {"shape": [2**70]}, {"shape": "abc"}, {"data_offsets": 5}, {"dtype": 7}, {"dtype": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lying_header_of_safetensors_is_harmless(tmp_path, row):
+    size_of_delta(tmp_path, lying_safetensors(), lying_safetensors(**row), "safetensors")
+    size_of_delta(tmp_path, lying_safetensors(**row), lying_safetensors(**row)[:-1] + b"x", "safetensors")
+
+
+def test_same_files_same_patch(tmp_path):
+    old, new = (model({"w": full(w)}) for w in (WEIGHTS, WEIGHTS + STEP))
+    made = []
+    for _ in range(2):
+        size_of_delta(tmp_path, old, new)
+        made.append((tmp_path / "patch.onnx").read_bytes())
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 0.3])
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_estimate_is_near(tmp_path, scale, share):
+    old = {f"t{i}": (RNG.normal(size=(512, 256)) * 10.0**-i).astype(np.float32) for i in range(3)}
+    new = {
+        k: (w + np.where(RNG.random(w.shape) < share, RNG.normal(size=w.shape) * w.std() * scale, 0)).astype(np.float32)
+        for k, w in old.items()
+    }
+    size = size_of_delta(tmp_path, *(model({k: full(w) for k, w in side.items()}) for side in (old, new)))
+    assert files.estimate(tmp_path / "old.onnx", tmp_path / "new.onnx") == pytest.approx(size, rel=0.1)
+
+
+# The command
+
+
+def ferry(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    (tmp_path / "old.onnx").write_bytes(model({"first": full(WEIGHTS), "second": full(WEIGHTS[:100])}))
+    (tmp_path / "new.onnx").write_bytes(model({"first": full(WEIGHTS + STEP), "second": full(WEIGHTS[:100])}))
+    return tmp_path
+
+
+def test_command_builds_and_applies(pair):
+    built = ferry("delta", "build", pair / "old.onnx", pair / "new.onnx", "-o", pair / "p", "--json")
+    assert built.exit_code == 0, built.stderr
+    told = json.loads(built.stdout)
+    assert told["bytes"] == (pair / "p").stat().st_size
+    assert told["of"] == (pair / "new.onnx").stat().st_size
+    applied = ferry("delta", "apply", pair / "old.onnx", pair / "p", "-o", pair / "again")
+    assert applied.exit_code == 0, applied.stderr
+    assert (pair / "again").read_bytes() == (pair / "new.onnx").read_bytes()
+    about = json.loads(ferry("delta", "estimate", pair / "old.onnx", pair / "new.onnx", "--json").stdout)
+    assert about["bytes"] == pytest.approx(told["bytes"], rel=0.1)
+
+
+def test_command_shows_what_a_delta_is_made_of(pair):
+    files.build(pair / "old.onnx", pair / "new.onnx", pair / "p")
+    told = json.loads(ferry("delta", "inspect", pair / "p", "--of", pair / "new.onnx", "--json").stdout)
+    assert sum(part["length"] for part in told["parts"]) == (pair / "new.onnx").stat().st_size
+    assert (pair / "p").stat().st_size - sum(part["size"] for part in told["parts"]) < 1000  # the header
+    of_first = [part for part in told["parts"] if part["tensors"] == ["first"] or "first" in part["tensors"]]
+    assert sum(part["numbers"].get("float32", 0) for part in of_first) >= WEIGHTS.size
+    shown = ferry("delta", "inspect", pair / "p", "--of", pair / "new.onnx").stdout
+    assert "float32" in shown
+    assert "first" in shown
+    assert "first" not in ferry("delta", "inspect", pair / "p").stdout
+
+
+def test_other_base_is_refused_and_nothing_written(pair):
+    files.build(pair / "old.onnx", pair / "new.onnx", pair / "p")
+    (pair / "kept").write_bytes(b"what was there before")
+    result = ferry("delta", "apply", pair / "new.onnx", pair / "p", "-o", pair / "kept")
+    assert result.exit_code == 3
+    assert "name the file that it was built from" in result.stderr
+    assert (pair / "kept").read_bytes() == b"what was there before"
+    with pytest.raises(BaseError):
+        files.apply(pair / "new.onnx", pair / "p", pair / "kept")
+
+
+@pytest.mark.parametrize("command", ["build", "estimate", "apply", "inspect"])
+def test_missing_file_is_named(pair, command):
+    arguments = [pair / "nowhere"] if command == "inspect" else [pair / "nowhere", pair / "new.onnx"]
+    output = ["-o", pair / "p"] if command in ("build", "apply") else []
+    if command == "apply":
+        files.build(pair / "old.onnx", pair / "new.onnx", pair / "new.onnx.patch")
+        arguments = [pair / "nowhere", pair / "new.onnx.patch"]
+    result = ferry("delta", command, *arguments, *output)
+    assert result.exit_code == 3, result.stderr
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (pair / "p").exists()
+
+
+def test_file_that_is_no_delta_is_refused(pair):
+    for command in (["apply", pair / "old.onnx", pair / "new.onnx", "-o", pair / "p"], ["inspect", pair / "new.onnx"]):
+        result = ferry("delta", *command)
+        assert result.exit_code == 3
+        assert "not a delta" in result.stderr
+
+
+def test_delta_of_a_bundle_is_not_for_plain_files(bundles, tmp_path):
+    made = make_delta(bundles["first"], bundles["second"], tmp_path / "deltas")
+    assert made
+    step = made.path
+    (tmp_path / "old").write_bytes(b"x")
+    with pytest.raises(DeltaError, match="for bundles and not for plain files"):
+        files.apply(tmp_path / "old", step, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert {part.kind for part in files.inspect(step)[1]} >= {"numbers"}
