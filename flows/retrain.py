@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,7 @@ from flows.errors import WorkspaceError
 from flows.promote import promote, promotions
 from flows.workspace import Line, Training, Workspace
 from model import distill, evaluate, export, features, session, train, versions
-from model.config import TEACHERS, ConfigurationName, ModelConfig, VariantName, canonical_sha256
+from model.config import TEACHERS, ConfigurationName, ModelConfig, PrecisionName, VariantName, canonical_sha256
 from model.data import Dataset, prepare
 from model.errors import CheckpointError
 from model.evaluate import Drawn
@@ -92,7 +92,7 @@ def train_model(
             line.config(configuration),
             open_dataset(workspace, line, configuration, data),
             data,
-            settings.options(),
+            settings.options(line.precision(configuration)),
             workspace.work / "runs" / key,
             variant=variant,
             parent=train.load_checkpoint(Path(parent)) if parent else None,
@@ -319,7 +319,8 @@ def _retrain_one(
             # A student goes on from the student before, so that the update is small; if that does not pass, from its teacher.
             starts = [theirs["checkpoint"], *(starts if teacher else ())]
     for parent in starts:
-        options = _training(line, variant, parent, teacher["checkpoint"] if teacher else None).options()
+        way = _training(line, variant, parent, teacher["checkpoint"] if teacher else None)
+        options = way.options(line.precision(configuration))
         parent_sha256 = train.load_checkpoint(Path(parent)).weights_sha256 if parent else None
         key = canonical_sha256(
             [
@@ -358,7 +359,7 @@ def _is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: str | 
         if teacher
         else [line.training, line.retraining]
     )
-    options = {way.options().sha256 for way in ways}
+    options = {way.options(stored).sha256 for way in ways for stored in get_args(PrecisionName)}  # storing is not training
     return (
         lineage.data.md5 == data.md5
         and lineage.code == train.code_sha256()

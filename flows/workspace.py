@@ -77,11 +77,11 @@ class Training(Section):
     update_grid: float = Field(default=0.0, ge=0, le=8, description="coarseness of an update; see TrainOptions")
     seed: int = 0
 
-    def options(self) -> TrainOptions:
-        """As training takes them."""
+    def options(self, stored: PrecisionName) -> TrainOptions:
+        """As training takes them, for weights that will be stored so."""
         from model.train import TrainOptions
 
-        return TrainOptions(**self.model_dump())
+        return TrainOptions(stored=stored, **self.model_dump())
 
 
 class Gate(Section):

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import ModelConfig, VariantName
+from model.config import ModelConfig, PrecisionName, VariantName
 from model.data import Dataset, mix
 from model.diffusion import add_noise, logit_normal
 from model.errors import CheckpointError, ConfigError, TrainingError
@@ -73,6 +73,11 @@ class TrainOptions(Frozen):
     caption_dropout: float = Field(default=0.1, ge=0, le=1, description="share of captions hidden, for guidance")
     update_grid: float = Field(
         default=0.0, ge=0, description="with a parent: the update of each tensor is rounded to multiples of its rms times this"
+    )
+    stored: PrecisionName = Field(
+        default="float32",
+        description="what devices will have: the result is rounded to it, so that the next training starts from their weights and "
+        "its steps on a grid are theirs (int8 is rounded when it is exported)",
     )
     seed: int = 0
     save_every: int = Field(default=100, ge=1, description="steps between two states from which a run can resume")
@@ -219,6 +224,7 @@ def train(
         watched.step(step + 1, figures)
     if parent and options.update_grid:
         round_update(average, parent.network().to(hardware.device), options.update_grid)
+    round_to_stored(average, options.stored)
     if not all(weight.isfinite().all() for weight in average.parameters()):
         raise TrainingError(
             f"the last step left weights that are not finite; train again with a learning rate below {options.learning_rate:g}"
@@ -320,6 +326,14 @@ def round_update(network: Network, parent: Network, grid: float) -> None:
             step = grid * change.square().mean().sqrt()
             if step > 0:
                 ours.copy_(theirs + torch.round(change / step) * step)
+
+
+def round_to_stored(network: Network, precision: PrecisionName) -> None:
+    """Round weights, in place, to what a device will have of them."""
+    kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.copy_(weight.to(kind))
 
 
 class _Run:

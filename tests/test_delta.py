@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import bsdiff4
 import numpy as np
 import pytest
+import torch
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -210,6 +211,44 @@ def test_every_step_between_small_integers_is_undone(kind):
     by = numbers.difference(new, old, KINDS[kind])
     assert by.max() == size - 1
     assert (numbers.moved(old, by, KINDS[kind]) == new).all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@given(data=st.data())
+def test_any_steps_are_undone(kind, data):
+    def any_codes(count: int) -> Any:
+        codes = st.integers(0, 2 ** (8 * KINDS[kind].width) - 1) | st.sampled_from(special_codes(kind))
+        return np.array(data.draw(st.lists(codes, min_size=count, max_size=count)), KINDS[kind].dtype)
+
+    old, new = any_codes(9), any_codes(9)
+    steps = np.array(data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=9, max_size=9)), np.int32)
+    size = np.float32(data.draw(st.floats(width=32, min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)))
+    assert (numbers.signed(numbers.zigzag(steps)) == steps).all()
+    there = numbers.stepped(old, steps, size, KINDS[kind])
+    assert (numbers.moved(there, numbers.difference(new, there, KINDS[kind]), KINDS[kind]) == new).all()
+    special = numbers.values(old, KINDS[kind])
+    assert (there == old)[~np.isfinite(special)].all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_update_on_a_grid_costs_what_its_steps_tell(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    weights = rng.normal(scale=0.1, size=(256, 384)).astype(np.float32)
+    steps = np.round(rng.normal(scale=0.5, size=weights.shape)).astype(np.float32)
+    share = np.unique(steps, return_counts=True)[1] / steps.size
+    entropy = -(share * np.log2(share)).sum() * steps.size / 8
+
+    def stored(values: Any) -> bytes:
+        if kind == "bfloat16":
+            data: bytes = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+            return data
+        return bytes(values.astype(FLOATS[kind]).tobytes())
+
+    base = stored(weights)
+    weights = numbers.values(np.frombuffer(base, KINDS[kind].dtype), KINDS[kind]).astype(np.float32).reshape(weights.shape)
+    new = stored(weights + steps * np.float32(0.0123))  # from what is stored
+    patch = round_trip([Case(new, base, [stretch(0, len(base), kind, 384)])], tmp_path)
+    assert len(patch) < 1.06 * entropy + 800
 
 
 # Streams of small numbers
@@ -554,6 +593,7 @@ def table(*segments: Segment, **changes: Any) -> bytes:
     return streams.frame(bytes(data) + changes.get("more", b""))
 
 
+ALL_ZERO = bytes([streams.ZERO, 0])  # a stream
 STILL = table(words()) + streams.encode(np.zeros(100, np.uint32))  # nothing moved
 FIRST = 3  # where the first segment begins in a table without contexts
 TWO = np.repeat(np.array([0, 1], np.uint8), 32)
@@ -564,6 +604,7 @@ def test_crafted_numbers_can_be_right():
         STILL,
         table(words(rows=np.ones(10, np.int16), columns=np.ones(10, np.int16))) + streams.encode(np.zeros(100, np.uint32)),
         table(words(scale=10), stream_of=TWO) + streams.encode(np.zeros(0, np.uint32)) + streams.encode(np.zeros(100, np.uint32)),
+        table(words(step=1e-3)) + ALL_ZERO * 3,
         table(*(words(length=4, old=4 * i, row=1) for i in range(100))) + streams.planes(np.zeros(100, np.uint32), 1),
     ):
         case = Case(WEIGHTS.new, WEIGHTS.new, WEIGHTS.elements)
@@ -580,7 +621,6 @@ def symbols(*values: int, count: int = 100) -> bytes:
 
 DEEP = b"".join(bytes([streams.PACK1, 0]) + streams.frame(b"\xff" * 100) for _ in range(9))
 COUNT = struct.pack("<I", 1)
-ALL_ZERO = bytes([streams.ZERO, 0])
 
 
 def gap(zeros: int) -> bytes:
@@ -599,7 +639,14 @@ def gap(zeros: int) -> bytes:
         pytest.param(table(words(), words(length=4)), "claims other numbers", id="makes too much"),
         pytest.param(table(words(length=401)), "in an unknown way", id="half a number"),
         pytest.param(table(words(), bytes={FIRST: 6}), "in an unknown way", id="unknown numbers"),
-        pytest.param(table(words(), bytes={FIRST + 1: 4}), "in an unknown way", id="unknown flag"),
+        pytest.param(table(words(), bytes={FIRST + 1: 8}), "in an unknown way", id="unknown flag"),
+        pytest.param(table(words(), bytes={FIRST + 1: 4}), "ends too early", id="step missing"),
+        pytest.param(table(words(step=0.0)) + ALL_ZERO * 3, "steps that cannot be", id="steps of nothing"),
+        pytest.param(table(words(step=-1.0)) + ALL_ZERO * 3, "steps that cannot be", id="steps backwards"),
+        pytest.param(table(words(step=np.nan)) + ALL_ZERO * 3, "steps that cannot be", id="steps of no number"),
+        pytest.param(table(words(step=np.inf)) + ALL_ZERO * 3, "steps that cannot be", id="steps without end"),
+        pytest.param(table(words(step=1.0, kind=KINDS["int8"])) + ALL_ZERO * 3, "steps that cannot be", id="steps of integers"),
+        pytest.param(table(words(step=1.0)) + ALL_ZERO, "ends too early", id="what steps miss is missing"),
         pytest.param(table(words(scale=4001)), "in an unknown way", id="scale too large"),
         pytest.param(table(words(scale=-32768)), "in an unknown way", id="scale too small"),
         pytest.param(table(words(row=0)), "in an unknown way", id="empty rows"),

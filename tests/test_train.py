@@ -32,6 +32,7 @@ from model.train import (
     learning_rate,
     load_checkpoint,
     load_weights,
+    round_to_stored,
     round_update,
     train,
 )
@@ -416,6 +417,33 @@ def test_coarser_grid_changes_fewer_weights(checkpoint: Checkpoint, dataset: Dat
     off, fine, coarse = shares
     assert off < 0.15  # bytes that no caption holds, and the unused bias, never change
     assert 0.3 < fine < coarse < 1
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_update_of_what_devices_have_is_whole_steps(checkpoint: Checkpoint, dataset: Dataset, tmp_path: Path, kind: str) -> None:
+    options = OPTIONS.model_copy(update={"stored": kind, "update_grid": 2.0})
+    fielded = train(CONFIG, dataset, VERSION, options, tmp_path / "first")
+    child = train(CONFIG, dataset, VERSION, options.model_copy(update={"seed": 1}), tmp_path / "second", parent=fielded)
+    stored = getattr(torch, kind)
+    moved = 0
+    for name, old in fielded.network().state_dict().items():
+        new = child.network().state_dict()[name]
+        assert torch.equal(old, old.to(stored).float())  # the checkpoint is what devices have
+        assert torch.equal(new, new.to(stored).float())
+        change = (new - old)[new != old].abs()
+        if change.numel() > 100:  # nothing moved by less than a step, but for rounding
+            rounding = old.abs().amax() * torch.finfo(stored).eps
+            assert float(change.min()) > 0.5 * float(change.median()) - float(rounding)
+            moved += 1
+    assert moved > 5
+
+
+def test_precision_without_rounding_leaves_weights_alone(pair: tuple[Network, Network]) -> None:
+    ours, _ = pair
+    before = {name: weight.clone() for name, weight in ours.named_parameters()}
+    for kind in ("float32", "int8"):
+        round_to_stored(ours, kind)
+        assert all(torch.equal(weight, before[name]) for name, weight in ours.named_parameters())
 
 
 def test_grid_of_zero_is_off(pair: tuple[Network, Network]) -> None:

@@ -40,7 +40,7 @@ from ota.delta.format import (
     Segment,
     pack_table,
 )  # fmt: skip
-from ota.delta.numbers import CONTEXTS, Kind, KindName, Scales
+from ota.delta.numbers import CONTEXTS, Kind, KindName
 from ota.delta.numbers import KINDS as KIND_NAMES
 from ota.errors import DeltaError
 from ota.manifest import FileEntry, KiB, MiB
@@ -50,6 +50,10 @@ LEVEL = 9  # of zstd, for what is made without a base
 SAME_RUN = 4096  # bytes that are the same are worth a record of their own from here on
 STREAM_COST = 48  # bytes that another stream costs before it holds anything
 TOKEN_COST = 0.7  # bytes that a token adds to a Huffman table
+SCALE_COST = 0.4  # bytes that a row's or column's scale costs
+# Shares by which the size of steps is searched, down to a float32's last bit.
+FINER = tuple(2.0**-bits for bits in (11, 14, 17, 20, 23, 24))
+NEVER = -2000  # the scale of what does not move at all
 MAX_STREAM_CONTEXTS = 24  # neighbouring contexts that may share a stream; bounds the search
 
 
@@ -271,54 +275,122 @@ def _numbers(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[n
     segments: list[Segment] = []
     values: list[streams.Numbers] = []
     found: list[npt.NDArray[np.uint8]] = []
+    missed: list[streams.Numbers] = []
     for piece in group:
         before = numbers.codes(old[piece.old : (piece.old or 0) + piece.length].tobytes(), piece.kind)
         after = numbers.codes(new[piece.start : piece.start + piece.length].tobytes(), piece.kind)
-        moved = numbers.difference(after, before, piece.kind)
-        segment, classes = _guess(piece, after, before, moved)
-        segments.append(segment)
-        values.append(moved)
-        found.append(classes)
+        said = _guess(piece, after, before)
+        segments.append(said.segment)
+        values.append(said.values)
+        found.append(said.segment.contexts(before))
+        missed += said.missed
     together, classes = np.concatenate(values), np.concatenate(found)
     stream_of = _share(_histogram(classes, streams.tokens(together)[0]))[1]
     count = int(stream_of.max()) + 1
+    rest = b"".join(map(streams.encode, missed))
     if count == 1:
-        return pack_table(segments, None) + min(
-            streams.encode(together), streams.planes(together, max(p.kind.width for p in group)), key=len
-        )
+        width = max(piece.kind.width for piece in group)
+        return pack_table(segments, None) + min(streams.encode(together), streams.planes(together, width), key=len) + rest
     ids = stream_of[classes]
     apart = together[np.argsort(ids, kind="stable")]
     ends = np.cumsum(np.bincount(ids, minlength=count))
     parts = [streams.encode(apart[start:stop]) for start, stop in pairwise([0, *ends.tolist()])]
-    return pack_table(segments, stream_of) + b"".join(parts)
+    return pack_table(segments, stream_of) + b"".join(parts) + rest
 
 
-def _guess(
-    piece: _Piece, after: numbers.Codes, before: numbers.Codes, moved: streams.Numbers
-) -> tuple[Segment, npt.NDArray[np.uint8]]:
-    """How far the numbers of a piece are said to move: all alike, by row, by column or by both, whichever pays."""
+@dataclass(frozen=True)
+class _Said:
+    """How a piece is described: the segment, what its streams hold, what whole steps miss by, and about how many bytes that costs."""
+
+    segment: Segment
+    values: streams.Numbers
+    missed: list[streams.Numbers]
+    cost: float
+
+
+def _guess(piece: _Piece, after: numbers.Codes, before: numbers.Codes) -> _Said:
+    """The cheaper of two descriptions of how the numbers of a piece moved: each for itself, or by steps of one size."""
+    change = numbers.changes(after, before, piece.kind)
+    said = _scaled(piece, change, before, numbers.difference(after, before, piece.kind), None)
+    step = _step(change, after, before, piece.kind) if piece.kind.mantissa else None
+    if step is None:
+        return said
+    with np.errstate(over="ignore"):
+        steps = np.round(change / step).clip(-(2.0**30), 2.0**30).astype(np.int32)
+    missed = numbers.difference(after, numbers.stepped(before, steps, step, piece.kind), piece.kind)
+    stepped = _scaled(piece, change, before, numbers.zigzag(steps), step)
+    apart = [missed[steps == 0], missed[steps != 0]]
+    cost = stepped.cost + sum(map(_alone, apart))
+    return replace(stepped, missed=apart, cost=cost) if cost < said.cost else said
+
+
+def _scaled(
+    piece: _Piece, change: npt.NDArray[np.float64], before: numbers.Codes, moved: streams.Numbers, step: np.float32 | None
+) -> _Said:
+    """How far the numbers are said to move: all alike, by row, by column or by both, whichever pays."""
     row = piece.row if 1 < piece.row < len(before) else 0
-    distance = numbers.distances(after, before, piece.kind)
+    distance = np.abs(change) / (1.0 if step is None else float(step))
     mean = distance.mean() if len(distance) else 0.0
+    plain = Segment(piece.kind, piece.length, row or len(before) or 1, piece.old or 0, NEVER, None, None, step)
     if not mean:
-        plain = Segment(piece.kind, piece.length, row or len(before), piece.old or 0, -2000, None, None)
-        return plain, np.zeros(len(before), np.uint8)
-    scale = int(_half_octaves(mean))
-    rows = columns = None
+        return _Said(plain, moved, [], 0.0)
+    plain = replace(plain, scale=int(_half_octaves(mean)))
+    ways = [plain]
     if row:
         table = np.pad(distance, (0, -len(distance) % row)).reshape(-1, row)
-        rows = np.clip(_half_octaves(table.mean(axis=1)) - scale, -20, 20).astype(np.int16)
-        columns = np.clip(_half_octaves(table.mean(axis=0)) - scale, -20, 20).astype(np.int16)
-    token = streams.tokens(moved)[0]
+        rows, columns = (np.clip(_half_octaves(table.mean(axis=a)) - plain.scale, -20, 20).astype(np.int16) for a in (1, 0))
+        ways += [replace(plain, rows=rows), replace(plain, columns=columns), replace(plain, rows=rows, columns=columns)]
+    token, below = streams.tokens(moved)
 
-    def cost(said: tuple[Scales | None, Scales | None]) -> float:
-        classes = numbers.contexts(before, piece.kind, scale, *said, row or len(before))
-        return float(_entropy(_histogram(classes, token)).sum()) + 0.4 * sum(len(s) for s in said if s is not None)
+    def cost(segment: Segment) -> float:
+        sides = sum(len(side) for side in (segment.rows, segment.columns) if side is not None)
+        return float(_entropy(_histogram(segment.contexts(before), token)).sum()) + SCALE_COST * sides
 
-    ways = [(None, None), (rows, None), (None, columns), (rows, columns)] if row else [(None, None)]
     best = min(ways, key=cost)
-    segment = Segment(piece.kind, piece.length, row or len(before), piece.old or 0, scale, *best)
-    return segment, numbers.contexts(before, piece.kind, scale, *best, segment.row)
+    return _Said(best, moved, [], cost(best) + int(below.sum(dtype=np.int64)) / 8)
+
+
+def _alone(values: streams.Numbers) -> float:
+    """Bytes that numbers cost in a stream of their own."""
+    token, below = streams.tokens(values)
+    return float(_entropy(np.bincount(token, minlength=1)[None]).sum()) + int(below.sum(dtype=np.int64)) / 8
+
+
+def _step(change: npt.NDArray[np.float64], after: numbers.Codes, before: numbers.Codes, kind: Kind) -> np.float32 | None:
+    """The size of the steps that all numbers moved by, if there is one.
+
+    Seen where the kind's own rounding is small against the change: the smallest changes are one step, and all are near multiples of it.
+    """
+    if not 0.01 < np.count_nonzero(change) / max(len(change), 1) < 0.95:
+        return None  # next to nothing moved, or nothing was rounded to no step at all
+    with np.errstate(all="ignore"):
+        fine = np.flatnonzero(np.abs(change) > 32 * 2.0**-kind.mantissa * np.abs(numbers.values(before, kind)))
+        fine = fine[np.isfinite(change[fine])][:: max(1, len(fine) // 16384)]
+    size = np.abs(change[fine])
+    if len(size) < 64:
+        return None
+    first = float(np.quantile(size, 0.02))
+    step = float(np.median(size[(size > 0.75 * first) & (size < 1.33 * first)]))
+    for _ in range(4):
+        count = np.round(size / step)
+        step = float((size * count).sum() / (count * count).sum()) if count.any() else 0.0
+        if not 1e-30 < step < 1e30:
+            return None
+    if float(np.abs(size / step - np.round(size / step)).mean()) > 0.05:  # 0.25 if there are no steps
+        return None
+    fine = fine[:: max(1, len(fine) // 2048)]
+    steps = np.round(change[fine] / step).astype(np.int32)
+
+    def hits(size: np.float32) -> int:
+        return int(np.count_nonzero(numbers.stepped(before[fine], steps, size, kind) == after[fine]))
+
+    found = []
+    for finest in (FINER, FINER[-2:]):  # a kind's rounding may hide the last bits of the size, or not
+        best = np.float32(step)
+        for finer in finest:
+            best = max((np.float32(float(best) * (1 + finer * i)) for i in (0, *range(-8, 0), *range(1, 9))), key=hits)
+        found.append(best)
+    return max(found, key=hits)
 
 
 def _half_octaves(values: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
@@ -409,12 +481,12 @@ def _forecast(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[
         )
         weight = piece.length / len(after)
         codes = numbers.codes(after.tobytes(), piece.kind), numbers.codes(before.tobytes(), piece.kind)
-        moved = numbers.difference(*codes, piece.kind)
-        segment, classes = _guess(replace(piece, length=len(after)), *codes, moved)
-        token, below = streams.tokens(moved)
-        counts += weight * _histogram(classes, token)
-        other += weight * below.sum(dtype=np.int64) / 8 + 10
-        other += 0.4 * sum(len(s) * w for s, w in ((segment.rows, weight), (segment.columns, 1.0)) if s is not None)
+        said = _guess(replace(piece, length=len(after)), *codes)
+        token, below = streams.tokens(said.values)
+        counts += weight * _histogram(said.segment.contexts(codes[1]), token)
+        other += weight * (below.sum(dtype=np.int64) / 8 + sum(map(_alone, said.missed))) + 10
+        sides = (said.segment.rows, weight), (said.segment.columns, 1.0)
+        other += SCALE_COST * sum(len(s) * w for s, w in sides if s is not None)
     return 1.005 * _share(counts)[0] + other
 
 

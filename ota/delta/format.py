@@ -46,7 +46,8 @@ PREFIX = struct.Struct("<7sBI")  # magic, version, header length
 RECORD = struct.Struct("<IIIQ16s")  # kind, new length, payload length, base offset, check
 _TABLE = struct.Struct("<HB")  # segments, streams
 _SEGMENT = struct.Struct("<BBhIIQ")  # kind, flags, scale, bytes, numbers in a row, base offset
-_ROWS, _COLUMNS = 1, 2  # flags
+_ROWS, _COLUMNS, _STEPS = 1, 2, 4  # flags
+_STEP = struct.Struct("<f")
 SAME, NUMBERS, ZSTD, BSDIFF = range(4)
 KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff"}
 
@@ -96,6 +97,12 @@ class Segment:
     scale: int
     rows: Scales | None
     columns: Scales | None
+    step: np.float32 | None = None  # floats that move by whole steps of this size; the streams then count steps
+
+    def contexts(self, old: numbers.Codes) -> npt.NDArray[np.uint8]:
+        """See `numbers.contexts`; how many steps a number moves has nothing to do with its own exponent."""
+        kind = self.kind if self.step is None else numbers.KINDS["int8"]
+        return numbers.contexts(old, kind, self.scale, self.rows, self.columns, self.row)
 
     @property
     def count(self) -> int:
@@ -113,9 +120,11 @@ def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | N
     made = _TABLE.pack(len(segments), 1 if stream_of is None else int(stream_of.max()) + 1)
     made += b"" if stream_of is None else stream_of.tobytes()
     for s in segments:
-        flags = (_ROWS if s.rows is not None else 0) | (_COLUMNS if s.columns is not None else 0)
+        flags = (_ROWS * (s.rows is not None)) | (_COLUMNS * (s.columns is not None)) | (_STEPS * (s.step is not None))
         made += _SEGMENT.pack(s.kind.code, flags, s.scale, s.length, s.row, s.old)
-    made += b"".join(scales.astype(np.int8).tobytes() for s in segments for scales in (s.rows, s.columns) if scales is not None)
+    for s in segments:
+        made += b"".join(scales.astype(np.int8).tobytes() for scales in (s.rows, s.columns) if scales is not None)
+        made += b"" if s.step is None else _STEP.pack(s.step)
     return streams.frame(made)
 
 
@@ -279,15 +288,19 @@ def _numbers(payload: bytes, base: BinaryIO | None, file: DeltaFile, length: int
     if count == 1:
         by = streams.decode(reader, sum(s.count for s in segments))
     else:
-        pairs = zip(before, segments, strict=True)
-        classes = [numbers.contexts(old, s.kind, s.scale, s.rows, s.columns, s.row) for old, s in pairs]
-        ids = stream_of[np.concatenate(classes)]
+        ids = stream_of[np.concatenate([s.contexts(old) for old, s in zip(before, segments, strict=True)])]
         ends = np.cumsum(np.bincount(ids, minlength=count))
         apart = [streams.decode(reader, stop - start) for start, stop in pairwise([0, *ends.tolist()])]
         by = np.empty(len(ids), np.uint32)
         by[np.argsort(ids, kind="stable")] = np.concatenate(apart)
-    reader.end()
     parts = np.split(by, np.cumsum([s.count for s in segments])[:-1])
+    for i, segment in enumerate(segments):
+        if segment.step is not None:  # then the streams said how many steps, and what that misses by follows
+            at_rest = parts[i] == 0
+            before[i] = numbers.stepped(before[i], numbers.signed(parts[i]), segment.step, segment.kind)
+            for where in (at_rest, ~at_rest):
+                parts[i][where] = streams.decode(reader, int(np.count_nonzero(where)))
+    reader.end()
     made = (numbers.moved(old, part, s.kind) for old, part, s in zip(before, parts, segments, strict=True))
     return b"".join(numbers.data(new, s.kind) for new, s in zip(made, segments, strict=True))
 
@@ -303,7 +316,7 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
     segments: list[Segment] = []
     for code, flags, scale, size, row, old in rows:
         kind = KIND_OF_CODE.get(code)
-        if kind is None or flags > (_ROWS | _COLUMNS) or abs(scale) > MAX_SCALE or size % kind.width or not row:
+        if kind is None or flags > (_ROWS | _COLUMNS | _STEPS) or abs(scale) > MAX_SCALE or size % kind.width or not row:
             raise DeltaError("a record of the delta describes numbers in an unknown way; update the agent")
         segments.append(Segment(kind, size, row, old, scale, None, None))
     if not segments or sum(s.length for s in segments) != length or sum(s.count for s in segments) > MAX_NUMBERS:
@@ -311,7 +324,10 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
     for i, (segment, (_, flags, *_)) in enumerate(zip(segments, rows, strict=True)):
         sizes = (-(-segment.count // segment.row) if flags & _ROWS else None, segment.row if flags & _COLUMNS else None)
         scales = [None if n is None else np.frombuffer(table.take(n), np.int8).astype(np.int16) for n in sizes]
-        segments[i] = replace(segment, rows=scales[0], columns=scales[1])
+        step = np.float32(_STEP.unpack(table.take(_STEP.size))[0]) if flags & _STEPS else None
+        if step is not None and not (segment.kind.mantissa and 0 < step < np.inf):
+            raise DeltaError("a record of the delta describes steps that cannot be; fetch it again")
+        segments[i] = replace(segment, rows=scales[0], columns=scales[1], step=step)
     table.end()
     return segments, stream_of, count
 

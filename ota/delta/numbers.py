@@ -101,6 +101,45 @@ def moved(old: Codes, by: Numbers, kind: Kind) -> Codes:
     return new & np.uint8(15) if kind.packed else bits(new, kind)
 
 
+def stepped(old: Codes, steps: npt.NDArray[np.int32], size: np.float32, kind: Kind) -> Codes:
+    """What floats become that move by whole steps of one size, as a training does that rounds its update to a grid.
+
+    In float32, product and sum each rounded, then rounded to the kind (to nearest, ties to even), so it is the same on every machine.
+    Where that would touch denormals, infinities or NaNs, which machines treat in ways of their own, the number stays as it is.
+    """
+    top = (1 << (8 * kind.width - 1 - kind.mantissa)) - 1
+    with np.errstate(all="ignore"):
+        made = _as_float32(old, kind) + steps.astype(np.float32) * size
+        if kind.mantissa == 10:
+            found: Codes = made.astype(np.float16).view(np.uint16)
+        elif kind.mantissa == 7:
+            wide = made.view(np.uint32)
+            found = ((wide + np.uint32(0x7FFF) + (wide >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+        else:
+            found = made.view(np.uint32)
+    plain = np.ones(len(old), np.bool_)
+    for side in (old, found):
+        exponent = (side >> kind.dtype(kind.mantissa)) & kind.dtype(top)
+        plain &= (exponent != 0) & (exponent != top)
+    return np.where(plain, found, old)
+
+
+def _as_float32(found: Codes, kind: Kind) -> npt.NDArray[np.float32]:
+    if kind.mantissa == 7:
+        return (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return found.view(np.float16 if kind.mantissa == 10 else np.float32).astype(np.float32)
+
+
+def signed(zigzag: Numbers) -> npt.NDArray[np.int32]:
+    """What zig-zag coded numbers stand for."""
+    return ((zigzag >> np.uint32(1)) ^ (np.uint32(0) - (zigzag & np.uint32(1)))).view(np.int32)
+
+
+def zigzag(steps: npt.NDArray[np.int32]) -> Numbers:
+    """The inverse of `signed`."""
+    return ((steps << np.int32(1)) ^ (steps >> np.int32(31))).view(np.uint32)
+
+
 def contexts(
     old: Codes, kind: Kind, scale: int, rows: Scales | None, columns: Scales | None, width: int
 ) -> npt.NDArray[np.uint8]:
@@ -128,18 +167,18 @@ def contexts(
     return np.clip(found, 0, CONTEXTS - 1).astype(np.uint8)
 
 
-def distances(new: Codes, old: Codes, kind: Kind) -> npt.NDArray[np.float64]:
+def changes(new: Codes, old: Codes, kind: Kind) -> npt.NDArray[np.float64]:
     """By how much each value moved, as a value; what is not finite counts as not moved."""
     with np.errstate(invalid="ignore", over="ignore"):
-        found = np.abs(_values(new, kind) - _values(old, kind))
+        found = values(new, kind) - values(old, kind)
     return np.where(np.isfinite(found), found, 0.0)
 
 
-def _values(found: Codes, kind: Kind) -> npt.NDArray[np.float64]:
-    if kind.mantissa == 7:
-        return (found.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+def values(found: Codes, kind: Kind) -> npt.NDArray[np.float64]:
+    """What bit patterns stand for."""
     if kind.mantissa:
-        return found.view(np.float16 if kind.width == 2 else np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            return _as_float32(found, kind).astype(np.float64)
     if kind.packed:
         return ((found << np.uint8(4)).view(np.int8) >> np.int8(4)).astype(np.float64)
     return found.view(np.int8).astype(np.float64)
