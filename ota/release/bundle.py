@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import shutil
@@ -158,5 +159,6 @@ def _prove(path: Path, base: Bundle, target: Bundle) -> None:
         header = delta.read_header(patch)
         delta.apply(patch, header, open_base, open_output)
         for entry in target.manifest.files:
-            if (Path(folder) / entry.sha256).read_bytes() != target.path(entry.role, entry.variant).read_bytes():
+            made = Path(folder) / entry.sha256
+            if not filecmp.cmp(made, target.path(entry.role, entry.variant), shallow=False):
                 raise DeltaError(f"the delta {path.name} does not make the {entry.role} file; do not publish it")
