@@ -6,6 +6,9 @@ import bz2
 import hashlib
 import io
 import struct
+import threading
+import time
+import tracemalloc
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -278,7 +281,7 @@ SHAPES = ["zeros", "one of them", "rare", "half", "small", "bytes", "wide", "hea
 @pytest.mark.parametrize("count", [0, 1, 5, 63, 64, 1000, 100_001])
 def test_numbers_come_back(name, count):
     values = numbers_of(name, count)
-    for data in (streams.encode(values), streams.planes(values, 4)):
+    for data in (streams.encode(values), streams.planes(values, 4))[: 1 + bool(count)]:
         reader = streams.Reader(data)
         assert (streams.decode(reader, count) == values).all()
         reader.end()
@@ -331,6 +334,59 @@ def test_large_plain_file_not_built(tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "MAX_SMALL", 100)
     with pytest.raises(DeltaError, match="101 bytes is too large"):
         build([Case(b"x" * 101, b"", role="graph")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        pytest.param([stretch(0, 8, "float32"), stretch(4, 8, "float32")], id="overlap"),
+        pytest.param([stretch(0, 8, "float32"), stretch(0, 8, "float32")], id="twice"),
+        pytest.param([stretch(396, 8, "float32")], id="past the end"),
+        pytest.param([stretch(400, 4, "float32")], id="after the end"),
+        pytest.param([stretch(0, 7, "float32")], id="half a number"),
+        pytest.param([stretch(-4, 8, "float32")], id="before the start"),
+        pytest.param([stretch(8, -4, "float32")], id="negative length"),
+        pytest.param([Elements(0, 8, "float32", 0, -4)], id="predecessor before the start"),
+    ],
+)
+def test_elements_that_do_not_fit_not_built(tmp_path, elements):
+    with pytest.raises(DeltaError, match="export it again"):
+        build([Case(bytes(400), bytes(400), elements)], tmp_path)
+
+
+def test_elements_in_any_order_come_back(tmp_path):
+    case = small_weights()
+    assert round_trip([Case(case.new, case.old, case.elements[::-1])], tmp_path) == round_trip([case], tmp_path)
+
+
+def test_very_many_small_tensors_come_back(tmp_path):
+    old = np.arange(70_000, dtype=np.uint8)  # more than 16 bits count
+    new = old + np.uint8(1)
+    rows = [stretch(i, 1, "int8") for i in range(len(new))]
+    patch = round_trip([Case(new.tobytes(), old.tobytes(), rows)], tmp_path)
+    assert delta.read_header(io.BytesIO(patch)).files[0].records == -(-len(new) // container.MAX_SEGMENTS)
+
+
+def test_more_records_than_a_file_may_have_not_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "MAX_RECORDS", 1)
+    with pytest.raises(DeltaError, match="publish it without a delta"):
+        build([small_weights()], tmp_path)
+
+
+def test_two_records_at_once_on_any_machine(monkeypatch):
+    monkeypatch.setattr(encode.os, "cpu_count", lambda: 64)
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def call() -> Any:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.01)
+        with lock:
+            now[0] -= 1
+
+    list(encode._side_by_side([call] * 12))
+    assert most[0] == 2
 
 
 # A damaged delta makes the right file or none
@@ -621,6 +677,8 @@ def symbols(*values: int, count: int = 100) -> bytes:
 
 DEEP = b"".join(bytes([streams.PACK1, 0]) + streams.frame(b"\xff" * 100) for _ in range(9))
 COUNT = struct.pack("<I", 1)
+WIDE_ROW = table(words(row=2**32 - 1, rows=np.ones(1, np.int16)), stream_of=TWO) + bytes(4)  # 8 GiB of one row's scale
+EMPTY_AND_MORE = struct.pack("<I", len(frame(b"")) + 9) + frame(b"") + b"unchecked"  # zstandard looks at the first frame only
 
 
 def gap(zeros: int) -> bytes:
@@ -631,12 +689,13 @@ def gap(zeros: int) -> bytes:
     ("payload", "sentence"),
     [
         pytest.param(b"", "ends too early", id="empty"),
-        pytest.param(streams.frame(b""), "ends too early", id="empty table"),
+        pytest.param(streams.frame(b""), "another length than it claims", id="empty table"),
+        pytest.param(streams.frame(b"\1"), "ends too early", id="table of one byte"),
         pytest.param(streams.frame(bytes(2 * MiB)), "another length than it claims", id="table bomb"),
         pytest.param(lying_frame(bytes(60_000), 400), "ends too early", id="length before the table missing"),
         pytest.param(table(), "claims other numbers", id="no segments"),
         pytest.param(table(words(length=396)), "claims other numbers", id="makes too little"),
-        pytest.param(table(words(), words(length=4)), "claims other numbers", id="makes too much"),
+        pytest.param(table(words(), words(length=4, row=1)), "claims other numbers", id="makes too much"),
         pytest.param(table(words(length=401)), "in an unknown way", id="half a number"),
         pytest.param(table(words(), bytes={FIRST: 6}), "in an unknown way", id="unknown numbers"),
         pytest.param(table(words(), bytes={FIRST + 1: 8}), "in an unknown way", id="unknown flag"),
@@ -649,9 +708,13 @@ def gap(zeros: int) -> bytes:
         pytest.param(table(words(step=1.0)) + ALL_ZERO, "ends too early", id="what steps miss is missing"),
         pytest.param(table(words(scale=4001)), "in an unknown way", id="scale too large"),
         pytest.param(table(words(scale=-32768)), "in an unknown way", id="scale too small"),
-        pytest.param(table(words(row=0)), "in an unknown way", id="empty rows"),
+        pytest.param(table(words(row=0)), "empty or longer than its numbers", id="empty rows"),
+        pytest.param(table(words(row=101)), "empty or longer than its numbers", id="row longer than its numbers"),
+        pytest.param(WIDE_ROW, "empty or longer than its numbers", id="scale spread over gigabytes"),
+        pytest.param(table(words(), words(length=0, row=1)), "empty or longer than its numbers", id="empty segment"),
+        pytest.param(table(words(), *[words(length=0)] * 128), "more segments than it may", id="segments without end"),
         pytest.param(table(words(), bytes={FIRST + 1: 1}), "ends too early", id="rows missing"),
-        pytest.param(table(words(row=2**32 - 1), bytes={FIRST + 1: 2}), "ends too early", id="columns without end"),
+        pytest.param(table(words(row=100), bytes={FIRST + 1: 2}), "ends too early", id="columns missing"),
         pytest.param(table(words(), more=b"x"), "goes on after its end", id="table goes on"),
         pytest.param(table(words(), bytes={2: 0}), "a stream that it does not have", id="no stream"),
         pytest.param(table(words(), stream_of=TWO, bytes={10: 2}), "a stream that it does not have", id="third of two streams"),
@@ -662,6 +725,9 @@ def gap(zeros: int) -> bytes:
         pytest.param(stream(8), "packed in an unknown way", id="unknown mode"),
         pytest.param(stream(streams.PACK1, 32), "packed in an unknown way", id="too many low bits"),
         pytest.param(stream(streams.PLANES, 5), "packed in an unknown way", id="too many planes"),
+        pytest.param(stream(streams.PLANES, 0, symbols()), "another length", id="no planes"),
+        pytest.param(stream(streams.ZERO, 1), "packed in an unknown way", id="low bits of nothing"),
+        pytest.param(stream(streams.TOKEN, 1, symbols()), "packed in an unknown way", id="low bits of tokens"),
         pytest.param(stream(streams.PACK1, 0, streams.frame(bytes(50_000_000))), "another length", id="symbol bomb"),
         pytest.param(stream(streams.PACK1, 0, struct.pack("<I", 2**32 - 1)), "ends too early", id="frame without end"),
         pytest.param(stream(streams.PACK1, 0, symbols(255)), "ends too early", id="rest missing"),
@@ -676,6 +742,32 @@ def gap(zeros: int) -> bytes:
 )
 def test_lying_numbers_refused(payload, sentence):
     refuse(WEIGHTS, Record(NUMBERS, payload, NEW), sentence=sentence)
+
+
+def deep(count: int, depth: int = 0) -> bytes:
+    """Streams within streams, as deep as they may be, each with as many numbers and low bits as there can be."""
+    if depth == streams.MAX_DEPTH:
+        planes = [streams.frame(bytes(-(-count // 8)))] * 29
+        return bytes([streams.TOKEN, 0]) + streams.frame(b"\x7f" * count) + b"".join(planes)
+    low = b"".join(streams.frame(bytes(-(-count * width // 8))) for width in (8, 8, 8, 4, 2, 1))
+    gaps = struct.pack("<I", count) + bytes([streams.PACK1, 31]) + low + streams.frame(bytes(count))
+    mode = [streams.GAPS, streams.PACK1][depth % 2]
+    return bytes([mode, 31]) + low + (gaps if depth % 2 == 0 else streams.frame(b"\xff" * count)) + deep(count, depth + 1)
+
+
+def test_deep_streams_bounded_in_memory():
+    data = bytes(256 * KiB)
+    case = Case(data, data, [stretch(0, len(data), "int4")])
+    payload = table(words(kind=KINDS["int4"], length=len(data), row=512 * KiB, scale=50), stream_of=TWO)
+    payload += streams.encode(np.zeros(0, np.uint32)) + deep(512 * KiB)
+    patch = crafted(case, Record(NUMBERS, payload, b"\1" + data[1:]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DeltaError, match="does not make what it should"):
+            apply(patch, [case])
+        assert tracemalloc.get_traced_memory()[1] < 64 * MiB
+    finally:
+        tracemalloc.stop()
 
 
 def test_more_numbers_than_a_record_may_hold_refused():
@@ -724,6 +816,22 @@ def test_record_without_base_refused(kind):
 
 def test_bsdiff_on_large_base_refused():
     refuse(WEIGHTS, Record(BSDIFF, b"", NEW), base_size=9 * MiB, sentence="too large for it")
+
+
+@pytest.mark.parametrize("case", [PLAIN, WEIGHTS])
+def test_record_that_makes_nothing_refused(case):
+    for kind, payload in ((SAME, b""), (NUMBERS, STILL), (ZSTD, frame(b"")), (BSDIFF, bsdiff(NOTHING, NOTHING, NOTHING, 0))):
+        refuse(case, Record(kind, payload, b""), Record(ZSTD, GOOD, NEW), sentence="makes nothing")
+
+
+def test_bsdiff_again_and_again_refused():
+    half = bsdiff(control((0, 200, 0)), NOTHING, bz2.compress(NEW[:200]), 200)
+    refuse(PLAIN, Record(BSDIFF, half, NEW[:200]), Record(BSDIFF, half, NEW[:200]), sentence="a part of a file")
+    refuse(WEIGHTS, Record(BSDIFF, bsdiff(EXTRA_ONLY, NOTHING, ALL_NEW), NEW), sentence="a part of a file")
+
+
+def test_more_records_than_a_file_may_have_refused():
+    refuse(PLAIN, Record(ZSTD, GOOD, NEW), records=65_537, sentence="header is damaged")
 
 
 @pytest.mark.parametrize(("size", "offset"), [(401, 1), (MAX_WEIGHTS, MAX_WEIGHTS - 400)])

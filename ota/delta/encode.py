@@ -27,6 +27,8 @@ from ota.delta.format import (
     MAGIC,
     MAX_CHUNK,
     MAX_NUMBERS,
+    MAX_RECORDS,
+    MAX_SEGMENTS,
     MAX_SMALL,
     NUMBERS,
     PREFIX,
@@ -46,6 +48,7 @@ from ota.errors import DeltaError
 from ota.manifest import FileEntry, KiB, MiB
 
 MAX_BSDIFF = 2 * MiB  # bytes of a plain file for which bsdiff4 is tried; it needs four seconds for each
+WORKERS = 2  # records that are encoded at once, on any machine: memory is the bound
 LEVEL = 9  # of zstd, for what is made without a base
 SAME_RUN = 4096  # bytes that are the same are worth a record of their own from here on
 STREAM_COST = 48  # bytes that another stream costs before it holds anything
@@ -116,9 +119,12 @@ def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
         out: file to write.
 
     Raises:
-        DeltaError: a file that is not weights is larger than `MAX_SMALL`.
+        DeltaError: a file that is not weights is larger than `MAX_SMALL`, or weights have more tensors than a delta can tell, or
+            `Elements` that overlap, end inside a number or go past the end.
     """
-    plans: list[list[list[_Piece]]] = [[[]] if pair.whole else _plan(pair) for pair in pairs]
+    plans: list[list[list[_Piece]]] = [_plan(pair) for pair in pairs]
+    if any(len(plan) > MAX_RECORDS for plan in plans):
+        raise DeltaError(f"a weights file would take more than {MAX_RECORDS} records; publish it without a delta")
     files = [
         DeltaFile(
             target=pair.entry,
@@ -148,7 +154,7 @@ def _record(kind: int, new: bytes, base_offset: int, payload: bytes) -> _Record:
 
 
 def _encode(pair: Pair, plan: list[list[_Piece]]) -> Iterator[_Record]:
-    if pair.whole:
+    if pair.whole and plan:
         yield _encode_small(pair.new.read_bytes(), pair.old.read_bytes() if pair.old else b"")
         return
     new, old = _open(pair.new), _open(pair.old) if pair.old else None
@@ -157,7 +163,7 @@ def _encode(pair: Pair, plan: list[list[_Piece]]) -> Iterator[_Record]:
 
 def _side_by_side(calls: Sequence[Callable[[], _Record]]) -> Iterator[_Record]:
     """Results in order; a few at a time, so that memory holds no more than those."""
-    workers = os.cpu_count() or 1
+    workers = min(os.cpu_count() or 1, WORKERS)
     with ThreadPoolExecutor(workers) as pool:  # numpy and zstd work outside the interpreter's lock
         waiting: deque[Future[_Record]] = deque()
         for call in calls:
@@ -187,7 +193,9 @@ def _open(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _plan(pair: Pair) -> list[list[_Piece]]:
-    """What each record is about, in the order of the file."""
+    """What each record is about, in the order of the file; of a file that goes into one record, there is no more to say."""
+    if pair.whole:
+        return [[]] if pair.entry.size else []
     new, old = _open(pair.new), _open(pair.old) if pair.old else None
     groups: list[list[_Piece]] = []
     for piece in _join(_pieces(pair.elements, new, old)):
@@ -195,7 +203,7 @@ def _plan(pair: Pair) -> list[list[_Piece]]:
         apart = piece.old is None or (piece.same and piece.length >= SAME_RUN)
         apart = apart or not last or last[0].old is None or (last[0].same and last[0].length >= SAME_RUN)
         full = sum(p.length for p in last) + piece.length > MAX_CHUNK or sum(map(_count, last)) + _count(piece) > MAX_NUMBERS
-        if apart or full:
+        if apart or full or len(last) == MAX_SEGMENTS:
             groups.append([piece])
         else:
             last.append(piece)
@@ -242,7 +250,12 @@ def _join(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
 def _cover(elements: Sequence[Elements], size: int, old_size: int) -> Iterator[Elements]:
     """The stretches of a file in order, with the gaps between them as plain bytes; bytes end where the old file does."""
     at = 0
-    for stretch in [*sorted(elements, key=lambda e: e.offset), Elements(size, 0, "bytes", 0, None)]:
+    wanted = sorted((e for e in elements if e.length), key=lambda e: e.offset)
+    for stretch in [*wanted, Elements(size, 0, "bytes", 0, None)]:
+        end = stretch.offset + stretch.length
+        if not at <= stretch.offset <= end <= size or stretch.length % KIND_NAMES[stretch.kind].width or (stretch.old or 0) < 0:
+            where = f"byte {stretch.offset} of a file of {size}"
+            raise DeltaError(f"the numbers at {where} overlap others, are cut short or go past its end; export it again")
         gap = Elements(at, stretch.offset - at, "bytes", 0, at)
         for part in (gap, stretch):
             room = old_size - part.old if part.old is not None else 0
@@ -251,7 +264,7 @@ def _cover(elements: Sequence[Elements], size: int, old_size: int) -> Iterator[E
                 part = replace(part, offset=part.offset + room, length=part.length - room, old=None)  # noqa: PLW2901
             if part.length:
                 yield part
-        at = stretch.offset + stretch.length
+        at = end
 
 
 # Encoding numbers

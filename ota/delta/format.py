@@ -36,7 +36,9 @@ MAGIC = b"DFDELTA"
 VERSION = 1
 MAX_HEADER = 64 * KiB
 MAX_CHUNK = 1 * MiB  # bytes of the new file that one record makes
-MAX_NUMBERS = 512 * KiB  # numbers in a record; decoding needs some forty bytes for each
+MAX_NUMBERS = 512 * KiB  # numbers in a record; decoding needs some forty bytes for each, at worst 130
+MAX_RECORDS = 64 * KiB  # of a file
+MAX_SEGMENTS = 128  # of a record: each costs time of its own, however few numbers it has
 MAX_TABLE = 1 * MiB  # bytes of a record's table of segments, unpacked
 MAX_SCALE = 4000  # half octaves
 MAX_SMALL = 8 * MiB  # bytes of a file that is handled whole (graph, tables, golden outputs)
@@ -65,7 +67,7 @@ class DeltaFile(Document):
     target: FileEntry | PlainFile
     base: Sha256 | None = Field(description="hash of the base's file of the same role and variant; None: made without one")
     base_size: int = Field(ge=0, le=MAX_WEIGHTS)
-    records: int = Field(ge=0, le=1 << 20)
+    records: int = Field(ge=0, le=MAX_RECORDS)
 
     @property
     def name(self) -> str:
@@ -238,6 +240,8 @@ def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: Callable[[], Binary
             kind, new_length, payload_length, base_offset, check = RECORD.unpack(record)
             if kind not in KINDS:
                 raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update the agent")
+            if not new_length:  # costs the patch next to nothing, and the device as much as any other
+                raise DeltaError("a record of the delta makes nothing; fetch it again")
             limit = MAX_SMALL if small and kind != NUMBERS else MAX_CHUNK
             if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:
                 raise DeltaError("a record of the delta claims more bytes than it may")
@@ -246,8 +250,9 @@ def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: Callable[[], Binary
             if kind == SAME:
                 old = _base_range(base, file, base_offset, new_length)
             elif kind == BSDIFF:
-                if file.base_size > MAX_SMALL:
-                    raise DeltaError("the delta asks for bsdiff on a file that is too large for it")
+                # Each reads the whole base, so there is one at most.
+                if not small or file.base_size > MAX_SMALL or new_length != file.target.size:
+                    raise DeltaError("the delta asks for bsdiff on a part of a file, or on one that is too large for it")
                 old = _base_range(base, file, 0, file.base_size)
             new = _numbers(payload, base, file, new_length) if kind == NUMBERS else _decode(kind, payload, old, new_length)
             if hashlib.blake2b(new, digest_size=16).digest() != check:
@@ -309,6 +314,8 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
     """The segments of a record of numbers, which must make `length` bytes, the stream of each context, and how many streams."""
     table = streams.Reader(reader.frame(None, MAX_TABLE).tobytes())
     segments_count, count = _TABLE.unpack(table.take(_TABLE.size))
+    if segments_count > MAX_SEGMENTS:
+        raise DeltaError("a record of the delta has more segments than it may; fetch it again")
     stream_of = np.frombuffer(table.take(CONTEXTS if count > 1 else 0), np.uint8)
     if not count or (stream_of >= count).any():
         raise DeltaError("a record of the delta names a stream that it does not have; fetch it again")
@@ -316,9 +323,12 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
     segments: list[Segment] = []
     for code, flags, scale, size, row, old in rows:
         kind = KIND_OF_CODE.get(code)
-        if kind is None or flags > (_ROWS | _COLUMNS | _STEPS) or abs(scale) > MAX_SCALE or size % kind.width or not row:
+        if kind is None or flags > (_ROWS | _COLUMNS | _STEPS) or abs(scale) > MAX_SCALE or size % kind.width:
             raise DeltaError("a record of the delta describes numbers in an unknown way; update the agent")
-        segments.append(Segment(kind, size, row, old, scale, None, None))
+        segment = Segment(kind, size, row, old, scale, None, None)
+        if not 0 < row <= segment.count:  # scales are spread over whole rows, so a row is as good as an allocation
+            raise DeltaError("a record of the delta has a row that is empty or longer than its numbers; fetch it again")
+        segments.append(segment)
     if not segments or sum(s.length for s in segments) != length or sum(s.count for s in segments) > MAX_NUMBERS:
         raise DeltaError("a record of the delta claims other numbers than it may")
     for i, (segment, (_, flags, *_)) in enumerate(zip(segments, rows, strict=True)):

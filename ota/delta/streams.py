@@ -46,6 +46,7 @@ DEEP = 3  # a stream that is this many streams inside others is written without 
 FEW = 1 << 12  # numbers for which trying several ways costs little
 TOKENS = 16 + 4 * 28  # numbers below 16, and four for each bit length from 5 to 32
 _IN_A_BYTE = {PACK1: 1, PACK2: 2, PACK4: 4}
+_MOST = {ZERO: 0, TOKEN: 0, PLANES: 4}  # the largest argument; of the others, low bits: 31
 _HEAD = struct.Struct("<BB")  # mode, low bits set aside
 _LENGTH = struct.Struct("<I")
 # Matches cost more than they save among independent numbers, so zstd hardly looks for any and its Huffman coder does the work.
@@ -94,7 +95,8 @@ class Reader:
         packed = self.take(self.number())
         try:
             claimed = zstandard.get_frame_parameters(packed).content_size
-            if claimed != size if size is not None else claimed > limit:
+            # zstandard looks no further into a frame that claims to be empty, and no writer needs one.
+            if not claimed or (claimed != size if size is not None else claimed > limit):
                 raise DeltaError("a record of the delta unpacks to another length than it claims")
             # One frame and nothing after it: what follows would be carried but never checked.
             made = self._unpacker.decompress(packed, max_output_size=claimed, allow_extra_data=False)
@@ -150,6 +152,8 @@ def encode(values: Numbers, depth: int = 0) -> bytes:
 
 def planes(values: Numbers, width: int) -> bytes:
     """The numbers' lowest `width` bytes, plane by plane."""
+    if not len(values):
+        return _HEAD.pack(ZERO, 0)
     found = [(values >> np.uint32(8 * i)).astype(np.uint8) for i in reversed(range(width))]
     return _HEAD.pack(PLANES, width) + frame(np.concatenate(found), _REPEATS)
 
@@ -223,7 +227,7 @@ def decode(reader: Reader, count: int, depth: int = 0) -> Numbers:
         DeltaError: the bytes are damaged.
     """
     mode, aside = _HEAD.unpack(reader.take(_HEAD.size))
-    if mode not in MODES or depth > MAX_DEPTH or aside > (4 if mode == PLANES else 31):
+    if mode not in MODES or depth > MAX_DEPTH or aside > _MOST.get(mode, 31):
         raise DeltaError("a record of the delta is packed in an unknown way; update the agent")
     if mode == ZERO:
         return np.zeros(count, np.uint32)
@@ -245,26 +249,38 @@ def decode(reader: Reader, count: int, depth: int = 0) -> Numbers:
 
 
 def _high(reader: Reader, count: int, mode: int, depth: int) -> Numbers:
+    # While the stream within is read, all streams around it wait: what they hold is to be small, and is spread out afterwards.
     if mode in (GAPS, FLAGS):
-        high = np.zeros(count, np.uint32)
         if mode == FLAGS:
             at: Any = np.unpackbits(reader.frame(-(-count // 8)), count=count).view(np.bool_)
             others = int(np.count_nonzero(at))
         else:
-            others = reader.number()
-            at = np.cumsum(decode(reader, others, depth + 1) if others <= count else [count], dtype=np.int64)
-            at += np.arange(len(at))
-            if len(at) != others or (others and int(at[-1]) >= count):
-                raise DeltaError("a record of the delta names a place that it does not have; fetch it again")
-        high[at] = decode(reader, others, depth + 1) + np.uint32(1)
+            at = _places(reader, count, depth)
+            others = len(at)
+        rest = decode(reader, others, depth + 1)
+        high = np.zeros(count, np.uint32)
+        high[at] = rest + np.uint32(1)
         return high
     group = _IN_A_BYTE[mode]
     symbols = _unpack(reader.frame(-(-count // group)), group, count)
+    most = _BASE[group] - 1
+    others = int(np.count_nonzero(symbols == most))
+    if not others:
+        return symbols.astype(np.uint32)
+    rest = decode(reader, others, depth + 1)
     high = symbols.astype(np.uint32)
-    over = np.flatnonzero(symbols == _BASE[group] - 1)
-    if len(over):
-        high[over] += decode(reader, len(over), depth + 1)
+    high[np.flatnonzero(symbols == most)] += rest
     return high
+
+
+def _places(reader: Reader, count: int, depth: int) -> Numbers:
+    """Where the numbers are that are not 0, by the zeros before each of them."""
+    others = reader.number()
+    at = np.cumsum(decode(reader, others, depth + 1) if 0 < others <= count else [count], dtype=np.int64)
+    at += np.arange(len(at))
+    if len(at) != others or int(at[-1]) >= count:
+        raise DeltaError("a record of the delta names a place that it does not have; fetch it again")
+    return at.astype(np.uint32)
 
 
 def _from_tokens(reader: Reader, count: int) -> Numbers:
