@@ -188,8 +188,21 @@ def _encode_small(new: bytes, old: bytes) -> _Record:
 # Planning
 
 
-def _open(path: Path) -> npt.NDArray[np.uint8]:
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+@dataclass(frozen=True)
+class _File:
+    """A file that is read in ranges; mapped into memory, what was read once would stay there while there is room."""
+
+    path: Path
+    size: int
+
+    def __getitem__(self, wanted: slice) -> npt.NDArray[np.uint8]:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(wanted.start)
+            return np.frombuffer(file.read(wanted.stop - wanted.start), np.uint8)
+
+
+def _open(path: Path) -> _File:
+    return _File(path, path.stat().st_size)
 
 
 def _plan(pair: Pair) -> list[list[_Piece]]:
@@ -214,8 +227,8 @@ def _count(piece: _Piece) -> int:
     return piece.length * 2 if piece.kind.packed else piece.length // piece.kind.width
 
 
-def _pieces(elements: Sequence[Elements], new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8] | None) -> Iterator[_Piece]:
-    for stretch in _cover(elements, len(new), 0 if old is None else len(old)):
+def _pieces(elements: Sequence[Elements], new: _File, old: _File | None) -> Iterator[_Piece]:
+    for stretch in _cover(elements, new.size, 0 if old is None else old.size):
         kind = KIND_NAMES[stretch.kind]
         row = stretch.row * kind.width // (2 if stretch.kind == "int4" else 1) or kind.width  # bytes
         limit = MAX_CHUNK // 4 if stretch.kind == "int4" else min(MAX_CHUNK, MAX_NUMBERS * kind.width)
@@ -223,7 +236,7 @@ def _pieces(elements: Sequence[Elements], new: npt.NDArray[np.uint8], old: npt.N
         for first in range(0, stretch.length, step):
             length = min(step, stretch.length - first)
             start, at = stretch.offset + first, None if stretch.old is None else stretch.old + first
-            if old is None or at is None or at + length > len(old):
+            if old is None or at is None or at + length > old.size:
                 yield _Piece(start, length, kind, stretch.row, None, False)
             else:
                 same = bool(np.array_equal(new[start : start + length], old[at : at + length]))
@@ -270,7 +283,7 @@ def _cover(elements: Sequence[Elements], size: int, old_size: int) -> Iterator[E
 # Encoding numbers
 
 
-def _encode_group(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8] | None) -> _Record:
+def _encode_group(group: list[_Piece], new: _File, old: _File | None) -> _Record:
     first = group[0]
     made = new[first.start : group[-1].start + group[-1].length].tobytes()
     if old is None or first.old is None:
@@ -283,14 +296,14 @@ def _encode_group(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDAr
     return found
 
 
-def _numbers(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8]) -> bytes:
+def _numbers(group: list[_Piece], new: _File, old: _File) -> bytes:
     """The payload of a record of numbers."""
     segments: list[Segment] = []
     values: list[streams.Numbers] = []
     found: list[npt.NDArray[np.uint8]] = []
     missed: list[streams.Numbers] = []
     for piece in group:
-        before = numbers.codes(old[piece.old : (piece.old or 0) + piece.length].tobytes(), piece.kind)
+        before = numbers.codes(old[piece.old or 0 : (piece.old or 0) + piece.length].tobytes(), piece.kind)
         after = numbers.codes(new[piece.start : piece.start + piece.length].tobytes(), piece.kind)
         said = _guess(piece, after, before)
         segments.append(said.segment)
@@ -467,7 +480,7 @@ def estimate(pairs: Sequence[Pair]) -> int:
             total += RECORD.size
             length = sum(piece.length for piece in group)
             if old is None or group[0].old is None:
-                part = new[group[0].start :][: max(length // 8, min(length, 16 * KiB))].tobytes()
+                part = new[group[0].start : group[0].start + max(length // 8, min(length, 16 * KiB))].tobytes()
                 total += len(_compress(part, 3)) * length / len(part)
             elif not (len(group) == 1 and group[0].same):
                 total += min(_forecast(group, new, old), 1.01 * length)
@@ -481,7 +494,7 @@ def _beside(new: bytes, old: bytes) -> int:
     return len(zstandard.ZstdCompressor(level=9, dict_data=known).compress(new))
 
 
-def _forecast(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[np.uint8]) -> float:
+def _forecast(group: list[_Piece], new: _File, old: _File) -> float:
     """Bytes of a record of numbers, by the entropy of its tokens in a sample of each piece."""
     counts, other = np.zeros((CONTEXTS, streams.TOKENS)), 60.0
     for piece in group:
@@ -489,8 +502,8 @@ def _forecast(group: list[_Piece], new: npt.NDArray[np.uint8], old: npt.NDArray[
         step = row if row >= 1024 else max(1, 1024 // max(row, 1)) * max(row, piece.kind.width)
         starts = range(0, piece.length, 8 * step) if piece.length >= 64 * step else range(0, piece.length, step)
         after, before = (
-            np.concatenate([file[at + first : at + min(first + step, piece.length)] for first in starts])
-            for file, at in ((new, piece.start), (old, piece.old or 0))
+            np.concatenate([whole[first : first + step] for first in starts])
+            for whole in (new[piece.start : piece.start + piece.length], old[piece.old or 0 : (piece.old or 0) + piece.length])
         )
         weight = piece.length / len(after)
         codes = numbers.codes(after.tobytes(), piece.kind), numbers.codes(before.tobytes(), piece.kind)
