@@ -84,6 +84,10 @@ $(VENV)/.bench: $(VENV)/.installed
 bench-model: $(VENV)/.bench ## the network beside its peers: two hours of one core; table to tests/bench/results/, figures to build/bench/bench-model.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.model
 
+.PHONY: bench-delta
+bench-delta: $(VENV)/.bench ## our delta beside other tools: half an hour of one core (PAIRS=folder of NAME/old.*, new.* for others' files)
+	$(BIN)/python -m tests.bench.delta $(PAIRS)
+
 .PHONY: device-wheel
 device-wheel: install ## build deltaferry-agent into dist/
 	cd ota && ../$(BIN)/python -m hatchling build -t wheel -d ../dist

@@ -1,0 +1,517 @@
+"""`make bench-delta [PAIRS=folder]`: our delta beside what else makes patches, each call in a process of its own.
+
+    python -m tests.bench.delta [folder]      of pairs NAME/old.* and NAME/new.*; without one those of tests/bench/pairs.py
+
+Processor seconds, not the clock, so that what else the machine does changes little. What the others gave is kept in
+build/bench/delta/done until the pair or the call changes; ours is measured anew each time. `make clean` forgets all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ota import delta
+from ota.delta import numbers, streams
+from ota.delta.numbers import KindName
+from ota.manifest import FileEntry
+
+BUILD, RESULTS = Path("build/bench/delta"), Path("tests/bench/results")
+LIMIT = 120  # processor seconds of one call
+APPLIES = 3  # of which the median counts: they are short
+SIZES = (10, 200, 1000)  # MB, of the scaling rows
+OURS, BASELINE = "ferry", "bsdiff4"
+
+
+# Ours, for whole files
+
+
+def varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """A protobuf number, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Protobuf fields as (number, start, stop) of their bytes, or (number, value, -1)."""
+    while at < stop:
+        key, at = varint(data, at)
+        if key & 7 == 0:
+            value, at = varint(data, at)
+            yield key >> 3, value, -1
+        else:
+            length, at = varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+            yield key >> 3, at, at + length
+            at += length
+
+
+def tensors(path: Path) -> dict[bytes, tuple[int, int, KindName, tuple[int, ...]]]:
+    """Offset, length, kind and shape of every tensor whose bytes lie in an ONNX file; of other files none."""
+    kinds: dict[int, KindName] = {1: "float32", 3: "int8", 10: "float16", 16: "bfloat16", 21: "int4", 22: "int4"}
+    found = {}
+    if path.suffix != ".onnx":
+        return {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for model_field, graph, graph_end in fields(data, 0, len(data)):
+            for graph_field, start, stop in fields(data, graph, graph_end) if model_field == 7 else ():
+                if graph_field != 5:  # initializer
+                    continue
+                name, raw, code, shape = b"", (0, 0), 0, []
+                for number, value, end in fields(data, start, stop):
+                    if number == 1 and end < 0:
+                        shape.append(value)
+                    elif number == 1:  # some writers pack what others repeat
+                        while value < end:
+                            size, value = varint(data, value)  # noqa: PLW2901
+                            shape.append(size)
+                    elif number == 2:
+                        code = value
+                    elif number == 8:
+                        name = data[value:end]
+                    elif number == 9:
+                        raw = value, end - value
+                if raw[1]:
+                    found[name] = (*raw, kinds.get(code, "bytes"), tuple(shape))
+    return found
+
+
+def elements(old: Path, new: Path) -> list[delta.Elements]:
+    """Where the numbers of a file lie, and where their predecessors of the same name, kind and shape."""
+    before = tensors(old)
+    found = []
+    for name, (offset, length, kind, shape) in tensors(new).items():
+        was = before.get(name)
+        at = was[0] if was and was[2:] == (kind, shape) else None
+        found.append(delta.Elements(offset, length, kind, math.prod(shape[1:]) if len(shape) > 1 else 0, at))
+    return found
+
+
+def build_file(old: str, new: str, patch: str) -> None:
+    """Our patch from one file to another."""
+    entry = FileEntry(role="weights", variant="full", size=Path(new).stat().st_size, sha256=digest_of(Path(new)))
+    pair = delta.Pair(entry, Path(new), Path(old), elements(Path(old), Path(new)))
+    delta.build([pair], "a" * 64, "b" * 64, Path(patch))
+
+
+def apply_file(old: str, patch: str, made: str) -> None:
+    """The new file, from the old one and our patch."""
+    with Path(patch).open("rb") as file:
+        opened = [Path(old).open("rb"), Path(made).open("wb")]  # noqa: SIM115 (apply closes them)
+        delta.apply(file, delta.read_header(file), lambda *_: opened[0], lambda _: opened[1])  # type: ignore[arg-type,return-value]
+
+
+# What is measured
+
+
+@dataclass(frozen=True)
+class Tool:
+    """How a tool is called: as Python over old, new, patch, made and kind, or as commands."""
+
+    imports: str
+    build: str
+    apply: str
+
+    def call(self, todo: str, files: dict[str, str]) -> list[str]:
+        """The command line of one call; `todo` is "" for nothing but its start."""
+        if not self.imports:
+            return (self.build if todo == "build" else self.apply).format(**files).split()
+        script = f"import sys\n{self.imports}\nold, new, patch, made, kind = sys.argv[1:6]\n"
+        script += {"build": self.build, "apply": self.apply}.get(todo, "")
+        return [sys.executable, "-c", script, *(files[name] for name in ("old", "new", "patch", "made", "kind"))]
+
+
+READ = "from pathlib import Path; read = lambda name: Path(name).read_bytes(); write = lambda name, data: Path(name).write_bytes(data)\n"
+XOR = (
+    "def xor(a, b):\n    a, b = (np.frombuffer(x, np.uint8) for x in (a, b)); size = max(len(a), len(b)) + 3 & ~3\n"
+    "    a, b = (np.pad(x, (0, size - len(x))) for x in (a, b)); return (a ^ b).tobytes()\n"
+)
+ZIPNN = "tool = ZipNN(input_format='byte', threads=1, bytearray_dtype='float32' if kind == 'float32' else 'bfloat16')\n"
+# hdiffpatch is the Python package of the library; Debian has neither it nor its hdiffz.
+TOOLS = {
+    OURS: Tool("from tests.bench.delta import build_file, apply_file", "build_file(old, new, patch)", "apply_file(old, patch, made)"),
+    BASELINE: Tool("import bsdiff4", "bsdiff4.file_diff(old, new, patch)", "bsdiff4.file_patch(old, made, patch)"),
+    "detools hdiffpatch + lzma": Tool(
+        "import detools",
+        "detools.create_patch_filenames(old, new, patch, 'lzma', patch_type='hdiffpatch', algorithm='hdiffpatch')",
+        "detools.apply_patch_filenames(old, patch, made)",
+    ),
+    "detools sequential + lzma": Tool(
+        "import detools",
+        "detools.create_patch_filenames(old, new, patch, 'lzma', patch_type='sequential')",
+        "detools.apply_patch_filenames(old, patch, made)",
+    ),
+    "hdiffpatch + lzma2": Tool(
+        READ + "import hdiffpatch",
+        "write(patch, hdiffpatch.diff(read(old), read(new), hdiffpatch.Lzma2Config(level=9), validate=False))",
+        "write(made, hdiffpatch.apply(read(old), read(patch)))",
+    ),
+    "xdelta3 -9": Tool("", "xdelta3 -e -9 -f -B {window} -s {old} {new} {patch}", "xdelta3 -d -f -B {window} -s {old} {patch} {made}"),
+    "zstd -19 --patch-from": Tool(
+        "", "zstd -q -f -19 --patch-from={old} {new} -o {patch}", "zstd -q -f -d --patch-from={old} {patch} -o {made}"
+    ),
+    "ZipNN of old XOR new": Tool(
+        READ + XOR + "import numpy as np; from zipnn import ZipNN",
+        ZIPNN + "size = len(read(new)); write(patch, size.to_bytes(8, 'little') + tool.compress(xor(read(old), read(new))))",
+        ZIPNN + "data = read(patch); size = int.from_bytes(data[:8], 'little')\n"
+        "write(made, xor(read(old), bytes(tool.decompress(data[8:])))[:size])",
+    ),
+    # Told that int8 is bfloat16 it is shorter than told the truth (481 kB, not 673 kB, of gentle.int8).
+    "z4ai delta": Tool(
+        READ + "import z4ai; kind_of = {'float32': 'fp32', 'float16': 'fp16'}",
+        "write(patch, z4ai.compress_delta(read(new), read(old), dtype=kind_of.get(kind, 'bf16'), threads=1))",
+        "write(made, z4ai.decompress_delta(read(patch), read(old)))",
+    ),
+    "zstd -19 of the new file": Tool(
+        READ + "import zstandard",
+        "write(patch, zstandard.ZstdCompressor(level=19).compress(read(new)))",
+        "write(made, zstandard.ZstdDecompressor().decompress(read(patch)))",
+    ),
+    "xz -9 of the new file": Tool(
+        READ + "import lzma", "write(patch, lzma.compress(read(new), preset=9))", "write(made, lzma.decompress(read(patch)))"
+    ),
+}  # fmt: skip
+
+# A process starts with the peak memory of the one that started it, so a small one of some 7 MiB stands between; that is
+# the least that can be read.
+SPAWN = """
+import os, resource, sys
+child = os.fork()
+if not child:
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1]) + 5))
+    os.execvp(sys.argv[2], sys.argv[2:])
+_, status, used = os.wait4(child, 0)
+print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+"""
+
+
+def spend(command: list[str]) -> tuple[float, float]:
+    """Processor seconds and peak MiB of a command; -1 seconds: it was not done in time.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    spawn = [sys.executable, "-I", "-S", "-c", SPAWN, str(LIMIT), *command]
+    said = subprocess.run(spawn, capture_output=True, text=True, check=True)
+    code, seconds, mib = (float(word) for word in said.stdout.split()[-3:])
+    if code in (-24, -9):  # SIGXCPU, and what follows it
+        return -1, mib
+    if code:
+        raise RuntimeError(f"{' '.join(command)[:200]}: {said.stderr[-600:]}")
+    return seconds, mib
+
+
+def digest_of(path: Path) -> str:
+    """Its sha256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def measured(tool: str, old: Path, new: Path, kind: str, times: int = APPLIES) -> dict[str, Any]:
+    """One tool on one pair: bytes, seconds and MiB, and whether it gave the new file again."""
+    if not TOOLS[tool].imports and not shutil.which(TOOLS[tool].build.split()[0]):
+        return {"missing": "not available"}
+    patch, made = BUILD / "patch", BUILD / "made"
+    window = max(1 << 20, 1 << (old.stat().st_size - 1).bit_length())
+    files = {"old": str(old), "new": str(new), "patch": str(patch), "made": str(made), "kind": kind, "window": str(window)}
+    made.write_bytes(b"")  # what another tool made must not count
+    try:
+        build_seconds, build_mib = spend(TOOLS[tool].call("build", files))
+        if build_seconds < 0:
+            return {"missing": f"not done in {LIMIT} s"}
+        applies = sorted(spend(TOOLS[tool].call("apply", files)) for _ in range(times))
+    except RuntimeError as error:
+        return {"missing": f"failed: {str(error).strip().splitlines()[-1][:120]}"}
+    return {
+        "bytes": patch.stat().st_size, "exact": digest_of(made) == digest_of(new), "build_s": build_seconds, "build_mib": build_mib,
+        "apply_s": applies[len(applies) // 2][0], "apply_mib": max(mib for _, mib in applies),
+    }  # fmt: skip
+
+
+def kept(tool: str, old: Path, new: Path, kind: str) -> dict[str, Any]:
+    """A measurement of a tool that is not ours, made once."""
+    key = f"{digest_of(old)} {digest_of(new)} {kind} {TOOLS[tool]} {LIMIT}"
+    path = BUILD / "done" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    if not path.is_file():
+        result = measured(tool, old, new, kind)
+        if "failed" in result.get("missing", "not available"):  # may be mended without a word of the call
+            return result
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+    found: dict[str, Any] = json.loads(path.read_bytes())
+    return found
+
+
+def yardstick(old: Path, new: Path, found: Iterable[delta.Elements]) -> float:
+    """Bytes of the differences' tokens at their entropy given the old number's exponent or code, tensor by tensor, and of the bits below.
+
+    Not a bound: rows and columns that move alike go below it, and what a table costs is not in it.
+    """
+    before, after, bits = np.memmap(old, np.uint8, "r"), np.memmap(new, np.uint8, "r"), 0.0
+    for e in found:
+        if e.old is None:
+            bits += 8 * e.length
+            continue
+        kind = numbers.KINDS[e.kind]
+        was, now = (numbers.codes(data[at : at + e.length].tobytes(), kind) for data, at in ((before, e.old), (after, e.offset)))
+        if np.array_equal(was, now):
+            continue
+        symbols, below = streams.tokens(numbers.difference(now, was, kind))
+        known = was.astype(np.int64)
+        if kind.mantissa:
+            known = known >> kind.mantissa & ((1 << 8 * kind.width - 1 - kind.mantissa) - 1)
+        counts = np.bincount(known * streams.TOKENS + symbols, minlength=256 * streams.TOKENS).reshape(-1, streams.TOKENS)
+        total = counts.sum(axis=1)
+        bits += float(
+            (total * np.log2(np.maximum(total, 1))).sum() - (counts * np.log2(np.maximum(counts, 1))).sum() + below.sum()
+        )
+    return bits / 8
+
+
+def compared(folder: Path) -> dict[str, Any]:
+    """Every tool on one pair."""
+    (old,), (new,) = folder.glob("old.*"), folder.glob("new.*")
+    found = elements(old, new)
+    sizes: dict[str, int] = {}
+    for e in found:
+        sizes[e.kind] = sizes.get(e.kind, 0) + e.length
+    kind = max(sizes, key=lambda k: sizes[k]) if sizes else "bytes"
+    rows = {tool: (measured if tool == OURS else kept)(tool, old, new, kind) for tool in TOOLS}
+    print(folder.name, {tool: row.get("bytes", row.get("missing")) for tool, row in rows.items()}, flush=True)
+    if "bytes" not in rows[OURS]:
+        sys.exit(f"{folder.name}: {rows[OURS]['missing']}")
+    return {"new": new.stat().st_size, "yardstick": yardstick(old, new, found) if found else 0.0, "tools": rows}
+
+
+# Size
+
+
+def onnx_of(path: Path, shape: tuple[int, int], pieces: Iterable[bytes], count: int) -> None:
+    """An ONNX file of `count` bfloat16 tensors of one shape, written piece by piece; the onnx package would hold all of it."""
+
+    def varint(value: int) -> bytes:
+        return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
+
+    def head(number: int) -> bytes:
+        name = f"tensor{number:05}".encode()
+        inner = b"\x08" + varint(shape[0]) + b"\x08" + varint(shape[1]) + b"\x10\x10\x42" + varint(len(name)) + name
+        inner += b"\x4a" + varint(2 * shape[0] * shape[1])
+        return b"\x2a" + varint(len(inner) + 2 * shape[0] * shape[1]) + inner
+
+    with path.open("wb") as file:
+        length = sum(len(head(i)) + 2 * shape[0] * shape[1] for i in range(count))
+        file.write(b"\x08\x0a\x3a" + varint(length))
+        for i, piece in enumerate(pieces):
+            file.write(head(i) + piece)
+
+
+def scaled(folder: Path, megabytes: int) -> tuple[Path, Path]:
+    """A pair of that size: the gentle pair's widest matrices again and again, with noise, the signs of their steps drawn anew."""
+    source = BUILD / "pairs" / "gentle.bfloat16"
+    kind, wide = numbers.KINDS["bfloat16"], 384
+    old, new = (
+        np.concatenate([np.fromfile(path, np.uint16, length // 2, offset=offset) for offset, length in found])
+        for path in (source / "old.onnx", source / "new.onnx")
+        for found in [[(at, length) for at, length, _, shape in tensors(path).values() if shape[-1] == wide]]
+    )
+    steps = numbers.ordered(new, kind).astype(np.int32) - numbers.ordered(old, kind)
+    shape = (len(old) // wide, wide)
+    count = max(1, round(megabytes * 1e6 / old.nbytes))
+
+    def pieces(moved: bool) -> Iterator[bytes]:
+        draw = np.random.default_rng(0)
+        for _ in range(count):
+            at = numbers.ordered(old, kind) + draw.integers(-8, 9, len(old))
+            sign = draw.choice(np.array([-1, 1]), len(old))
+            yield numbers.bits((at + sign * steps if moved else at).astype(np.uint16), kind).tobytes()
+
+    for name in ("old", "new"):
+        onnx_of(folder / f"{name}.onnx", shape, pieces(name == "new"), count)
+    return folder / "old.onnx", folder / "new.onnx"
+
+
+def scaling() -> dict[str, Any]:
+    """Ours by size."""
+    folder, rows = BUILD / "scaled", {}
+    folder.mkdir(exist_ok=True)
+    for megabytes in SIZES:
+        old, new = scaled(folder, megabytes)
+        rows[str(megabytes)] = {"new": new.stat().st_size} | measured(OURS, old, new, "bfloat16", times=1)
+        print(f"{megabytes} MB", rows[str(megabytes)], flush=True)
+    shutil.rmtree(folder)
+    return rows
+
+
+# Report
+
+
+def mean(values: Iterable[float]) -> float:
+    """Geometric mean."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def summed(pair: dict[str, Any], starts: dict[str, Any]) -> dict[str, Any]:
+    """Ours against the baseline and against whoever is best on this pair."""
+
+    def faster(todo: str, net: bool) -> float:
+        ours, theirs = (float(pair["tools"][t].get(todo, math.nan) - net * starts[t][0]) for t in (OURS, BASELINE))
+        return max(theirs, 0.001) / max(ours, 0.001)  # less than a start differs from the next
+
+    ours, others = pair["tools"][OURS], {k: v for k, v in pair["tools"].items() if k != OURS and "bytes" in v}
+    best = min(others, key=lambda tool: others[tool]["bytes"])
+    base = others.get(BASELINE, {})
+    return {
+        "new/ours": pair["new"] / ours["bytes"],
+        "bsdiff4/ours": base.get("bytes", math.nan) / ours["bytes"],
+        "best": best, "best/ours": others[best]["bytes"] / ours["bytes"],
+        "build speed-up": faster("build_s", net=False), "without start": faster("build_s", net=True),
+        "apply speed-up": faster("apply_s", net=False), "without start ": faster("apply_s", net=True),
+        "ours/yardstick": ours["bytes"] / pair["yardstick"] if pair["yardstick"] else math.nan,
+    }  # fmt: skip
+
+
+def table(head: str, rows: Iterable[str]) -> list[str]:
+    """A table in Markdown."""
+    return [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {row} |" for row in rows), ""]
+
+
+def row_of(tool: str, row: dict[str, Any], new: int) -> str:
+    """A tool's line in the table of a pair."""
+    if "bytes" not in row:
+        return f"{tool} | {row['missing']} | | | | |"
+    wrong = "" if row["exact"] else " **not the new file**"
+    return (
+        f"{tool} | {row['bytes']:,}{wrong} | {new / row['bytes']:.2f} | {row['build_s']:.2f} | {row['build_mib']:.0f} | "
+        f"{row['apply_s']:.2f} | {row['apply_mib']:.0f}"
+    )
+
+
+def summary_table(pairs: dict[str, Any], starts: dict[str, Any]) -> list[str]:
+    """A line for each pair, then geometric means of all and of each way to store."""
+    rows = {name: summed(pair, starts) for name, pair in pairs.items()}
+    ratios = [key for key in next(iter(rows.values())) if key != "best"]
+    lines = [f"{name} | " + " | ".join(f"{row[key]:.2f}" for key in ratios) + f" | {row['best']}" for name, row in rows.items()]
+    for group in ("all", *dict.fromkeys(name.rpartition(".")[2] for name in rows if "." in name)):
+        chosen = [row for name, row in rows.items() if group in ("all", name.rpartition(".")[2])]
+        cells = [mean(row[key] for row in chosen if not math.isnan(row[key])) for key in ratios]
+        lines.append(f"**geometric mean, {group}** | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    worst = min(rows, key=lambda name: rows[name]["best/ours"])
+    lost = sum(row["best/ours"] < 1 for row in rows.values())
+    return [
+        *table("pair | " + " | ".join(ratios) + " | best other", lines),
+        f"Ours is longer than the best other on {lost} of {len(rows)} pairs. Worst on {worst}: {rows[worst]['best']} {rows[worst]['best/ours']:.3f}.",
+        "",
+    ]  # fmt: skip
+
+
+def size_of(row: dict[str, Any], bare: float) -> str:
+    """Ours at one size."""
+    new, build, apply = row["new"] / 1e6, row["build_s"], row["apply_s"]
+    return (
+        f"{new:.0f} | {row['new'] / row['bytes']:.2f} | {build:.2f} | {new / build:.0f} | {row['build_mib'] - bare:.0f} | "
+        f"{apply:.2f} | {new / apply:.0f} | {new / 2 / apply:.0f} | {row['apply_mib'] - bare:.0f}"
+    )
+
+
+def plot(pairs: dict[str, Any]) -> None:
+    """Each tool where its patches are by size and by speed of applying, geometric means."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "delta", "svg.fonttype": "none"})
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for tool in TOOLS:
+        cells = [(p["new"], p["tools"][tool]) for p in pairs.values() if "bytes" in p["tools"][tool]]
+        if cells:
+            x, y = mean(new / row["bytes"] for new, row in cells), mean(new / 1e6 / row["apply_s"] for new, row in cells)
+            axes.plot(x, y, "o", color="C3" if tool == OURS else "C0")
+            axes.annotate(tool, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="new file / patch", ylabel="MB of the new file applied in a processor second", yscale="log")
+    axes.margins(0.2)
+    figure.savefig(RESULTS / "delta.svg", metadata={"Date": None}, bbox_inches="tight")
+
+
+def machine() -> str:
+    """What this was measured on."""
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "?")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
+    ).stdout.strip()
+    return f"{model}, {os.cpu_count()} cores (shared), Python {platform.python_version()}; commit {commit or 'unknown'}"
+
+
+def report(found: dict[str, Any]) -> None:
+    """Print the tables, and keep them."""
+    pairs, starts = found["pairs"], found["starts"]
+    said = (
+        f"`make bench-delta`. Every call is a process of its own; s are its processor seconds, start included (median of {APPLIES} for "
+        f"apply), MiB its peak memory, of which some 7 cannot be told from nothing. Nothing may take more than {LIMIT} s. Ours builds on "
+        "every core, the others on one. Ratios above 1 speak for ours, but for ours/yardstick: the yardstick is the entropy of the "
+        "differences given the old exponents or codes, and no bound. Speed-ups are against bsdiff4, with and without what starting "
+        "takes (below); an agent at work has started."
+    )
+    lines = ["# The delta beside others", "", found["machine"], "", said, "", "## Summary", "", *summary_table(pairs, starts)]
+    if found["scaling"]:
+        bare = found["bare_mib"]
+        head = "MB | new/patch | build s | MB/s | MiB above bare | apply s | MB/s | M weights/s | MiB above bare"
+        lines += ["![size against speed](delta.svg)", "", "## Size (ours; bfloat16, small steps)", ""]
+        lines += [f"A bare interpreter with numpy and zstandard has {bare:.0f} MiB.", ""]
+        lines += table(head, (size_of(row, bare) for row in found["scaling"].values()))
+    lines += ["## Starting a tool and doing nothing", ""]
+    lines += table("tool | s | MiB", (f"{tool} | {s:.2f} | {mib:.0f}" for tool, (s, mib) in starts.items()))
+    for name, pair in pairs.items():
+        lines += [f"## {name}: {pair['new']:,} bytes, yardstick {pair['yardstick']:,.0f}", ""]
+        head = "tool | bytes | new/patch | build s | build MiB | apply s | apply MiB"
+        lines += table(head, (row_of(tool, row, pair["new"]) for tool, row in pair["tools"].items()))
+    print("\n".join(lines))
+    if not found["folder"]:  # other people's pairs are not our results
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "delta.md").write_text("\n".join(lines))
+        plot(pairs)
+
+
+def main() -> None:
+    """Measure, write, and fail if any patch did not give the new file."""
+    own = len(sys.argv) < 2
+    folder = BUILD / "pairs" if own else Path(sys.argv[1])
+    if own and not any(folder.glob("*/new.*")):
+        subprocess.run([sys.executable, "-m", "tests.bench.pairs"], check=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    empty = dict.fromkeys(("old", "new", "patch", "made", "kind"), "")
+    found: dict[str, Any] = {
+        "machine": machine(), "folder": None if own else str(folder),
+        "bare_mib": spend([sys.executable, "-c", "import numpy, zstandard"])[1],
+        "starts": {t: sorted(spend(TOOLS[t].call("", empty)) for _ in range(APPLIES))[APPLIES // 2] for t in TOOLS if TOOLS[t].imports},
+        "pairs": {pair.name: compared(pair) for pair in sorted(folder.iterdir()) if pair.is_dir()},
+        "scaling": scaling() if own else {},
+    }  # fmt: skip
+    (BUILD.parent / "bench-delta.json").write_text(json.dumps(found, indent=1))
+    report(found)
+    rows = [(tool, name, row) for name, pair in found["pairs"].items() for tool, row in pair["tools"].items()]
+    wrong = [f"{tool} on {name}" for tool, name, row in rows if not row.get("exact", True)]
+    if wrong:
+        sys.exit("not the new file: " + ", ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
