@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import platform
 import shutil
@@ -25,96 +24,13 @@ from typing import Any
 import numpy as np
 
 from ota import delta
-from ota.delta import numbers, streams
-from ota.delta.numbers import KindName
-from ota.manifest import FileEntry
+from ota.delta import files, numbers, streams
 
 BUILD, RESULTS = Path("build/bench/delta"), Path("tests/bench/results")
 LIMIT = 120  # processor seconds of one call
 APPLIES = 3  # of which the median counts: they are short
 SIZES = (10, 200, 1000)  # MB, of the scaling rows
 OURS, BASELINE = "ferry", "bsdiff4"
-
-
-# Ours, for whole files
-
-
-def varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """A protobuf number, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Protobuf fields as (number, start, stop) of their bytes, or (number, value, -1)."""
-    while at < stop:
-        key, at = varint(data, at)
-        if key & 7 == 0:
-            value, at = varint(data, at)
-            yield key >> 3, value, -1
-        else:
-            length, at = varint(data, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
-            yield key >> 3, at, at + length
-            at += length
-
-
-def tensors(path: Path) -> dict[bytes, tuple[int, int, KindName, tuple[int, ...]]]:
-    """Offset, length, kind and shape of every tensor whose bytes lie in an ONNX file; of other files none."""
-    kinds: dict[int, KindName] = {1: "float32", 3: "int8", 10: "float16", 16: "bfloat16", 21: "int4", 22: "int4"}
-    found = {}
-    if path.suffix != ".onnx":
-        return {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for model_field, graph, graph_end in fields(data, 0, len(data)):
-            for graph_field, start, stop in fields(data, graph, graph_end) if model_field == 7 else ():
-                if graph_field != 5:  # initializer
-                    continue
-                name, raw, code, shape = b"", (0, 0), 0, []
-                for number, value, end in fields(data, start, stop):
-                    if number == 1 and end < 0:
-                        shape.append(value)
-                    elif number == 1:  # some writers pack what others repeat
-                        while value < end:
-                            size, value = varint(data, value)  # noqa: PLW2901
-                            shape.append(size)
-                    elif number == 2:
-                        code = value
-                    elif number == 8:
-                        name = data[value:end]
-                    elif number == 9:
-                        raw = value, end - value
-                if raw[1]:
-                    found[name] = (*raw, kinds.get(code, "bytes"), tuple(shape))
-    return found
-
-
-def elements(old: Path, new: Path) -> list[delta.Elements]:
-    """Where the numbers of a file lie, and where their predecessors of the same name, kind and shape."""
-    before = tensors(old)
-    found = []
-    for name, (offset, length, kind, shape) in tensors(new).items():
-        was = before.get(name)
-        at = was[0] if was and was[2:] == (kind, shape) else None
-        found.append(delta.Elements(offset, length, kind, math.prod(shape[1:]) if len(shape) > 1 else 0, at))
-    return found
-
-
-def build_file(old: str, new: str, patch: str) -> None:
-    """Our patch from one file to another."""
-    entry = FileEntry(role="weights", variant="full", size=Path(new).stat().st_size, sha256=digest_of(Path(new)))
-    pair = delta.Pair(entry, Path(new), Path(old), elements(Path(old), Path(new)))
-    delta.build([pair], "a" * 64, "b" * 64, Path(patch))
-
-
-def apply_file(old: str, patch: str, made: str) -> None:
-    """The new file, from the old one and our patch."""
-    with Path(patch).open("rb") as file:
-        opened = [Path(old).open("rb"), Path(made).open("wb")]  # noqa: SIM115 (apply closes them)
-        delta.apply(file, delta.read_header(file), lambda *_: opened[0], lambda _: opened[1])  # type: ignore[arg-type,return-value]
 
 
 # What is measured
@@ -145,7 +61,10 @@ XOR = (
 ZIPNN = "tool = ZipNN(input_format='byte', threads=1, bytearray_dtype='float32' if kind == 'float32' else 'bfloat16')\n"
 # hdiffpatch is the Python package of the library; Debian has neither it nor its hdiffz.
 TOOLS = {
-    OURS: Tool("from tests.bench.delta import build_file, apply_file", "build_file(old, new, patch)", "apply_file(old, patch, made)"),
+    OURS: Tool(
+        "from pathlib import Path; from ota.delta import files",
+        "files.build(Path(old), Path(new), Path(patch))", "files.apply(Path(old), Path(patch), Path(made))",
+    ),
     BASELINE: Tool("import bsdiff4", "bsdiff4.file_diff(old, new, patch)", "bsdiff4.file_patch(old, made, patch)"),
     "detools hdiffpatch + lzma": Tool(
         "import detools",
@@ -229,13 +148,13 @@ def measured(tool: str, old: Path, new: Path, kind: str, times: int = APPLIES) -
         return {"missing": "not available"}
     patch, made = BUILD / "patch", BUILD / "made"
     window = max(1 << 20, 1 << (old.stat().st_size - 1).bit_length())
-    files = {"old": str(old), "new": str(new), "patch": str(patch), "made": str(made), "kind": kind, "window": str(window)}
+    names = {"old": str(old), "new": str(new), "patch": str(patch), "made": str(made), "kind": kind, "window": str(window)}
     made.write_bytes(b"")  # what another tool made must not count
     try:
-        build_seconds, build_mib = spend(TOOLS[tool].call("build", files))
+        build_seconds, build_mib = spend(TOOLS[tool].call("build", names))
         if build_seconds < 0:
             return {"missing": f"not done in {LIMIT} s"}
-        applies = sorted(spend(TOOLS[tool].call("apply", files)) for _ in range(times))
+        applies = sorted(spend(TOOLS[tool].call("apply", names)) for _ in range(times))
     except RuntimeError as error:
         return {"missing": f"failed: {str(error).strip().splitlines()[-1][:120]}"}
     return {
@@ -287,7 +206,7 @@ def yardstick(old: Path, new: Path, found: Iterable[delta.Elements]) -> float:
 def compared(folder: Path) -> dict[str, Any]:
     """Every tool on one pair."""
     (old,), (new,) = folder.glob("old.*"), folder.glob("new.*")
-    found = elements(old, new)
+    found = [e for e in files.elements(old, new) if e.kind != "bytes"]
     sizes: dict[str, int] = {}
     for e in found:
         sizes[e.kind] = sizes.get(e.kind, 0) + e.length
@@ -328,7 +247,7 @@ def scaled(folder: Path, megabytes: int) -> tuple[Path, Path]:
     old, new = (
         np.concatenate([np.fromfile(path, np.uint16, length // 2, offset=offset) for offset, length in found])
         for path in (source / "old.onnx", source / "new.onnx")
-        for found in [[(at, length) for at, length, _, shape in tensors(path).values() if shape[-1] == wide]]
+        for found in [[(t.offset, t.length) for t in files.tensors(path) if t.shape[-1:] == (wide,)]]
     )
     steps = numbers.ordered(new, kind).astype(np.int32) - numbers.ordered(old, kind)
     shape = (len(old) // wide, wide)
