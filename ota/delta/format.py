@@ -301,9 +301,9 @@ def _numbers(payload: bytes, base: BinaryIO | None, file: DeltaFile, length: int
     parts = np.split(by, np.cumsum([s.count for s in segments])[:-1])
     for i, segment in enumerate(segments):
         if segment.step is not None:  # then the streams said how many steps, and what that misses by follows
-            at_rest = parts[i] == 0
+            walked = parts[i] != 0
             before[i] = numbers.stepped(before[i], numbers.signed(parts[i]), segment.step, segment.kind)
-            for where in (at_rest, ~at_rest):
+            for where in (~walked, walked):
                 parts[i][where] = streams.decode(reader, int(np.count_nonzero(where)))
     reader.end()
     made = (numbers.moved(old, part, s.kind) for old, part, s in zip(before, parts, segments, strict=True))

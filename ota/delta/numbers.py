@@ -107,9 +107,10 @@ def stepped(old: Codes, steps: npt.NDArray[np.int32], size: np.float32, kind: Ki
     In float32, product and sum each rounded, then rounded to the kind (to nearest, ties to even), so it is the same on every machine.
     Where that would touch denormals, infinities or NaNs, which machines treat in ways of their own, the number stays as it is.
     """
-    top = (1 << (8 * kind.width - 1 - kind.mantissa)) - 1
+    at = np.flatnonzero(steps)
+    before, result = old[at], old.copy()
     with np.errstate(all="ignore"):
-        made = _as_float32(old, kind) + steps.astype(np.float32) * size
+        made = _as_float32(before, kind) + steps[at].astype(np.float32) * size
         if kind.mantissa == 10:
             found: Codes = made.astype(np.float16).view(np.uint16)
         elif kind.mantissa == 7:
@@ -117,11 +118,11 @@ def stepped(old: Codes, steps: npt.NDArray[np.int32], size: np.float32, kind: Ki
             found = ((wide + np.uint32(0x7FFF) + (wide >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
         else:
             found = made.view(np.uint32)
-    plain = np.ones(len(old), np.bool_)
-    for side in (old, found):
-        exponent = (side >> kind.dtype(kind.mantissa)) & kind.dtype(top)
-        plain &= (exponent != 0) & (exponent != top)
-    return np.where(plain, found, old)
+    top = kind.dtype((1 << (8 * kind.width - 1 - kind.mantissa)) - 1)
+    exponents = [side >> kind.dtype(kind.mantissa) & top for side in (before, found)]
+    plain = np.logical_and.reduce([(exponent != 0) & (exponent != top) for exponent in exponents])
+    result[at] = np.where(plain, found, before)
+    return result
 
 
 def _as_float32(found: Codes, kind: Kind) -> npt.NDArray[np.float32]:

@@ -41,7 +41,7 @@ MODES = {
     TOKEN: "token",
     PLANES: "planes",
 }
-MAX_DEPTH = 6  # of streams within streams
+MAX_DEPTH = 4  # of streams within streams
 DEEP = 3  # a stream that is this many streams inside others is written without another
 FEW = 1 << 12  # numbers for which trying several ways costs little
 TOKENS = 16 + 4 * 28  # numbers below 16, and four for each bit length from 5 to 32
