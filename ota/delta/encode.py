@@ -50,9 +50,10 @@ from ota.manifest import FileEntry, KiB, MiB
 MAX_BSDIFF = 2 * MiB  # bytes of a plain file for which bsdiff4 is tried; it needs four seconds for each
 WORKERS = 2  # records that are encoded at once, on any machine: memory is the bound
 LEVEL = 9  # of zstd, for what is made without a base
-SAME_RUN = 4096  # bytes that are the same are worth a record of their own from here on
+SAME_RUN = 64 * KiB  # bytes that are the same are worth a record of their own from here on
 STREAM_COST = 48  # bytes that another stream costs before it holds anything
 TOKEN_COST = 0.7  # bytes that a token adds to a Huffman table
+FAR = 0.6  # share of its bytes from which numbers are also tried without their predecessors
 SCALE_COST = 0.4  # bytes that a row's or column's scale costs
 # Shares by which the size of steps is searched, down to a float32's last bit.
 FINER = tuple(2.0**-bits for bits in (11, 14, 17, 20, 23, 24))
@@ -286,24 +287,26 @@ def _cover(elements: Sequence[Elements], size: int, old_size: int) -> Iterator[E
 def _encode_group(group: list[_Piece], new: _File, old: _File | None) -> _Record:
     first = group[0]
     made = new[first.start : group[-1].start + group[-1].length].tobytes()
-    if old is None or first.old is None:
-        return _record(ZSTD, made, 0, _compress(made, LEVEL))
-    if all(piece.same for piece in group) and len(group) == 1:
+    if first.old is not None and len(group) == 1 and first.same:
         return _record(SAME, made, first.old, b"")
-    found = _record(NUMBERS, made, 0, _numbers(group, new, old))
-    if len(found[4]) > 0.8 * len(made):
-        found = min(found, _record(ZSTD, made, 0, _compress(made, LEVEL)), key=lambda record: len(record[4]))
-    return found
+    ways = [(NUMBERS, _numbers(group, new, old))] if first.old is not None else []
+    if not ways or len(ways[0][1]) > FAR * len(made):  # so far from the old ones that they say nothing
+        ways += [(NUMBERS, _numbers(group, new, None)), (ZSTD, _compress(made, LEVEL))]
+    kind, payload = min(ways, key=lambda way: len(way[1]))
+    return _record(kind, made, 0, payload)
 
 
-def _numbers(group: list[_Piece], new: _File, old: _File) -> bytes:
-    """The payload of a record of numbers."""
+def _numbers(group: list[_Piece], new: _File, old: _File | None) -> bytes:
+    """The payload of a record of numbers; without an old file they move from 0."""
+    if old is None:
+        group = [replace(piece, old=None) for piece in group]
     segments: list[Segment] = []
     values: list[streams.Numbers] = []
     found: list[npt.NDArray[np.uint8]] = []
     missed: list[streams.Numbers] = []
     for piece in group:
-        before = numbers.codes(old[piece.old or 0 : (piece.old or 0) + piece.length].tobytes(), piece.kind)
+        known = old[piece.old : piece.old + piece.length].tobytes() if old and piece.old is not None else bytes(piece.length)
+        before = numbers.codes(known, piece.kind)
         after = numbers.codes(new[piece.start : piece.start + piece.length].tobytes(), piece.kind)
         said = _guess(piece, after, before)
         segments.append(said.segment)
@@ -314,14 +317,18 @@ def _numbers(group: list[_Piece], new: _File, old: _File) -> bytes:
     stream_of = _share(_histogram(classes, streams.tokens(together)[0]))[1]
     count = int(stream_of.max()) + 1
     rest = b"".join(map(streams.encode, missed))
-    if count == 1:
+    made: list[bytes] = []
+    if count == 1 or old is None:  # in one stream, where zstd may find what contexts do not tell
+        plain = pack_table([replace(segment, rows=None, columns=None) for segment in segments], None)
         width = max(piece.kind.width for piece in group)
-        return pack_table(segments, None) + min(streams.encode(together), streams.planes(together, width), key=len) + rest
-    ids = stream_of[classes]
-    apart = together[np.argsort(ids, kind="stable")]
-    ends = np.cumsum(np.bincount(ids, minlength=count))
-    parts = [streams.encode(apart[start:stop]) for start, stop in pairwise([0, *ends.tolist()])]
-    return pack_table(segments, stream_of) + b"".join(parts) + rest
+        made += [plain + streams.encode(together) + rest, plain + streams.planes(together, width) + rest]
+    if count > 1:
+        ids = stream_of[classes]
+        apart = together[np.argsort(ids, kind="stable")]
+        ends = np.cumsum(np.bincount(ids, minlength=count))
+        parts = [streams.encode(apart[start:stop]) for start, stop in pairwise([0, *ends.tolist()])]
+        made.append(pack_table(segments, stream_of) + b"".join(parts) + rest)
+    return min(made, key=len)
 
 
 @dataclass(frozen=True)
@@ -338,7 +345,7 @@ def _guess(piece: _Piece, after: numbers.Codes, before: numbers.Codes) -> _Said:
     """The cheaper of two descriptions of how the numbers of a piece moved: each for itself, or by steps of one size."""
     change = numbers.changes(after, before, piece.kind)
     said = _scaled(piece, change, before, numbers.difference(after, before, piece.kind), None)
-    step = _step(change, after, before, piece.kind) if piece.kind.mantissa else None
+    step = _step(change, after, before, piece.kind) if piece.kind.mantissa and piece.old is not None else None
     if step is None:
         return said
     with np.errstate(over="ignore"):
@@ -357,7 +364,7 @@ def _scaled(
     row = piece.row if 1 < piece.row < len(before) else 0
     distance = np.abs(change) / (1.0 if step is None else float(step))
     mean = distance.mean() if len(distance) else 0.0
-    plain = Segment(piece.kind, piece.length, row or len(before) or 1, piece.old or 0, NEVER, None, None, step)
+    plain = Segment(piece.kind, piece.length, row or len(before) or 1, piece.old, NEVER, None, None, step)
     if not mean:
         return _Said(plain, moved, [], 0.0)
     plain = replace(plain, scale=int(_half_octaves(mean)))

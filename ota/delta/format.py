@@ -48,7 +48,7 @@ PREFIX = struct.Struct("<7sBI")  # magic, version, header length
 RECORD = struct.Struct("<IIIQ16s")  # kind, new length, payload length, base offset, check
 _TABLE = struct.Struct("<HB")  # segments, streams
 _SEGMENT = struct.Struct("<BBhIIQ")  # kind, flags, scale, bytes, numbers in a row, base offset
-_ROWS, _COLUMNS, _STEPS = 1, 2, 4  # flags
+_ROWS, _COLUMNS, _STEPS, _NEW = 1, 2, 4, 8  # flags
 _STEP = struct.Struct("<f")
 SAME, NUMBERS, ZSTD, BSDIFF = range(4)
 KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff"}
@@ -95,7 +95,7 @@ class Segment:
     kind: Kind
     length: int  # bytes
     row: int  # numbers
-    old: int  # where their predecessors lie
+    old: int | None  # where their predecessors lie; None: they have none, and move from 0
     scale: int
     rows: Scales | None
     columns: Scales | None
@@ -122,8 +122,13 @@ def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | N
     made = _TABLE.pack(len(segments), 1 if stream_of is None else int(stream_of.max()) + 1)
     made += b"" if stream_of is None else stream_of.tobytes()
     for s in segments:
-        flags = (_ROWS * (s.rows is not None)) | (_COLUMNS * (s.columns is not None)) | (_STEPS * (s.step is not None))
-        made += _SEGMENT.pack(s.kind.code, flags, s.scale, s.length, s.row, s.old)
+        flags = (
+            (_ROWS * (s.rows is not None))
+            | (_COLUMNS * (s.columns is not None))
+            | (_STEPS * (s.step is not None))
+            | (_NEW * (s.old is None))
+        )
+        made += _SEGMENT.pack(s.kind.code, flags, s.scale, s.length, s.row, s.old or 0)
     for s in segments:
         made += b"".join(scales.astype(np.int8).tobytes() for scales in (s.rows, s.columns) if scales is not None)
         made += b"" if s.step is None else _STEP.pack(s.step)
@@ -289,7 +294,8 @@ def _numbers(payload: bytes, base: BinaryIO | None, file: DeltaFile, length: int
     """What a record of numbers makes."""
     reader = streams.Reader(payload)
     segments, stream_of, count = _read_table(reader, length)
-    before = [numbers.codes(_base_range(base, file, s.old, s.length), s.kind) for s in segments]
+    ranges = [bytes(s.length) if s.old is None else _base_range(base, file, s.old, s.length) for s in segments]
+    before = [numbers.codes(data, s.kind) for data, s in zip(ranges, segments, strict=True)]
     if count == 1:
         by = streams.decode(reader, sum(s.count for s in segments))
     else:
@@ -323,9 +329,9 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
     segments: list[Segment] = []
     for code, flags, scale, size, row, old in rows:
         kind = KIND_OF_CODE.get(code)
-        if kind is None or flags > (_ROWS | _COLUMNS | _STEPS) or abs(scale) > MAX_SCALE or size % kind.width:
+        if kind is None or flags > (_ROWS | _COLUMNS | _STEPS | _NEW) or abs(scale) > MAX_SCALE or size % kind.width:
             raise DeltaError("a record of the delta describes numbers in an unknown way; update the agent")
-        segment = Segment(kind, size, row, old, scale, None, None)
+        segment = Segment(kind, size, row, None if flags & _NEW else old, scale, None, None)
         if not 0 < row <= segment.count:  # scales are spread over whole rows, so a row is as good as an allocation
             raise DeltaError("a record of the delta has a row that is empty or longer than its numbers; fetch it again")
         segments.append(segment)
