@@ -462,6 +462,15 @@ def test_arbitrary_bytes_refused(data):
             delta.read_header(io.BytesIO(start + data))
 
 
+def test_header_that_is_not_canonical_refused(patch):
+    length = container.PREFIX.unpack_from(patch)[2]
+    header, rest = patch[container.PREFIX.size :][:length], patch[container.PREFIX.size + length :]
+    for other in (header.replace(b",", b", ", 1), header[:-1] + b',"base":"' + b"c" * 64 + b'"}', header + b" "):
+        start = container.PREFIX.pack(container.MAGIC, container.VERSION, len(other))
+        with pytest.raises(DeltaError, match="header is damaged"):
+            delta.read_header(io.BytesIO(start + other + rest))
+
+
 @pytest.mark.parametrize(("keep", "add"), [(slice(-1), b""), (slice(None), b"\0"), (slice(0), b""), (slice(None, None, -1), b"")])
 def test_wrong_base_is_noticed(patch, cases, keep, add):
     others = [Case(case.new, case.old[keep] + add, case.elements, case.role) for case in cases]
@@ -715,6 +724,9 @@ def gap(zeros: int) -> bytes:
         pytest.param(table(words(), more=b"x"), "goes on after its end", id="table goes on"),
         pytest.param(table(words(), bytes={2: 0}), "a stream that it does not have", id="no stream"),
         pytest.param(table(words(), stream_of=TWO, bytes={10: 2}), "a stream that it does not have", id="third of two streams"),
+        pytest.param(
+            table(words(), stream_of=TWO, bytes={2: 65}), "a stream that it does not have", id="more streams than contexts"
+        ),
         pytest.param(table(words(old=4)), "bytes that its base does not have", id="past the end"),
         pytest.param(table(words(old=2**64 - 1)), "bytes that its base does not have", id="far past the end"),
         pytest.param(table(words()), "ends too early", id="stream missing"),

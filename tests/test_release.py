@@ -467,6 +467,7 @@ def test_delta_is_proved_before_use(bundles, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle_module.delta, "build", faulty)
     with pytest.raises(DeltaError):
         make_delta(bundles["first"], bundles["second"], tmp_path)
+    assert list(tmp_path.iterdir()) == []  # nothing unproved is left where deltas are taken from
 
 
 def test_delta_over_another_graph_still_follows_the_weights(bundles, export, tmp_path):

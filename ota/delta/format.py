@@ -157,9 +157,12 @@ def read_header(patch: BinaryIO) -> Header:
         raise DeltaError(f"the delta's header claims {length} bytes, more than {MAX_HEADER}")
     data = _exactly(patch, length)
     try:
-        return parse(Header, data, MAX_HEADER)
+        header = parse(Header, data, MAX_HEADER)
     except ManifestError as error:
         raise DeltaError(f"the delta's header is damaged: {error}") from error
+    if header.canonical() != data:  # two readers of other bytes might not agree, say on a key that comes twice
+        raise DeltaError("the delta's header is damaged: it is not canonical JSON; fetch it again")
+    return header
 
 
 def apply(patch: BinaryIO, header: Header, open_base: OpenBase, open_output: OpenOutput) -> None:
@@ -323,7 +326,7 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
     if segments_count > MAX_SEGMENTS:
         raise DeltaError("a record of the delta has more segments than it may; fetch it again")
     stream_of = np.frombuffer(table.take(CONTEXTS if count > 1 else 0), np.uint8)
-    if not count or (stream_of >= count).any():
+    if not 0 < count <= CONTEXTS or (stream_of >= count).any():
         raise DeltaError("a record of the delta names a stream that it does not have; fetch it again")
     rows = [_SEGMENT.unpack(table.take(_SEGMENT.size)) for _ in range(segments_count)]
     segments: list[Segment] = []

@@ -139,8 +139,12 @@ def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
         pairs.append(delta.Pair(entry, new, old, elements))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{base.manifest.digest}.{target.manifest.digest}"
-    built = delta.build(pairs, base.manifest.digest, target.manifest.digest, path)
-    _prove(path, base, target)
+    try:
+        built = delta.build(pairs, base.manifest.digest, target.manifest.digest, path)
+        _prove(path, base, target)
+    except BaseException:
+        path.unlink(missing_ok=True)  # what is not proved must not lie where deltas are taken from
+        raise
     if built.size >= target.manifest.size:
         path.unlink()
         return None
