@@ -303,6 +303,7 @@ def _numbers(group: list[_Piece], new: _File, old: _File | None) -> bytes:
     segments: list[Segment] = []
     values: list[streams.Numbers] = []
     found: list[npt.NDArray[np.uint8]] = []
+    token: list[npt.NDArray[np.uint8]] = []
     missed: list[streams.Numbers] = []
     for piece in group:
         known = old[piece.old : piece.old + piece.length].tobytes() if old and piece.old is not None else bytes(piece.length)
@@ -311,10 +312,11 @@ def _numbers(group: list[_Piece], new: _File, old: _File | None) -> bytes:
         said = _guess(piece, after, before)
         segments.append(said.segment)
         values.append(said.values)
+        token.append(said.token)
         found.append(said.segment.contexts(before))
         missed += said.missed
     together, classes = np.concatenate(values), np.concatenate(found)
-    stream_of = _share(_histogram(classes, streams.tokens(together)[0]))[1]
+    stream_of = _share(_histogram(classes, np.concatenate(token)))[1]
     count = int(stream_of.max()) + 1
     rest = b"".join(map(streams.encode, missed))
     made: list[bytes] = []
@@ -337,6 +339,7 @@ class _Said:
 
     segment: Segment
     values: streams.Numbers
+    token: npt.NDArray[np.uint8]  # of the values
     missed: list[streams.Numbers]
     cost: float
 
@@ -366,7 +369,7 @@ def _scaled(
     mean = distance.mean() if len(distance) else 0.0
     plain = Segment(piece.kind, piece.length, row or len(before) or 1, piece.old, NEVER, None, None, step)
     if not mean:
-        return _Said(plain, moved, [], 0.0)
+        return _Said(plain, moved, streams.tokens(moved)[0], [], 0.0)
     plain = replace(plain, scale=int(_half_octaves(mean)))
     ways = [plain]
     if row:
@@ -380,7 +383,7 @@ def _scaled(
         return float(_entropy(_histogram(segment.contexts(before), token)).sum()) + SCALE_COST * sides
 
     best = min(ways, key=cost)
-    return _Said(best, moved, [], cost(best) + int(below.sum(dtype=np.int64)) / 8)
+    return _Said(best, moved, token, [], cost(best) + int(below.sum(dtype=np.int64)) / 8)
 
 
 def _alone(values: streams.Numbers) -> float:

@@ -19,6 +19,7 @@ sum is 0.5 to 3 % above their entropy.
 from __future__ import annotations
 
 import struct
+import threading
 from typing import Any
 
 import numpy as np
@@ -114,9 +115,20 @@ class Reader:
             raise DeltaError("a record of the delta goes on after its end; fetch it again")
 
 
-def frame(data: Bytes | bytes, parameters: zstandard.ZstdCompressionParameters = _HUFFMAN) -> bytes:
-    """A zstd frame with its length before it."""
-    packed = zstandard.ZstdCompressor(compression_params=parameters).compress(bytes(data))
+class _Compressors(threading.local):
+    """For each thread its own, as they are not to be shared; making one costs as much as packing a thousand bytes."""
+
+    def __init__(self) -> None:
+        self.huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN)
+        self.repeats = zstandard.ZstdCompressor(compression_params=_REPEATS)
+
+
+_COMPRESSORS = _Compressors()
+
+
+def frame(data: Bytes | bytes, repeats: bool = False) -> bytes:
+    """A zstd frame with its length before it; with `repeats` zstd looks for them."""
+    packed = (_COMPRESSORS.repeats if repeats else _COMPRESSORS.huffman).compress(bytes(data))
     return _LENGTH.pack(len(packed)) + packed
 
 
@@ -155,7 +167,7 @@ def planes(values: Numbers, width: int) -> bytes:
     if not len(values):
         return _HEAD.pack(ZERO, 0)
     found = [(values >> np.uint32(8 * i)).astype(np.uint8) for i in reversed(range(width))]
-    return _HEAD.pack(PLANES, width) + frame(np.concatenate(found), _REPEATS)
+    return _HEAD.pack(PLANES, width) + frame(np.concatenate(found), repeats=True)
 
 
 def _as(values: Numbers, mode: int, aside: int, depth: int) -> bytes:
