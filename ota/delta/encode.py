@@ -129,7 +129,7 @@ def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
     files = [
         DeltaFile(
             target=pair.entry,
-            base=_sha256(pair.old) if pair.old else None,
+            base=sha256_of(pair.old) if pair.old else None,
             base_size=pair.old.stat().st_size if pair.old else 0,
             records=len(plan),
         )
@@ -382,8 +382,10 @@ def _scaled(
         sides = sum(len(side) for side in (segment.rows, segment.columns) if side is not None)
         return float(_entropy(_histogram(segment.contexts(before), token)).sum()) + SCALE_COST * sides
 
-    best = min(ways, key=cost)
-    return _Said(best, moved, token, [], cost(best) + int(below.sum(dtype=np.int64)) / 8)
+    costs = [cost(way) for way in ways]
+    cheapest = min(costs)
+    best = ways[costs.index(cheapest)]
+    return _Said(best, moved, token, [], cheapest + int(below.sum(dtype=np.int64)) / 8)
 
 
 def _alone(values: streams.Numbers) -> float:
@@ -530,6 +532,7 @@ def _compress(data: bytes, level: int) -> bytes:
     return zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False).compress(data)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,6 @@ everything else is bytes. Nothing depends on finding them but the size: every fi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
@@ -326,7 +325,6 @@ def _varint(data: mmap.mmap, at: int, stop: int) -> tuple[int, int]:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return encode.sha256_of(path)
     except OSError as error:
         raise OperatorError(f"{path} cannot be read: {error.strerror}; check its name") from error

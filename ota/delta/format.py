@@ -24,7 +24,6 @@ from typing import BinaryIO
 import bsdiff4
 import numpy as np
 import numpy.typing as npt
-import zstandard
 from pydantic import Field
 
 from ota.delta import numbers, streams
@@ -358,18 +357,7 @@ def _decode(kind: int, payload: bytes, old: bytes, length: int) -> bytes:
         return old
     if kind == BSDIFF:
         return _bsdiff(payload, old, length)
-    return _decompress(payload, length)
-
-
-def _decompress(payload: bytes, length: int) -> bytes:
-    """zstd, only if the frame says beforehand that it unpacks to exactly `length` bytes."""
-    try:
-        if zstandard.get_frame_parameters(payload).content_size != length:
-            raise DeltaError("a record of the delta unpacks to another length than it claims")
-        # One frame and nothing after it: what follows would be carried but never checked.
-        return zstandard.ZstdDecompressor().decompress(payload, max_output_size=length, allow_extra_data=False)
-    except (zstandard.ZstdError, ValueError) as error:
-        raise DeltaError("a record of the delta cannot be unpacked; fetch it again") from error
+    return streams.unpack(payload, length)
 
 
 def _bsdiff(payload: bytes, old: bytes, length: int) -> bytes:

@@ -64,12 +64,41 @@ _UNPACKED = {
 }
 
 
+class _Zstd(threading.local):
+    """For each thread its own, as they are not to be shared; making one costs as much as packing a thousand bytes."""
+
+    def __init__(self) -> None:
+        self.huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN)
+        self.repeats = zstandard.ZstdCompressor(compression_params=_REPEATS)
+        self.unpacker = zstandard.ZstdDecompressor()
+
+
+_ZSTD = _Zstd()
+
+
+def unpack(packed: bytes | memoryview, size: int | None, limit: int = 0) -> bytes:
+    """What one zstd frame holds; it must claim and hold `size` bytes, or if that is not known at most `limit`, and never none.
+
+    Raises:
+        DeltaError: it does not.
+    """
+    try:
+        claimed = zstandard.get_frame_parameters(packed).content_size
+        # zstandard looks no further into a frame that claims to be empty, and no writer needs one.
+        if not claimed or (claimed != size if size is not None else claimed > limit):
+            raise DeltaError("a record of the delta unpacks to another length than it claims")
+        # One frame and nothing after it: what follows would be carried but never checked.
+        made: bytes = _ZSTD.unpacker.decompress(packed, max_output_size=claimed, allow_extra_data=False)
+    except (zstandard.ZstdError, ValueError) as error:
+        raise DeltaError("a record of the delta cannot be unpacked; fetch it again") from error
+    return made
+
+
 class Reader:
     """Bytes that are consumed from the front, and never more of them than there are."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = memoryview(data), 0
-        self._unpacker = zstandard.ZstdDecompressor()
 
     def take(self, count: int) -> memoryview:
         """The next bytes.
@@ -93,17 +122,7 @@ class Reader:
         Raises:
             DeltaError: it does not.
         """
-        packed = self.take(self.number())
-        try:
-            claimed = zstandard.get_frame_parameters(packed).content_size
-            # zstandard looks no further into a frame that claims to be empty, and no writer needs one.
-            if not claimed or (claimed != size if size is not None else claimed > limit):
-                raise DeltaError("a record of the delta unpacks to another length than it claims")
-            # One frame and nothing after it: what follows would be carried but never checked.
-            made = self._unpacker.decompress(packed, max_output_size=claimed, allow_extra_data=False)
-        except (zstandard.ZstdError, ValueError) as error:
-            raise DeltaError("a record of the delta cannot be unpacked; fetch it again") from error
-        return np.frombuffer(made, np.uint8)
+        return np.frombuffer(unpack(self.take(self.number()), size, limit), np.uint8)
 
     def end(self) -> None:
         """Nothing may be left.
@@ -115,20 +134,9 @@ class Reader:
             raise DeltaError("a record of the delta goes on after its end; fetch it again")
 
 
-class _Compressors(threading.local):
-    """For each thread its own, as they are not to be shared; making one costs as much as packing a thousand bytes."""
-
-    def __init__(self) -> None:
-        self.huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN)
-        self.repeats = zstandard.ZstdCompressor(compression_params=_REPEATS)
-
-
-_COMPRESSORS = _Compressors()
-
-
 def frame(data: Bytes | bytes, repeats: bool = False) -> bytes:
     """A zstd frame with its length before it; with `repeats` zstd looks for them."""
-    packed = (_COMPRESSORS.repeats if repeats else _COMPRESSORS.huffman).compress(bytes(data))
+    packed = (_ZSTD.repeats if repeats else _ZSTD.huffman).compress(bytes(data))
     return _LENGTH.pack(len(packed)) + packed
 
 
