@@ -526,22 +526,33 @@ def delta_inspect(
     of: Annotated[
         Path | None, typer.Option("--of", help="The file that it makes, to call tensors by their names.", show_default=False)
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--from", help="The file that it starts from, to say what each tensor costs.", show_default=False),
+    ] = None,
     graph: Graph = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw it, into a file named .svg or .png.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a delta is made of."""
+    """Show what a delta is made of: by record, and with --of and --from by tensor."""
     with _errors():
         from ota.delta import files
 
-        header, parts = files.inspect(patch, of, graph)
+        header, parts = files.inspect(patch, of, graph, base)
+        if plot:
+            from ota.release import picture
+
+            picture.draw(parts, plot)
         total = sum(part.size for part in parts) or 1
         rows = [f"{'kind':8} {'offset':>13} {'makes':>10} {'costs':>10} {'share':>6}  holds"]
         for part in parts:
-            holds = ", ".join(f"{count:,} {kind}" for kind, count in part.numbers.items())
-            holds += f" in {part.streams} streams" if part.streams > 1 else ""
+            holds = ", ".join(f"{count:,} {what}" for what, count in part.holds.items())
+            holds += f" in {part.streams} streams" if part.streams > 1 and base is None else ""
             names = ", ".join(part.tensors[:3]) + (f" and {len(part.tensors) - 3} more" if len(part.tensors) > 3 else "")
             rows.append(
-                f"{part.kind:8} {part.offset:>13,} {part.length:>10,} {part.size:>10,} {part.size / total:>6.1%}  {'; '.join(filter(None, (holds, names)))}".rstrip()
+                f"{part.kind:8} {part.offset:>13,} {part.length:>10,} {part.size:>10,.0f} {part.size / total:>6.1%}  {'; '.join(filter(None, (holds, names)))}".rstrip()
             )
         value = {"base": header.base, "target": header.target, "parts": [asdict(part) for part in parts]}
         _answer(as_json, value, "\n".join(rows))

@@ -17,7 +17,7 @@
     └── OperatorError        a key, store or name handed in on the factory's side does not fit
 
 `TrustError` and `GateError` are final for a release; `TransferError` is not. Each message is one sentence that says what
-to do next. Nothing foreign crosses the package's boundary: errors of python-tuf, urllib3, zstandard, bsdiff4, ONNX
+to do next. Nothing foreign crosses the package's boundary: errors of python-tuf, urllib3, zstd, bsdiff4, ONNX
 Runtime and the operating system arrive as one of these, with the original as `__cause__`.
 """
 

@@ -971,28 +971,28 @@ def test_broken_download_is_resumed(offered, web, bundles):
 
 def test_download_resumed_by_next_agent(offered, web, bundles, step, monkeypatch):
     monkeypatch.setattr("ota.agent.transport.ATTEMPTS", 1)
-    web.faults.cut_after = {f".{digest(bundles['second'])}": 50_000}
+    web.faults.cut_after = {f".{digest(bundles['second'])}": 20_000}
     with untouched(offered.device, TransferError, "will be resumed", marks=False):
         offered.device.update()
     (part,) = (offered.device.root / "incoming").iterdir()
-    assert part.stat().st_size == 50_000
+    assert part.stat().st_size == 20_000
     assert made_by(offered, bundles["second"]) == "delta"
-    assert [request.first for request in web.asked(f".{digest(bundles['second'])}")] == [0, 50_000]
+    assert [request.first for request in web.asked(f".{digest(bundles['second'])}")] == [0, 20_000]
     assert web.bytes_sent(f".{digest(bundles['second'])}") == step.stat().st_size
 
 
 def test_server_without_ranges_works(offered, web, bundles, step):
-    web.faults.cut_after = {f".{digest(bundles['second'])}": 50_000}
+    web.faults.cut_after = {f".{digest(bundles['second'])}": 20_000}
     web.faults.ignore_range = True
     assert made_by(offered, bundles["second"]) == "delta"
-    assert web.bytes_sent(f".{digest(bundles['second'])}") == 50_000 + step.stat().st_size
+    assert web.bytes_sent(f".{digest(bundles['second'])}") == 20_000 + step.stat().st_size
 
 
 def test_body_of_unknown_length_works(offered, web, bundles):
     web.faults.chunked = True
-    web.faults.cut_after = {f".{digest(bundles['second'])}": 50_000}
+    web.faults.cut_after = {f".{digest(bundles['second'])}": 20_000}
     assert made_by(offered, bundles["second"]) == "delta"
-    assert [request.first for request in web.asked(f".{digest(bundles['second'])}")] == [0, 50_000]
+    assert [request.first for request in web.asked(f".{digest(bundles['second'])}")] == [0, 20_000]
 
 
 def test_damaged_part_is_fetched_anew(offered, web, bundles, step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import hashlib
 import io
+import math
 import struct
 import threading
 import time
@@ -12,6 +13,7 @@ import tracemalloc
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,14 +21,14 @@ import bsdiff4
 import numpy as np
 import pytest
 import torch
-import zstandard
+from backports import zstd
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ota import delta
-from ota.delta import DeltaFile, Elements, Header, Pair, encode, numbers, streams
+from ota.delta import DeltaFile, Elements, Header, Pair, encode, lowrank, numbers, streams
 from ota.delta import format as container
-from ota.delta.format import BSDIFF, NUMBERS, SAME, ZSTD, Segment, pack_table
+from ota.delta.format import BESIDE, BSDIFF, NUMBERS, SAME, ZSTD, Product, Segment, pack_table
 from ota.delta.numbers import KINDS, KindName
 from ota.errors import BaseError, DeltaError
 from ota.manifest import MAX_WEIGHTS, FileEntry, KiB, MiB
@@ -169,7 +171,7 @@ def test_chunk_borders_come_back(tmp_path, monkeypatch, kind, row, extra):
     old = new.copy()
     old[::7] += 1
     patch = round_trip([Case(new.tobytes(), old.tobytes(), [stretch(0, new.nbytes, kind, row)])], tmp_path)
-    assert delta.read_header(io.BytesIO(patch)).files[0].records > 4
+    assert len(kinds_of(patch)) > 4
 
 
 @pytest.mark.parametrize(("kind", "share"), [("float32", 0.6), ("int4", 0.4)])
@@ -254,6 +256,92 @@ def test_update_on_a_grid_costs_what_its_steps_tell(tmp_path, kind):
     assert len(patch) < 1.06 * entropy + 800
 
 
+# Products of thin matrices
+
+
+def factors(draw: Any, *shape: int) -> Any:
+    most = numbers.MAX_FACTOR
+    return np.array(
+        draw(st.lists(st.integers(-most, most), min_size=math.prod(shape), max_size=math.prod(shape))), np.int32
+    ).reshape(shape)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bytes"])
+@given(data=st.data())
+def test_any_product_is_undone(kind, data):
+    size = 16 if kind == "int4" else 2 ** (8 * KINDS[kind].width)
+    codes = st.integers(0, size - 1) | st.sampled_from([code % size for code in special_codes(kind)])
+    old, new = (
+        np.array(data.draw(st.lists(codes, min_size=8, max_size=8)), KINDS[kind].dtype) for _ in range(2)
+    )  # 3 rows, the last short
+    left, right = factors(data.draw, 3, 2), factors(data.draw, 2, 3)
+    exponent = data.draw(st.integers(-container.MAX_EXPONENT, container.MAX_EXPONENT))
+    there = numbers.predicted(old, left, right, exponent, KINDS[kind])
+    assert (numbers.moved(there, numbers.difference(new, there, KINDS[kind]), KINDS[kind]) == new).all()
+    special = numbers.values(old, KINDS[kind])
+    assert (there == old)[~np.isfinite(special)].all()
+    # In Python's own integers; for int4 and int8 down to the last rounding.
+    if not KINDS[kind].mantissa:
+        low, high = (-8, 7) if kind == "int4" else (-128, 127)
+        for i, code in enumerate(old.tolist()):
+            value = (code ^ (size // 2)) - size // 2
+            product = sum(int(left[i // 3, k]) * int(right[k, i % 3]) for k in range(2))
+            wanted = min(max(value + round(Fraction(product) * Fraction(2) ** exponent), low), high)
+            assert there[i] == wanted % size
+
+
+def test_product_does_not_depend_on_who_multiplies():
+    """Sums are never rounded, so their order, and with it the library and the machine, does not matter."""
+    rng = np.random.default_rng(0)
+    most = numbers.MAX_FACTOR
+    left, right = rng.integers(-most, most + 1, (200, 16), np.int32), rng.integers(-most, most + 1, (16, 300), np.int32)
+    old = rng.normal(size=60_000).astype(np.float32).view(np.uint32)
+    once = numbers.predicted(old, left, right, -50, KINDS["float32"])
+    order = rng.permutation(16)
+    assert (numbers.predicted(old, left[:, order], right[order], -50, KINDS["float32"]) == once).all()
+    exact = sum(int(a) * int(b) for a, b in zip(left[7], right[:, 11], strict=True))
+    assert once.view(np.float32)[7 * 300 + 11] == old.view(np.float32)[7 * 300 + 11] + np.float32(exact * 2.0**-50)
+
+
+def low_rank(rank: int, m: int = 128, n: int = 192, scale: float = 1e-3) -> tuple[Any, Any]:
+    rng = np.random.default_rng(rank)
+    old = rng.normal(scale=0.1, size=(m, n)).astype(np.float32)
+    change = rng.normal(size=(m, rank)).astype(np.float32) @ rng.normal(size=(rank, n)).astype(np.float32)
+    return old, old + np.float32(scale) * change
+
+
+@pytest.mark.parametrize("rank", [1, 4, 12])
+def test_merged_low_rank_update_costs_its_factors(tmp_path, rank):
+    old, new = low_rank(rank)
+    patch = round_trip([Case(new.tobytes(), old.tobytes(), [stretch(0, new.nbytes, "float32", 192)])], tmp_path)
+    plain = round_trip([Case(new.tobytes(), old.tobytes(), [stretch(0, new.nbytes, "float32")])], tmp_path)
+    assert len(patch) < 3.2 * rank * sum(new.shape) + 0.13 * new.nbytes
+    assert len(patch) < 0.5 * len(plain)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-5])
+def test_same_factors_whatever_multiplies(scale):
+    """Rows in another order are other sums to a library, and the same integers to us."""
+    old, new = low_rank(3, scale=scale)
+    change = (new - old).astype(np.float64)
+    found, again = lowrank.find(change.copy(), 2.0**-27), lowrank.find(np.asfortranarray(change), 2.0**-27)
+    assert found
+    assert again
+    assert (found.rank, found.exponent) == (again.rank, again.exponent)
+    assert (found.left == again.left).all()
+    assert (found.right == again.right).all()
+
+
+def test_no_product_in_noise():
+    assert lowrank.find(np.random.default_rng(0).normal(size=(128, 192)), 1e-6) is None
+
+
+@pytest.mark.parametrize("value", [0.0, np.inf, np.nan, 1e300, 5e-324])
+def test_no_product_in_what_is_no_change(value):
+    with np.errstate(all="ignore"):
+        assert lowrank.find(np.full((64, 64), value), 1e-6) is None
+
+
 # Streams of small numbers
 
 
@@ -309,8 +397,8 @@ def test_same_file_costs_nothing(tmp_path, role):
     case = Case(data, data, [stretch(0, 4000, "float32")] if role == "weights" else (), role)
     patch = round_trip([case], tmp_path)
     stream = io.BytesIO(patch)
-    header = delta.read_header(stream)
-    assert len(stream.read()) == header.files[0].records * container.RECORD.size
+    delta.read_header(stream)
+    assert len(stream.read()) == len(kinds_of(patch)) * container.RECORD.size
 
 
 def test_small_steps_cost_less_than_values(tmp_path):
@@ -364,7 +452,7 @@ def test_very_many_small_tensors_come_back(tmp_path):
     new = old + np.uint8(1)
     rows = [stretch(i, 1, "int8") for i in range(len(new))]
     patch = round_trip([Case(new.tobytes(), old.tobytes(), rows)], tmp_path)
-    assert delta.read_header(io.BytesIO(patch)).files[0].records == -(-len(new) // container.MAX_SEGMENTS)
+    assert len(kinds_of(patch)) == -(-len(new) // container.MAX_SEGMENTS)
 
 
 def test_more_records_than_a_file_may_have_not_built(tmp_path, monkeypatch):
@@ -385,7 +473,7 @@ def test_two_records_at_once_on_any_machine(monkeypatch):
         with lock:
             now[0] -= 1
 
-    list(encode._side_by_side([call] * 12))
+    list(encode._side_by_side([call] * encode.MANY))
     assert most[0] == 2
 
 
@@ -410,26 +498,30 @@ def small_table() -> Case:
     return Case(old[:100] + b"!" + old[101:] + b"more", old, role="sampler")
 
 
+def small_graph() -> Case:
+    """A file whose bytes moved by a little here and there, at which bsdiff is best."""
+    old = np.random.default_rng(3).integers(0, 256, 3000).astype(np.uint8)
+    new = old.copy()
+    new[::9] += 1
+    return Case(new.tobytes(), old.tobytes(), role="graph")
+
+
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    return [small_weights(), small_table()]
+    return [small_weights(), small_table(), small_graph()]
 
 
 @pytest.fixture(scope="module")
 def patch(cases, tmp_path_factory) -> bytes:
     made = round_trip(cases, tmp_path_factory.mktemp("small"))
-    assert kinds_of(made) == {SAME, NUMBERS, ZSTD, BSDIFF}
+    assert set(kinds_of(made)) == {SAME, NUMBERS, ZSTD, BSDIFF, BESIDE}
     return made
 
 
-def kinds_of(patch: bytes) -> set[int]:
+def kinds_of(patch: bytes) -> list[int]:
+    """Of every record."""
     stream = io.BytesIO(patch)
-    found = set()
-    for _ in range(sum(file.records for file in delta.read_header(stream).files)):
-        kind, _, payload, _, _ = container.RECORD.unpack(stream.read(container.RECORD.size))
-        stream.read(payload)
-        found.add(kind)
-    return found
+    return [record.kind for file in delta.read_header(stream).files for record in container.records(stream, file)]
 
 
 def test_cut_at_every_byte_refused(patch, cases):
@@ -448,6 +540,22 @@ def test_every_flipped_bit_harmless(patch, cases):
             assert apply(bytes(damaged), cases) == wanted, f"bit {bit} makes another file"
             accepted += 1
     assert accepted < 0.05 * 8 * len(patch)
+
+
+def test_every_flipped_bit_of_a_product_harmless():
+    rng = np.random.default_rng(0)
+    sides = rng.integers(-9, 10, (10, 2), np.int32), rng.integers(-9, 10, (2, 10), np.int32)
+    segment = words(product=Product(2, -3, *sides))
+    old = rng.normal(size=100).astype(np.float32)
+    new = segment.before(old.view(np.uint32)).tobytes()
+    case = Case(new, old.tobytes(), WEIGHTS.elements)
+    patch = crafted(case, Record(NUMBERS, pack_table([segment], None) + ALL_ZERO, new))
+    assert apply(patch, [case]) == [new]
+    for bit in range(8 * (len(patch) - container.RECORD.size - 300), 8 * len(patch)):
+        damaged = bytearray(patch)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with suppress(DeltaError, BaseError):
+            assert apply(bytes(damaged), [case]) == [new], f"bit {bit} makes another file"
 
 
 def test_bytes_after_the_end_refused(patch, cases):
@@ -527,7 +635,7 @@ class Record:
 
 def crafted(case: Case, *records: Record, **fields: Any) -> bytes:
     """A delta for one file with records of one's own."""
-    file = DeltaFile(target=case.entry, base=sha(case.old or b""), base_size=len(case.old or b""), records=len(records))
+    file = DeltaFile(target=case.entry, base=sha(case.old or b""), base_size=len(case.old or b""))
     header = Header(base=BASE, target=TARGET, files=[file.model_copy(update=fields)]).canonical()
     return container.PREFIX.pack(container.MAGIC, container.VERSION, len(header)) + header + b"".join(r.pack() for r in records)
 
@@ -546,7 +654,7 @@ WEIGHTS = Case(NEW, NEW[::-1], [stretch(0, 400, "float32")])
 
 
 def frame(data: bytes, *, size: bool = True) -> bytes:
-    return zstandard.ZstdCompressor(write_content_size=size).compress(data)
+    return zstd.compress(data, options={zstd.CompressionParameter.content_size_flag: int(size)})
 
 
 def lying_frame(data: bytes, claimed: int) -> bytes:
@@ -576,12 +684,46 @@ def test_crafted_delta_can_be_right():
         pytest.param(lying_frame(NEW[:300], 400), "cannot be unpacked", id="claims right and holds less"),
         pytest.param(frame(NEW) + b"x", "cannot be unpacked", id="goes on after the frame"),
         pytest.param(frame(NEW) + frame(bytes(50_000)), "cannot be unpacked", id="second frame"),
-        pytest.param(struct.pack("<II", 0x184D2A50, 400) + NEW, "cannot be unpacked", id="skippable frame"),
+        pytest.param(struct.pack("<II", 0x184D2A50, 400) + NEW, "another length than it claims", id="skippable frame"),
         pytest.param(b"", "cannot be unpacked", id="empty"),
     ],
 )
 def test_zstd_bomb_refused(case, payload, sentence):
     refuse(case, Record(ZSTD, payload, NEW), sentence=sentence)
+
+
+def beside(known: int, packed: bytes) -> bytes:
+    return struct.pack("<I", known) + packed
+
+
+def test_crafted_bytes_beside_the_base_can_be_right():
+    near = streams.beside(NEW, NEW[8:], 3)
+    assert len(near) < len(frame(NEW))
+    for case in (PLAIN, WEIGHTS):
+        moved = Case(NEW, b"moved by" + NEW[8:], case.elements, case.role)
+        assert apply(crafted(moved, Record(BESIDE, near, NEW, offset=8)), [moved]) == [NEW]
+
+
+@pytest.mark.parametrize("case", [PLAIN, WEIGHTS])
+@pytest.mark.parametrize(
+    ("payload", "offset", "sentence"),
+    [
+        pytest.param(b"", 0, "ends too early", id="empty"),
+        pytest.param(beside(400, b""), 0, "cannot be unpacked", id="no frame"),
+        pytest.param(beside(401, frame(NEW)), 0, "bytes that its base does not have", id="past the end"),
+        pytest.param(beside(400, frame(NEW)), 2**64 - 1, "bytes that its base does not have", id="far past the end"),
+        pytest.param(beside(2**32 - 1, frame(NEW)), 0, "more of its base than it may", id="range without end"),
+        pytest.param(beside(7, frame(NEW)), 0, "cannot be unpacked", id="range too short"),
+        pytest.param(beside(400, frame(bytes(50_000_000))), 0, "another length than it claims", id="bomb"),
+        pytest.param(beside(400, frame(NEW) + frame(NEW)), 0, "cannot be unpacked", id="second frame"),
+        pytest.param(streams.beside(NEW, NEW[::-1], 3), 1, "bytes that its base does not have", id="elsewhere"),
+        pytest.param(
+            streams.beside(NEW, NEW[200:], 3), 0, "does not make what it should|cannot be unpacked", id="beside other bytes"
+        ),
+    ],
+)
+def test_lying_range_refused(case, payload, offset, sentence):
+    refuse(case, Record(BESIDE, payload, NEW, offset=offset), sentence=sentence)
 
 
 def bsdiff(control: bytes, diff: bytes, extra: bytes, new_size: int = len(NEW), claims: tuple[int, int] | None = None) -> bytes:
@@ -652,7 +794,9 @@ def table(*segments: Segment, **changes: Any) -> bytes:
     data = bytearray(streams.Reader(pack_table(segments, changes.get("stream_of"))).frame(None, MiB).tobytes())
     for at, value in changes.get("bytes", {}).items():
         data[at] = value
-    return streams.frame(bytes(data) + changes.get("more", b""))
+    packed = streams.Reader(pack_table(segments, changes.get("stream_of")))
+    packed.frame(None, MiB)
+    return streams.frame(bytes(data) + changes.get("more", b"")) + packed.rest()
 
 
 ALL_ZERO = bytes([streams.ZERO, 0])  # a stream
@@ -661,12 +805,16 @@ FIRST = 3  # where the first segment begins in a table without contexts
 TWO = np.repeat(np.array([0, 1], np.uint8), 32)
 
 
+SIDES = np.zeros((10, 1), np.int32), np.zeros((1, 10), np.int32)
+
+
 def test_crafted_numbers_can_be_right():
     for payload in (
         STILL,
         table(words(rows=np.ones(10, np.int16), columns=np.ones(10, np.int16))) + streams.encode(np.zeros(100, np.uint32)),
         table(words(scale=10), stream_of=TWO) + streams.encode(np.zeros(0, np.uint32)) + streams.encode(np.zeros(100, np.uint32)),
         table(words(step=1e-3)) + ALL_ZERO * 3,
+        table(words(product=Product(1, -100, *SIDES))) + streams.encode(np.zeros(100, np.uint32)),
         table(*(words(length=4, old=4 * i, row=1) for i in range(100))) + streams.planes(np.zeros(100, np.uint32), 1),
     ):
         case = Case(WEIGHTS.new, WEIGHTS.new, WEIGHTS.elements)
@@ -684,7 +832,12 @@ def symbols(*values: int, count: int = 100) -> bytes:
 DEEP = b"".join(bytes([streams.PACK1, 0]) + streams.frame(b"\xff" * 100) for _ in range(9))
 COUNT = struct.pack("<I", 1)
 WIDE_ROW = table(words(row=2**32 - 1, rows=np.ones(1, np.int16)), stream_of=TWO) + bytes(4)  # 8 GiB of one row's scale
-EMPTY_AND_MORE = struct.pack("<I", len(frame(b"")) + 9) + frame(b"") + b"unchecked"  # zstandard looks at the first frame only
+EMPTY_AND_MORE = (
+    struct.pack("<I", len(frame(b"")) + 9) + frame(b"") + b"unchecked"
+)  # a reader that stops at the first frame would not see it
+
+
+LARGE, WIDEST = (streams.encode(np.full(20, factor, np.uint32)) for factor in (2 * numbers.MAX_FACTOR + 2, 2**32 - 1))
 
 
 def gap(zeros: int) -> bytes:
@@ -704,7 +857,7 @@ def gap(zeros: int) -> bytes:
         pytest.param(table(words(), words(length=4, row=1)), "claims other numbers", id="makes too much"),
         pytest.param(table(words(length=401)), "in an unknown way", id="half a number"),
         pytest.param(table(words(), bytes={FIRST: 6}), "in an unknown way", id="unknown numbers"),
-        pytest.param(table(words(), bytes={FIRST + 1: 16}), "in an unknown way", id="unknown flag"),
+        pytest.param(table(words(), bytes={FIRST + 1: 32}), "in an unknown way", id="unknown flag"),
         pytest.param(table(words(), bytes={FIRST + 1: 4}), "ends too early", id="step missing"),
         pytest.param(table(words(step=0.0)) + ALL_ZERO * 3, "steps that cannot be", id="steps of nothing"),
         pytest.param(table(words(step=-1.0)) + ALL_ZERO * 3, "steps that cannot be", id="steps backwards"),
@@ -712,6 +865,18 @@ def gap(zeros: int) -> bytes:
         pytest.param(table(words(step=np.inf)) + ALL_ZERO * 3, "steps that cannot be", id="steps without end"),
         pytest.param(table(words(step=1.0, kind=KINDS["int8"])) + ALL_ZERO * 3, "steps that cannot be", id="steps of integers"),
         pytest.param(table(words(step=1.0)) + ALL_ZERO, "ends too early", id="what steps miss is missing"),
+        pytest.param(table(words(product=Product(0, 0))), "a product that cannot be", id="product of nothing"),
+        pytest.param(table(words(product=Product(17, 0))), "a product that cannot be", id="product too wide"),
+        pytest.param(table(words(product=Product(6, 0))), "a product that cannot be", id="factors longer than their product"),
+        pytest.param(table(words(row=100, product=Product(1, 0))), "a product that cannot be", id="product of one row"),
+        pytest.param(table(words(product=Product(1, 101))), "a product that cannot be", id="product too large"),
+        pytest.param(table(words(product=Product(1, -101))), "a product that cannot be", id="product too small"),
+        pytest.param(table(words(kind=KINDS["bytes"], product=Product(1, 0))), "a product that cannot be", id="product of bytes"),
+        pytest.param(table(words(product=Product(1, 0))), "ends too early", id="factors missing"),
+        pytest.param(table(words(product=Product(1, 0))) + LARGE + ALL_ZERO, "factor that is too large", id="factor too large"),
+        pytest.param(
+            table(words(product=Product(1, 0))) + WIDEST + ALL_ZERO, "factor that is too large", id="factor far too large"
+        ),
         pytest.param(table(words(scale=4001)), "in an unknown way", id="scale too large"),
         pytest.param(table(words(scale=-32768)), "in an unknown way", id="scale too small"),
         pytest.param(table(words(row=0)), "empty or longer than its numbers", id="empty rows"),
@@ -800,7 +965,7 @@ GOOD = frame(NEW)
         pytest.param(Record(2**32 - 1, GOOD, NEW), "unknown kind", id="largest kind"),
         pytest.param(Record(ZSTD, frame(NEW[::-1]), NEW), "does not make what it should", id="other bytes"),
         pytest.param(Record(ZSTD, frame(NEW[::-1]), NEW[::-1]), "does not make the .* file", id="other bytes, other check"),
-        pytest.param(Record(ZSTD, frame(NEW[:200]), NEW[:200]), "does not make the .* file", id="too little"),
+        pytest.param(Record(ZSTD, frame(NEW[:200]), NEW[:200]), "ends too early", id="too little"),
         pytest.param(Record(SAME, b"x", NEW), "carries bytes of its own", id="copy with payload"),
         pytest.param(Record(SAME, b"", NEW, offset=1), "bytes that its base does not have", id="copy past the end"),
         pytest.param(Record(SAME, b"", NEW, offset=2**64 - 1), "bytes that its base does not have", id="copy far away"),
@@ -839,8 +1004,13 @@ def test_bsdiff_again_and_again_refused():
     refuse(WEIGHTS, Record(BSDIFF, bsdiff(EXTRA_ONLY, NOTHING, ALL_NEW), NEW), sentence="a part of a file")
 
 
-def test_more_records_than_a_file_may_have_refused():
-    refuse(PLAIN, Record(ZSTD, GOOD, NEW), records=65_537, sentence="header is damaged")
+def test_more_records_than_a_file_may_have_refused(monkeypatch):
+    monkeypatch.setattr(container, "MAX_RECORDS", 2)
+    refuse(
+        PLAIN,
+        *(Record(ZSTD, frame(NEW[i : i + 100]), NEW[i : i + 100]) for i in range(0, 400, 100)),
+        sentence="more than 2 records",
+    )
 
 
 @pytest.mark.parametrize(("size", "offset"), [(401, 1), (MAX_WEIGHTS, MAX_WEIGHTS - 400)])
@@ -854,9 +1024,9 @@ def test_impossible_base_size_refused(size):
     refuse(PLAIN, Record(SAME, b"", NEW, offset=2**64 - 400), base_size=size, sentence="header is damaged")
 
 
-def test_more_records_than_announced_refused():
+def test_more_records_than_the_file_is_long_refused():
     half = Record(ZSTD, frame(NEW[:200]), NEW[:200])
     rest = Record(ZSTD, frame(NEW[200:]), NEW[200:])
     assert apply(crafted(PLAIN, half, rest), [PLAIN]) == [NEW]
-    refuse(PLAIN, half, rest, rest, sentence="claims more bytes")
-    refuse(PLAIN, half, rest, rest, records=2, sentence="goes on after its last record")
+    refuse(PLAIN, half, Record(ZSTD, GOOD, NEW), sentence="claims more bytes")
+    refuse(PLAIN, half, rest, rest, sentence="goes on after its last record")

@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from ota.delta import files
+from ota.delta import format as container
 from ota.errors import BaseError, DeltaError, OperatorError
+from ota.manifest import MiB
 from ota.release.bundle import make_delta
 
 ONNX = onnx.TensorProto
@@ -156,6 +158,48 @@ def test_any_small_file_comes_back(tmp_path, old, new, suffix):
     size_of_delta(tmp_path, old, new, suffix)
 
 
+def test_moved_bytes_of_a_large_file_cost_next_to_nothing(tmp_path):
+    """What bsdiff finds too, but with memory that does not grow with the file."""
+    old = RNG.bytes(6 * MiB)
+    new = old[4 * MiB :] + b"inserted" * 99 + old[: 4 * MiB - 5000] + old[4 * MiB - 4000 : 5 * MiB]
+    assert size_of_delta(tmp_path, old, new, "bin") < 15_000
+    assert files.estimate(tmp_path / "old.bin", tmp_path / "new.bin") < 20_000
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("size", [300_000, 1_200_000])
+def test_numbers_that_nobody_described_are_found(tmp_path, before, size):
+    """The raw weights of a format we do not know."""
+    old = RNG.normal(size=size).astype(np.float32)
+    new = old + RNG.normal(scale=1e-4, size=size).astype(np.float32)
+    head = RNG.bytes(before)
+    made = size_of_delta(tmp_path, head + old.tobytes(), head + new.tobytes(), "bin")
+    assert made < 0.5 * new.nbytes
+    assert files.estimate(tmp_path / "old.bin", tmp_path / "new.bin") == pytest.approx(made, rel=0.1)
+
+
+def test_apply_that_was_killed_goes_on(tmp_path, monkeypatch):
+    old = RNG.normal(size=(3000, 500)).astype(np.float32)
+    for name, values in (("old", old), ("new", old + np.float32(1e-3) * RNG.normal(size=old.shape).astype(np.float32))):
+        (tmp_path / name).write_bytes(model({"t": full(values)}))
+    files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p")
+    new, calls, decode = (tmp_path / "new").read_bytes(), [], container._numbers
+    monkeypatch.setattr(container, "_numbers", lambda *a: calls.append(1) or decode(*a))
+    for left, done in (
+        (b"", 0),
+        (new[: 5 * MiB // 2], 2),
+        (new[: 5 * MiB // 2] + bytes(MiB), 2),
+        (bytes(9 * MiB), 0),
+        (new + b"more", 6),
+    ):
+        (tmp_path / "again.tmp").write_bytes(left)  # what a kill leaves, in part never written to the disk
+        calls.clear()
+        files.apply(tmp_path / "old", tmp_path / "p", tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == new
+        assert len(calls) == 6 - done
+        assert not (tmp_path / "again.tmp").exists()
+
+
 def test_large_file_without_tensors_comes_back(tmp_path):
     old = RNG.bytes(5_000_000)
     new = old[:2_000_000] + b"something else" + old[2_000_014:] + b"more"
@@ -248,11 +292,35 @@ def test_command_shows_what_a_delta_is_made_of(pair):
     assert sum(part["length"] for part in told["parts"]) == (pair / "new.onnx").stat().st_size
     assert (pair / "p").stat().st_size - sum(part["size"] for part in told["parts"]) < 1000  # the header
     of_first = [part for part in told["parts"] if part["tensors"] == ["first"] or "first" in part["tensors"]]
-    assert sum(part["numbers"].get("float32", 0) for part in of_first) >= WEIGHTS.size
+    assert sum(sum(part["holds"].values()) for part in of_first) >= WEIGHTS.size
     shown = ferry("delta", "inspect", pair / "p", "--of", pair / "new.onnx").stdout
     assert "float32" in shown
     assert "first" in shown
     assert "first" not in ferry("delta", "inspect", pair / "p").stdout
+
+
+def test_command_shows_what_each_tensor_costs(pair):
+    files.build(pair / "old.onnx", pair / "new.onnx", pair / "p")
+    arguments = ["delta", "inspect", pair / "p", "--of", pair / "new.onnx", "--from", pair / "old.onnx"]
+    told = json.loads(ferry(*arguments, "--json", "--plot", pair / "p.svg").stdout)
+    parts = json.loads(ferry("delta", "inspect", pair / "p", "--json").stdout)["parts"]
+    assert sum(part["size"] for part in told["parts"]) == pytest.approx(sum(part["size"] for part in parts))
+    assert sum(part["length"] for part in told["parts"]) == (pair / "new.onnx").stat().st_size
+    dearest = max(told["parts"], key=lambda part: part["size"])
+    assert dearest["tensors"] == ["first"]
+    assert dearest["size"] > 0.9 * (pair / "p").stat().st_size - 1000
+    assert "first" in (pair / "p.svg").read_text()
+    other = ferry(*arguments[:-1], pair / "new.onnx")
+    assert other.exit_code == 3
+    assert "name the file that it was built from" in other.stderr
+
+
+@pytest.mark.parametrize("name", ["p.nothing", "nowhere/p.svg", "p"])
+def test_picture_that_cannot_be_written_is_named(pair, name):
+    files.build(pair / "old.onnx", pair / "new.onnx", pair / "patch")
+    result = ferry("delta", "inspect", pair / "patch", "--plot", pair / name)
+    assert result.exit_code == 3, result.stderr
+    assert "name a file that ends in .svg or .png" in result.stderr
 
 
 def test_other_base_is_refused_and_nothing_written(pair):

@@ -121,6 +121,7 @@ def apply(
     from ota.agent.disk import Disk
     from ota.agent.state import Slot
 
+    delta.keep_memory()
     disk = Disk(Path(root))
     try:
         running = Slot(Path(root) / base, base_digest)

@@ -14,10 +14,11 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ota.delta import encode
+from ota.delta import encode, streams
 from ota.delta import format as container
 from ota.delta.encode import Built, Elements, Pair
 from ota.delta.numbers import KINDS, KindName
@@ -63,6 +64,7 @@ def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph:
     Raises:
         OperatorError: a file cannot be read, or is too large.
     """
+    streams.keep_memory()
     pair = _pair(old, new, graph, old_graph)
     fresh = out.with_name(out.name + ".tmp")
     try:
@@ -77,11 +79,12 @@ def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph:
 
 def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> int:
     """About how many bytes `build` would write, in a small part of its time; see there for arguments and errors."""
-    return encode.estimate([_pair(old, new, graph, old_graph)])
+    streams.keep_memory()
+    return encode.estimate([_pair(old, new, graph, old_graph, digest="0" * 64)])
 
 
-def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None) -> Pair:
-    digest = _sha256(new)
+def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None, digest: str = "") -> Pair:
+    digest = digest or _sha256(new)
     for path in (old, new):
         if path.is_file() and path.stat().st_size > MAX_WEIGHTS:
             raise OperatorError(f"{path} is larger than {MAX_WEIGHTS // MiB} MiB, too large for a delta; split it")
@@ -91,61 +94,83 @@ def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None) -> P
 
 @dataclass(frozen=True)
 class Part:
-    """One record of a delta, and what it is about."""
+    """One record of a delta, or if the base was given one segment of numbers, and what it is about."""
 
     kind: str
     offset: int  # in the new file
     length: int  # bytes that it makes
-    size: int  # bytes that it costs
-    numbers: dict[str, int]
-    """How many numbers of which kind, in a record of numbers."""
+    size: float  # bytes that it costs
+    holds: dict[str, int]
+    """How many numbers of which kind, and how they are said to move, in a record of numbers; such as "float32 by product"."""
     streams: int
     tensors: list[str]
     """Whose bytes they are, if the new file was given."""
 
 
-def inspect(patch: Path, of: Path | None = None, graph: Path | None = None) -> tuple[container.Header, list[Part]]:
-    """What a delta is made of; its base is not needed.
+def inspect(
+    patch: Path, of: Path | None = None, graph: Path | None = None, base: Path | None = None
+) -> tuple[container.Header, list[Part]]:
+    """What a delta is made of.
 
     Args:
         patch: the delta.
         of: the file that it makes, to call tensors by their names.
         graph: as for `build`.
+        base: the file that it starts from, to say what each tensor costs: tensors share streams, and who is in which the base tells.
 
     Raises:
         DeltaError: the delta is damaged.
+        BaseError: `base` is another file.
         OperatorError: a file cannot be read.
     """
     named = sorted(tensors(of, graph), key=lambda t: t.offset) if of else []
     parts: list[Part] = []
+
+    def tell(kind: str, at: int, length: int, size: float, said: Sequence[container.SegmentInfo], count: int) -> None:
+        holds: dict[str, int] = {}
+        for s in said:
+            what = s.kind if s.way == "each" else f"{s.kind} by {s.way}" if s.way != "new" else f"new {s.kind}"
+            holds[what] = holds.get(what, 0) + s.count
+        names = [t.name for t in named if t.offset < at + length and t.offset + t.length > at]
+        parts.append(Part(kind, at, length, size, holds, count, names))
+
     try:
-        with patch.open("rb") as stream:
+        with patch.open("rb") as stream, base.open("rb") if base else nullcontext() as old:
             header = container.read_header(stream)
+            if base and len(header.files) > 1:
+                raise OperatorError(f"{patch} is for bundles, which have several bases; inspect it without one")
             for file in header.files:
                 at = 0
-                for row in container.records(stream, file):
-                    names = [t.name for t in named if t.offset < at + row.length and t.offset + t.length > at]
-                    parts.append(Part(container.KINDS[row.kind], at, row.length, row.size, row.numbers, row.streams, names))
+                for row in container.records(stream, file, old):
+                    kind, start = container.KINDS[row.kind], at
+                    for s in row.segments if old else ():
+                        tell(kind, start, s.length, s.cost or 0.0, [s], row.streams)
+                        start += s.length
+                    if not (old and row.segments):
+                        tell(kind, at, row.length, row.size, row.segments, row.streams)
                     at += row.length
     except OSError as error:
-        raise OperatorError(f"{patch} cannot be read: {error.strerror}; check its name") from error
+        raise OperatorError(f"{error.filename or patch} cannot be read: {error.strerror}; check its name") from error
     return header, parts
 
 
 def apply(old: Path, patch: Path, out: Path) -> None:
-    """Make the new file; `out` appears when it is whole and right, and not before.
+    """Make the new file; `out` appears when it is whole and right, and not before. What was cut off is repeated and goes on.
 
     Raises:
         DeltaError: the delta is damaged, or for something else.
         BaseError: `old` is not the file that the delta starts from.
         OperatorError: a file cannot be read or written.
     """
+    streams.keep_memory()
     fresh = out.with_name(out.name + ".tmp")
     try:
         with patch.open("rb") as stream, old.open("rb") as base:
             header = container.read_header(stream)
-            with fresh.open("wb") as output:
-                container.apply_plain(stream, header, base, output)
+            kept = fresh.is_file()  # left by one that was killed
+            with fresh.open("r+b" if kept else "wb") as output:
+                container.apply_plain(stream, header, base, output, kept)
+                output.truncate()
         fresh.replace(out)
     except OSError as error:
         raise OperatorError(f"{error.filename or out} cannot be used: {error.strerror}; check its name and place") from error

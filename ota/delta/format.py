@@ -1,7 +1,8 @@
 """The delta's container, and what a device does with it: read records in order, make each stretch of the new files, check it.
 
 Weights are numbers, and a record of them says how far each moved in the order of its kind (`numbers`), in streams of numbers that
-are expected to move equally far (`streams`). The other files are small and go through bsdiff4 or zstd, whichever is smaller.
+are expected to move equally far (`streams`). Bytes that are no numbers are made by zstd, which may refer to a range of the old file, and
+small files as a whole by bsdiff4 where that is shorter.
 
 A delta is read as a stream and its output written in order; memory is bounded by `MAX_CHUNK` for weights and
 `MAX_SMALL` for other files, whatever their size. The format is described to the byte in ../README.md.
@@ -13,12 +14,10 @@ from __future__ import annotations
 import bz2
 import hashlib
 import struct
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import BinaryIO
 
 import bsdiff4
@@ -27,7 +26,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from ota.delta import numbers, streams
-from ota.delta.numbers import CONTEXTS, KIND_OF_CODE, Kind, Scales
+from ota.delta.numbers import CONTEXTS, KIND_OF_CODE, MAX_FACTOR, Factors, Kind, KindName, Scales
 from ota.errors import BaseError, DeltaError, ManifestError
 from ota.manifest import MAX_WEIGHTS, Document, FileEntry, KiB, MiB, Role, Sha256, VariantName, parse
 
@@ -40,6 +39,9 @@ MAX_RECORDS = 64 * KiB  # of a file
 MAX_SEGMENTS = 128  # of a record: each costs time of its own, however few numbers it has
 MAX_TABLE = 1 * MiB  # bytes of a record's table of segments, unpacked
 MAX_SCALE = 4000  # half octaves
+MAX_RANK = 16  # of the product that a segment may be predicted by
+MAX_EXPONENT = 100  # of two, of that product
+MAX_RANGE = 8 * MiB  # bytes of the old file that a record of zstd may refer to
 MAX_SMALL = 8 * MiB  # bytes of a file that is handled whole (graph, tables, golden outputs)
 MAX_BSDIFF_CONTROL = 1 * MiB  # bytes of bsdiff4's control block, unpacked
 
@@ -47,10 +49,11 @@ PREFIX = struct.Struct("<7sBI")  # magic, version, header length
 RECORD = struct.Struct("<IIIQ16s")  # kind, new length, payload length, base offset, check
 _TABLE = struct.Struct("<HB")  # segments, streams
 _SEGMENT = struct.Struct("<BBhIIQ")  # kind, flags, scale, bytes, numbers in a row, base offset
-_ROWS, _COLUMNS, _STEPS, _NEW = 1, 2, 4, 8  # flags
+_ROWS, _COLUMNS, _STEPS, _NEW, _FACTORS = 1, 2, 4, 8, 16  # flags
 _STEP = struct.Struct("<f")
-SAME, NUMBERS, ZSTD, BSDIFF = range(4)
-KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff"}
+_PRODUCT = struct.Struct("<Bb")  # rank, exponent of two
+SAME, NUMBERS, ZSTD, BSDIFF, BESIDE = range(5)
+KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff", BESIDE: "beside"}
 
 
 class PlainFile(Document):
@@ -66,7 +69,6 @@ class DeltaFile(Document):
     target: FileEntry | PlainFile
     base: Sha256 | None = Field(description="hash of the base's file of the same role and variant; None: made without one")
     base_size: int = Field(ge=0, le=MAX_WEIGHTS)
-    records: int = Field(ge=0, le=MAX_RECORDS)
 
     @property
     def name(self) -> str:
@@ -88,6 +90,16 @@ class Header(Document):
 
 
 @dataclass(frozen=True)
+class Product:
+    """Two thin matrices of integers whose product says about how numbers moved; see `numbers.predicted`."""
+
+    rank: int
+    exponent: int  # of two
+    left: Factors | None = None  # [rows, rank]; None: not read yet
+    right: Factors | None = None  # [rank, columns]
+
+
+@dataclass(frozen=True)
 class Segment:
     """Numbers of one kind that follow each other, and how far they are said to move; see `numbers.contexts`."""
 
@@ -96,9 +108,10 @@ class Segment:
     row: int  # numbers
     old: int | None  # where their predecessors lie; None: they have none, and move from 0
     scale: int
-    rows: Scales | None
-    columns: Scales | None
+    rows: Scales | None = None
+    columns: Scales | None = None
     step: np.float32 | None = None  # floats that move by whole steps of this size; the streams then count steps
+    product: Product | None = None  # by which they are moved before anything else
 
     def contexts(self, old: numbers.Codes) -> npt.NDArray[np.uint8]:
         """See `numbers.contexts`; how many steps a number moves has nothing to do with its own exponent."""
@@ -110,9 +123,27 @@ class Segment:
         """Numbers in it."""
         return self.length * 2 if self.kind.packed else self.length // self.kind.width
 
+    def before(self, old: numbers.Codes) -> numbers.Codes:
+        """Where the numbers are said to be before the streams move them."""
+        if self.product is None or self.product.left is None or self.product.right is None:
+            return old
+        return numbers.predicted(old, self.product.left, self.product.right, self.product.exponent, self.kind)
+
+    @property
+    def way(self) -> str:
+        """How its numbers are said to move, in a word."""
+        if self.old is None:
+            return "new"
+        return "product" if self.product else "each" if self.step is None else "steps"
+
+    @property
+    def table_rows(self) -> int:
+        """Rows in it; the last may be shorter."""
+        return -(-self.count // self.row)
+
 
 def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | None) -> bytes:
-    """What a record of numbers begins with.
+    """What a record of numbers begins with: the table of its segments, then the factors of all their products.
 
     Args:
         segments: in the order of the file.
@@ -121,17 +152,17 @@ def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | N
     made = _TABLE.pack(len(segments), 1 if stream_of is None else int(stream_of.max()) + 1)
     made += b"" if stream_of is None else stream_of.tobytes()
     for s in segments:
-        flags = (
-            (_ROWS * (s.rows is not None))
-            | (_COLUMNS * (s.columns is not None))
-            | (_STEPS * (s.step is not None))
-            | (_NEW * (s.old is None))
+        said = (s.rows, s.columns, s.step, None if s.old is not None else True, s.product)
+        flags = sum(
+            flag for flag, value in zip((_ROWS, _COLUMNS, _STEPS, _NEW, _FACTORS), said, strict=True) if value is not None
         )
         made += _SEGMENT.pack(s.kind.code, flags, s.scale, s.length, s.row, s.old or 0)
     for s in segments:
         made += b"".join(scales.astype(np.int8).tobytes() for scales in (s.rows, s.columns) if scales is not None)
         made += b"" if s.step is None else _STEP.pack(s.step)
-    return streams.frame(made)
+        made += b"" if s.product is None else _PRODUCT.pack(s.product.rank, s.product.exponent)
+    sides = [side.reshape(-1) for s in segments if s.product for side in (s.product.left, s.product.right) if side is not None]
+    return streams.frame(made) + (streams.encode(numbers.zigzag(np.concatenate(sides))) if sides else b"")
 
 
 OpenBase = Callable[[Role, VariantName | None], BinaryIO]
@@ -187,8 +218,15 @@ def apply(patch: BinaryIO, header: Header, open_base: OpenBase, open_output: Ope
     _end(patch)
 
 
-def apply_plain(patch: BinaryIO, header: Header, base: BinaryIO, output: BinaryIO) -> None:
+def apply_plain(patch: BinaryIO, header: Header, base: BinaryIO, output: BinaryIO, kept: bool = False) -> None:
     """Make the one plain file that a delta holds; its base is closed afterwards.
+
+    Args:
+        patch: the delta, standing at its first record (after `read_header`).
+        header: what `read_header` returned.
+        base: the file that the delta starts from.
+        output: the file to make.
+        kept: `output` can be read, and what it holds of the records already, from its start, stays.
 
     Raises:
         DeltaError: the delta is damaged, over a limit, or for a bundle; what was written is then to be thrown away.
@@ -197,8 +235,20 @@ def apply_plain(patch: BinaryIO, header: Header, base: BinaryIO, output: BinaryI
     (file, *others) = header.files
     if others or not isinstance(file.target, PlainFile):
         raise DeltaError("the delta is for bundles and not for plain files; devices apply it")
-    _apply_file(patch, file, lambda: base, output)
+    _apply_file(patch, file, lambda: base, output, kept)
     _end(patch)
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """What a record says of the numbers of one segment."""
+
+    kind: KindName
+    way: str  # how they are said to move: each, steps, product, or new
+    count: int
+    length: int  # bytes of the new file
+    cost: float | None
+    """About how many bytes of the delta it takes; None: that is told by the base alone, as segments share streams."""
 
 
 @dataclass(frozen=True)
@@ -208,26 +258,45 @@ class RecordInfo:
     kind: int
     length: int  # bytes of the new file
     size: int  # bytes of the delta
-    numbers: dict[str, int]  # by kind
+    segments: list[SegmentInfo]
     streams: int
 
 
-def records(patch: BinaryIO, file: DeltaFile) -> Iterator[RecordInfo]:
+def records(patch: BinaryIO, file: DeltaFile, base: BinaryIO | None = None) -> Iterator[RecordInfo]:
     """What the records of one file say, without making anything; the stream must stand at the first of them.
+
+    Args:
+        patch: the delta.
+        file: what it says of the file.
+        base: the file that it starts from, to say what each segment costs.
 
     Raises:
         DeltaError: the delta is damaged.
+        BaseError: the base is another file.
     """
-    for _ in range(file.records):
+    made = 0
+    if base:
+        _check_base(base, file)
+    while made < file.target.size:
         kind, length, payload_length, _, _ = RECORD.unpack(_exactly(patch, RECORD.size))
         if kind not in KINDS or payload_length > MAX_SMALL + 64 * KiB:
             raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update ferry")
-        payload, found, count = _exactly(patch, payload_length), Counter[str](), 0
+        if not length:
+            raise DeltaError("a record of the delta makes nothing; fetch it again")
+        made += length
+        payload, found, count = _exactly(patch, payload_length), list[SegmentInfo](), 0
         if kind == NUMBERS:
-            segments, _, count = _read_table(streams.Reader(payload), length)
-            for segment in segments:
-                found[segment.kind.name] += segment.count
-        yield RecordInfo(kind, length, RECORD.size + payload_length, dict(found), count)
+            reader = streams.Reader(payload)
+            segments, stream_of, count = _read_table(reader, length)
+            costs: list[float | None] = [None] * len(segments)
+            if base:
+                table = 4 + streams.Reader(payload).number()
+                thin = np.array([s.product.rank * (s.table_rows + s.row) if s.product else 0.0 for s in segments])
+                spent = (RECORD.size + table) / len(segments) + (reader.at - table) * thin / max(thin.sum(), 1)
+                _moved(reader, segments, stream_of, count, base, file, spent)
+                costs = [*spent.tolist()]
+            found = [SegmentInfo(s.kind.name, s.way, s.count, s.length, cost) for s, cost in zip(segments, costs, strict=True)]
+        yield RecordInfo(kind, length, RECORD.size + payload_length, found, count)
 
 
 def _end(patch: BinaryIO) -> None:
@@ -235,16 +304,22 @@ def _end(patch: BinaryIO) -> None:
         raise DeltaError("the delta goes on after its last record; fetch it again")
 
 
-def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: Callable[[], BinaryIO], output: BinaryIO) -> None:
+def _apply_file(
+    patch: BinaryIO, file: DeltaFile, open_base: Callable[[], BinaryIO], output: BinaryIO, kept: bool = False
+) -> None:
     small = not isinstance(file.target, FileEntry) or file.target.role != "weights"
-    digest, written = hashlib.sha256(), 0
+    digest, written, count = hashlib.sha256(), 0, 0
     base = open_base() if file.base else None
     try:
         if base:
             _check_base(base, file)
-        for _ in range(file.records):
-            record = _exactly(patch, RECORD.size)
-            kind, new_length, payload_length, base_offset, check = RECORD.unpack(record)
+        while written < file.target.size:
+            kind, new_length, payload_length, base_offset, check = RECORD.unpack(_exactly(patch, RECORD.size))
+            count += 1
+            if count > MAX_RECORDS:
+                raise DeltaError(
+                    f"the delta makes the {file.name} of more than {MAX_RECORDS} records; publish it without a delta"
+                )
             if kind not in KINDS:
                 raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update the agent")
             if not new_length:  # costs the patch next to nothing, and the device as much as any other
@@ -253,15 +328,34 @@ def _apply_file(patch: BinaryIO, file: DeltaFile, open_base: Callable[[], Binary
             if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:
                 raise DeltaError("a record of the delta claims more bytes than it may")
             payload = _exactly(patch, payload_length)
-            old = b""
-            if kind == SAME:
-                old = _base_range(base, file, base_offset, new_length)
+            if kept:
+                new = output.read(new_length)
+                kept = hashlib.blake2b(new, digest_size=16).digest() == check
+                if kept:
+                    digest.update(new)
+                    written += new_length
+                    continue
+                output.seek(written)
+                output.truncate()
+            if kind == NUMBERS:
+                new = _numbers(payload, base, file, new_length)
+            elif kind == SAME:
+                if payload:
+                    raise DeltaError("a record of the delta that copies carries bytes of its own")
+                new = _base_range(base, file, base_offset, new_length)
             elif kind == BSDIFF:
                 # Each reads the whole base, so there is one at most.
                 if not small or file.base_size > MAX_SMALL or new_length != file.target.size:
                     raise DeltaError("the delta asks for bsdiff on a part of a file, or on one that is too large for it")
-                old = _base_range(base, file, 0, file.base_size)
-            new = _numbers(payload, base, file, new_length) if kind == NUMBERS else _decode(kind, payload, old, new_length)
+                new = _bsdiff(payload, _base_range(base, file, 0, file.base_size), new_length)
+            elif kind == BESIDE:
+                reader = streams.Reader(payload)
+                known = reader.number()
+                if known > MAX_RANGE:
+                    raise DeltaError("a record of the delta refers to more of its base than it may")
+                new = streams.unpack(reader.rest(), new_length, known=_base_range(base, file, base_offset, known))
+            else:
+                new = streams.unpack(payload, new_length)
             if hashlib.blake2b(new, digest_size=16).digest() != check:
                 raise DeltaError("a record of the delta does not make what it should; fetch it again")
             output.write(new)
@@ -296,26 +390,50 @@ def _numbers(payload: bytes, base: BinaryIO | None, file: DeltaFile, length: int
     """What a record of numbers makes."""
     reader = streams.Reader(payload)
     segments, stream_of, count = _read_table(reader, length)
-    ranges = [bytes(s.length) if s.old is None else _base_range(base, file, s.old, s.length) for s in segments]
-    before = [numbers.codes(data, s.kind) for data, s in zip(ranges, segments, strict=True)]
-    if count == 1:
-        by = streams.decode(reader, sum(s.count for s in segments))
-    else:
-        ids = stream_of[np.concatenate([s.contexts(old) for old, s in zip(before, segments, strict=True)])]
-        ends = np.cumsum(np.bincount(ids, minlength=count))
-        apart = [streams.decode(reader, stop - start) for start, stop in pairwise([0, *ends.tolist()])]
-        by = np.empty(len(ids), np.uint32)
-        by[np.argsort(ids, kind="stable")] = np.concatenate(apart)
-    parts = np.split(by, np.cumsum([s.count for s in segments])[:-1])
-    for i, segment in enumerate(segments):
-        if segment.step is not None:  # then the streams said how many steps, and what that misses by follows
-            walked = parts[i] != 0
-            before[i] = numbers.stepped(before[i], numbers.signed(parts[i]), segment.step, segment.kind)
-            for where in (~walked, walked):
-                parts[i][where] = streams.decode(reader, int(np.count_nonzero(where)))
-    reader.end()
+    before, parts = _moved(reader, segments, stream_of, count, base, file)
     made = (numbers.moved(old, part, s.kind) for old, part, s in zip(before, parts, segments, strict=True))
     return b"".join(numbers.data(new, s.kind) for new, s in zip(made, segments, strict=True))
+
+
+def _moved(
+    reader: streams.Reader,
+    segments: Sequence[Segment],
+    stream_of: npt.NDArray[np.uint8],
+    count: int,
+    base: BinaryIO | None,
+    file: DeltaFile,
+    spent: npt.NDArray[np.float64] | None = None,
+) -> tuple[list[numbers.Codes], list[streams.Numbers]]:
+    """From where the numbers of each segment move, and how far; what that costs is added to `spent`."""
+    ranges = (bytes(s.length) if s.old is None else _base_range(base, file, s.old, s.length) for s in segments)
+    before = [s.before(numbers.codes(data, s.kind)) for data, s in zip(ranges, segments, strict=True)]
+    ends = np.cumsum([s.count for s in segments])
+    if count == 1:
+        ids = np.zeros(int(ends[-1]), np.uint8)
+    else:
+        classes = np.concatenate([s.contexts(old) for s, old in zip(segments, before, strict=True)])
+        ids = numbers.translated(classes, np.pad(stream_of, (0, 256 - CONTEXTS)))
+    by = np.zeros(int(ends[-1]), np.uint32)
+    for number in range(count):
+        start = reader.at
+        where = np.flatnonzero(ids == number)
+        at, found = streams.decode_apart(reader, len(where))
+        by[where if at is None else where[at]] = found
+        if spent is not None and len(where):
+            owner = np.searchsorted(ends, where, side="right")
+            weight = np.bincount(owner, np.log2(by[where] + 1.1), len(segments))
+            spent += (reader.at - start) * weight / weight.sum()
+    parts = np.split(by, ends[:-1])
+    for i, segment in enumerate(segments):
+        if segment.step is not None:  # then the streams said how many steps, and what that misses by follows
+            walked, start = parts[i] != 0, reader.at
+            before[i] = numbers.stepped(before[i], numbers.signed(parts[i]), segment.step, segment.kind)
+            for missed in (~walked, walked):
+                parts[i][missed] = streams.decode(reader, int(np.count_nonzero(missed)))
+            if spent is not None:
+                spent[i] += reader.at - start
+    reader.end()
+    return before, parts
 
 
 def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt.NDArray[np.uint8], int]:
@@ -329,35 +447,56 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
         raise DeltaError("a record of the delta names a stream that it does not have; fetch it again")
     rows = [_SEGMENT.unpack(table.take(_SEGMENT.size)) for _ in range(segments_count)]
     segments: list[Segment] = []
+    known = _ROWS | _COLUMNS | _STEPS | _NEW | _FACTORS
     for code, flags, scale, size, row, old in rows:
         kind = KIND_OF_CODE.get(code)
-        if kind is None or flags > (_ROWS | _COLUMNS | _STEPS | _NEW) or abs(scale) > MAX_SCALE or size % kind.width:
+        if kind is None or flags & ~known or abs(scale) > MAX_SCALE or size % kind.width:
             raise DeltaError("a record of the delta describes numbers in an unknown way; update the agent")
-        segment = Segment(kind, size, row, None if flags & _NEW else old, scale, None, None)
+        segment = Segment(kind, size, row, None if flags & _NEW else old, scale)
         if not 0 < row <= segment.count:  # scales are spread over whole rows, so a row is as good as an allocation
             raise DeltaError("a record of the delta has a row that is empty or longer than its numbers; fetch it again")
         segments.append(segment)
     if not segments or sum(s.length for s in segments) != length or sum(s.count for s in segments) > MAX_NUMBERS:
         raise DeltaError("a record of the delta claims other numbers than it may")
     for i, (segment, (_, flags, *_)) in enumerate(zip(segments, rows, strict=True)):
-        sizes = (-(-segment.count // segment.row) if flags & _ROWS else None, segment.row if flags & _COLUMNS else None)
+        sizes = segment.table_rows if flags & _ROWS else None, segment.row if flags & _COLUMNS else None
         scales = [None if n is None else np.frombuffer(table.take(n), np.int8).astype(np.int16) for n in sizes]
         step = np.float32(_STEP.unpack(table.take(_STEP.size))[0]) if flags & _STEPS else None
         if step is not None and not (segment.kind.mantissa and 0 < step < np.inf):
             raise DeltaError("a record of the delta describes steps that cannot be; fetch it again")
-        segments[i] = replace(segment, rows=scales[0], columns=scales[1], step=step)
+        product = Product(*_PRODUCT.unpack(table.take(_PRODUCT.size))) if flags & _FACTORS else None
+        # It is made whole, the rest of the last row too, and has to be thin.
+        if product and not (
+            0 < product.rank <= MAX_RANK and abs(product.exponent) <= MAX_EXPONENT and segment.kind.name != "bytes"
+            and product.rank * (segment.table_rows + segment.row) <= segment.count
+        ):  # fmt: skip
+            raise DeltaError("a record of the delta describes a product that cannot be; fetch it again")
+        segments[i] = replace(segment, rows=scales[0], columns=scales[1], step=step, product=product)
     table.end()
+    _read_factors(reader, segments)
     return segments, stream_of, count
 
 
-def _decode(kind: int, payload: bytes, old: bytes, length: int) -> bytes:
-    if kind == SAME:
-        if payload:
-            raise DeltaError("a record of the delta that copies carries bytes of its own")
-        return old
-    if kind == BSDIFF:
-        return _bsdiff(payload, old, length)
-    return streams.unpack(payload, length)
+def _read_factors(reader: streams.Reader, segments: list[Segment]) -> None:
+    """Read the two sides of every product, all in one stream, into the segments."""
+    sizes = [(s.table_rows * s.product.rank, s.product.rank * s.row) for s in segments if s.product]
+    if not sizes:
+        return
+    found = numbers.signed(streams.decode(reader, sum(map(sum, sizes))))
+    if int(np.abs(found.astype(np.int64)).max()) > MAX_FACTOR:
+        raise DeltaError("a record of the delta holds a factor that is too large; fetch it again")
+    at = 0
+    for i, segment in enumerate(segments):
+        if segment.product:
+            rank, left, right = (
+                segment.product.rank,
+                segment.table_rows * segment.product.rank,
+                segment.product.rank * segment.row,
+            )
+            sides = found[at : at + left], found[at + left : at + left + right]
+            product = replace(segment.product, left=sides[0].reshape(-1, rank), right=sides[1].reshape(rank, -1))
+            segments[i] = replace(segment, product=product)
+            at += left + right
 
 
 def _bsdiff(payload: bytes, old: bytes, length: int) -> bytes:

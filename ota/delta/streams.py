@@ -18,13 +18,15 @@ sum is 0.5 to 3 % above their entropy.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import struct
 import threading
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
+from backports import zstd
 
 from ota.errors import DeltaError
 
@@ -33,26 +35,15 @@ Bytes = npt.NDArray[np.uint8]
 
 ZERO, PACK1, PACK2, PACK4, FLAGS, GAPS, TOKEN, PLANES = range(8)
 MODES = {
-    ZERO: "zero",
-    PACK1: "pack1",
-    PACK2: "pack2",
-    PACK4: "pack4",
-    FLAGS: "flags",
-    GAPS: "gaps",
-    TOKEN: "token",
-    PLANES: "planes",
-}
+    ZERO: "zero", PACK1: "pack1", PACK2: "pack2", PACK4: "pack4", FLAGS: "flags", GAPS: "gaps", TOKEN: "token", PLANES: "planes",
+}  # fmt: skip
 MAX_DEPTH = 4  # of streams within streams
 DEEP = 3  # a stream that is this many streams inside others is written without another
-FEW = 1 << 12  # numbers for which trying several ways costs little
 TOKENS = 16 + 4 * 28  # numbers below 16, and four for each bit length from 5 to 32
 _IN_A_BYTE = {PACK1: 1, PACK2: 2, PACK4: 4}
 _MOST = {ZERO: 0, TOKEN: 0, PLANES: 4}  # the largest argument; of the others, low bits: 31
 _HEAD = struct.Struct("<BB")  # mode, low bits set aside
 _LENGTH = struct.Struct("<I")
-# Matches cost more than they save among independent numbers, so zstd hardly looks for any and its Huffman coder does the work.
-_HUFFMAN = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, chain_log=6, target_length=0)
-_REPEATS = zstandard.ZstdCompressionParameters.from_level(9)
 _BASE = {1: 256, 2: 16, 4: 4, 8: 2}  # what lies below it goes so often into a byte
 # What a packed byte holds, as one word for each byte so that it is a single lookup.
 _UNPACKED = {
@@ -63,33 +54,69 @@ _UNPACKED = {
     for count, base in _BASE.items()
 }
 
+# Choosing a mode
+SAMPLE = 1 << 13  # numbers that are looked at
+FRAME_COST = 15.0  # bytes around a frame's symbols
+SYMBOL_COST = 0.35  # bytes that a symbol adds to a Huffman table
+MAX_TABLE_COST = 100.0  # bytes of one
+_COMPARED = 1 << 13  # numbers for which the three best ways are all tried
+
+# Matches cost more than they save among independent numbers, so zstd hardly looks for any and its Huffman coder does the work.
+_P = zstd.CompressionParameter
+_HUFFMAN: dict[int, int] = {_P.compression_level: 1, _P.min_match: 7, _P.hash_log: 6, _P.chain_log: 6, _P.target_length: 0}
+_REPEATS: dict[int, int] = {_P.compression_level: 9}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
+_LOW_LEVEL, _WINDOW = 6, 24  # below it zstd does not look through all that it may refer to; how far it does, in bits
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Ask the C library not to give memory back to the system between two records, only for the next to ask for it again.
+
+    A fresh page costs as much as decoding the thousand numbers that it holds: without this, small deltas take twice the processor time. It is for this
+    process, and keeps at most 64 MiB that are free. Where the C library is not glibc nothing happens.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option:
+        set_option(_TRIM_THRESHOLD, 64 << 20)
+        set_option(_MMAP_THRESHOLD, 32 << 20)
+
 
 class _Zstd(threading.local):
     """For each thread its own, as they are not to be shared; making one costs as much as packing a thousand bytes."""
 
     def __init__(self) -> None:
-        self.huffman = zstandard.ZstdCompressor(compression_params=_HUFFMAN)
-        self.repeats = zstandard.ZstdCompressor(compression_params=_REPEATS)
-        self.unpacker = zstandard.ZstdDecompressor()
+        self.huffman = zstd.ZstdCompressor(options=_HUFFMAN)
+        self.repeats = zstd.ZstdCompressor(options=_REPEATS)
 
 
 _ZSTD = _Zstd()
 
 
-def unpack(packed: bytes | memoryview, size: int | None, limit: int = 0) -> bytes:
+def unpack(packed: bytes | memoryview, size: int | None, limit: int = 0, known: bytes | None = None) -> bytes:
     """What one zstd frame holds; it must claim and hold `size` bytes, or if that is not known at most `limit`, and never none.
+
+    Args:
+        packed: the frame, and nothing after it.
+        size: bytes that it must hold; None: not known.
+        limit: the most that it may hold, if `size` is not known.
+        known: what it may refer to; None: nothing.
 
     Raises:
         DeltaError: it does not.
     """
     try:
-        claimed = zstandard.get_frame_parameters(packed).content_size
-        # zstandard looks no further into a frame that claims to be empty, and no writer needs one.
+        claimed = zstd.get_frame_info(packed).decompressed_size
+        # No writer needs a frame that holds nothing.
         if not claimed or (claimed != size if size is not None else claimed > limit):
             raise DeltaError("a record of the delta unpacks to another length than it claims")
-        # One frame and nothing after it: what follows would be carried but never checked.
-        made: bytes = _ZSTD.unpacker.decompress(packed, max_output_size=claimed, allow_extra_data=False)
-    except (zstandard.ZstdError, ValueError) as error:
+        beside = zstd.ZstdDict(known, is_raw=True).as_prefix if known else None
+        unpacker = zstd.ZstdDecompressor(zstd_dict=beside)
+        made = unpacker.decompress(packed, max_length=claimed)
+        # One whole frame and nothing after it: what follows would be carried but never checked.
+        if len(made) != claimed or not unpacker.eof or unpacker.unused_data:
+            raise DeltaError("a record of the delta cannot be unpacked; fetch it again")
+    except (zstd.ZstdError, ValueError, EOFError) as error:
         raise DeltaError("a record of the delta cannot be unpacked; fetch it again") from error
     return made
 
@@ -98,7 +125,7 @@ class Reader:
     """Bytes that are consumed from the front, and never more of them than there are."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = memoryview(data), 0
+        self._data, self.at = memoryview(data), 0
 
     def take(self, count: int) -> memoryview:
         """The next bytes.
@@ -106,10 +133,14 @@ class Reader:
         Raises:
             DeltaError: there are not so many.
         """
-        if self._at + count > len(self._data):
+        if self.at + count > len(self._data):
             raise DeltaError("a record of the delta ends too early; fetch it again")
-        self._at += count
-        return self._data[self._at - count : self._at]
+        self.at += count
+        return self._data[self.at - count : self.at]
+
+    def rest(self) -> bytes:
+        """All that is left."""
+        return bytes(self.take(len(self._data) - self.at))
 
     def number(self) -> int:
         """The next 32 bits."""
@@ -130,44 +161,119 @@ class Reader:
         Raises:
             DeltaError: something is.
         """
-        if self._at != len(self._data):
+        if self.at != len(self._data):
             raise DeltaError("a record of the delta goes on after its end; fetch it again")
 
 
 def frame(data: Bytes | bytes, repeats: bool = False) -> bytes:
     """A zstd frame with its length before it; with `repeats` zstd looks for them."""
-    packed = (_ZSTD.repeats if repeats else _ZSTD.huffman).compress(bytes(data))
+    packer = _ZSTD.repeats if repeats else _ZSTD.huffman
+    packed = packer.compress(data if isinstance(data, bytes) else data.tobytes(), packer.FLUSH_FRAME)
     return _LENGTH.pack(len(packed)) + packed
+
+
+def beside(data: bytes, known: bytes, level: int) -> bytes:
+    """A zstd frame that may refer to `known`, with the length of that before it; the lowest levels find long repetitions only."""
+    options: dict[int, int] = {_P.compression_level: level}
+    options |= {_P.enable_long_distance_matching: 1} if level < _LOW_LEVEL else {_P.window_log: _WINDOW}
+    packer = zstd.ZstdCompressor(options=options, zstd_dict=zstd.ZstdDict(known, is_raw=True).as_prefix)
+    return _LENGTH.pack(len(known)) + packer.compress(data, packer.FLUSH_FRAME)
 
 
 # Encoding
 
 
 def encode(values: Numbers, depth: int = 0) -> bytes:
-    """The shortest of the ways that promise something for these numbers, which are `depth` streams inside another."""
+    """The numbers, which are `depth` streams inside another, in whatever way promises to be shortest."""
     count = len(values)
-    if not count or not values.any():
+    others = int(np.count_nonzero(values))
+    if not others:
         return _HEAD.pack(ZERO, 0)
-    zeros = 1 - np.count_nonzero(values) / count
-    sample = values[:: max(1, count // 4096)]
-    middle = float(np.median(sample))
-    aside = max(0, int(np.log2(middle / 12))) if middle > 24 else 0
-    ways = [(PACK1, aside)]
-    if zeros > 0.8:
-        ways = [(GAPS, 0)]
-    elif zeros > 0.6:
-        ways = [(FLAGS, 0), (PACK4, 0), (GAPS, 0)]
-    elif zeros > 0.3:
-        ways = [(PACK4, 0), (PACK2, 0), (FLAGS, 0)]
-    elif middle <= 8:
-        ways = [(PACK2, 0), (PACK1, 0)]
-    if count < FEW:  # a table of codes weighs as much as what it saves
-        ways += [(TOKEN, 0), *((PACK1, low) for low in (aside - 2, aside - 1, aside + 1, aside + 2) if low >= 0)]
-    elif np.count_nonzero(sample >> np.uint32(aside) >= 255) > 0.01 * len(sample):
-        ways.append((TOKEN, 0))  # no number of low bits fits all
     if depth == DEEP:
-        ways = [(TOKEN, 0)]  # the only way that needs no stream inside
-    return min((_as(values, mode, low, depth) for mode, low in ways), key=len)
+        return _as(values, TOKEN, 0, depth)  # the only way that needs no stream inside
+    ways = sorted(_ways(values, others))
+    if count > _COMPARED:
+        return _as(values, *ways[0][1:], depth)
+    return min((_as(values, mode, low, depth) for _, mode, low in ways[:3]), key=len)
+
+
+def _ways(values: Numbers, others: int) -> list[tuple[float, int, int]]:
+    """(bytes, mode, low bits set aside) of every way that may pay, by the entropies of a sample of independent numbers."""
+    count = len(values)
+    sample = values[:: -(-count // SAMPLE)]
+    each = count / len(sample)
+    largest = int(sample.max())
+    ways: list[tuple[float, int, int]] = []
+    best, small = np.inf, np.bincount(np.minimum(sample, 255).astype(np.intp), minlength=256)
+    first = int(np.log2(max(1.0, float(np.median(sample)) / 160)))
+    for low in range(first, min(first + 9, 31)):
+        counts = np.bincount(np.minimum(sample >> np.uint32(low), 255).astype(np.intp), minlength=256) if low else small
+        far = int(counts[255])
+        rest = far * (np.log2(max(largest >> low, 256)) + 2) / 8  # about what those cost that do not fit
+        cost = (
+            each * (_huffman(counts) + rest + len(sample) * low / 8)
+            + _table(counts)
+            + FRAME_COST * (1 + low.bit_count() + 2 * (far > 0))
+        )
+        ways.append((cost, PACK1, low))
+        if cost > best:
+            break
+        best = cost
+    zeros = 1 - others / count
+    for mode in (PACK2, PACK4):
+        group = _IN_A_BYTE[mode]
+        most = _BASE[group] - 1
+        far = int(small[most:].sum())
+        if far < 0.12 * len(sample):
+            counts = np.append(small[:most], far)
+            together = np.multiply.outer(counts / len(sample), counts / len(sample)).ravel()
+            together = np.multiply.outer(together, together).ravel() if group == 4 else together
+            rest = far * (np.log2(max(largest, 16)) + 1) / 8
+            cost = each * (_huffman(together * (len(sample) / group)) + rest) + _table(together * (count / group) > 0.5)
+            ways.append((cost + FRAME_COST * (1 + 2 * (far > 0)), mode, 0))
+    if zeros > 0.2:
+        apart = small[1:]
+        rest = 1.03 * each * _entropy(apart)[1] + _table(apart) + FRAME_COST
+        flags = np.array([zeros, 1 - zeros])
+        if zeros < 0.85:
+            together = flags
+            for _ in range(7):
+                together = np.multiply.outer(together, flags).ravel()
+            cost = _huffman(together * (count / 8)) + _table(together * (count / 8) > 0.5)
+            ways.append((cost + rest, FLAGS, 0))
+        if zeros > 0.55:
+            ways.append((1.015 * _entropy(flags * count)[1] + 2 * FRAME_COST + min(20.0, others / 8) + rest, GAPS, 0))
+    if count < 4096 or ways[0][2]:
+        symbols, below = tokens(sample)
+        counts = np.bincount(symbols)
+        planes = int(below.max())
+        cost = each * (_huffman(counts) + int(below.sum(dtype=np.int64)) / 8) + _table(counts) + FRAME_COST * (1 + planes)
+        ways.append((cost, TOKEN, 0))
+    return ways
+
+
+def _huffman(counts: npt.NDArray[Any]) -> float:
+    """About how many bytes zstd needs for symbols that come so often.
+
+    Above their entropy by what whole bits cost and, where few symbols are common, by the repetitions that zstd finds all the same: fitted
+    to what it makes of independent symbols.
+    """
+    top, entropy = _entropy(counts)
+    total = float(counts.sum())
+    each = 8 * entropy / max(total, 1)
+    return entropy + total * min(0.62, 0.05 + 1.6 * max(0.0, top - 0.42) + 0.9 * max(0.0, 2 - each)) / 8
+
+
+def _entropy(counts: npt.NDArray[Any]) -> tuple[float, float]:
+    """The share of the commonest symbol, and the bytes that independent symbols need that come so often."""
+    total = float(counts.sum())
+    share = counts[counts > 0] / max(total, 1)
+    return float(share.max(initial=0)), -total * float((share * np.log2(share)).sum()) / 8
+
+
+def _table(counts: npt.NDArray[Any]) -> float:
+    """About how many bytes a Huffman table takes."""
+    return min(MAX_TABLE_COST, 4 + SYMBOL_COST * np.count_nonzero(counts))
 
 
 def planes(values: Numbers, width: int) -> bytes:
@@ -184,7 +290,7 @@ def _as(values: Numbers, mode: int, aside: int, depth: int) -> bytes:
         return head + _as_tokens(values)
     for first, width in _low(aside):
         head += frame(_pack((values >> np.uint32(first) & np.uint32((1 << width) - 1)).astype(np.uint8), 8 // width))
-    high = values >> np.uint32(aside)
+    high = values >> np.uint32(aside) if aside else values
     if mode == GAPS:
         at = np.flatnonzero(high)
         gaps = (np.diff(at, prepend=-1) - 1).astype(np.uint32)
@@ -209,16 +315,17 @@ def _pack(symbols: Bytes, count: int) -> Bytes:
     """`count` symbols in each byte; what is missing at the end counts as 0."""
     if count == 1:
         return symbols
-    padded = np.concatenate((symbols, np.zeros(-len(symbols) % count, np.uint8))).reshape(-1, count)
-    packed = padded[:, 0]
+    if -len(symbols) % count:
+        symbols = np.concatenate((symbols, np.zeros(-len(symbols) % count, np.uint8)))
+    packed = symbols[0::count]
     for i in range(1, count):
-        packed = packed * np.uint8(_BASE[count]) + padded[:, i]
+        packed = packed * np.uint8(_BASE[count]) + symbols[i::count]
     return packed
 
 
 def _unpack(packed: Bytes, count: int, length: int) -> Bytes:
     """The inverse of `_pack`."""
-    return packed if count == 1 else _UNPACKED[count][packed].view(np.uint8)[:length]
+    return packed if count == 1 else np.take(_UNPACKED[count], packed).view(np.uint8)[:length]
 
 
 def _as_tokens(values: Numbers) -> bytes:
@@ -229,12 +336,27 @@ def _as_tokens(values: Numbers) -> bytes:
     return made
 
 
-def tokens(values: Numbers) -> tuple[Bytes, npt.NDArray[np.uint8]]:
+def tokens(values: Numbers) -> tuple[Bytes, Bytes]:
     """Each number's token, and how many of its bits the token does not tell."""
-    length = np.frexp(values.astype(np.float64))[1].astype(np.uint8)  # of the number in bits
-    below = np.where(values < 16, np.uint8(0), length - np.uint8(3))
-    high = 16 + 4 * (length.astype(np.int32) - 5) + (values >> below & np.uint32(3)).astype(np.int32)
-    return np.where(values < 16, values, high).astype(np.uint8), below
+    low = np.take(_TOKEN, values & np.uint32(0xFFFF))
+    if len(values) and values.max() > 0xFFFF:
+        high = values >> np.uint32(16)
+        at = np.flatnonzero(high)
+        # The bits that a token tells are in the upper half, or both halves have some of them.
+        length = np.frexp(values[at].astype(np.float64))[1].astype(np.uint8)
+        low[at] = 16 + 4 * (length - 5) + (values[at] >> (length - np.uint8(3)) & np.uint32(3)).astype(np.uint8)
+    return low, np.take(_BELOW, low)
+
+
+def _token_of_small() -> Bytes:
+    values = np.arange(1 << 16)
+    length = np.frexp(values)[1].astype(np.int32)  # of the number in bits
+    high = 16 + 4 * (length - 5) + (values >> np.maximum(length - 3, 0) & 3)
+    return np.where(values < 16, values, high).astype(np.uint8)
+
+
+_TOKEN = _token_of_small()
+_BELOW = np.array([0] * 16 + [2 + i // 4 for i in range(TOKENS - 16)], np.uint8)
 
 
 # Decoding
@@ -246,42 +368,55 @@ def decode(reader: Reader, count: int, depth: int = 0) -> Numbers:
     Raises:
         DeltaError: the bytes are damaged.
     """
+    at, found = decode_apart(reader, count, depth)
+    if at is None:
+        return found
+    whole = np.zeros(count, np.uint32)
+    whole[at] = found
+    return whole
+
+
+def decode_apart(reader: Reader, count: int, depth: int = 0) -> tuple[npt.NDArray[Any] | None, Numbers]:
+    """As `decode`, but of numbers that mostly are 0 only where the others are, and those; None: all of them follow.
+
+    Raises:
+        DeltaError: the bytes are damaged.
+    """
     mode, aside = _HEAD.unpack(reader.take(_HEAD.size))
     if mode not in MODES or depth > MAX_DEPTH or aside > _MOST.get(mode, 31):
         raise DeltaError("a record of the delta is packed in an unknown way; update the agent")
     if mode == ZERO:
-        return np.zeros(count, np.uint32)
+        return np.zeros(0, np.intp), np.zeros(0, np.uint32)
     if mode == TOKEN:
-        return _from_tokens(reader, count)
+        return None, _from_tokens(reader, count)
     if mode == PLANES:
         raw = reader.frame(aside * count).reshape(aside, count)
         made = np.zeros(count, np.uint32)
         for plane in raw:
             made = made << np.uint32(8) | plane
-        return made
+        return None, made
     low: Any = None
     for first, width in _low(aside):
         packed = reader.frame(-(-count * width // 8))
         part = _unpack(packed, 8 // width, count).astype(np.uint32) << np.uint32(first)
         low = part if low is None else low | part
-    high = _high(reader, count, mode, depth)
-    return high if low is None else high << np.uint32(aside) | low
-
-
-def _high(reader: Reader, count: int, mode: int, depth: int) -> Numbers:
+    if mode in _IN_A_BYTE:
+        high = _packed(reader, count, _IN_A_BYTE[mode], depth)
+        return None, high if low is None else high << np.uint32(aside) | low
     # While the stream within is read, all streams around it wait: what they hold is to be small, and is spread out afterwards.
-    if mode in (GAPS, FLAGS):
-        if mode == FLAGS:
-            at: Any = np.unpackbits(reader.frame(-(-count // 8)), count=count).view(np.bool_)
-            others = int(np.count_nonzero(at))
-        else:
-            at = _places(reader, count, depth)
-            others = len(at)
-        rest = decode(reader, others, depth + 1)
-        high = np.zeros(count, np.uint32)
-        high[at] = rest + np.uint32(1)
-        return high
-    group = _IN_A_BYTE[mode]
+    if mode == FLAGS:
+        at: Any = np.flatnonzero(np.unpackbits(reader.frame(-(-count // 8)), count=count).view(np.bool_)).astype(np.uint32)
+    else:
+        at = _places(reader, count, depth)
+    rest = decode(reader, len(at), depth + 1)
+    rest += np.uint32(1)
+    if low is None:
+        return at, rest
+    low[at] |= rest << np.uint32(aside)
+    return None, low
+
+
+def _packed(reader: Reader, count: int, group: int, depth: int) -> Numbers:
     symbols = _unpack(reader.frame(-(-count // group)), group, count)
     most = _BASE[group] - 1
     others = int(np.count_nonzero(symbols == most))

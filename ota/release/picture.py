@@ -1,0 +1,81 @@
+"""A picture of a delta: where in the new file its bytes go, and which tensors they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ota.delta.files import Part
+from ota.errors import OperatorError
+
+MOST = 20  # tensors that are named
+
+
+def draw(parts: Sequence[Part], path: Path) -> None:
+    """Write the picture; its kind (svg, png, pdf) is the ending of its name.
+
+    Args:
+        parts: of the delta, from `ota.delta.files.inspect`.
+        path: where it goes.
+
+    Raises:
+        OperatorError: there is nothing to draw, or no picture of that kind can be written there.
+    """
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    mpl.rcParams["svg.hashsalt"] = "delta"  # the same delta, the same picture
+    import matplotlib.pyplot as plt
+
+    shown = [part for part in parts if part.length]
+    if not shown:
+        raise OperatorError("the delta makes no bytes, so there is nothing to draw")
+    ways = list(dict.fromkeys(map(way_of, shown)))
+    colours = {way: f"C{i % 10}" for i, way in enumerate(ways)}
+    costs = by_tensor(shown)
+    figure, (along, named) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 2))
+    for way in ways:
+        mine = [part for part in shown if way_of(part) == way]
+        total = sum(part.size for part in mine)
+        along.bar(
+            [part.offset / 1e6 for part in mine], [100 * part.size / part.length for part in mine],
+            [part.length / 1e6 for part in mine], align="edge", color=colours[way], label=f"{way}: {total:,.0f} bytes",
+        )  # fmt: skip
+    along.set(
+        xlabel="MB of the new file", ylabel="cost, in percent of the new bytes", title=f"{sum(p.size for p in shown):,.0f} bytes"
+    )
+    # A few bytes between two tensors may cost more than they make, and would leave nothing else to be seen.
+    wide = [part.size / part.length for part in shown if part.length > max(p.length for p in shown) / 50]
+    along.set_ylim(0, 110 * max(wide))
+    along.legend(fontsize=8)
+    if costs:
+        rows = sorted(costs, key=lambda name: -costs[name])[:MOST][::-1]
+        named.barh(rows, [costs[name] / 1e3 for name in rows], color="C7")
+        named.tick_params("y", labelsize=7)
+        named.set(xlabel="kB of the delta", title="tensors that cost most")
+    else:
+        named.axis("off")
+        named.text(0, 0.5, "name the new file (--of) and its base (--from)\nto see what each tensor costs", fontsize=9)
+    figure.tight_layout()
+    try:
+        if not path.suffix:
+            raise ValueError("its name does not say which kind of picture")
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except (ValueError, OSError) as error:
+        raise OperatorError(f"{path} cannot be written: {error}; name a file that ends in .svg or .png") from error
+    finally:
+        plt.close(figure)
+
+
+def way_of(part: Part) -> str:
+    """In a word, how a part is made."""
+    return ", ".join(part.holds) if len(part.holds) <= 2 and part.holds else part.kind
+
+
+def by_tensor(parts: Sequence[Part]) -> dict[str, float]:
+    """Bytes of the delta for each tensor, of parts that are about one each."""
+    costs: dict[str, float] = {}
+    for part in parts:
+        if len(part.tensors) == 1:
+            costs[part.tensors[0]] = costs.get(part.tensors[0], 0.0) + part.size
+    return costs
