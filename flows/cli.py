@@ -487,6 +487,13 @@ OldGraph = Annotated[
 ]
 
 
+@delta_app.callback()
+def _one_thread() -> None:
+    """Deltas between any two files, in no workspace."""
+    # OpenBLAS's second thread has nothing to do here, and spins for longer than most deltas take.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 @delta_app.command("build")
 def delta_build(
     old: Annotated[Path, typer.Argument(help="The file before.")],

@@ -46,7 +46,7 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 class Document(BaseModel):
     """A frozen value with a closed list of fields, hashed by its canonical JSON."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     def canonical(self) -> bytes:
         """The bytes that are hashed and signed."""

@@ -26,8 +26,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ota import delta
-from ota.delta import DeltaFile, Elements, Header, Pair, encode, lowrank, numbers, streams
+from ota.delta import DeltaFile, Header, encode, lowrank, numbers, plan, streams
 from ota.delta import format as container
+from ota.delta.encode import Elements, Pair
 from ota.delta.format import BESIDE, BSDIFF, NUMBERS, SAME, ZSTD, Product, Segment, pack_table
 from ota.delta.numbers import KINDS, KindName
 from ota.errors import BaseError, DeltaError
@@ -85,7 +86,7 @@ def build(cases: Sequence[Case], folder: Path) -> bytes:
         if case.old is not None:
             old.write_bytes(case.old)
         pairs.append(Pair(case.entry, new, None if case.old is None else old, case.elements))
-    delta.build(pairs, BASE, TARGET, folder / "patch")
+    encode.build(pairs, BASE, TARGET, folder / "patch")
     return (folder / "patch").read_bytes()
 
 
@@ -165,7 +166,7 @@ def test_any_plain_file_comes_back(tmp_path_factory, new, old, role):
 @pytest.mark.parametrize("row", [0, 1, 7, 100])
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_chunk_borders_come_back(tmp_path, monkeypatch, kind, row, extra):
-    monkeypatch.setattr(encode, "MAX_CHUNK", 64 + 1)  # not a multiple of the widths
+    monkeypatch.setattr(plan, "MAX_CHUNK", 64 + 1)  # not a multiple of the widths
     count = 5 * 64 // KINDS[kind].width + extra
     new = np.arange(count, dtype=KINDS[kind].dtype)
     old = new.copy()
@@ -483,7 +484,7 @@ def test_two_records_at_once_on_any_machine(monkeypatch):
 def small_weights() -> Case:
     """A little of every kind of record for weights: same, numbers in two streams, and new bytes."""
     rng = np.random.default_rng(2)
-    run = encode.SAME_RUN
+    run = plan.SAME_RUN
     old = np.concatenate((np.zeros(run // 2, np.uint16), rng.normal(size=300).astype(np.float16).view(np.uint16)))
     new = old.copy()
     new[run // 2 : run // 2 + 150] += 1

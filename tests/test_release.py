@@ -20,10 +20,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from tuf.api.metadata import Metadata, Root
 
-from ota import delta
-from ota.delta import files
+from ota.delta import encode, files
 from ota.errors import DeltaError, ManifestError, OperatorError, TransferError
-from ota.release import bundle as bundle_module
 from ota.release import keys as keys_module
 from ota.release import repository as repository_module
 from ota.release import rollout, store
@@ -455,16 +453,16 @@ def test_delta_no_smaller_is_dropped(export, tmp_path):
 
 
 def test_delta_is_proved_before_use(bundles, tmp_path, monkeypatch):
-    build = delta.build
+    build = encode.build
 
-    def faulty(*args: Any) -> delta.Built:
+    def faulty(*args: Any) -> encode.Built:
         built = build(*args)
         patch = args[-1].read_bytes()
         middle = len(patch) // 2
         args[-1].write_bytes(patch[:middle] + bytes([patch[middle] ^ 1]) + patch[middle + 1 :])
         return built
 
-    monkeypatch.setattr(bundle_module.delta, "build", faulty)
+    monkeypatch.setattr(encode, "build", faulty)
     with pytest.raises(DeltaError):
         make_delta(bundles["first"], bundles["second"], tmp_path)
     assert list(tmp_path.iterdir()) == []  # nothing unproved is left where deltas are taken from

@@ -17,13 +17,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ota.delta import encode, streams
 from ota.delta import format as container
-from ota.delta.encode import Built, Elements, Pair
+from ota.delta import streams
 from ota.delta.numbers import KINDS, KindName
+from ota.delta.plan import Elements, Pair, sha256_of
 from ota.errors import OperatorError
 from ota.manifest import MAX_WEIGHTS, MiB
+
+if TYPE_CHECKING:
+    from ota.delta.encode import Built
 
 _ONNX_KINDS: dict[int, KindName] = {
     1: "float32", 2: "bytes", 3: "int8", 9: "bytes", 10: "float16", 16: "bfloat16", 21: "int4", 22: "int4",
@@ -64,6 +68,8 @@ def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph:
     Raises:
         OperatorError: a file cannot be read, or is too large.
     """
+    from ota.delta import encode  # which applying does without
+
     streams.keep_memory()
     pair = _pair(old, new, graph, old_graph)
     fresh = out.with_name(out.name + ".tmp")
@@ -79,6 +85,8 @@ def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph:
 
 def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> int:
     """About how many bytes `build` would write, in a small part of its time; see there for arguments and errors."""
+    from ota.delta import encode
+
     streams.keep_memory()
     return encode.estimate([_pair(old, new, graph, old_graph, digest="0" * 64)])
 
@@ -350,6 +358,6 @@ def _varint(data: mmap.mmap, at: int, stop: int) -> tuple[int, int]:
 
 def _sha256(path: Path) -> str:
     try:
-        return encode.sha256_of(path)
+        return sha256_of(path)
     except OSError as error:
         raise OperatorError(f"{path} cannot be read: {error.strerror}; check its name") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from ota import delta
-from ota.delta import files
+from ota.delta import encode, files
 from ota.errors import DeltaError, ManifestError, OperatorError
 from ota.manifest import (
     MAX_MANIFEST,
@@ -136,11 +136,11 @@ def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
         old = base.path(entry.role, entry.variant) if has_old else None
         new = target.path(entry.role, entry.variant)
         elements = files.elements(old, new, target.path("graph"), base.path("graph")) if entry.role == "weights" else ()
-        pairs.append(delta.Pair(entry, new, old, elements))
+        pairs.append(encode.Pair(entry, new, old, elements))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{base.manifest.digest}.{target.manifest.digest}"
     try:
-        built = delta.build(pairs, base.manifest.digest, target.manifest.digest, path)
+        built = encode.build(pairs, base.manifest.digest, target.manifest.digest, path)
         _prove(path, base, target)
     except BaseException:
         path.unlink(missing_ok=True)  # what is not proved must not lie where deltas are taken from

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ota import delta
 from ota.delta import files, numbers, streams
+from ota.delta.plan import Elements
 
 BUILD, RESULTS = Path("build/bench/delta"), Path("tests/bench/results")
 LIMIT = 120  # processor seconds of one call
@@ -177,7 +177,7 @@ def kept(tool: str, old: Path, new: Path, kind: str) -> dict[str, Any]:
     return found
 
 
-def yardstick(old: Path, new: Path, found: Iterable[delta.Elements]) -> float:
+def yardstick(old: Path, new: Path, found: Iterable[Elements]) -> float:
     """Bytes of the differences' tokens at their entropy given the old number's exponent or code, tensor by tensor, and of the bits below.
 
     Not a bound: rows and columns that move alike go below it, and what a table costs is not in it.
@@ -389,7 +389,7 @@ def report(found: dict[str, Any]) -> None:
         bare = found["bare_mib"]
         head = "MB | new/patch | build s | MB/s | MiB above bare | apply s | MB/s | M weights/s | MiB above bare"
         lines += ["![size against speed](delta.svg)", "", "## Size (ours; bfloat16, small steps)", ""]
-        lines += [f"A bare interpreter with numpy and zstandard has {bare:.0f} MiB.", ""]
+        lines += [f"A bare interpreter with numpy and zstd has {bare:.0f} MiB.", ""]
         lines += table(head, (size_of(row, bare) for row in found["scaling"].values()))
     lines += ["## Starting a tool and doing nothing", ""]
     lines += table("tool | s | MiB", (f"{tool} | {s:.2f} | {mib:.0f}" for tool, (s, mib) in starts.items()))
@@ -414,7 +414,7 @@ def main() -> None:
     empty = dict.fromkeys(("old", "new", "patch", "made", "kind"), "")
     found: dict[str, Any] = {
         "machine": machine(), "folder": None if own else str(folder),
-        "bare_mib": spend([sys.executable, "-c", "import numpy, zstandard"])[1],
+        "bare_mib": spend([sys.executable, "-c", "import numpy; from backports import zstd"])[1],
         "starts": {t: sorted(spend(TOOLS[t].call("", empty)) for _ in range(APPLIES))[APPLIES // 2] for t in TOOLS if TOOLS[t].imports},
         "pairs": {pair.name: compared(pair) for pair in sorted(folder.iterdir()) if pair.is_dir()},
         "scaling": scaling() if own else {},

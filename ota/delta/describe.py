@@ -1,0 +1,323 @@
+"""How the numbers of a piece moved, in as few bytes as may be: each for itself, in steps of one size, by a thin product, or from 0.
+
+All choices are made on whole numbers or on what was rounded so far that machines agree: the same files give the same delta.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ota.delta import lowrank, numbers, streams
+from ota.delta.format import Product, Segment, pack_table
+from ota.delta.numbers import CONTEXTS, Kind
+from ota.delta.plan import File, Piece
+
+STREAM_COST = 80  # bytes that another stream costs before it holds anything
+TOKEN_COST = 0.7  # bytes that a token adds to a Huffman table
+SCALE_COST = 0.65  # bytes that a row's or column's scale costs
+NEVER = -2000  # the scale of what does not move at all
+NEAR = 0.6  # share of their bytes from which numbers are also tried without their predecessors
+CLEARLY = 0.3  # bits of a number that need no closer look
+LEAST_MOVED = 0.3  # share of numbers that have to move before a product is looked for
+SAMPLE = 1 << 14  # numbers that are looked at to choose a description
+MAX_STREAM_CONTEXTS = 24  # neighbouring contexts that may share a stream; bounds the search
+
+
+def payload_of(group: Sequence[Piece], made: bytes, old: File | None) -> bytes:
+    """The payload of a record of numbers."""
+    said: list[Description] = []
+    for piece in group:
+        at = piece.start - group[0].start
+        said.append(describe(piece, numbers.codes(made[at : at + piece.length], piece.kind), _before(piece, old)))
+    segments = [one.segment for one in said]
+    together, ids = np.concatenate([one.values for one in said]), np.concatenate([one.classes for one in said])
+    rest = b"".join(streams.encode(part) for one in said for part in one.missed)
+    sample = _sampled(ids)
+    stream_of = _share(_joint(sample, streams.tokens(_sampled(together))[0]), len(ids) / len(sample))
+    count = int(stream_of.max()) + 1
+    ways: list[bytes] = []
+    if count == 1 or all(s.old is None for s in segments):  # in one stream, where zstd may find what contexts do not tell
+        plain = pack_table([replace(s, rows=None, columns=None) for s in segments], None)
+        width = max(piece.kind.width for piece in group)
+        ways += [plain + streams.encode(together) + rest, plain + streams.planes(together, width) + rest]
+    if count > 1:
+        ids = numbers.translated(ids, np.pad(stream_of, (0, 256 - CONTEXTS)))
+        parts = [streams.encode(together[np.flatnonzero(ids == number)]) for number in range(count)]
+        ways.append(pack_table(segments, stream_of) + b"".join(parts) + rest)
+    return min(ways, key=len)
+
+
+def _before(piece: Piece, old: File | None) -> numbers.Codes:
+    known = old[piece.old : piece.old + piece.length].tobytes() if old and piece.old is not None else bytes(piece.length)
+    return numbers.codes(known, piece.kind)
+
+
+@dataclass(frozen=True)
+class Description:
+    """How a piece is described: the segment, each number's context, what its streams hold, and what whole steps miss by."""
+
+    segment: Segment
+    classes: npt.NDArray[np.uint8]
+    values: streams.Numbers
+    missed: list[streams.Numbers] = field(default_factory=list)
+
+    def _tokens(self, values: streams.Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """As `streams.tokens`, but of floats without predecessors their exponents, which are what can be coded."""
+        kind = self.segment.kind
+        if self.segment.old is not None or not kind.mantissa:
+            return streams.tokens(values)
+        exponents = (values >> np.uint32(kind.mantissa + 1)).astype(np.int32) - kind.bias + streams.TOKENS - 16
+        return np.clip(exponents, 0, streams.TOKENS - 1).astype(np.uint8), np.full(len(values), kind.mantissa + 1, np.uint8)
+
+    @functools.cached_property
+    def cost(self) -> float:
+        """About how many bytes it takes, each context with a code of its own."""
+        symbols, below = self._tokens(_sampled(self.values))
+        bits = _bits(_joint(_sampled(self.classes), symbols)) + int(below.sum(dtype=np.int64))
+        apart = sum(map(alone, (*self.missed, *sides(self.segment))))
+        return len(self.values) / max(len(symbols), 1) * bits / 8 + _scales(self.segment) + apart
+
+
+def _scales(segment: Segment) -> float:
+    """About how many bytes its scales take."""
+    return SCALE_COST * sum(len(side) for side in (segment.rows, segment.columns) if side is not None)
+
+
+def _bits(counts: npt.NDArray[np.int64]) -> float:
+    """About how many bits tokens take, each context with a code of its own.
+
+    What few numbers show of their entropy is too little, by half a nat for each cell of the histogram (Miller 1955).
+    """
+    return float(_entropy(counts).sum()) + np.count_nonzero(counts) / (2 * math.log(2))
+
+
+def describe(piece: Piece, after: numbers.Codes, before: numbers.Codes) -> Description:
+    """The cheapest description of how the numbers of a piece moved.
+
+    Each for itself; by steps of one size; by a product of thin matrices; or from 0, if the old ones say little.
+    """
+    row = piece.row if 1 < piece.row < len(before) else 0
+    plain = Segment(piece.kind, piece.length, row or len(before), piece.old, NEVER)
+    if piece.same:
+        return Description(plain, np.zeros(len(before), np.uint8), np.zeros(len(before), np.uint32))
+    change = numbers.changes(after, before, piece.kind)
+    moved = numbers.difference(after, before, piece.kind).astype(np.uint32)
+    if piece.old is None or piece.kind.name == "bytes":
+        return _scaled(plain, change, before, moved, row)
+    share = np.count_nonzero(moved) / len(before)
+    step = _step(change, after, before, piece.kind) if piece.kind.mantissa and 0.01 < share < 0.95 else None
+    product = _product(change, before, row, piece.kind) if row and share > LEAST_MOVED and step is None else None
+    if product:
+        segment = replace(plain, product=product)
+        nearer = segment.before(before)
+        moved_nearer = numbers.difference(after, nearer, piece.kind).astype(np.uint32)
+        best = _scaled(segment, numbers.changes(after, nearer, piece.kind), nearer, moved_nearer, row)
+        if _mean_bits(moved_nearer) > _mean_bits(moved) - CLEARLY:
+            best = min(best, _scaled(plain, change, before, moved, row), key=lambda said: said.cost)
+    else:
+        best = _scaled(plain, change, before, moved, row)
+    if step is not None:
+        best = min(best, _stepped(plain, change, before, after, row, step), key=lambda said: said.cost)
+    if _mean_bits(best.values) / 8 * len(before) > NEAR * piece.length and best.cost > NEAR * piece.length:
+        zeros = np.zeros_like(before)
+        by = numbers.difference(after, zeros, piece.kind).astype(np.uint32)
+        alone = _scaled(replace(plain, old=None), numbers.changes(after, zeros, piece.kind), zeros, by, row)
+        best = min(best, alone, key=lambda said: said.cost)
+    return best
+
+
+def _stepped(
+    plain: Segment, change: npt.NDArray[np.float32], before: numbers.Codes, after: numbers.Codes, row: int, step: np.float32
+) -> Description:
+    with np.errstate(over="ignore"):
+        steps = np.round(change / step).clip(-(2.0**30), 2.0**30).astype(np.int32)
+    missed = numbers.difference(after, numbers.stepped(before, steps, step, plain.kind), plain.kind).astype(np.uint32)
+    said = _scaled(replace(plain, step=step), change / step, before, numbers.zigzag(steps), row)
+    return replace(said, missed=[missed[steps == 0], missed[steps != 0]])
+
+
+def _product(change: npt.NDArray[np.float32], before: numbers.Codes, row: int, kind: Kind) -> Product | None:
+    rows = len(before) // row
+    least = 1.0
+    if kind.mantissa:
+        size = float(np.median(np.abs(numbers.values(before[:: max(1, len(before) // 4096)], kind))))
+        least = 2.0 ** (math.frexp(size)[1] - 2 - kind.mantissa) if math.isfinite(size) else 0.0
+    if rows * row != len(before) or not least:
+        return None
+    product = lowrank.find(change.reshape(rows, row).astype(np.float64), least)
+    return product if product and product.rank * (rows + row) <= len(before) else None
+
+
+def sides(segment: Segment) -> list[streams.Numbers]:
+    """The factors of its product as they are stored."""
+    p = segment.product
+    return [numbers.zigzag(side.reshape(-1)) for side in (p.left, p.right) if side is not None] if p else []
+
+
+def _scaled(
+    plain: Segment, change: npt.NDArray[np.float32], before: numbers.Codes, values: streams.Numbers, row: int
+) -> Description:
+    """How far the numbers are said to move: all alike, and by row and column where that pays."""
+    distance = np.abs(change)
+    mean = float(distance.mean(dtype=np.float64)) if len(distance) else 0.0
+    if not mean:
+        return Description(plain, plain.contexts(before), values)
+    segment = replace(plain, scale=int(_half_octaves(np.array(mean))))
+    if row:
+        segment = _by_row_or_column(segment, distance, before, values, row)
+    return Description(segment, segment.contexts(before), values)
+
+
+def _by_row_or_column(
+    plain: Segment, distance: npt.NDArray[np.float32], before: numbers.Codes, values: streams.Numbers, row: int
+) -> Segment:
+    """With a scale for each row, for each column, for both or for neither, whichever is cheapest in a sample of the rows."""
+    whole = len(distance) // row * row
+    table = distance[:whole].reshape(-1, row)
+    rows, columns = table.mean(axis=1, dtype=np.float64), table.mean(axis=0, dtype=np.float64)
+    if whole < len(distance):
+        rows = np.append(rows, distance[whole:].mean())
+    rows, columns = _apart(rows, plain.scale), _apart(columns, plain.scale)
+    step = -(-whole // SAMPLE)
+    old = before[:whole].reshape(-1, row)[::step].reshape(-1)
+    symbols = streams.tokens(values[:whole].reshape(-1, row)[::step].reshape(-1))[0]
+    ways = [replace(plain, rows=r, columns=c) for r in (None, rows) for c in (None, columns)]
+
+    def cost(way: Segment) -> float:
+        part = replace(way, rows=None if way.rows is None else way.rows[: len(table) : step])
+        return len(distance) / len(old) * _bits(_joint(part.contexts(old), symbols)) / 8 + _scales(way)
+
+    return min(ways, key=cost)
+
+
+def _apart(means: npt.NDArray[np.float64], scale: int) -> npt.NDArray[np.int16]:
+    """How far rows or columns lie from what all of them have, in half octaves."""
+    return np.clip(_half_octaves(means) - scale, -20, 20).astype(np.int16)
+
+
+def _mean_bits(values: streams.Numbers) -> float:
+    """About how many bits a number takes, by a sample of them."""
+    return float(np.log2(values[:: max(1, len(values) // 4096)] + 1.0).mean()) + 1
+
+
+def alone(values: streams.Numbers) -> float:
+    """Bytes that numbers cost in a stream of their own."""
+    symbols, below = streams.tokens(values)
+    return (float(_entropy(np.bincount(symbols, minlength=1)[None]).sum()) + int(below.sum(dtype=np.int64))) / 8
+
+
+def _sampled(found: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A quarter of many numbers, in pieces of a thousand."""
+    if len(found) < 1 << 15:
+        return found
+    return found[: len(found) // 4096 * 4096].reshape(-1, 4096)[:, :1024].reshape(-1)
+
+
+def _step(change: npt.NDArray[np.float32], after: numbers.Codes, before: numbers.Codes, kind: Kind) -> np.float32 | None:
+    """The size of the steps that all numbers moved by, if there is one.
+
+    Seen where the kind's own rounding is small against the change: the smallest changes are one step, and all are near multiples of it.
+    Then every number that moved says between which bounds the size must lie to have been rounded as it was.
+    """
+    at = np.flatnonzero(change)
+    few = at[:: max(1, len(at) // 4096)]
+    size, old = np.abs(change[few]).astype(np.float64), np.abs(numbers.values(before[few], kind)).astype(np.float64)
+    size = size[np.isfinite(old) & (size > 32 * 2.0**-kind.mantissa * old)]
+    if len(size) < 64:
+        return None
+    first = float(np.sort(size)[len(size) // 50])
+    near = size[(size > 0.75 * first) & (size < 1.33 * first)]
+    step = float(np.sort(near)[len(near) // 2])
+    for _ in range(4):
+        count = np.round(size / step)
+        step = float((size * count).sum() / (count * count).sum()) if count.any() else 0.0
+        if not 1e-30 < step < 1e30:
+            return None
+    if float(np.abs(size / step - np.round(size / step)).mean()) > 0.05:  # 0.25 if there are no steps
+        return None
+    at = at[:: max(1, len(at) // 32768)]
+    size, new = np.abs(change[at]).astype(np.float64), numbers.values(after[at], kind).astype(np.float64)
+    slack = np.ldexp(1.0, np.frexp(np.where(np.isfinite(new), new, 0.0))[1] - 2 - kind.mantissa) + size * 2.0**-23
+    count = np.round(size / step)
+    sure = (count > 0) & (slack < step / 4)
+    at, size, slack, count = at[sure], size[sure], slack[sure], count[sure]
+    if not len(at):
+        return None
+    low, high = (size - slack) / count, (size + slack) / count
+    few_wrong = 0 if low.max() <= high.min() else len(at) // 200
+    middle = np.float32((np.partition(low, -1 - few_wrong)[-1 - few_wrong] + np.partition(high, few_wrong)[few_wrong]) / 2)
+    steps = np.round(change[at] / middle).astype(np.int32)
+
+    def hits(size: np.float32) -> int:
+        return int(np.count_nonzero(numbers.stepped(before[at], steps, size, kind) == after[at]))
+
+    near_by = [middle]
+    for direction in (np.float32(0), np.float32(np.inf)):
+        found = middle
+        for _ in range(4):
+            found = np.nextafter(found, direction)
+            near_by.append(found)
+    return max(near_by, key=hits)
+
+
+def _half_octaves(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
+    """2 · log2 of values to the nearest whole number, on every machine alike."""
+    part, exponent = np.frexp(np.maximum(values, 1e-60))  # parts in [1/2, 1)
+    found: npt.NDArray[np.int32] = 2 * exponent - (part < 2**-0.25) - (part < 2**-0.75)
+    return found
+
+
+def _joint(classes: npt.NDArray[np.uint8], symbols: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """How often each token comes in each context, [64, tokens]."""
+    both = classes.astype(np.intp)
+    both *= streams.TOKENS
+    both += symbols
+    return np.bincount(both, minlength=CONTEXTS * streams.TOKENS).reshape(CONTEXTS, streams.TOKENS)
+
+
+def _entropy(counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Bits for the tokens of each row of a histogram, each row with its own code; rounded so far that machines agree."""
+    total = counts.sum(axis=-1, dtype=np.float64)
+    found: npt.NDArray[np.float64] = total * np.log2(np.maximum(total, 1)) - (counts * np.log2(np.maximum(counts, 1))).sum(
+        axis=-1
+    )
+    return found.round(3)
+
+
+def _share(counts: npt.NDArray[Any], each: float) -> npt.NDArray[np.uint8]:
+    """Which stream each context goes to: neighbours share one where that costs least.
+
+    Dynamic programming over where to cut the used contexts.
+
+    Args:
+        counts: of tokens in a sample, [64, tokens].
+        each: for how many numbers one of them stands.
+    """
+    used = np.flatnonzero(counts.sum(axis=1))
+    counts = counts[used][:, np.flatnonzero(counts.sum(axis=0))]
+    sums = np.concatenate((np.zeros((1, counts.shape[1])), np.cumsum(counts, axis=0, dtype=np.float64)))
+    cost, cut = [0.0], [0]
+    for stop in range(1, len(used) + 1):
+        first = max(0, stop - MAX_STREAM_CONTEXTS)
+        joined = sums[stop] - sums[first:stop]  # [starts, tokens]
+        spent = (
+            each * _entropy(joined) / 8 + STREAM_COST + TOKEN_COST * np.count_nonzero(joined, axis=1) + np.array(cost[first:stop])
+        )
+        best = int(spent.argmin())
+        cost.append(float(spent[best]))
+        cut.append(first + best)
+    stream_of, stop, starts = np.zeros(CONTEXTS, np.uint8), len(used), []
+    while stop:
+        starts.append((cut[stop], stop))
+        stop = cut[stop]
+    # What the sample missed goes with its neighbours.
+    for number, (start, _) in enumerate(reversed(starts)):
+        stream_of[used[start] if start else 0 :] = number
+    return stream_of

@@ -1,0 +1,123 @@
+"""Bytes that are no numbers, or numbers that nobody described: by zstd beside where they came from, or as what they look like."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from backports import zstd
+
+from ota.delta import numbers, streams
+from ota.delta.blocks import densest
+from ota.delta.describe import describe, payload_of
+from ota.delta.format import BESIDE, MAX_NUMBERS, MAX_RANGE, NUMBERS, RECORD, ZSTD
+from ota.delta.numbers import KINDS, Kind
+from ota.delta.plan import LEAST_PLAIN, File, Piece
+from ota.manifest import KiB
+
+LEVELS = (3, 9, 19)  # of zstd; the last takes twenty times as long as the one before
+LEAST_KNOWN = 8  # bytes that zstd can refer to
+HOPE = 2  # times that a record is halved without getting smaller
+LEAST_PART = 2 * KiB  # bytes of a record below which it is not cut again
+NOTHING = 0.002  # share of its bytes below which it is not cut either
+NEXT_TO_NOTHING = 0.03  # and below which it is not packed as hard as can be
+LOOKED = 64 * KiB  # bytes that say what kind of numbers they are
+
+Record = tuple[int, int, bytes, int, bytes]  # kind, length, check, base offset, payload
+
+
+def record(kind: int, new: bytes, base_offset: int, payload: bytes) -> Record:
+    """One that makes `new`."""
+    return kind, len(new), hashlib.blake2b(new, digest_size=16).digest(), base_offset, payload
+
+
+def size_of(records: Sequence[Record]) -> int:
+    """Bytes that they take."""
+    return sum(RECORD.size + len(record[4]) for record in records)
+
+
+def encode_plain(piece: Piece, made: bytes, old: File | None) -> list[Record]:
+    """By zstd, beside where it came from; or as what numbers moved by, if it looks like numbers that lie where they lay."""
+    if old is None:
+        return [elsewhere(made, None, LEVELS)]
+    found: list[Record] = []
+    at = 0
+    for part in parts_of(made, old):
+        quick = quick_size([part], old)
+        as_numbers: list[Record] = []
+        if quick > NEXT_TO_NOTHING * len(part) and piece.old is not None and piece.old + at + len(part) <= old.size:
+            for first in range(0, len(part), MAX_NUMBERS):
+                chunk = part[first : first + MAX_NUMBERS]
+                there = replace(piece, start=0, length=len(chunk), old=piece.old + at + first, same=False)
+                as_numbers.append(record(NUMBERS, chunk, 0, payload_of(_guessed(there, chunk, old), chunk, old)))
+        found += as_numbers if as_numbers and size_of(as_numbers) < 0.95 * quick else [elsewhere(part, old, LEVELS)]
+        at += len(part)
+    return found
+
+
+def _guessed(piece: Piece, made: bytes, old: File) -> list[Piece]:
+    """Cut by the kind of numbers that the bytes look most like, and by where the first of them begins."""
+    kind, phase, _ = looks(piece, made, old)
+    if kind.name == "bytes":
+        return [piece]
+    ends = [0, phase, phase + (len(made) - phase) // kind.width * kind.width, len(made)]
+    kinds = KINDS["bytes"], kind, KINDS["bytes"]
+    return [
+        replace(piece, start=start, length=stop - start, kind=kind, old=(piece.old or 0) + start)
+        for kind, start, stop in zip(kinds, ends, ends[1:], strict=False)
+        if stop > start
+    ]
+
+
+def looks(piece: Piece, made: bytes, old: File) -> tuple[Kind, int, float]:
+    """The kind of numbers that bytes look most like, from which byte on, and how many bytes each then costs; by some in the middle."""
+    best, middle = (KINDS["bytes"], 0, 1.0), len(made) // 2 // 8 * 8
+    looked = min(LOOKED, len(made) - middle - 8)
+    for kind in KINDS.values():
+        for phase in range(kind.width if not kind.packed and looked >= LEAST_PLAIN // 4 else 0):
+            first, length = middle + phase, looked // kind.width * kind.width
+            after, before = (
+                made[first : first + length],
+                old[(piece.old or 0) + first : (piece.old or 0) + first + length].tobytes(),
+            )
+            said = describe(Piece(0, length, kind, 0, 0, False), numbers.codes(after, kind), numbers.codes(before, kind))
+            if said.cost / length < (best[2] if kind.name == "bytes" else 0.95 * best[2]):
+                best = kind, phase, said.cost / length
+    return best
+
+
+def parts_of(made: bytes, old: File, hope: int = HOPE) -> list[bytes]:
+    """Cut in halves as long as that pays, in the end: where they come from places that lie far apart."""
+    whole, half = quick_size([made], old), len(made) // 2
+    if half < LEAST_PART or whole < NOTHING * len(made) or not hope:
+        return [made]
+    pays = quick_size([made[:half], made[half:]], old) < 0.95 * whole
+    parts = [part for side in (made[:half], made[half:]) for part in parts_of(side, old, HOPE if pays else hope - 1)]
+    return parts if pays or quick_size(parts, old) < 0.95 * whole else [made]
+
+
+def quick_size(parts: Sequence[bytes], old: File) -> int:
+    """About how many bytes it takes to make them from elsewhere."""
+    return size_of([elsewhere(part, old, LEVELS[:1]) for part in parts])
+
+
+def elsewhere(made: bytes, old: File | None, levels: Sequence[int]) -> Record:
+    """By zstd, beside what lies in the old file where most of these bytes came from, if they came from there."""
+    places = old.blocks.places(np.frombuffer(made, np.uint8)) if old else np.zeros(0, np.int64)
+    known, start = b"", 0
+    if old and len(places) and old.size >= LEAST_KNOWN:
+        start = max(0, densest(places, MAX_RANGE // 2) - MAX_RANGE // 4)
+        known = old[start : min(start + MAX_RANGE, old.size)].tobytes()
+    ways: list[bytes] = []
+    for level in levels:
+        ways.append(streams.beside(made, known, level) if known else compress(made, level))
+        if level != levels[0] and len(min(ways, key=len)) < NEXT_TO_NOTHING * len(made):
+            break
+    return record(BESIDE if known else ZSTD, made, start, min(ways, key=len))
+
+
+def compress(data: bytes, level: int) -> bytes:
+    """By zstd alone."""
+    return zstd.compress(data, level)

@@ -1,0 +1,180 @@
+"""What a delta's records are about: where a file's numbers lie, what they follow, and what is the same.
+
+Files are read in ranges, here once to plan the records, and by `encode` once more to write them. So memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ota.delta.blocks import Blocks
+from ota.delta.format import MAX_CHUNK, MAX_NUMBERS, MAX_SEGMENTS, PlainFile
+from ota.delta.numbers import KINDS, Kind, KindName
+from ota.errors import DeltaError
+from ota.manifest import FileEntry, KiB, MiB
+
+MAX_BSDIFF = 2 * MiB  # bytes of a plain file for which bsdiff4 is tried; it needs four seconds for each
+SAME_RUN = 64 * KiB  # bytes that are the same are worth a record of their own from here on
+LEAST_PLAIN = 64 * KiB  # bytes without numbers that are looked for elsewhere in the old file
+MAX_PLAIN = 4 * MiB  # and of them as many as go into a record
+
+
+@dataclass(frozen=True)
+class Elements:
+    """A stretch of a file that holds numbers of one kind."""
+
+    offset: int
+    length: int  # bytes
+    kind: KindName
+    row: int  # numbers in a row; 0: it has no rows
+    old: int | None  # where its predecessor lies in the old file; None: it has none
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One new file, the old one that it follows, and where its numbers lie."""
+
+    entry: FileEntry | PlainFile
+    new: Path
+    old: Path | None
+    elements: Sequence[Elements] = ()
+
+    @property
+    def whole(self) -> bool:
+        """It goes into one record: it has no numbers, and is small or has to be."""
+        if isinstance(self.entry, FileEntry):
+            return self.entry.role != "weights"
+        return not self.elements and max(self.entry.size, self.old.stat().st_size if self.old else 0) <= MAX_BSDIFF
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one record, or a part of one, is about."""
+
+    start: int
+    length: int
+    kind: Kind
+    row: int
+    old: int | None  # None: it has no predecessor
+    same: bool
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that is read in ranges; mapped into memory, what was read once would stay there while there is room."""
+
+    path: Path
+    size: int
+
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        """Its blocks by their hashes; read when first asked for."""
+        return Blocks((self[at : min(at + MAX_CHUNK, self.size)] for at in range(0, self.size, MAX_CHUNK)), self.size)
+
+    def __getitem__(self, wanted: slice) -> npt.NDArray[np.uint8]:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(wanted.start or 0)
+            return np.frombuffer(file.read(wanted.stop - (wanted.start or 0)), np.uint8)
+
+
+def open_file(path: Path) -> File:
+    """A file as it is now."""
+    return File(path, path.stat().st_size)
+
+
+def plan(pair: Pair) -> list[list[Piece]]:
+    """What each record is about, in the order of the file; of a file that goes into one record, there is no more to say."""
+    if pair.whole:
+        return [[]] if pair.entry.size else []
+    new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
+    groups: list[list[Piece]] = []
+    plain = MAX_CHUNK if isinstance(pair.entry, FileEntry) else MAX_PLAIN
+    for piece in _join(_pieces(pair.elements, new, old, plain)):
+        last = groups[-1] if groups else []
+        full = sum(p.length for p in last) + piece.length > MAX_CHUNK or sum(map(_count, last)) + _count(piece) > MAX_NUMBERS
+        if not last or any(map(_alone_in_record, (last[0], piece))) or full or len(last) == MAX_SEGMENTS:
+            groups.append([piece])
+        else:
+            last.append(piece)
+    return groups
+
+
+def _alone_in_record(piece: Piece) -> bool:
+    return piece.old is None or is_plain(piece) or (piece.same and piece.length >= SAME_RUN)
+
+
+def is_plain(piece: Piece) -> bool:
+    """It is no numbers, or numbers that nobody described, and so many that they may be looked for elsewhere in the old file."""
+    return piece.kind.name == "bytes" and piece.length >= LEAST_PLAIN
+
+
+def _count(piece: Piece) -> int:
+    return piece.length * 2 if piece.kind.packed else piece.length // piece.kind.width
+
+
+def _pieces(elements: Sequence[Elements], new: File, old: File | None, plain: int) -> Iterator[Piece]:
+    for stretch in _cover(elements, new.size, 0 if old is None else old.size):
+        kind = KINDS[stretch.kind]
+        row = stretch.row * kind.width // (2 if stretch.kind == "int4" else 1) or kind.width  # bytes
+        limit = MAX_CHUNK // 4 if stretch.kind == "int4" else min(MAX_CHUNK, MAX_NUMBERS * kind.width)
+        if stretch.kind == "bytes" and stretch.length > MAX_CHUNK:
+            limit = plain
+        step = limit // row * row or limit // kind.width * kind.width
+        for first in range(0, stretch.length, step):
+            length = min(step, stretch.length - first)
+            start, at = stretch.offset + first, None if stretch.old is None else stretch.old + first
+            if old is None or at is None or at + length > old.size:
+                yield Piece(start, length, kind, stretch.row, None, False)
+            else:
+                same = bool(np.array_equal(new[start : start + length], old[at : at + length]))
+                yield Piece(start, length, kind, stretch.row, at, same)
+
+
+def _join(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """Pieces, with those that are the same and follow each other in both files made one, as long as a record may be."""
+    held: Piece | None = None
+    for piece in pieces:
+        if (
+            held and held.same and piece.same and held.old is not None and held.old + held.length == piece.old
+            and held.start + held.length == piece.start and held.length + piece.length <= MAX_CHUNK
+        ):  # fmt: skip
+            held = Piece(held.start, held.length + piece.length, KINDS["bytes"], 0, held.old, True)
+        else:
+            if held:
+                yield held
+            held = piece
+    if held:
+        yield held
+
+
+def _cover(elements: Sequence[Elements], size: int, old_size: int) -> Iterator[Elements]:
+    """The stretches of a file in order, with the gaps between them as plain bytes; bytes end where the old file does."""
+    at = 0
+    wanted = sorted((e for e in elements if e.length), key=lambda e: e.offset)
+    for stretch in [*wanted, Elements(size, 0, "bytes", 0, None)]:
+        end = stretch.offset + stretch.length
+        if not at <= stretch.offset <= end <= size or stretch.length % KINDS[stretch.kind].width or (stretch.old or 0) < 0:
+            where = f"byte {stretch.offset} of a file of {size}"
+            raise DeltaError(f"the numbers at {where} overlap others, are cut short or go past its end; export it again")
+        gap = Elements(at, stretch.offset - at, "bytes", 0, at)
+        for part in (gap, stretch):
+            room = old_size - part.old if part.old is not None else 0
+            if part.kind == "bytes" and 0 < room < part.length:
+                yield replace(part, length=room)
+                part = replace(part, offset=part.offset + room, length=part.length - room, old=None)  # noqa: PLW2901
+            if part.length:
+                yield part
+        at = end
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
