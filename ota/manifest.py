@@ -235,7 +235,7 @@ class Policy(Document):
         return self
 
 
-Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "base_corrupt"]
+Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "base_corrupt", "strayed"]
 
 
 class DeviceReport(Document):

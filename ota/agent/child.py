@@ -2,20 +2,24 @@
 
 A patch, a graph and weights are parsed here and nowhere else, so that whatever they do to a process, the agent lives on;
 and memory that ONNX Runtime keeps goes back with the process. The parent calls `run`; the child reads one JSON request
-from its standard input and answers with one JSON line.
+from its standard input and answers with one JSON line. A `Worker` keeps its bundle loaded, and goes on reading and answering.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import io
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -55,27 +59,125 @@ def run(task: str, **request: Any) -> dict[str, Any]:
         UnfinishedError: the child was killed, or ran out of time or memory, which may be the device's fault this once.
         OtaError: what the task raised; `DeviceError` when the child died in another way.
     """
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(  # noqa: S603
-            # -P: what lies in the working directory of whoever asks for an image is not to be imported
-            [sys.executable, "-P", "-m", "ota.agent.child", task, str(os.getpid())],
+            _words(task),
             input=json.dumps(request).encode(),
             capture_output=True,
             timeout=SECONDS[task],
-            env=environment,
+            env=_environment(),
             check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise UnfinishedError(f"the {task} process did not end within {SECONDS[task]} s and was stopped; try again") from error
     except OSError as error:
-        raise RoomError(f"cannot start the {task} process: {error.strerror}; free memory and try again") from error
-    if done.returncode == -signal.SIGKILL:  # the kernel's when memory or CPU time is short, or somebody else's
+        raise _not_started(task, error) from error
+    return _answer(task, done.returncode, done.stdout, done.stderr)
+
+
+class Worker:
+    """A child that keeps a bundle loaded and draws with it, one image at a time.
+
+    It lives no longer than the thread that started it, which the kernel takes for its parent.
+    """
+
+    def __init__(self, slot: str, digest: str) -> None:
+        """Start it; what is wrong with the bundle shows when it is asked to draw.
+
+        Raises:
+            RoomError: no process can be started.
+        """
+        self.digest = digest
+        self._lock = threading.Lock()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child; a pipe that nobody reads would fill up
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                _words("serve"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=_environment(), bufsize=0
+            )
+        except OSError as error:
+            self._said.close()
+            raise _not_started("serve", error) from error
+        self._send({"slot": slot, "digest": digest})
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def draw(self, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
+        """As the task `generate` answers, with the expert load besides.
+
+        Raises:
+            UnfinishedError: it was killed, or did not answer in time; it is dead then.
+            OtaError: what the task raised; `DeviceError` when the child died in another way.
+        """
+        with self._lock:
+            self._send({"variant": variant, "caption": caption, "seed": seed})
+            line = self._receive(time.monotonic() + SECONDS["generate"])
+        if not line:
+            self._said.seek(0)
+            return _answer("serve", self._process.wait(), b"", self._said.read())
+        return _answer("serve", 0, line, b"")
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            if stream:
+                stream.close()
+
+    def _send(self, request: dict[str, Any]) -> None:
+        if self._process.stdin:
+            with contextlib.suppress(BrokenPipeError):  # it died; that shows when its answer is read
+                self._process.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def _receive(self, deadline: float) -> bytes:
+        """The next line; empty when the child died instead."""
+        line, pipe = b"", self._process.stdout
+        if pipe is None:
+            return b""
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        while not line.endswith(b"\n"):
+            if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
+                self._process.kill()
+                raise UnfinishedError(
+                    f"the serve process did not answer within {SECONDS['generate']} s and was stopped; try again"
+                )
+            piece = os.read(pipe.fileno(), 1 << 16)
+            if not piece:
+                return b""
+            line += piece
+        return line
+
+
+def _words(task: str) -> list[str]:
+    # -P: what lies in the working directory of whoever asks for an image is not to be imported
+    return [sys.executable, "-P", "-m", "ota.agent.child", task, str(os.getpid())]
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _not_started(task: str, error: OSError) -> RoomError:
+    return RoomError(f"cannot start the {task} process: {error.strerror}; free memory and try again")
+
+
+def _answer(task: str, code: int, stdout: bytes, stderr: bytes) -> dict[str, Any]:
+    """What a child said, or the error that its end stands for."""
+    if code == -signal.SIGKILL:  # the kernel's when memory or CPU time is short, or somebody else's
         raise UnfinishedError(f"the {task} process was killed, perhaps for want of memory or time; try again")
     try:
-        answer: dict[str, Any] = json.loads(done.stdout)
+        answer: dict[str, Any] = json.loads(stdout)
     except ValueError as error:
-        raise DeviceError(f"the {task} process died ({_ending(done.returncode)}): {_last_line(done.stderr)}") from error
+        raise DeviceError(f"the {task} process died ({_ending(code)}): {_last_line(stderr)}") from error
     if "error" in answer:
         raise KNOWN.get(answer["kind"], DeviceError)(answer["error"])
     return answer
@@ -100,17 +202,29 @@ def main() -> None:
     if os.getppid() != parent:
         os._exit(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS[task], 2 * SECONDS[task]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        answer = TASKS[task](**json.loads(sys.stdin.buffer.read()))
-    except OtaError as error:
-        answer = {"kind": type(error).__name__, "error": str(error)}
-    except MemoryError:
-        answer = {"kind": "UnfinishedError", "error": f"the {task} process has not enough memory; free some and try again"}
-    sys.stdout.write(json.dumps(answer))
-    sys.stdout.flush()
+    if task == "serve":  # whose parent stops it where it takes too long
+        bundle = Drawing(**json.loads(sys.stdin.buffer.readline()))
+        for line in iter(sys.stdin.buffer.readline, b""):
+            _say(_done(task, lambda line=line: bundle.draw(**json.loads(line))))  # type: ignore[misc]
+    else:
+        resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS[task], 2 * SECONDS[task]))
+        _say(_done(task, lambda: TASKS[task](**json.loads(sys.stdin.buffer.read()))))
     os._exit(0)  # ONNX Runtime's teardown is not worth waiting for, and has been seen to crash
+
+
+def _done(task: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return work()
+    except OtaError as error:
+        return {"kind": type(error).__name__, "error": str(error)}
+    except MemoryError:
+        return {"kind": "UnfinishedError", "error": f"the {task} process has not enough memory; free some and try again"}
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 def apply(
@@ -203,26 +317,42 @@ def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
     }
 
 
+class Drawing:
+    """A bundle that draws; each variant is loaded when it is first asked for, and kept."""
+
+    def __init__(self, slot: str, digest: str) -> None:
+        self._slot, self._digest = slot, digest
+        self._models: dict[VariantName, Any] = {}
+
+    def draw(self, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
+        """Draw one image; returns the PNG in base64, how it went, and the load of the experts [M][E]."""
+        import numpy as np
+
+        from ota.agent import sampler
+        from ota.agent.state import Slot
+        from ota.manifest import MAX_TABLE, SamplerTable, parse
+
+        if variant not in self._models:
+            bundle = Slot(Path(self._slot), self._digest)
+            table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
+            self._models[variant] = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
+        model = self._models[variant]
+        model.load_sum, model.evaluations = None, 0
+        start = time.perf_counter()
+        image = model.generate(model.encode(caption), [seed])[0]
+        elapsed = time.perf_counter() - start
+        return {
+            "png": base64.b64encode(sampler.png(np.nan_to_num(image))).decode(),
+            "good": bool(np.isfinite(image).all() and image.std() > 0.01),
+            "load": model.load(),
+            "milliseconds": 1000 * elapsed,
+            "peak_mib": peak_mib(),
+        }
+
+
 def generate(slot: str, digest: str, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
-    """Draw one image; returns the PNG in base64 and how it went."""
-    import numpy as np
-
-    from ota.agent import sampler
-    from ota.agent.state import Slot
-    from ota.manifest import MAX_TABLE, SamplerTable, parse
-
-    bundle = Slot(Path(slot), digest)
-    table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
-    model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
-    start = time.perf_counter()
-    image = model.generate(model.encode(caption), [seed])[0]
-    elapsed = time.perf_counter() - start
-    return {
-        "png": base64.b64encode(sampler.png(np.nan_to_num(image))).decode(),
-        "good": bool(np.isfinite(image).all() and image.std() > 0.01),
-        "milliseconds": 1000 * elapsed,
-        "peak_mib": peak_mib(),
-    }
+    """Draw one image; see `Drawing.draw`."""
+    return Drawing(slot, digest).draw(variant, caption, seed)
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {"apply": apply, "try": try_bundle, "generate": generate}

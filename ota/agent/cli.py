@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -36,6 +40,7 @@ app = typer.Typer(
 Directory = Annotated[Path, typer.Option("--dir", envvar="FERRY_AGENT_DIR", help="The agent's directory.", show_default=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 DEFAULT_DIR = Path("/var/lib/deltaferry")
+DEFAULT_SOCKET = Path("/run/deltaferry/agent.sock")
 
 
 class _Options:
@@ -72,6 +77,15 @@ def init(
     root_sha256: Annotated[str, typer.Option(help="Its sha256, told over another way (never trusted on first use).")],
     reports: Annotated[str, typer.Option(help="Folder in which reports are left.")] = "",
     window: Annotated[str, typer.Option(help="Hours of UTC in which it may switch, as 22:00-05:00.")] = "",
+    prefer: Annotated[str, typer.Option(help="Which variant draws: default, quality, latency or energy.")] = "default",
+    latency_ms: Annotated[float | None, typer.Option(help="Budget of milliseconds for one image.", show_default=False)] = None,
+    joules: Annotated[float | None, typer.Option(help="Budget of joules for one image.", show_default=False)] = None,
+    safe: Annotated[
+        str | None, typer.Option(help="Variant for when routes have strayed; the cheapest if not given.", show_default=False)
+    ] = None,
+    watts: Annotated[
+        str, typer.Option(help="IDLE,CORE: what the device takes at rest, and a busy core besides, if it has no sensor.")
+    ] = "",
     directory: Directory = DEFAULT_DIR,
     as_json: Json = False,
 ) -> None:
@@ -89,10 +103,11 @@ def init(
         if hashlib.sha256(data).hexdigest() != root_sha256.lower():
             raise OperatorError(f"{root} does not have the sha256 that was given; do not trust it, ask for the right file")
         try:
-            config = Config(
-                device=device, line=line, device_class=device_class, repository=_absolute(repository),
-                root_sha256=root_sha256.lower(), reports=_absolute(reports), window=window,
-            )  # fmt: skip
+            config = Config.model_validate({
+                "device": device, "line": line, "device_class": device_class, "repository": _absolute(repository),
+                "root_sha256": root_sha256.lower(), "reports": _absolute(reports), "window": window, "prefer": prefer,
+                "latency_ms": latency_ms, "joules": joules, "safe": safe, **_watts(watts),
+            })  # fmt: skip
         except ValidationError as error:
             first = error.errors()[0]
             raise OperatorError(f"--{str(first['loc'][0]).replace('_', '-')} is not valid: {first['msg']}") from error
@@ -196,6 +211,96 @@ def report(directory: Directory = DEFAULT_DIR, as_json: Json = False) -> None:
         with home.locked():
             left = reports.send(home)
         _answer(as_json, {"waiting": left}, f"{left} reports are waiting" if left else "all reports are delivered")
+
+
+@app.command()
+def run(
+    every: Annotated[int, typer.Option(min=10, help="Seconds between two looks; each device varies them.")] = 3600,
+    now: Annotated[bool, typer.Option("--now", help="Look at once, not within some minutes.")] = False,
+    directory: Directory = DEFAULT_DIR,
+) -> None:
+    """Look for updates from time to time, until stopped. May be killed at any moment."""
+    with _errors():
+        from ota.agent import poll
+        from ota.agent.updater import Outcome
+
+        home = Home(directory)
+        home.config()
+
+        def tell(how: Outcome | OtaError) -> None:
+            typer.echo(how.reason if isinstance(how, Outcome) else f"ferry-agent: {how}", err=True)
+
+        # An update may be cut at any moment, so there is nothing to wait for.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        poll.run(home, every, threading.Event(), tell, None if _Options.quiet else _show_step, now)
+
+
+@app.command()
+def serve(
+    at: Annotated[Path, typer.Option("--socket", help="Unix socket to listen on, for its owner and group.")] = DEFAULT_SOCKET,
+    group: Annotated[str, typer.Option(help="Group that may use the socket.")] = "",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="A port of the loopback instead of a socket.", show_default=False)
+    ] = None,
+    directory: Directory = DEFAULT_DIR,
+) -> None:
+    """Draw for other programs on this device: POST /generate, GET /status. Goes on while updates are at work."""
+    with _errors():
+        from ota.agent import serve as endpoint
+
+        home = Home(directory)
+        home.config()
+        stopped = _stop_signal()
+        listening = endpoint.listening_socket(at, _group(group)) if port is None else endpoint.listening_port(port)
+        with listening as server:
+            typer.echo(f"listening on {at if port is None else f'http://127.0.0.1:{server.port}'}", err=True)
+            endpoint.run(endpoint.Service(home), server, stopped)
+
+
+@app.command()
+def doctor(
+    draw: Annotated[bool, typer.Option(help="Also draw an image with each variant.")] = True,
+    directory: Directory = DEFAULT_DIR,
+    as_json: Json = False,
+) -> None:
+    """Say whether this device is fit to run, to update and to report, and what to do if not; exit code 3 if it is not."""
+    with _errors():
+        from ota.agent import doctor as looks
+
+        found = looks.examine(Home(directory), draw)
+        value = {"fit": all(f.level != "fail" for f in found), "findings": [asdict(f) for f in found]}
+        _answer(as_json, value, "\n".join(f"{f.level:5} {f.about:13} {f.text}" for f in found))
+        if not value["fit"]:
+            raise typer.Exit(3)
+
+
+def _stop_signal() -> threading.Event:
+    """Set when the process is told to end."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    return stopped
+
+
+def _group(name: str) -> int | None:
+    if not name:
+        return None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError as error:
+        raise OperatorError(f"there is no group {name!r} here; make it, or name another") from error
+
+
+def _watts(words: str) -> dict[str, float]:
+    if not words:
+        return {}
+    try:
+        idle, core = (float(word) for word in words.split(","))
+    except ValueError as error:
+        raise OperatorError(
+            f"--watts {words!r} is not two numbers; give what the device takes at rest and a busy core besides, as 2.1,3.5"
+        ) from error
+    return {"idle_watts": idle, "core_watts": core}
 
 
 def _absolute(place: str) -> str:

@@ -5,7 +5,7 @@ root.json        the trust anchor, given at `init` with its hash
 device.key       Ed25519 private key for reports
 state.json       what runs, what ran before, what is on trial; replacing it is the only commit point
 state.prev.json  the state before, for a disk that damages files
-highwater.json   the newest metadata versions ever accepted, and the latest time seen
+highwater.json   the newest metadata versions ever accepted, under which keys, and the latest time seen
 metadata/        python-tuf's cache; can be lost at any moment
 slots/<sha256>/  bundles by their manifest's hash, files by their own
 incoming/        downloads that are under way
@@ -22,6 +22,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -48,6 +49,16 @@ class Config(Document):
     root_sha256: Sha256
     reports: str = Field(default="", max_length=500, description="folder in which reports are left; empty: nowhere")
     window: str = Field(default="", pattern=WINDOW, description="hours of UTC in which it may switch, as 22:00-05:00; empty: any")
+    prefer: Literal["default", "quality", "latency", "energy"] = Field(default="default", description="see `variants.chain`")
+    latency_ms: float | None = Field(default=None, gt=0, le=1e6, description="budget for one image")
+    joules: float | None = Field(default=None, gt=0, le=1e6, description="budget for one image")
+    safe: VariantName | None = Field(default=None, description="variant for when routes have strayed; None: the cheapest")
+    idle_watts: float | None = Field(
+        default=None, ge=0, le=1e4, description="what the device takes at rest, for want of a sensor"
+    )
+    core_watts: float | None = Field(
+        default=None, gt=0, le=1e4, description="what a busy core takes besides, for want of a sensor"
+    )
 
 
 class Trial(Document):
@@ -76,9 +87,11 @@ class State(Document):
 
 
 class HighWater(Document):
-    """What must never go back: metadata versions by role, and time."""
+    """What must never go back: metadata versions by role, and time; `rules.binding` says which of them still hold."""
 
     versions: dict[str, int] = Field(default_factory=dict)
+    keys: dict[str, list[str]] = Field(default_factory=dict, description="ids of the keys that a role's mark was made under")
+    root: Sha256 | None = Field(default=None, description="of what is signed in the newest root")
     time: int = 0
 
 
@@ -173,7 +186,7 @@ class Home:
         """
         found = [self.disk.read(name) for name in ("state.json", "state.prev.json")]
         for data in found:
-            if state := _opened(data):
+            if state := opened(data):
                 return state
         if found != [None, None]:
             raise StateError(f"both state files in {self.root} are damaged; run `ferry-agent update` after removing them")
@@ -181,7 +194,7 @@ class Home:
 
     def save(self, state: State) -> None:
         """Commit a state; durable on return."""
-        current = _opened(self.disk.read("state.json"))
+        current = opened(self.disk.read("state.json"))
         if current == state:
             self.disk.sync_folder(".")  # whoever wrote it may have been killed before its name was durable
             return
@@ -226,7 +239,7 @@ class Home:
         Args:
             wanted: slots and downloads to keep besides, by hash.
         """
-        state, before = self.load(), _opened(self.disk.read("state.prev.json")) or State()
+        state, before = self.load(), opened(self.disk.read("state.prev.json")) or State()
         # What was refused since is not needed even if state.json is lost: then the one before it draws and is gone back to.
         named = {state.active, state.previous, *({before.active, before.previous} - state.refused.keys()), *wanted}
         removed = []
@@ -278,7 +291,7 @@ class Slot:
         return parse(Reference, self.read("reference", variant), MAX_TABLE)
 
 
-def _opened(data: bytes | None) -> State | None:
+def opened(data: bytes | None) -> State | None:
     """The state in a state file's content; None where that is missing or invalid."""
     try:
         envelope = json.loads((data or b"")[:MAX_STATE])

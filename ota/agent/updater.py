@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import ota
-from ota.agent import child, reports, rules
+from ota.agent import child, measured, reports, rules, variants
 from ota.agent.disk import read_uncached
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, Slot, State, Trial
 from ota.agent.transport import NotFoundError, Transport, connect, download
@@ -107,7 +107,7 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
     step(1, "refresh metadata")
     trust = Trust(home, transport)
     state = home.load()
-    damaged = state.active is not None and not _is_sound(home, state.active)
+    damaged = state.active is not None and not is_sound(home, state.active)
     problem: OtaError | None = None
     if damaged and not check_only:
         try:
@@ -492,9 +492,11 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
 
 def _draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName | None) -> Drawn:
     slot = home.slot(digest)
-    chosen = variant or slot.manifest.default_variant
-    if chosen not in slot.manifest.variants:
-        raise OperatorError(f"this bundle has no variant {chosen}; choose one of {', '.join(slot.manifest.variants)}")
+    manifest = slot.manifest
+    if variant and variant not in manifest.variants:
+        raise OperatorError(f"this bundle has no variant {variant}; choose one of {', '.join(manifest.variants)}")
+    known = measured.read(home, digest)
+    chosen = variant or variants.chain(manifest.variants, manifest.default_variant, known, home.config())[0]
     answer = child.run("generate", slot=str(slot.folder), digest=digest, variant=chosen, caption=caption, seed=seed)
     if not answer["good"]:
         raise DeviceError("it made an image that is constant or not finite")
@@ -555,7 +557,7 @@ def rollback(home: Home) -> str:
     if state.previous is None or state.active is None:
         raise OperatorError("there is no bundle to go back to; only one was ever installed")
     home.slot(state.previous)
-    if not _is_sound(home, state.previous):
+    if not is_sound(home, state.previous):
         raise StateError(
             f"the bundle before, {state.previous[:12]}, is damaged; the present one is kept, publish another release"
         )
@@ -569,7 +571,7 @@ def rollback(home: Home) -> str:
 def status(home: Home) -> dict[str, Any]:
     """What runs, checked against its manifest: every file's hash is recomputed."""
     config, state = home.config(), home.load()
-    sound = _is_sound(home, state.active) if state.active else None
+    sound = is_sound(home, state.active) if state.active else None
     return {
         "device": config.device,
         "line": config.line,
@@ -584,7 +586,8 @@ def status(home: Home) -> dict[str, Any]:
     }
 
 
-def _is_sound(home: Home, digest: str) -> bool:
+def is_sound(home: Home, digest: str) -> bool:
+    """Whether every file of a bundle has its hash."""
     try:
         slot = home.slot(digest)
         return all(_file_is(slot, entry) for entry in slot.manifest.objects.values())

@@ -1,0 +1,193 @@
+"""Is this device fit to keep its model, to update it, and to say so? Looks at everything, changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from ota.agent import child, reports, rules
+from ota.agent.state import Home, opened
+from ota.agent.transport import connect, read_small
+from ota.agent.updater import is_sound
+from ota.errors import DeviceError, OtaError, TransferError
+from ota.manifest import MAX_TABLE, KiB, SamplerTable, parse
+
+Level = Literal["ok", "warn", "fail"]
+SOON = 2 * 24 * 3600  # seconds before the end of a signature from which on it is worth a word
+MANY_WAITING = 20  # reports
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one look found."""
+
+    about: str
+    level: Level
+    text: str
+
+
+def examine(home: Home, draw: bool = True) -> list[Finding]:
+    """Look at everything, each thing for itself.
+
+    Args:
+        home: the agent's directory; not locked.
+        draw: also draw an image with what runs, which takes seconds.
+    """
+    looks: list[tuple[str, Callable[[Home], Iterator[Finding]]]] = [
+        ("directory", _directory), ("trust anchor", _anchor), ("clock", _clock), ("state", _state), ("bundles", _bundles), ("room", _room),
+        ("signatures", _signatures), ("repository", _repository), ("reports", _reports), ("runtime", _runtime),
+    ]  # fmt: skip
+    if draw:
+        looks.append(("drawing", _drawing))
+    found: list[Finding] = []
+    for about, look in looks:
+        try:
+            found += look(home)
+        except OtaError as error:
+            found.append(Finding(about, "fail", str(error)))
+        except OSError as error:
+            found.append(Finding(about, "fail", f"the system refused: {error}; check the directory's owner and the disk"))
+    return found
+
+
+def _directory(home: Home) -> Iterator[Finding]:
+    config, found = home.config(), home.root.stat()
+    yield Finding("directory", "ok", f"{home.root}: {config.device}, {config.line}/{config.device_class}")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        yield Finding("directory", "fail", f"others than its owner may write {home.root}; `chmod 700 {home.root}`")
+    if not os.access(home.root, os.W_OK | os.X_OK):
+        yield Finding("directory", "fail", f"this user may not write {home.root}; run the agent as its owner")
+
+
+def _anchor(home: Home) -> Iterator[Finding]:
+    home.root_bytes()
+    yield Finding("trust anchor", "ok", f"root.json has the hash given at init, {home.config().root_sha256[:12]}")
+
+
+def _clock(home: Home) -> Iterator[Finding]:
+    now = int(time.time())
+    rules.check_clock(now, home.high_water().time)
+    yield Finding(
+        "clock",
+        "ok",
+        f"{datetime.fromtimestamp(now).astimezone().isoformat(timespec='minutes')}, not behind what was seen before",
+    )
+
+
+def _state(home: Home) -> Iterator[Finding]:
+    state = home.load()
+    text = f"release {state.seq} runs" if state.active else "nothing is installed yet; run `ferry-agent update`"
+    yield Finding("state", "ok" if state.active else "warn", text)
+    for name in ("state.json", "state.prev.json"):
+        data = home.disk.read(name)
+        if data is not None and opened(data) is None:
+            yield Finding("state", "warn", f"{name} is damaged, its copy is used; watch the disk")
+    if state.trial:
+        yield Finding("state", "warn", f"a bundle is on trial, {state.trial.left} good images to go; run `ferry-agent update`")
+    for digest, why in list(state.refused.items())[-3:]:
+        yield Finding("state", "warn", f"{digest[:12]} was refused: {why}")
+
+
+def _bundles(home: Home) -> Iterator[Finding]:
+    state = home.load()
+    for name, digest in (("active", state.active), ("previous", state.previous)):
+        if digest and is_sound(home, digest):
+            yield Finding("bundles", "ok", f"{name} {digest[:12]}: every file has its hash")
+        elif digest:
+            level: Level = "fail" if name == "active" else "warn"
+            yield Finding("bundles", level, f"{name} {digest[:12]} is damaged; `ferry-agent update` repairs what runs")
+
+
+def _room(home: Home) -> Iterator[Finding]:
+    active, free = home.load().active, home.disk.free()
+    size = home.slot(active).manifest.size if active else 0
+    needed = rules.room_needed(size, size)
+    level: Level = "ok" if free >= needed else "warn"
+    yield Finding("room", level, f"{free / 1e6:,.0f} MB are free, a full update of this size takes {needed / 1e6:,.0f}")
+
+
+def _signatures(home: Home) -> Iterator[Finding]:
+    """By the cache of the last look; what the repository has now the next update will see."""
+    now = time.time()
+    for path in sorted(home.disk.path("metadata").glob("*.json")):
+        try:
+            ends = datetime.fromisoformat(json.loads(path.read_bytes())["signed"]["expires"]).timestamp()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # a torn cache heals by itself
+        if ends < now:
+            yield Finding(
+                "signatures", "fail", f"{path.stem} ended {_span(now - ends)} ago when last fetched; the factory must sign anew"
+            )
+        elif ends < now + SOON:
+            yield Finding("signatures", "warn", f"{path.stem} ends in {_span(ends - now)}; the factory should sign anew")
+        else:
+            yield Finding("signatures", "ok", f"{path.stem} holds for {_span(ends - now)}")
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 86400:.0f} days" if seconds > 2 * 86400 else f"{seconds / 3600:.0f} hours"
+
+
+def _repository(home: Home) -> Iterator[Finding]:
+    address = home.config().repository
+    try:
+        start = time.perf_counter()
+        read_small(connect(address), "metadata/timestamp.json", 16 * KiB)
+    except TransferError as error:
+        yield Finding("repository", "warn", f"{error}; what runs goes on")
+    else:
+        yield Finding("repository", "ok", f"{address} answers in {1000 * (time.perf_counter() - start):.0f} ms")
+
+
+def _reports(home: Home) -> Iterator[Finding]:
+    config, waiting = home.config(), len(list(home.disk.path("queue").glob("*.json")))
+    yield Finding("reports", "ok", f"the key to enroll is {reports.public_key(home)}")
+    if not config.reports:
+        yield Finding("reports", "warn", "reports go nowhere; give `ferry-agent init` a folder with --reports")
+    else:
+        folder = reports.folder_of(config.reports)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            yield Finding("reports", "warn", f"{folder} cannot be written; reports are kept, at most {reports.MAX_QUEUE}")
+    if waiting:
+        yield Finding("reports", "warn" if waiting > MANY_WAITING else "ok", f"{waiting} wait to be delivered")
+
+
+def _runtime(home: Home) -> Iterator[Finding]:
+    try:
+        version = importlib.metadata.version("onnxruntime")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("runtime", "fail", "ONNX Runtime is not installed; install deltaferry-agent with what it depends on")
+        return
+    active = home.load().active
+    if active is None:
+        yield Finding("runtime", "ok", f"ONNX Runtime {version}")
+        return
+    slot = home.slot(active)
+    for variant in slot.manifest.variants:
+        table = parse(SamplerTable, slot.read("sampler", variant), MAX_TABLE)
+        problem = rules.check_runtime(table.runtime.onnxruntime, version)
+        yield Finding(
+            "runtime", "fail" if problem else "ok", problem or f"ONNX Runtime {version} is one that {variant} was scored with"
+        )
+
+
+def _drawing(home: Home) -> Iterator[Finding]:
+    state = home.load()
+    if state.active is None or state.trial:  # loads of a bundle on trial are counted, and not ours to spend
+        return
+    slot = home.slot(state.active)
+    for variant in slot.manifest.variants:
+        answer = child.run("generate", slot=str(slot.folder), digest=slot.digest, variant=variant, caption="", seed=0)
+        if not answer["good"]:
+            raise DeviceError(f"{variant} makes an image that is constant or not finite; run `ferry-agent rollback`")
+        budget = slot.reference(variant).latency_ms
+        level: Level = "ok" if answer["milliseconds"] <= budget else "warn"
+        text = f"{variant}: an image in {answer['milliseconds']:.0f} ms of {budget:.0f}, {answer['peak_mib']:.0f} MiB at its peak"
+        yield Finding("drawing", level, text)

@@ -1,0 +1,29 @@
+"""What images cost on this device: measured by `ferry-agent bench`, and kept for the choice of a variant."""
+
+from __future__ import annotations
+
+import json
+
+from ota.agent.state import Home
+from ota.agent.variants import LADDER, Figures
+from ota.manifest import VariantName
+
+NAME = "measured.json"
+
+
+def read(home: Home, digest: str) -> dict[VariantName, Figures]:
+    """What is known of a bundle's variants; nothing where that was lost, for it can be measured again."""
+    try:
+        rows = json.loads(home.disk.read(NAME) or b"{}")[digest]
+        return {v: Figures(_number(rows[v]["p95_ms"]), _number(rows[v]["joules"])) for v in LADDER if v in rows}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and 0 < value < 1e9 else None
+
+
+def write(home: Home, digest: str, rows: dict[VariantName, dict[str, object]]) -> None:
+    """Keep what was measured of one bundle, and forget all others."""
+    home.disk.replace(NAME, json.dumps({digest: rows}, indent=1).encode())

@@ -1,0 +1,524 @@
+"""A local endpoint that draws: for other programs on the device, and for nobody else.
+
+    POST /generate   {"caption": "bolt, rusty", "seed": 7, "variant": "fast"}, the last two as one likes; answers with a PNG
+    GET  /status     what runs, how fast, and what has strayed, as JSON
+
+It keeps the bundle loaded in a process of its own and goes on with it while an update is at work. When the update has been confirmed, the new
+bundle is loaded beside the old one, takes over, and the old one ends with its last image: no request is dropped. What is on trial is not
+served; the bundle before is. A worker that dies is replaced, and its request drawn again by the next.
+
+    >>> with listening_socket(Path("/run/deltaferry/agent.sock")) as server:
+    ...     run(Service(home), server, stopped)
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import socket
+import socketserver
+import stat
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, cast
+
+from ota.agent import child, measured, reports, rules, variants
+from ota.agent.state import Home
+from ota.agent.variants import Figures
+from ota.errors import (
+    BaseError,
+    BusyError,
+    DeviceError,
+    ManifestError,
+    OperatorError,
+    OtaError,
+    RoomError,
+    StateError,
+    UnfinishedError,
+)
+from ota.manifest import Reference, VariantName
+
+LOOK_EVERY = 0.5  # seconds between two looks at what runs
+READY_WAIT = 20.0  # seconds that a request waits for a bundle to be loaded
+TRIES = 2  # workers that a request is given to before it fails: it may be its own fault that they died
+DEATHS = 3  # of workers of one bundle, without an image between, after which it rests and the bundle before draws
+LONGEST_REST = 60.0  # seconds; the first rest is 2, each is twice as long as the one before
+KEPT = 200  # newest durations of a variant's images
+ENOUGH = 20  # of them that say more than a benchmark of once
+MAX_BODY = 4096  # bytes of a request
+MAX_AT_ONCE = 16  # requests; one draws, the others wait
+READ_TIMEOUT = 10.0  # seconds for a request to arrive
+LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Serving:
+    """A bundle that is loaded, and what was seen of it."""
+
+    digest: str
+    worker: child.Worker
+    default: VariantName
+    references: dict[VariantName, Reference]
+    figures: dict[VariantName, Figures]
+    users: int = 0
+    retired: bool = False
+    took: dict[VariantName, deque[float]] = field(default_factory=dict)
+    loads: dict[VariantName, list[list[list[float]]]] = field(default_factory=dict)
+    strayed: str | None = None
+
+    def chain(self, home: Home) -> list[VariantName]:
+        """See `variants.chain`; what was drawn lately says more than what was measured once."""
+        figures = dict(self.figures)
+        for variant, took in self.took.items():
+            if len(took) >= ENOUGH:
+                lately = sorted(took)[int(0.95 * (len(took) - 1))]
+                figures[variant] = Figures(lately, figures.get(variant, variants.UNKNOWN).joules)
+        return variants.chain(list(self.references), self.default, figures, home.config(), self.strayed is not None)
+
+    def saw(self, variant: VariantName, milliseconds: float, load: list[list[float]]) -> bool:
+        """Count an image; returns whether its variant's routes have just been found to stray."""
+        self.took.setdefault(variant, deque(maxlen=KEPT)).append(milliseconds)
+        seen = self.loads.setdefault(variant, [])
+        seen.append(load)
+        if len(seen) < variants.ROUTE_IMAGES:
+            return False
+        mean = [[sum(masses) / len(seen) for masses in zip(*rows, strict=True)] for rows in zip(*seen, strict=True)]
+        seen.clear()
+        before, problem = self.strayed, variants.strays(mean, self.references[variant].load)
+        if problem:
+            self.strayed = f"{variant}: {problem}"
+        return before is None and self.strayed is not None
+
+
+class Service:
+    """Draws images with the bundle that runs, whichever that is."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self._changed = threading.Condition()
+        self._serving: Serving | None = None
+        self._deaths: dict[str, int] = {}
+        self._rests: dict[str, float] = {}
+        """Until when bundles rest that were loaded in vain."""
+        self._problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
+        self._unsaid: list[tuple[str, str]] = []
+
+    # For requests, in any thread
+
+    def draw(self, caption: str, seed: int, variant: VariantName | None = None) -> tuple[bytes, dict[str, Any]]:
+        """Draw one image; returns the PNG and how it went.
+
+        Raises:
+            OperatorError: the caption or seed cannot be drawn, or there is no such variant.
+            DeviceError: nothing is installed that draws.
+        """
+        rules.check_wish(caption, seed)
+        problem: OtaError = self._problem
+        for _ in range(TRIES):
+            serving = self._take()
+            try:
+                return self._draw(serving, caption, seed, variant)
+            except (UnfinishedError, BaseError, StateError) as error:
+                log.warning("%s", error)
+                problem = error
+            finally:
+                self._give_back(serving)
+        raise problem
+
+    def _draw(self, serving: Serving, caption: str, seed: int, wanted: VariantName | None) -> tuple[bytes, dict[str, Any]]:
+        if wanted and wanted not in serving.references:
+            raise OperatorError(f"this bundle has no variant {wanted}; choose one of {', '.join(serving.references)}")
+        problem: OtaError | None = None
+        for variant in [wanted] if wanted else serving.chain(self.home):
+            try:
+                answer = serving.worker.draw(variant, caption, seed)
+            except (OperatorError, UnfinishedError):
+                raise
+            except (DeviceError, ManifestError) as error:  # this variant's own fault: the next one stands in
+                problem = error
+                if not serving.worker.alive:
+                    raise UnfinishedError(str(error)) from error
+                continue
+            if not answer["good"]:
+                problem = DeviceError(f"variant {variant} made an image that is constant or not finite")
+                continue
+            with self._changed:
+                self._deaths.pop(serving.digest, None)
+                if serving.saw(variant, answer["milliseconds"], answer.pop("load")):
+                    self._unsaid.append((serving.digest, str(serving.strayed)))
+            return base64.b64decode(answer.pop("png")), answer | {"bundle": serving.digest, "variant": variant}
+        raise problem or DeviceError("no variant could be drawn; run `ferry-agent doctor`")
+
+    def _take(self) -> Serving:
+        until = time.monotonic() + READY_WAIT
+        with self._changed:
+            while self._serving is None or not self._serving.worker.alive:
+                self._changed.notify_all()
+                left = until - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    raise self._problem
+            self._serving.users += 1
+            return self._serving
+
+    def _give_back(self, serving: Serving) -> None:
+        with self._changed:
+            serving.users -= 1
+            if serving.retired and not serving.users:
+                serving.worker.close()
+            self._changed.notify_all()
+
+    def status(self) -> dict[str, Any]:
+        """What is served."""
+        state = self.home.load()
+        with self._changed:
+            serving = self._serving
+            took = {v: sorted(t) for v, t in serving.took.items()} if serving else {}
+            return {
+                "active": state.active, "release": state.seq, "on_trial": state.trial is not None,
+                "serving": serving.digest if serving else None, "variants": serving.chain(self.home) if serving else [],
+                "strayed": serving.strayed if serving else None,
+                "milliseconds": {v: {"images": len(t), "p50": t[len(t) // 2], "p95": t[int(0.95 * (len(t) - 1))]} for v, t in took.items()},
+            }  # fmt: skip
+
+    # For the thread that keeps it going, which workers live no longer than
+
+    def keep(self, stopped: threading.Event) -> None:
+        """See that the right bundle is loaded, until stopped."""
+        while not stopped.is_set():
+            try:
+                self._look()
+            except OtaError as error:
+                self._problem = error
+            self._say()
+            with self._changed:
+                dead = self._serving is not None and not self._serving.worker.alive
+                if not dead:
+                    self._changed.wait(LOOK_EVERY)
+        with self._changed:
+            if self._serving:
+                self._serving.worker.close()
+            self._serving = None
+
+    def _look(self) -> None:
+        state = self.home.load()
+        running = self._serving
+        if running and not running.worker.alive:
+            self._died(running.digest)
+            self._replace(None)
+            running = None
+        # What is on trial is not ours to load: its loads are counted by the update that tries it.
+        wanted = [digest for digest in (None if state.trial else state.active, state.previous) if digest]
+        if not wanted:
+            self._problem = StateError("nothing is installed that may draw yet; run `ferry-agent update`")
+        for digest in wanted:
+            if running and running.digest == digest:
+                return
+            if time.monotonic() < self._rests.get(digest, 0.0):
+                continue
+            try:
+                self._replace(self._load(digest))
+            except RoomError:
+                raise
+            except (DeviceError, ManifestError) as error:
+                log.warning("bundle %s cannot be served: %s", digest[:12], error)
+                self._died(digest)
+                self._problem = error
+            else:
+                return
+
+    def _died(self, digest: str) -> None:
+        with self._changed:
+            self._deaths[digest] = deaths = self._deaths.get(digest, 0) + 1
+        if deaths >= DEATHS:
+            self._rests[digest] = time.monotonic() + min(LONGEST_REST, 2.0 ** (deaths - DEATHS + 1))
+
+    def _load(self, digest: str) -> Serving:
+        """Load a bundle in a process of its own, and draw with it once: then it is warm."""
+        slot = self.home.slot(digest)
+        worker = child.Worker(str(slot.folder), digest)
+        try:
+            manifest = slot.manifest
+            serving = Serving(
+                digest, worker, manifest.default_variant, {v: slot.reference(v) for v in manifest.variants}, measured.read(self.home, digest)
+            )  # fmt: skip
+            worker.draw(serving.chain(self.home)[0], "", 0)
+        except BaseException:
+            worker.close()
+            raise
+        return serving
+
+    def _replace(self, fresh: Serving | None) -> None:
+        with self._changed:
+            old, self._serving = self._serving, fresh
+            if old:
+                old.retired = True
+                if not old.users:
+                    old.worker.close()
+            self._changed.notify_all()
+        if fresh:
+            log.info("bundle %s is served", fresh.digest[:12])
+
+    def _say(self) -> None:
+        """Report what has strayed, when no update is at work."""
+        with self._changed:
+            unsaid, self._unsaid = self._unsaid, []
+        for i, (digest, why) in enumerate(unsaid):
+            log.warning("bundle %s: %s; the safe variant draws", digest[:12], why)
+            try:
+                with self.home.locked():
+                    reports.queue(self.home, "strayed", digest, why)
+            except BusyError:
+                with self._changed:
+                    self._unsaid += unsaid[i:]
+                return
+            except DeviceError as error:
+                log.warning("%s", error)
+
+
+# HTTP
+
+
+class _Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
+    """What both kinds of socket have in common."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 2 * MAX_AT_ONCE
+    service: Service
+    port = 0
+    names: frozenset[str] | None
+    """What a request may call this host; None: anything, as on a Unix socket nothing depends on it."""
+    places: threading.BoundedSemaphore
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self.places.acquire(blocking=False):
+            with suppress(OSError):
+                request.sendall(
+                    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                )
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        del request, client_address
+        log.debug("a request ended early: %s", sys.exc_info()[1])
+
+
+class _UnixServer(_Server, socketserver.UnixStreamServer):
+    pass
+
+
+class _LoopbackServer(_Server, socketserver.TCPServer):
+    allow_reuse_address = True
+
+
+class _Refusal(Exception):  # noqa: N818 - an answer, not a fault
+    def __init__(self, status: HTTPStatus, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = READ_TIMEOUT
+    server_version, sys_version = "ferry-agent", ""
+
+    @property
+    def _mine(self) -> _Server:
+        return cast("_Server", self.server)
+
+    def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        self._answer(self._post)
+
+    def _get(self) -> None:
+        if self.path != "/status":
+            raise _Refusal(HTTPStatus.NOT_FOUND, "there is GET /status and POST /generate")
+        self._send(HTTPStatus.OK, "application/json", json.dumps(self._mine.service.status()).encode())
+
+    def _post(self) -> None:
+        if self.path != "/generate":
+            raise _Refusal(HTTPStatus.NOT_FOUND, "there is GET /status and POST /generate")
+        if self.headers.get_content_type() != "application/json":
+            raise _Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+        wish = _wish(self.rfile.read(self._length()))
+        png, how = self._mine.service.draw(**wish)
+        told = {f"X-Ferry-{name.title()}": str(how[name]) for name in ("bundle", "variant")}
+        self._send(HTTPStatus.OK, "image/png", png, told | {"X-Ferry-Milliseconds": f"{how['milliseconds']:.1f}"})
+
+    def _length(self) -> int:
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get("Transfer-Encoding") or not length.isascii() or not length.isdigit():
+            raise _Refusal(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length, and the body in one piece")
+        if len(length) > 9 or int(length) > MAX_BODY:
+            raise _Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {MAX_BODY} bytes")
+        return int(length)
+
+    def _answer(self, work: Any) -> None:
+        try:
+            self._check_caller()
+            work()
+        except _Refusal as error:
+            self._fail(error.status, str(error))
+        except OperatorError as error:
+            self._fail(HTTPStatus.BAD_REQUEST, str(error))
+        except OtaError as error:
+            self._fail(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+        except (TimeoutError, ConnectionError):
+            self.close_connection = True
+
+    def _check_caller(self) -> None:
+        """A page in a browser on this device must not draw, nor one that made its own name point here."""
+        names = self._mine.names
+        if "Origin" in self.headers:
+            raise _Refusal(HTTPStatus.FORBIDDEN, "requests of web pages are refused")
+        if names is not None and self.headers.get_all("Host", [])[:2] not in [[name] for name in names]:
+            raise _Refusal(HTTPStatus.MISDIRECTED_REQUEST, f"call this host {min(names)}")
+
+    def _fail(self, status: HTTPStatus, sentence: str) -> None:
+        self.close_connection = True  # the rest of the request may still be on its way
+        retry = {"Retry-After": "5"} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+        self._send(status, "application/json", json.dumps({"error": sentence}).encode(), retry | {"Connection": "close"})
+
+    def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            **(headers or {}),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def address_string(self) -> str:
+        return "local"
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name in the base class
+        log.debug(format, *args)
+
+
+def _wish(body: bytes) -> dict[str, Any]:
+    """What a request asks for.
+
+    Raises:
+        OperatorError: it is not what `Service.draw` takes.
+    """
+    try:
+        wish = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise OperatorError('the body is no JSON; send {"caption": "…"}') from error
+    kinds = {"caption": str, "seed": int, "variant": str}
+    if not isinstance(wish, dict) or any(type(value) is not kinds.get(name) for name, value in wish.items()):
+        raise OperatorError('the body is not of the form {"caption": "…", "seed": 0, "variant": "full"}')
+    if wish.get("variant", "full") not in variants.LADDER:
+        raise OperatorError(f"there is no variant {wish['variant']!r}; choose full, dev or fast")
+    return {"caption": wish.get("caption", ""), "seed": wish.get("seed", 0), "variant": wish.get("variant")}
+
+
+@contextmanager
+def listening_socket(path: Path, group: int | None = None) -> Iterator[_Server]:
+    """A Unix socket that its owner and group may use; it goes away with the block.
+
+    Raises:
+        OperatorError: somebody listens there already, or it cannot be made.
+    """
+    _remove_stale(path)
+    before = os.umask(0o117)  # so it never exists with other rights than 0660
+    try:
+        server = _UnixServer(str(path), _Handler)
+    except OSError as error:
+        raise OperatorError(
+            f"cannot listen on {path}: {error.strerror}; make its folder, or name another with --socket"
+        ) from error
+    finally:
+        os.umask(before)
+    try:
+        if group is not None:
+            os.chown(path, -1, group)
+        yield _prepared(server, None)
+    except PermissionError as error:
+        raise OperatorError(
+            f"{path} cannot be given to that group: {error.strerror}; run as root, or as one of its members"
+        ) from error
+    finally:
+        server.server_close()
+        path.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """A killed service leaves its socket behind; nothing else may be taken away."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OperatorError(f"{path} is there and is no socket; name another with --socket")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OperatorError(f"cannot look at {path}: {error.strerror}; name another with --socket") from error
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OperatorError(f"cannot tell who listens on {path}: {error.strerror}; name another with --socket") from error
+        else:
+            raise OperatorError(f"another service listens on {path}; stop it, or name another with --socket")
+
+
+@contextmanager
+def listening_port(port: int) -> Iterator[_Server]:
+    """A port of the loopback; 0: any that is free.
+
+    Raises:
+        OperatorError: it cannot be had.
+    """
+    try:
+        server = _LoopbackServer(("127.0.0.1", port), _Handler)
+    except OSError as error:
+        raise OperatorError(f"cannot listen on port {port}: {error.strerror}; name another with --port") from error
+    server.port = int(server.server_address[1])
+    try:
+        yield _prepared(server, frozenset(f"{name}:{server.port}" for name in LOCAL_NAMES))
+    finally:
+        server.server_close()
+
+
+def _prepared(server: _Server, names: frozenset[str] | None) -> _Server:
+    server.names, server.places = names, threading.BoundedSemaphore(MAX_AT_ONCE)
+    return server
+
+
+def run(service: Service, server: _Server, stopped: threading.Event) -> None:
+    """Serve until stopped; call it in a thread that lives as long as the process, best the main one."""
+    server.service = service
+    listener = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+    listener.start()
+    try:
+        service.keep(stopped)
+    finally:
+        server.shutdown()
+        listener.join()

@@ -1,0 +1,217 @@
+"""What `ferry-agent doctor` finds, and that it changes nothing; and looking for updates for as long as the device runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ota.agent import doctor, poll, updater
+from ota.errors import OtaError, TransferError
+from ota.release.bundle import Bundle
+from tests.fleet_kit import Device, Field, closed_port, expire, metadata_file, publish, sign_in_place
+
+pytest_plugins = ["tests.fleet_kit"]
+
+
+def found(device: Device, about: str, level: str) -> list[str]:
+    return [f.text for f in doctor.examine(device.home, draw=False) if (f.about, f.level) == (about, level)]
+
+
+def test_sound_device_is_fit(updated: Field):
+    before = updated.device.facts()
+    told = json.loads(updated.device.command("doctor", "--json"))
+    assert told["fit"]
+    assert [f for f in told["findings"] if f["level"] != "ok"] == []
+    about = {f["about"] for f in told["findings"]}
+    assert about == {
+        "directory",
+        "trust anchor",
+        "clock",
+        "state",
+        "bundles",
+        "room",
+        "signatures",
+        "repository",
+        "reports",
+        "runtime",
+        "drawing",
+    }
+    assert updated.device.facts() == before
+
+
+def harm_active(field: Field) -> None:
+    field.device.file("weights").write_bytes(b"x")
+
+
+def harm_previous(field: Field) -> None:
+    field.device.home.slot(str(field.device.state.previous)).path("weights", "full").write_bytes(b"x")
+
+
+def harm_rights(field: Field) -> None:
+    field.device.root.chmod(0o777)
+
+
+def harm_anchor(field: Field) -> None:
+    (field.device.root / "root.json").write_bytes(b"{}")
+
+
+def harm_clock(field: Field) -> None:
+    marks = field.device.home.high_water()
+    field.device.home.raise_high_water(marks.model_copy(update={"time": int(time.time()) + 90_000}))
+
+
+def harm_copy(field: Field) -> None:
+    (field.device.root / "state.prev.json").write_bytes(b"x")
+
+
+def harm_states(field: Field) -> None:
+    for name in ("state.json", "state.prev.json"):
+        (field.device.root / name).write_bytes(b"x")
+
+
+def harm_key(field: Field) -> None:
+    (field.device.root / "device.key").unlink()
+
+
+def harm_link(field: Field) -> None:
+    field.device.configure(repository=closed_port())
+
+
+def harm_signature(field: Field) -> None:
+    sign_in_place(metadata_file(field.repository, "timestamp"), field.repository.keys, "timestamp", expire)
+    shutil.copy(metadata_file(field.repository, "timestamp"), field.device.root / "metadata" / "timestamp.json")
+
+
+def harm_outbox(field: Field) -> None:
+    field.device.configure(reports="")
+
+
+def harm_trial(field: Field) -> None:
+    state = field.device.state
+    field.device.home.save(type(state).model_validate(state.model_dump() | {"trial": {"left": 2, "loads": 2}}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "about", "level", "sentence"),
+    [
+        (harm_active, "bundles", "fail", "active .* is damaged"), (harm_previous, "bundles", "warn", "previous .* is damaged"),
+        (harm_rights, "directory", "fail", "chmod 700"), (harm_anchor, "trust anchor", "fail", "not the root given at init"),
+        (harm_clock, "clock", "fail", "hours behind"), (harm_copy, "state", "warn", "state.prev.json is damaged"),
+        (harm_states, "state", "fail", "both state files"), (harm_key, "reports", "fail", "enroll anew"),
+        (harm_link, "repository", "warn", "what runs goes on"), (harm_signature, "signatures", "fail", "timestamp ended"),
+        (harm_outbox, "reports", "warn", "reports go nowhere"), (harm_trial, "state", "warn", "2 good images to go"),
+    ],
+)  # fmt: skip
+def test_harm_is_found(updated: Field, harm: Callable[[Field], None], about, level, sentence):
+    assert not [text for text in found(updated.device, about, level) if re_search(sentence, text)]
+    harm(updated)
+    before = {p: p.read_bytes() for p in updated.device.root.rglob("*") if p.is_file()}
+    assert [text for text in found(updated.device, about, level) if re_search(sentence, text)]
+    told = updated.device.command("doctor", "--no-draw", code=3 if level == "fail" else 0)
+    assert f"{level:5} {about}" in told
+    assert {p: p.read_bytes() for p in updated.device.root.rglob("*") if p.is_file()} == before
+
+
+def re_search(sentence: str, text: str) -> bool:
+    head, _, tail = sentence.partition(" .* ")
+    return head in text and tail in text
+
+
+def test_other_runtime_is_found(updated: Field, monkeypatch):
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda _: "99.0")
+    assert "this device has 99.0" in found(updated.device, "runtime", "fail")[0]
+
+
+def test_little_room_is_found(updated: Field, monkeypatch):
+    monkeypatch.setattr(type(updated.device.home.disk), "free", lambda _: 1000)
+    assert "a full update of this size takes" in found(updated.device, "room", "warn")[0]
+
+
+def test_folder_of_no_agent_is_said(tmp_path):
+    levels = {f.about: f.level for f in doctor.examine(updater.Home(tmp_path), draw=False)}
+    assert levels["directory"] == "fail"
+
+
+# Looking for updates
+
+
+class Stopper(threading.Event):
+    """Stops after so many waits, and remembers how long they would have been."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+        self.count = count
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits.append(timeout or 0.0)
+        if len(self.waits) >= self.count:
+            self.set()
+        return self.is_set()
+
+
+def looked(device: Device, count: int, every: float = 3600, **options: Any) -> tuple[list[Any], list[float]]:
+    told: list[Any] = []
+    stopped = Stopper(count)
+    poll.run(device.home, every, stopped, told.append, **options)
+    return told, stopped.waits
+
+
+def test_looks_until_stopped(scene: Field, bundles: dict[str, Bundle], step):
+    told, waits = looked(scene.device, 2)
+    assert [how.reason for how in told] == ["release 1 is installed"]
+    assert waits[0] <= poll.FIRST_WITHIN  # devices that got power together
+    publish(scene.repository, bundles["second"], step, bundles["first"])
+    told, waits = looked(scene.device, 2, at_once=True)
+    assert [how.changed for how in told] == [True, False]
+    assert scene.device.active == bundles["second"].manifest.digest
+    assert all(2700 <= wait <= 4500 for wait in waits)
+
+
+def test_dead_link_is_tried_sooner_then_less_and_less(scene: Field, monkeypatch):
+    def unreachable(*_: Any) -> None:
+        raise TransferError("nobody there")
+
+    monkeypatch.setattr(updater, "update", unreachable)
+    told, waits = looked(scene.device, 8, at_once=True)
+    assert len(told) == 8
+    for failures, wait in enumerate(waits, start=1):
+        assert 0.75 * min(3600, 60 * 2 ** (failures - 1)) <= wait <= 1.25 * min(3600, 60 * 2 ** (failures - 1))
+
+
+def test_what_is_refused_is_told_and_asked_again_later(offered: Field, monkeypatch):
+    sign_in_place(metadata_file(offered.repository, "timestamp"), offered.repository.keys, "timestamp", expire)
+    told, waits = looked(offered.device, 2, at_once=True)
+    assert all(isinstance(how, OtaError) for how in told)
+    assert all(wait >= 2700 for wait in waits)
+    assert offered.device.sound
+
+
+def test_lock_is_free_between_two_looks(scene: Field):
+    def tell(_: Any) -> None:
+        with scene.device.home.locked():
+            pass
+
+    poll.run(scene.device.home, 3600, Stopper(1), tell, at_once=True)
+    with scene.device.home.locked():
+        told, _ = looked(scene.device, 1, at_once=True)
+    assert "another agent is at work" in str(told[0])
+
+
+def test_command_ends_when_told_to(scene: Field):
+    with subprocess.Popen(scene.device.words("run", "--now"), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        while "release 1 is installed" not in process.stderr.readline():
+            assert process.poll() is None
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert scene.device.sound
