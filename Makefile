@@ -56,6 +56,26 @@ test: install wheelhouse ## the quick suite, on two cores (TESTS=path for a part
 test-slow: install wheelhouse ## real schedules, real kills, minutes
 	$(BIN)/python -m pytest -m slow $(TESTS)
 
+.PHONY: attacks
+attacks: install wheelhouse ## the threat list: a test for each row, which ends with what did not change
+	$(PYTEST) tests/test_agent_attacks.py
+
+.PHONY: chaos
+chaos: install ## the real agent killed before, or failed at, its file calls, ten minutes (needs strace; CHAOS_SECONDS=n, CHAOS=all for every call)
+	$(BIN)/python -m pytest -m chaos tests/test_chaos.py
+
+$(VENV)/.fuzz: $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,fuzz]'
+	@touch $@
+
+.PHONY: fuzz
+fuzz: $(VENV)/.fuzz ## made-up documents, deltas and requests, five minutes (FUZZ_SECONDS=n); what was found stays in build/fuzz
+	$(BIN)/python -m tests.fuzz
+
+.PHONY: conformance
+conformance: install ## the agent's metadata layer under the TUF conformance suite (TUF_CONFORMANCE=its checkout, with a venv of its own)
+	$(BIN)/python -m tests.conformance "$(TUF_CONFORMANCE)"
+
 .PHONY: test-offline
 test-offline: install wheelhouse ## the quick suite again with the network cut off (Linux, needs user namespaces or root)
 	$(BIN)/python -m tests.offline $(PYTEST) $(TESTS)

@@ -332,7 +332,8 @@ class Faults:
     """Go on with zeros after the end of the file."""
     missing: set[str] = field(default_factory=set)
     failing: dict[str, int] = field(default_factory=dict)
-    """Answer 503 so many times."""
+    """Answer so many times with `status`."""
+    status: int = 503
     ignore_range: bool = False
     dripping: set[str] = field(default_factory=set)
     """Send one byte at a time, with a pause after each."""
@@ -401,7 +402,7 @@ class WebServer:
         self.requests.append(Request(name, int(asked)))
         path = folder / name
         if self._take(faults.failing, name):
-            http.send_error(503)
+            http.send_error(faults.status)
             return
         if any(name.endswith(end) for end in faults.missing) or not path.is_file():
             http.send_error(404)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ota.agent import doctor, poll, updater
+from ota.agent import bench, doctor, energy, measured, poll, updater, variants
 from ota.errors import OtaError, TransferError
 from ota.release.bundle import Bundle
 from tests.fleet_kit import Device, Field, closed_port, expire, metadata_file, publish, sign_in_place
@@ -43,6 +43,7 @@ def test_sound_device_is_fit(updated: Field):
         "repository",
         "reports",
         "runtime",
+        "energy",
         "drawing",
     }
     assert updated.device.facts() == before
@@ -139,6 +140,62 @@ def test_little_room_is_found(updated: Field, monkeypatch):
 def test_folder_of_no_agent_is_said(tmp_path):
     levels = {f.about: f.level for f in doctor.examine(updater.Home(tmp_path), draw=False)}
     assert levels["directory"] == "fail"
+
+
+# What an image costs
+
+
+def test_bench_keeps_what_it_measured(updated: Field):
+    updated.device.configure(idle_watts=2.0, core_watts=3.0)
+    worked: list[int] = []
+
+    def measure(draw: Callable[[], Any], found: energy.Found) -> energy.Reading:
+        assert found.sensor
+        worked.append(draw()["good"])
+        return energy.Reading("table", "model", "model", "", 0.5, 0.4, 0.6, 0.9, 2.0, 1, 50)
+
+    told = bench.run(updated.device.home, 20, True, lambda _: None, measure)
+    row = told["variants"]["full"]
+    assert worked == [True]
+    assert 0 < row["p50_ms"] <= row["p95_ms"] < row["first_ms"]
+    assert row["cpu_seconds"] > 0
+    assert row["peak_mib"] > 20
+    assert measured.read(updated.device.home, str(updated.device.active)) == {"full": variants.Figures(row["p95_ms"], 0.5)}
+    assert "0.5 J (0.4 to 0.6) beyond idle by table (model)" in bench.line("full", row)
+
+
+def test_bench_without_a_sensor_tells_no_joules(updated: Field):
+    """Never a number without its source, and no 0 for what nobody measured."""
+    found = energy.Found(None, ("RAPL was skipped: there is none.",))
+    told = bench.run(updated.device.home, 20, True, lambda _: None, lambda draw, _: energy.measure(draw, found))
+    row = told["variants"]["full"]
+    assert row["joules"] is None
+    assert row["energy"]["quality"] == "none"
+    assert "RAPL was skipped" in bench.line("full", row)
+    assert measured.read(updated.device.home, str(updated.device.active))["full"].joules is None
+
+
+def test_bench_of_few_images_or_on_trial_refused(updated: Field):
+    before = updated.device.facts()
+    assert "give at least 20" in updated.device.command("bench", "--images", "19", "--no-joules", code=3)
+    harm_trial(updated)
+    assert "installed and confirmed" in updated.device.command("bench", "--no-joules", code=3)
+    assert updated.device.state.trial
+    assert updated.device.state.trial.loads == 2  # none was spent
+    assert updated.device.facts()["active"] == before["active"]
+
+
+def test_command_measures(updated: Field):
+    told = json.loads(updated.device.command("bench", "--images", "20", "--no-joules", "--json").splitlines()[-1])
+    assert told["bundle"] == updated.device.active
+    assert told["variants"]["full"]["energy"] is None
+
+
+def test_processor_time_of_a_process_that_is_gone_is_none():
+    with subprocess.Popen(["true"]) as process:
+        pass
+    assert bench.cpu_seconds(process.pid) == 0.0
+    assert bench.cpu_seconds(os.getpid()) > 0
 
 
 # Looking for updates

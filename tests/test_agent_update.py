@@ -1009,9 +1009,28 @@ def test_damaged_part_is_fetched_anew(offered, web, bundles, step):
 def test_missing_object_is_asked_for_once(offered, web, bundles):
     without_delta(offered)
     web.faults.missing = {weights_of(bundles["second"])}
-    with untouched(offered.device, TransferError.__subclasses__()[0], r"has no objects/\w+ \(status 404\)", marks=False):
+    with untouched(
+        offered.device, TransferError.__subclasses__()[0], r"has no objects/\w+ for this device \(status 404\)", marks=False
+    ):
         offered.device.update()
     assert len(web.asked(weights_of(bundles["second"]))) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416, 451])
+def test_refusing_server_is_asked_once(offered, web, bundles, status):
+    """A fleet that asks again and again for what it may not have takes its own server down."""
+    name = f".{digest(bundles['second'])}"
+    web.faults.failing, web.faults.status = {name: 100}, status
+    assert made_by(offered, bundles["second"]) == "full"
+    assert len(web.asked(name)) == 1
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 504])
+def test_server_in_trouble_is_asked_again(offered, web, bundles, status):
+    name = f".{digest(bundles['second'])}"
+    web.faults.failing, web.faults.status = {name: 1}, status
+    assert made_by(offered, bundles["second"]) == "delta"
+    assert len(web.asked(name)) == 2
 
 
 def test_busy_server_is_asked_again(offered, web, bundles):

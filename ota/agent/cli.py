@@ -258,6 +258,23 @@ def serve(
 
 
 @app.command()
+def bench(
+    images: Annotated[int, typer.Option(min=1, help="Images to draw with each variant.")] = 40,
+    joules: Annotated[bool, typer.Option(help="Also measure joules, where there is a sensor; takes minutes.")] = True,
+    directory: Directory = DEFAULT_DIR,
+    as_json: Json = False,
+) -> None:
+    """Measure what an image costs here: time, memory, joules with their source or none."""
+    with _errors():
+        from ota.agent import bench as measuring
+
+        found = measuring.run(
+            Home(directory), images, joules, lambda text: None if _Options.quiet else typer.echo(text, err=True)
+        )
+        _answer(as_json, found, "\n".join(measuring.line(variant, row) for variant, row in found["variants"].items()))
+
+
+@app.command()
 def doctor(
     draw: Annotated[bool, typer.Option(help="Also draw an image with each variant.")] = True,
     directory: Directory = DEFAULT_DIR,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from ota.agent import child, reports, rules
+from ota.agent import child, energy, reports, rules
 from ota.agent.state import Home, opened
 from ota.agent.transport import connect, read_small
 from ota.agent.updater import is_sound
@@ -42,7 +42,7 @@ def examine(home: Home, draw: bool = True) -> list[Finding]:
     """
     looks: list[tuple[str, Callable[[Home], Iterator[Finding]]]] = [
         ("directory", _directory), ("trust anchor", _anchor), ("clock", _clock), ("state", _state), ("bundles", _bundles), ("room", _room),
-        ("signatures", _signatures), ("repository", _repository), ("reports", _reports), ("runtime", _runtime),
+        ("signatures", _signatures), ("repository", _repository), ("reports", _reports), ("runtime", _runtime), ("energy", _energy),
     ]  # fmt: skip
     if draw:
         looks.append(("drawing", _drawing))
@@ -176,6 +176,18 @@ def _runtime(home: Home) -> Iterator[Finding]:
         yield Finding(
             "runtime", "fail" if problem else "ok", problem or f"ONNX Runtime {version} is one that {variant} was scored with"
         )
+
+
+def _energy(home: Home) -> Iterator[Finding]:
+    config = home.config()
+    watts = (config.core_watts, config.idle_watts)
+    found = energy.probe(table={energy.BUSY: watts[0], energy.IDLE: watts[1]} if watts != (None, None) else None)
+    if found.sensor:
+        yield Finding(
+            "energy", "ok", f"joules come from {found.sensor.source} ({found.sensor.quality}); {found.sensor.note}".rstrip("; ")
+        )
+    else:
+        yield Finding("energy", "ok", f"there is no sensor, so no joules are told. {' '.join(found.skipped)}")
 
 
 def _drawing(home: Home) -> Iterator[Finding]:

@@ -25,8 +25,11 @@ DEADLINE_FLOOR = 120.0  # seconds that any transfer gets
 Answer = TypeVar("Answer")
 
 
+PASSING = (408, 425, 429)  # of the statuses from 400 to 499 those that ask to be tried again
+
+
 class NotFoundError(TransferError):
-    """The repository does not have the file."""
+    """The repository does not have the file, or not for us: asking again would only be a load on it."""
 
 
 class Transport(Protocol):
@@ -110,8 +113,8 @@ class Web:
         except urllib3.exceptions.HTTPError as error:
             raise TransferError(f"cannot reach {self.address}: {error}; it will be tried again") from error
         try:
-            if response.status in (403, 404, 410):
-                raise NotFoundError(f"the repository has no {name} (status {response.status})")
+            if 400 <= response.status < 500 and response.status not in PASSING:
+                raise NotFoundError(f"the repository has no {name} for this device (status {response.status})")
             if response.status not in (200, 206):
                 raise TransferError(f"the server answered {response.status} for {name}; it will be tried again")
             skip = offset if response.status == 200 else 0  # the server ignored the range and starts over

@@ -1,0 +1,235 @@
+"""`make fuzz`: coverage-guided bytes for everything that a stranger could send: documents, metadata, deltas, requests.
+
+    python -m tests.fuzz              all targets, FUZZ_SECONDS (300) between them
+    python -m tests.fuzz TARGET FILE  what one input does
+
+Anything but the agent's own errors is a finding, and so is memory beyond MEMORY or one input that takes longer than SECONDS. What reached new code is kept
+in build/fuzz/TARGET and used again; seeds are made anew each time from real documents and deltas, so no corpus of ours can be out of date. A
+finding is written to build/fuzz/TARGET-crash-….
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+BUILD = Path("build/fuzz")
+MEMORY = 1024  # MiB of a process; a delta may take 64 of them
+SECONDS = 20  # for one input
+LARGEST = 64 * 1024  # bytes of an input
+OLD = np.random.default_rng(0).normal(size=2000).astype(np.float32).tobytes()
+
+
+def parse_with(kind: str) -> Callable[[bytes], None]:
+    """A document as it comes from the repository or a device."""
+    from ota import manifest
+
+    document, limit = getattr(manifest, kind), LARGEST
+
+    def check(data: bytes) -> None:
+        found = manifest.parse(document, data, limit)
+        again = manifest.parse(document, found.canonical(), limit)
+        assert again == found, "a document is another one after writing"
+
+    return check
+
+
+def state(data: bytes) -> None:
+    """A state file as a dying disk leaves it."""
+    from ota.agent.state import opened
+
+    found = opened(data)
+    assert found is None or found.seq >= 0
+
+
+def header(data: bytes) -> None:
+    """The start of a delta."""
+    from ota.delta import read_header
+
+    read_header(io.BytesIO(data))
+
+
+def delta(data: bytes) -> None:
+    """A delta's records against a base, its header right: what the child process is protected from by a signature alone."""
+    from ota.delta import format as container
+
+    size = struct.unpack("<I", (data[:4] + b"\0" * 4)[:4])[0] % 65536
+    target = container.PlainFile(size=size, sha256="0" * 64)
+    file = container.DeltaFile(target=target, base=hashlib.sha256(OLD).hexdigest(), base_size=len(OLD))
+    head = container.Header(base="0" * 64, target="0" * 64, files=[file])
+    output = io.BytesIO()
+    try:
+        container.apply_plain(io.BytesIO(data[4:]), head, io.BytesIO(OLD), output)
+    finally:
+        assert len(output.getvalue()) <= size, "more was written than the file is long"
+
+
+def numbers(data: bytes) -> None:
+    """The payload of a record of numbers, past the check that would stop most of them."""
+    from ota.delta import format as container
+
+    size = struct.unpack("<I", (data[:4] + b"\0" * 4)[:4])[0] % len(OLD) + 1
+    file = container.DeltaFile(target=container.PlainFile(size=size, sha256="0" * 64), base="0" * 64, base_size=len(OLD))
+    made = container._numbers(data[4:], io.BytesIO(OLD), file, size)
+    assert len(made) == size, "it made another length than it was asked for"
+
+
+def streams(data: bytes) -> None:
+    """A stream of numbers by itself; what it holds comes back when it is written again."""
+    from ota.delta import streams as coder
+
+    count = struct.unpack("<I", (data[:4] + b"\0" * 4)[:4])[0] % 4096
+    found = coder.decode(coder.Reader(data[4:]), count)
+    assert len(found) == count
+    assert (coder.decode(coder.Reader(coder.encode(found)), count) == found).all()
+
+
+def wish(data: bytes) -> None:
+    """What a local program posts."""
+    from ota.agent.serve import _wish
+
+    assert set(_wish(data)) == {"caption", "seed", "variant"}
+
+
+TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
+    "manifest": lambda: parse_with("Manifest"), "policy": lambda: parse_with("Policy"), "sampler": lambda: parse_with("SamplerTable"),
+    "reference": lambda: parse_with("Reference"), "report": lambda: parse_with("SignedReport"), "state": lambda: state, "header": lambda: header,
+    "delta": lambda: delta, "numbers": lambda: numbers, "streams": lambda: streams, "wish": lambda: wish,
+}  # fmt: skip
+
+
+# Seeds
+
+
+def documents() -> Iterator[tuple[str, dict[str, Any]]]:
+    """A right one of each."""
+    entry = {"role": "weights", "variant": "full", "size": 9, "sha256": "1" * 64}
+    origin = dict.fromkeys(("code", "lineage", "scorecard", "decision"), "2" * 64) | {
+        "data_rev": "a",
+        "data_md5": "b",
+        "model": "m",
+        "version": 1,
+    }
+    roles = [entry | {"role": role} for role in ("weights", "sampler", "golden", "reference")]
+    yield "manifest", {
+        "schema_version": 1, "line": "a", "device_class": "b", "tier": "nano", "configuration": "I", "precision": "int8", "variants": ["full"],
+        "default_variant": "full", "files": [entry | {"role": "graph", "variant": None}, *roles], "origin": origin, "minimum_agent": "0.1.0",
+    }  # fmt: skip
+    yield "policy", {"schema_version": 1, "line": "a", "device_class": "b", "seq": 1, "manifest": "1" * 64, "salt": "s",
+                     "waves": [{"bps": 1, "not_before": 0}], "halt": False, "revert": False}  # fmt: skip
+    runtime = {"onnxruntime": [">=1.20", "<2"], "graph_optimization_level": "all", "config": {"a": "1"}}
+    yield "sampler", {"schema_version": 1, "variant": "full", "method": "ab2", "times": [1.0, 0.5, 0.0], "guidance": 2.0, "text_length": 8,
+                      "image": {"channels": 1, "size": 16}, "runtime": runtime}  # fmt: skip
+    yield "reference", {"schema_version": 1, "golden": {"tolerance": 0.01, "share": 0.99}, "load": [[1.0]], "latency_ms": 5.0,
+                        "statistics": {"mean": {"low": 0.0, "high": 1.0}}}  # fmt: skip
+    report = {"schema_version": 1, "device": "d", "boot": "b", "number": 1, "time": 1, "line": "a", "device_class": "b", "event": "confirmed",
+              "manifest": None, "active": None, "reason": "", "received": 1, "milliseconds": 1}  # fmt: skip
+    yield "report", {"report": report, "signature": "0" * 128}
+    yield (
+        "state",
+        {"sha256": "0" * 64, "state": {"schema_version": 1, "active": "1" * 64, "seq": 1, "trial": {"left": 1, "loads": 1}}},
+    )
+    yield "wish", {"caption": "bolt", "seed": 3, "variant": "fast"}
+
+
+def deltas() -> Iterator[bytes]:
+    """Real ones: small steps, sparse ones, steps of one size, a product, moved bytes, and new ones."""
+    from ota.delta import files
+
+    old, rng = np.frombuffer(OLD, np.float32), np.random.default_rng(1)
+    shapes = [
+        old + rng.normal(scale=1e-4, size=old.size), np.where(rng.random(old.size) < 0.05, old + 0.01, old),
+        old + np.round(rng.normal(size=old.size)) * np.float32(0.0123), rng.normal(size=old.size), np.roll(old, 700),
+        old + np.outer(rng.normal(size=40), rng.normal(size=50)).ravel() * 1e-3,
+    ]  # fmt: skip
+    with TemporaryDirectory() as folder:
+        place = Path(folder)
+        for values in shapes:
+            for name, data in (("old", old), ("new", values.astype(np.float32))):
+                rows = {"t": {"dtype": "F32", "shape": [40, 50], "data_offsets": [0, len(OLD)]}}
+                head = json.dumps(rows).encode()
+                (place / name).write_bytes(struct.pack("<Q", len(head)) + head + data.tobytes())
+            files.build(place / "old", place / "new", place / "patch")
+            yield (place / "patch").read_bytes()
+
+
+def sow(target: str, folder: Path) -> None:
+    """Write the seeds of a target."""
+    from ota.delta import format as container
+
+    seeds = [json.dumps(value).encode() for name, value in documents() if name == target]
+    if target in ("header", "delta", "numbers", "streams"):
+        for patch in deltas():
+            stream = io.BytesIO(patch)
+            size = container.read_header(stream).files[0].target.size
+            seeds.append(patch[: stream.tell()] if target == "header" else struct.pack("<I", size) + stream.read())
+            if target in ("numbers", "streams"):
+                seeds.append(struct.pack("<I", size) + patch[stream.tell() - len(seeds.pop()) + 4 + container.RECORD.size :])
+    for seed in seeds:
+        (folder / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
+
+
+def fuzz(target: str, arguments: list[str]) -> None:
+    """Become the fuzzer of one target."""
+    import atheris
+
+    with atheris.instrument_imports(include=["ota"]):  # what is imported later would be run blindly
+        for module in ("errors", "manifest", "delta.format", "delta.streams", "agent.state", "agent.serve"):
+            importlib.import_module(f"ota.{module}")
+        from ota.errors import OtaError
+
+        check = TARGETS[target]()
+
+    def once(data: bytes) -> None:
+        with contextlib.suppress(OtaError):
+            check(data)
+
+    resource.setrlimit(
+        resource.RLIMIT_AS, (4 * MEMORY << 20, 4 * MEMORY << 20)
+    )  # address space; what is resident libFuzzer watches
+    atheris.Setup([sys.argv[0], *arguments], once)
+    atheris.Fuzz()
+
+
+def main() -> None:
+    """Run all targets for their share of the time, or one input."""
+    if len(sys.argv) > 1:
+        fuzz(sys.argv[1], sys.argv[2:])
+        return
+    seconds = int(os.environ.get("FUZZ_SECONDS", "300")) // len(TARGETS)
+    failed = []
+    for target in TARGETS:
+        corpus = BUILD / target
+        corpus.mkdir(parents=True, exist_ok=True)
+        sow(target, corpus)
+        words = [sys.executable, "-m", "tests.fuzz", target, str(corpus), f"-max_total_time={max(5, seconds)}", f"-rss_limit_mb={MEMORY}",
+                 f"-timeout={SECONDS}", f"-max_len={LARGEST}", f"-artifact_prefix={BUILD}/{target}-", "-print_final_stats=1", "-verbosity=0"]  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+        said = dict(line.removeprefix("stat::").split(":", 1) for line in done.stderr.splitlines() if line.startswith("stat::"))
+        tried, peak = (said.get(name, "?").strip() for name in ("number_of_executed_units", "peak_rss_mb"))
+        sys.stdout.write(
+            f"{target:10} {tried:>9} inputs, {len(list(corpus.iterdir()))} kept, {peak} MiB{'' if not done.returncode else ', FAILED'}\n"
+        )
+        if done.returncode:
+            failed.append(target)
+            sys.stdout.write(done.stderr[-3000:] + "\n")
+    if failed:
+        sys.exit(f"findings in {', '.join(failed)}; repeat one with `python -m tests.fuzz TARGET {BUILD}/TARGET-…`")
+
+
+if __name__ == "__main__":
+    main()

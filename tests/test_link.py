@@ -1,0 +1,129 @@
+"""Two hosts and a link of 64 kbit/s that loses packets and is cut: an update comes through, and costs little more than its bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ota.release.bundle import Bundle
+from tests.fleet_kit import Device, Field, publish
+from tests.link_kit import Link, why_not
+
+pytest_plugins = ["tests.fleet_kit"]
+pytestmark = pytest.mark.slow
+PORT = 8123
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    problem = why_not()
+    if problem:
+        pytest.skip(problem)
+    with Link(rate=64_000, delay=0.15, loss=0.02) as made:
+        yield made
+
+
+@contextmanager
+def served(link: Link, folder: Path) -> Iterator[str]:
+    """The repository on the far host, behind a server that knows ranges."""
+    script = "import sys; from pathlib import Path; from tests.test_link import serve; serve(Path(sys.argv[1]))"
+    with subprocess.Popen(
+        link.words("far", [sys.executable, "-c", script, str(folder)]), stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout
+        assert server.stdout.readline().strip() == "ready"
+        try:
+            yield f"http://{link.far_address}:{PORT}"
+        finally:
+            server.terminate()
+
+
+def serve(folder: Path) -> None:
+    """Serve a folder, with ranges, for as long as the process lives."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = folder / self.path.lstrip("/")
+            if not path.is_file():
+                self.send_error(404)
+                return
+            first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+            body = path.read_bytes()[first:]
+            self.send_response(206 if first else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("0.0.0.0", PORT), Handler)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    server.serve_forever()
+
+
+def update(link: Link, device: Device) -> dict[str, object]:
+    done = subprocess.run(link.words("near", device.words("update", "--json")), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, object] = json.loads(done.stdout)
+    return told
+
+
+def test_delta_update_costs_little_more_than_its_bytes(link: Link, scene: Field, bundles: dict[str, Bundle], step: Path):
+    publish(scene.repository, bundles["second"], step, bundles["first"])
+    with served(link, scene.repository.folder) as address:
+        scene.device.configure(repository=address)
+        told = update(link, scene.device)
+    assert told["way"] == "delta"
+    assert scene.device.active == bundles["second"].manifest.digest
+    assert link.to_near.lost + link.to_far.lost > 0
+    received = int(str(told["received"]))
+    assert received < step.stat().st_size + 16_384
+    assert link.to_near.bytes <= 1.15 * received
+
+
+@pytest.mark.parametrize(
+    ("seconds", "window"),
+    [
+        pytest.param(4, 0, id="shorter than a connection lives"),
+        # What lies in the kernel behind a lost packet is gone with its connection, and no agent can have it back.
+        pytest.param(35, 32 * 1024, id="longer than the agent waits for a byte"),
+    ],
+)
+def test_cut_link_costs_nothing_twice(
+    link: Link, scene: Field, bundles: dict[str, Bundle], step: Path, seconds: int, window: int
+):
+    """The link dies in the middle of the delta, and comes back."""
+    publish(scene.repository, bundles["second"], step, bundles["first"])
+    cut_at = step.stat().st_size // 3
+
+    def cut() -> None:
+        while not any(path.stat().st_size > cut_at for path in (scene.device.root / "incoming").glob("*")):
+            time.sleep(0.01)
+        link.cut = True
+        time.sleep(seconds)
+        link.cut = False
+
+    with served(link, scene.repository.folder) as address:
+        scene.device.configure(repository=address)
+        cutter = threading.Thread(target=cut)
+        cutter.start()
+        told = update(link, scene.device)
+        cutter.join()
+    assert told["way"] == "delta"
+    assert scene.device.active == bundles["second"].manifest.digest
+    received = int(str(told["received"]))
+    assert received < step.stat().st_size + 16_384
+    assert link.to_near.bytes <= 1.15 * received + window
