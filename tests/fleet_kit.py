@@ -334,6 +334,8 @@ class Faults:
     failing: dict[str, int] = field(default_factory=dict)
     """Answer so many times with `status`."""
     status: int = 503
+    stale: dict[str, bytes] = field(default_factory=dict)
+    """Answer with what the file once was, as a cache between would."""
     ignore_range: bool = False
     dripping: set[str] = field(default_factory=set)
     """Send one byte at a time, with a pause after each."""
@@ -407,7 +409,8 @@ class WebServer:
         if any(name.endswith(end) for end in faults.missing) or not path.is_file():
             http.send_error(404)
             return
-        body = path.read_bytes()[first:]
+        old = next((data for end, data in faults.stale.items() if name.endswith(end)), None)
+        body = (path.read_bytes() if old is None else old)[first:]
         endless = any(name.endswith(end) for end in faults.endless)
         http.send_response(206 if first else 200)
         http.send_header("Connection", "close")

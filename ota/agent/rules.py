@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ota.agent.state import Config, State
+from ota.agent.state import Config, HighWater, State
 from ota.errors import ManifestError, OperatorError, TrustError
 from ota.manifest import Manifest, Policy, Reference
 
@@ -45,8 +46,52 @@ def check_clock(now: int, floor: int) -> None:
         )
 
 
-def check_versions(found: dict[str, int], marks: dict[str, int]) -> None:
+@dataclass(frozen=True)
+class Trusted:
+    """The keys that a role is trusted with by the root, or by the targets, that this device accepted."""
+
+    keys: frozenset[str]
+    """Their ids."""
+    threshold: int
+
+
+def binding(marks: HighWater, trusted: Mapping[str, Trusted]) -> dict[str, int]:
+    """The marks that hold under the keys that roles are trusted with now.
+
+    A mark is for nothing once so few of the keys that it was made under are still trusted that nothing they signed could
+    pass any more: then it cannot be replayed, and it may be a number that a thief raised beyond all others. Only a newer
+    root, or newer targets, signed by the offline keys, brings that about. The mark of the root itself always holds, and so
+    does one of which the keys are not known.
+    """
+    return {
+        role: version
+        for role, version in marks.versions.items()
+        if role not in trusted
+        or role not in marks.keys
+        or len(trusted[role].keys.intersection(marks.keys[role])) >= trusted[role].threshold
+    }
+
+
+def check_floor(custom: Mapping[str, Any]) -> None:
+    """Refuse a release that lies below the floor of its line and class, which `models` signs beside its number.
+
+    Args:
+        custom: what is signed about the release.
+
+    Raises:
+        TrustError: it does, or the floor is no number.
+    """
+    seq, floor = custom.get("seq"), custom.get("floor", 0)
+    if isinstance(seq, int) and not (isinstance(floor, int) and seq >= floor):
+        raise TrustError(f"release {seq} lies below the floor, {floor}: it may not be installed or gone back to any more")
+
+
+def check_versions(found: Mapping[str, int], marks: Mapping[str, int]) -> None:
     """Refuse metadata older than what this device accepted before, also when its cache was lost.
+
+    Args:
+        found: versions by role.
+        marks: those that bind.
 
     Raises:
         TrustError: a role went back.

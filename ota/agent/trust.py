@@ -4,25 +4,32 @@ The client keeps no promise about power cuts: it never syncs, and where its cach
 would accept an old repository. So the newest version of every role that was ever accepted is kept in `highwater.json`, and
 an older one is refused even when the cache is gone. The trust anchor is handed to the client on every call for the
 same reason.
+
+A thief of online keys may raise their roles' versions beyond all that the factory will ever reach. With each mark the ids
+of the keys are kept that it was made under: where the offline keys have replaced these, it no longer binds
+(`rules.binding`), as the client forgets a cached file that no longer verifies. Of the root its hash is kept too, so that
+whoever has its old keys cannot lead a device that lost its cache along another chain of roots.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadataError
 from tuf.api.exceptions import RepositoryError as TufRepositoryError
-from tuf.api.metadata import Metadata, TargetFile
+from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from ota.agent import rules
 from ota.agent.state import HighWater, Home
 from ota.agent.transport import NotFoundError, Transport, read_small
-from ota.errors import ExpiredError, RepositoryError, StateError, TransferError, TrustError
+from ota.errors import ExpiredError, OtaError, RepositoryError, StateError, TransferError, TrustError
 from ota.manifest import KiB
 
 # Limits on what an attacker could make long; far above what a repository of ours needs.
@@ -31,6 +38,7 @@ LIMITS = UpdaterConfig(
     snapshot_max_length=64 * KiB, targets_max_length=1024 * KiB, app_user_agent="deltaferry-agent",
 )  # fmt: skip
 TOP_ROLES = ("root", "timestamp", "snapshot", "targets")  # a lost root would bring back keys that were taken out of it
+PARENTS = {"timestamp": "root", "snapshot": "root", "targets": "root"}  # who says which keys a role has; else targets
 
 
 @dataclass(frozen=True)
@@ -68,25 +76,36 @@ class Trust:
             self._updater = Updater(
                 str(folder), "metadata/", fetcher=_Fetcher(transport), config=LIMITS, bootstrap=home.root_bytes()
             )
-            self._updater.refresh()
-        self._remember(now, TOP_ROLES)
+        try:
+            with _foreign_errors():
+                self._updater.refresh()
+        except OtaError:
+            with suppress(OtaError):
+                self._remember(("root",))
+            raise
+        self._remember(("root",))  # which keys are trusted holds, whatever is found of what they signed
+        self._remember(TOP_ROLES, now)
 
     def target(self, name: str) -> Target | None:
         """What is signed about a target; None if nothing is.
 
         Raises:
             ExpiredError: the role that could name it was not renewed.
-            TrustError: it does not hold.
+            TrustError: it does not hold, or it is a release below the floor. What runs may be, so that it can be repaired.
             TransferError: the repository cannot be reached.
         """
         with _foreign_errors():
             found: TargetFile | None = self._updater.get_targetinfo(name)
-        self._remember(int(time.time()), (*TOP_ROLES, name.partition("/")[0]))
+        role = name.partition("/")[0]
+        self._remember((*TOP_ROLES, role), int(time.time()))
         if found is None:
             return None
         if "sha256" not in found.hashes:
             raise TrustError(f"{name} is signed without a sha256; nothing of it is used")
-        return Target(name, found.length, found.hashes["sha256"], found.custom if isinstance(found.custom, dict) else {})
+        custom = found.custom if isinstance(found.custom, dict) else {}
+        if role == "models" and not name.endswith(f"/{self._home.load().active}.json"):
+            rules.check_floor(custom)
+        return Target(name, found.length, found.hashes["sha256"], custom)
 
     def read(self, target: Target, limit: int) -> bytes:
         """A small target's bytes, checked against what is signed.
@@ -102,22 +121,73 @@ class Trust:
             TargetFile(target.size, {"sha256": target.sha256}, target.name).verify_length_and_hashes(data)
         return data
 
-    def _remember(self, now: int, roles: tuple[str, ...]) -> None:
-        """Compare the versions of roles that were just loaded with the marks, and raise the marks.
+    def _remember(self, roles: tuple[str, ...], now: int | None = None) -> None:
+        """Compare the versions of roles that were just loaded with the marks that bind, and raise the marks.
 
-        Other roles' files in the cache may be of any age, or torn: the client looks at them only when it needs them.
+        Other roles' files in the cache may be of any age, or torn: the client looks at them only when it needs them. All
+        marks are written at once, so none is ever lowered but together with the root and keys that allow it.
+
+        Args:
+            roles: that were just loaded.
+            now: seconds since 1970; None: nothing fresh was found, so the clock may be wrong and is not remembered.
         """
         marks = self._home.high_water()
-        found: dict[str, int] = {}
-        for role in roles:
-            path = self._home.disk.path(f"metadata/{role}.json")
-            if path.is_file():
-                with _foreign_errors():
-                    found[role] = Metadata[Any].from_file(str(path)).signed.version
-        rules.check_versions(found, marks.versions)
-        highest = {role: max(found.get(role, 0), marks.versions.get(role, 0)) for role in found.keys() | marks.versions.keys()}
-        # The clock is remembered to the hour: it is a floor, and need not cost a write on every call.
-        self._home.raise_high_water(HighWater(versions=highest, time=max(marks.time, now - now % 3600)))
+        cached = {role: found for role in roles if (found := self._cached(f"{role}.json"))}
+        trusted = _trusted(cached)
+        seen = {role: found.signed.version for role, found in cached.items() if role == "root" or role in trusted}
+        if lost := set(roles).intersection(TOP_ROLES) - seen.keys():
+            raise StateError(f"the metadata cache lost {min(lost)} while it was read; check the disk of {self._home.root}")
+        try:
+            rules.check_versions(seen, rules.binding(marks, trusted))
+            self._check_chain(marks)
+        except TrustError:
+            # Else python-tuf would start from a stranger's roots the next time, and find that none of ours follow on them.
+            self._home.disk.remove("metadata/root_history")
+            raise
+        raised = HighWater(
+            versions=marks.versions | seen,
+            keys=marks.keys | {role: sorted(trusted[role].keys) for role in seen if role in trusted},
+            root=_sha256(cached["root"]) if "root" in cached else marks.root,
+            # To the hour: it is a floor, and need not cost a write on every call.
+            time=marks.time if now is None else max(marks.time, now - now % 3600),
+        )
+        self._home.raise_high_water(raised)
+
+    def _check_chain(self, marks: HighWater) -> None:
+        """Refuse another chain of roots than the one that this device was led along before."""
+        known = self._cached(f"root_history/{marks.versions.get('root')}.root.json")
+        if marks.root and (known is None or _sha256(known) != marks.root):
+            raise TrustError(
+                f"the repository's root {marks.versions['root']} is another than this device has seen; it is an attack with the "
+                "keys of an older root, nothing is installed"
+            )
+
+    def _cached(self, name: str) -> Metadata[Any] | None:
+        path = self._home.disk.path(f"metadata/{name}")
+        if not path.is_file():
+            return None
+        with _foreign_errors():
+            return Metadata[Any].from_file(str(path))
+
+
+def _trusted(cached: dict[str, Metadata[Any]]) -> dict[str, rules.Trusted]:
+    """The keys of each role but the root, of those whose metadata verify under them: what was not loaded now may be old."""
+    found: dict[str, rules.Trusted] = {}
+    for role, metadata in cached.items():
+        delegator: Root | Targets | None = cached[parent].signed if (parent := PARENTS.get(role, "targets")) in cached else None
+        if role == "root" or delegator is None:
+            continue
+        try:
+            result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+        except ValueError:  # it is not delegated to
+            continue
+        if result.verified:
+            found[role] = rules.Trusted(frozenset([*result.signed, *result.unsigned]), result.threshold)
+    return found
+
+
+def _sha256(metadata: Metadata[Any]) -> str:
+    return hashlib.sha256(metadata.signed_bytes).hexdigest()
 
 
 class _Fetcher(FetcherInterface):

@@ -1,19 +1,30 @@
-"""Signing keys: which keys each role trusts, and the URI under which the private half of each can be used.
+"""Signing keys: which keys a role has, and the URI under which the private half of each can be used.
 
-`keys.json` holds public keys and URIs only. A URI is anything that securesystemslib signs with: a file on this machine
-(`file2:`), a cloud KMS, an HSM. `create` makes files; root and targets keys are made apart from the others, because they
+`keys.json` holds public keys and URIs only. A URI is anything that securesystemslib signs with: a file (`file2:`), a cloud
+KMS, an HSM. `create` makes files where no URI is given; root and targets keys are made apart from the others, because they
 belong on a medium that is not plugged in day by day.
+
+Who is trusted is said by the signed metadata alone. So the ring may know keys that are not trusted yet, or no longer, and
+a change of keys writes it first.
 """
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 from securesystemslib.exceptions import Error as SecureSystemsError
-from securesystemslib.signer import CryptoSigner, Key, Signer
+from securesystemslib.signer import AWSSigner, CryptoSigner, GCPSigner, HSMSigner, Key, Signer, SSlibKey
+from tuf.api.exceptions import RepositoryError as TufRepositoryError
+from tuf.api.metadata import Metadata
 
 from ota.errors import OperatorError
 
@@ -24,10 +35,14 @@ ROLES: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 OFFLINE = ("root", "targets")
 DELEGATED = ("models", "deltas", "rollout")
+SHORT = 8  # digits of a key's id that are shown
+
+Entry = tuple[Key, str]
+"""A public key, and the URI of its private half."""
 
 
 class KeyRing:
-    """Public keys, thresholds and signers of all roles."""
+    """Public keys and signers of all roles."""
 
     def __init__(self, folder: Path) -> None:
         """Read the key ring of a folder.
@@ -38,7 +53,7 @@ class KeyRing:
         self.folder = folder
         try:
             rows = json.loads((folder / "keys.json").read_bytes())
-            self.keys: dict[str, list[tuple[Key, str]]] = {
+            self.keys: dict[str, list[Entry]] = {
                 role: [(Key.from_dict(row["keyid"], dict(row["key"])), row["uri"]) for row in rows[role]] for role in ROLES
             }
         except OSError as error:
@@ -48,60 +63,216 @@ class KeyRing:
 
     @staticmethod
     def threshold(role: str) -> int:
-        """Signatures that a role needs."""
+        """Signatures that a role needs in a new repository."""
         return ROLES[role][1]
 
-    def signers(self, role: str) -> list[Signer]:
+    def signers(self, role: str, trusted: Collection[str] | None = None, needed: int | None = None) -> list[Signer]:
         """As many signers of a role as it needs.
+
+        Args:
+            role: whose keys.
+            trusted: ids of the keys that count; None: all that the ring has.
+            needed: signatures; None: as in a new repository.
 
         Raises:
             OperatorError: too few private keys can be used here.
         """
-        found: list[Signer] = []
-        problems = []
-        for key, uri in self.keys[role]:
-            try:
-                found.append(Signer.from_priv_key_uri(self._absolute(uri), key))
-            except (OSError, ValueError, SecureSystemsError) as error:
-                problems.append(f"{uri}: {error.args[0] if error.args else error}")
-        if len(found) < self.threshold(role):
+        count = self.threshold(role) if needed is None else needed
+        found, problems = self._open(role, trusted)
+        if len(found) < count:
             raise OperatorError(
-                f"role {role} needs {self.threshold(role)} signatures but {len(found)} of its keys can be used here "
+                f"role {role} needs {count} signatures but {len(found)} of its keys can be used here "
                 f"({'; '.join(problems)}); make the keys available, or sign where they are"
             )
-        return found[: self.threshold(role)]
+        return found[:count]
+
+    def usable(self, role: str, trusted: Collection[str] | None = None) -> list[Signer]:
+        """The signers of a role that can be used here."""
+        return self._open(role, trusted)[0]
+
+    def _open(self, role: str, trusted: Collection[str] | None) -> tuple[list[Signer], list[str]]:
+        known = {key.keyid: (key, uri) for key, uri in self.keys[role]}
+        found, problems = [], []
+        for keyid in known if trusted is None else trusted:
+            if keyid not in known:
+                problems.append(f"{keyid[:SHORT]} is not in {self.folder / 'keys.json'}")
+                continue
+            key, uri = known[keyid]
+            try:
+                found.append(open_signer(self._absolute(uri), key))
+            except OperatorError as error:
+                problems.append(f"{uri}: {error}")
+        return found, problems
 
     def _absolute(self, uri: str) -> str:
         scheme, _, path = uri.partition(":")
         return f"file2:{self.folder / path}" if scheme == "file2" and not Path(path).is_absolute() else uri
 
+    def uri(self, role: str, keyid: str) -> str:
+        """Where a key's private half is; empty where the ring does not know it."""
+        return next((uri for key, uri in self.keys[role] if key.keyid == keyid), "")
 
-def create(folder: Path) -> KeyRing:
-    """Make Ed25519 keys for all roles as files below `folder`; a key ring that is there is kept.
+    def add(self, fresh: Mapping[str, Sequence[Entry]]) -> None:
+        """Know keys besides those that are known; durable on return."""
+        for role, entries in fresh.items():
+            known = {key.keyid for key, _ in self.keys[role]}
+            self.keys[role] = [*self.keys[role], *(entry for entry in entries if entry[0].keyid not in known)]
+        self._save()
+
+    def keep(self, only: Mapping[str, Sequence[Entry]]) -> None:
+        """Know of these roles these keys alone; durable on return. Private keys stay where they are."""
+        self.keys |= {role: list(entries) for role, entries in only.items()}
+        self._save()
+
+    def _save(self) -> None:
+        _write_ring(self.folder, self.keys)
+
+
+def create(folder: Path, offline: Path | None = None, signers: Mapping[str, Sequence[Entry]] | None = None) -> KeyRing:
+    """Make Ed25519 keys for all roles as files; a key ring that is there is kept, and no file is ever overwritten.
 
     Private keys are written before `keys.json`, which makes them count: a killed call is repeated from the beginning.
+
+    Args:
+        folder: of the ring; online keys go below it.
+        offline: folder of the keys of root and targets; None: below `folder` too.
+        signers: keys that are somewhere else, by role; each takes the place of one file.
     """
     if (folder / "keys.json").is_file():
         return KeyRing(folder)
-    rows: dict[str, list[dict[str, Any]]] = {}
+    ring: dict[str, list[Entry]] = {}
     for role, (count, _) in ROLES.items():
-        place = Path("offline" if role in OFFLINE else "online")
-        (folder / place).mkdir(parents=True, exist_ok=True, mode=0o700)
-        rows[role] = []
-        for i in range(count):
+        ring[role] = list((signers or {}).get(role, ()))
+        for i in range(count - len(ring[role])):
             signer = CryptoSigner.generate_ed25519()
-            name = place / (f"{role}.pem" if count == 1 else f"{role}-{i + 1}.pem")
-            _write_private(folder / name, signer.private_bytes)
-            rows[role].append(
-                {"keyid": signer.public_key.keyid, "key": signer.public_key.to_dict(), "uri": f"file2:{name.as_posix()}"}
-            )
-    fresh = folder / "keys.json.tmp"
-    fresh.write_text(json.dumps(rows, indent=1, sort_keys=True))
-    fresh.replace(folder / "keys.json")
+            name = f"{role}.pem" if count == 1 else f"{role}-{i + 1}.pem"
+            entry, path = place(folder, signer, role, offline, name)
+            store(path, signer)
+            ring[role].append(entry)
+    _write_ring(folder, ring)
     return KeyRing(folder)
 
 
-def _write_private(path: Path, data: bytes) -> None:
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+def place(folder: Path, signer: CryptoSigner, role: str, offline: Path | None = None, name: str = "") -> tuple[Entry, Path]:
+    """Where the file of a new private key goes; nothing is written yet.
+
+    Args:
+        folder: of the ring.
+        signer: of the key.
+        role: whose key it is; says whether it is offline.
+        offline: where offline keys go; None: below `folder`.
+        name: of the file; where it is taken, and by default, one is made of the role and the key's id.
+    """
+    at = (offline.absolute() if offline else folder / "offline") if role in OFFLINE else folder / "online"
+    if not name or (at / name).exists():
+        name = f"{role}-{signer.public_key.keyid[:SHORT]}.pem"
+    within = (at / name).relative_to(folder) if at.is_relative_to(folder) else at / name
+    return (signer.public_key, f"file2:{within.as_posix()}"), at / name
+
+
+def store(path: Path, signer: CryptoSigner) -> None:
+    """Write a private key, durable on return."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _write_durably(path, signer.private_bytes, 0o600)
+
+
+def existing(uri: str, public: Path | None = None) -> Entry:
+    """A key that is somewhere else.
+
+    Args:
+        uri: of its private half; a relative path of a file starts at the present folder.
+        public: its public half as PEM; None: asked for where the private half is.
+
+    Raises:
+        OperatorError: the public half cannot be had.
+    """
+    place = placed(uri)
+    try:
+        if public:
+            return SSlibKey.from_crypto(load_pem_public_key(public.read_bytes())), place
+        return _imported(place), place
+    except Exception as error:  # whatever a driver raises
+        asked = f"{public} is not a public key as PEM" if public else f"{uri} does not tell its public key"
+        raise OperatorError(f"{asked} ({_reason(error)}); give it with --public ROLE=FILE") from error
+
+
+def placed(uri: str) -> str:
+    """A URI that means the same in every folder."""
+    scheme, _, path = uri.partition(":")
+    return f"file2:{Path(path).absolute()}" if scheme == "file2" else uri
+
+
+def _imported(uri: str) -> Key:
+    scheme, _, rest = uri.partition(":")
+    if scheme == "file2":
+        return SSlibKey.from_crypto(load_pem_private_key(Path(rest).read_bytes(), None).public_key())
+    if scheme == "hsm":
+        number, _, query = rest.partition("?")
+        label = dict(parse_qsl(query)).get("label")
+        return HSMSigner.import_(int(number) if number else None, label, _secret)[1]
+    if scheme in ("gcpkms", "awskms"):
+        return (GCPSigner if scheme == "gcpkms" else AWSSigner).import_(rest)[1]
+    raise ValueError("signers of this kind cannot be asked")
+
+
+def open_signer(uri: str, key: Key) -> Signer:
+    """What signs with a key.
+
+    Raises:
+        OperatorError: it cannot be used here.
+    """
+    try:
+        return Signer.from_priv_key_uri(uri, key, _secret)
+    except Exception as error:
+        raise OperatorError(_reason(error)) from error
+
+
+def sign(metadata: Metadata[Any], signer: Signer) -> None:
+    """Add a signature, and check it: a KMS signs with whatever key it has under a name.
+
+    Raises:
+        OperatorError: the signer failed, or is of another key; nothing was added.
+    """
+    keyid = signer.public_key.keyid
+    try:
+        made = metadata.sign(signer, append=True)
+        signer.public_key.verify_signature(made, metadata.signed_bytes)
+    except (TufRepositoryError, SecureSystemsError) as error:
+        metadata.signatures.pop(keyid, None)
+        raise OperatorError(f"key {keyid[:SHORT]} makes no valid signature ({_reason(error)}); check its URI") from error
+
+
+@cache
+def _secret(name: str) -> str:
+    """A PIN or passphrase, typed once."""
+    if not sys.stdin.isatty():
+        raise ValueError(f"it asks for its {name}, and nobody is there to type it")
+    return getpass.getpass(f"{name} of the signer: ")
+
+
+def _reason(error: Exception) -> str:
+    return str(error.args[0] if error.args else error).strip() or type(error).__name__
+
+
+def _write_ring(folder: Path, keys: Mapping[str, Sequence[Entry]]) -> None:
+    rows = {
+        role: [{"keyid": key.keyid, "key": key.to_dict(), "uri": uri} for key, uri in entries] for role, entries in keys.items()
+    }
+    _write_durably(folder / "keys.json", json.dumps(rows, indent=1, sort_keys=True).encode(), 0o644)
+
+
+def _write_durably(path: Path, data: bytes, mode: int) -> None:
+    """Whole or not at all; a key that a published root trusts must not be lost to a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

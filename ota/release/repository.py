@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from tuf.api.exceptions import RepositoryError as TufRepositoryError
 from tuf.api.exceptions import StorageError
 from tuf.api.metadata import (
     DelegatedRole,
     Delegations,
     Metadata,
     MetaFile,
+    Role,
     Root,
     Snapshot,
     TargetFile,
@@ -39,7 +40,9 @@ from tuf.api.serialization import DeserializationError
 
 from ota.errors import OperatorError
 from ota.manifest import MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
-from ota.release.keys import DELEGATED, KeyRing
+from ota.release import keys as signing
+from ota.release.ceremony import Need, Waiting
+from ota.release.keys import DELEGATED, Entry, KeyRing
 
 # How long signatures hold. Online ones are renewed by every release and by `ferry trust refresh`; a rollout that nobody
 # renews stops spreading.
@@ -49,6 +52,7 @@ LIFETIMES = {
     "timestamp": timedelta(days=14),
 }  # fmt: skip
 RENEWED = ("root", "targets", "models", "deltas")  # what `Repository.renew` signs anew
+TOP = ("root", "targets", "snapshot", "timestamp")  # whose keys root names; those of the others are named by targets
 KEPT_RELEASES = 8  # of one line and class in `models`
 KEPT_DELTAS_TO = 2  # newest releases to which deltas are kept
 
@@ -64,6 +68,42 @@ class Release(Document):
     version: int
     full_bytes: int
     revertible: bool
+    floor: int = 0
+    """Of its line and class when it was signed last: no release with a lower number may be installed."""
+
+
+@dataclass(frozen=True)
+class KeyState:
+    """A key that is trusted."""
+
+    keyid: str
+    uri: str
+    """Empty where the key ring does not know it."""
+    usable: bool
+    """Whether its private half can be used here."""
+
+
+@dataclass(frozen=True)
+class RoleState:
+    """A role as it is in force."""
+
+    role: str
+    version: int
+    threshold: int
+    keys: tuple[KeyState, ...]
+    expires: datetime
+    empty: bool
+    """Whether it names nothing, so that nothing is lost when it expires."""
+
+    @property
+    def alarm(self) -> bool:
+        """Whether more than half of its life is gone."""
+        return not self.empty and self.expires - datetime.now(UTC) < LIFETIMES[self.role] / 2
+
+    @property
+    def signs_here(self) -> bool:
+        """Whether enough of its keys can be used here."""
+        return sum(key.usable for key in self.keys) >= self.threshold
 
 
 @dataclass(frozen=True)
@@ -132,11 +172,11 @@ class Repository:
         made: dict[str, Any] = {"root": root, "targets": top} | {r: Targets(expires=_expiry(r)) for r in DELEGATED}
         metadata = folder / "metadata"
         for role, signed in made.items():
-            _sign(metadata / f"1.{role}.json", Metadata(signed), keys, role)
+            _write(metadata / f"1.{role}.json", _signed(Metadata(signed), keys, role, top if role in DELEGATED else root))
         snapshot = Snapshot(expires=_expiry("snapshot"), meta={f"{r}.json": MetaFile(1) for r in ("targets", *DELEGATED)})
-        _sign(metadata / "1.snapshot.json", Metadata(snapshot), keys, "snapshot")
+        _write(metadata / "1.snapshot.json", _signed(Metadata(snapshot), keys, "snapshot", root))
         timestamp = Timestamp(expires=_expiry("timestamp"), snapshot_meta=MetaFile(1))
-        _sign(metadata / "timestamp.json", Metadata(timestamp), keys, "timestamp")
+        _write(metadata / "timestamp.json", _signed(Metadata(timestamp), keys, "timestamp", root))
         return cls(folder, keys)
 
     # What it holds
@@ -189,9 +229,47 @@ class Repository:
 
     def expiries(self) -> dict[str, datetime]:
         """When each role's signature ends."""
-        versions = self._versions() | {"root": self._root_version(), "snapshot": self._snapshot_version()}
-        found = {role: self._load(f"{version}.{role}.json").signed.expires for role, version in versions.items()}
-        return found | {"timestamp": self._load("timestamp.json").signed.expires}
+        return {role: self._in_force(role).signed.expires for role in (*self._versions(), "root", "snapshot", "timestamp")}
+
+    def roles(self) -> dict[str, Role]:
+        """Which keys each role has, and how many must sign, as the metadata in force say."""
+        top = self._targets("targets")
+        return {role: self._root().signed.roles[role] for role in TOP} | {r: top.get_delegated_role(r) for r in DELEGATED}
+
+    def states(self) -> list[RoleState]:
+        """Every role: its version, keys and expiry."""
+        found = []
+        for role, trusted in self.roles().items():
+            signed = self._in_force(role).signed
+            usable = {signer.public_key.keyid for signer in self.keys.usable(role, trusted.keyids)}
+            found.append(
+                RoleState(
+                    role=role, version=signed.version, threshold=trusted.threshold, expires=signed.expires,
+                    keys=tuple(KeyState(keyid, self.keys.uri(role, keyid), keyid in usable) for keyid in trusted.keyids),
+                    empty=role in DELEGATED and not signed.targets,
+                )
+            )  # fmt: skip
+        return found
+
+    def entries(self, role: str) -> list[Entry]:
+        """The keys that a role is trusted with, and where their private halves are; "" where the ring does not know."""
+        delegator: Root | Targets = self._root().signed if role in TOP else self._targets("targets")
+        return [(delegator.get_key(i), self.keys.uri(role, i)) for i in delegator.get_delegated_role(role).keyids]
+
+    def once_trusted(self, role: str) -> set[str]:
+        """Ids of the keys that a role has or had; one that was taken out must not come back, what it signed would hold again."""
+        name, found = ("root" if role in TOP else "targets"), set[str]()
+        for path in self.metadata.glob(f"*.{name}.json"):
+            found.update(self._load(path.name).signed.get_delegated_role(role).keyids)
+        return found
+
+    def newest_root(self) -> Path:
+        """The root in force, for devices that are set up from now on; older ones find their way to it from theirs."""
+        return self.metadata / f"{self._root_version()}.root.json"
+
+    def floor(self, line: str, device_class: str) -> int:
+        """The lowest release number of a line and class that a rollout may choose; 0 where any will do."""
+        return max((release.floor for release in self.releases(line, device_class)), default=0)
 
     # Changes
 
@@ -237,8 +315,10 @@ class Repository:
         made = Release(
             line=line, device_class=device_class, seq=seq, manifest=manifest.digest, ledger=ledger,
             version=manifest.origin.version, full_bytes=manifest.size, revertible=revertible,
+            floor=self.floor(line, device_class),
         )  # fmt: skip
-        custom = made.model_dump(exclude={"line", "device_class", "manifest"})  # the path and the hash say the rest
+        # The path and the hash say the rest.
+        custom = made.model_dump(exclude={"line", "device_class", "manifest"}, exclude_defaults=True)
         path = manifest_path(line, device_class, manifest.digest)
         target = self._add_target(path, manifest.canonical(), custom)
         kept = {r.manifest for r in [*known, made][-KEPT_RELEASES:]}
@@ -259,7 +339,7 @@ class Repository:
         """Sign a policy; it replaces the one of its line and class.
 
         Raises:
-            OperatorError: it names a release that is not published, or another number than it has.
+            OperatorError: it names a release that is not published or lies below the floor, or another number than it has.
         """
         releases = {r.manifest: r for r in self.releases(policy.line, policy.device_class)}
         release = releases.get(policy.manifest)
@@ -270,12 +350,39 @@ class Repository:
             )
         if policy.revert and not release.revertible:
             raise OperatorError(f"release {policy.seq} of {policy.line} is not marked as one to go back to")
+        if release.seq < release.floor:
+            raise OperatorError(
+                f"release {policy.seq} of {policy.line} lies below the floor, {release.floor}; choose a newer one"
+            )
         target = self._add_target(policy_path(policy.line, policy.device_class), policy.canonical(), {})
 
         def change(rollout: Targets) -> None:
             rollout.targets[target.path] = target
 
         self._commit({"rollout": change})
+
+    def set_floor(self, line: str, device_class: str, seq: int) -> None:
+        """Let no device install a release with a lower number any more, whatever a policy says.
+
+        Raises:
+            OperatorError: there is no such release, or an older one is being rolled out.
+        """
+        releases = self.releases(line, device_class)
+        if seq not in {release.seq for release in releases}:
+            known = ", ".join(str(release.seq) for release in releases) or "none"
+            raise OperatorError(f"{line}/{device_class} has no release {seq} to be the floor; it has {known}")
+        policy = self.policy(line, device_class)
+        if policy and policy.seq < seq:
+            raise OperatorError(
+                f"release {policy.seq} of {line}/{device_class} is being rolled out; start a rollout of {seq} or a newer one first"
+            )
+
+        def change(models: Targets) -> None:
+            for release in releases:
+                custom = models.targets[manifest_path(line, device_class, release.manifest)].unrecognized_fields["custom"]
+                custom["floor"] = seq
+
+        self._commit({"models": change})
 
     def refresh(self) -> None:
         """Sign snapshot and timestamp anew, and nothing else: a rollout that nobody renews is meant to expire."""
@@ -293,39 +400,180 @@ class Repository:
         Raises:
             OperatorError: there is no such role to renew, or too few of its keys can be used here; nothing was signed.
         """
+        trusted = self.roles()
         for role in roles:
             if role not in RENEWED:
                 raise OperatorError(f"{role} is not renewed by itself; choose among {', '.join(RENEWED)}")
-            self.keys.signers(role)
+            self.keys.signers(role, trusted[role].keyids, trusted[role].threshold)
         if "root" in roles:
-            root = self._load(f"{self._root_version()}.root.json")
+            root = self._root()
             root.signed.version += 1
             root.signed.expires = _expiry("root")
-            _sign(self.metadata / f"{root.signed.version}.root.json", root, self.keys, "root")
-        self._commit({role: lambda _: None for role in roles if role != "root"})
+            _write(self.metadata / f"{root.signed.version}.root.json", _signed(root, self.keys, "root", root.signed))
+        self._commit({role: _unchanged for role in roles if role != "root"})
         return self.expiries()
+
+    # Changes that wait for signatures
+
+    def prepare(self, fresh: Mapping[str, Sequence[Entry]], renewed: Collection[str] = ()) -> Waiting:
+        """New metadata of some roles, for their keys to sign; nothing is changed yet.
+
+        What cannot wait, because every release changes it, is signed when they are put in force: snapshot, timestamp, and
+        delegated roles that have new keys.
+
+        Args:
+            fresh: role → all the keys that it is to have.
+            renewed: roles that are to be signed anew, because they are due or because their new keys are not here.
+        """
+        present, root, targets = self._root(), self._root(), self._in_force("targets")
+        documents: dict[str, Metadata[Any]] = {}
+        needs: dict[str, list[Need]] = {}
+        for role, entries in fresh.items():
+            delegator: Root | Targets = root.signed if role in TOP else targets.signed
+            for keyid in set(delegator.get_delegated_role(role).keyids) - {key.keyid for key, _ in entries}:
+                delegator.revoke_key(keyid, role)
+            for key, _ in entries:
+                delegator.add_key(key, role)
+        if "root" in renewed or fresh.keys() & set(TOP):
+            documents["root"] = _next(root, "root", root.signed.version + 1)
+            needs["root"] = [Need.of("present", present.signed.roles["root"], present.signed.keys)]
+            if "root" in fresh:
+                needs["root"].append(Need.of("new", root.signed.roles["root"], root.signed.keys))
+        if "targets" in {*renewed, *fresh} or fresh.keys() & set(DELEGATED):
+            documents["targets"] = _next(targets, "targets", self._unused("targets", targets.signed.version + 1))
+            needs["targets"] = [
+                Need.of("new" if "targets" in fresh else "present", root.signed.roles["targets"], root.signed.keys)
+            ]
+            if "targets" in fresh:
+                needs["targets"].append(Need.of("present", present.signed.roles["targets"], present.signed.keys, required=False))
+        for role in DELEGATED:
+            if role in renewed:
+                metadata = self._in_force(role)
+                ends = metadata.signed.expires
+                documents[role] = _next(metadata, role, self._unused(role, metadata.signed.version + 1))
+                if role == "rollout":  # as in `lay_ground`
+                    metadata.signed.expires = ends
+                delegations = targets.signed.delegations
+                needs[role] = [Need.of("new" if role in fresh else "present", delegations.roles[role], delegations.keys)]
+        return Waiting.of(documents, needs, fresh)
+
+    def lay_ground(self, waiting: Waiting) -> bool:
+        """Bring all below the root to where it holds under the root that waits too, the timestamp last.
+
+        Returns:
+            Whether it still holds under the root in force. Then it can be published before the new root is, and there is no
+            moment in which devices find metadata that do not hold. It cannot be so where old keys are lost.
+
+        Raises:
+            OperatorError: signatures are missing, or something newer is in force; nothing was changed.
+        """
+        pending, present = self._pending(waiting), self._root().signed
+        root = pending["root"].signed if "root" in pending else present
+        ready = {role: metadata for role, metadata in pending.items() if role != "root"}
+        top = (ready["targets"] if "targets" in ready else self._in_force("targets")).signed
+        self.keys.add(waiting.entries())
+        again = [role for role in DELEGATED if role not in ready and not _holds(top, role, self._in_force(role))]
+        if ready or again or not all(_holds(root, role, self._in_force(role)) for role in TOP[1:]):
+            ends = self._targets("rollout").expires
+
+            def resign(role: str) -> Callable[[Targets], None]:
+                return partial(_end, ends) if role == "rollout" else _unchanged  # a rollout that nobody renews stays expired
+
+            self._commit({role: resign(role) for role in again}, root, ready)
+        return all(_holds(present, role, self._in_force(role)) for role in TOP[1:])
+
+    def put_in_force(self, waiting: Waiting) -> None:
+        """Make what waited count, the root last; killed and repeated, it goes on.
+
+        Raises:
+            OperatorError: signatures are missing, or something newer is in force.
+        """
+        self.lay_ground(waiting)
+        pending = self._pending(waiting)
+        if "root" in pending:
+            root = pending["root"]
+            _write(self.metadata / f"{root.signed.version}.root.json", root.to_bytes())
+        self.keys.keep(waiting.entries())
+
+    def _pending(self, waiting: Waiting) -> dict[str, Metadata[Any]]:
+        """What of it is not in force yet, checked against what is."""
+        documents = waiting.metadata()
+        pending = {}
+        for role, metadata in documents.items():
+            present, version = self._in_force(role), metadata.signed.version
+            if metadata.signed_bytes == present.signed_bytes:
+                continue
+            if version <= present.signed.version:
+                raise OperatorError(
+                    f"version {version} of {role} waits, but {present.signed.version} is in force already; begin again"
+                )
+            if role == "root" and version != present.signed.version + 1:
+                raise OperatorError(
+                    f"version {version} of root waits, but {version - 1} is not in force; put that in force first"
+                )
+            path = self.metadata / f"{version}.{role}.json"
+            if path.exists() and self._load(path.name).signed_bytes != metadata.signed_bytes:
+                raise OperatorError(f"version {version} of {role} waits, but a killed run has used its name; begin again")
+            pending[role] = metadata
+        present_root = self._root().signed
+        root = pending["root"].signed if "root" in pending else present_root
+        top = (pending["targets"] if "targets" in pending else self._in_force("targets")).signed
+        for role, metadata in pending.items():
+            for delegator in {"root": [present_root, root], "targets": [root]}.get(role, [top]):
+                if not _holds(delegator, role, metadata):
+                    lines = waiting.missing() or [f"the signatures of {role} are not of the keys that are trusted now"]
+                    raise OperatorError(f"{'; '.join(lines)}; sign it with `ferry trust sign FILE --key URI`")
+        return pending
 
     # Inside
 
-    def _commit(self, changes: dict[str, Callable[[Targets], None]]) -> None:
-        versions = self._versions()
-        for role, change in changes.items():
-            metadata = self._load(f"{versions[role]}.{role}.json")
-            change(cast("Targets", metadata.signed))
-            metadata.signed.version = self._unused(role, metadata.signed.version + 1)
-            metadata.signed.expires = _expiry(role)
+    def _commit(
+        self,
+        changes: Mapping[str, Callable[[Targets], None]],
+        coming: Root | None = None,
+        ready: Mapping[str, Metadata[Any]] | None = None,
+    ) -> None:
+        """Sign a new state, the timestamp last.
+
+        Args:
+            changes: what is done to each role's targets before it is signed.
+            coming: root that is about to be put in force: by its keys, and by those of the present one as far as they can be
+                used here.
+            ready: roles that are signed already.
+        """
+        present, versions, ready = self._root().signed, self._versions(), ready or {}
+        root, other = (coming or present), (present if coming else None)
+        top = self._in_force("targets").signed
+        for role in sorted({*changes, *ready}, key=lambda role: (role != "targets", role)):
+            if role in ready:
+                metadata = ready[role]
+            else:
+                metadata = _next(self._in_force(role), role, self._unused(role, versions[role] + 1))
+                changes[role](cast("Targets", metadata.signed))
+                _signed(metadata, self.keys, role, *((root, other) if role == "targets" else (top, None)))
+            top = metadata.signed if role == "targets" else top
             versions[role] = metadata.signed.version
-            _sign(self.metadata / f"{versions[role]}.{role}.json", metadata, self.keys, role)
-        snapshot = self._load(f"{self._snapshot_version()}.snapshot.json")
-        snapshot.signed.version = self._unused("snapshot", snapshot.signed.version + 1)
-        snapshot.signed.expires = _expiry("snapshot")
+            _write(self.metadata / f"{versions[role]}.{role}.json", metadata)
+        snapshot = self._in_force("snapshot")
+        snapshot = _next(snapshot, "snapshot", self._unused("snapshot", snapshot.signed.version + 1))
         cast("Snapshot", snapshot.signed).meta = {f"{role}.json": MetaFile(version) for role, version in versions.items()}
-        _sign(self.metadata / f"{snapshot.signed.version}.snapshot.json", snapshot, self.keys, "snapshot")
-        timestamp = self._load("timestamp.json")
-        timestamp.signed.version += 1
-        timestamp.signed.expires = _expiry("timestamp")
+        _signed(snapshot, self.keys, "snapshot", root, other)
+        _write(self.metadata / f"{snapshot.signed.version}.snapshot.json", snapshot)
+        timestamp = self._in_force("timestamp")
+        timestamp = _next(timestamp, "timestamp", timestamp.signed.version + 1)
         cast("Timestamp", timestamp.signed).snapshot_meta = MetaFile(snapshot.signed.version)
-        _sign(self.metadata / "timestamp.json", timestamp, self.keys, "timestamp")
+        _write(self.metadata / "timestamp.json", _signed(timestamp, self.keys, "timestamp", root, other))
+
+    def _in_force(self, role: str) -> Metadata[Any]:
+        if role == "timestamp":
+            return self._load("timestamp.json")
+        if role == "root":
+            return self._root()
+        version = self._snapshot_version() if role == "snapshot" else self._versions()[role]
+        return self._load(f"{version}.{role}.json")
+
+    def _root(self) -> Metadata[Root]:
+        return self._load(self.newest_root().name)
 
     def _load(self, name: str) -> Metadata[Any]:
         try:
@@ -350,7 +598,7 @@ class Repository:
         return {name.removesuffix(".json"): file.version for name, file in meta.items()}
 
     def _targets(self, role: str) -> Targets:
-        return cast("Targets", self._load(f"{self._versions()[role]}.{role}.json").signed)
+        return cast("Targets", self._in_force(role).signed)
 
     def _target_file(self, path: str, target: TargetFile) -> Path:
         folder, _, name = path.rpartition("/")
@@ -391,18 +639,44 @@ def _expiry(role: str) -> datetime:
     return (datetime.now(UTC) + LIFETIMES[role]).replace(microsecond=0)
 
 
-def _sign(path: Path, metadata: Metadata[Any], keys: KeyRing, role: str) -> None:
+def _next(metadata: Metadata[Any], role: str, version: int) -> Metadata[Any]:
+    """The same, as a version that nobody has signed yet."""
     metadata.signatures.clear()
-    for signer in keys.signers(role):
-        metadata.sign(signer, append=True)
-    try:
-        _write(path, metadata.to_bytes())
-    except TufRepositoryError as error:
-        raise OperatorError(f"metadata of role {role} cannot be written: {error}") from error
+    metadata.signed.version = version
+    metadata.signed.expires = _expiry(role)
+    return metadata
 
 
-def _write(path: Path, data: bytes) -> None:
+def _unchanged(_: Targets) -> None:
+    """Sign anew what there is."""
+
+
+def _end(when: datetime, targets: Targets) -> None:
+    targets.expires = when
+
+
+def _holds(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> bool:
+    return delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures).verified
+
+
+def _signed(
+    metadata: Metadata[Any], keys: KeyRing, role: str, delegator: Root | Targets, other: Root | Targets | None = None
+) -> Metadata[Any]:
+    """Sign with as many keys as a delegator asks for, and as another one does as far as its keys can be used here."""
+    metadata.signatures.clear()
+    trusted = delegator.get_delegated_role(role)
+    signers = keys.signers(role, trusted.keyids, trusted.threshold)
+    if other:
+        trusted = other.get_delegated_role(role)
+        signers += keys.usable(role, trusted.keyids)[: trusted.threshold]
+    for signer in signers:
+        if signer.public_key.keyid not in metadata.signatures:
+            signing.sign(metadata, signer)
+    return metadata
+
+
+def _write(path: Path, content: bytes | Metadata[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_bytes(data)
+    fresh.write_bytes(content if isinstance(content, bytes) else content.to_bytes())
     fresh.replace(path)
