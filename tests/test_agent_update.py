@@ -481,21 +481,6 @@ def test_try_without_process_is_not_counted(offered, monkeypatch):
     assert offered.device.state == before
 
 
-def test_kept_slot_is_made_durable(offered, monkeypatch):
-    # The agent may have been killed between the rename of the new slot and the sync of its folder.
-    offered.device.update_until(9)
-    synced: list[str] = []
-    real = Disk.sync_folder
-
-    def sync_folder(self: Disk, name: str) -> None:
-        synced.append(name)
-        real(self, name)
-
-    monkeypatch.setattr(Disk, "sync_folder", sync_folder)
-    offered.device.update_until(9)
-    assert "slots" in synced
-
-
 def test_refusals_are_bounded():
     state = State()
     for i in range(MAX_REFUSED + 3):
@@ -552,12 +537,36 @@ def taken_back(field: Field, bundles: dict[str, Bundle], why: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["generate", "update"])
-def test_bundle_that_breaks_on_trial_taken_back(updated, bundles, how):
+def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how):
+    # That is the device's fault, so the bundle is not condemned for it.
     device = on_trial(updated)
     device.file("weights").unlink()
     with pytest.raises(GateError, match=r"taken back: .*; the one before runs again"):
         device.update() if how == "update" else updater.generate(device.home, "", 0)
-    taken_back(updated, bundles, "on trial: ")
+    assert (device.active, device.state.refused) == (digest(bundles["first"]), {})
+    assert updater.generate(device.home, "", 0)[1]["good"]
+    assert device.update().way == "delta"
+    assert (device.active, device.state.trial, device.state.tries) == (digest(bundles["second"]), None, {})
+    stand_still(updated)
+
+
+def test_bundle_damaged_at_each_trial_is_refused_in_the_end(offered, bundles, monkeypatch):
+    real = Home.save
+
+    def save(self: Home, state: State) -> None:
+        real(self, state)
+        if state.trial:
+            self.slot(str(state.active)).path("weights", "full").unlink(missing_ok=True)
+
+    monkeypatch.setattr(Home, "save", save)
+    for _ in range(updater.MAX_TRIES):
+        with pytest.raises(GateError, match="taken back"):
+            offered.device.update()
+        assert offered.device.active == digest(bundles["first"])
+    with pytest.raises(GateError, match="never came to an answer"):
+        offered.device.update()
+    assert list(offered.device.state.refused) == [digest(bundles["second"])]
+    assert "was refused before" in offered.device.update().reason
 
 
 def test_images_of_nothing_on_trial_taken_back(updated, bundles):
@@ -698,7 +707,7 @@ def test_full_disk_on_trial_stops_no_image(updated, first_image, monkeypatch):
     device = on_trial(updated)
     before = device.facts()
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise RoomError("the disk is full")
 
     monkeypatch.setattr(Disk, "replace", full)
@@ -763,7 +772,7 @@ def test_first_bundle_taken_back_leaves_nothing(scene, bundles):
         device.update()
     assert device.state.active is None
     assert device.sound is None
-    assert "was refused before" in device.update().reason
+    assert device.update().way == "full"
     publish(scene.repository, bundles["second"])
     assert device.update(check_only=True).reason == "release 2 is open to this device"
 
@@ -892,16 +901,6 @@ def test_foreign_error_is_one_sentence(updated, monkeypatch):
     assert output == (
         "ferry-agent: the system refused: [Errno 13] Permission denied: '/x'; check the directory's owner and the disk\n"
     )
-
-
-@pytest.mark.parametrize("what", ["state", "marks"])
-def test_unchanged_file_is_made_durable(updated, monkeypatch, what):
-    # Whoever wrote it may have been killed after the rename and before the sync.
-    synced: list[str] = []
-    monkeypatch.setattr(Disk, "sync_folder", lambda _, name: synced.append(name))
-    home = updated.device.home
-    home.save(home.load()) if what == "state" else home.raise_high_water(home.high_water())
-    assert synced == ["."]
 
 
 def test_state_with_wrong_checksum_not_believed(updated, bundles):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -44,8 +44,8 @@ class Disk:
                 f"cannot read {self.root / name}: {error.strerror}; run the agent as the directory's owner"
             ) from error
 
-    def replace(self, name: str, data: bytes) -> None:
-        """Give a file new content, whole or not at all, and durable on return.
+    def replace(self, name: str, data: bytes, durable: bool = True) -> None:
+        """Give a file new content, whole or not at all, and durable on return, or else when its folder is synced next.
 
         Raises:
             RoomError: the disk is full.
@@ -54,7 +54,7 @@ class Disk:
         fresh = f"{name}.tmp"
         with self.writing(fresh) as file:
             file.write(data)
-        self.rename(fresh, name)
+        self.rename(fresh, name, durable)
 
     @contextmanager
     def writing(self, name: str, append: bool = False) -> Iterator[BinaryIO]:
@@ -66,18 +66,19 @@ class Disk:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def rename(self, name: str, to: str) -> None:
-        """Rename a file or folder within the directory; durable on return."""
+    def rename(self, name: str, to: str, durable: bool = True) -> None:
+        """Rename a file or folder within the directory; durable on return, or else when its folder is synced next."""
         with self._errors(to):
             (self.root / name).replace(self.root / to)
-            self._sync_folder((self.root / to).parent)
+            if durable:
+                self._sync_folder((self.root / to).parent)
 
-    def make_folder(self, name: str) -> None:
-        """Make a folder and its parents; durable on return."""
+    def make_folder(self, name: str, durable: bool = True) -> None:
+        """Make a folder and its parents; durable on return, or else when the folder above is synced next."""
         with self._errors(name):
             missing = [p for p in ((self.root / name), *(self.root / name).parents) if not p.exists()]
             (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-            for path in reversed(missing):
+            for path in reversed(missing) if durable else ():
                 self._sync_folder(path.parent)
 
     def sync_folder(self, name: str) -> None:
@@ -93,6 +94,18 @@ class Disk:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def settle(self, folders: Iterable[str]) -> None:
+        """Finish what a killed process may have left between a rename and its sync, and remove its unfinished files.
+
+        Renamed files were synced before, so the names are all that is left to make durable.
+        """
+        for name in folders:
+            folder = self.root / name
+            if folder.is_dir():
+                for path in sorted(folder.glob("*.tmp")):
+                    self.remove(f"{name}/{path.name}")
+                self.sync_folder(name)
 
     def free(self) -> int:
         """Bytes that can still be written."""
@@ -121,9 +134,8 @@ class Disk:
 
 
 def read_uncached(path: Path) -> Iterator[bytes]:
-    """A file's bytes as the disk holds them, not as the page cache remembers them, in pieces."""
+    """A synced file's bytes as the disk holds them, not as the page cache remembers them, in pieces."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # only clean pages can be dropped
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while piece := file.read(1 << 20):
             yield piece

@@ -35,6 +35,7 @@ WINDOW = r"^(([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9])?$"
 TRIAL_GOOD = 3  # inferences that must go well before a bundle is trusted
 TRIAL_LOADS = 6  # times a bundle on trial may be loaded before it counts as failed
 MAX_REFUSED = 64  # bundles that are remembered as refused; the newest are kept
+SETTLED = (".", "slots", "incoming", "queue")  # whose names must be durable before anything is built on them
 LOCK_PAUSE = 0.1  # seconds between two looks at a lock that is waited for
 
 
@@ -148,6 +149,7 @@ class Home:
             raise StateError(f"cannot open {self.root / 'lock'}: {error.strerror}; run the agent as its owner") from error
         try:
             self._lock(descriptor, time.monotonic() + wait)
+            self.disk.settle(SETTLED)
             yield
         finally:
             os.close(descriptor)
@@ -196,10 +198,10 @@ class Home:
         """Commit a state; durable on return."""
         current = opened(self.disk.read("state.json"))
         if current == state:
-            self.disk.sync_folder(".")  # whoever wrote it may have been killed before its name was durable
             return
         if current:  # a damaged state.json must not replace the good copy
-            self.disk.replace("state.prev.json", _enveloped(current))
+            # Its name becomes durable together with the next; until then the copy of one state earlier does as well.
+            self.disk.replace("state.prev.json", _enveloped(current), durable=False)
         self.disk.replace("state.json", _enveloped(state))
 
     def high_water(self) -> HighWater:
@@ -220,8 +222,6 @@ class Home:
         """Set the marks; durable on return."""
         if marks != self.high_water():
             self.disk.replace("highwater.json", marks.canonical())
-        else:
-            self.disk.sync_folder(".")  # as in `save`
 
     # Slots
 

@@ -166,13 +166,15 @@ def download(transport: Transport, name: str, size: int, disk: Disk, place: str)
 
     def once() -> None:
         path = disk.path(place)
-        have = path.stat().st_size if path.is_file() else 0
+        new = not path.is_file()
+        have = 0 if new else path.stat().st_size
         if have > size:
             disk.remove(place)
-            have = 0
-        if have == size:
-            return
+            have, new = 0, True
         unsynced = 0
+        if have == size:
+            with disk.writing(place, append=True):
+                return  # synced now: the earlier call may have been killed before it was
         pieces = transport.read(name, have, deadline)
         while have < size:
             with disk.writing(place, append=True) as file:  # synced at the end of each block
@@ -190,6 +192,9 @@ def download(transport: Transport, name: str, size: int, disk: Disk, place: str)
                 else:
                     if have < size:
                         raise TransferError(f"{name} ended after {have} of {size} bytes; it will be resumed")
+            if new:
+                disk.sync_folder(str(Path(place).parent))
+                new = False
 
     try:
         _retrying(once)

@@ -167,7 +167,7 @@ class Trust:
         if not path.is_file():
             return None
         with _foreign_errors():
-            return Metadata[Any].from_file(str(path))
+            return Metadata[Any].from_bytes(path.read_bytes())
 
 
 def _trusted(cached: dict[str, Metadata[Any]]) -> dict[str, rules.Trusted]:

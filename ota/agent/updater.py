@@ -129,7 +129,6 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
     way = "full"
     if _is_complete(home, digest, plan):  # installed before, or cut after step 8
         way = "kept"
-        home.disk.sync_folder("slots")  # the cut may have come before its name was durable
     else:
         step(3, "choose a way")
         delta = _find_delta(trust, state.active, plan)
@@ -168,6 +167,7 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
             previous_seq=state.seq,
             trial=Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS),
             refused=state.refused,
+            tries=home.load().tries,
         )
     )
     reports.queue(home, "installed", digest, reason=way, received=transport.received, milliseconds=milliseconds)
@@ -302,7 +302,7 @@ def _prepare_slot(home: Home, plan: _Plan) -> str:
     """An empty folder for a slot under construction; what an earlier attempt left there is removed."""
     fresh = f"slots/.{plan.manifest.digest}"
     home.disk.remove(fresh)
-    home.disk.make_folder(fresh)
+    home.disk.make_folder(fresh, durable=False)  # it is renamed before anything relies on it
     return fresh
 
 
@@ -333,8 +333,7 @@ def _verify(home: Home, name: str, size: int, sha256: str) -> None:
 
 def _finish_slot(home: Home, plan: _Plan, fresh: str, step: OnStep) -> None:
     step(8, "verify the slot, read back from the disk")
-    home.disk.replace(f"{fresh}/manifest.json", plan.manifest_bytes)
-    home.disk.sync_folder(fresh)
+    home.disk.replace(f"{fresh}/manifest.json", plan.manifest_bytes)  # which makes all names in the folder durable
     _check_slot(home, fresh, plan)
     home.disk.remove(f"slots/{plan.manifest.digest}")
     home.disk.rename(fresh, f"slots/{plan.manifest.digest}")
@@ -522,6 +521,8 @@ def _generate_on_trial(home: Home, state: State, caption: str, seed: int, varian
         raise
     except UnfinishedError:
         raise  # perhaps its fault, perhaps the device's; it was counted
+    except (StateError, BaseError) as error:  # this device's fault: the next update fetches what is damaged, a few times
+        _take_back(home, state, active, str(error), refuse=False)
     except (DeviceError, ManifestError) as error:
         _take_back(home, state, active, str(error))
     _count_good(home, counted, drawn[1]["milliseconds"])
@@ -532,15 +533,15 @@ def _count_good(home: Home, state: State, milliseconds: float) -> None:
     if state.trial and state.trial.left > 1:
         home.save(state.model_copy(update={"trial": state.trial.model_copy(update={"left": state.trial.left - 1})}))
         return
-    home.save(state.model_copy(update={"trial": None}))
+    home.save(state.model_copy(update={"trial": None, "tries": {}}))
     reports.queue(home, "confirmed", state.active, milliseconds=milliseconds)
     home.collect_garbage()
 
 
-def _take_back(home: Home, state: State, failed: str, why: str) -> NoReturn:
-    """Go back to the bundle before, and refuse the failed one from now on."""
-    refused = state.refusing(failed, f"on trial: {why}")
-    home.save(State(active=state.previous, seq=state.previous_seq, refused=refused))
+def _take_back(home: Home, state: State, failed: str, why: str, refuse: bool = True) -> NoReturn:
+    """Go back to the bundle before; the failed one is refused from now on, or it is only counted that its trying came to nothing."""
+    refused, tries = (state.refusing(failed, f"on trial: {why}"), {}) if refuse else (state.refused, state.tries)
+    home.save(State(active=state.previous, seq=state.previous_seq, refused=refused, tries=tries))
     reports.queue(home, "rolled_back", failed, why)
     reports.send(home)
     raise GateError(f"the bundle on trial was taken back: {why}; the one before runs again")

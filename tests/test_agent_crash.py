@@ -1,0 +1,387 @@
+"""Every state that a power cut can leave of an agent's directory: a model always runs, nothing promised is forgotten, all ends well.
+
+Each scenario is recorded once (`tests.crash_kit`), then laid out as a cut before and after each operation could leave it. In
+each state that can be told from the others the agent must, without a network, name a sound bundle and remember what it had
+promised; and with the network back it must end in the same bytes as if nothing had happened. A process may also be killed
+first, so that the next one builds on what is not durable yet, and then the power cut: these are recorded from every place.
+
+The check checks itself: with any one sync left out, some state must break it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from ota.agent import reports, transport, updater
+from ota.agent.disk import Disk
+from ota.agent.state import HighWater, Home, State, opened
+from ota.errors import DeviceError, GateError, OtaError
+from ota.manifest import DeviceReport, SignedReport
+from ota.release.bundle import Bundle
+from tests import crash_kit
+from tests.crash_kit import Log, Recorder, Tree, fingerprint, lay_out
+from tests.fleet_kit import Device, Field, name_delta, publish
+from tests.test_agent_machine import Children
+from tests.test_chaos import difference, facts
+
+pytest_plugins = ["tests.fleet_kit", "tests.test_agent_machine"]
+LOOSE = "metadata"
+
+
+# What the agent promises
+
+
+@dataclass(frozen=True)
+class Promised:
+    """What must be true after a cut: of what can be one of two, the old was promised and the new begun."""
+
+    states: tuple[State, ...] = (State(),)
+    marks: tuple[HighWater, ...] = (HighWater(),)
+    queued: tuple[tuple[str, bytes], ...] = ()
+    delivered: tuple[tuple[str, bytes], ...] = ()
+    kept: tuple[tuple[str, int], ...] = ()
+    """Downloads and how much of them was synced."""
+
+    @classmethod
+    def of(cls, home: Home) -> Promised:
+        """What holds of a directory at rest."""
+        queue = sorted(home.disk.path("queue").glob("*.json"))
+        return cls((home.load(),), (home.high_water(),), tuple((path.name, path.read_bytes()) for path in queue))
+
+    def after(self, notes: Iterator[tuple[str, Any]]) -> Promised:
+        found = self
+        for kind, value in notes:
+            if kind == "saving":
+                found = replace(found, states=(*found.states, value))
+            elif kind == "saved":
+                found = replace(found, states=(value,))
+            elif kind == "marking":
+                found = replace(found, marks=(*found.marks, value))
+            elif kind == "marked":
+                found = replace(found, marks=(value,))
+            elif kind == "queued":
+                found = replace(found, queued=(*found.queued, value))
+            elif kind == "delivered":
+                found = replace(found, delivered=(*found.delivered, value))
+            elif kind in ("kept", "dropped"):
+                others = tuple(pair for pair in found.kept if pair[0] != value[0])
+                found = replace(found, kept=(*others, value) if kind == "kept" else others)
+        return found
+
+    def check(self, home: Home, damaged: bool) -> None:
+        """A directory after a cut, before anything else is done with it."""
+        state = home.load()
+        assert state in self.states, "a state was forgotten"
+        assert home.high_water() in self.marks, "marks were forgotten"
+        for digest in (state.active, state.previous if state.trial else None):
+            assert damaged or digest is None or updater.is_sound(home, digest), "what is to run is not whole"
+        queue = {path.name: path.read_bytes() for path in home.disk.path("queue").glob("*.json")}
+        delivered = dict(self.delivered)
+        for name, data in self.queued:
+            assert (queue | delivered).get(name) == data, "a report was forgotten"
+        assert all(queue[name] == data for name, data in delivered.items() if name in queue), "a report changed"
+        if used := [int(Path(name).stem) for name in queue | delivered]:
+            assert int(home.disk.read("number") or b"") >= max(used), "a number would be used again"
+        if copy := home.disk.read("state.prev.json"):  # for a disk that damages the other
+            before = opened(copy)
+            assert before, "no copy of the state is whole"
+            assert before.active is None or home.disk.path(f"slots/{before.active}").is_dir(), "the copy names what is not there"
+        for name, size in self.kept:
+            path = home.disk.path(name)
+            assert path.is_file(), "a download was lost"
+            assert path.stat().st_size >= size, "a download would be fetched again"
+
+
+@contextmanager
+def noting(recorder: Recorder, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Record beside what is done what is promised by it."""
+
+    def note(kind: str, value: Any) -> None:
+        recorder.look()
+        recorder.did("note", kind, value)
+
+    save, mark, queue, drop = Home.save, Home.raise_high_water, reports.queue, reports._drop
+    writing, sync, remove, rename = Disk.writing, Disk.sync_folder, Disk.remove, Disk.rename
+
+    def saved(home: Home, state: State) -> None:
+        note("saving", state)
+        save(home, state)
+        note("saved", state)
+
+    def marked(home: Home, marks: HighWater) -> None:
+        note("marking", marks)
+        mark(home, marks)
+        note("marked", marks)
+
+    def queued(home: Home, *words: Any, **fields: Any) -> None:
+        queue(home, *words, **fields)
+        newest = max(home.disk.path("queue").glob("*.json"))
+        note("queued", (newest.name, newest.read_bytes()))
+
+    def dropped(data: bytes, folder: Path, name: str) -> None:
+        drop(data, folder, name)
+        note("delivered", (name.partition("-")[2].rpartition("-")[2], data))
+
+    @contextmanager
+    def written(disk: Disk, name: str, append: bool = False) -> Iterator[Any]:
+        new = not disk.path(name).exists()
+        with writing(disk, name, append) as file:
+            yield file
+        if name.startswith("incoming/") and not new:
+            note("kept", (name, disk.path(name).stat().st_size))
+
+    def synced(disk: Disk, name: str) -> None:
+        sync(disk, name)
+        for path in disk.path(name).glob("*") if name == "incoming" else ():
+            note("kept", (f"incoming/{path.name}", path.stat().st_size))
+
+    def taken(disk: Disk, name: str) -> None:
+        if name.startswith("incoming/"):
+            note("dropped", (name, 0))
+        remove(disk, name)
+
+    def moved(disk: Disk, name: str, to: str, durable: bool = True) -> None:
+        if name.startswith("incoming/"):
+            note("dropped", (name, 0))
+        rename(disk, name, to, durable)
+
+    with patch.context() as inner:
+        inner.setattr(Home, "save", saved)
+        inner.setattr(Home, "raise_high_water", marked)
+        inner.setattr(reports, "queue", queued)
+        inner.setattr(reports, "_drop", dropped)
+        inner.setattr(Disk, "writing", written)
+        inner.setattr(Disk, "sync_folder", synced)
+        inner.setattr(Disk, "remove", taken)
+        inner.setattr(Disk, "rename", moved)
+        yield
+
+
+# What befalls a device
+
+
+@dataclass
+class Scenario:
+    """Something that an agent does, and what it comes to if nothing happens."""
+
+    field: Field
+    act: Callable[[Device], object]
+    folder: Path
+    patch: pytest.MonkeyPatch
+    damaged: bool = False
+    """What runs was damaged before, so that it need not be whole."""
+
+    def __post_init__(self) -> None:
+        self.before, self.count = Tree.of(self.field.device.root), itertools.count()
+        self.promised = Promised.of(self.field.device.home)
+        self.log = self.record(self.before, self.field.device.root)
+        self.finish(self.field.device)
+        self.wanted = facts(self.field.device)
+        self.size = self.field.device.home.slot(str(self.field.device.active)).manifest.size
+
+    def record(self, before: Tree, root: Path) -> Log:
+        """What acting on a directory does to it, when this is what the disk holds of it."""
+        recorder = Recorder(root, before)
+        with recorder.watching(self.patch) as log, noting(recorder, self.patch), suppress(OtaError):
+            self.act(Device(root))
+        return log
+
+    def finish(self, device: Device) -> None:
+        for _ in range(2):
+            with suppress(OtaError):
+                self.act(device)
+
+    def place(self) -> Path:
+        return self.folder / str(next(self.count))
+
+    def forgotten(self, state: crash_kit.State, promised: Promised) -> str | None:
+        """What is wrong with a state before anything else is done; None if nothing is."""
+        folder = self.place()
+        lay_out(state, folder / "device")
+        try:
+            promised.check(Home(folder / "device"), self.damaged)
+        except (OtaError, OSError, ValueError, AssertionError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            shutil.rmtree(folder)
+        return None
+
+    def unrecoverable(self, state: crash_kit.State, promised: Promised) -> str | None:
+        """What is wrong after the agent went on from a state; None if nothing is."""
+        folder = self.place()
+        lay_out(state, folder / "device")
+        (folder / "reports").mkdir()
+        for name, data in promised.delivered:
+            (folder / "reports" / f"dev-1-{name}").write_bytes(data)
+        device = Device(folder / "device")
+        try:
+            device.configure(reports=str(folder / "reports"))
+            if device.active and not self.damaged:
+                with suppress(GateError):  # it was taken back, so the one before draws
+                    updater.generate(device.home, "bar", 0)
+                assert updater.generate(device.home, "bar", 0)[1]["good"], "nothing draws"
+            self.finish(device)
+            found = facts(device)
+            # A removal can be lost, and is then the next update's to do: never more than a bundle and a download.
+            left = {name for name in found["left"] if name.startswith("incoming/")}.union(
+                found["slots"].keys() - self.wanted["slots"]
+            )
+            assert sum((device.root / name).stat().st_size for name in left) <= 2 * self.size, "what nobody needs piles up"
+            found["left"] = [name for name in found["left"] if name not in left]
+            found["slots"] = {name: digest for name, digest in found["slots"].items() if name not in left}
+            if found != self.wanted:
+                return f"it ended otherwise: {difference(found, self.wanted)}"
+            seen: dict[int, DeviceReport] = {}
+            for report in (*(SignedReport.model_validate_json(data).report for _, data in promised.queued), *device.reports()):
+                assert seen.setdefault(report.number, report) == report, "a report number was used twice"
+        except (OtaError, OSError, ValueError, AssertionError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            shutil.rmtree(folder)
+        return None
+
+    def distinct(self, log: Log, start: Promised, first: int = 0) -> Iterator[tuple[int, Promised, crash_kit.State]]:
+        """The states of a log that can be told from each other, by what they hold or by what was promised before them."""
+        seen, at, promised = set[tuple[int, int]](), -1, start
+        for count, state in log.states(LOOSE, first):
+            if count != at:
+                at, new = count, start.after(log.notes(count))
+                promised = promised if new == promised else new
+            key = (fingerprint(state), id(promised))
+            if key not in seen:
+                seen.add(key)
+                yield count, promised, state
+
+    def killed(self, log: Log, count: int) -> tuple[Log, Promised]:
+        """What the next process does where one was killed after so many operations, and what was promised until then."""
+        tree, folder = log.after(count), self.place()
+        promised = self.promised.after(log.notes(count))
+        lay_out(tree.current(), folder / "device")
+        (folder / "reports").mkdir()
+        try:
+            return self.record(tree, folder / "device"), promised
+        finally:
+            shutil.rmtree(folder)
+
+
+NAMES = ["delta", "full", "first", "broken delta", "refused", "taken back", "damaged"]
+
+
+class Failing(Children):
+    """Children of which the ones that draw with one bundle fail."""
+
+    fails = ""
+
+    def run(self, task: str, **request: Any) -> dict[str, Any]:
+        if task == "generate" and request["digest"] == self.fails:
+            raise DeviceError("it made an image that is constant or not finite")
+        return super().run(task, **request)
+
+
+@pytest.fixture
+def scenario(
+    request: pytest.FixtureRequest, fielded: Field, bundles: dict[str, Bundle], step: Path, tries: dict[str, Any],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Scenario]:  # fmt: skip
+    name, children = request.param, Failing(tries)
+    monkeypatch.setattr(updater.child, "run", children.run)
+    monkeypatch.setattr(transport, "SYNC_EVERY", 64 * 1024)  # so that a bundle of the tests takes several
+    field = fielded.copy(tmp_path / "field")
+    first, second, garbage = (bundles[which] for which in ("first", "second", "garbage"))
+    if name == "first":
+        reports_to = str(field.folder / "reports")
+        shutil.rmtree(field.device.root)
+        shutil.rmtree(reports_to, ignore_errors=True)
+        field.device = Device.init(field.device.root, field.repository)
+    elif name == "damaged":
+        path = field.device.file("weights")
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    elif name == "refused":
+        publish(field.repository, garbage)
+    else:
+        publish(field.repository, second, step if name != "full" else None, first)
+    if name == "broken delta":
+        name_delta(field.repository, first.manifest.digest, second.manifest.digest, step.read_bytes()[:-20] + bytes(20))
+    if name == "taken back":
+        children.fails = second.manifest.digest
+    memory = Path("/dev/shm")  # a disk takes a hundred times as long to lay out thousands of folders
+    with TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
+        yield Scenario(field, lambda device: device.update(), Path(folder), monkeypatch, damaged=name == "damaged")
+
+
+def wrong(check: Callable[[crash_kit.State, Promised], str | None], states: Any) -> list[str]:
+    """What is wrong with each of the states that something is wrong with."""
+    return [f"cut after {count}: {problem}" for count, promised, state in states if (problem := check(state, promised))]
+
+
+def some(states: list[Any], count: int) -> list[Any]:
+    """So many of them, always the same; CRASH=all takes all."""
+    return states if os.environ.get("CRASH") == "all" else random.Random(0).sample(states, min(count, len(states)))
+
+
+@pytest.mark.parametrize("scenario", NAMES, indirect=True)
+def test_cut_at_any_moment(scenario: Scenario):
+    states = list(scenario.distinct(scenario.log, scenario.promised))
+    assert len(states) > len(scenario.log.ops) / 2
+    assert not wrong(scenario.forgotten, some(states, 400))
+    assert not wrong(scenario.unrecoverable, some(states, 15))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", NAMES, indirect=True)
+def test_every_state_of_every_moment(scenario: Scenario):
+    states = list(scenario.distinct(scenario.log, scenario.promised))
+    assert not wrong(scenario.forgotten, states)
+    assert not wrong(scenario.unrecoverable, some(states, 150))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", NAMES, indirect=True)
+def test_killed_then_cut(scenario: Scenario):
+    """A process is killed at every twentieth operation; the next builds on what may not be durable, and then the power is cut."""
+    for count in range(0, len(scenario.log.ops), 20):
+        log, promised = scenario.killed(scenario.log, count)
+        states = list(scenario.distinct(log, promised))
+        assert not wrong(scenario.forgotten, some(states, 60)), f"killed after {count}"
+        assert not wrong(scenario.unrecoverable, some(states, 4)), f"killed after {count}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["delta"], indirect=True)
+def test_no_sync_can_be_left_out(scenario: Scenario):
+    """With any sync left out, of a delta update or of what follows a kill, some state forgets something."""
+    kept: list[str] = []
+    for at in scenario.log.syncs():
+        log = scenario.log.without(at)
+        if not any(scenario.forgotten(state, promised) for _, promised, state in scenario.distinct(log, scenario.promised, at)):
+            kept.append(described(scenario.log, at))
+    # What settles the directory at the start matters only to what a kill left: slots, reports, a state, a download.
+    assert len(kept) == 4, kept
+    needed = set[int]()
+    for count in range(len(scenario.log.ops)):
+        if count and scenario.log.ops[count - 1][0] not in ("move", "make"):
+            continue
+        log, promised = scenario.killed(scenario.log, count)
+        for nth, at in enumerate(log.syncs()[:4]):
+            left_out = log.without(at)
+            if nth not in needed and any(
+                scenario.forgotten(state, known) for _, known, state in scenario.distinct(left_out, promised, at)
+            ):
+                needed.add(nth)
+    assert needed == {0, 1, 2, 3}
+
+
+def described(log: Log, at: int) -> str:
+    """A sync and what was done before it."""
+    return f"{at}: " + ", ".join(" ".join(str(word)[:30] for word in op) for op in log.ops[max(0, at - 2) : at + 1])
