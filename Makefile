@@ -58,7 +58,8 @@ test-slow: install wheelhouse ## real schedules, real kills, minutes
 
 .PHONY: attacks
 attacks: install wheelhouse ## the threat list: a test for each row, which ends with what did not change
-	$(PYTEST) tests/test_agent_attacks.py
+	$(PYTEST) tests/test_agent_attacks.py tests/test_agent_update.py tests/test_agent_crash.py tests/test_trust_drills.py tests/test_fleet.py \
+	  tests/test_delta.py
 
 .PHONY: chaos
 chaos: install ## the real agent killed before, or failed at, its file calls, ten minutes (needs strace; CHAOS_SECONDS=n, CHAOS=all for every call)

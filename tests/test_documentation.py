@@ -132,3 +132,10 @@ def test_every_dependency_is_pinned_once():
     assert len(pinned) == len(set(pinned))
     for dependency in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
         assert re.split(r"[\[<>=]", dependency)[0].lower() in pinned
+
+
+def test_promised_tests_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "ota" / "README.md").read_text()))
+    there = {name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert len(named) > 40
+    assert named <= there
