@@ -147,8 +147,14 @@ def weight_files(draw) -> Case:
     return Case(bytes(new), None if kind_of_old == "none" else bytes(before), wanted)
 
 
+HUGE = Case(  # whose distances have no sum in float32
+    bytes(35) + b"s\xff\xff\x7f\x7f\0", b"", [Elements(0, 40, "float32", 8, 0), Elements(40, 1, "bytes", 0, 40)]
+)
+
+
 @settings(max_examples=150, deadline=None)
 @given(weight_files())
+@example(HUGE)
 def test_any_weights_come_back(tmp_path_factory, case):
     round_trip([case], tmp_path_factory.mktemp("case"))
 

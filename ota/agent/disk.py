@@ -96,15 +96,16 @@ class Disk:
                 path.unlink(missing_ok=True)
 
     def settle(self, folders: Iterable[str]) -> None:
-        """Finish what a killed process may have left between a rename and its sync, and remove its unfinished files.
+        """Finish what a killed process may have left between a rename and its sync, and remove its unfinished files and slots.
 
         Renamed files were synced before, so the names are all that is left to make durable.
         """
         for name in folders:
             folder = self.root / name
             if folder.is_dir():
-                for path in sorted(folder.glob("*.tmp")):
-                    self.remove(f"{name}/{path.name}")
+                for path in sorted(folder.iterdir()):
+                    if path.suffix == ".tmp" or (path.name.startswith(".") and name != "."):  # at the top a shell may keep files
+                        self.remove(f"{name}/{path.name}")
                 self.sync_folder(name)
 
     def free(self) -> int:

@@ -137,9 +137,10 @@ def _stepped(
     plain: Segment, change: npt.NDArray[np.float32], before: numbers.Codes, after: numbers.Codes, row: int, step: np.float32
 ) -> Description:
     with np.errstate(over="ignore"):
-        steps = np.round(change / step).clip(-(2.0**30), 2.0**30).astype(np.int32)
+        counted = (change / step).clip(-(2.0**30), 2.0**30)
+    steps = np.round(counted).astype(np.int32)
     missed = numbers.difference(after, numbers.stepped(before, steps, step, plain.kind), plain.kind).astype(np.uint32)
-    said = _scaled(replace(plain, step=step), change / step, before, numbers.zigzag(steps), row)
+    said = _scaled(replace(plain, step=step), counted, before, numbers.zigzag(steps), row)
     return replace(said, missed=[missed[steps == 0], missed[steps != 0]])
 
 
@@ -183,7 +184,7 @@ def _by_row_or_column(
     table = distance[:whole].reshape(-1, row)
     rows, columns = table.mean(axis=1, dtype=np.float64), table.mean(axis=0, dtype=np.float64)
     if whole < len(distance):
-        rows = np.append(rows, distance[whole:].mean())
+        rows = np.append(rows, distance[whole:].mean(dtype=np.float64))
     rows, columns = _apart(rows, plain.scale), _apart(columns, plain.scale)
     step = -(-whole // SAMPLE)
     old = before[:whole].reshape(-1, row)[::step].reshape(-1)

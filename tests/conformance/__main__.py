@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / "conformance"
 
 def main() -> int:
     """The suite's own exit code."""
-    checkout = Path(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1] else None
+    checkout = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 and sys.argv[1] else None
     if checkout is None or not (checkout / "tuf_conformance").is_dir():
         sys.stdout.write("skipped: there is no checkout of theupdateframework/tuf-conformance; name one with TUF_CONFORMANCE=\n")
         return 0
@@ -26,7 +26,7 @@ def main() -> int:
     if not python.is_file():
         subprocess.run([sys.executable, "-m", "venv", BUILD / "venv"], check=True)
         uv = Path(sys.executable).with_name("uv")
-        subprocess.run([uv, "pip", "install", "--quiet", "--python", python, "--editable", checkout.resolve()], check=True)
+        subprocess.run([uv, "pip", "install", "--quiet", "--python", python, "--editable", checkout], check=True)
     entry = BUILD / "agent"
     entry.write_text(
         f'#!/bin/sh\ncd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} -m tests.conformance.tuf_cli "$@"\n'
@@ -38,6 +38,8 @@ def main() -> int:
         "-m",
         "pytest",
         "-q",
+        "-c",  # else it may find our settings, for the entry point lies below them
+        checkout / "pyproject.toml",
         "tuf_conformance",
         "--entrypoint",
         str(entry),
