@@ -61,6 +61,10 @@ attacks: install wheelhouse ## the threat list: a test for each row, which ends 
 	$(PYTEST) tests/test_agent_attacks.py tests/test_agent_update.py tests/test_agent_crash.py tests/test_trust_drills.py tests/test_fleet.py \
 	  tests/test_delta.py
 
+.PHONY: crash-states
+crash-states: install ## every state that a power cut can leave of an agent's directory, ten minutes (CRASH=all goes on from each)
+	$(BIN)/python -m pytest -m crash tests/test_agent_crash.py
+
 .PHONY: chaos
 chaos: install ## the real agent killed before, or failed at, its file calls, ten minutes (needs strace; CHAOS_SECONDS=n, CHAOS=all for every call)
 	$(BIN)/python -m pytest -m chaos tests/test_chaos.py

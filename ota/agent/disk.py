@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -95,18 +95,12 @@ class Disk:
             else:
                 path.unlink(missing_ok=True)
 
-    def settle(self, folders: Iterable[str]) -> None:
-        """Finish what a killed process may have left between a rename and its sync, and remove its unfinished files and slots.
-
-        Renamed files were synced before, so the names are all that is left to make durable.
-        """
-        for name in folders:
-            folder = self.root / name
-            if folder.is_dir():
-                for path in sorted(folder.iterdir()):
-                    if path.suffix == ".tmp" or (path.name.startswith(".") and name != "."):  # at the top a shell may keep files
-                        self.remove(f"{name}/{path.name}")
-                self.sync_folder(name)
+    def tidy(self, name: str) -> None:
+        """Remove the unfinished files and slots that a killed process left in a folder."""
+        folder = self.root / name
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix == ".tmp" or (path.name.startswith(".") and name != "."):  # at the top a shell may keep files
+                self.remove(f"{name}/{path.name}")
 
     def free(self) -> int:
         """Bytes that can still be written."""

@@ -35,7 +35,7 @@ WINDOW = r"^(([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9])?$"
 TRIAL_GOOD = 3  # inferences that must go well before a bundle is trusted
 TRIAL_LOADS = 6  # times a bundle on trial may be loaded before it counts as failed
 MAX_REFUSED = 64  # bundles that are remembered as refused; the newest are kept
-SETTLED = (".", "slots", "incoming", "queue")  # whose names must be durable before anything is built on them
+SETTLED = (".", "slots", "incoming")  # whose names must be durable before anything is built on them
 LOCK_PAUSE = 0.1  # seconds between two looks at a lock that is waited for
 
 
@@ -149,10 +149,18 @@ class Home:
             raise StateError(f"cannot open {self.root / 'lock'}: {error.strerror}; run the agent as its owner") from error
         try:
             self._lock(descriptor, time.monotonic() + wait)
-            self.disk.settle(SETTLED)
+            self._settle()
             yield
         finally:
             os.close(descriptor)
+
+    def _settle(self) -> None:
+        """Finish what a killed process may have left between a rename and its sync; files were synced before their rename."""
+        for name in (*SETTLED, "queue"):  # a report that a cut takes from the queue was promised to nobody yet
+            self.disk.tidy(name)
+        for name in SETTLED:
+            if self.disk.path(name).is_dir():
+                self.disk.sync_folder(name)
 
     def _lock(self, descriptor: int, until: float) -> None:
         while True:
