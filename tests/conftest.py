@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")  # its 20 s are short on a busy machine
 # What is promised to the bit is promised on a CPU. `CUDA_VISIBLE_DEVICES=0` on the command line lets tests/test_hardware.py see a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["GIT_CONFIG_GLOBAL"] = os.devnull
