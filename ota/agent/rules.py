@@ -26,6 +26,8 @@ class Wanted:
 
     install: bool
     reason: str
+    settled: bool = False
+    """Whether what it names will not be installed later either, so that what was fetched of it is of no use."""
 
 
 def bucket(device: str, salt: str) -> int:
@@ -121,11 +123,11 @@ def want(policy: Policy, config: Config, state: State, revertible: bool, now: in
     if (policy.line, policy.device_class) != (config.line, config.device_class):
         raise ManifestError(f"the policy is for {policy.line}/{policy.device_class}, not for this device")
     if policy.manifest == state.active:
-        return Wanted(False, f"release {policy.seq} is installed")
+        return Wanted(False, f"release {policy.seq} is installed", settled=True)
     if policy.manifest in state.refused:
-        return Wanted(False, f"release {policy.seq} was refused before: {state.refused[policy.manifest]}")
+        return Wanted(False, f"release {policy.seq} was refused before: {state.refused[policy.manifest]}", settled=True)
     if policy.halt:
-        return Wanted(False, f"release {policy.seq} is halted")
+        return Wanted(False, f"release {policy.seq} is halted", settled=True)
     if policy.seq < state.seq:
         if not policy.revert:
             raise TrustError(f"the policy names release {policy.seq}, older than {state.seq}, without calling it a revert")

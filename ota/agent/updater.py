@@ -116,9 +116,12 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
             log.warning("the running bundle is damaged and cannot be repaired: %s", error)
             problem = error
     step(2, "read the policy")
-    plan, reason = _decide(home, trust)
+    plan, wanted = _decide(home, trust)
+    reason = wanted.reason
     if plan is None and problem:
         raise problem
+    if wanted.settled and not check_only:
+        home.collect_garbage()  # what a cut brought back or a withdrawn release left
     if plan is None or check_only:
         repaired = damaged and not check_only
         if damaged:
@@ -149,9 +152,9 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
             _fetch_full(home, transport, plan, step)
 
     step(9, "refresh again")
-    fresh, reason = _decide(home, Trust(home, transport))
+    fresh, wanted = _decide(home, Trust(home, transport))
     if fresh is None or fresh.manifest != plan.manifest:
-        return Outcome(False, state.active, f"stopped before the switch: {reason}", way, transport.received)
+        return Outcome(False, state.active, f"stopped before the switch: {wanted.reason}", way, transport.received)
 
     step(10, "try it on this device")
     milliseconds = _try_counted(home, plan.manifest, state, transport.received)
@@ -213,8 +216,8 @@ def _repair(home: Home, trust: Trust, transport: Transport) -> None:
 # Steps 2 and 3
 
 
-def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, str]:
-    """The release to install, or why there is none."""
+def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, rules.Wanted]:
+    """The release to install, if there is one, and what is wanted and why."""
     config, state = home.config(), home.load()
     place = f"{config.line}/{config.device_class}"
     try:
@@ -223,12 +226,10 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, str]:
         if state.active is None:
             raise
         # Meant: a rollout that nobody renews stops spreading. The roles above it are fresh, or we would not be here.
-        return (
-            None,
-            "the rollout policy has expired, so nothing newer can be installed until it is signed anew; what runs goes on",
-        )
+        reason = "the rollout policy has expired, so nothing newer can be installed until it is signed anew; what runs goes on"
+        return None, rules.Wanted(False, reason)
     if target is None:
-        return None, f"nothing is rolled out to {place} yet"
+        return None, rules.Wanted(False, f"nothing is rolled out to {place} yet")
     policy = parse(Policy, trust.read(target, MAX_POLICY), MAX_POLICY)
     # `rollout` alone cannot make anything run: what it names must be in `models`, under the same number.
     signed = trust.target(f"models/{place}/{policy.manifest}.json")
@@ -236,13 +237,13 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, str]:
         raise ManifestError(f"the policy names release {policy.seq}, which `models` does not; nothing is installed")
     wanted = rules.want(policy, config, state, signed.custom.get("revertible") is True, int(time.time()))
     if not wanted.install:
-        return None, wanted.reason
+        return None, wanted
     data = trust.read(signed, MAX_MANIFEST)
     manifest = parse(Manifest, data, MAX_MANIFEST)
     if signed.sha256 != policy.manifest or manifest.digest != policy.manifest:
         raise ManifestError("the manifest is not the one that the policy names; nothing is installed")
     rules.check_fits(manifest, config, ota.__version__)
-    return _Plan(policy, manifest, data), wanted.reason
+    return _Plan(policy, manifest, data), wanted
 
 
 def _find_delta(trust: Trust, active: str | None, plan: _Plan) -> Target | None:
