@@ -117,7 +117,13 @@ def test_no_wave_no_device():
 def test_halt_stops_everybody():
     halted = rollout.halt(policy())
     assert not any(want(halted, device=config(device=device)).install for device in FLEET[:50])
-    assert want(halted).reason == "release 5 is halted"
+    assert want(halted) == rules.Wanted(install=False, reason="release 5 is halted", settled=True)
+
+
+def test_release_that_is_waited_for_is_not_settled():
+    # What was fetched of it is kept.
+    assert not want(policy(waves=[])).settled
+    assert not want(policy(), state=State(active=CURRENT, seq=4)).settled
 
 
 def test_halt_takes_nothing_back():
@@ -132,7 +138,7 @@ def test_halt_takes_nothing_back():
     ],
 )
 def test_same_bundle_not_wanted_again(state, reason):
-    assert want(policy(), state=state) == rules.Wanted(install=False, reason=reason)
+    assert want(policy(), state=state) == rules.Wanted(install=False, reason=reason, settled=True)
 
 
 # Reverts
