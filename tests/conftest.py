@@ -5,10 +5,14 @@ Everything here is real (trained weights, signed metadata, files on disk) and ma
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 # Read when Prefect, MLflow and DVC are imported; nothing in the tests may phone home or find the user's own set-up.
@@ -31,6 +35,7 @@ from model.data import Dataset, prepare
 from model.export import Export, export
 from model.scorecard import DataVersion, Sampler
 from model.train import LINEAGE, WEIGHTS, Checkpoint, TrainOptions, load_checkpoint, train, write_safely
+from ota.agent import cli as agent_cli
 from ota.manifest import Origin
 from ota.release.bundle import Bundle, assemble
 from ota.release.keys import KeyRing, create
@@ -43,6 +48,36 @@ SAMPLER = Sampler(method="ab2", steps=4, guidance=2.0)
 VERSION = DataVersion(line="shapes", path="data/shapes", rev="0" * 40, md5="0" * 32 + ".dir", files=81, bytes=1)
 CAPTIONS = ("bar", "disc")
 LATENCY_MS = 10_000.0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command printed, and how it ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+def agent(*words: str) -> Told:
+    """Run `ferry-agent` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = agent_cli.call(list(words))
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return Told(code, out.getvalue(), err.getvalue())
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands of a parser by name."""
+    group = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(group.choices)
 
 
 def write_images(folder: Path, count: int = 80, seed: int = 0, dim: bool = False) -> Path:

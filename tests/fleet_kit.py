@@ -24,15 +24,15 @@ from typing import Any, Self
 
 import pytest
 from tuf.api.metadata import Metadata, Targets
-from typer.testing import CliRunner
 
-from ota.agent import cli, updater
+from ota.agent import updater
 from ota.agent.state import Home, State
 from ota.manifest import DeviceReport, Manifest, Policy, SignedReport
 from ota.release import rollout
 from ota.release.bundle import Bundle, make_delta
 from ota.release.keys import KeyRing
 from ota.release.repository import Release, Repository, policy_path
+from tests.conftest import agent
 
 LINE, CLASS = "shapes", "edge"
 LEDGER = "e" * 64
@@ -142,7 +142,7 @@ class Device:
 
     def command(self, *words: str, code: int = 0) -> str:
         """Run a command of `ferry-agent` in this process and return all that it printed."""
-        result = CliRunner().invoke(cli.app, [*words, "--dir", str(self.root)])
+        result = agent(*words, "--dir", str(self.root))
         assert result.exit_code == code, result.output
         return result.output
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from ota.agent import reports, transport, updater
+from ota.agent import child, reports, transport, updater
 from ota.agent.disk import Disk
 from ota.agent.state import HighWater, Home, State, opened
 from ota.errors import DeviceError, GateError, OtaError
@@ -292,7 +292,7 @@ def scenario(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Scenario]:  # fmt: skip
     name, children = request.param, Failing(tries)
-    monkeypatch.setattr(updater.child, "run", children.run)
+    monkeypatch.setattr(child, "run", children.run)
     monkeypatch.setattr(transport, "SYNC_EVERY", 64 * 1024)  # so that a bundle of the tests takes several
     field = fielded.copy(tmp_path / "field")
     first, second, garbage = (bundles[which] for which in ("first", "second", "garbage"))

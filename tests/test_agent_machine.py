@@ -322,7 +322,7 @@ def world(
     fielded: Field, bundles: dict[str, Bundle], step: Path, tries: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> type[World]:
     clock, children, full = Clock(), Children(tries), FullDisk()
-    monkeypatch.setattr(updater.child, "run", children.run)
+    monkeypatch.setattr(child, "run", children.run)
     monkeypatch.setattr(disk.Disk, "writing", full.writing(disk.Disk.writing))
     monkeypatch.setattr(trusted_metadata_set, "datetime", clock.datetimes())
     for module in (trust, updater, reports, transport):

@@ -29,11 +29,10 @@ from model.data import METADATA, caption_ids, is_held_out, prepare
 from model.errors import CheckpointError, DataError
 from model.network import Network
 from model.train import WEIGHTS, Checkpoint, load_checkpoint, load_weights, write_safely
-from ota.agent import cli as agent_cli
 from registry.catalog import Subject
 from registry.errors import CatalogError
 
-from .conftest import CONFIG, write_images
+from .conftest import CONFIG, agent, write_images
 
 TRAINING_GROUP = next(name for name in map(str, range(100)) if not is_held_out(name))
 
@@ -95,7 +94,7 @@ def test_unknown_variant(root: Path) -> None:
 
 
 def test_unknown_variant_on_device(tmp_path: Path) -> None:
-    told = CliRunner().invoke(agent_cli.app, ["generate", "bar", "--variant", "slow", "--dir", str(tmp_path)])
+    told = agent("generate", "bar", "--variant", "slow", "--dir", str(tmp_path))
     assert (told.exit_code, told.stdout) == (3, "")
     assert told.stderr == "ferry-agent: there is no variant 'slow'; choose full, dev or fast\n"
 
@@ -168,7 +167,7 @@ def test_caption_not_utf8_on_device(made: Path, tmp_path: Path) -> None:
         "init", "--device", "press-01", "--line", "shapes", "--class", "edge", "--repository", str(tmp_path), "--root", str(anchor),
         "--root-sha256", hashlib.sha256(anchor.read_bytes()).hexdigest(), *where,
     ]  # fmt: skip
-    assert CliRunner().invoke(agent_cli.app, words).exit_code == 0
+    assert agent(*words).exit_code == 0
     told = subprocess.run([sys.executable, "-m", "ota.agent.cli", "generate", b"b\xe4r", *where], capture_output=True, text=True)
     assert (told.returncode, told.stdout) == (3, "")
     assert told.stderr == "ferry-agent: the caption is not valid UTF-8; type it anew, or set the terminal to UTF-8\n"

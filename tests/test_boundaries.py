@@ -44,7 +44,14 @@ def test_device_loads_nothing_of_the_factory(module: str):
 
 def test_update_process_loads_no_runtime():
     """Numbers are handled in child processes; the process that keeps the device's state stays small."""
-    assert not loaded_by("import ota.agent.updater, ota.agent.cli") & {"onnxruntime", "numpy", "bsdiff4", "backports.zstd"}
+    assert not loaded_by("import ota.agent.updater, ota.agent.cli") & {
+        "onnxruntime",
+        "numpy",
+        "bsdiff4",
+        "backports.zstd",
+        "typer",
+        "click",
+    }
 
 
 def test_help_loads_no_heavy_library():

@@ -14,17 +14,13 @@ import typer
 from typer.testing import CliRunner, Result
 
 from flows import cli
-from ota.agent import cli as agent_cli
+from ota.agent.cli import parser as agent_parser
 from ota.release.keys import KeyRing
-from tests.conftest import write_images
+from tests.conftest import Told, agent, commands_of, write_images
 
 
 def ferry(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, list(arguments))
-
-
-def agent(*arguments: str) -> Result:
-    return CliRunner().invoke(agent_cli.app, list(arguments))
 
 
 def commands(app: typer.Typer) -> list[list[str]]:
@@ -55,7 +51,7 @@ def workspace(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "ws", symlinks=True))
 
 
-def refused(result: Result, code: int, says: str) -> None:
+def refused(result: Result | Told, code: int, says: str) -> None:
     assert result.exit_code == code, result.output
     assert result.stdout == ""
     assert says in result.stderr
@@ -63,21 +59,50 @@ def refused(result: Result, code: int, says: str) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-APPS = {"ferry": cli.app, "ferry-agent": agent_cli.app}
-
-
-@pytest.mark.parametrize(("name", "words"), [(name, words) for name, app in APPS.items() for words in commands(app)])
-def test_every_command_explains_itself(name: str, words: list[str]):
-    result = CliRunner().invoke(APPS[name], [*words, "--help"], prog_name=name)
+@pytest.mark.parametrize("words", commands(cli.app), ids=" ".join)
+def test_every_command_explains_itself(words: list[str]):
+    result = CliRunner().invoke(cli.app, [*words, "--help"], prog_name="ferry")
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"Usage: {name} {' '.join(words)} ")
+    assert result.stdout.startswith(f"Usage: ferry {' '.join(words)} ")
     assert len(result.stdout.splitlines()) > 5
 
 
-@pytest.mark.parametrize("name", APPS)
-def test_version_is_told_without_a_command(name: str):
-    result = CliRunner().invoke(APPS[name], ["--version"])
-    assert (result.exit_code, result.stdout.split()[0]) == (0, name)
+@pytest.mark.parametrize("name", [*commands_of(agent_parser())])
+def test_every_command_of_the_agent_explains_itself(name: str):
+    result = agent(name, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"usage: ferry-agent {name} ")
+    assert len(result.stdout.splitlines()) > 5
+
+
+def test_agent_without_a_command_shows_them_all():
+    result = agent()
+    assert result.exit_code == 2
+    assert all(f"\n    {name} " in result.stdout for name in commands_of(agent_parser()))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["updat"], "invalid choice: 'updat'"),
+        (["update", "--chek"], "unrecognized arguments: --chek"),
+        (["run", "--every", "5"], "5 is not 10 or more"),
+        (["serve", "--port", "70000"], "70000 is not 0 or more, up to 65535"),
+        (["generate", "--seed", "many"], "invalid number value: 'many'"),
+        (["init", "--device", "press-01"], "the following arguments are required: --line, --class"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_agent_used_wrongly_says_how(words: list[str], says: str):
+    result = agent(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert says in result.stderr
+    assert result.stderr.startswith("usage: ferry-agent")
+
+
+def test_version_is_told_without_a_command():
+    for name, result in (("ferry", ferry("--version")), ("ferry-agent", agent("--version"))):
+        assert (result.exit_code, result.stdout.split()[0]) == (0, name)
 
 
 @pytest.mark.parametrize(

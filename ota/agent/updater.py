@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import ota
-from ota.agent import child, measured, reports, rules, variants
+from ota.agent import measured, reports, rules, variants
 from ota.agent.disk import read_uncached
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, Slot, State, Trial
 from ota.agent.transport import NotFoundError, Transport, connect, download
@@ -259,6 +259,8 @@ def _find_delta(trust: Trust, active: str | None, plan: _Plan) -> Target | None:
 
 
 def _fetch_delta(home: Home, transport: Transport, active: str, plan: _Plan, delta: Target, step: OnStep) -> None:
+    from ota.agent import child  # imported where a process is started: a look that finds nothing new does without it
+
     part, fresh = f"incoming/{delta.sha256}", _prepare_slot(home, plan)
     step(4, "check room")
     _check_room(home, delta.size - _have(home, delta.sha256) + plan.manifest.size, plan.manifest.size)
@@ -378,6 +380,8 @@ def _try_counted(home: Home, manifest: Manifest, state: State, received: int) ->
 
 def _try(home: Home, manifest: Manifest, state: State, received: int) -> float:
     """Try every variant of a bundle; returns the milliseconds of the default one's image."""
+    from ota.agent import child
+
     slot = home.slot(manifest.digest)
     milliseconds = 0.0
     for variant in manifest.variants:
@@ -491,6 +495,8 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
 
 
 def _draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName | None) -> Drawn:
+    from ota.agent import child
+
     slot = home.slot(digest)
     manifest = slot.manifest
     if variant and variant not in manifest.variants:
