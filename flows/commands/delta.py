@@ -1,0 +1,116 @@
+"""`ferry delta`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.shared import Json, answer, told_errors
+
+delta_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Deltas between any two files, in no workspace.")
+
+Graph = Annotated[
+    Path | None,
+    typer.Option("--graph", help="The ONNX file that describes NEW, if NEW is its external data.", show_default=False),
+]
+OldGraph = Annotated[
+    Path | None, typer.Option("--old-graph", help="The same for OLD; without it, as --graph.", show_default=False)
+]
+
+
+@delta_app.callback()
+def _one_thread() -> None:
+    """Deltas between any two files, in no workspace."""
+    # OpenBLAS's second thread has nothing to do here, and spins for longer than most deltas take.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@delta_app.command("build")
+def delta_build(
+    old: Annotated[Path, typer.Argument(help="The file before.")],
+    new: Annotated[Path, typer.Argument(help="The file after: ONNX, safetensors, or any other.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the delta goes.")],
+    graph: Graph = None,
+    old_graph: OldGraph = None,
+    as_json: Json = False,
+) -> None:
+    """Write what turns one file into another, bit by bit."""
+    with told_errors():
+        from ota.delta import files
+
+        built = files.build(old, new, output, graph, old_graph)
+        size = new.stat().st_size
+        value = {"patch": str(output), "bytes": built.size, "of": size, "by_kind": built.by_kind}
+        answer(as_json, value, f"{output}: {built.size:,} bytes, {built.size / max(size, 1):.1%} of {size:,}")
+
+
+@delta_app.command("apply")
+def delta_apply(
+    old: Annotated[Path, typer.Argument(help="The file that the delta was built from.")],
+    patch: Annotated[Path, typer.Argument(help="The delta.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the new file goes.")],
+) -> None:
+    """Make the new file; it appears when it is whole and has its hash."""
+    with told_errors():
+        from ota.delta import files
+
+        files.apply(old, patch, output)
+        typer.echo(f"{output}: {output.stat().st_size:,} bytes")
+
+
+@delta_app.command("inspect")
+def delta_inspect(
+    patch: Annotated[Path, typer.Argument(help="The delta.")],
+    of: Annotated[
+        Path | None, typer.Option("--of", help="The file that it makes, to call tensors by their names.", show_default=False)
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--from", help="The file that it starts from, to say what each tensor costs.", show_default=False),
+    ] = None,
+    graph: Graph = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw it, into a file named .svg or .png.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a delta is made of: by record, and with --of and --from by tensor."""
+    with told_errors():
+        from ota.delta import files
+
+        header, parts = files.inspect(patch, of, graph, base)
+        if plot:
+            from ota.release import picture
+
+            picture.draw(parts, plot)
+        total = sum(part.size for part in parts) or 1
+        rows = [f"{'kind':8} {'offset':>13} {'makes':>10} {'costs':>10} {'share':>6}  holds"]
+        for part in parts:
+            holds = ", ".join(f"{count:,} {what}" for what, count in part.holds.items())
+            holds += f" in {part.streams} streams" if part.streams > 1 and base is None else ""
+            names = ", ".join(part.tensors[:3]) + (f" and {len(part.tensors) - 3} more" if len(part.tensors) > 3 else "")
+            rows.append(
+                f"{part.kind:8} {part.offset:>13,} {part.length:>10,} {part.size:>10,.0f} {part.size / total:>6.1%}  {'; '.join(filter(None, (holds, names)))}".rstrip()
+            )
+        value = {"base": header.base, "target": header.target, "parts": [asdict(part) for part in parts]}
+        answer(as_json, value, "\n".join(rows))
+
+
+@delta_app.command("estimate")
+def delta_estimate(
+    old: Annotated[Path, typer.Argument(help="The file before.")],
+    new: Annotated[Path, typer.Argument(help="The file after.")],
+    graph: Graph = None,
+    old_graph: OldGraph = None,
+    as_json: Json = False,
+) -> None:
+    """Forecast how large a delta would be, without building it."""
+    with told_errors():
+        from ota.delta import files
+
+        expected, size = files.estimate(old, new, graph, old_graph), new.stat().st_size
+        answer(as_json, {"bytes": expected, "of": size}, f"about {expected:,} bytes, {expected / max(size, 1):.1%} of {size:,}")

@@ -1,0 +1,97 @@
+"""What every command of `ferry` is made with: its options, its answer, and one sentence for each error."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from flows.errors import BusyError, FlowError, ServerError
+from model.errors import ModelError
+from ota.errors import OtaError, TransferError
+from registry.errors import LedgerError, PromotionError, RegistryError, StoreError
+
+if TYPE_CHECKING:
+    from flows.workspace import Workspace
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+class Options:
+    """What was given before the command."""
+
+    workspace = Path()
+    debug = False
+    quiet = False
+
+
+def open_workspace() -> Workspace:
+    """The workspace that --workspace names, or the present folder."""
+    from flows.workspace import Workspace
+
+    return Workspace(Options.workspace)
+
+
+@contextmanager
+def showing_progress() -> Iterator[None]:
+    """Show progress bars in the block, unless --quiet."""
+    if Options.quiet:
+        yield
+        return
+    from flows import progress
+
+    with progress.bars():
+        yield
+
+
+def answer(as_json: bool, value: dict[str, Any], text: str) -> None:
+    """Print a command's answer as one JSON object, or as text."""
+    typer.echo(json.dumps(value) if as_json else text)
+
+
+@contextmanager
+def told_errors() -> Iterator[None]:
+    """Turn our own exceptions into one sentence and an exit code; others are faults and keep their traceback."""
+    try:
+        yield
+    except (FlowError, ModelError, RegistryError, OtaError) as error:
+        if Options.debug:
+            raise
+        fail(str(error), _exit_code(error))
+    except OSError as error:
+        if Options.debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}; check the path and who may write there", 3)
+    except Exception as error:
+        if Options.debug or not _is_unreachable(error):
+            raise
+        fail(f"Prefect's server at {os.environ.get('PREFECT_API_URL')} cannot be reached; start it, or unset PREFECT_API_URL", 4)
+    except KeyboardInterrupt:
+        fail("interrupted; repeat the command to go on", 130)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether Prefect's client did not reach its server; it says so by a bare RuntimeError, or by httpx's errors."""
+    return "Failed to reach API" in str(error) or type(error).__module__.startswith(("httpx", "httpcore"))
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, PromotionError):
+        return 5
+    if isinstance(error, LedgerError):
+        return 6
+    if isinstance(error, (StoreError, TransferError, ServerError, BusyError)):
+        return 4
+    return 3
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what went wrong in one line, and end with a code."""
+    typer.echo(f"ferry: {message}", err=True)
+    raise typer.Exit(code)
