@@ -41,7 +41,7 @@ from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
-CHAMPION = "champion"
+CHAMPION, CHALLENGER, ANCHOR = "champion", "challenger", "anchor"  # aliases
 CHECKPOINT, BUNDLE = "checkpoint", "bundle"
 TRAINING = "training.key"  # tag of a run that was opened for a training
 
@@ -222,15 +222,27 @@ class Catalog:
         Raises:
             CatalogError: there is no such version.
         """
+        self.set_alias(subject, CHAMPION, number)
+
+    def set_alias(self, subject: Subject, alias: str, number: int) -> None:
+        """Point an alias at a version.
+
+        Raises:
+            CatalogError: there is no such version.
+        """
         self.version(subject, number)
         with _foreign_errors():
-            self._client.set_registered_model_alias(subject.model, CHAMPION, str(number))
+            self._client.set_registered_model_alias(subject.model, alias, str(number))
 
     def champion(self, subject: Subject) -> Version | None:
         """The present champion."""
+        return self.aliased(subject, CHAMPION)
+
+    def aliased(self, subject: Subject, alias: str) -> Version | None:
+        """The version that an alias points at."""
         with _foreign_errors():
             try:
-                return self._with_aliases(subject, self._client.get_model_version_by_alias(subject.model, CHAMPION))
+                return self._with_aliases(subject, self._client.get_model_version_by_alias(subject.model, alias))
             except MlflowException as error:
                 if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     return None

@@ -248,8 +248,10 @@ class Home:
             wanted: slots and downloads to keep besides, by hash.
         """
         state, before = self.load(), opened(self.disk.read("state.prev.json")) or State()
-        # What was refused since is not needed even if state.json is lost: then the one before it draws and is gone back to.
-        named = {state.active, state.previous, *({before.active, before.previous} - state.refused.keys()), *wanted}
+        if {before.active, before.previous} & state.refused.keys():  # it goes, so the copy may not name it any more
+            self.disk.replace("state.prev.json", _enveloped(state))
+            before = state
+        named = {state.active, state.previous, before.active, before.previous, *wanted}
         removed = []
         for folder in ("slots", "incoming"):
             for path in sorted((self.root / folder).glob("*")):
