@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from flows.commands.delta import delta_app
 from flows.commands.fleet import fleet_app, rollout_app
 from flows.commands.shared import Json, Options, answer, open_workspace, showing_progress, told_errors
 from flows.commands.trust import trust_app
+from flows.errors import VariantError
 
 EXIT_CODES = """
 Exit codes: 0 done, or nothing to do · 1 a fault of ferry itself · 2 wrong usage · 3 what was handed in does not fit
@@ -108,14 +109,38 @@ def retrain(
             versions.check_clean(workspace.root, settings.data, line)
         from flows import retrain as flow
 
-        with showing_progress():
-            rows = flow.retrain(str(workspace.root), line, data or "HEAD", promote)
-        answer(
-            as_json, {"models": rows},
-            "\n".join(f"{r['subject']} version {r['version']}: {r['outcome']}, {r['reason']}" for r in rows),
-        )  # fmt: skip
+        def tell(rows: list[dict[str, Any]]) -> None:
+            text = "\n".join(f"{r['subject']} version {r['version']}: {r['outcome']}, {r['reason']}" for r in rows)
+            answer(as_json, {"models": rows}, text)
+
+        try:
+            with showing_progress():
+                rows = flow.retrain(str(workspace.root), line, data or "HEAD", promote)
+        except VariantError as error:
+            tell(error.rows)
+            raise
+        tell(rows)
         if any(row["outcome"] in ("refuse", "more data") for row in rows):
             raise typer.Exit(5)
+
+
+@app.command()
+def trigger(
+    line: Annotated[str, typer.Argument(help="Whose models to retrain.")],
+    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")],
+    event: Annotated[str, typer.Option(help="Name of the event; the same name makes no second run.", show_default=False)] = "",
+    as_json: Json = False,
+) -> None:
+    """Ask `ferry serve` for a retraining, now or when it is next up: for a drift seen in the field, or by hand."""
+    with told_errors():
+        workspace = open_workspace()
+        from datetime import UTC, datetime
+
+        from flows import triggers
+
+        name = event or f"by hand at {datetime.now(UTC).isoformat()}"
+        triggers.leave(workspace, line, name, reason)
+        answer(as_json, {"line": line, "event": name}, f"{line} is retrained once `ferry serve` has seen this: {reason}")
 
 
 @app.command()
@@ -235,8 +260,12 @@ def report(
 def serve(
     lines: Annotated[list[str] | None, typer.Argument(help="Lines to retrain; all by default.")] = None,
     cron: Annotated[str, typer.Option(help="When, as five cron fields in UTC.")] = "0 3 * * 1",
+    look_every: Annotated[float, typer.Option(min=1, help="Seconds between two looks for new data and events.")] = 30,
 ) -> None:
-    """Retrain by a schedule, until interrupted. Starts a Prefect server of its own unless PREFECT_API_URL names one."""
+    """Retrain by a schedule, for each new data revision and for events (`ferry trigger`), until interrupted.
+
+    Starts a Prefect server of its own unless PREFECT_API_URL names one. Killed and started again, it goes on with what ran.
+    """
     with told_errors():
         workspace = open_workspace()
         chosen = lines or list(workspace.settings.lines)
@@ -245,8 +274,11 @@ def serve(
         from flows import serve as schedule
 
         with schedule.server(workspace) as address:
-            typer.echo(f"retraining {', '.join(chosen)} at {cron!r}; Prefect's page is {address.removesuffix('/api')}", err=True)
-            schedule.serve(workspace, chosen, cron)
+            typer.echo(
+                f"retraining {', '.join(chosen)} at {cron!r} and for new data; Prefect's page is {address.removesuffix('/api')}",
+                err=True,
+            )
+            schedule.serve(workspace, chosen, cron, look_every)
 
 
 @app.command()

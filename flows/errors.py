@@ -3,8 +3,13 @@
 FlowError
 ├── WorkspaceError   not a workspace, or its ferry.toml does not say what it must
 ├── BusyError        another ferry is at work in it
+├── VariantError     some variants could not be retrained; the others were
 └── ServerError      Prefect's server does not start or answer
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class FlowError(Exception):
@@ -17,6 +22,14 @@ class WorkspaceError(FlowError):
 
 class BusyError(FlowError):
     """Another process holds the workspace."""
+
+
+class VariantError(FlowError):
+    """Some variants failed, for the reason that is its cause; `rows` says what came of each."""
+
+    def __init__(self, message: str, rows: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class ServerError(FlowError):

@@ -16,13 +16,15 @@ from typing import Any, cast, get_args
 import numpy as np
 from PIL import Image
 from prefect import Flow, State, flow, task
-from prefect.artifacts import create_image_artifact, create_table_artifact
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import TaskRunContext
+from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows import progress, watch
-from flows.errors import WorkspaceError
+from flows import pages, progress, triggers, watch
+from flows.errors import VariantError, WorkspaceError
 from flows.promote import promote, promotions
 from flows.workspace import Line, Training, Workspace
 from model import distill, evaluate, export, features, session, train, versions
@@ -217,18 +219,81 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
     Returns:
         one `Retrained`, as plain data, for each configuration and variant; the outcome of a student whose teacher has no version
         that passed the gate is "no teacher", its version 0.
+
+    Raises:
+        VariantError: some variants failed; the others are done and registered, and stay so when it is repeated.
     """
     workspace = Workspace(Path(root))
     settings = workspace.line(line)
-    with workspace.locked("retraining"):
+    with workspace.locked("retraining"), pages.progress():
         data = versions.resolve(workspace.root, settings.data, line, rev)
         pull_data(root, data.model_dump())
-        combinations = settings.combinations()
-        teachers = _Teachers({})
-        done = [_retrain_one(workspace, data, c, v, teachers, len(combinations), promote_winners) for c, v in combinations]
-    rows = [row.model_dump() for row in done]
+        ladders = settings.ladders()
+        together = len(settings.combinations())
+        given: dict[str, Any] = {
+            "root": root, "version": data.model_dump(), "together": together, "winners": promote_winners,
+        }  # fmt: skip
+        jobs = [{**given, "configuration": configuration, "variants": variants} for configuration, variants in ladders.items()]
+        if min(workspace.settings.parallel, len(jobs)) > 1:
+            runner: ThreadPoolTaskRunner[_Climbed] = ThreadPoolTaskRunner(max_workers=workspace.settings.parallel)
+            with runner:
+                futures = [runner.submit(retrain_ladder, job) for job in jobs]
+                climbed = [future.result() for future in futures]
+        else:
+            climbed = [retrain_ladder.fn(**job) for job in jobs]
+    rows = [row.model_dump() for done in climbed for row in done.rows]
     create_table_artifact(table=rows, key="scorecards", description=f"{line} at {data.rev[:12]}")
+    failures = [failure for done in climbed for failure in done.failures]
+    if failures and len(rows) == len(failures) == 1:
+        raise failures[0]
+    if failures:
+        failed = ", ".join(row["subject"] for row in rows if row["outcome"] == "failed")
+        raise VariantError(f"{failed} failed, the others are done; the first error: {failures[0]}", rows) from failures[0]
     return rows
+
+
+@dataclass
+class _Climbed:
+    """What came of the variants of one configuration."""
+
+    rows: list[Retrained]
+    failures: list[Exception]
+
+
+@task(name="ladder", cache_policy=NO_CACHE, persist_result=False)
+def retrain_ladder(
+    root: str,
+    version: dict[str, Any],
+    configuration: ConfigurationName,
+    variants: list[VariantName],
+    together: int,
+    winners: bool,
+) -> _Climbed:
+    """Retrain the variants of a configuration one after another, each after the one that teaches it; none loses the others."""
+    workspace, data, teachers, done = Workspace(Path(root)), DataVersion(**version), _Teachers({}), _Climbed([], [])
+    for variant in variants:
+        try:
+            done.rows.append(_retrain_one(workspace, data, configuration, variant, teachers, together, winners))
+        except Exception as error:  # noqa: BLE001 - whatever befell one, the others are worth their hours
+            subject = Subject(line=data.line, configuration=configuration, variant=variant)
+            reason = str(error).strip() or type(error).__name__
+            done.failures.append(error)
+            done.rows.append(
+                Retrained(
+                    subject=str(subject), data_rev=data.rev, version=0, outcome="failed", reason=reason, n=0, promoted=False
+                )
+            )
+    return done
+
+
+@flow(name="look for data", persist_result=False)
+def look_for_data(root: str, lines: list[str]) -> int:
+    """Ask for the retrainings that new data revisions and events make; for a schedule where no `ferry serve` looks.
+
+    Returns:
+        how many runs there are for what is there now, old ones included.
+    """
+    return len(triggers.look(Workspace(Path(root)), lines))
 
 
 @flow(name="register checkpoint", persist_result=False)
@@ -443,7 +508,7 @@ def judge_and_register(
     budget = line.latency_ms(configuration, opened.lineage.variant)
     decision = decide(card, limits, budget, champion.weights_sha256 if champion else None, together)
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))
-    create_image_artifact(image_url=Path(evaluated["samples"]).as_uri(), key="samples", description=f"{subject} {number}")
+    pages.decision(subject, number, decision, Path(evaluated["samples"]))
     promoted, reason = False, decision.reason
     numbers = [e.facts["version"] for e in promotions(workspace, subject)]
     taken_back = number in numbers[:-1] and numbers[-1] != number  # somebody went back from it; a schedule must not undo that

@@ -1,4 +1,4 @@
-"""Schedules on one machine: a Prefect server of our own where none is configured, and the flow `retrain` by cron."""
+"""Retraining on one machine: a Prefect server of our own where none is configured, the flow `retrain` by cron, data and events."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -92,22 +93,30 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def serve(workspace: Workspace, lines: list[str], cron: str) -> None:
-    """Run `retrain` for lines by a cron schedule, until interrupted. One run at a time.
+def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> None:
+    """Run `retrain` for lines by a cron schedule, for new data and for events, until interrupted. One run at a time.
+
+    Args:
+        workspace: whose.
+        lines: to be retrained.
+        cron: five fields, in UTC.
+        every: seconds between two looks for new data revisions and events.
 
     Raises:
         WorkspaceError: the schedule is not valid.
+        BusyError: another one serves this workspace.
     """
     from prefect import serve as prefect_serve
     from prefect.deployments.runner import RunnerDeployment
     from prefect.flows import EntrypointType
 
+    from flows import triggers
     from flows.retrain import retrain
 
     try:
         deployments = [
             retrain.to_deployment(
-                name=f"{workspace.root.name}-{line}", cron=cron, parameters={"root": str(workspace.root), "line": line},
+                name=triggers.deployment_name(workspace, line), cron=cron, parameters={"root": str(workspace.root), "line": line},
                 entrypoint_type=EntrypointType.MODULE_PATH, concurrency_limit=1,
             )
             for line in lines
@@ -116,4 +125,14 @@ def serve(workspace: Workspace, lines: list[str], cron: str) -> None:
         raise WorkspaceError(
             f"{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 1' for Mondays at 3"
         ) from error
-    prefect_serve(*cast("list[RunnerDeployment]", deployments), limit=1, print_starting_message=False)
+    with workspace.locked("serving"):
+        again = triggers.take_up(workspace, lines)
+        if again:
+            sys.stderr.write(f"ferry: {again} retrainings that were cut are begun again\n")
+        stop = threading.Event()
+        looking = threading.Thread(target=triggers.keep_looking, args=(workspace, lines, every, stop), daemon=True)
+        looking.start()
+        try:
+            prefect_serve(*cast("list[RunnerDeployment]", deployments), limit=1, print_starting_message=False)
+        finally:
+            stop.set()

@@ -7,6 +7,7 @@ repository/     the signed repository; copied to where it is published
 ferry.db        ledger and fleet      mlflow.db, mlartifacts/   catalogue
 features/       the frozen feature spaces, one file for each line
 inbox/          where devices leave reports
+events/         what asks for a retraining; taken up by `ferry serve`
 work/           everything that can be made again: caches, checkpoints, bundles, Prefect's own files
 """
 
@@ -152,6 +153,13 @@ class Line(Section):
         ladder = list(VARIANTS)
         return sorted(wanted, key=lambda pair: (pair[0], ladder.index(pair[1])))
 
+    def ladders(self) -> dict[ConfigurationName, list[VariantName]]:
+        """The same by configuration; those of different ones need nothing of each other."""
+        found: dict[ConfigurationName, list[VariantName]] = {}
+        for configuration, variant in self.combinations():
+            found.setdefault(configuration, []).append(variant)
+        return found
+
     def sampler_of(self, variant: VariantName) -> Sampler:
         """How a variant is drawn: `full` as the settings say, a distilled one in the steps that it was taught."""
         if VARIANTS[variant].guided:
@@ -172,6 +180,7 @@ class Settings(Section):
     """ferry.toml."""
 
     schema_version: Literal[1] = Field(alias="schema")
+    parallel: int = Field(default=1, ge=1, le=8, description="configurations that are retrained at a time")
     stores: Stores = Stores()
     prices: Prices = Prices()
     lines: dict[LineName, Line] = Field(min_length=1)
@@ -287,7 +296,7 @@ class Workspace:
         return self.root / self.settings.stores.reports
 
     @contextmanager
-    def locked(self, part: Literal["retraining", "release", "data", "records"]) -> Iterator[None]:
+    def locked(self, part: Literal["retraining", "release", "data", "records", "serving"]) -> Iterator[None]:
         """Hold a part of the workspace against a second process that would change it.
 
         `records` (ledger, aliases, signed repository) and `data` are held for moments and waited for; so a rollout can be
@@ -299,7 +308,7 @@ class Workspace:
         self.work.mkdir(exist_ok=True)
         lock = FileLock(self.work / f"{part}.lock")
         try:
-            lock.acquire(timeout=0 if part in ("retraining", "release") else LOCK_SECONDS)
+            lock.acquire(timeout=LOCK_SECONDS if part in ("data", "records") else 0)
         except Timeout as error:
             raise BusyError(f"another ferry holds the {part} of {self.root}; wait for it to finish") from error
         try:

@@ -22,7 +22,7 @@ from model.scorecard import Frozen, Sha256
 from registry.errors import LedgerError, StoreError
 
 START: Sha256 = "0" * 64
-Kind = Literal["gate", "promotion", "release", "rollout", "halt"]
+Kind = Literal["gate", "promotion", "release", "rollout", "halt", "trigger"]
 
 _metadata = MetaData()
 _entries = Table(

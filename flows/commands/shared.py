@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from flows.errors import BusyError, FlowError, ServerError
+from flows.errors import BusyError, FlowError, ServerError, VariantError
 from model.errors import ModelError
 from ota.errors import OtaError, TransferError
 from registry.errors import LedgerError, PromotionError, RegistryError, StoreError
@@ -81,14 +81,16 @@ def _is_unreachable(error: Exception) -> bool:
     return "Failed to reach API" in str(error) or type(error).__module__.startswith(("httpx", "httpcore"))
 
 
-def _exit_code(error: Exception) -> int:
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, VariantError) and error.__cause__:
+        return _exit_code(error.__cause__)
     if isinstance(error, PromotionError):
         return 5
     if isinstance(error, LedgerError):
         return 6
     if isinstance(error, (StoreError, TransferError, ServerError, BusyError)):
         return 4
-    return 3
+    return 3 if isinstance(error, (FlowError, ModelError, RegistryError, OtaError, OSError)) else 1
 
 
 def fail(message: str, code: int) -> NoReturn:
