@@ -257,6 +257,21 @@ def report(
 
 
 @app.command()
+def trace(
+    what: Annotated[str, typer.Argument(metavar="HASH|DEVICE", help="Of a bundle, file, version, decision or data revision.")],
+    as_json: Json = False,
+) -> None:
+    """Say what something comes from, back to the data, and what came of it, down to the devices; by hashes alone."""
+    with told_errors():
+        workspace = open_workspace()
+        from flows import trace as tracing
+
+        workspace.fleet.collect(workspace.inbox)
+        found = tracing.trace(workspace, what)
+        answer(as_json, found, tracing.text_of(found))
+
+
+@app.command()
 def serve(
     lines: Annotated[list[str] | None, typer.Argument(help="Lines to retrain; all by default.")] = None,
     cron: Annotated[str, typer.Option(help="When, as five cron fields in UTC.")] = "0 3 * * 1",

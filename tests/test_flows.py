@@ -31,6 +31,8 @@ from registry.catalog import Catalog, Subject
 from registry.errors import CatalogError, PromotionError, StoreError
 from tests.conftest import write_images
 from tests.test_catalog import metrics
+from tests.test_fleet import KEY, public, signed
+from tests.test_fleet import report as device_report
 
 SETTINGS = """
 schema = 1
@@ -394,6 +396,42 @@ def test_ledger_that_was_cut_off_shows(workspace: Workspace):
         assert "entries were cut off" in told.stderr
     database.write_bytes(whole)
     assert ferry(workspace, "history").exit_code == 0
+
+
+def test_trace_leads_from_a_device_to_its_data_and_back(workspace: Workspace):
+    release = workspace.repository.releases("shapes", "edge")[-1]
+    manifest = workspace.repository.manifest(release)
+    weights = manifest.entry("weights", "full").sha256
+    workspace.fleet.enroll("press-01", public(KEY))
+    workspace.fleet.receive(signed(device_report(device="press-01", active=release.manifest)))
+
+    def trace(text: str) -> dict[str, Any]:
+        told = ferry(workspace, "trace", text, "--json")
+        assert told.exit_code == 0, told.stderr
+        found: dict[str, Any] = json.loads(told.stdout)
+        return found
+
+    device = trace("press-01")
+    came_from = {(row["kind"], row["name"]): row for row in device["back"]}
+    (version,) = [v for v in workspace.catalog.versions(SUBJECT) if v.weights_sha256 == weights and v.number == release.version]
+    assert came_from["bundle", f"shapes/edge release {release.seq}"]["hashes"]["manifest"] == release.manifest
+    assert came_from["version", str(version.subject) + f" {version.number}"]["facts"]["run"] == version.run_id
+    assert ("data", f"shapes {version.tags['data.rev'][:12]}") in came_from
+    assert {row["facts"]["what"].split()[0] for row in device["back"] if row["kind"] == "decision"} >= {"gate", "promotion"}
+    assert device["forward"] == []
+
+    data = trace(version.tags["data.md5"][:10])
+    assert {"version", "bundle", "device"} <= {row["kind"] for row in data["forward"]}
+    assert any(row["name"] == "press-01" for row in data["forward"])
+    assert trace(weights)["of"]["kind"] == "version"
+    assert "device press-01" in ferry(workspace, "trace", release.manifest).stdout
+
+
+@pytest.mark.parametrize("text", ["press-02", "abc", "f" * 64])
+def test_trace_of_nothing_says_what_can_be_traced(workspace: Workspace, text: str):
+    told = ferry(workspace, "trace", text)
+    assert (told.exit_code, told.stdout) == (3, "")
+    assert "nothing here is called" in told.stderr
 
 
 def test_report_is_made_from_the_stores(workspace: Workspace):

@@ -1,0 +1,153 @@
+"""From a hash back to the data that it comes from, and forward to the devices that run what came of it.
+
+All is joined by hashes that the things themselves hold: a device reports its bundle, a bundle's manifest names its files, its ledger
+entry and its data, a version's tags name its weights, its parent and its data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flows.errors import WorkspaceError
+from flows.workspace import Workspace
+from model import versions
+from registry.catalog import Subject, Version
+
+Kind = Literal["device", "delta", "bundle", "version", "decision", "data"]
+SHORTEST = 6  # letters of a hash; fewer would find anything
+
+
+@dataclass
+class Thing:
+    """Something with a hash, or a device."""
+
+    kind: Kind
+    name: str
+    hashes: dict[str, str]
+    """What its hashes are called, such as manifest or weights."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    comes_from: list[str] = field(default_factory=list)
+    """Hashes of other things."""
+    files: list[str] = field(default_factory=list)
+    """Hashes of its files, by which it can be found as well."""
+
+
+def trace(workspace: Workspace, text: str) -> dict[str, Any]:
+    """What a hash (six letters or more), data revision or device leads to, backwards and forwards.
+
+    Returns:
+        `of` the thing itself, `back` what it comes from, each once and with its `depth`, and `forward` what came of it.
+
+    Raises:
+        WorkspaceError: nothing or more than one thing is called so.
+    """
+    things = list(gather(workspace))
+    found = [t for t in things if called(t, text)]
+    if not found:
+        raise WorkspaceError(
+            f"nothing here is called {text!r}; give {SHORTEST} or more letters of the hash of a bundle, file, version, decision or data "
+            "revision, or the name of a device"
+        )
+    if len(found) > 1:
+        names = ", ".join(f"{t.kind} {t.name}" for t in found[:5])
+        raise WorkspaceError(f"{text!r} is the beginning of several hashes ({names}); give more of it")
+    owner = {value: t for t in things for value in t.hashes.values()}
+    back = walked(found[0], lambda t: [owner[h] for h in t.comes_from if h in owner])
+    forward = walked(found[0], lambda t: [o for o in things if any(owner.get(h) is t for h in o.comes_from)])
+    return {"of": shown(found[0], 0), "back": [shown(t, d) for d, t in back], "forward": [shown(t, d) for d, t in forward]}
+
+
+def called(thing: Thing, text: str) -> bool:
+    """Whether a name or the beginning of a hash means a thing."""
+    if thing.kind == "device" and thing.name == text:
+        return True
+    return len(text) >= SHORTEST and any(value.startswith(text.lower()) for value in (*thing.hashes.values(), *thing.files))
+
+
+def walked(start: Thing, following: Callable[[Thing], list[Thing]]) -> Iterator[tuple[int, Thing]]:
+    """Everything that can be reached, each once with its distance, nearest first along each way."""
+    seen = {id(start)}
+
+    def below(thing: Thing, depth: int) -> Iterator[tuple[int, Thing]]:
+        for other in following(thing):
+            if id(other) not in seen:
+                seen.add(id(other))
+                yield depth, other
+                yield from below(other, depth + 1)
+
+    return below(start, 1)
+
+
+def shown(thing: Thing, depth: int) -> dict[str, Any]:
+    """A thing as plain data."""
+    return {"depth": depth, "kind": thing.kind, "name": thing.name, "hashes": thing.hashes, "facts": thing.facts}
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """A trace for people."""
+
+    def line(row: dict[str, Any]) -> str:
+        hashes = ", ".join(f"{name} {value[:12]}" for name, value in row["hashes"].items())
+        facts = ", ".join(f"{name} {value}" for name, value in row["facts"].items())
+        return (
+            f"{'  ' * row['depth']}{row['kind']} {row['name']}{f' ({hashes})' if hashes else ''}{f': {facts}' if facts else ''}"
+        )
+
+    rows = [line(found["of"]), "comes from", *map(line, found["back"])]
+    rows += ["led to", *map(line, found["forward"])] if found["forward"] else ["led to nothing yet"]
+    return "\n".join(rows)
+
+
+# What there is
+
+
+def gather(workspace: Workspace) -> Iterator[Thing]:
+    """Everything that has a hash in a workspace."""
+    for name, line in workspace.settings.lines.items():
+        for version, message in versions.log(workspace.root, line.data, name):
+            yield Thing(
+                "data", f"{name} {version.rev[:12]}", {"revision": version.rev, "md5": version.md5},
+                {"files": version.files, "said": message},
+            )  # fmt: skip
+        for configuration, variant in line.combinations():
+            subject = Subject(line=name, configuration=configuration, variant=variant)
+            for made in workspace.catalog.versions(subject):
+                yield _version(made)
+        for device_class in line.classes:
+            yield from _published(workspace, name, device_class)
+    for entry in workspace.ledger.entries():
+        hashes = {"entry": entry.sha256} | ({"decision": entry.facts["decision"]} if entry.kind == "gate" else {})
+        yield Thing("decision", f"{entry.number}", hashes, {"what": f"{entry.kind} of {entry.subject}", "who": entry.who, "when": entry.when,
+                                                          "why": entry.why})  # fmt: skip
+    for device, last in workspace.fleet.devices().items():
+        runs = [last.active] if last and last.active else []
+        yield Thing("device", device, {}, {"last": last.event if last else "silent"}, runs)
+
+
+def _version(made: Version) -> Thing:
+    tags = made.tags
+    named = {
+        "weights": "weights.sha256",
+        "checkpoint": "checkpoint.sha256",
+        "lineage": "lineage.sha256",
+        "scorecard": "scorecard.sha256",
+    }
+    return Thing(
+        "version", f"{made.subject} {made.number}", {what: tags[tag] for what, tag in named.items() if tags.get(tag)},
+        {"gate": made.outcome, "code": tags["code.sha256"][:12], "run": made.run_id} | ({"is": ", ".join(made.aliases)} if made.aliases else {}),
+        [tags[tag] for tag in ("data.md5", "parent.sha256", "teacher.sha256", "gate.decision") if tags.get(tag)],
+    )  # fmt: skip
+
+
+def _published(workspace: Workspace, line: str, device_class: str) -> Iterator[Thing]:
+    for release in workspace.repository.releases(line, device_class):
+        manifest = workspace.repository.manifest(release)
+        yield Thing(
+            "bundle", f"{line}/{device_class} release {release.seq}", {"manifest": release.manifest}, {"bytes": release.full_bytes},
+            [*(e.sha256 for e in manifest.files if e.role == "weights"), manifest.origin.decision],
+            [e.sha256 for e in manifest.files if e.role not in ("weights", "graph")],
+        )  # fmt: skip
+    for delta in workspace.repository.deltas(line, device_class):
+        yield Thing("delta", f"{delta.base[:12]} to {delta.target[:12]}", {}, {"bytes": delta.size}, [delta.target, delta.base])
