@@ -54,7 +54,7 @@ test: install wheelhouse ## the quick suite, on two cores (TESTS=path for a part
 
 .PHONY: test-slow
 test-slow: install wheelhouse ## real schedules, real kills, minutes
-	$(BIN)/python -m pytest -m slow $(TESTS)
+	$(PYTEST) -m slow $(TESTS)
 
 .PHONY: attacks
 attacks: install wheelhouse ## the threat list: a test for each row, which ends with what did not change
@@ -63,7 +63,7 @@ attacks: install wheelhouse ## the threat list: a test for each row, which ends 
 
 .PHONY: crash-states
 crash-states: install ## every state that a power cut can leave of an agent's directory, ten minutes (CRASH=all goes on from each)
-	$(BIN)/python -m pytest -m crash tests/test_agent_crash.py
+	$(BIN)/python -m pytest --numprocesses 2 -m crash tests/test_agent_crash.py
 
 .PHONY: chaos
 chaos: install ## the real agent killed before, or failed at, its file calls, ten minutes (needs strace; CHAOS_SECONDS=n, CHAOS=all for every call)
