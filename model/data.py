@@ -28,6 +28,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from model.arrival import SMALL, Sketch, sketch
 from model.config import HELD_OUT_PERMILLE, MAX_TEXT, ModelConfig, canonical_sha256
 from model.errors import DataError
 
@@ -189,6 +190,16 @@ def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
     """One image, its largest central square, scaled to `size`: uint8 [C, size, size].
 
     Raises:
+        DataError: as `open_picture` does.
+    """
+    array = _square(open_picture(path, channels), size)
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def open_picture(path: Path, channels: int) -> Image.Image:
+    """One image, grey or RGB, whole.
+
+    Raises:
         DataError: the file is missing, damaged, larger than `MAX_PIXELS`, or has more than 8 bits a channel.
     """
     try:
@@ -197,16 +208,19 @@ def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
                 raise DataError(f"has more than {MAX_PIXELS:,} pixels")
             if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
                 raise DataError("has more than 8 bits a channel; store it with 8")
-            picture = image.convert("L" if channels == 1 else "RGB")
+            return image.convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, RuntimeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError("is missing" if isinstance(error, FileNotFoundError) else "cannot be decoded") from error
+
+
+def _square(picture: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """The largest central square, scaled: uint8 [size, size] or [size, size, 3]."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     if (side, side) != picture.size or side != size:
         box = (left, top, left + side, top + side)
         picture = picture.resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC, box)
-    array = np.asarray(picture, dtype=np.uint8)
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    return np.asarray(picture, dtype=np.uint8)
 
 
 def is_held_out(group: str) -> bool:
@@ -214,26 +228,41 @@ def is_held_out(group: str) -> bool:
     return int.from_bytes(hashlib.sha256(group.encode(errors="surrogatepass")).digest()[:4], "big") % 1000 < HELD_OUT_PERMILLE
 
 
-def check(folder: Path, text_length: int, on_item: OnItem | None = None) -> tuple[int, int, dict[str, str]]:
-    """Look at every image and caption of a folder as training would.
+def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Sketch:
+    """Look at every file, image and caption of a folder, once, as training would.
 
     Returns:
-        how many are usable, how many of these are held out, and what is wrong with the rest, by name.
+        what is usable, what is not and why, and what `model.arrival` needs to judge it.
 
     Raises:
         DataError: the folder cannot be read at all.
     """
     items, bad = read_metadata(folder)
+    files: dict[str, str] = {}
+    for name in _files(folder):
+        with (folder / name).open("rb") as file:
+            files[name] = hashlib.file_digest(file, "md5").hexdigest()
+    usable: list[Item] = []
+    pixels: list[str] = []
+    small: list[npt.NDArray[np.uint8]] = []
     for done, item in enumerate(items, start=1):
         try:
             caption_ids(item.text, text_length)
-            decode(folder / item.file, 8, 1)
+            picture = open_picture(folder / item.file, 3)
         except DataError as error:
             bad[item.file] = str(error)
+        else:
+            usable.append(item)
+            pixels.append(hashlib.sha256(b"%d,%d," % picture.size + picture.tobytes()).hexdigest())
+            small.append(_square(picture, SMALL))
         if on_item:
             on_item(done, len(items))
-    usable = [item for item in items if item.file not in bad]
-    return len(usable), sum(is_held_out(item.group) for item in usable), bad
+    thumbs, features = sketch(np.array(small, dtype=np.uint8).reshape(-1, SMALL, SMALL, 3))
+    return Sketch(
+        files=files, quarantine=bad, names=[item.file for item in usable], captions=[item.text for item in usable],
+        groups=[item.group for item in usable], held_out=np.array([is_held_out(item.group) for item in usable], dtype=np.bool_),
+        pixels=pixels, thumbs=thumbs, features=features,
+    )  # fmt: skip
 
 
 def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = None) -> Dataset:

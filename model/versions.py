@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import yaml
 from model.errors import RevisionError
 from model.scorecard import DataVersion
 
+REPORT = ".arrival.json"  # beside a folder's pointer: what was found when it was recorded
 GIT_IDENTITY = ("-c", "user.name=ferry", "-c", "user.email=ferry@localhost")  # where Git knows no other
 
 
@@ -84,7 +85,7 @@ def init(root: Path, remote: str, s3_endpoint: str = "") -> None:
             storage["endpointurl"] = s3_endpoint
 
 
-def add(root: Path, path: str, line: str, message: str) -> DataVersion:
+def add(root: Path, path: str, line: str, message: str, report: Callable[[str], str] | None = None) -> DataVersion:
     """Record the folder's present content as a revision, and push its bytes to the remote; unchanged content adds none.
 
     Args:
@@ -92,19 +93,128 @@ def add(root: Path, path: str, line: str, message: str) -> DataVersion:
         path: the data folder, relative to it.
         line: whose data they are.
         message: of the Git commit.
+        report: called with DVC's hash of the folder; what it returns is kept in the same commit, see `report_of`.
 
     Raises:
-        RevisionError: Git or DVC refuse.
+        RevisionError: Git or DVC refuse, or an object that the remote lacks is damaged here too.
     """
+    pointer, beside = f"{path}.dvc", f"{path}{REPORT}"
     with _dvc(root) as repo:
         repo.add([str(root / path)])
-        repo.push([str(root / f"{path}.dvc")])
-    ours = (f"{path}.dvc", str(Path(path).parent / ".gitignore"), ".dvc/config", ".dvc/.gitignore", ".dvcignore")
+        try:
+            repo.push([str(root / pointer)])
+        except OSError as error:  # a folder remote that is not mounted or full; S3 has DVC's own exception
+            raise RevisionError(f"the DVC remote cannot be written: {_first_line(error)}; mend it and repeat") from error
+        _complete(repo, str(yaml.safe_load((root / pointer).read_text())["outs"][0]["md5"]))
+    ours = [pointer, str(Path(path).parent / ".gitignore"), ".dvc/config", ".dvc/.gitignore", ".dvcignore"]
     git(root, "add", *ours)
+    if report and git(root, "diff", "--cached", "--name-only", "--", pointer):
+        (root / beside).write_text(report(yaml.safe_load((root / pointer).read_text())["outs"][0]["md5"]))
+        ours.append(beside)
+        git(root, "add", beside)
     if git(root, "diff", "--cached", "--name-only", "--", *ours):  # whatever else is staged is not ours to commit
         identity = () if _has_identity(root) else GIT_IDENTITY
         git(root, *identity, "commit", "--quiet", "-m", message, "--", *ours)
     return resolve(root, path, line, "HEAD")
+
+
+def _listed(repo: Any, path: str, rev: str) -> dict[str, str]:
+    """The files of a revision by name, and DVC's hash of each."""
+    from dvc.api import DVCFileSystem
+
+    rows = DVCFileSystem(repo=str(repo.root_dir), rev=rev).find(path, detail=True)
+    return {Path(name).relative_to(path).as_posix(): row["md5"] for name, row in rows.items() if row.get("md5")}
+
+
+def files(root: Path, version: DataVersion) -> dict[str, str]:
+    """The files of a revision by name, and the md5 of each; only their list is fetched.
+
+    Raises:
+        RevisionError: the list is missing or damaged, or Git does not have the revision.
+    """
+    with _dvc(root) as repo:
+        try:
+            rows = _listed(repo, version.path, _commit_of(root, version))
+        except RevisionError:
+            raise
+        except Exception as error:  # what DVC and its file systems raise has no common base
+            raise _unfetched(version, error) from error
+    if list_md5(rows) != version.md5:
+        raise _damaged(version)
+    return rows
+
+
+def missing(root: Path, version: DataVersion) -> list[str]:
+    """The files of a revision that the remote does not hold, each asked for by itself.
+
+    DVC's own `status --cloud` believes its index: it calls a revision complete whose list alone is there.
+
+    Raises:
+        RevisionError: the remote cannot be asked, or the revision's list cannot be had.
+    """
+    rows = files(root, version)
+    with _dvc(root) as repo:
+        try:
+            remote = repo.cloud.get_remote_odb()
+            held = set(remote.list_oids_exists([*rows.values(), version.md5]))
+        except Exception as error:  # what DVC and its file systems raise has no common base
+            raise RevisionError(
+                f"the DVC remote cannot be asked: {_first_line(error)}; check stores.data in ferry.toml"
+            ) from error
+    return sorted(name for name, md5 in rows.items() if md5 not in held) + ([] if version.md5 in held else ["(the list itself)"])
+
+
+def _complete(repo: Any, md5: str) -> None:
+    """Of a folder that was just added, send what the remote lacks although DVC believes that it is there (push never looks again once the list is).
+
+    Raises:
+        RevisionError: such an object is damaged in the cache, too.
+    """
+    remote, cache = repo.cloud.get_remote_odb(), repo.cache.local
+    names = {row["md5"]: row["relpath"] for row in json.loads(Path(cache.oid_to_path(md5)).read_bytes())}
+    held = set(remote.list_oids_exists(list(names)))
+    for oid in names.keys() - held:
+        path = Path(cache.oid_to_path(oid))
+        if hashlib.md5(path.read_bytes()).hexdigest() != oid:  # noqa: S324
+            raise RevisionError(f"{path} does not have the recorded bytes of {names[oid]}; delete that object and repeat")
+        remote.add(str(path), cache.fs, oid)
+
+
+def report_of(root: Path, version: DataVersion) -> str | None:
+    """What was recorded beside a revision; None: nothing.
+
+    Raises:
+        RevisionError: Git does not have the revision.
+    """
+    rev = _commit_of(root, version)
+    try:
+        return git(root, "show", f"{rev}:{version.path}{REPORT}")
+    except RevisionError:
+        return None
+
+
+def _commit_of(root: Path, version: DataVersion) -> str:
+    """A commit that holds a revision: its own, or after a rewrite of the history another one with the same content.
+
+    Raises:
+        RevisionError: there is none any more.
+    """
+    try:
+        git(root, "cat-file", "-e", f"{version.rev}^{{commit}}")
+    except RevisionError:
+        for rev in git(root, "log", "--all", "--format=%H", "--", f"{version.path}.dvc").splitlines():
+            try:
+                same = resolve(root, version.path, version.line, rev).md5 == version.md5
+            except RevisionError:  # a commit that removes the pointer
+                continue
+            if same:
+                return rev
+        raise RevisionError(
+            f"revision {version.rev[:12]} of {version.line} is no longer in Git, its history was rewritten; fetch that commit from "
+            "another clone (`git fetch CLONE COMMIT`) and keep it with `git tag`, or record the data again with "
+            f"`ferry data add {version.line}`"
+        ) from None
+    return version.rev
 
 
 def _has_identity(root: Path) -> bool:
@@ -132,10 +242,11 @@ def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:
         raise RevisionError(f"revision {rev!r} holds no data for {line}; record some with `ferry data add {line}`") from None
 
 
-def log(root: Path, path: str, line: str) -> list[tuple[DataVersion, str]]:
-    """All revisions of a data folder with their commit messages, newest first."""
+def log(root: Path, path: str, line: str, newest: int | None = None) -> list[tuple[DataVersion, str]]:
+    """The revisions of a data folder with their commit messages, newest first; all of them, or so many."""
+    limit = [] if newest is None else [f"-{newest}"]
     try:
-        rows = git(root, "log", "--format=%H %s", "--", f"{path}.dvc").splitlines()
+        rows = git(root, "log", *limit, "--format=%H %s", "--", f"{path}.dvc").splitlines()
     except RevisionError:  # a repository without a commit
         return []
     return [(resolve(root, path, line, row.split(" ", 1)[0]), row.split(" ", 1)[1]) for row in rows]
@@ -178,23 +289,31 @@ def pull(root: Path, version: DataVersion, into: Path) -> Path:
     fresh.parent.mkdir(parents=True, exist_ok=True)
     from dvc.api import DVCFileSystem
 
+    rev = _commit_of(root, version)
     with _dvc(root) as repo:
         try:
-            DVCFileSystem(repo=str(repo.root_dir), rev=version.rev).get(version.path, str(fresh), recursive=True)
+            DVCFileSystem(repo=str(repo.root_dir), rev=rev).get(version.path, str(fresh), recursive=True)
         except Exception as error:  # what DVC and its file systems raise has no common base
             shutil.rmtree(fresh, ignore_errors=True)
-            raise RevisionError(
-                f"revision {version.rev[:12]} of {version.line} cannot be fetched: {_first_line(error)}; restore the "
-                "object in the DVC remote"
-            ) from error
+            raise _unfetched(version, error) from error
     if folder_md5(fresh) != version.md5:
         shutil.rmtree(fresh)
-        raise RevisionError(
-            f"revision {version.rev[:12]} of {version.line} is damaged in the DVC cache or remote: its bytes do not have "
-            "the recorded hash; delete the bad object from .dvc/cache and restore it in the remote"
-        )
+        raise _damaged(version)
     fresh.rename(place)
     return place
+
+
+def _unfetched(version: DataVersion, error: Exception) -> RevisionError:
+    return RevisionError(
+        f"revision {version.rev[:12]} of {version.line} cannot be fetched: {_first_line(error)}; restore the object in the DVC remote"
+    )
+
+
+def _damaged(version: DataVersion) -> RevisionError:
+    return RevisionError(
+        f"revision {version.rev[:12]} of {version.line} is damaged in the DVC cache or remote: its bytes do not have "
+        "the recorded hash; delete the bad object from .dvc/cache and restore it in the remote"
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -203,10 +322,16 @@ def _first_line(error: BaseException) -> str:
 
 def folder_md5(folder: Path) -> str:
     """DVC's hash of a folder, recomputed from its bytes: the md5 of the sorted list of relative paths and md5s."""
-    rows = [
-        {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.relative_to(folder).as_posix()}  # noqa: S324
-        for path in folder.rglob("*")
-        if path.is_file()
-    ]
-    rows.sort(key=lambda row: row["relpath"])
+    return list_md5(
+        {
+            path.relative_to(folder).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()  # noqa: S324
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+    )
+
+
+def list_md5(files: dict[str, str]) -> str:
+    """The same from the files' names and md5s."""
+    rows = [{"md5": md5, "relpath": name} for name, md5 in sorted(files.items())]
     return hashlib.md5(json.dumps(rows, sort_keys=True).encode()).hexdigest() + ".dir"  # noqa: S324

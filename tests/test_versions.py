@@ -12,7 +12,7 @@ import yaml
 
 from model.errors import RevisionError
 from model.scorecard import DataVersion
-from model.versions import add, folder_md5, git, init, is_dirty, log, pull, resolve
+from model.versions import add, files, folder_md5, git, init, is_dirty, log, missing, pull, report_of, resolve
 
 PATH, LINE = "data/parts", "parts"
 FILES = {"a.txt": "one", "deep/er/b.txt": "two", "metadata.jsonl": "{}"}
@@ -255,14 +255,115 @@ def test_damaged_list_is_never_followed(
     assert not list(tmp_path.rglob("stranger.txt"))
 
 
-def test_commit_without_data_is_refused(root: Path, version: DataVersion, tmp_path: Path) -> None:
-    foreign = version.model_copy(update={"rev": "1" * 40})
-    refused(root, foreign, tmp_path / "out", "of parts cannot be fetched: unknown Git revision")
+def rewrite_history(root: Path, keep_content: bool) -> None:
+    """Another commit in the place of the last one, as after an amend or a rebase, and the old one collected."""
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    if not keep_content:
+        write(root / PATH, {"a.txt": "something else"})
+        add(root, PATH, LINE, "another delivery")
+        git(root, "update-ref", "-d", "HEAD")
+    git(root, *identity, "commit", "--quiet", "--amend", "-m", "rewritten") if keep_content else git(
+        root, *identity, "commit", "-qm", "new"
+    )
+    git(root, "reflog", "expire", "--expire=now", "--all")
+    git(root, "gc", "--quiet", "--prune=now")
+
+
+def test_rewritten_history_delivers_same_content(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    rewrite_history(root, keep_content=True)
+    assert resolve(root, PATH, LINE).rev != version.rev
+    with pytest.raises(RevisionError, match="there is no data revision"):
+        resolve(root, PATH, LINE, version.rev)
+    assert read(pull(root, version, tmp_path / "out")) == FILES
+    assert set(files(root, version)) == set(FILES)
+
+
+def test_rewritten_history_without_the_content_says_what_to_do(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    rewrite_history(root, keep_content=False)
+    sentence = (
+        f"revision {version.rev[:12]} of parts is no longer in Git, its history was rewritten; fetch that commit from another clone .* "
+        "or record the data again with `ferry data add parts`"
+    )
+    with pytest.raises(RevisionError, match=sentence):
+        pull(root, version, tmp_path / "out")
+    for ask in (files, missing, report_of):
+        with pytest.raises(RevisionError, match=sentence):
+            ask(root, version)
 
 
 def test_delivery_must_have_recorded_hash(root: Path, version: DataVersion, tmp_path: Path) -> None:
     """A version whose hash was exchanged on its way is not satisfied with the commit's own data."""
     refused(root, version.model_copy(update={"md5": "0" * 32 + ".dir"}), tmp_path / "out", "do not have the recorded hash")
+
+
+def test_list_of_files_needs_no_bytes(root: Path, version: DataVersion) -> None:
+    for text in FILES.values():
+        damage(root, "both", text, None)
+    assert files(root, version) == {name: hashlib.md5(text.encode()).hexdigest() for name, text in FILES.items()}
+
+
+def test_damaged_list_is_refused_as_list(
+    root: Path, version: DataVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(root, "both", None, b"[]")
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "new site"))  # as a machine that never saw the list
+    with pytest.raises(RevisionError, match="is damaged in the DVC cache or remote|cannot be fetched"):
+        files(root, version)
+
+
+def test_remote_is_asked_for_each_file(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    """Where the list is there, DVC takes the files for there, too."""
+    assert missing(root, version) == []
+    damage(root, "remote", "two", None)
+    assert missing(root, version) == ["deep/er/b.txt"]
+    shutil.rmtree(tmp_path / "remote")
+    assert missing(root, version) == [*sorted(FILES), "(the list itself)"]
+
+
+def test_adding_again_sends_what_the_remote_lost(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    damage(root, "remote", "two", None)
+    assert add(root, PATH, LINE, "again") == version
+    forget_cache(root)
+    assert read(pull(root, version, tmp_path / "out")) == FILES
+
+
+def test_damaged_cache_is_not_sent(root: Path, version: DataVersion) -> None:
+    damage(root, "remote", "two", None)
+    damage(root, "cache", "two", b"2wo")
+    objects(root / ".dvc" / "cache", "two").chmod(0o444)  # as DVC left it: then it does not look again
+    with pytest.raises(RevisionError, match=r"does not have the recorded bytes of deep/er/b.txt; delete that object and repeat"):
+        add(root, PATH, LINE, "again")
+    assert missing(root, version) == ["deep/er/b.txt"]
+    objects(root / ".dvc" / "cache", "two").unlink()
+    add(root, PATH, LINE, "again")
+    assert missing(root, version) == []
+
+
+def test_remote_that_cannot_be_written_records_nothing(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "remote")
+    (tmp_path / "remote").write_text("a file where the folder was")
+    edit(root / PATH)
+    with pytest.raises(RevisionError) as caught:
+        add(root, PATH, LINE, "second delivery")
+    assert "\n" not in str(caught.value)
+    assert commits(root) == 1
+    (tmp_path / "remote").unlink()
+    assert missing(root, add(root, PATH, LINE, "second delivery")) == []
+
+
+def test_report_stays_with_its_revision(root: Path) -> None:
+    first = add(root, PATH, LINE, "first", lambda md5: f"of {md5}")
+    edit(root / PATH)
+    second = add(root, PATH, LINE, "second", lambda md5: f"of {md5}")
+    assert [report_of(root, version) for version in (first, second)] == [f"of {first.md5}", f"of {second.md5}"]
+    assert add(root, PATH, LINE, "again", lambda md5: "another report") == second
+    assert (report_of(root, second), commits(root)) == (f"of {second.md5}", 2)
+
+
+def test_log_can_be_cut(root: Path, version: DataVersion) -> None:
+    edit(root / PATH)
+    second = add(root, PATH, LINE, "second")
+    assert log(root, PATH, LINE, newest=1) == [(second, "second")]
 
 
 def edit(folder: Path) -> None:

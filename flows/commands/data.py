@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.shared import Json, answer, open_workspace, showing_progress, told_errors
-from model.errors import ModelError
+
+if TYPE_CHECKING:
+    from flows.data import Difference, Status
+    from model.arrival import Arrival, Balance, Changes, Drift, Listed
+
+SHOWN = 5  # names on a line; --json has them all
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data revisions: DVC keeps the bytes, Git their hashes.")
 
@@ -18,59 +23,180 @@ def data_add(
     message: Annotated[str, typer.Option("--message", "-m", help="What is new.")] = "new data",
     as_json: Json = False,
 ) -> None:
-    """Check a line's data folder and record it as a revision.
+    """Check a line's data folder, compare it with the last revision, and record it as a new one.
 
-    Images and captions that cannot be used are listed; they are recorded all the same but never trained on.
+    Images and captions that cannot be used are listed; they are recorded all the same but never trained on. What was found
+    (copies, leaks into the held-out images, balance, drift) is kept in Git beside the data, for `ferry data status`.
     """
     with told_errors():
-        from flows import progress
-        from model import data, versions
+        from flows import data
 
         workspace = open_workspace()
         settings = workspace.line(line)
         with showing_progress():
-            usable, held_out, bad = data.check(
-                workspace.root / settings.data, settings.text_length,
-                lambda done, total: progress.advance(f"check {line}", done, total),
-            )  # fmt: skip
-        if not usable:
-            name, why = next(iter(bad.items()))
-            raise _data_error(f"not one image in {settings.data} can be used, the first: {name} {why}")
-        for name, why in bad.items():
+            version, arrival = data.add(workspace, line, message)
+        for name, why in arrival.quarantine.items():
             typer.echo(f"{name} {why}", err=True)
-        if held_out < settings.gate.minimum_images:
+        if arrival.held_out < settings.gate.minimum_images:
             typer.echo(
-                f"only {held_out} images are held out for evaluation, the gate of {line} wants {settings.gate.minimum_images}: add more "
-                "images (or groups), or lower gate.minimum_images in ferry.toml and know less",
+                f"only {arrival.held_out} images are held out for evaluation, the gate of {line} wants {settings.gate.minimum_images}: "
+                "add more images (or groups), or lower gate.minimum_images in ferry.toml and know less",
                 err=True,
             )
-        with workspace.locked("data"), showing_progress():
-            progress.advance("record and push", 0, 1)
-            versions.init(workspace.root, workspace.data_remote, workspace.settings.stores.s3_endpoint)  # as ferry.toml says now
-            version = versions.add(workspace.root, settings.data, line, message)
-            progress.advance("record and push", 1, 1)
+        usable = arrival.training + arrival.held_out
+        bad = f", {len(arrival.quarantine)} files that cannot be used" if arrival.quarantine else ""
         answer(
-            as_json, version.model_dump() | {"usable": usable, "held_out": held_out, "unusable": bad},
-            f"{line} is at {version.rev[:12]}: {usable} usable images, {held_out} of them held out"
-            f"{f', {len(bad)} files that cannot be used' if bad else ''}",
+            as_json,
+            version.model_dump() | {
+                "usable": usable, "held_out": arrival.held_out, "unusable": arrival.quarantine, "arrival": arrival.model_dump(mode="json"),
+            },
+            "\n".join([f"{line} is at {version.rev[:12]}: {usable} usable images, {arrival.held_out} of them held out{bad}", *_findings(arrival)]),
         )  # fmt: skip
 
 
-def _data_error(message: str) -> ModelError:
-    from model.errors import DataError
+@data_app.command("status")
+def data_status(line: Annotated[str, typer.Argument(help="Whose data folder to look at.")], as_json: Json = False) -> None:
+    """Show what changed since the last revision, whether the remote holds it, what cannot be used, balance and drift."""
+    with told_errors():
+        from flows import data
 
-    return DataError(message)
+        workspace = open_workspace()
+        with showing_progress():
+            status = data.status(workspace, line)
+        answer(as_json, status.model_dump(mode="json"), "\n".join(_status(line, status)))
+
+
+@data_app.command("diff")
+def data_diff(
+    line: Annotated[str, typer.Argument(help="Whose revisions.")],
+    rev1: Annotated[str, typer.Argument(help="The earlier one: a commit, tag or branch.")],
+    rev2: Annotated[str, typer.Argument(help="The later one.")] = "HEAD",
+    as_json: Json = False,
+) -> None:
+    """Compare two data revisions: files, captions, balance and drift. Both are fetched and verified."""
+    with told_errors():
+        from flows import data
+
+        workspace = open_workspace()
+        with showing_progress():
+            difference = data.diff(workspace, line, rev1, rev2)
+        answer(as_json, difference.model_dump(mode="json"), "\n".join(_difference(difference)))
 
 
 @data_app.command("log")
 def data_log(line: Annotated[str, typer.Argument(help="Whose revisions.")], as_json: Json = False) -> None:
-    """List a line's data revisions, newest first."""
+    """List a line's data revisions, newest first, with the verdict on drift that was recorded with each."""
     with told_errors():
+        from flows import data
         from model import versions
 
         workspace = open_workspace()
         rows = versions.log(workspace.root, workspace.line(line).data, line)
+        found = [data.recorded(workspace, version) for version, _ in rows]
+        drifts = [arrival.drift if arrival else None for arrival in found]
         answer(
-            as_json, {"revisions": [v.model_dump() | {"message": m} for v, m in rows]},
-            "\n".join(f"{v.rev[:12]}  {v.files:6d} files  {v.bytes:>12,} bytes  {m}" for v, m in rows) or "no revision yet",
+            as_json,
+            {
+                "revisions": [
+                    v.model_dump() | {"message": m, "drift": d.model_dump(mode="json") if d else None}
+                    for (v, m), d in zip(rows, drifts, strict=True)
+                ]
+            },
+            "\n".join(
+                f"{v.rev[:12]}  {v.files:6d} files  {v.bytes:>12,} bytes  {_short(d):24}  {m}"
+                for (v, m), d in zip(rows, drifts, strict=True)
+            )
+            or "no revision yet",
         )  # fmt: skip
+
+
+def _short(drift: Drift | None) -> str:
+    if drift is None:
+        return "-"
+    tested = [p for p in (drift.p_images, drift.p_captions) if p is not None]
+    return f"{drift.verdict}{f', p = {min(tested):.3f}' if tested else ''}"
+
+
+def _names(names: list[str], n: int) -> str:
+    shown = ", ".join(names[:SHOWN])
+    return f"{shown}{f' and {n - SHOWN} more' if n > SHOWN else ''}"
+
+
+def _listed(listed: Listed) -> str:
+    return _names([" = ".join(row) for row in listed.first], max(listed.n, len(listed.first)))
+
+
+def _findings(arrival: Arrival) -> list[str]:
+    """What a person should know of an arrival, a line each; nothing of what is in order."""
+    duplicates = arrival.duplicates
+    lines = []
+    if duplicates.copies.n:
+        lines.append(f"{duplicates.copies.n} surplus copies: {_listed(duplicates.copies)}")
+    if duplicates.contradictions.n:
+        lines.append(f"{duplicates.contradictions.n} images with several captions: {_listed(duplicates.contradictions)}")
+    if duplicates.near.n:
+        lines.append(f"{duplicates.near.n} images look like another one: {_listed(duplicates.near)}")
+    if duplicates.leaks.n:
+        lines.append(
+            f"{duplicates.leaks.n} held-out images can be trained on under another name; give both the same group: "
+            f"{_listed(duplicates.leaks)}"
+        )
+    lines += _balance(arrival.balance)
+    if arrival.drift:
+        lines.append(f"{arrival.drift.verdict}: {arrival.drift.reason}")
+    return lines
+
+
+def _balance(balance: Balance) -> list[str]:
+    lines = [f"{balance.captions} captions, evenness {balance.evenness:.2f}"]
+    if balance.new.n:
+        lines.append(f"{balance.new.n} new captions: {_listed(balance.new)}")
+    if balance.gone.n:
+        lines.append(f"{balance.gone.n} captions are gone: {_listed(balance.gone)}")
+    if balance.thin.n:
+        lines.append(f"{balance.thin.n} captions with too few held-out images to judge them by: {_listed(balance.thin)}")
+    return lines
+
+
+def _changes(changes: Changes) -> list[str]:
+    lines = [
+        f"{len(names)} {what}: {_names(names, len(names))}"
+        for what, names in (("added", changes.added), ("changed", changes.changed), ("removed", changes.removed))
+        if names
+    ]
+    if changes.recaptioned:
+        told = [f"{name} ({before} → {after})" for name, before, after in changes.recaptioned]
+        lines.append(f"{len(told)} with another caption: {_names(told, len(told))}")
+    return lines
+
+
+def _status(line: str, status: Status) -> list[str]:
+    revision, arrival = status.revision, status.arrival
+    if revision is None:
+        lines = [f"{line} has no revision yet; record one with `ferry data add {line}`"]
+    elif status.dirty:
+        lines = [f"{line} holds changes since {revision.rev[:12]}; record them with `ferry data add {line}`"]
+    else:
+        lines = [f"{line} is at {revision.rev[:12]}, unchanged"]
+    lines += _changes(status.changes)
+    if status.remote_lacks:
+        lacks = status.remote_lacks
+        lines.append(
+            f"the remote lacks {len(lacks)} files of {line}: {_names(lacks, len(lacks))}; `ferry data add {line}` sends them"
+        )
+    elif revision:
+        lines.append(status.remote_error or "the remote holds all of it")
+    lines.append(f"{arrival.training + arrival.held_out} usable images, {arrival.held_out} of them held out")
+    lines += [f"quarantined: {name} {why}" for name, why in arrival.quarantine.items()]
+    return lines + _findings(arrival)
+
+
+def _difference(difference: Difference) -> list[str]:
+    counted = [f"{caption} ({before} → {after})" for caption, (before, after) in difference.captions.items()]
+    return [
+        f"{difference.before.rev[:12]} → {difference.after.rev[:12]}",
+        *(_changes(difference.changes) or ["the same files"]),
+        *_balance(difference.balance),
+        *([f"images by caption: {_names(counted, len(counted))}"] if counted else []),
+        f"{difference.drift.verdict}: {difference.drift.reason}",
+    ]

@@ -1,0 +1,163 @@
+"""Data revisions of a line: recorded with what was found in them, and compared with each other.
+
+What a look at a revision yields is kept in `work/sketches`, so that a revision is fetched and decoded once for all comparisons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from flows import progress
+from flows.workspace import Line, Workspace
+from model import arrival, data, versions
+from model.arrival import Arrival, Balance, Changes, Drift, Sketch
+from model.errors import DataError, RevisionError
+from model.scorecard import DataVersion, Frozen
+
+
+class Status(Frozen):
+    """How a line's data folder stands to its last revision."""
+
+    revision: DataVersion | None = Field(description="the last one recorded")
+    dirty: bool = Field(description="whether the folder holds something that no revision has")
+    changes: Changes = Field(description="the folder against the last revision")
+    remote_lacks: list[str] | None = Field(description="files of the revision that the remote does not hold; null: not known")
+    remote_error: str = Field(description="why that is not known")
+    arrival: Arrival = Field(description="what is in the folder; as recorded where it is not dirty")
+
+
+class Difference(Frozen):
+    """One revision against an earlier one."""
+
+    before: DataVersion
+    after: DataVersion
+    changes: Changes
+    balance: Balance
+    captions: dict[str, tuple[int, int]] = Field(description="captions whose number of images changed: before and after")
+    drift: Drift
+
+
+def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Arrival]:
+    """Look at a line's data folder, compare it with the last revision, record and push it together with what was found.
+
+    Raises:
+        DataError: not one image can be used; then nothing is recorded.
+        RevisionError: Git, DVC or the remote refuse.
+    """
+    settings = workspace.line(line)
+    after = _scan(workspace.root / settings.data, settings, line)
+    if not after.names:
+        name, why = next(iter(after.quarantine.items()))
+        raise DataError(f"not one image in {settings.data} can be used, the first: {name} {why}")
+    with workspace.locked("data"):
+        progress.advance("record and push", 0, 1)
+        versions.init(workspace.root, workspace.data_remote, workspace.settings.stores.s3_endpoint)  # as ferry.toml says now
+        found = _judge(workspace, line, after)
+
+        def report(md5: str) -> str:
+            return found.model_copy(update={"md5": md5}).model_dump_json(indent=1) + "\n"
+
+        version = versions.add(workspace.root, settings.data, line, message, report)
+        progress.advance("record and push", 1, 1)
+    after.save(_place(workspace, settings, version.md5))
+    return version, recorded(workspace, version) or found.model_copy(update={"md5": version.md5})
+
+
+def recorded(workspace: Workspace, version: DataVersion) -> Arrival | None:
+    """What was found when a revision was recorded; None: it was recorded without, or by another version of ferry."""
+    text = versions.report_of(workspace.root, version)
+    try:
+        found = Arrival.model_validate_json(text) if text else None
+    except ValidationError:
+        return None
+    return found if found and found.md5 == version.md5 else None
+
+
+def status(workspace: Workspace, line: str) -> Status:
+    """How the data folder stands: against its last revision, in the remote, and in itself.
+
+    Raises:
+        DataError: the folder cannot be read.
+        RevisionError: Git does not have the revision.
+    """
+    settings = workspace.line(line)
+    rows = versions.log(workspace.root, settings.data, line, newest=1)
+    last = rows[0][0] if rows else None
+    lacks: list[str] | None = None
+    error = "" if last else "nothing is recorded yet"
+    if last:
+        try:
+            lacks = versions.missing(workspace.root, last)
+        except RevisionError as refusal:
+            error = str(refusal)
+    dirty = last is None or versions.is_dirty(workspace.root, settings.data)
+    moved = arrival.file_changes({}, {})
+    found = recorded(workspace, last) if last and not dirty else None
+    if found is None:
+        after = _scan(workspace.root / settings.data, settings, line)
+        found = _judge(workspace, line, after)
+        if dirty:
+            before = _sketch(workspace, line, last)[0] if last else None
+            listed = versions.files(workspace.root, last) if last and before is None else {}
+            moved = arrival.changes(after, before) if before else arrival.file_changes(after.files, listed)
+    return Status(revision=last, dirty=dirty, changes=moved, remote_lacks=lacks, remote_error=error, arrival=found)
+
+
+def diff(workspace: Workspace, line: str, rev1: str, rev2: str) -> Difference:
+    """What the second revision has that the first has not, and the other way round; both are fetched and verified.
+
+    Raises:
+        RevisionError: a revision does not exist, or cannot be fetched whole.
+    """
+    settings = workspace.line(line)
+    before, after = (versions.resolve(workspace.root, settings.data, line, rev) for rev in (rev1, rev2))
+    old, new = (_fetched(workspace, line, version) for version in (before, after))
+    balances = {caption: (old.captions.count(caption), new.captions.count(caption)) for caption in {*old.captions, *new.captions}}
+    return Difference(
+        before=before, after=after, changes=arrival.changes(new, old), balance=arrival.balance(new, old),
+        captions={caption: counts for caption, counts in sorted(balances.items()) if counts[0] != counts[1]},
+        drift=arrival.drift(new, old),
+    )  # fmt: skip
+
+
+def _judge(workspace: Workspace, line: str, after: Sketch) -> Arrival:
+    """Against the last revision with other content: recording the same twice must not compare it with itself."""
+    md5 = versions.list_md5(after.files)
+    rows = versions.log(workspace.root, workspace.line(line).data, line, newest=2)
+    previous = next((version for version, _ in rows if version.md5 != md5), None)
+    before, why_not = _sketch(workspace, line, previous) if previous else (None, "")
+    return arrival.judge(after, before, previous, line, why_not)
+
+
+def _sketch(workspace: Workspace, line: str, version: DataVersion) -> tuple[Sketch | None, str]:
+    """A revision's sketch, or why it cannot be had: what arrives now is recorded all the same."""
+    try:
+        return _fetched(workspace, line, version), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def _fetched(workspace: Workspace, line: str, version: DataVersion) -> Sketch:
+    settings = workspace.line(line)
+    place = _place(workspace, settings, version.md5)
+    try:
+        return Sketch.load(place)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
+        folder = versions.pull(workspace.root, version, workspace.work / "data")
+        made = _scan(folder, settings, f"{line} {version.rev[:7]}")
+        made.save(place)
+        return made
+
+
+def _place(workspace: Workspace, settings: Line, md5: str) -> Path:
+    key = json.dumps([arrival.SKETCH_SCHEMA, md5, settings.text_length])
+    return workspace.work / "sketches" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+
+
+def _scan(folder: Path, settings: Line, label: str) -> Sketch:
+    return data.scan(folder, settings.text_length, lambda done, total: progress.advance(f"check {label}", done, total))
