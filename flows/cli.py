@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import ota
+from flows.commands import promotion
 from flows.commands.data import data_app
 from flows.commands.delta import delta_app
 from flows.commands.fleet import fleet_app, rollout_app
@@ -175,45 +176,11 @@ def evaluate(
         answer(as_json, measured.model_dump(mode="json"), measure.text(measured))
 
 
-@app.command()
-def promote(
-    subject: Annotated[str, typer.Argument(help="LINE/CONFIG/VARIANT, such as surfaces/I/full.")],
-    version: Annotated[int, typer.Argument(min=1, help="Version in MLflow.")],
-    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "promoted by hand",
-    overrule: Annotated[bool, typer.Option("--overrule", help="Although the gate did not let it through.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Make a version champion: MLflow's alias, and an entry in the ledger. Going back to an earlier champion works the same."""
-    with told_errors():
-        workspace = open_workspace()
-        from flows.promote import promote as make_champion
-        from registry.catalog import Subject
-
-        entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule)
-        answer(
-            as_json, entry.model_dump(mode="json") | {"sha256": entry.sha256},
-            f"{subject} version {version} is champion (ledger entry {entry.number}); publish it with `ferry release`",
-        )  # fmt: skip
-
-
-@app.command()
-def history(
-    subject: Annotated[str, typer.Argument(help="Only this subject, such as surfaces/I/full.")] = "", as_json: Json = False
-) -> None:
-    """Show the ledger, after checking that nobody changed it."""
-    with told_errors():
-        workspace = open_workspace()
-        from flows.promote import check_ledger
-
-        if subject:
-            workspace.line(subject.split("/", maxsplit=1)[0])
-        entries = workspace.ledger.entries(subject or None)
-        check_ledger(workspace)
-        answer(
-            as_json, {"entries": [e.model_dump(mode="json") for e in entries]},
-            "\n".join(f"{e.number:4d}  {e.when[:16]}  {e.who:10.10}  {e.kind:9}  {e.subject}: {e.why}" for e in entries)
-            or "nothing was decided yet",
-        )  # fmt: skip
+app.command()(promotion.promote)
+app.command()(promotion.rollback)
+app.command()(promotion.approve)
+app.command()(promotion.reconcile)
+app.command()(promotion.history)
 
 
 @app.command()

@@ -1,12 +1,23 @@
-"""Make a version champion, and say who is: the ledger first, MLflow's alias second, and both must say the same."""
+"""Make a version champion, and say who is: the ledger first, MLflow's alias second, and both must say the same.
+
+The order makes a kill harmless: before the ledger's entry nothing was decided; after it `reconcile`, or the same command again, moves the
+alias. What may become champion, and what a moved alias means, is in `registry.promotion`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from flows.workspace import Workspace
 from model.config import VariantName
-from registry.catalog import Subject, Version
+from model.scorecard import Frozen
+from registry.catalog import CHAMPION, Subject, Version
 from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
-from registry.ledger import Entry
+from registry.ledger import START, Entry
+from registry.promotion import Alias, Answer, How, Standing, before, check, settle, standing
+
+REFUSED = "promotion.refused"  # tag of a version: why an alias set to it was put back
+MOVES = 100  # of an alias, while others promote the same subject
 
 
 def champions(workspace: Workspace, line: str, device_class: str) -> dict[VariantName, Version]:
@@ -22,11 +33,11 @@ def champions(workspace: Workspace, line: str, device_class: str) -> dict[Varian
         champion = workspace.catalog.champion(subject)
         if champion is None:
             raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {line}`, or `ferry promote`")
-        made = promotions(workspace, subject)
-        if not made or made[-1].facts["version"] != champion.number:
+        now = _standing(workspace, subject)
+        if now.version != champion.number or now.weights != champion.weights_sha256:
             raise CatalogError(
-                f"MLflow says {subject} {champion.number} is champion, the ledger does not; run `ferry promote {subject} VERSION "
-                "--reason ...` with the version that is meant"
+                f"MLflow says {subject} {champion.number} is champion, the ledger does not; `ferry reconcile` settles it, or `ferry promote "
+                f"{subject} VERSION --reason ...` with the version that is meant"
             )
         found[variant] = champion
     return found
@@ -38,65 +49,259 @@ def promotions(workspace: Workspace, subject: Subject, overruled: bool = True) -
     return [e for e in entries if overruled or not e.facts["overruled"]]
 
 
-def check_ledger(workspace: Workspace) -> None:
+def check_ledger(workspace: Workspace) -> dict[str, int]:
     """Hold the ledger against the heads that were signed into releases.
+
+    Returns:
+        for each of these releases the number of the entry that was the last.
 
     Raises:
         LedgerError: entries that were there when a release was signed are gone.
     """
+    numbers = {entry_sha256: number for number, entry_sha256 in enumerate(workspace.ledger.hashes(), start=1)}
+    signed: dict[str, int] = {}
     for line, settings in workspace.settings.lines.items():
         for device_class in settings.classes:
             for release in workspace.repository.releases(line, device_class):
-                if not workspace.ledger.holds(release.ledger):
+                if release.ledger not in numbers and release.ledger != START:
                     raise LedgerError(
                         f"the ledger lacks what {line}/{device_class} release {release.seq} was signed with: entries were cut off; "
                         "restore the database"
                     )
+                signed[f"{line}/{device_class} release {release.seq}"] = numbers.get(release.ledger, 0)
+    return signed
 
 
 def promote(workspace: Workspace, subject: Subject, number: int, reason: str, overrule: bool = False) -> Entry:
     """Point `champion` at a version and record why.
 
     A version that became champion through the gate may always be gone back to. Any other must have passed the gate against the present
-    champion, unless the gate is overruled, which is recorded as such.
+    champion, unless the gate is overruled, which is recorded as such. Of two calls that start from the same champion at the same moment,
+    one wins and the other is told.
 
     Raises:
-        CatalogError: there is no such version.
-        PromotionError: the gate did not let it through, or judged it against another champion.
-        StoreError: MLflow or the database failed; the ledger holds what was decided, so repeat the command.
+        CatalogError: there is no such version, or it was not registered by ferry.
+        PromotionError: the gate did not let it through, or judged it against another champion, or somebody was faster.
+        StoreError: MLflow or the database failed; if the ledger holds the decision, the message says so.
         BusyError: another process is recording something.
     """
+    expected = _standing(workspace, subject)  # before waiting for the lock: who waits must not overwrite what it has not seen
     with workspace.locked("records"):
-        return _promote(workspace, subject, number, reason, overrule)
+        return _promote(workspace, subject, number, reason, expected, "command", overrule)
 
 
-def _promote(workspace: Workspace, subject: Subject, number: int, reason: str, overrule: bool) -> Entry:
+def rollback(workspace: Workspace, subject: Subject, reason: str, to: int | None = None) -> Entry:
+    """Make an earlier champion champion again: the one before the present one, or `to`; it must have passed the gate.
+
+    Raises:
+        CatalogError, PromotionError, StoreError, BusyError: as `promote`; also where there is nothing to go back to.
+    """
+    expected = _standing(workspace, subject)
+    with workspace.locked("records"):
+        last = expected.champion
+        cut = last and last.facts.get("how") == "rollback" and workspace.catalog.follows(subject) != last.number
+        if last and cut and to in (None, expected.version):  # going on from here would go back twice
+            _point(workspace, subject)
+            return last
+        number = before(str(subject), expected) if to is None else to
+        if number == expected.version:
+            raise PromotionError(f"{subject} {number} is champion already; nothing was changed")
+        if number not in expected.passed:
+            raise PromotionError(
+                f"{subject} {number} never was champion through the gate; `ferry promote {subject} {number}` asks the gate"
+            )
+        return _promote(workspace, subject, number, reason, expected, "rollback")
+
+
+def _standing(workspace: Workspace, subject: Subject) -> Standing:
+    return standing(workspace.ledger.entries(str(subject)))
+
+
+def _promote(
+    workspace: Workspace,
+    subject: Subject,
+    number: int,
+    reason: str,
+    expected: Standing,
+    how: How,
+    overrule: bool = False,
+    who: str | None = None,
+) -> Entry:
     version = workspace.catalog.version(subject, number)
-    current = workspace.catalog.champion(subject)
-    before = [e.facts["version"] for e in promotions(workspace, subject, overruled=False)]
-    if not overrule and number not in before:
-        if version.outcome != "promote":
-            raise PromotionError(
-                f"the gate answered {version.outcome!r} for {subject} {number}: {version.tags['gate.reason']}; to promote it all "
-                "the same, add --overrule and a --reason that will be recorded"
-            )
-        judged, present = version.tags["gate.champion"], current.weights_sha256 if current else ""
-        if judged != present:
-            raise PromotionError(
-                f"{subject} {number} was judged against another champion than the present one; run `ferry retrain` again, or "
-                "add --overrule and a --reason"
-            )
-    entry = workspace.ledger.append(
-        "promotion", str(subject), reason,
-        {
-            "version": number, "from": current.number if current else None, "weights": version.weights_sha256,
-            "gate": version.outcome, "decision": version.tags["gate.decision"], "overruled": overrule,
-        },
-    )  # fmt: skip
-    workspace.catalog.promote(subject, number)
-    seen = workspace.catalog.champion(subject)
-    if seen is None or seen.number != number:
-        raise StoreError(
-            f"MLflow's alias of {subject} was changed at the same moment; the ledger says {number}, repeat the command"
+    weights = version.tags.get("weights.sha256")
+    if weights is None:
+        raise CatalogError(
+            f"{subject} {number} was put into MLflow by hand, without scorecard and bundle; `ferry retrain` makes one"
         )
+
+    def may_follow(entries: list[Entry]) -> None:
+        now = standing(entries)
+        _check_unmoved(subject, expected, now)
+        if not overrule:
+            check(str(subject), number, weights, now)
+
+    if expected.champion and (expected.version, expected.weights) == (number, weights):
+        _check_unmoved(subject, expected, _standing(workspace, subject))
+        entry = expected.champion  # decided before; perhaps the alias was not moved
+    else:
+        facts = {
+            "version": number, "from": expected.version, "weights": weights, "gate": version.tags.get("gate.outcome", ""),
+            "decision": version.tags.get("gate.decision", ""), "overruled": overrule, "how": how,
+        }  # fmt: skip
+        entry = workspace.ledger.append("promotion", str(subject), reason, facts, may_follow, who)
+    try:
+        _point(workspace, subject)
+    except StoreError as error:
+        raise StoreError(
+            f"the ledger holds it as entry {entry.number}, but MLflow's alias of {subject} did not move ({error}); `ferry reconcile` "
+            "completes it"
+        ) from error
     return entry
+
+
+def _check_unmoved(subject: Subject, expected: Standing, now: Standing) -> None:
+    if now.champion and now.number != expected.number:
+        raise PromotionError(
+            f"{now.champion.who} made {subject} {now.version} champion at the same moment (ledger entry {now.number}: {now.champion.why}); "
+            "look at it, and repeat your command if it is still meant"
+        )
+
+
+def _point(workspace: Workspace, subject: Subject) -> None:
+    """Move MLflow's alias to where the ledger says, and note which entry it follows.
+
+    Other hosts may promote meanwhile, and MLflow knows no compare-and-set: whoever moved the alias looks at the ledger once more.
+    """
+    for _ in range(MOVES):
+        now = _standing(workspace, subject)
+        if now.version is None:
+            workspace.catalog.clear_alias(subject, CHAMPION)
+        else:
+            workspace.catalog.promote(subject, now.version)
+        seen = workspace.catalog.champion(subject)
+        if _standing(workspace, subject).number == now.number and (seen.number if seen else None) == now.version:
+            workspace.catalog.follow(subject, now.number)
+            return
+    raise StoreError(f"MLflow's alias of {subject} is moved by somebody else again and again; the ledger says {now.version}")
+
+
+class Settled(Frozen):
+    """What `reconcile` found of one subject."""
+
+    subject: str
+    answer: Answer
+    text: str
+
+
+def reconcile(workspace: Workspace, lines: Collection[str] | None = None) -> list[Settled]:
+    """Hold MLflow's champion aliases against the ledger and settle where they differ; see `registry.promotion`.
+
+    Args:
+        workspace: where.
+        lines: only these; None: all.
+
+    Raises:
+        LedgerError, StoreError, BusyError: nothing was settled of the subject at which it stopped; call it again.
+    """
+    with workspace.locked("records"):
+        return [_settle(workspace, subject) for subject in _subjects(workspace, lines)]
+
+
+def _subjects(workspace: Workspace, lines: Collection[str] | None = None) -> list[Subject]:
+    return [
+        Subject(line=name, configuration=configuration, variant=variant)
+        for name, line in workspace.settings.lines.items()
+        if lines is None or name in lines
+        for configuration, variant in line.combinations()
+    ]
+
+
+def _settle(workspace: Workspace, subject: Subject) -> Settled:
+    entries = workspace.ledger.entries(str(subject))
+    now = standing(entries)
+    seen = workspace.catalog.champion(subject)
+    follows = workspace.catalog.follows(subject)
+    alias = Alias(seen.number if seen else None, seen.tags.get("weights.sha256", "") if seen else "", follows)
+    answer, why = settle(str(subject), alias, now, workspace.needs_approval(subject.line))
+    if answer == "agrees":
+        if follows != now.number:
+            workspace.catalog.follow(subject, now.number)
+        return Settled(subject=str(subject), answer=answer, text=why)
+    if answer == "recorded" and seen:
+        try:
+            _promote(workspace, subject, seen.number, why, now, "alias", who="unknown")
+        except PromotionError:  # another host was faster, so its promotion is what counts
+            return _settle(workspace, subject)
+        return Settled(subject=str(subject), answer=answer, text=f"{subject} {seen.number} is champion {why}")
+    if answer == "refused" and alias.version is not None:
+        facts = {"how": "alias", "version": alias.version, "champion": now.version}
+        # Set to the same version again, it is put back again, but fills neither ledger nor page.
+        if not entries or (entries[-1].kind, entries[-1].facts, entries[-1].why) != ("refusal", facts, why):
+            workspace.ledger.append("refusal", str(subject), why, facts, who="unknown")
+        workspace.catalog.note(subject, alias.version, REFUSED, why)
+    try:
+        if now.version is not None:
+            workspace.catalog.version(subject, now.version)
+    except CatalogError:
+        lost = f"the champion {subject} {now.version} was deleted in MLflow; restore MLflow, or `ferry rollback {subject} --reason ...`"
+        return Settled(subject=str(subject), answer="lost", text=lost)
+    _point(workspace, subject)
+    back = f"version {now.version}" if now.version else "none"
+    return Settled(subject=str(subject), answer=answer, text=f"MLflow's champion of {subject} is {back} again: {why}")
+
+
+def ask(workspace: Workspace, subject: Subject, version: Version, reason: str) -> Entry | None:
+    """Let a version that passed the gate wait for a person; returns who refused it, where somebody did.
+
+    Raises:
+        StoreError, LedgerError, BusyError: as `promote`.
+    """
+    with workspace.locked("records"):
+        now = _standing(workspace, subject)
+        if version.number in now.refused:
+            return now.refused[version.number]
+        if version.number not in now.waiting:
+            workspace.ledger.append(
+                "pending", str(subject), reason, {"version": version.number, "weights": version.weights_sha256}
+            )
+    return None
+
+
+def waiting(workspace: Workspace) -> list[Entry]:
+    """What waits for approval, one entry for each subject at most."""
+    return [entry for subject in _subjects(workspace) for entry in _standing(workspace, subject).waiting.values()]
+
+
+def approve(
+    workspace: Workspace, subject: Subject, number: int, reason: str, refuse: bool = False, who: str | None = None
+) -> Entry:
+    """Promote what waits for approval, or refuse it; a refused version is not asked about again.
+
+    Args:
+        workspace: where.
+        subject: whose version.
+        number: the version.
+        reason: given by the person.
+        refuse: instead of promoting it.
+        who: decided; None: the user of this process.
+
+    Raises:
+        PromotionError: it does not wait, or was judged against another champion than the present one.
+        CatalogError, StoreError, BusyError: as `promote`.
+    """
+    expected = _standing(workspace, subject)
+    if number not in expected.waiting:
+        listed = ", ".join(str(version) for version in expected.waiting) or "nothing"
+        raise PromotionError(f"{subject} {number} does not wait for approval; of {subject} waits {listed}")
+    with workspace.locked("records"):
+        if not refuse:
+            return _promote(workspace, subject, number, reason, expected, "approval", who=who)
+
+        def still_waits(entries: list[Entry]) -> None:
+            now = standing(entries)
+            _check_unmoved(subject, expected, now)
+            if number not in now.waiting:
+                raise PromotionError(f"somebody refused {subject} {number} at the same moment; nothing was changed")
+
+        facts = {"how": "approval", "version": number}
+        return workspace.ledger.append("refusal", str(subject), reason, facts, still_waits, who)

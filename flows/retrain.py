@@ -25,7 +25,7 @@ from prefect.tasks import exponential_backoff
 
 from flows import pages, progress, triggers, watch
 from flows.errors import VariantError, WorkspaceError
-from flows.promote import promote, promotions
+from flows.promote import ask, promote, promotions, reconcile
 from flows.workspace import Line, Training, Workspace
 from model import distill, evaluate, export, features, session, train, versions
 from model.config import TEACHERS, ConfigurationName, ModelConfig, PrecisionName, VariantName, canonical_sha256
@@ -195,7 +195,10 @@ def register_model(root: str, checkpoint: str, exported: str, evaluated: dict[st
         if not any(e.facts.get("decision") == made.sha256 for e in workspace.ledger.entries(str(subject))):
             workspace.ledger.append(
                 "gate", str(subject), made.reason,
-                {"version": version.number, "outcome": made.outcome, "decision": made.sha256, "scorecard": made.scorecard},
+                {
+                    "version": version.number, "outcome": made.outcome, "decision": made.sha256, "scorecard": made.scorecard,
+                    "champion": made.champion or "",
+                },
             )  # fmt: skip
     return version.number
 
@@ -218,7 +221,8 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
 
     Returns:
         one `Retrained`, as plain data, for each configuration and variant; the outcome of a student whose teacher has no version
-        that passed the gate is "no teacher", its version 0.
+        that passed the gate is "no teacher", its version 0; of one that passed it and waits for a person "pending", and "refused" of
+        one that a person refused.
 
     Raises:
         VariantError: some variants failed; the others are done and registered, and stay so when it is repeated.
@@ -226,6 +230,7 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
     workspace = Workspace(Path(root))
     settings = workspace.line(line)
     with workspace.locked("retraining"), pages.progress():
+        reconcile(workspace, [line])  # what is trained from, and judged against, is the ledger's champion
         data = versions.resolve(workspace.root, settings.data, line, rev)
         pull_data(root, data.model_dump())
         ladders = settings.ladders()
@@ -407,7 +412,7 @@ def _retrain_one(
         judged = judge_and_register(workspace, checkpoint, theirs, champion, together * len(starts), winners, full)
         if judged.fit:
             teachers.files[configuration, variant] = {"checkpoint": checkpoint, "bundle": judged.bundle}
-        if judged.row.outcome == "promote":
+        if judged.row.outcome in ("promote", "pending", "refused"):  # the gate let it through
             break
     return judged.row
 
@@ -509,7 +514,7 @@ def judge_and_register(
     decision = decide(card, limits, budget, champion.weights_sha256 if champion else None, together)
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))
     pages.decision(subject, number, decision, Path(evaluated["samples"]))
-    promoted, reason = False, decision.reason
+    promoted, reason, outcome = False, decision.reason, str(decision.outcome)
     numbers = [e.facts["version"] for e in promotions(workspace, subject)]
     taken_back = number in numbers[:-1] and numbers[-1] != number  # somebody went back from it; a schedule must not undo that
     if decision.outcome == "promote" and winners:
@@ -517,12 +522,20 @@ def judge_and_register(
             reason = f"{reason}; it was taken back, so promote it by hand if it is to come again"
         else:
             current = workspace.catalog.champion(subject)
-            if current is None or current.number != number:
+            promoted = current is not None and current.number == number
+            if not promoted and workspace.needs_approval(data.line):
+                refused = ask(workspace, subject, workspace.catalog.version(subject, number), decision.reason)
+                outcome = "refused" if refused else "pending"
+                reason = (
+                    f"{refused.who} refused it: {refused.why}"
+                    if refused
+                    else f"{reason}; `ferry approve {subject} {number}` promotes it"
+                )
+            elif not promoted:
                 promote(workspace, subject, number, decision.reason)
-            promoted = True
+                promoted = True
     row = Retrained(
-        subject=str(subject), data_rev=data.rev, version=number, outcome=decision.outcome, reason=reason, n=decision.n,
-        promoted=promoted,
+        subject=str(subject), data_rev=data.rev, version=number, outcome=outcome, reason=reason, n=decision.n, promoted=promoted,
     )  # fmt: skip
     return _Judged(row, exported, decision.outcome == "promote" and not taken_back)
 

@@ -125,6 +125,7 @@ class Line(Section):
     distillation: Training = Training(steps=200, learning_rate=5e-4, update_grid=2.0)
     sampler: Sampler = Sampler()
     gate: Gate = Gate()
+    require_approval: bool | None = Field(default=None, description="of promotions, by a person; None: as the workspace says")
     classes: dict[LineName, DeviceClass] = Field(default={"edge": DeviceClass()}, min_length=1)
 
     @model_validator(mode="after")
@@ -183,6 +184,8 @@ class Settings(Section):
     parallel: int = Field(default=1, ge=1, le=8, description="configurations that are retrained at a time")
     stores: Stores = Stores()
     prices: Prices = Prices()
+    require_approval: bool = Field(default=False, description="a winner waits for a person; see `ferry approve`")
+    poll_seconds: float = Field(default=60, ge=1, le=86_400, description="between looks at MLflow's aliases in `ferry serve`")
     lines: dict[LineName, Line] = Field(min_length=1)
 
 
@@ -236,6 +239,11 @@ class Workspace:
         except KeyError:
             known = ", ".join(self.line(line).classes)
             raise WorkspaceError(f"line {line} has no device class {name!r} in {SETTINGS}; it has {known}") from None
+
+    def needs_approval(self, line: str) -> bool:
+        """Whether what wins waits for a person."""
+        own = self.line(line).require_approval
+        return self.settings.require_approval if own is None else own
 
     @property
     def database(self) -> str:
@@ -400,6 +408,8 @@ def template(lines: list[str]) -> str:
     head = """\
 # A DeltaFerry workspace. Relative paths start at this folder.
 schema = 1
+require_approval = false           # true: what wins waits for `ferry approve`; a line may say otherwise for itself
+poll_seconds = 60                  # how often `ferry serve` looks whether an alias was moved in MLflow
 
 [stores]
 data = "dvc-remote"                # where DVC keeps the bytes of the data: a folder or s3://bucket/prefix

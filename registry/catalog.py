@@ -43,6 +43,7 @@ from mlflow.types import Schema, TensorSpec
 
 CHAMPION, CHALLENGER, ANCHOR = "champion", "challenger", "anchor"  # aliases
 CHECKPOINT, BUNDLE = "checkpoint", "bundle"
+FOLLOWS = "ledger.champion"  # tag of a registered model: the entry that its champion alias follows; see registry/promotion.py
 TRAINING = "training.key"  # tag of a run that was opened for a training
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -233,6 +234,28 @@ class Catalog:
         self.version(subject, number)
         with _foreign_errors():
             self._client.set_registered_model_alias(subject.model, alias, str(number))
+
+    def clear_alias(self, subject: Subject, alias: str) -> None:
+        """Take an alias away."""
+        with _foreign_errors():
+            self._client.delete_registered_model_alias(subject.model, alias)
+
+    def follows(self, subject: Subject) -> int:
+        """Number of the ledger's entry after which the champion alias was last pointed; 0 where none is named."""
+        with _foreign_errors():
+            found = self._client.search_registered_models(f"name = '{subject.model}'")
+        said = found[0].tags.get(FOLLOWS, "") if found else ""
+        return int(said) if said.isascii() and said.isdigit() else 0
+
+    def follow(self, subject: Subject, entry: int) -> None:
+        """Note after which entry of the ledger the champion alias was pointed."""
+        with _foreign_errors():
+            self._client.set_registered_model_tag(subject.model, FOLLOWS, str(entry))
+
+    def note(self, subject: Subject, number: int, name: str, text: str) -> None:
+        """Say something of a version where people read it in MLflow: a tag."""
+        with _foreign_errors():
+            self._client.set_model_version_tag(subject.model, str(number), name, text[:4900])
 
     def champion(self, subject: Subject) -> Version | None:
         """The present champion."""

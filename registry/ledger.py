@@ -9,20 +9,22 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from sqlalchemy import Column, Integer, MetaData, String, Table, Text, create_engine, insert, select
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
 from model.scorecard import Frozen, Sha256
 from registry.errors import LedgerError, StoreError
 
 START: Sha256 = "0" * 64
-Kind = Literal["gate", "promotion", "release", "rollout", "halt", "trigger"]
+Kind = Literal["gate", "promotion", "pending", "refusal", "release", "rollout", "halt", "trigger"]
+ATTEMPTS = 100  # of recording; each that fails was lost to somebody who recorded something
 
 _metadata = MetaData()
 _entries = Table(
@@ -63,30 +65,50 @@ class Ledger:
         """Give the connections back."""
         self._engine.dispose()
 
-    def append(self, kind: Kind, subject: str, why: str, facts: dict[str, Any]) -> Entry:
+    def append(
+        self,
+        kind: Kind,
+        subject: str,
+        why: str,
+        facts: dict[str, Any],
+        guard: Callable[[list[Entry]], None] | None = None,
+        who: str | None = None,
+    ) -> Entry:
         """Record a decision.
+
+        The number is the table's primary key and each entry names the one before it: of two processes that record at the same
+        moment, on one host or on several, the database lets one through, and the other looks again at what is there by then.
 
         Args:
             kind: of decision.
             subject: what it is about, such as surfaces/I/full.
             why: the reason given.
             facts: numbers and hashes; must be JSON.
+            guard: is given the subject's entries right before; raises what forbids the new one. None: nothing does.
+            who: decided; None: the user of this process.
 
         Raises:
-            StoreError: the database refuses, or somebody else wrote at the same moment (nothing was recorded).
+            LedgerError: an entry was changed or removed.
+            StoreError: the database refuses, or others record without end (nothing was recorded).
         """
-        with _foreign_errors(), self._engine.begin() as connection:
-            last = connection.execute(select(_entries).order_by(_entries.c.number.desc()).limit(1)).first()
-            entry = Entry(
-                number=last.number + 1 if last else 1, previous=last.sha256 if last else START, kind=kind, subject=subject,
-                who=_user(), when=datetime.now(UTC).isoformat(timespec="seconds"), why=why, facts=facts,
-            )  # fmt: skip
-            body = json.dumps(entry.model_dump(mode="json"), sort_keys=True)
-            try:
-                connection.execute(insert(_entries).values(number=entry.number, sha256=_hash(body), body=body))
-            except IntegrityError as error:
-                raise StoreError("somebody else recorded a decision at the same moment; repeat yours") from error
-        return entry
+        for _ in range(ATTEMPTS):
+            with _foreign_errors():
+                with self._engine.connect() as connection:
+                    chain, last = _read(connection)
+                if guard:
+                    guard([entry for entry in chain if entry.subject == subject])
+                entry = Entry(
+                    number=len(chain) + 1, previous=last, kind=kind, subject=subject, who=who or user(),
+                    when=datetime.now(UTC).isoformat(timespec="seconds"), why=why, facts=facts,
+                )  # fmt: skip
+                body = json.dumps(entry.model_dump(mode="json"), sort_keys=True)
+                try:
+                    with self._engine.begin() as connection:
+                        connection.execute(insert(_entries).values(number=entry.number, sha256=_hash(body), body=body))
+                except IntegrityError:
+                    continue
+            return entry
+        raise StoreError("others recorded decisions at the same moments, again and again; repeat yours")
 
     def entries(self, subject: str | None = None) -> list[Entry]:
         """Entries in order, checked along the chain.
@@ -94,17 +116,19 @@ class Ledger:
         Raises:
             LedgerError: an entry was changed or removed.
         """
-        found, previous = [], START
         with _foreign_errors(), self._engine.connect() as connection:
-            rows = connection.execute(select(_entries).order_by(_entries.c.number)).all()
-        for expected, row in enumerate(rows, start=1):
-            entry = Entry.model_validate_json(row.body) if row.sha256 == _hash(row.body) else None
-            if entry is None or (row.number, entry.number, entry.previous) != (expected, expected, previous):
-                raise LedgerError(f"entry {row.number} of the ledger was changed after it was written; restore the database")
-            previous = row.sha256
-            if subject is None or entry.subject == subject:
-                found.append(entry)
-        return found
+            found, _ = _read(connection)
+        return [entry for entry in found if subject is None or entry.subject == subject]
+
+    def hashes(self) -> list[Sha256]:
+        """Hash of each entry in order, after a check of the chain.
+
+        Raises:
+            LedgerError: an entry was changed or removed.
+        """
+        with _foreign_errors(), self._engine.connect() as connection:
+            found, last = _read(connection)
+        return [*(entry.previous for entry in found[1:]), last] if found else []
 
     def head(self) -> Sha256:
         """Hash of the last entry."""
@@ -119,11 +143,37 @@ class Ledger:
         return digest == START or known is not None
 
 
+def _read(connection: Connection) -> tuple[list[Entry], Sha256]:
+    """Every entry, checked along the chain, and the hash of the last."""
+    try:
+        rows = connection.execute(select(_entries).order_by(_entries.c.number)).all()
+    except OperationalError as error:
+        if "decode" not in str(error):  # SQLite's word for text that is not UTF-8 any more
+            raise
+        raise LedgerError("an entry of the ledger was changed after it was written; restore the database") from error
+    found, previous = [], START
+    for expected, row in enumerate(rows, start=1):
+        whole = isinstance(row.body, str) and row.sha256 == _hash(row.body)
+        try:
+            entry = Entry.model_validate_json(row.body) if whole else None
+        except ValidationError as error:
+            raise LedgerError(
+                f"entry {row.number} of the ledger was changed after it was written, or a newer ferry wrote it; restore the database, "
+                "or update ferry"
+            ) from error
+        if entry is None or (row.number, entry.number, entry.previous) != (expected, expected, previous):
+            raise LedgerError(f"entry {row.number} of the ledger was changed after it was written; restore the database")
+        previous = row.sha256
+        found.append(entry)
+    return found, previous
+
+
 def _hash(body: str) -> Sha256:
-    return hashlib.sha256(body.encode()).hexdigest()
+    return hashlib.sha256(body.encode(errors="surrogatepass")).hexdigest()
 
 
-def _user() -> str:
+def user() -> str:
+    """Who runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a user id without a name, as in many containers

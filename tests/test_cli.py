@@ -111,6 +111,7 @@ def test_version_is_told_without_a_command():
         ("data", "add", "shapes"), ("data", "log", "shapes"), ("retrain", "shapes"), ("promote", "shapes/I/full", "1"), ("history",),
         ("evaluate", "shapes/I/full"), ("release", "shapes"), ("rollout", "start", "shapes"), ("rollout", "halt", "shapes"), ("rollout", "status", "shapes"),
         ("fleet", "status"), ("trust", "refresh"), ("trust", "renew"), ("rollout", "renew", "shapes"), ("trust", "status"), ("report",), ("serve",),
+        ("rollback", "shapes/I/full"), ("approve",), ("reconcile",), ("history", "--verify"),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -126,6 +127,8 @@ def test_outside_a_workspace_everything_says_so(arguments: tuple[str, ...], tmp_
         (("retrain", "shapes", "--data", "v9"), "there is no data revision 'v9'; `ferry data log shapes` lists them"),
         (("promote", "shapes", "1"), "is not LINE/CONFIG/VARIANT"),
         (("promote", "shapes/I/full", "7"), "has no version 7; there is none yet, run `ferry retrain`"),
+        (("rollback", "shapes"), "is not LINE/CONFIG/VARIANT"),
+        (("approve", "shapes/I/slow", "1", "--reason", "x"), "is not LINE/CONFIG/VARIANT"),
         (("release", "shapes/huge"), "line shapes has no device class 'huge'"),
         (("rollout", "start", "shapes"), "has no release"),
         (("rollout", "start", "shapes", "--waves", "ten"), "has no release"),

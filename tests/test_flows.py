@@ -229,12 +229,10 @@ def test_interrupted_registration_is_not_repeated(workspace: Workspace):
 
 
 def test_alias_set_by_hand_is_neither_trusted_nor_built_on(workspace: Workspace):
-    from flows.promote import champions, promote
+    from flows.promote import champions
 
     before = kinds(workspace)
     workspace.catalog.promote(SUBJECT, 2)  # as somebody might in MLflow's page
-    with pytest.raises(PromotionError, match="was judged against another champion than the present one"):
-        promote(workspace, SUBJECT, 2, "late")
     with pytest.raises(CatalogError, match="MLflow says shapes/I/full 2 is champion, the ledger does not"):
         champions(workspace, "shapes", "edge")
     workspace.catalog.promote(SUBJECT, 1)

@@ -1,0 +1,152 @@
+"""`ferry promote`, `rollback`, `approve`, `reconcile` and `history`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands.shared import Json, answer, open_workspace, told_errors
+
+if TYPE_CHECKING:
+    from registry.ledger import Entry
+
+SubjectName = Annotated[str, typer.Argument(metavar="SUBJECT", help="LINE/CONFIG/VARIANT, such as surfaces/I/full.")]
+
+
+def promote(
+    subject: SubjectName,
+    version: Annotated[int, typer.Argument(min=1, help="Version in MLflow.")],
+    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "promoted by hand",
+    overrule: Annotated[bool, typer.Option("--overrule", help="Although the gate did not let it through.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a version champion: an entry in the ledger, and MLflow's alias.
+
+    Of two promotions from the same champion at the same moment one wins, and the other is told.
+    """
+    with told_errors():
+        workspace = open_workspace()
+        from flows.promote import promote as make_champion
+        from registry.catalog import Subject
+
+        entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule)
+        answer(
+            as_json, _plain(entry), f"{subject} version {version} is champion (ledger entry {entry.number}); {_publish(subject)}"
+        )
+
+
+def rollback(
+    subject: SubjectName,
+    to: Annotated[
+        int | None, typer.Option("--to", min=1, show_default=False, help="An earlier champion; the one before by default.")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "taken back by hand",
+    as_json: Json = False,
+) -> None:
+    """Make an earlier champion champion again; it must have passed the gate in its time. Devices follow once it is released.
+
+    Called twice, it goes back twice.
+    """
+    with told_errors():
+        workspace = open_workspace()
+        from flows.promote import rollback as take_back
+        from registry.catalog import Subject
+
+        entry = take_back(workspace, Subject.parse(subject), reason, to)
+        answer(
+            as_json, _plain(entry),
+            f"{subject} version {entry.facts['version']} is champion again, in place of {entry.facts['from']} (ledger entry {entry.number}); "
+            f"{_publish(subject)} and `ferry rollout start`",
+        )  # fmt: skip
+
+
+def approve(
+    subject: Annotated[str, typer.Argument(metavar="[SUBJECT]", help="What waits; without it, all that waits is listed.")] = "",
+    version: Annotated[int | None, typer.Argument(min=1, metavar="[VERSION]", help="Version in MLflow.")] = None,
+    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "",
+    refuse: Annotated[bool, typer.Option("--refuse", help="Do not promote it, and do not ask about it again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Promote a version that waits for a person (require_approval in ferry.toml), or refuse it. Your user name is recorded."""
+    with told_errors():
+        workspace = open_workspace()
+        from flows import promote as rules
+        from registry.catalog import Subject
+        from registry.errors import PromotionError
+
+        if not subject:
+            entries = rules.waiting(workspace)
+            lines = [f"{e.subject} {e.facts['version']}  since {e.when[:16]}  {e.why}" for e in entries]
+            answer(as_json, {"waiting": [_plain(e) for e in entries]}, "\n".join(lines) or "nothing waits for approval")
+            return
+        chosen = Subject.parse(subject)
+        if version is None or not reason.strip():
+            raise PromotionError(
+                f"say which version and why: `ferry approve {subject} VERSION --reason ...`; nothing was changed"
+            )
+        entry = rules.approve(workspace, chosen, version, reason, refuse)
+        said = "is refused" if refuse else "is champion"
+        after = "" if refuse else f"; {_publish(subject)}"
+        answer(as_json, _plain(entry), f"{subject} version {version} {said} (ledger entry {entry.number}, by {entry.who}){after}")
+
+
+def reconcile(as_json: Json = False) -> None:
+    """Settle where MLflow's champion aliases differ from the ledger; `ferry serve` does so all the time.
+
+    An alias that somebody set in MLflow is a wish: it is recorded if the gate let that version through, else put back.
+    """
+    with told_errors():
+        workspace = open_workspace()
+        from flows.promote import reconcile as settle
+
+        rows = settle(workspace)
+        differed = [row.text for row in rows if row.answer != "agrees"]
+        text = "\n".join(differed) or f"MLflow's aliases are as the ledger says ({len(rows)} looked at)"
+        answer(as_json, {"subjects": [row.model_dump() for row in rows]}, text)
+        if any(row.answer == "lost" for row in rows):
+            raise typer.Exit(3)
+        if any(row.answer == "refused" for row in rows):
+            raise typer.Exit(5)
+
+
+def history(
+    subject: Annotated[str, typer.Argument(help="Only this subject, such as surfaces/I/full.")] = "",
+    verify: Annotated[bool, typer.Option("--verify", help="Say what was checked instead of listing it; for an auditor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the ledger, after checking that nobody changed it."""
+    with told_errors():
+        workspace = open_workspace()
+        from flows.promote import check_ledger
+
+        if subject:
+            workspace.line(subject.split("/", maxsplit=1)[0])
+        entries = workspace.ledger.entries(subject or None)
+        signed = check_ledger(workspace)
+        if not verify:
+            lines = [f"{e.number:4d}  {e.when[:16]}  {e.who:10.10}  {_kind(e):9}  {e.subject}: {e.why}" for e in entries]
+            answer(
+                as_json, {"entries": [e.model_dump(mode="json") for e in entries]}, "\n".join(lines) or "nothing was decided yet"
+            )
+            return
+        hashes = workspace.ledger.hashes()
+        head, covered = workspace.ledger.head(), max(signed.values(), default=0)
+        text = (
+            f"{len(hashes)} entries form one chain; its head is {head}\n"
+            f"{len(signed)} releases were signed with a head that is there, the latest with entry {covered}\n"
+            f"{len(hashes) - covered} entries are not covered by a signature yet: that the last of them are missing would not show"
+        )
+        answer(as_json, {"checked": len(hashes), "head": head, "signed": signed, "covered": covered}, text)
+
+
+def _kind(entry: Entry) -> str:
+    return "rollback" if entry.facts.get("how") == "rollback" else entry.kind
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    return entry.model_dump(mode="json") | {"sha256": entry.sha256}
+
+
+def _publish(subject: str) -> str:
+    return f"publish it with `ferry release {subject.split('/', maxsplit=1)[0]}`"

@@ -1,0 +1,177 @@
+"""Who may become champion, and what an alias that somebody moved in MLflow means. Rules of ledger entries, without I/O.
+
+The ledger says who is champion. MLflow's alias follows it, and after each move the registered model's tag `ledger.champion` names the
+entry that it follows. So two cases that look alike are told apart: an alias that lags behind because a promotion was cut off between
+ledger and alias (the tag names an earlier entry; the ledger is followed), and one that a person moved (the tag names the last entry; it
+is a wish, and goes through the same gate as `ferry promote`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.scorecard import Sha256
+from registry.errors import PromotionError
+from registry.ledger import Entry
+
+How = Literal["command", "rollback", "approval", "alias"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the ledger says of one subject."""
+
+    champion: Entry | None = None
+    line: tuple[int, ...] = ()  # champions that one may go back along, the present one last
+    passed: dict[int, Sha256] = field(default_factory=dict)  # champions through the gate: weights by version
+    judged: dict[int, Entry] = field(default_factory=dict)  # the last that the gate said of each version
+    waiting: dict[int, Entry] = field(default_factory=dict)  # versions that wait for approval
+    refused: dict[int, Entry] = field(default_factory=dict)  # versions that a person refused
+
+    @property
+    def version(self) -> int | None:
+        """The champion's version."""
+        return int(self.champion.facts["version"]) if self.champion else None
+
+    @property
+    def weights(self) -> Sha256:
+        """The champion's weights; empty where there is none, as in a gate's decision."""
+        return str(self.champion.facts["weights"]) if self.champion else ""
+
+    @property
+    def number(self) -> int:
+        """Of the entry that made the champion; 0 where there is none."""
+        return self.champion.number if self.champion else 0
+
+
+def standing(entries: Iterable[Entry]) -> Standing:
+    """Read one subject's entries, in order.
+
+    A champion that was one before ends what came after it: from 1, 2, 3 back to 2, the one before is 1. Whoever waits for approval
+    waits no more once it is champion or refused, or once a later one waits.
+    """
+    champion: Entry | None = None
+    line: list[int] = []
+    passed: dict[int, Sha256] = {}
+    judged: dict[int, Entry] = {}
+    waiting: dict[int, Entry] = {}
+    refused: dict[int, Entry] = {}
+    for entry in entries:
+        version = int(entry.facts.get("version") or 0)
+        if entry.kind == "gate":
+            judged[version] = entry
+        elif entry.kind == "pending":
+            waiting = {version: entry}
+            refused.pop(version, None)
+        elif entry.kind == "refusal" and entry.facts["how"] == "approval":
+            waiting.pop(version, None)
+            refused[version] = entry
+        elif entry.kind == "promotion":
+            champion = entry
+            line = [*line[: line.index(version)], version] if version in line else [*line, version]
+            waiting.pop(version, None)
+            refused.pop(version, None)
+            if not entry.facts["overruled"]:
+                passed[version] = entry.facts["weights"]
+    return Standing(champion, tuple(line), passed, judged, waiting, refused)
+
+
+def check(subject: str, version: int, weights: Sha256, now: Standing) -> None:
+    """Whether a version may become champion: it was one through the gate, or the gate let it through against the present one.
+
+    Args:
+        subject: LINE/CONFIG/VARIANT.
+        version: the number.
+        weights: hash of its exported weights, as MLflow says.
+        now: what the ledger says.
+
+    Raises:
+        PromotionError: it may not.
+    """
+    if version in now.passed:
+        if now.passed[version] != weights:
+            raise PromotionError(
+                f"MLflow gives {subject} {version} other weights than it had as champion; restore MLflow, or `ferry retrain` and promote "
+                "what comes of it"
+            )
+        return
+    gate = now.judged.get(version)
+    if gate is None:
+        raise PromotionError(f"the ledger holds no decision of the gate on {subject} {version}; `ferry retrain` lets it judge")
+    if gate.facts["outcome"] != "promote":
+        raise PromotionError(
+            f"the gate answered {gate.facts['outcome']!r} for {subject} {version}: {gate.why}; to promote it all the same, add "
+            "--overrule and a --reason that will be recorded"
+        )
+    if gate.facts.get("champion") != now.weights:
+        raise PromotionError(
+            f"{subject} {version} was judged against another champion than the present one; run `ferry retrain` again, or add "
+            "--overrule and a --reason"
+        )
+
+
+def before(subject: str, now: Standing) -> int:
+    """The champion before the present one; those for whom the gate was overruled are passed over.
+
+    Raises:
+        PromotionError: there is none.
+    """
+    found = [version for version in now.line[:-1] if version in now.passed]
+    if not found:
+        raise PromotionError(
+            f"{subject} has no champion before the present one that had passed the gate; there is nothing to go back to"
+        )
+    return found[-1]
+
+
+@dataclass(frozen=True)
+class Alias:
+    """What MLflow says of a subject's champion."""
+
+    version: int | None  # where the alias points; None: there is none
+    weights: Sha256  # of that version; empty where there is none
+    follows: int  # number of the ledger's entry that the alias was last pointed after
+
+
+Answer = Literal["agrees", "put back", "recorded", "refused", "lost"]  # lost: the ledger's champion is not in MLflow any more
+
+
+def settle(subject: str, alias: Alias, now: Standing, approval: bool) -> tuple[Answer, str]:
+    """What to do about an alias, and why.
+
+    Args:
+        subject: LINE/CONFIG/VARIANT.
+        alias: what MLflow says.
+        now: what the ledger says.
+        approval: whether a promotion needs the approval of a named person.
+
+    Returns:
+        *agrees*: nothing; *put back*: point it at the ledger's champion (or at nothing, where there is none); *recorded*: append the
+        promotion; *refused*: record the refusal and put it back.
+    """
+    if alias.version == now.version:
+        if now.champion and alias.weights != now.weights:
+            return (
+                "refused",
+                f"MLflow gives {subject} {alias.version} other weights than the ledger; restore MLflow from its backup",
+            )
+        return "agrees", f"{subject} {now.version or 'has no champion'}"
+    if alias.follows != now.number:
+        return (
+            "put back",
+            "a promotion was cut off before MLflow's alias moved, or MLflow was restored; the ledger holds what was decided",
+        )
+    if alias.version is None:
+        return "put back", "the alias was deleted in MLflow, by whom is not known; to take a champion down use `ferry rollback`"
+    if approval:
+        return "refused", (
+            f"the alias was set to version {alias.version} in MLflow, by whom is not known, and {subject} needs the approval of a named "
+            f"person; use `ferry approve {subject} {alias.version}`"
+        )
+    try:
+        check(subject, alias.version, alias.weights, now)
+    except PromotionError as error:
+        return "refused", f"the alias was set to version {alias.version} in MLflow, by whom is not known: {error}"
+    return "recorded", f"by alias set in MLflow to version {alias.version}; by whom is not known"

@@ -1,0 +1,500 @@
+"""Promotion, going back, approval, and aliases that somebody moved in MLflow: real MLflow and ledger, versions without files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from typer.testing import CliRunner, Result
+
+from flows import promote as rules
+from flows.cli import app
+from flows.workspace import Workspace
+from ota.release.keys import create
+from ota.release.repository import Repository
+from registry.catalog import Catalog, Subject, Version
+from registry.errors import PromotionError, StoreError
+from registry.ledger import Entry, Ledger
+from registry.promotion import Alias, Standing, settle, standing
+
+LINES = [f"line{i}" for i in range(30)]  # one for each test that writes
+SETTINGS = "schema = 1\n" + "".join(
+    f'\n[lines.{name}]\ndata = "data/{name}"\n{"require_approval = true" if i >= 20 else ""}\n' for i, name in enumerate(LINES)
+)
+
+
+def weights(number: int) -> str:
+    return f"{number:064x}"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    root = tmp_path_factory.mktemp("factory")
+    (root / "ferry.toml").write_text(SETTINGS)
+    Repository.create(root / "repository", create(root / "keys"))
+    made = Workspace(root)
+    made.catalog.versions(Subject.parse("line0/I/full"))  # sets the database up
+    yield made
+    made.ledger.close()
+
+
+_free = iter(LINES[:20])
+_approved = iter(LINES[20:])
+
+
+@pytest.fixture
+def client(workspace: Workspace) -> MlflowClient:
+    return workspace.catalog._client
+
+
+def registered(workspace: Workspace, line: str) -> Subject:
+    """A subject with versions 1 to 3 in MLflow; the gate let 1 through as the first, 2 against 1, and refused 3."""
+    subject, client = Subject.parse(f"{line}/I/full"), workspace.catalog._client
+    run = client.create_run(client.create_experiment(line)).info.run_id
+    client.create_registered_model(subject.model)
+    for number, outcome, champion in ((1, "promote", ""), (2, "promote", weights(1)), (3, "refuse", weights(1))):
+        tags = {"weights.sha256": weights(number), "gate.outcome": outcome, "gate.decision": "d" * 64}
+        client.create_model_version(subject.model, source="file:///nowhere", run_id=run, tags=tags)
+        facts = {"version": number, "outcome": outcome, "champion": champion, "decision": "d" * 64, "scorecard": "c" * 64}
+        workspace.ledger.append("gate", str(subject), "because" if outcome == "promote" else "coverage is 0.1", facts)
+    return subject
+
+
+@pytest.fixture
+def subject(workspace: Workspace) -> Subject:
+    return registered(workspace, next(_free))
+
+
+@pytest.fixture
+def approved(workspace: Workspace) -> Subject:
+    """The same, of a line that requires approval."""
+    return registered(workspace, next(_approved))
+
+
+def ferry(workspace: Workspace, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["-w", str(workspace.root), *arguments])
+
+
+def champion(workspace: Workspace, subject: Subject) -> int | None:
+    """Who is, by ledger and alias alike."""
+    now = standing(workspace.ledger.entries(str(subject)))
+    seen = workspace.catalog.champion(subject)
+    assert (seen.number if seen else None) == now.version
+    assert workspace.catalog.follows(subject) == now.number
+    return now.version
+
+
+def entries(workspace: Workspace, subject: Subject) -> list[Entry]:
+    return [e for e in workspace.ledger.entries(str(subject)) if e.kind != "gate"]
+
+
+# Promoting and going back
+
+
+def test_rollback_makes_the_champion_before_champion_and_says_how_to_release_it(workspace: Workspace, subject: Subject):
+    rules.promote(workspace, subject, 1, "first")
+    rules.promote(workspace, subject, 2, "better")
+    result = ferry(workspace, "rollback", str(subject), "--reason", "customers complain")
+    assert result.exit_code == 0, result.output
+    assert f"{subject} version 1 is champion again, in place of 2" in result.stdout
+    assert f"`ferry release {subject.line}` and `ferry rollout start`" in result.stdout
+    assert champion(workspace, subject) == 1
+    last = entries(workspace, subject)[-1]
+    assert (last.kind, last.why, last.facts["how"], last.facts["from"]) == ("promotion", "customers complain", "rollback", 2)
+    assert "rollback   " in ferry(workspace, "history", str(subject)).stdout
+
+    again = ferry(workspace, "rollback", str(subject), "--reason", "and before that")
+    assert again.exit_code == 5
+    assert "has no champion before the present one" in again.stderr
+    assert champion(workspace, subject) == 1
+
+
+def test_rollback_passes_over_who_was_champion_against_the_gate(workspace: Workspace, subject: Subject):
+    rules.promote(workspace, subject, 1, "first")
+    rules.promote(workspace, subject, 3, "a drill", overrule=True)
+    rules.promote(workspace, subject, 2, "another", overrule=True)
+    assert rules.rollback(workspace, subject, "enough").facts["version"] == 1
+    assert champion(workspace, subject) == 1
+    for number, says in ((3, "never was champion through the gate"), (2, "never was champion through the gate"), (1, "already")):
+        with pytest.raises(PromotionError, match=says):
+            rules.rollback(workspace, subject, "no", to=number)
+    assert champion(workspace, subject) == 1
+
+
+def test_rollback_goes_to_the_named_champion(workspace: Workspace, subject: Subject):
+    for number in (1, 2, 1):
+        rules.promote(workspace, subject, number, "as it comes")
+    assert rules.rollback(workspace, subject, "2 was better", to=2).facts["version"] == 2
+    assert champion(workspace, subject) == 2
+
+
+def test_promotion_believes_the_ledger_and_not_tags_that_anyone_may_edit(
+    workspace: Workspace, subject: Subject, client: MlflowClient
+):
+    rules.promote(workspace, subject, 1, "first")
+    client.set_model_version_tag(subject.model, "3", "gate.outcome", "promote")
+    with pytest.raises(PromotionError, match="the gate answered 'refuse'"):
+        rules.promote(workspace, subject, 3, "it says promote")
+    assert champion(workspace, subject) == 1
+
+
+def test_former_champion_with_other_weights_is_not_gone_back_to(workspace: Workspace, subject: Subject, client: MlflowClient):
+    rules.promote(workspace, subject, 1, "first")
+    rules.promote(workspace, subject, 2, "better")
+    client.set_model_version_tag(subject.model, "1", "weights.sha256", weights(9))
+    with pytest.raises(PromotionError, match="other weights than it had as champion"):
+        rules.rollback(workspace, subject, "back")
+    assert champion(workspace, subject) == 2
+
+
+def test_version_that_somebody_made_in_mlflow_by_hand_is_not_promoted(
+    workspace: Workspace, subject: Subject, client: MlflowClient
+):
+    run = client.get_model_version(subject.model, "1").run_id
+    client.create_model_version(subject.model, source="file:///nowhere", run_id=run)
+    result = ferry(workspace, "promote", str(subject), "4", "--overrule")
+    assert result.exit_code == 3
+    assert "was put into MLflow by hand" in result.stderr
+    client.set_registered_model_alias(subject.model, "champion", "4")
+    (row,) = rules.reconcile(workspace, [subject.line])
+    assert row.answer == "refused"
+    assert champion(workspace, subject) is None
+
+
+# Killed between ledger and alias
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from flows.promote import promote, rollback
+from flows.workspace import Workspace
+from registry.catalog import Catalog, Subject
+Catalog.promote = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+subject = Subject.parse(sys.argv[2])
+if sys.argv[3] == "back":
+    rollback(Workspace(Path(sys.argv[1])), subject, "back")
+promote(Workspace(Path(sys.argv[1])), subject, int(sys.argv[3]), "better")
+"""
+
+
+def killed(workspace: Workspace, subject: Subject, what: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(workspace.root), str(subject), what], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.slow
+def test_promotion_killed_between_ledger_and_alias_is_completed_and_not_taken_for_a_wish(workspace: Workspace, subject: Subject):
+    rules.promote(workspace, subject, 1, "first")
+    killed(workspace, subject, "2")
+    seen = workspace.catalog.champion(subject)
+    assert seen is not None
+    assert seen.number == 1  # 1 may always be gone back to: were this a person's wish, it would be granted
+    before = entries(workspace, subject)
+    assert before[-1].facts["version"] == 2
+    (row,) = rules.reconcile(workspace, [subject.line])
+    assert (row.answer, champion(workspace, subject)) == ("put back", 2)
+    assert "was cut off before MLflow's alias moved" in row.text
+    assert entries(workspace, subject) == before
+
+    killed(workspace, subject, "back")  # and once more, ended by the same command
+    assert rules.rollback(workspace, subject, "back").number == entries(workspace, subject)[-1].number
+    assert champion(workspace, subject) == 1  # once, not twice
+
+
+def test_mlflow_that_fails_between_is_told_and_repeating_completes_it(
+    workspace: Workspace, subject: Subject, monkeypatch: pytest.MonkeyPatch
+):
+    def away(*_: object) -> None:
+        raise StoreError("MLflow cannot be reached")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalog, "promote", away)
+        with pytest.raises(StoreError, match=r"the ledger holds it as entry \d+.*`ferry reconcile` completes it"):
+            rules.promote(workspace, subject, 1, "first")
+    number = entries(workspace, subject)[-1].number
+    assert rules.promote(workspace, subject, 1, "first").number == number
+    assert champion(workspace, subject) == 1
+
+
+def test_mlflow_that_is_down_decides_nothing(workspace: Workspace, subject: Subject, monkeypatch: pytest.MonkeyPatch):
+    def away(*_: object) -> None:
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(workspace.catalog._client, "get_model_version", away)
+    with pytest.raises(StoreError, match="MLflow cannot be reached: connection refused"):
+        rules.promote(workspace, subject, 1, "first")
+    assert entries(workspace, subject) == []
+
+
+# At the same moment
+
+
+PROMOTER = """
+import sys
+from pathlib import Path
+from flows import promote
+from flows.workspace import Workspace
+from registry.catalog import Subject
+from registry.errors import PromotionError
+from registry.ledger import Ledger
+workspace = Workspace(Path(sys.argv[1]))
+workspace.catalog, workspace.ledger
+appended = Ledger.append
+def append(*arguments):  # both have looked, neither has written
+    print("ready", flush=True)
+    sys.stdin.readline()
+    return appended(*arguments)
+Ledger.append = append
+try:
+    print(promote.promote(workspace, Subject.parse(sys.argv[2]), 1 if sys.argv[3] == "one" else 4, sys.argv[3]).why)
+except PromotionError as error:
+    print(error)
+"""
+
+
+def same_moment(roots: list[Path], subject: Subject) -> list[str]:
+    """What two processes say that promote different versions of one subject, each with its own lock: two hosts."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROMOTER, str(root), str(subject), name], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for root, name in zip(roots, ("one", "other"), strict=True)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [process.communicate()[0].strip() for process in processes]
+
+
+def two_hosts(workspace: Workspace, subject: Subject, tmp_path: Path, database: str) -> list[Path]:
+    """Two folders that share the database and MLflow, as on two hosts."""
+    roots = [tmp_path / "here", tmp_path / "there"]
+    for root in roots:
+        root.mkdir()
+        stores = f'[stores]\ndatabase = "{database}"\nmlflow = "sqlite:///{workspace.root}/mlflow.db"\n'
+        (root / "ferry.toml").write_text(f'schema = 1\n{stores}[lines.{subject.line}]\ndata = "data"\n')
+    return roots
+
+
+def held_against(workspace: Workspace, subject: Subject, ledger: Ledger, told: list[str]) -> None:
+    won = [text for text in told if text in ("one", "other")]
+    lost = [text for text in told if text not in won]
+    assert (len(won), len(lost)) == (1, 1), told
+    assert f"champion at the same moment (ledger entry {ledger.entries()[-1].number}: {won[0]})" in lost[0]
+    made = [e for e in ledger.entries(str(subject)) if e.kind == "promotion"]
+    assert [e.why for e in made] == won
+    seen = workspace.catalog.champion(subject)
+    assert seen is not None
+    assert seen.number == made[0].facts["version"]
+
+
+def another_first(workspace: Workspace, subject: Subject, ledger: Ledger) -> None:
+    """A version 4 which, like 1, the gate let through when there was no champion."""
+    client = workspace.catalog._client
+    run = client.get_model_version(subject.model, "1").run_id
+    client.create_model_version(subject.model, source="file:///nowhere", run_id=run, tags={"weights.sha256": weights(4)})
+    for number in (1, 4):
+        ledger.append("gate", str(subject), "because", {"version": number, "outcome": "promote", "champion": ""})
+
+
+def test_promotion_that_was_overtaken_while_it_looked_is_told_by_whom(
+    workspace: Workspace, subject: Subject, monkeypatch: pytest.MonkeyPatch
+):
+    looked = Catalog.version
+
+    def overtaken(catalog: Catalog, of: Subject, number: int) -> Version:
+        monkeypatch.setattr(Catalog, "version", looked)
+        other = Ledger(workspace.database)  # of another host, which the file lock does not stop
+        facts = {"version": 1, "from": None, "weights": weights(1), "gate": "promote", "decision": "", "overruled": False}
+        other.append("promotion", str(of), "faster", facts, who="anna")
+        other.close()
+        return looked(catalog, of, number)
+
+    monkeypatch.setattr(Catalog, "version", overtaken)
+    result = ferry(workspace, "promote", str(subject), "1", "--reason", "mine")
+    assert result.exit_code == 5
+    assert f"anna made {subject} 1 champion at the same moment (ledger entry " in result.stderr
+    assert [e.why for e in entries(workspace, subject)] == ["faster"]
+
+
+@pytest.mark.slow
+def test_of_two_promotions_at_the_same_moment_one_wins_and_the_other_is_told(
+    workspace: Workspace, subject: Subject, tmp_path: Path
+):
+    another_first(workspace, subject, workspace.ledger)
+    roots = two_hosts(workspace, subject, tmp_path, workspace.database)
+    held_against(workspace, subject, workspace.ledger, same_moment(roots, subject))
+
+
+# Aliases that somebody moved
+
+
+def test_alias_set_in_mlflow_is_recorded_where_the_gate_lets_it(workspace: Workspace, subject: Subject, client: MlflowClient):
+    client.set_registered_model_alias(subject.model, "champion", "1")
+    result = ferry(workspace, "reconcile", "--json")
+    assert result.exit_code == 0, result.output
+    row = next(row for row in json.loads(result.stdout)["subjects"] if row["subject"] == str(subject))
+    assert row["answer"] == "recorded"
+    (entry,) = entries(workspace, subject)
+    assert (entry.kind, entry.who, entry.facts["how"], entry.facts["overruled"]) == ("promotion", "unknown", "alias", False)
+    assert entry.why == "by alias set in MLflow to version 1; by whom is not known"
+    client.set_registered_model_alias(subject.model, "champion", "2")
+    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["recorded"]
+    assert champion(workspace, subject) == 2
+    client.set_registered_model_alias(subject.model, "champion", "1")  # going back works the same
+    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["recorded"]
+    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["agrees"]
+    assert champion(workspace, subject) == 1
+    assert len(entries(workspace, subject)) == 3
+
+
+def test_alias_that_the_gate_refuses_is_put_back_and_the_refusal_is_kept(
+    workspace: Workspace, subject: Subject, client: MlflowClient
+):
+    rules.promote(workspace, subject, 1, "first")
+    for _ in range(2):  # the second time it fills neither ledger nor page
+        client.set_registered_model_alias(subject.model, "champion", "3")
+        result = ferry(workspace, "reconcile")
+        assert result.exit_code == 5
+        assert f"MLflow's champion of {subject} is version 1 again: the alias was set to version 3 in MLflow" in result.stdout
+        assert champion(workspace, subject) == 1
+    made, refusal = entries(workspace, subject)
+    assert (made.kind, refusal.kind, refusal.who, refusal.facts["version"]) == ("promotion", "refusal", "unknown", 3)
+    assert "coverage is 0.1" in refusal.why
+    assert "coverage is 0.1" in client.get_model_version(subject.model, "3").tags["promotion.refused"]
+    assert ferry(workspace, "reconcile").exit_code == 0
+
+
+def test_alias_set_first_to_what_was_refused_is_taken_away(workspace: Workspace, subject: Subject, client: MlflowClient):
+    client.set_registered_model_alias(subject.model, "champion", "3")
+    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["refused"]
+    assert workspace.catalog.champion(subject) is None
+    assert [e.kind for e in entries(workspace, subject)] == ["refusal"]
+
+
+@pytest.mark.parametrize("how", ["deleted", "its version deleted"])
+def test_alias_that_is_gone_is_set_again(workspace: Workspace, subject: Subject, client: MlflowClient, how: str):
+    rules.promote(workspace, subject, 1, "first")
+    if how == "deleted":
+        client.delete_registered_model_alias(subject.model, "champion")
+    else:
+        client.set_registered_model_alias(subject.model, "champion", "2")
+        client.delete_model_version(subject.model, "2")
+    before = entries(workspace, subject)
+    (row,) = rules.reconcile(workspace, [subject.line])
+    assert row.answer == "put back"
+    assert "the alias was deleted in MLflow, by whom is not known; to take a champion down use `ferry rollback`" in row.text
+    assert champion(workspace, subject) == 1
+    assert entries(workspace, subject) == before
+
+
+def test_champion_that_was_deleted_in_mlflow_is_said_and_can_be_gone_back_from(
+    workspace: Workspace, subject: Subject, client: MlflowClient
+):
+    rules.promote(workspace, subject, 1, "first")
+    rules.promote(workspace, subject, 2, "better")
+    client.delete_model_version(subject.model, "2")
+    result = ferry(workspace, "reconcile")
+    assert result.exit_code == 3
+    assert f"the champion {subject} 2 was deleted in MLflow; restore MLflow, or `ferry rollback {subject}" in result.stdout
+    assert ferry(workspace, "rollback", str(subject)).exit_code == 0
+    assert champion(workspace, subject) == 1
+
+
+def test_mlflow_restored_from_an_older_copy_follows_the_ledger(workspace: Workspace, subject: Subject, client: MlflowClient):
+    rules.promote(workspace, subject, 1, "first")
+    older = workspace.catalog.follows(subject)
+    rules.promote(workspace, subject, 2, "better")
+    client.set_registered_model_alias(subject.model, "champion", "1")
+    workspace.catalog.follow(subject, older)
+    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["put back"]
+    assert champion(workspace, subject) == 2
+
+
+# Approval
+
+
+def waiting_version(workspace: Workspace, subject: Subject, number: int) -> None:
+    assert rules.ask(workspace, subject, workspace.catalog.version(subject, number), "all floors are met") is None
+
+
+def test_waiting_version_is_listed_and_promoted_by_a_named_person(workspace: Workspace, approved: Subject):
+    for _ in range(2):  # a schedule comes again
+        waiting_version(workspace, approved, 1)
+    assert champion(workspace, approved) is None
+    listed = ferry(workspace, "approve")
+    assert f"{approved} 1  since " in listed.stdout
+    result = ferry(workspace, "approve", str(approved), "1", "--reason", "looked at the samples")
+    assert result.exit_code == 0, result.output
+    assert champion(workspace, approved) == 1
+    asked, made = entries(workspace, approved)
+    assert (asked.kind, made.kind, made.facts["how"], made.why) == ("pending", "promotion", "approval", "looked at the samples")
+    assert made.who in result.stdout
+    assert str(approved) not in ferry(workspace, "approve").stdout
+    again = ferry(workspace, "approve", str(approved), "1", "--reason", "again")
+    assert (again.exit_code, again.stdout) == (5, "")
+    assert f"{approved} 1 does not wait for approval" in again.stderr
+
+
+def test_refused_version_is_remembered(workspace: Workspace, approved: Subject):
+    waiting_version(workspace, approved, 1)
+    result = ferry(workspace, "approve", str(approved), "1", "--refuse", "--reason", "too dark")
+    assert result.exit_code == 0, result.output
+    refused = rules.ask(workspace, approved, workspace.catalog.version(approved, 1), "once more")
+    assert refused is not None
+    assert refused.why == "too dark"
+    assert champion(workspace, approved) is None
+    assert [e.kind for e in entries(workspace, approved)] == ["pending", "refusal"]
+
+
+def test_approval_asks_for_a_version_and_a_reason(workspace: Workspace, approved: Subject):
+    waiting_version(workspace, approved, 1)
+    for words in ((str(approved),), (str(approved), "1"), (str(approved), "1", "--reason", " ")):
+        result = ferry(workspace, "approve", *words)
+        assert (result.exit_code, result.stdout) == (5, "")
+        assert "say which version and why" in result.stderr
+    assert champion(workspace, approved) is None
+
+
+def test_what_was_judged_against_an_earlier_champion_is_not_approved(workspace: Workspace, approved: Subject):
+    waiting_version(workspace, approved, 2)
+    with pytest.raises(PromotionError, match="was judged against another champion than the present one"):
+        rules.approve(workspace, approved, 2, "late")
+    assert champion(workspace, approved) is None
+
+
+def test_alias_names_nobody_and_so_approves_nothing(workspace: Workspace, approved: Subject, client: MlflowClient):
+    waiting_version(workspace, approved, 1)
+    client.set_registered_model_alias(approved.model, "champion", "1")
+    (row,) = rules.reconcile(workspace, [approved.line])
+    assert row.answer == "refused"
+    assert f"use `ferry approve {approved} 1`" in row.text
+    assert champion(workspace, approved) is None
+    rules.approve(workspace, approved, 1, "yes")  # it still waits
+    assert champion(workspace, approved) == 1
+
+
+# The rule by itself
+
+
+@pytest.mark.parametrize(
+    ("alias", "answer"),
+    [
+        (Alias(None, "", 0), "agrees"),
+        (Alias(1, weights(1), 0), "refused"),  # the ledger never heard of it
+        (Alias(1, weights(1), 4), "put back"),  # MLflow follows a ledger that is gone
+    ],
+)
+def test_alias_without_any_promotion(alias: Alias, answer: str):
+    assert settle("shapes/I/full", alias, Standing(), approval=False)[0] == answer
