@@ -243,9 +243,14 @@ def serve(
     lines: Annotated[list[str] | None, typer.Argument(help="Lines to retrain; all by default.")] = None,
     cron: Annotated[str, typer.Option(help="When, as five cron fields in UTC.")] = "0 3 * * 1",
     look_every: Annotated[float, typer.Option(min=1, help="Seconds between two looks for new data and events.")] = 30,
+    webhooks: Annotated[
+        str,
+        typer.Option(metavar="[HOST:]PORT", show_default=False, help="Take MLflow's webhooks there, signed; polling goes on."),
+    ] = "",
 ) -> None:
     """Retrain by a schedule, for each new data revision and for events (`ferry trigger`), until interrupted.
 
+    Aliases that somebody moves in MLflow are settled as `ferry reconcile` does, every poll_seconds and for each webhook.
     Starts a Prefect server of its own unless PREFECT_API_URL names one. Killed and started again, it goes on with what ran.
     """
     with told_errors():
@@ -254,8 +259,16 @@ def serve(
         for line in chosen:
             workspace.line(line)
         from flows import serve as schedule
+        from flows import webhook
 
-        with schedule.server(workspace) as address:
+        at = webhook.address_of(webhooks) if webhooks else None
+        with schedule.server(workspace) as address, webhook.watching(workspace, at) as taken:
+            if taken:
+                typer.echo(
+                    f"MLflow's webhooks go to http://{taken[0]}:{taken[1]}{webhook.PATH}, their secret is in "
+                    f"{webhook.secret_of(workspace)[1]}",
+                    err=True,
+                )
             typer.echo(
                 f"retraining {', '.join(chosen)} at {cron!r} and for new data; Prefect's page is {address.removesuffix('/api')}",
                 err=True,

@@ -1,0 +1,232 @@
+"""Looking at MLflow's aliases beside `ferry serve`: every few seconds, and at once when MLflow says that one was moved.
+
+MLflow keeps what it has to deliver in memory, so a webhook may be lost; it is a hint and no more. What counts is read from MLflow itself,
+and nothing in a delivery's body is believed or even parsed. The signature keeps strangers from making us look all the time.
+
+Set up in MLflow (whose server wants MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY, or forgets the secret when it restarts):
+
+    >>> MlflowClient(uri).create_webhook(
+    ...     "ferry", "https://factory.example/mlflow", ["model_version_alias.created", "model_version_alias.deleted"], secret=secret
+    ... )
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import cast
+
+from flows.errors import FlowError, ServerError, WorkspaceError
+from flows.promote import reconcile
+from flows.workspace import Workspace
+from registry.errors import RegistryError
+
+PATH = "/mlflow"
+SECRET = "FERRY_WEBHOOK_SECRET"  # noqa: S105 - the variable's name
+SHORTEST = 24  # characters of a secret
+MAX_AGE = 300.0  # seconds between signing and arrival, either way: clocks differ
+MAX_BODY = 64 * 1024  # bytes; MLflow sends some hundred
+MAX_SEEN = 10_000  # deliveries within MAX_AGE
+PATIENCE = 10.0  # seconds for a sender to go on
+
+
+class RefusedError(Exception):
+    """A delivery that is not MLflow's, or came before."""
+
+    def __init__(self, status: HTTPStatus, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Deliveries:
+    """Tells MLflow's deliveries from others, and from those that came before.
+
+    The scheme is that of mlflow.webhooks.delivery, as Standard Webhooks has it: base64 of HMAC-SHA256 over `id.timestamp.body`.
+    """
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret.encode()
+        self._seen: dict[str, float] = {}  # delivery → when it is too old to come again
+
+    def check(self, delivery: str, stamp: str, signatures: str, body: bytes, now: float) -> None:
+        """Accept a delivery once.
+
+        Args:
+            delivery: its id.
+            stamp: when it was signed, in Unix seconds.
+            signatures: a version and base64, as in v1,….
+            body: its bytes.
+            now: Unix time, in seconds.
+
+        Raises:
+            RefusedError: it is not signed with the secret, too old, or was accepted before.
+        """
+        version, _, given = signatures.partition(",")
+        signed = f"{delivery}.{stamp}.".encode() + body
+        try:
+            signature = base64.b64decode(given, validate=True)
+        except (binascii.Error, ValueError):
+            signature = b""
+        good = hmac.compare_digest(hmac.digest(self._secret, signed, hashlib.sha256), signature)
+        if not good or version != "v1" or not delivery or not (stamp.isascii() and stamp.isdigit() and len(stamp) < 15):
+            raise RefusedError(HTTPStatus.UNAUTHORIZED, "not signed with the secret that ferry and MLflow share")
+        if abs(now - int(stamp)) > MAX_AGE:
+            raise RefusedError(HTTPStatus.UNAUTHORIZED, "signed too long ago, or by another clock")
+        self._seen = {known: until for known, until in self._seen.items() if until >= now}
+        if delivery in self._seen:
+            raise RefusedError(HTTPStatus.CONFLICT, "this delivery came before")
+        if len(self._seen) >= MAX_SEEN:
+            raise RefusedError(HTTPStatus.TOO_MANY_REQUESTS, "too many deliveries")
+        self._seen[delivery] = int(stamp) + MAX_AGE
+
+
+class Receiver(HTTPServer):
+    """Takes deliveries, one at a time: a slow sender holds up hints and nothing else."""
+
+    def __init__(self, address: tuple[str, int], secret: str, wake: threading.Event) -> None:
+        self.deliveries, self.wake = Deliveries(secret), wake
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A sender that hung up is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = PATIENCE
+    server_version, sys_version = "ferry", ""
+
+    def do_POST(self) -> None:
+        """A delivery."""
+        receiver = cast("Receiver", self.server)
+        try:
+            if self.path != PATH:
+                raise RefusedError(HTTPStatus.NOT_FOUND, f"deliveries go to {PATH}")
+            length = self.headers.get("Content-Length", "")
+            if not (length.isascii() and length.isdigit()):
+                raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "without a length")
+            if len(length) > 9 or int(length) > MAX_BODY:
+                raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MAX_BODY} bytes")
+            delivery, stamp, signatures = (
+                self.headers.get(f"X-MLflow-{name}", "") for name in ("Delivery-Id", "Timestamp", "Signature")
+            )
+            receiver.deliveries.check(delivery, stamp, signatures, self.rfile.read(int(length)), time.time())
+        except RefusedError as error:
+            self.close_connection = True
+            self._answer(error.status, str(error))
+            return
+        receiver.wake.set()
+        self._answer(HTTPStatus.ACCEPTED, "looking")
+
+    def _answer(self, status: HTTPStatus, text: str) -> None:
+        body = f"{text}\n".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name
+        """Nobody reads it."""
+
+
+def secret_of(workspace: Workspace) -> tuple[str, str]:
+    """The secret that ferry shares with MLflow, and where it is kept: the environment, or keys/webhook.secret, made when missing.
+
+    Raises:
+        WorkspaceError: it is too short, or others may read the file.
+    """
+    given = os.environ.get(SECRET)
+    if given is not None:
+        where = SECRET
+    else:
+        path = workspace.root / "keys" / "webhook.secret"
+        where = str(path)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_urlsafe(32) + "\n")
+        except FileExistsError:
+            pass
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise WorkspaceError(
+                f"others may read {path}; make a new secret: remove it, and `ferry serve --webhooks` writes another"
+            )
+        given = path.read_text().strip()
+    if len(given) < SHORTEST:
+        raise WorkspaceError(f"the secret in {where} has fewer than {SHORTEST} characters; `openssl rand -base64 32` makes one")
+    return given, where
+
+
+def address_of(text: str) -> tuple[str, int]:
+    """Read PORT or HOST:PORT; the host is the loopback unless it is said.
+
+    Raises:
+        WorkspaceError: it is neither.
+    """
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) < 65_536):
+        raise WorkspaceError(f"{text!r} is not where webhooks can be taken; write a port, such as 8711, or host:port")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+@contextmanager
+def watching(workspace: Workspace, webhooks: tuple[str, int] | None) -> Iterator[tuple[str, int] | None]:
+    """Hold aliases against the ledger beside the block: at once, every `poll_seconds`, and when a webhook says so.
+
+    Args:
+        workspace: where.
+        webhooks: where to take deliveries; None: nowhere, only poll.
+
+    Yields:
+        where deliveries are taken.
+
+    Raises:
+        ServerError: the address cannot be had.
+        WorkspaceError: there is no good secret.
+    """
+    wake, ending = threading.Event(), threading.Event()
+    receiver = None
+    if webhooks:
+        try:
+            receiver = Receiver(webhooks, secret_of(workspace)[0], wake)
+        except OSError as error:
+            where = f"{webhooks[0]}:{webhooks[1]}"
+            raise ServerError(f"webhooks cannot be taken at {where}: {error.strerror or error}; choose another port") from error
+        threading.Thread(target=receiver.serve_forever, name="webhooks", daemon=True).start()
+    looking = threading.Thread(target=_look, args=(workspace, wake, ending), name="reconcile", daemon=True)
+    looking.start()
+    try:
+        yield cast("tuple[str, int]", receiver.server_address[:2]) if receiver else None
+    finally:
+        ending.set()
+        wake.set()
+        if receiver:
+            receiver.shutdown()
+            receiver.server_close()
+        looking.join()
+
+
+def _look(workspace: Workspace, wake: threading.Event, ending: threading.Event) -> None:
+    told = ""
+    while not ending.is_set():
+        wake.clear()  # before looking: what is moved meanwhile is looked at next
+        try:
+            news = "; ".join(row.text for row in reconcile(workspace) if row.answer != "agrees")
+        except (RegistryError, FlowError) as error:
+            news = f"MLflow's aliases cannot be looked at: {error}"
+        if news and news != told:  # what lasts is said once
+            sys.stderr.write(f"ferry: {news}\n")
+        told = news
+        wake.wait(workspace.settings.poll_seconds)
