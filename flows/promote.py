@@ -138,7 +138,7 @@ def _promote(
         now = standing(entries)
         _check_unmoved(subject, expected, now)
         if not overrule:
-            check(str(subject), number, weights, now)
+            check(str(subject), number, weights, now, "" if how == "alias" else reason)
 
     if expected.champion and (expected.version, expected.weights) == (number, weights):
         _check_unmoved(subject, expected, _standing(workspace, subject))
@@ -148,7 +148,7 @@ def _promote(
             "version": number, "from": expected.version, "weights": weights, "gate": version.tags.get("gate.outcome", ""),
             "decision": version.tags.get("gate.decision", ""), "overruled": overrule, "how": how,
         }  # fmt: skip
-        entry = workspace.ledger.append("promotion", str(subject), reason, facts, may_follow, who)
+        entry = workspace.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
     try:
         _point(workspace, subject)
     except StoreError as error:

@@ -23,7 +23,7 @@ from prefect.context import TaskRunContext
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows import pages, progress, triggers, watch
+from flows import approval, pages, progress, triggers, watch
 from flows.errors import VariantError, WorkspaceError
 from flows.promote import ask, promote, promotions, reconcile
 from flows.workspace import Line, Training, Workspace
@@ -526,6 +526,7 @@ def judge_and_register(
             if not promoted and workspace.needs_approval(data.line):
                 refused = ask(workspace, subject, workspace.catalog.version(subject, number), decision.reason)
                 outcome = "refused" if refused else "pending"
+                approval.ask_in_prefect(workspace, subject, number)
                 reason = (
                     f"{refused.who} refused it: {refused.why}"
                     if refused

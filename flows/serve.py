@@ -111,6 +111,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
     from prefect.flows import EntrypointType
 
     from flows import triggers
+    from flows.approval import approval, name_of
     from flows.retrain import retrain
 
     try:
@@ -121,6 +122,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
             )
             for line in lines
         ]  # fmt: skip
+        deployments.append(approval.to_deployment(name=name_of(workspace), entrypoint_type=EntrypointType.MODULE_PATH))
     except ValueError as error:
         raise WorkspaceError(
             f"{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 1' for Mondays at 3"

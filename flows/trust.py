@@ -91,8 +91,10 @@ def status(workspace: Workspace) -> tuple[dict[str, Any], str]:
     """Every role's version, keys and expiry, what is due, and which risks are taken; as JSON and as text."""
     states = sorted(workspace.repository.states(), key=lambda state: list(ROLES).index(state.role))
     alarms = [_alarm(state) for state in states if state.alarm]
+    approval = any(workspace.needs_approval(line) for line in workspace.settings.lines)
     risks = [
         "the promotion signature (models) is made on this machine: a thief of its key could have any bundle tried by devices"
+        + ("; require_approval is set, so move that key elsewhere: `ferry trust rotate models --signer models=URI`" if approval else "")
         for state in states
         if state.role == "models" and state.signs_here
     ]

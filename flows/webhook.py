@@ -215,7 +215,7 @@ def watching(workspace: Workspace, webhooks: tuple[str, int] | None) -> Iterator
         if receiver:
             receiver.shutdown()
             receiver.server_close()
-        looking.join()
+        looking.join(PATIENCE)  # a store that hangs does not hold up the end
 
 
 def _look(workspace: Workspace, wake: threading.Event, ending: threading.Event) -> None:

@@ -78,14 +78,17 @@ def standing(entries: Iterable[Entry]) -> Standing:
     return Standing(champion, tuple(line), passed, judged, waiting, refused)
 
 
-def check(subject: str, version: int, weights: Sha256, now: Standing) -> None:
+def check(subject: str, version: int, weights: Sha256, now: Standing, reason: str = "") -> None:
     """Whether a version may become champion: it was one through the gate, or the gate let it through against the present one.
+
+    What the gate found harmless and no better ("promote if reasoned") needs a person's reason other than quality.
 
     Args:
         subject: LINE/CONFIG/VARIANT.
         version: the number.
         weights: hash of its exported weights, as MLflow says.
         now: what the ledger says.
+        reason: given by a person; empty: none was.
 
     Raises:
         PromotionError: it may not.
@@ -100,7 +103,12 @@ def check(subject: str, version: int, weights: Sha256, now: Standing) -> None:
     gate = now.judged.get(version)
     if gate is None:
         raise PromotionError(f"the ledger holds no decision of the gate on {subject} {version}; `ferry retrain` lets it judge")
-    if gate.facts["outcome"] != "promote":
+    if gate.facts["outcome"] == "promote if reasoned" and not reason.strip():
+        raise PromotionError(
+            f"the gate found {subject} {version} harmless and no better ({gate.why}); a promotion that is not for quality needs its reason: "
+            f"`ferry promote {subject} {version} --reason ...`"
+        )
+    if gate.facts["outcome"] not in ("promote", "promote if reasoned"):
         raise PromotionError(
             f"the gate answered {gate.facts['outcome']!r} for {subject} {version}: {gate.why}; to promote it all the same, add "
             "--overrule and a --reason that will be recorded"

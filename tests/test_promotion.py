@@ -6,8 +6,10 @@ import json
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -22,6 +24,7 @@ from registry.catalog import Catalog, Subject, Version
 from registry.errors import PromotionError, StoreError
 from registry.ledger import Entry, Ledger
 from registry.promotion import Alias, Standing, settle, standing
+from tests.test_slow import FERRY, clean_environment, wait_for
 
 LINES = [f"line{i}" for i in range(30)]  # one for each test that writes
 SETTINGS = "schema = 1\n" + "".join(
@@ -142,6 +145,20 @@ def test_promotion_believes_the_ledger_and_not_tags_that_anyone_may_edit(
     with pytest.raises(PromotionError, match="the gate answered 'refuse'"):
         rules.promote(workspace, subject, 3, "it says promote")
     assert champion(workspace, subject) == 1
+
+
+def test_what_is_harmless_and_no_better_needs_a_reason_and_a_person(workspace: Workspace, subject: Subject, client: MlflowClient):
+    rules.promote(workspace, subject, 1, "first")
+    facts = {"version": 3, "outcome": "promote if reasoned", "champion": weights(1)}
+    workspace.ledger.append("gate", str(subject), "undecided at n = 9", facts)  # judged once more
+    result = ferry(workspace, "promote", str(subject), "3")
+    assert result.exit_code == 5
+    assert "a promotion that is not for quality needs its reason" in result.stderr
+    client.set_registered_model_alias(subject.model, "champion", "3")
+    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["refused"]
+    assert champion(workspace, subject) == 1
+    assert ferry(workspace, "promote", str(subject), "3", "--reason", "the licence of the old data ended").exit_code == 0
+    assert champion(workspace, subject) == 3
 
 
 def test_former_champion_with_other_weights_is_not_gone_back_to(workspace: Workspace, subject: Subject, client: MlflowClient):
@@ -498,3 +515,61 @@ def test_alias_names_nobody_and_so_approves_nothing(workspace: Workspace, approv
 )
 def test_alias_without_any_promotion(alias: Alias, answer: str):
     assert settle("shapes/I/full", alias, Standing(), approval=False)[0] == answer
+
+
+# Approval in Prefect's page
+
+
+ASK = (
+    "import sys; from pathlib import Path; from flows.approval import ask_in_prefect; from flows.workspace import Workspace; "
+    + (
+        "from registry.catalog import Subject; sys.exit(not ask_in_prefect(Workspace(Path(sys.argv[1])), Subject.parse(sys.argv[2]), 1))"
+    )
+)
+
+
+def prefect(address: str, path: str, body: dict[str, object]) -> Any:
+    """What Prefect's page asks of its server."""
+    request = urllib.request.Request(f"{address}/api{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+@pytest.mark.slow
+def test_person_approves_in_prefects_page(tmp_path: Path):
+    (tmp_path / "ferry.toml").write_text('schema = 1\n[lines.shapes]\ndata = "data/shapes"\nrequire_approval = true\n')
+    workspace = Workspace(tmp_path)
+    subject = registered(workspace, "shapes")
+    waiting_version(workspace, subject, 1)
+    environment = clean_environment()
+    serving = subprocess.Popen([*FERRY, "-w", str(tmp_path), "serve"], stderr=subprocess.PIPE, text=True, env=environment)
+    assert serving.stderr is not None
+    try:
+        address = ""
+        while not (line := serving.stderr.readline()).startswith("retraining"):
+            assert line, "it ended"
+        address = line.rsplit(" ", 1)[1].strip()
+
+        def runs(name: str) -> list[Any]:
+            return [run for run in prefect(address, "/flow_runs/filter", {}) if run["state_name"] == name]
+
+        def asked() -> bool:  # as a retraining does; False until the deployment is there
+            with_server = environment | {"PREFECT_API_URL": f"{address}/api"}
+            return subprocess.run([sys.executable, "-c", ASK, str(tmp_path), str(subject)], env=with_server).returncode == 0
+
+        wait_for(asked, serving)
+        assert asked()  # and no second run
+        wait_for(lambda: len(runs("Suspended")) == 1, serving)
+        (run,) = runs("Suspended")
+        assert run["name"] == "approve shapes/I/full 1"
+        said = {"who": "anna", "promote": True, "reason": "looked at it"}
+        prefect(address, f"/flow_runs/{run['id']}/resume", {"run_input": said})
+        wait_for(lambda: len(runs("Completed")) == 1, serving)
+        assert champion(workspace, subject) == 1
+        made = entries(workspace, subject)[-1]
+        assert (made.who, made.why, made.facts["how"]) == ("anna (in Prefect, unverified)", "looked at it", "approval")
+        assert len(prefect(address, "/flow_runs/filter", {})) == 1
+    finally:
+        serving.send_signal(signal.SIGTERM)
+        serving.communicate(timeout=60)
+        workspace.ledger.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,9 @@ SubjectName = Annotated[str, typer.Argument(metavar="SUBJECT", help="LINE/CONFIG
 def promote(
     subject: SubjectName,
     version: Annotated[int, typer.Argument(min=1, help="Version in MLflow.")],
-    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "promoted by hand",
+    reason: Annotated[
+        str, typer.Option(show_default=False, help="Why; recorded in the ledger. Needed where the gate found no gain in quality.")
+    ] = "",
     overrule: Annotated[bool, typer.Option("--overrule", help="Although the gate did not let it through.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -86,6 +89,10 @@ def approve(
                 f"say which version and why: `ferry approve {subject} VERSION --reason ...`; nothing was changed"
             )
         entry = rules.approve(workspace, chosen, version, reason, refuse)
+        if os.environ.get("PREFECT_API_URL"):
+            from flows.approval import close
+
+            close(workspace, entry, not refuse)
         said = "is refused" if refuse else "is champion"
         after = "" if refuse else f"; {_publish(subject)}"
         answer(as_json, _plain(entry), f"{subject} version {version} {said} (ledger entry {entry.number}, by {entry.who}){after}")

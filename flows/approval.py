@@ -1,0 +1,93 @@
+"""Approval in Prefect's page: a flow run for each version that waits, suspended until a person fills in its form.
+
+The run holds nothing and is no record: what waits and who decided is in the ledger, so `ferry approve` works without it, and ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, suspend_flow_run
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter, FlowRunFilterState
+from prefect.client.schemas.filters import FlowRunFilterStateType as StateFilter
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.flow_runs import resume_flow_run
+from prefect.input import RunInput
+from pydantic import Field
+
+from flows.promote import approve, waiting
+from flows.workspace import Workspace
+from registry.catalog import Subject
+from registry.ledger import Entry
+
+
+class Approval(RunInput):
+    """What a person says."""
+
+    who: str = Field(min_length=1, max_length=100, description="your name; it is recorded, and nobody checks it")
+    promote: bool = Field(description="no: it is refused, and not asked about again")
+    reason: str = Field(min_length=1, max_length=1000, description="why")
+
+
+def name_of(workspace: Workspace) -> str:
+    """What Prefect calls the deployment."""
+    return workspace.root.name
+
+
+def _find(workspace: Workspace, subject: Subject, version: int) -> Entry | None:
+    return next((e for e in waiting(workspace) if (e.subject, e.facts["version"]) == (str(subject), version)), None)
+
+
+@flow(name="approval", flow_run_name="approve {subject} {version}", persist_result=False)
+def approval(root: str, subject: str, version: int) -> str:
+    """Suspend until a person approves or refuses a version; Prefect begins the flow anew with what the person said."""
+    workspace, chosen = Workspace(Path(root)), Subject.parse(subject)
+    asked = _find(workspace, chosen, version)
+    if asked is None:
+        return f"{subject} {version} does not wait any more; `ferry history {subject}` says why"
+    text = f"{subject} version {version}: {asked.why}. `ferry report` and MLflow show what it draws."
+    said = suspend_flow_run(wait_for_input=Approval.with_initial_data(description=text), key="approval")
+    # Prefect's page knows no users (its paid edition does): the name is what somebody wrote.
+    entry = approve(workspace, chosen, version, said.reason, not said.promote, who=f"{said.who} (in Prefect, unverified)")
+    return f"ledger entry {entry.number}"
+
+
+def ask_in_prefect(workspace: Workspace, subject: Subject, version: int) -> bool:
+    """Make the run in which a person approves, once; False where no Prefect server is configured, or nothing serves approvals."""
+    asked = _find(workspace, subject, version)
+    if asked is None or not os.environ.get("PREFECT_API_URL"):
+        return False
+    with get_client(sync_client=True) as client:
+        try:
+            deployment = client.read_deployment_by_name(f"approval/{name_of(workspace)}")
+        except ObjectNotFound:
+            return False
+        client.create_flow_run_from_deployment(
+            deployment.id,
+            parameters={"root": str(workspace.root), "subject": str(subject), "version": version},
+            idempotency_key=f"approval {subject} {version} {asked.sha256}",
+        )
+    return True
+
+
+def close(workspace: Workspace, entry: Entry, promoted: bool) -> None:
+    """End the run of what was decided by `ferry approve`; that it cannot be is told and changes nothing."""
+    if not os.environ.get("PREFECT_API_URL"):
+        return
+    said: dict[str, Any] = {"who": entry.who, "promote": promoted, "reason": entry.why}
+    try:
+        with get_client(sync_client=True) as client:
+            runs = client.read_flow_runs(
+                deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name_of(workspace)])),
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=StateFilter(any_=[StateType.PAUSED]))),
+            )
+        for run in runs:
+            if (run.parameters.get("subject"), run.parameters.get("version")) == (entry.subject, entry.facts["version"]):
+                resume_flow_run(run.id, run_input=said)
+    except Exception as error:  # noqa: BLE001 - it is decided; the run finds that out when somebody resumes it
+        sys.stderr.write(f"ferry: the run in Prefect still waits ({error}); cancel it there\n")
