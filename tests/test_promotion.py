@@ -520,12 +520,14 @@ def test_alias_without_any_promotion(alias: Alias, answer: str):
 # Approval in Prefect's page
 
 
-ASK = (
-    "import sys; from pathlib import Path; from flows.approval import ask_in_prefect; from flows.workspace import Workspace; "
-    + (
-        "from registry.catalog import Subject; sys.exit(not ask_in_prefect(Workspace(Path(sys.argv[1])), Subject.parse(sys.argv[2]), 1))"
-    )
-)
+ASK = """
+import sys
+from pathlib import Path
+from flows.approval import ask_in_prefect
+from flows.workspace import Workspace
+from registry.catalog import Subject
+sys.exit(not ask_in_prefect(Workspace(Path(sys.argv[1])), Subject.parse(sys.argv[2]), 1))
+"""
 
 
 def prefect(address: str, path: str, body: dict[str, object]) -> Any:
