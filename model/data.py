@@ -213,13 +213,13 @@ def open_picture(path: Path, channels: int) -> Image.Image:
         raise DataError("is missing" if isinstance(error, FileNotFoundError) else "cannot be decoded") from error
 
 
-def _square(picture: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+def _square(picture: Image.Image, size: int, shrink: Image.Resampling = Image.Resampling.BOX) -> npt.NDArray[np.uint8]:
     """The largest central square, scaled: uint8 [size, size] or [size, size, 3]."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     if (side, side) != picture.size or side != size:
         box = (left, top, left + side, top + side)
-        picture = picture.resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC, box)
+        picture = picture.resize((size, size), shrink if side > size else Image.Resampling.BICUBIC, box)
     return np.asarray(picture, dtype=np.uint8)
 
 
@@ -254,7 +254,7 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Sketc
         else:
             usable.append(item)
             pixels.append(hashlib.sha256(b"%d,%d," % picture.size + picture.tobytes()).hexdigest())
-            small.append(_square(picture, SMALL))
+            small.append(_square(picture, SMALL, Image.Resampling.BILINEAR))  # a box gives a copy of another size another look
         if on_item:
             on_item(done, len(items))
     thumbs, features = sketch(np.array(small, dtype=np.uint8).reshape(-1, SMALL, SMALL, 3))

@@ -103,9 +103,13 @@ def add(root: Path, path: str, line: str, message: str, report: Callable[[str], 
         repo.add([str(root / path)])
         try:
             repo.push([str(root / pointer)])
-        except OSError as error:  # a folder remote that is not mounted or full; S3 has DVC's own exception
-            raise RevisionError(f"the DVC remote cannot be written: {_first_line(error)}; mend it and repeat") from error
-        _complete(repo, str(yaml.safe_load((root / pointer).read_text())["outs"][0]["md5"]))
+            _complete(repo, str(yaml.safe_load((root / pointer).read_text())["outs"][0]["md5"]))
+        except RevisionError:
+            raise
+        except Exception as error:  # what DVC and its file systems raise has no common base
+            raise RevisionError(
+                f"the DVC remote cannot be written: {_first_line(error)}; check stores.data and s3_endpoint in ferry.toml, and repeat"
+            ) from error
     ours = [pointer, str(Path(path).parent / ".gitignore"), ".dvc/config", ".dvc/.gitignore", ".dvcignore"]
     git(root, "add", *ours)
     if report and git(root, "diff", "--cached", "--name-only", "--", pointer):

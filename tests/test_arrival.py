@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from flows import cli
 from model import arrival, versions
-from model.arrival import ALPHA, MIN_GROUPS, Drift, Sketch, drift
+from model.arrival import ALPHA, MIN_GROUPS, Sketch, drift
 from model.data import METADATA, is_held_out, scan
 
 from .conftest import write_images
@@ -43,6 +43,7 @@ def delivery(rng: np.random.Generator, tag: str, groups: int, of: int = 1, shift
     return made_up(centres + rng.normal(0, 0.1, centres.shape), captions, names, tag)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crops", [1, 5])
 def test_false_alarms_are_as_rare_as_promised(crops: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where an image has siblings: they are no evidence of their own."""
@@ -59,7 +60,7 @@ def test_false_alarms_are_as_rare_as_promised(crops: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("change", "which"), [({"shift": 0.6}, "looks"), ({"bars": 0.95}, "mix of captions")])
 def test_drift_is_seen_and_named(change: dict[str, float], which: str) -> None:
     rng = np.random.default_rng(0)
-    found = [drift(delivery(rng, "new", 40, **change), delivery(rng, "old", 60)) for _ in range(20)]
+    found = [drift(delivery(rng, "new", 40, **change), delivery(rng, "old", 60)) for _ in range(10)]
     assert np.mean([d.verdict == "drift" for d in found]) >= 0.9
     assert np.mean([f"in {which} (p = " in d.reason for d in found]) >= 0.8
 

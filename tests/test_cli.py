@@ -108,7 +108,7 @@ def test_version_is_told_without_a_command():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("data", "add", "shapes"), ("data", "log", "shapes"), ("retrain", "shapes"), ("promote", "shapes/I/full", "1"), ("history",),
+        ("data", "add", "shapes"), ("data", "log", "shapes"), ("data", "status", "shapes"), ("data", "diff", "shapes", "HEAD~1"), ("retrain", "shapes"), ("promote", "shapes/I/full", "1"), ("history",),
         ("evaluate", "shapes/I/full"), ("release", "shapes"), ("rollout", "start", "shapes"), ("rollout", "halt", "shapes"), ("rollout", "status", "shapes"),
         ("fleet", "status"), ("trust", "refresh"), ("trust", "renew"), ("rollout", "renew", "shapes"), ("trust", "status"), ("report",), ("serve",),
         ("rollback", "shapes/I/full"), ("approve",), ("reconcile",), ("history", "--verify"),
@@ -125,6 +125,9 @@ def test_outside_a_workspace_everything_says_so(arguments: tuple[str, ...], tmp_
     [
         (("retrain", "tables"), "there is no line 'tables' in ferry.toml; there is shapes"),
         (("retrain", "shapes", "--data", "v9"), "there is no data revision 'v9'; `ferry data log shapes` lists them"),
+        (("data", "diff", "shapes", "v9"), "there is no data revision 'v9'; `ferry data log shapes` lists them"),
+        (("data", "diff", "shapes", "HEAD", "v9"), "there is no data revision 'v9'; `ferry data log shapes` lists them"),
+        (("data", "status", "tables"), "there is no line 'tables' in ferry.toml; there is shapes"),
         (("promote", "shapes", "1"), "is not LINE/CONFIG/VARIANT"),
         (("promote", "shapes/I/full", "7"), "has no version 7; there is none yet, run `ferry retrain`"),
         (("rollback", "shapes"), "is not LINE/CONFIG/VARIANT"),
@@ -339,7 +342,7 @@ def test_changed_ledger_has_an_exit_code_of_its_own(workspace: Path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("data", "log", "shapes"), ("history",), ("rollout", "status", "shapes"), ("fleet", "status"), ("trust", "status"), ("trust", "refresh")],
+    [("data", "log", "shapes"), ("data", "status", "shapes"), ("data", "diff", "shapes", "HEAD"), ("history",), ("rollout", "status", "shapes"), ("fleet", "status"), ("trust", "status"), ("trust", "refresh")],
     ids=" ".join,
 )  # fmt: skip
 def test_json_is_one_object_on_stdout(arguments: tuple[str, ...], workspace: Path):

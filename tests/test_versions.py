@@ -307,7 +307,7 @@ def test_damaged_list_is_refused_as_list(
 ) -> None:
     damage(root, "both", None, b"[]")
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "new site"))  # as a machine that never saw the list
-    with pytest.raises(RevisionError, match="is damaged in the DVC cache or remote|cannot be fetched"):
+    with pytest.raises(RevisionError, match=r"is damaged in the DVC cache or remote|cannot be fetched"):
         files(root, version)
 
 
@@ -356,7 +356,7 @@ def test_report_stays_with_its_revision(root: Path) -> None:
     edit(root / PATH)
     second = add(root, PATH, LINE, "second", lambda md5: f"of {md5}")
     assert [report_of(root, version) for version in (first, second)] == [f"of {first.md5}", f"of {second.md5}"]
-    assert add(root, PATH, LINE, "again", lambda md5: "another report") == second
+    assert add(root, PATH, LINE, "again", "another report of {}".format) == second
     assert (report_of(root, second), commits(root)) == (f"of {second.md5}", 2)
 
 
