@@ -121,7 +121,7 @@ def retrain(
             tell(error.rows)
             raise
         tell(rows)
-        if any(row["outcome"] in ("refuse", "more data") for row in rows):
+        if any(row["outcome"] in ("refuse", "more data", "promote if reasoned") for row in rows):
             raise typer.Exit(5)
 
 

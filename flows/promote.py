@@ -15,6 +15,7 @@ from registry.catalog import CHAMPION, Subject, Version
 from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
 from registry.ledger import START, Entry
 from registry.promotion import Alias, Answer, How, Standing, before, check, settle, standing
+from registry.selection import Decision
 
 REFUSED = "promotion.refused"  # tag of a version: why an alias set to it was put back
 MOVES = 100  # of an alias, while others promote the same subject
@@ -150,6 +151,8 @@ def _promote(
         }  # fmt: skip
         entry = workspace.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
     try:
+        if not overrule and how != "rollback" and (number not in expected.passed or entry is expected.champion):
+            _keep_anchor(workspace, subject, version, expected.version)
         _point(workspace, subject)
     except StoreError as error:
         raise StoreError(
@@ -157,6 +160,13 @@ def _promote(
             "completes it"
         ) from error
     return entry
+
+
+def _keep_anchor(workspace: Workspace, subject: Subject, version: Version, before: int | None) -> None:
+    """Let the anchor follow, if the gate found that the new champion is the best model ever."""
+    decision = Decision.model_validate_json(workspace.catalog.text(version, "decision.json"))
+    known = {v.number: v for v in workspace.catalog.versions(subject)}  # the one before may have been deleted
+    workspace.catalog.keep_anchor(subject, version.number, decision, known.get(before or 0))
 
 
 def _check_unmoved(subject: Subject, expected: Standing, now: Standing) -> None:

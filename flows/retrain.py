@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -33,8 +33,8 @@ from model.data import Dataset, prepare
 from model.errors import CheckpointError
 from model.evaluate import Drawn
 from model.scorecard import Comparison, DataVersion, Frozen, Lineage, Quality, Sampler, Scorecard
-from registry.catalog import BUNDLE, CHECKPOINT, Subject, Version
-from registry.selection import Decision, Limits, decide
+from registry.catalog import ANCHOR, BUNDLE, CHECKPOINT, Subject, Version
+from registry.selection import Budgets, Decision, Limits, decide, level
 
 RETRIES: dict[str, Any] = {
     "retries": 2,
@@ -122,12 +122,12 @@ def export_model(root: str, checkpoint: str, configuration: ConfigurationName, k
 
 @task(name="evaluate", cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def evaluate_model(
-    root: str, checkpoint: str, exported: str, champion: dict[str, str] | None, full: str | None, key: str
+    root: str, checkpoint: str, exported: str, champion: dict[str, str] | None, anchor: str | None, full: str | None, key: str
 ) -> dict[str, str]:
     """Draw images and score them; returns the paths of card and pictures.
 
-    Beside them are scored the champion's, where there is one, and beside a student's those of `full`, drawn with as many
-    network evaluations.
+    Beside them are scored the champion's and the anchor's, where there are such, and beside a student's those of `full`, drawn with as
+    many network evaluations.
     """
     workspace = Workspace(Path(root))
     opened = train.load_checkpoint(Path(checkpoint))
@@ -141,10 +141,13 @@ def evaluate_model(
     sampler = line.sampler_of(lineage.variant)
     challenger = _Contender(Path(exported), workspace.work / "draws", lineage.data.line, sampler)
     splits: dict[str, Dataset] = {"new": dataset}
-    other = None
+    others: list[tuple[Literal["champion", "anchor"], _Contender]] = []
     if champion:
         theirs = Path(champion["bundle"])
-        other = _Contender(theirs, workspace.work / "draws", lineage.data.line, _drawn_as(theirs))
+        others.append(("champion", _Contender(theirs, workspace.work / "draws", lineage.data.line, _drawn_as(theirs))))
+        if anchor:
+            best = _Contender(Path(anchor), workspace.work / "draws", lineage.data.line, _drawn_as(Path(anchor)))
+            others.append(("anchor", best))
         old = train.load_checkpoint(Path(champion["checkpoint"])).lineage.data
         folder = pull_data.fn(root, old.model_dump())
         splits["old"] = prepare(Path(folder), lineage.config, workspace.work / "cache", old.md5)
@@ -155,9 +158,9 @@ def evaluate_model(
         captions = evaluate.held_out_captions(data, line.gate.images)
         drawn[split] = challenger.draw(captions)
         qualities += evaluate.quality(spaces, data, drawn[split], split)
-        if other:
+        for against, other in others:
             images = other.draw(captions)
-            comparisons += evaluate.compare(spaces, data, drawn[split], images, split, other.weights_sha256)
+            comparisons += evaluate.compare(spaces, data, drawn[split], images, split, other.weights_sha256, against)
     captions = evaluate.held_out_captions(dataset, line.gate.images)
     solver = None
     if full:
@@ -275,10 +278,10 @@ def retrain_ladder(
     winners: bool,
 ) -> _Climbed:
     """Retrain the variants of a configuration one after another, each after the one that teaches it; none loses the others."""
-    workspace, data, teachers, done = Workspace(Path(root)), DataVersion(**version), _Teachers({}), _Climbed([], [])
+    workspace, data, run, done = Workspace(Path(root)), DataVersion(**version), _Run({}, together), _Climbed([], [])
     for variant in variants:
         try:
-            done.rows.append(_retrain_one(workspace, data, configuration, variant, teachers, together, winners))
+            done.rows.append(_retrain_one(workspace, data, configuration, variant, run, winners))
         except Exception as error:  # noqa: BLE001 - whatever befell one, the others are worth their hours
             subject = Subject(line=data.line, configuration=configuration, variant=variant)
             reason = str(error).strip() or type(error).__name__
@@ -317,17 +320,22 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
         theirs = champion_files(workspace, champion) if champion else None
         full = workspace.catalog.champion(subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
         beside = champion_files(workspace, full)["bundle"] if full else None
-        return judge_and_register(workspace, checkpoint, theirs, champion, 1, winners=False, full=beside).row.model_dump()
+        return judge_and_register(workspace, checkpoint, theirs, champion, None, winners=False, full=beside).row.model_dump()
 
 
 @dataclass
-class _Teachers:
-    """What may teach the next variant of a configuration: the new version if the gate let it through, else the champion.
+class _Run:
+    """What a run hands on from one model to the next.
 
-    A version that somebody took back teaches nobody, nor does one of another shape.
+    May teach the next variant of a configuration: the new version if the gate let it through, else the champion. A version that
+    somebody took back teaches nobody, nor does one of another shape.
     """
 
     files: dict[tuple[ConfigurationName, VariantName], dict[str, str]]
+    together: int
+    """Models that it may decide on."""
+    last: Decision | None = None
+    """The gate's last one."""
 
     def of(self, configuration: ConfigurationName, variant: VariantName) -> dict[str, str] | None:
         """Checkpoint and bundle of the variant that teaches this one."""
@@ -352,38 +360,41 @@ def _retrain_one(
     data: DataVersion,
     configuration: ConfigurationName,
     variant: VariantName,
-    teachers: _Teachers,
-    together: int,
+    run: _Run,
     winners: bool,
 ) -> Retrained:
     root, line = str(workspace.root), workspace.line(data.line)
     subject = Subject(line=data.line, configuration=configuration, variant=variant)
     champion = workspace.catalog.champion(subject)
     theirs = champion_files(workspace, champion) if champion else None
-    teacher = teachers.of(configuration, variant)
+    teacher = run.of(configuration, variant)
     if variant in TEACHERS and teacher is None:
         return Retrained(
             subject=str(subject), data_rev=data.rev, version=0, outcome="no teacher",
             reason=f"it is taught by {TEACHERS[variant]}, of which no version has passed the gate", n=0, promoted=False,
         )  # fmt: skip
     taught_sha256 = train.load_checkpoint(Path(teacher["checkpoint"])).weights_sha256 if teacher else None
-    full = teachers.files[configuration, "full"]["bundle"] if teacher else None
+    full = run.files[configuration, "full"]["bundle"] if teacher else None
     config, starts = line.config(configuration), [teacher["checkpoint"] if teacher else None]
     if champion and theirs:
         before = train.load_checkpoint(Path(theirs["checkpoint"]))
         check_same_pictures(before.lineage.config, config)
         if before.lineage.config == config:
-            teachers.files[configuration, variant] = theirs
+            run.files[configuration, variant] = theirs
         if _is_current(before.lineage, line, data, taught_sha256):
             if _is_exported_so(workspace, champion, Path(theirs["bundle"]), line):
+                # A run that was cut off after this promotion takes for the rest what it would have taken.
+                run.last = Decision.model_validate_json(workspace.catalog.text(champion, "decision.json"))
                 return Retrained(
                     subject=str(subject), data_rev=data.rev, version=champion.number, outcome="unchanged",
                     reason="the champion was trained on these data with these settings", n=0, promoted=False,
                 )  # fmt: skip
             # Only how it is stored or drawn has changed: no training, but the gate has to see it.
-            judged = judge_and_register(workspace, theirs["checkpoint"], theirs, champion, together, winners, full)
+            allowed = level(line.gate.alpha, run.together, run.last)
+            judged = judge_and_register(workspace, theirs["checkpoint"], theirs, champion, allowed, winners, full)
+            run.last = judged.decision
             if judged.fit:
-                teachers.files[configuration, variant] = {"checkpoint": theirs["checkpoint"], "bundle": judged.bundle}
+                run.files[configuration, variant] = {"checkpoint": theirs["checkpoint"], "bundle": judged.bundle}
             return judged.row
         if before.lineage.config.tier == config.tier:  # weights of another tier have other shapes
             # A student goes on from the student before, so that the update is small; if that does not pass, from its teacher.
@@ -409,9 +420,11 @@ def _retrain_one(
             root, data.model_dump(), configuration, variant, parent, teacher["checkpoint"] if teacher else None, key
         )
         # Two attempts are two chances to be let through by luck.
-        judged = judge_and_register(workspace, checkpoint, theirs, champion, together * len(starts), winners, full)
+        allowed = level(line.gate.alpha, run.together * len(starts), run.last)
+        judged = judge_and_register(workspace, checkpoint, theirs, champion, allowed, winners, full)
+        run.last = judged.decision
         if judged.fit:
-            teachers.files[configuration, variant] = {"checkpoint": checkpoint, "bundle": judged.bundle}
+            run.files[configuration, variant] = {"checkpoint": checkpoint, "bundle": judged.bundle}
         if judged.row.outcome in ("promote", "pending", "refused"):  # the gate let it through
             break
     return judged.row
@@ -467,9 +480,10 @@ def check_same_pictures(champion: ModelConfig, wanted: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class _Judged:
-    """What came of a checkpoint, its exported files, and whether it may teach the next variant."""
+    """What came of a checkpoint, what the gate said, its exported files, and whether it may teach the next variant."""
 
     row: Retrained
+    decision: Decision
     bundle: str
     fit: bool
 
@@ -479,7 +493,7 @@ def judge_and_register(
     checkpoint: str,
     theirs: dict[str, str] | None,
     champion: Version | None,
-    together: int,
+    allowed: float | None,
     winners: bool,
     full: str | None = None,
 ) -> _Judged:
@@ -490,7 +504,7 @@ def judge_and_register(
         checkpoint: folder.
         theirs: the champion's files.
         champion: the present one, if any.
-        together: models that are decided on in the same run.
+        allowed: chance of a wrong promotion; None: `gate.alpha`.
         winners: promote what the gate lets through.
         full: bundle of the `full` that a student is compared with at equal network evaluations.
     """
@@ -504,14 +518,26 @@ def judge_and_register(
     key = canonical_sha256([opened.weights_sha256, settings, train.code_sha256()])[:32]
     exported = _cached(export_model, workspace.work / "exports" / key / "reference.json")(root, checkpoint, configuration, key)
     beside = file_sha256(Path(full) / "weights.bin") if full else None
-    key = canonical_sha256([key, champion.weights_sha256 if champion else None, beside])[:32]
+    # The best model ever; the champion where a workspace has none yet.
+    anchor = (workspace.catalog.aliased(subject, ANCHOR) or champion) if champion else None
+    scored = anchor if anchor and champion and anchor.weights_sha256 != champion.weights_sha256 else None
+    key = canonical_sha256(
+        [key, champion.weights_sha256 if champion else None, scored.weights_sha256 if scored else None, beside]
+    )[:32]
+    best = str(workspace.catalog.files(scored, "bundle", workspace.work / "champions")) if scored else None
     evaluated = _cached(evaluate_model, workspace.work / "evaluations" / key / "samples.png")(
-        root, checkpoint, exported, theirs, full, key
+        root, checkpoint, exported, theirs, best, full, key
     )
     card = Scorecard.model_validate_json(Path(evaluated["scorecard"]).read_bytes())
     limits = Limits(**line.gate.model_dump(exclude={"images"}))
-    budget = line.latency_ms(configuration, opened.lineage.variant)
-    decision = decide(card, limits, budget, champion.weights_sha256 if champion else None, together)
+    budgets = Budgets(
+        latency_ms=line.latency_ms(configuration, opened.lineage.variant),
+        memory_mib=line.memory_mib(configuration, opened.lineage.variant),
+    )
+    decision = decide(
+        card, limits, budgets, champion.weights_sha256 if champion else None,
+        anchor=anchor.weights_sha256 if anchor else None, level=allowed,
+    )  # fmt: skip
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))
     pages.decision(subject, number, decision, Path(evaluated["samples"]))
     promoted, reason, outcome = False, decision.reason, str(decision.outcome)
@@ -538,7 +564,7 @@ def judge_and_register(
     row = Retrained(
         subject=str(subject), data_rev=data.rev, version=number, outcome=outcome, reason=reason, n=decision.n, promoted=promoted,
     )  # fmt: skip
-    return _Judged(row, exported, decision.outcome == "promote" and not taken_back)
+    return _Judged(row, decision, exported, decision.outcome == "promote" and not taken_back)
 
 
 def _cached(step: Any, result: Path) -> Any:

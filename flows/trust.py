@@ -94,7 +94,11 @@ def status(workspace: Workspace) -> tuple[dict[str, Any], str]:
     approval = any(workspace.needs_approval(line) for line in workspace.settings.lines)
     risks = [
         "the promotion signature (models) is made on this machine: a thief of its key could have any bundle tried by devices"
-        + ("; require_approval is set, so move that key elsewhere: `ferry trust rotate models --signer models=URI`" if approval else "")
+        + (
+            "; require_approval is set, so move that key elsewhere: `ferry trust rotate models --signer models=URI`"
+            if approval
+            else ""
+        )
         for state in states
         if state.role == "models" and state.signs_here
     ]

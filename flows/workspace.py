@@ -91,8 +91,10 @@ class Gate(Section):
     images: int = Field(default=256, ge=8, description="generated images for each evaluation")
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     margin: float = Field(default=0.1, gt=0, le=1)
+    decay: float = Field(default=0.2, gt=0, le=1)
     minimum_images: int = Field(default=96, ge=8)
     coverage: float = Field(default=0.3, ge=0, le=1)
+    copying: float = Field(default=0.8, gt=0.5, le=1)
     beat_solver: bool = Field(default=True, description="of dev and fast: better than full, drawn with as many evaluations")
 
 
@@ -103,6 +105,7 @@ class DeviceClass(Section):
     precision: PrecisionName = "bfloat16"
     variants: list[VariantName] = Field(default=["full"], min_length=1, max_length=3, description="the first is the default")
     latency_ms: float = Field(default=5000, gt=0, description="budget for one image")
+    memory_mib: float | None = Field(default=None, gt=0, description="budget for the model, beyond a bare interpreter")
 
     @model_validator(mode="after")
     def _each_once(self) -> DeviceClass:
@@ -175,6 +178,11 @@ class Line(Section):
         """The tightest budget among the classes that run a variant; for one that only teaches, an hour."""
         budgets = [c.latency_ms for c in self.classes.values() if c.configuration == configuration and variant in c.variants]
         return min(budgets, default=TEACHING_MS)
+
+    def memory_mib(self, configuration: ConfigurationName, variant: VariantName) -> float | None:
+        """The tightest memory budget among the classes that run a variant, if any has one."""
+        running = [c for c in self.classes.values() if c.configuration == configuration and variant in c.variants]
+        return min((c.memory_mib for c in running if c.memory_mib is not None), default=None)
 
 
 class Settings(Section):
@@ -457,13 +465,16 @@ guidance = 2.0                     # 1 is unguided
 images = 256                       # generated for each evaluation
 alpha = 0.05                       # chance of promoting a worse model
 margin = 0.1                       # tolerated on old data, as a share of pure noise's distance
+decay = 0.2                        # tolerated in all against the best version ever, as such a share
 minimum_images = 96                # below this, nothing is decided
 coverage = 0.3
+copying = 0.8                      # chance that a generated image lies nearer to training images than held-out ones do; 0.5 is none
 
 [lines.{name}.classes.edge]        # a kind of device
 configuration = "I"                # I: stride 2, II: stride 1
 precision = "bfloat16"             # how weights are stored: float32, float16, bfloat16 (smallest updates) or int8 (smallest file)
 latency_ms = 5000                  # budget for one image
+# memory_mib = 64                  # budget for the model's memory
 """
 
 

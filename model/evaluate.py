@@ -48,7 +48,7 @@ from model.session import load as load_session
 
 NEIGHBOURS = 5
 BLOCKS = 10  # of the jackknife
-WIDTHS = (0.25, 0.5, 1.0, 2.0)  # of the Gaussian kernels, in median distances
+WIDTHS = (0.25, 0.5, 1.0, 2.0)  # of the Gaussian kernels, in median distances; each twice the one before
 YARDSTICK_SEED = 6
 LATENCY_IMAGES = 5
 EVALUATION_SEED = 1_000_000
@@ -110,8 +110,11 @@ def kernel(x: Features, y: Features, scale: float) -> npt.NDArray[np.float64]:
     Bounded, unlike the cubic kernel that KID uses: new data may lie far outside what the features were standardised on, and
     a few such images would otherwise decide alone.
     """
-    squared = cdist(x, y, "sqeuclidean") / scale**2
-    result: npt.NDArray[np.float64] = np.mean([np.exp(-squared / (2 * width**2)) for width in WIDTHS], axis=0)
+    power: npt.NDArray[np.float64] = np.exp(cdist(x, y, "sqeuclidean") * (-0.5 / (max(WIDTHS) * scale) ** 2))
+    result = power / len(WIDTHS)
+    for _ in WIDTHS[1:]:  # half the width is the fourth power, and two squares cost a tenth of an exponential
+        np.square(np.square(power, out=power), out=power)
+        result += power / len(WIDTHS)
     return result
 
 
@@ -242,10 +245,23 @@ def relative_distance(
     psi_c = 2 * ((cc.sum(axis=1) - np.diag(cc)) / (n - 1) - xc.mean(axis=0))
     psi_h = 2 * ((hh.sum(axis=1) - np.diag(hh)) / (n - 1) - xh.mean(axis=0))
     psi_x = -2 * (xc.mean(axis=1) - xh.mean(axis=1))
-    clusters = np.bincount(np.arange(m) if groups is None else groups, weights=psi_x - psi_x.mean())  # sums, [G]
+    groups = np.arange(m) if groups is None else groups
+    clusters = np.bincount(groups, weights=psi_x - psi_x.mean())  # sums, [G]
     count = len(clusters)
     held_out = np.sum(clusters**2) / m**2 * count / max(1, count - 1)
-    return float(delta), float(np.sqrt(np.var(psi_c - psi_h, ddof=1) / n + held_out))
+    variance = np.var(psi_c - psi_h, ddof=1) / n + held_out
+    # What pairs add beyond single images is in the influences of both of a pair, so it was counted twice.
+    among, between = _centred(cc - hh), _centred(xc - xh)
+    np.fill_diagonal(among, 0)
+    by_group = between if count == m else np.array([between[groups == g].sum(axis=0) for g in range(count)])  # [G, n]
+    twice = 2 * np.sum(among**2) / (n * (n - 1)) ** 2 + 4 * np.sum(by_group**2) / (m * n) ** 2
+    return float(delta), float(np.sqrt(max(variance / 2, variance - twice)))
+
+
+def _centred(pairs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Without what a row or a column has in common: what only the pair has."""
+    centred: npt.NDArray[np.float64] = pairs - pairs.mean(axis=0) - pairs.mean(axis=1, keepdims=True) + pairs.mean()
+    return centred
 
 
 def pure_noise(like: Images) -> Images:
@@ -290,9 +306,9 @@ def compare(
     champion: Drawn,
     split: str,
     champion_sha256: Sha256,
-    against: Literal["champion", "solver"] = "champion",
+    against: Literal["champion", "anchor", "solver"] = "champion",
 ) -> list[Comparison]:
-    """The challenger against the champion, or a student against its solver, on one split, in both spaces."""
+    """The challenger against champion or anchor, or a student against its solver, on one split, in both spaces."""
     rows = []
     reference, groups = dataset.images[dataset.reference()], dataset.reference_groups()
     for space in SPACES:
@@ -323,7 +339,7 @@ def memorisation(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> list[
         known = spaces(space, training)
         generated = cdist(spaces(space, drawn.images), known).min(axis=1)
         held_out = cdist(spaces(space, reference), known).min(axis=1)
-        probability, z = copying(generated, held_out, dataset.reference_groups())
+        probability, se, z = copying(generated, held_out, dataset.reference_groups())
         rows.append(
             Memorisation(
                 space=space,
@@ -331,6 +347,7 @@ def memorisation(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> list[
                 reference=len(held_out),
                 training=len(known),
                 probability=probability,
+                se=se,
                 z=z,
                 p=float(stats.norm.sf(z)),
                 nearer_than_any=float((generated < held_out.min()).mean()),
@@ -339,12 +356,13 @@ def memorisation(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> list[
     return rows
 
 
-def copying(generated: Distances, held_out: Distances, groups: Groups | None = None) -> tuple[float, float]:
-    """P(a generated image is nearer to its nearest training image than a held-out one is), and z of this being 1/2.
+def copying(generated: Distances, held_out: Distances, groups: Groups | None = None) -> tuple[float, float, float]:
+    """P(a generated image is nearer to its nearest training image than a held-out one is), its error, and z of this being 1/2.
 
     The Mann-Whitney test of Meehan et al. 2020 over the whole space (they also cut it into cells), with the sign turned: a
     large z says that images are copied. Ties count one half. In the variance the held-out images enter by group, as in
-    `relative_distance`, through their ranks among themselves; for images that are each their own it is the test's usual one.
+    `relative_distance`, through their ranks among themselves; for images that are each their own it is the test's usual one. That
+    holds at 1/2; the error of any other probability is DeLong's (1988), again by group.
 
     Args:
         generated: [n] distances to the nearest training image.
@@ -355,8 +373,12 @@ def copying(generated: Distances, held_out: Distances, groups: Groups | None = N
     probability = 1 - float(stats.mannwhitneyu(generated, held_out).statistic) / (n * m)
     ranks = (stats.rankdata(held_out) - (m + 1) / 2) / m  # mean 0, variance about 1/12
     clusters = np.bincount(np.arange(m) if groups is None else groups, weights=ranks)
-    variance = 1 / (12 * n) + np.sum(clusters**2) / m**2 * len(clusters) / max(1, len(clusters) - 1)
-    return probability, float((probability - 0.5) / np.sqrt(variance))
+    correction = len(clusters) / max(1, len(clusters) - 1)
+    variance = 1 / (12 * n) + np.sum(clusters**2) / m**2 * correction
+    nearer = (generated[:, None] < held_out) + 0.5 * (generated[:, None] == held_out) - probability  # [n, m]
+    by_group = np.bincount(np.arange(m) if groups is None else groups, weights=nearer.mean(axis=0))
+    error = np.var(nearer.mean(axis=1), ddof=1) / n + np.sum(by_group**2) / m**2 * correction
+    return probability, float(np.sqrt(error)), float((probability - 0.5) / np.sqrt(variance))
 
 
 def by_caption(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, captions: list[str]) -> list[CaptionRow]:

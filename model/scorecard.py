@@ -104,7 +104,9 @@ class PublishedFid(Frozen):
 class Comparison(Frozen):
     """Challenger minus another model, on the same noise seeds and captions: negative says the challenger is better."""
 
-    against: Literal["champion", "solver"] = Field(description="solver: full, drawn with as many evaluations as the student")
+    against: Literal["champion", "anchor", "solver"] = Field(
+        description="anchor: the best model ever; solver: full, drawn with as many evaluations as the student"
+    )
     against_sha256: Sha256
     space: str
     split: str
@@ -123,6 +125,7 @@ class Memorisation(Frozen):
     reference: int = Field(description="held-out images")
     training: int = Field(description="training images that were searched; copies of others go unseen")
     probability: float = Field(description="chance that a generated image is nearer than a held-out one; 1/2 without copying")
+    se: float = Field(default=0.0, description="its standard error, whatever the probability; 0 where it was not measured")
     z: float = Field(description="standard errors above 1/2")
     p: float = Field(description="chance of such a z without copying")
     nearer_than_any: float = Field(description="share of generated images that are nearer than every held-out one")

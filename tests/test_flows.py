@@ -139,6 +139,7 @@ def test_first_retraining_makes_a_champion(workspace: Workspace):
     assert champion is not None
     assert champion.number == 1
     assert champion.tags["data.rev"] == versions.resolve(workspace.root, "data/shapes", "shapes").rev
+    assert champion.aliases == ["anchor", "champion"]
     assert kinds(workspace) == ["gate", "promotion"]
 
 
@@ -326,6 +327,9 @@ def test_changed_sampler_is_judged_without_training(workspace: Workspace):
         workspace.catalog.text(workspace.catalog.version(SUBJECT, row["version"]), "scorecard.json")
     )
     assert (row["version"], made.sampler.steps) == (4, 5)
+    beside = {(c.against, c.against_sha256, c.split) for c in made.comparisons}  # version 1 is still the best ever
+    known = {against: workspace.catalog.version(SUBJECT, n).weights_sha256 for against, n in (("champion", 2), ("anchor", 1))}
+    assert beside == {(against, known[against], split) for against in known for split in ("new", "old")}
     assert sorted(path.name for path in (workspace.work / "runs").iterdir()) == trained
     assert champion_number(workspace) == 2
 
