@@ -89,7 +89,7 @@ def train_model(
         taught_by = train.load_checkpoint(Path(teacher))
         objective = distill.stage(taught_by.network(), taught_by.lineage.variant, variant, line.sampler.guidance)
     subject = Subject(line=data.line, configuration=configuration, variant=variant)
-    with watch.watching(workspace, subject, key, settings.steps, picture) as watcher:
+    with watch.watching(workspace, subject, key, settings.steps, picture, data) as watcher:
         checkpoint = train.train(
             line.config(configuration),
             open_dataset(workspace, line, configuration, data),
@@ -193,6 +193,7 @@ def register_model(root: str, checkpoint: str, exported: str, evaluated: dict[st
         subject, opened.lineage, Scorecard.model_validate_json(Path(evaluated["scorecard"]).read_bytes()), made,
         opened.folder, Path(exported), {"samples": Path(evaluated["samples"]), "captions": Path(evaluated["samples"]).with_suffix(".json")},
         watch.points(json.loads((opened.folder / train.CURVE).read_bytes())),
+        watch.retraining(workspace, opened.lineage.data),
     )  # fmt: skip
     with workspace.locked("records"):
         if not any(e.facts.get("decision") == made.sha256 for e in workspace.ledger.entries(str(subject))):
@@ -236,27 +237,12 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
         reconcile(workspace, [line])  # what is trained from, and judged against, is the ledger's champion
         data = versions.resolve(workspace.root, settings.data, line, rev)
         pull_data(root, data.model_dump())
-        ladders = settings.ladders()
-        together = len(settings.combinations())
-        given: dict[str, Any] = {
-            "root": root, "version": data.model_dump(), "together": together, "winners": promote_winners,
-        }  # fmt: skip
-        jobs = [{**given, "configuration": configuration, "variants": variants} for configuration, variants in ladders.items()]
-        if min(workspace.settings.parallel, len(jobs)) > 1:
-            runner: ThreadPoolTaskRunner[_Climbed] = ThreadPoolTaskRunner(max_workers=workspace.settings.parallel)
-            with runner:
-                futures = [runner.submit(retrain_ladder, job) for job in jobs]
-                climbed = [future.result() for future in futures]
-        else:
-            climbed = [retrain_ladder.fn(**job) for job in jobs]
-    rows = [row.model_dump() for done in climbed for row in done.rows]
-    create_table_artifact(table=rows, key="scorecards", description=f"{line} at {data.rev[:12]}")
-    failures = [failure for done in climbed for failure in done.failures]
-    if failures and len(rows) == len(failures) == 1:
-        raise failures[0]
-    if failures:
-        failed = ", ".join(row["subject"] for row in rows if row["outcome"] == "failed")
-        raise VariantError(f"{failed} failed, the others are done; the first error: {failures[0]}", rows) from failures[0]
+        with watch.ending(workspace, data) as tell:
+            climbed = _climb(workspace, data, promote_winners)
+            rows = [row.model_dump() for done in climbed for row in done.rows]
+            create_table_artifact(table=rows, key="scorecards", description=f"{line} at {data.rev[:12]}")
+            _raise_failures(rows, [failure for done in climbed for failure in done.failures])
+            tell(rows)
     return rows
 
 
@@ -266,6 +252,29 @@ class _Climbed:
 
     rows: list[Retrained]
     failures: list[Exception]
+
+
+def _climb(workspace: Workspace, data: DataVersion, winners: bool) -> list[_Climbed]:
+    """Retrain all configurations of a line, one after another or in threads."""
+    line = workspace.line(data.line)
+    given: dict[str, Any] = {
+        "root": str(workspace.root), "version": data.model_dump(), "together": len(line.combinations()), "winners": winners,
+    }  # fmt: skip
+    jobs = [{**given, "configuration": configuration, "variants": variants} for configuration, variants in line.ladders().items()]
+    if min(workspace.settings.parallel, len(jobs)) == 1:
+        return [retrain_ladder.fn(**job) for job in jobs]
+    runner: ThreadPoolTaskRunner[_Climbed] = ThreadPoolTaskRunner(max_workers=workspace.settings.parallel)
+    with runner:
+        futures = [runner.submit(retrain_ladder, job) for job in jobs]
+        return [future.result() for future in futures]
+
+
+def _raise_failures(rows: list[dict[str, Any]], failures: list[Exception]) -> None:
+    if failures and len(rows) == 1:
+        raise failures[0]
+    if failures:
+        failed = ", ".join(row["subject"] for row in rows if row["outcome"] == "failed")
+        raise VariantError(f"{failed} failed, the others are done; the first error: {failures[0]}", rows) from failures[0]
 
 
 @task(name="ladder", cache_policy=NO_CACHE, persist_result=False)
@@ -320,7 +329,10 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
         theirs = champion_files(workspace, champion) if champion else None
         full = workspace.catalog.champion(subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
         beside = champion_files(workspace, full)["bundle"] if full else None
-        return judge_and_register(workspace, checkpoint, theirs, champion, None, winners=False, full=beside).row.model_dump()
+        with watch.ending(workspace, lineage.data) as tell:
+            row = judge_and_register(workspace, checkpoint, theirs, champion, None, winners=False, full=beside).row.model_dump()
+            tell([row])
+        return row
 
 
 @dataclass

@@ -346,6 +346,11 @@ def configure_environment(root: Path) -> None:
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # A server that restarts is waited for (1, 2, 4, 8 s, with jitter), one that is gone or hangs is named within three minutes;
+        # MLflow's own values would wait half an hour.
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "DVC_NO_ANALYTICS": "1",
         # Torch's threads wait for each other by spinning. Beside any other busy process the default (some milliseconds) makes
         # a step up to fifty times slower; this (some ten microseconds) costs nothing where the machine is idle.

@@ -1,8 +1,9 @@
-"""MLflow: runs, versions and aliases of our models. The only file that imports it.
+"""MLflow: runs, versions and aliases of our models. Only this file and `registry.dataset` import it.
 
 One registered model for each line, configuration and variant. A version's run is opened when its training begins
-and fills while it goes on; in the end it holds the checkpoint and the exported files byte for byte; MLflow's ONNX flavour beside them is a view for people and tools, never what is signed. `champion` is an
-alias (stages are deprecated); the facts that lead back to data, code and parent are tags.
+and fills while it goes on; in the end it holds the checkpoint and the exported files byte for byte; MLflow's ONNX flavour beside them
+is a view for people and tools, never what is signed. The runs of one retraining are nested in a run of its own. `champion`,
+`challenger` and `anchor` are aliases (stages are deprecated); the facts that lead back to data, code and parent are tags.
 
     >>> catalog = Catalog("sqlite:///mlflow.db", Path("mlartifacts"))
     >>> catalog.champion(Subject.parse("surfaces/I/full"))
@@ -10,19 +11,24 @@ alias (stages are deprecated); the facts that lead back to data, code and parent
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from model.config import ConfigurationName, VariantName
-from model.scorecard import Frozen, Lineage, Scorecard
+from model.scorecard import DataVersion, Frozen, Lineage, Scorecard
 from registry.errors import CatalogError, StoreError
 from registry.selection import Decision
 
@@ -35,16 +41,30 @@ import mlflow
 import mlflow.onnx
 import numpy as np
 import onnx
+from mlflow.data.dataset_source_registry import get_registered_sources, register_dataset_source
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
+from sqlalchemy.exc import SQLAlchemyError
+
+from registry.dataset import DvcDatasetSource, dataset_input
+from registry.lineage import data_tags, environment, repository_of, version_tags
+
+if not any(source is DvcDatasetSource for source in cast("list[Any]", get_registered_sources())):
+    register_dataset_source(cast("Any", DvcDatasetSource))  # run out of its folder, there is no entry point
 
 CHAMPION, CHALLENGER, ANCHOR = "champion", "challenger", "anchor"  # aliases
 CHECKPOINT, BUNDLE = "checkpoint", "bundle"
 FOLLOWS = "ledger.champion"  # tag of a registered model: the entry that its champion alias follows; see registry/promotion.py
-TRAINING = "training.key"  # tag of a run that was opened for a training
+TRAINING, RETRAINING = (
+    "training.key",
+    "retraining.key",
+)  # tags of runs that were opened for a training, and for all of a retraining
+WORKSPACE = "workspace"  # tag of every run: who writes into it
+PARENT_RUN, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # tags that MLflow's pages know
+_opening = threading.Lock()  # variants that are trained side by side must find one run around them
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -102,6 +122,13 @@ class Version(Frozen):
         return self.tags["gate.outcome"]
 
 
+class Retraining(Frozen):
+    """The run around all that is made of one data revision with the same code and settings."""
+
+    run_id: str
+    data: DataVersion
+
+
 class Training:
     """A run that fills while a network is trained; `Catalog.register` goes on in it. Each call may raise StoreError."""
 
@@ -143,12 +170,13 @@ class Catalog:
 
         Args:
             uri: of MLflow: a database URL, or the address of a server.
-            artifacts: where files go when MLflow is a database on this machine; a server has its own place.
+            artifacts: where files go when MLflow is a database; a server has its own place. The workspace is the folder around it.
 
         Raises:
             StoreError: it cannot be reached.
         """
-        self._uri, self._artifacts = uri, artifacts
+        self._uri, self._artifacts = uri, artifacts.absolute()
+        self._owner = f"{socket.gethostname()}:{self._artifacts.parent}"
         with _foreign_errors():
             mlflow.set_tracking_uri(uri)
             self._client = MlflowClient(uri)
@@ -163,11 +191,24 @@ class Catalog:
         export: Path,
         pictures: Mapping[str, Path],
         curve: list[dict[str, float]],
+        within: Retraining | None = None,
     ) -> Version:
         """Record a model with everything about it; the same scorecard again returns the version that is there.
 
         The version is created last, in one call, so a killed registration leaves a run but never half a version. What is recorded
-        goes into the run that the training opened, or that a killed registration left; of the curve, what is not there yet.
+        goes into the run that the training opened, or that a killed registration left; of the curve, what is not there yet. The
+        newest version that the gate let through is `challenger` until it is champion.
+
+        Args:
+            subject: what it is a version of.
+            lineage: of the checkpoint.
+            card: of the exported model.
+            decision: the gate's.
+            checkpoint: folder.
+            export: folder of the exported files.
+            pictures: files to show, by name.
+            curve: of the training, a row for each recorded step.
+            within: the retraining that made it; None: it was trained elsewhere.
 
         Raises:
             StoreError: MLflow cannot be reached or refuses; the run is then marked failed.
@@ -175,12 +216,16 @@ class Catalog:
         with _foreign_errors():
             for known in self._find(subject):
                 if known.tags.get("scorecard.sha256") == card.sha256:
-                    return known
+                    return self._challenging(known)
             experiment = self._experiment(subject.line)
-            tags = _tags(lineage, card, decision)
+            tags = data_tags(lineage.data, self._repository)
+            tags |= version_tags(lineage, card, decision, checkpoint, export, curve)
+            tags |= self._ancestors(lineage)
             run_id = self._begun(experiment, card, lineage) or self._create_run(experiment, subject, {})
             try:
-                self._reopen(run_id, tags)
+                self._reopen(run_id, tags | {NOTE: decision.reason} | ({PARENT_RUN: within.run_id} if within else {}))
+                used = [dataset_input(lineage.data, self._repository, context) for context in ("training", "evaluation")]
+                self._client.log_inputs(run_id, used)
                 self._log(run_id, subject, lineage, card)
                 self._log_curve(run_id, curve)
                 self._client.log_artifacts(run_id, str(checkpoint), CHECKPOINT)
@@ -189,20 +234,77 @@ class Catalog:
                     self._client.log_artifact(run_id, str(path), "pictures")
                 self._client.log_text(run_id, card.model_dump_json(indent=1), "scorecard.json")
                 self._client.log_text(run_id, decision.model_dump_json(indent=1), "decision.json")
+                self._client.log_text(run_id, environment(), "environment.txt")
+                self._forget_views(experiment, run_id)
                 uri = self._log_view(run_id, export)
                 self._client.set_terminated(run_id)
-            except BaseException:
-                self._client.set_terminated(run_id, "FAILED")
+            except BaseException as error:
+                if not _unreachable(error):  # it would be waited for once more
+                    with suppress(MlflowException):
+                        self._client.set_terminated(run_id, "FAILED")
                 raise
             if not self._client.search_registered_models(f"name = '{subject.model}'"):
                 self._client.create_registered_model(subject.model, description=f"{subject}, made by DeltaFerry")
-            made = self._client.create_model_version(
-                subject.model, source=uri, run_id=run_id, tags=tags, description=decision.reason
-            )
-            return _version(subject, made)
+            self._client.create_model_version(subject.model, source=uri, run_id=run_id, tags=tags, description=decision.reason)
+            # A server that answered too late was asked twice: the first version stays.
+            first, *twins = (v for v in self._find(subject) if v.tags.get("scorecard.sha256") == card.sha256)
+            for twin in twins:
+                self._client.delete_model_version(subject.model, str(twin.number))
+            return self._challenging(first)
 
-    def open_training(self, subject: Subject, key: str) -> Training:
+    def open_retraining(self, data: DataVersion, key: str) -> Retraining:
+        """The run around a retraining; the same key again goes on in the same run.
+
+        Raises:
+            StoreError: MLflow cannot be reached or refuses.
+        """
+        with _foreign_errors(), _opening:
+            experiment = self._experiment(data.line)
+            found = self._client.search_runs(
+                [experiment], f"tags.`{RETRAINING}` = '{key}'", order_by=["attributes.start_time ASC"]
+            )
+            if found:
+                run_id = found[0].info.run_id
+                if found[0].info.status != "RUNNING":
+                    self._reopen(run_id, {})
+            else:
+                tags = {RETRAINING: key, **data_tags(data, self._repository)}
+                run_id = self._new_run(experiment, f"{data.line} {data.rev[:7]}", tags)
+                self._client.log_inputs(run_id, [dataset_input(data, self._repository, "retraining")])
+        return Retraining(run_id=run_id, data=data)
+
+    def end_runs(self, line: str, key: str, ended: Literal["FINISHED", "FAILED"] | None, note: str = "") -> None:
+        """End what this workspace left running of a line; nothing else may be at work on it.
+
+        Args:
+            line: whose runs.
+            key: of the retraining that is at work.
+            ended: how that one ended; None: it begins, and its own run is left as it is.
+            note: what came of it, in Markdown, for its page.
+
+        Raises:
+            StoreError: MLflow cannot be reached or refuses.
+        """
+        with _foreign_errors():
+            known = self._client.get_experiment_by_name(line)
+            if not known:
+                return
+            for run in self._client.search_runs([known.experiment_id], "attributes.status = 'RUNNING'"):
+                tags = run.data.tags
+                if tags.get(WORKSPACE) != self._owner or (ended is None and tags.get(RETRAINING) == key):
+                    continue
+                ours = ended is not None and tags.get(RETRAINING) == key
+                if ours and note:
+                    self._client.set_tag(run.info.run_id, NOTE, note)
+                self._client.set_terminated(run.info.run_id, ended if ours and ended else "KILLED")
+
+    def open_training(self, subject: Subject, key: str, within: Retraining | None = None) -> Training:
         """The run that fills while a network is trained; the same key again goes on in the same run.
+
+        Args:
+            subject: what is trained.
+            key: of all that the training depends on.
+            within: the retraining that it is a part of; None: it stands alone.
 
         Raises:
             StoreError: MLflow cannot be reached or refuses.
@@ -213,17 +315,24 @@ class Catalog:
             # A run that became a version stays as it is, also when its training is repeated because its folder was lost.
             known = [run for run in found if "scorecard.sha256" not in run.data.tags]
             run_id = known[0].info.run_id if known else self._create_run(experiment, subject, {TRAINING: key})
-            self._reopen(run_id, {})
+            tags = {PARENT_RUN: within.run_id, **data_tags(within.data, self._repository)} if within else {}
+            self._reopen(run_id, tags)
+            if within:
+                self._client.log_inputs(run_id, [dataset_input(within.data, self._repository, "training")])
             logged = {metric.step for metric in self._client.get_metric_history(run_id, "loss")}
         return Training(self._client, run_id, logged)
 
     def promote(self, subject: Subject, number: int) -> None:
-        """Point the champion alias at a version.
+        """Point the champion alias at a version, which challenges nobody any more.
 
         Raises:
             CatalogError: there is no such version.
         """
         self.set_alias(subject, CHAMPION, number)
+        challenger = self.aliased(subject, CHALLENGER)
+        if challenger and challenger.number == number:
+            with _foreign_errors():
+                self._client.delete_registered_model_alias(subject.model, CHALLENGER)
 
     def set_alias(self, subject: Subject, alias: str, number: int) -> None:
         """Point an alias at a version.
@@ -336,6 +445,34 @@ class Catalog:
 
     # Inside
 
+    @cached_property
+    def _repository(self) -> str:
+        return repository_of(self._artifacts.parent)
+
+    def _challenging(self, version: Version) -> Version:
+        """The version, made challenger if the gate let it through, none is newer and it is not champion."""
+        newest = max(v.number for v in self._find(version.subject))
+        if version.outcome == "promote" and version.number == newest and not {CHAMPION, CHALLENGER} & set(version.aliases):
+            self._client.set_registered_model_alias(version.subject.model, CHALLENGER, str(version.number))
+            return version.model_copy(update={"aliases": sorted([*version.aliases, CHALLENGER])})
+        return version
+
+    def _ancestors(self, lineage: Lineage) -> dict[str, str]:
+        """The versions, as MODEL/NUMBER, whose checkpoints a training started from and was taught by."""
+        tags = {}
+        for name, sha256 in (("parent", lineage.parent), ("teacher", lineage.teacher)):
+            if sha256:
+                found = self._client.search_model_versions(f"tags.`checkpoint.sha256` = '{sha256}'")
+                if found:
+                    oldest = min(found, key=lambda v: int(v.version))
+                    tags[f"{name}.version"] = f"{oldest.name}/{oldest.version}"
+        return tags
+
+    def _forget_views(self, experiment: str, run_id: str) -> None:
+        """Take away the views that a registration which was cut off left in its run."""
+        for view in self._client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+            self._client.delete_logged_model(view.model_id)
+
     def _find(self, subject: Subject) -> list[Version]:
         found = self._client.search_model_versions(f"name = '{subject.model}'", max_results=1000)
         versions = sorted((_version(subject, v) for v in found), key=lambda v: v.number)
@@ -356,12 +493,15 @@ class Catalog:
         known = self._client.get_experiment_by_name(line)
         if known:
             return str(known.experiment_id)
-        location = None if self._uri.startswith("http") else (self._artifacts / line).absolute().as_uri()
+        location = None if self._uri.startswith("http") else (self._artifacts / line).as_uri()
         return str(self._client.create_experiment(line, artifact_location=location))
 
     def _create_run(self, experiment: str, subject: Subject, tags: dict[str, str]) -> str:
-        name = f"{subject.configuration}-{subject.variant}"
-        return str(self._client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+        return self._new_run(experiment, f"{subject.configuration}-{subject.variant}", tags)
+
+    def _new_run(self, experiment: str, name: str, tags: dict[str, str]) -> str:
+        known = {WORKSPACE: self._owner, "mlflow.user": _user(), "mlflow.source.name": "ferry", "mlflow.source.type": "LOCAL"}
+        return str(self._client.create_run(experiment, run_name=name, tags=known | tags).info.run_id)
 
     def _begun(self, experiment: str, card: Scorecard, lineage: Lineage) -> str | None:
         """The run of a registration of this scorecard that was cut off, or else of the training that waits for its first."""
@@ -373,14 +513,16 @@ class Catalog:
 
     def _reopen(self, run_id: str, tags: dict[str, str]) -> None:
         self._client.update_run(run_id, status="RUNNING")
+        tags = {WORKSPACE: self._owner, **tags}
         self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def _log_curve(self, run_id: str, curve: list[dict[str, float]]) -> None:
         """What the training has not logged itself, with its steps."""
         names = {name for row in curve for name in row if name != "step"}
+        begun = self._client.get_run(run_id).info.start_time  # of the run; MLflow's pages can draw a curve over time
         logged = {(name, metric.step) for name in names for metric in self._client.get_metric_history(run_id, name)}
         metrics = [
-            Metric(name, row[name], 0, int(row["step"]))
+            Metric(name, row[name], begun + int(1000 * row.get("seconds", 0)), int(row["step"]))
             for row in curve
             for name in row
             if name != "step" and (name, int(row["step"])) not in logged
@@ -391,13 +533,13 @@ class Catalog:
     def _log(self, run_id: str, subject: Subject, lineage: Lineage, card: Scorecard) -> None:
         params = lineage.config.model_dump() | card.sampler.model_dump()
         params |= {"variant": subject.variant, "seed": lineage.seed, "training_steps": lineage.steps, "items": lineage.items}
-        metrics: list[Metric] = []
+        now = int(time.time() * 1000)
+        numbers = {"milliseconds_per_image": card.cost.milliseconds, "peak_mib": card.cost.peak_mib}
         for q in card.quality:
             names = ("fd", "kd", "kd_se", "precision", "recall", "density", "coverage")
-            metrics += [Metric(f"{name}_{q.space}_{q.split}", getattr(q, name), 0, 0) for name in names]
-        metrics += [Metric(f"copying_{m.space}", m.probability, 0, 0) for m in card.memorisation]
-        metrics.append(Metric("milliseconds_per_image", card.cost.milliseconds, 0, 0))
-        metrics.append(Metric("peak_mib", card.cost.peak_mib, 0, 0))
+            numbers |= {f"{name}_{q.space}_{q.split}": getattr(q, name) for name in names}
+        numbers |= {f"copying_{m.space}": m.probability for m in card.memorisation}
+        metrics = [Metric(name, value, now, 0) for name, value in numbers.items()]
         self._client.log_batch(run_id, metrics=metrics, params=[Param(k, str(v)) for k, v in params.items()])
 
     def _log_view(self, run_id: str, export: Path) -> str:
@@ -433,16 +575,16 @@ def _version(subject: Subject, made: Any) -> Version:
     )
 
 
-def _tags(lineage: Lineage, card: Scorecard, decision: Decision) -> dict[str, str]:
-    """What leads back from a version: to its data, code, configuration, parent and decision."""
-    return {
-        "data.line": lineage.data.line, "data.rev": lineage.data.rev, "data.path": lineage.data.path,
-        "data.md5": lineage.data.md5, "data.files": str(lineage.data.files), "code.sha256": lineage.code,
-        "config.sha256": lineage.config.sha256, "training.sha256": lineage.training_sha256, "seed": str(lineage.seed),
-        "torch": lineage.torch, "hardware": lineage.hardware, "parent.sha256": lineage.parent or "", "lineage.sha256": lineage.sha256,
-        "weights.sha256": card.weights_sha256, "scorecard.sha256": card.sha256, "gate.outcome": decision.outcome,
-        "gate.reason": decision.reason[:4900], "gate.n": str(decision.n), "gate.decision": decision.sha256, "gate.champion": decision.champion or "",
-    }  # fmt: skip
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user need not have a name
+        return str(os.getuid())
+
+
+def _unreachable(error: BaseException) -> re.Match[str] | None:
+    """Whether MLflow's client gave up on its server, which it says by nothing but a text."""
+    return re.match(r"API request to https?://(?:[^/@]*@)?([^/]+)\S* failed with (timeout )?exception", str(error).strip())
 
 
 @contextmanager
@@ -450,7 +592,15 @@ def _foreign_errors() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
+        if lost := _unreachable(error):
+            how = "does not answer in time" if lost[2] else "cannot be reached"
+            raise StoreError(
+                f"MLflow at {lost[1]} {how}, tried several times; start it, or mend its address in ferry.toml, then repeat the command"
+            ) from error
         first = str(error).strip().splitlines()[0]
         raise StoreError(f"MLflow refused: {first}; check its address in ferry.toml") from error
+    except SQLAlchemyError as error:
+        first = str(error).strip().splitlines()[0]
+        raise StoreError(f"MLflow's database cannot be used: {first}; start it, or mend its address in ferry.toml") from error
     except OSError as error:
         raise StoreError(f"MLflow cannot be reached: {error}; check its address in ferry.toml") from error

@@ -43,7 +43,7 @@ def unwatched(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Che
 def run(workspace: Workspace, dataset: Dataset, on_step: Callable[[int], None] = lambda _: None) -> Checkpoint:
     folder = workspace.work / "runs" / KEY
     listening = progress.listening(lambda _, done, __: on_step(done))
-    with listening, watching(workspace, SUBJECT, KEY, OPTIONS.steps, picture) as watcher:
+    with listening, watching(workspace, SUBJECT, KEY, OPTIONS.steps, picture, VERSION) as watcher:
         return train(CONFIG, dataset, VERSION, OPTIONS, folder, watcher=watcher)
 
 

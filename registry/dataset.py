@@ -1,0 +1,114 @@
+"""A data revision as MLflow's pages show it: which commit of which repository, which folder, which hash.
+
+MLflow finds the class by the entry point `mlflow.dataset_source`, so that whoever reads a run anywhere gets it back:
+
+    >>> run = mlflow.get_run(run_id)
+    >>> source = mlflow.data.get_source(run.inputs.dataset_inputs[0])
+    >>> source.load()
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from typing import Any
+
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag
+from mlflow.types import ColSpec, Schema
+
+from model.scorecard import DataVersion
+from registry.errors import StoreError
+
+CONTEXT = "mlflow.data.context"  # the tag in which MLflow keeps what a data set was used for
+
+
+class DvcDatasetSource(DatasetSource):
+    """A folder that DVC holds, at one Git commit."""
+
+    def __init__(self, repository: str, rev: str, path: str, md5: str) -> None:
+        """Name a revision.
+
+        Args:
+            repository: URL or path of the Git repository.
+            rev: full Git commit that holds the .dvc file.
+            path: the folder, relative to the repository.
+            md5: DVC's hash of the folder.
+        """
+        self.repository, self.rev, self.path, self.md5 = repository, rev, path, md5
+
+    @property
+    def url(self) -> str:
+        """REPOSITORY@REV:PATH."""
+        return f"{self.repository}@{self.rev}:{self.path}"
+
+    @staticmethod
+    def _get_source_type() -> str:
+        return "dvc"
+
+    def load(self) -> str:
+        """Fetch the revision by DVC, from its cache or remote, into a new folder; returns its path.
+
+        Raises:
+            StoreError: the repository or the objects of the revision are out of reach.
+        """
+        from dvc.api import DVCFileSystem
+
+        into = tempfile.mkdtemp(prefix=f"{self.md5[:8]}-")
+        try:
+            DVCFileSystem(repo=self.repository, rev=self.rev).get(self.path, into, recursive=True)
+        except Exception as error:  # what DVC, Git and file systems raise has no common base
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise StoreError(
+                f"{self.url} cannot be fetched: {reason}; call this where that repository and its DVC remote are"
+            ) from error
+        return into
+
+    @staticmethod
+    def _can_resolve(raw_source: Any) -> bool:
+        return isinstance(raw_source, DvcDatasetSource)
+
+    @classmethod
+    def _resolve(cls, raw_source: Any) -> DvcDatasetSource:
+        return cls.from_dict(raw_source.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As MLflow stores it."""
+        return {"url": self.url, "repository": self.repository, "rev": self.rev, "path": self.path, "md5": self.md5}
+
+    @classmethod
+    def from_dict(cls, source_dict: dict[Any, Any]) -> DvcDatasetSource:
+        """From what MLflow stored."""
+        return cls(*(source_dict[name] for name in ("repository", "rev", "path", "md5")))
+
+
+class DvcDataset(MetaDataset):
+    """A revision with its size; MLflow shows the number of files as its rows."""
+
+    def __init__(self, data: DataVersion, repository: str) -> None:
+        source = DvcDatasetSource(repository, data.rev, data.path, data.md5)
+        short = repository.rstrip("/").removesuffix(".git").rsplit("/", 1)[-1]
+        columns = Schema([ColSpec("binary", "image"), ColSpec("string", "text")])
+        super().__init__(source, name=f"{short}@{data.rev[:12]}:{data.path}", digest=data.md5, schema=columns)
+        self._profile = {"num_rows": data.files, "num_elements": data.bytes}
+
+    @property
+    def profile(self) -> dict[str, int]:
+        """Number of files and of bytes, under the names that MLflow's pages know."""
+        return self._profile
+
+    def to_dict(self) -> dict[str, str]:
+        """As MLflow stores it."""
+        return {**super().to_dict(), "profile": json.dumps(self.profile)}
+
+
+def dataset_input(data: DataVersion, repository: str, context: str) -> DatasetInput:
+    """A revision as the input of a run.
+
+    Args:
+        data: the revision.
+        repository: that holds it.
+        context: what the run did with it, such as "training".
+    """
+    return DatasetInput(DvcDataset(data, repository)._to_mlflow_entity(), [InputTag(CONTEXT, context)])  # noqa: SLF001 - no public way
