@@ -33,6 +33,7 @@ def champions(workspace: Workspace, line: str, device_class: str) -> dict[Varian
         subject = Subject(line=line, configuration=settings.configuration, variant=variant)
         champion = workspace.catalog.champion(subject)
         if champion is None:
+            check_champion_kept(workspace, subject)
             raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {line}`, or `ferry promote`")
         now = _standing(workspace, subject)
         if now.version != champion.number or now.weights != champion.weights_sha256:
@@ -48,6 +49,24 @@ def promotions(workspace: Workspace, subject: Subject, overruled: bool = True) -
     """Who was made champion, in order; with `overruled` false without those that the gate had not let through."""
     entries = (e for e in workspace.ledger.entries(str(subject)) if e.kind == "promotion")
     return [e for e in entries if overruled or not e.facts["overruled"]]
+
+
+def check_champion_kept(workspace: Workspace, subject: Subject) -> None:
+    """Refuse to begin anew, as if there never had been a champion, because somebody deleted it.
+
+    Raises:
+        CatalogError: MLflow does not have the version that the ledger says is champion.
+    """
+    made = promotions(workspace, subject)
+    left = [v.number for v in workspace.catalog.versions(subject)]
+    if made and made[-1].facts["version"] not in left:
+        back = (
+            f"go back to another with `ferry rollback {subject} --to VERSION --reason ...` (there is {', '.join(map(str, left))})"
+        )
+        raise CatalogError(
+            f"the ledger says {subject} {made[-1].facts['version']} is champion, but it was deleted from MLflow; "
+            f"{back if left else 'restore MLflow from a backup, or give the line another name'}"
+        )
 
 
 def check_ledger(workspace: Workspace) -> dict[str, int]:

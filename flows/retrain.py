@@ -25,7 +25,7 @@ from prefect.tasks import exponential_backoff
 
 from flows import approval, pages, progress, triggers, watch
 from flows.errors import VariantError, WorkspaceError
-from flows.promote import ask, promote, promotions, reconcile
+from flows.promote import ask, check_champion_kept, promote, promotions, reconcile
 from flows.workspace import Line, Training, Workspace
 from model import distill, evaluate, export, features, session, train, versions
 from model.config import TEACHERS, ConfigurationName, ModelConfig, PrecisionName, VariantName, canonical_sha256
@@ -378,6 +378,8 @@ def _retrain_one(
     root, line = str(workspace.root), workspace.line(data.line)
     subject = Subject(line=data.line, configuration=configuration, variant=variant)
     champion = workspace.catalog.champion(subject)
+    if champion is None:
+        check_champion_kept(workspace, subject)
     theirs = champion_files(workspace, champion) if champion else None
     teacher = run.of(configuration, variant)
     if variant in TEACHERS and teacher is None:

@@ -584,7 +584,7 @@ def _user() -> str:
 
 def _unreachable(error: BaseException) -> re.Match[str] | None:
     """Whether MLflow's client gave up on its server, which it says by nothing but a text."""
-    return re.match(r"API request to https?://(?:[^/@]*@)?([^/]+)\S* failed with (timeout )?exception", str(error).strip())
+    return re.match(r"API request to https?://(?:[^/@]*@)?([^/]+)\S* failed with (?:timeout )?exception", str(error).strip())
 
 
 @contextmanager
@@ -593,7 +593,7 @@ def _foreign_errors() -> Iterator[None]:
         yield
     except MlflowException as error:
         if lost := _unreachable(error):
-            how = "does not answer in time" if lost[2] else "cannot be reached"
+            how = "does not answer in time" if "timed out" in str(error) else "cannot be reached"
             raise StoreError(
                 f"MLflow at {lost[1]} {how}, tried several times; start it, or mend its address in ferry.toml, then repeat the command"
             ) from error

@@ -86,11 +86,11 @@ class DvcDatasetSource(DatasetSource):
 class DvcDataset(MetaDataset):
     """A revision with its size; MLflow shows the number of files as its rows."""
 
-    def __init__(self, data: DataVersion, repository: str) -> None:
+    def __init__(self, data: DataVersion, repository: str, part: str = "") -> None:
         source = DvcDatasetSource(repository, data.rev, data.path, data.md5)
         short = repository.rstrip("/").removesuffix(".git").rsplit("/", 1)[-1]
         columns = Schema([ColSpec("binary", "image"), ColSpec("string", "text")])
-        super().__init__(source, name=f"{short}@{data.rev[:12]}:{data.path}", digest=data.md5, schema=columns)
+        super().__init__(source, name=f"{short}@{data.rev[:12]}:{data.path}{part}", digest=data.md5, schema=columns)
         self._profile = {"num_rows": data.files, "num_elements": data.bytes}
 
     @property
@@ -111,4 +111,6 @@ def dataset_input(data: DataVersion, repository: str, context: str) -> DatasetIn
         repository: that holds it.
         context: what the run did with it, such as "training".
     """
-    return DatasetInput(DvcDataset(data, repository)._to_mlflow_entity(), [InputTag(CONTEXT, context)])  # noqa: SLF001 - no public way
+    # A run holds one input of a name and digest, whatever its context.
+    part = " held out" if context == "evaluation" else ""
+    return DatasetInput(DvcDataset(data, repository, part)._to_mlflow_entity(), [InputTag(CONTEXT, context)])  # noqa: SLF001 - no public way

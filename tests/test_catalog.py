@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
+import socket
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Literal
 
+import mlflow
 import onnxruntime
 import pytest
+from mlflow.entities import Run
+from mlflow.store.model_registry import sqlalchemy_store
 
 from model.export import Export
 from model.scorecard import Cost, Quality, Scorecard, Usage
 from model.train import Checkpoint
 from registry.catalog import Catalog, Subject, Version
+from registry.dataset import DvcDatasetSource
 from registry.errors import CatalogError, StoreError
 from registry.selection import Check, Decision, Limits
-from tests.conftest import SAMPLER
+from tests.conftest import SAMPLER, VERSION
 
 SUBJECT = Subject(line="shapes", configuration="I", variant="full")
 
@@ -31,10 +41,10 @@ def card(seed: int, checkpoint: Checkpoint, exported: Export) -> Scorecard:
     )  # fmt: skip
 
 
-def decision(made: Scorecard) -> Decision:
-    check = Check(name="coverage", passed=True, text="fine")
+def decision(made: Scorecard, outcome: Literal["promote", "refuse"] = "promote") -> Decision:
+    check = Check(name="coverage", passed=outcome == "promote", text="fine")
     return Decision(
-        outcome="promote", reason="first version", checks=[check], n=16, champion=None, challenger=made.weights_sha256,
+        outcome=outcome, reason="first version", checks=[check], n=16, champion=None, challenger=made.weights_sha256,
         limits=Limits(), scorecard=made.sha256,
     )  # fmt: skip
 
@@ -68,6 +78,15 @@ def versions(
             )
         )
     return made
+
+
+def run_of(catalog: Catalog, version: Version) -> Run:
+    return catalog._client.get_run(version.run_id)
+
+
+def status(catalog: Catalog, run_id: str) -> str:
+    found: str = catalog._client.get_run(run_id).info.status
+    return found
 
 
 def metrics(catalog: Catalog, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -148,6 +167,176 @@ def test_tags_lead_back_to_data_code_and_decision(versions: list[Version], catal
     assert tags["code.sha256"] == lineage.code
     assert tags["lineage.sha256"] == lineage.sha256
     assert tags["gate.outcome"] == "promote"
+    assert tags["data.repo"] == str(catalog._artifacts.parent)
+    assert tags["data.items"] == str(lineage.items)
+    assert (tags["variant"], tags["configuration"], tags["seed"]) == ("full", "I", "0")
+    assert (tags["training.steps"], tags["evaluation.n"], tags["evaluation.seed"]) == ("120", "16", "1")
+    assert tags["evaluation.space.trained"] == "f" * 64
+    assert (tags["python"], tags["onnxruntime"]) == (platform.python_version(), onnxruntime.__version__)
+
+
+def test_hashes_in_tags_are_those_of_the_files(
+    versions: list[Version], catalog: Catalog, checkpoint: Checkpoint, exported: Export
+):
+    tags = catalog.version(SUBJECT, 1).tags
+
+    def digest(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()
+
+    assert tags["onnx.sha256"] == digest((exported.folder / "graph.onnx").read_bytes())
+    assert tags["weights.sha256"] == digest((exported.folder / "weights.bin").read_bytes())
+    assert tags["checkpoint.sha256"] == checkpoint.weights_sha256
+    locked = catalog.data(versions[0], "environment.txt")
+    assert tags["environment.sha256"] == digest(locked)
+    assert f"onnxruntime=={onnxruntime.__version__}" in locked.decode().splitlines()
+
+
+def test_run_has_every_tag_of_its_version(versions: list[Version], catalog: Catalog):
+    of_run = run_of(catalog, versions[0]).data.tags
+    assert catalog.version(SUBJECT, 1).tags.items() <= of_run.items()
+
+
+def test_version_names_those_that_it_came_from(catalog: Catalog, checkpoint: Checkpoint, exported: Export):
+    subject = SUBJECT.model_copy(update={"line": "family"})
+    elder, younger = card(1, checkpoint, exported), card(2, checkpoint, exported)
+    child = checkpoint.lineage.model_copy(update={"parent": checkpoint.weights_sha256, "teacher": "9" * 64})
+    catalog.register(subject, checkpoint.lineage, elder, decision(elder), checkpoint.folder, exported.folder, {}, [])
+    made = catalog.register(subject, child, younger, decision(younger), checkpoint.folder, exported.folder, {}, [])
+    assert made.tags["parent.sha256"] == checkpoint.weights_sha256
+    assert made.tags["parent.version"].endswith("-I-full/1")
+    assert made.tags["teacher.sha256"] == "9" * 64
+    assert "teacher.version" not in made.tags  # nobody registered it
+
+
+def test_run_shows_the_data_revision_as_its_dataset(versions: list[Version], catalog: Catalog, checkpoint: Checkpoint):
+    used = run_of(catalog, versions[0]).inputs.dataset_inputs
+    name = f"{catalog._artifacts.parent.name}@{VERSION.rev[:12]}:{VERSION.path}"
+    assert {i.dataset.name: i.tags[0].value for i in used} == {name: "training", f"{name} held out": "evaluation"}
+    assert {i.dataset.digest for i in used} == {VERSION.md5}
+    source = mlflow.data.get_source(used[0])
+    assert isinstance(source, DvcDatasetSource)
+    assert source.url == f"{catalog._artifacts.parent}@{VERSION.rev}:{VERSION.path}"
+    with pytest.raises(StoreError, match=r"cannot be fetched: .*; call this where that repository"):
+        source.load()
+
+
+def test_mlflow_finds_the_source_by_its_entry_point():
+    declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["entry-points"]
+    ((group, points),) = declared.items()
+    assert group == "mlflow.dataset_source"
+    assert EntryPoint("dvc", points["dvc"], group).load() is DvcDatasetSource
+
+
+def test_runs_of_a_retraining_are_nested_and_none_is_left_running(catalog: Catalog, checkpoint: Checkpoint, exported: Export):
+    subject, data = SUBJECT.model_copy(update={"line": "nested"}), VERSION.model_copy(update={"line": "nested"})
+    catalog.end_runs("nested", "a" * 32, None)  # a first retraining; there is nothing yet
+    around = catalog.open_retraining(data, "a" * 32)
+    killed = catalog.open_training(subject, "1" * 32, around)
+
+    foreign = Catalog(catalog._uri, catalog._artifacts)
+    foreign._owner = "elsewhere:/ws"
+    others = foreign.open_training(subject, "3" * 32)
+
+    # the process was killed; the same retraining begins again
+    catalog.end_runs("nested", "a" * 32, None)
+    assert status(catalog, killed.run_id) == "KILLED"
+    again = catalog.open_retraining(data, "a" * 32)
+    assert again == around
+    training = catalog.open_training(subject, "1" * 32, again)
+    assert training.run_id == killed.run_id
+    training.finish(checkpoint.lineage.sha256)
+    one = card(1, checkpoint, exported)
+    made = catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [], again)
+    assert made.run_id == training.run_id
+    assert catalog._client.get_run(made.run_id).data.tags["mlflow.parentRunId"] == around.run_id
+    catalog.end_runs("nested", "a" * 32, "FINISHED", "| model | outcome |")
+    parent = catalog._client.get_run(around.run_id)
+    assert (parent.info.run_name, parent.info.status) == ("nested 0000000", "FINISHED")
+    assert parent.data.tags["mlflow.note.content"] == "| model | outcome |"
+
+    other = catalog.open_retraining(data, "b" * 32)  # with other settings: a run of its own
+    assert other.run_id != around.run_id
+    catalog.end_runs("nested", "b" * 32, "FAILED")
+    assert status(catalog, other.run_id) == "FAILED"
+    assert status(catalog, around.run_id) == "FINISHED"
+    assert status(catalog, others.run_id) == "RUNNING"  # of another workspace on the same server
+
+
+def test_challenger_is_the_newest_that_passed_until_it_is_champion(catalog: Catalog, checkpoint: Checkpoint, exported: Export):
+    subject = SUBJECT.model_copy(update={"line": "aliases"})
+
+    def register(seed: int, outcome: Literal["promote", "refuse"]) -> Version:
+        one = card(seed, checkpoint, exported)
+        return catalog.register(
+            subject, checkpoint.lineage, one, decision(one, outcome), checkpoint.folder, exported.folder, {}, []
+        )  # fmt: skip
+
+    assert register(1, "promote").aliases == ["challenger"]
+    catalog.promote(subject, 1)
+    assert catalog.version(subject, 1).aliases == ["champion"]
+    assert register(2, "promote").aliases == ["challenger"]
+    assert register(3, "refuse").aliases == []
+    assert register(2, "promote").number == 2  # again: nothing changes
+    assert [v.aliases for v in catalog.versions(subject)] == [["champion"], ["challenger"], []]
+
+    catalog._client.delete_model_version(subject.model, "1")  # in MLflow's page
+    assert catalog.champion(subject) is None
+    with pytest.raises(CatalogError, match="has no version 1; there are 2, 3"):
+        catalog.set_alias(subject, "champion", 1)
+    assert [v.number for v in catalog.versions(subject)] == [2, 3]
+
+
+def test_clock_that_goes_back_changes_no_order(
+    catalog: Catalog, checkpoint: Checkpoint, exported: Export, monkeypatch: pytest.MonkeyPatch
+):
+    """Client and server need not agree on the time: what counts is the number."""
+    subject = SUBJECT.model_copy(update={"line": "clocks"})
+    made = []
+    for seed in (1, 2):
+        one = card(seed, checkpoint, exported)
+        made.append(catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []))
+        monkeypatch.setattr(sqlalchemy_store, "get_current_time_millis", lambda: 86_400_000)  # the next one: in 1970
+        monkeypatch.setattr("registry.catalog.time.time", lambda: 4_000_000_000.0)  # and we are in 2096
+    assert catalog._client.get_model_version(subject.model, "2").creation_timestamp == 86_400_000
+    assert [v.number for v in catalog.versions(subject)] == [1, 2]
+    challenger = catalog.aliased(subject, "challenger")
+    assert challenger is not None
+    assert challenger.number == 2
+
+
+def test_server_that_asked_twice_makes_one_version(
+    catalog: Catalog, checkpoint: Checkpoint, exported: Export, monkeypatch: pytest.MonkeyPatch
+):
+    """MLflow's client asks again when an answer is late, also for what was done already."""
+    subject, once = SUBJECT.model_copy(update={"line": "twice"}), catalog._client.create_model_version
+
+    def twice(*arguments, **named):
+        once(*arguments, **named)
+        return once(*arguments, **named)
+
+    monkeypatch.setattr(catalog._client, "create_model_version", twice)
+    one = card(1, checkpoint, exported)
+    made = catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+    assert [v.number for v in catalog.versions(subject)] == [made.number] == [1]
+
+
+@pytest.mark.parametrize(("listening", "said"), [(False, "cannot be reached"), (True, "does not answer in time")])
+def test_server_that_is_down_or_hangs_is_named(
+    listening: bool, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, catalog: Catalog
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody else gets the port
+        if listening:
+            taken.listen()  # the kernel accepts; nobody answers
+        host = f"127.0.0.1:{taken.getsockname()[1]}"
+        try:
+            silent = Catalog(f"http://who:secret@{host}", tmp_path)
+            with pytest.raises(StoreError, match=f"^MLflow at {host} {said}, tried several times; start it, or mend"):
+                silent.champion(SUBJECT)
+        finally:
+            mlflow.set_tracking_uri(catalog._uri)
 
 
 def test_champion_is_who_was_promoted_last(versions: list[Version], catalog: Catalog):
@@ -178,8 +367,6 @@ def test_failed_registration_leaves_no_version(
             SUBJECT, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {"x": tmp_path / "none"}, []
         )
     assert [v.number for v in catalog.versions(SUBJECT)] == [1, 2]
-    import mlflow
-
     runs = mlflow.search_runs(experiment_names=["shapes"], output_format="list")
     assert "RUNNING" not in {run.info.status for run in runs}
     made = catalog.register(SUBJECT, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
