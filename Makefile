@@ -56,6 +56,14 @@ test: install wheelhouse ## the quick suite, on two cores (TESTS=path for a part
 test-slow: install wheelhouse ## real schedules, real kills, minutes
 	$(PYTEST) -m slow $(TESTS)
 
+$(VENV)/.postgres: $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,postgres]'
+	@touch $@
+
+.PHONY: test-servers
+test-servers: $(VENV)/.postgres ## the same loop on Prefect's and MLflow's servers, PostgreSQL (where installed) and S3; minutes
+	$(BIN)/python -m pytest -m servers tests/test_servers.py
+
 .PHONY: attacks
 attacks: install wheelhouse ## the threat list: a test for each row, which ends with what did not change
 	$(PYTEST) tests/test_agent_attacks.py tests/test_agent_update.py tests/test_agent_crash.py tests/test_trust_drills.py tests/test_fleet.py \

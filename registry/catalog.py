@@ -63,7 +63,11 @@ TRAINING, RETRAINING = (
     "retraining.key",
 )  # tags of runs that were opened for a training, and for all of a retraining
 WORKSPACE = "workspace"  # tag of every run: who writes into it
-PARENT_RUN, NOTE = "mlflow.parentRunId", "mlflow.note.content"  # tags that MLflow's pages know
+PARENT_RUN, NOTE, COMMIT = (
+    "mlflow.parentRunId",
+    "mlflow.note.content",
+    "mlflow.source.git.commit",
+)  # tags that MLflow's pages know
 _opening = threading.Lock()  # variants that are trained side by side must find one run around them
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -223,7 +227,8 @@ class Catalog:
             tags |= self._ancestors(lineage)
             run_id = self._begun(experiment, card, lineage) or self._create_run(experiment, subject, {})
             try:
-                self._reopen(run_id, tags | {NOTE: decision.reason} | ({PARENT_RUN: within.run_id} if within else {}))
+                commit = {COMMIT: tags["code.rev"]} if "code.rev" in tags else {}
+                self._reopen(run_id, tags | commit | {NOTE: decision.reason} | ({PARENT_RUN: within.run_id} if within else {}))
                 used = [dataset_input(lineage.data, self._repository, context) for context in ("training", "evaluation")]
                 self._client.log_inputs(run_id, used)
                 self._log(run_id, subject, lineage, card)
@@ -494,7 +499,8 @@ class Catalog:
         if known:
             return str(known.experiment_id)
         location = None if self._uri.startswith("http") else (self._artifacts / line).as_uri()
-        return str(self._client.create_experiment(line, artifact_location=location))
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages show runs first, and not those for chats
+        return str(self._client.create_experiment(line, artifact_location=location, tags=kind))
 
     def _create_run(self, experiment: str, subject: Subject, tags: dict[str, str]) -> str:
         return self._new_run(experiment, f"{subject.configuration}-{subject.variant}", tags)

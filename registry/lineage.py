@@ -46,6 +46,7 @@ def version_tags(
     """
     spaces = {f"evaluation.space.{q.space}": q.space_sha256 for q in card.quality}
     trained = {"training.seconds": f"{curve[-1]['seconds']:.1f}"} if curve and "seconds" in curve[-1] else {}
+    taught = {"teacher.sha256": lineage.teacher} if lineage.teacher else {}
     return {
         "data.items": str(lineage.items), "code.sha256": lineage.code, **code_tags(),
         "environment.sha256": hashlib.sha256(environment().encode()).hexdigest(), "python": platform.python_version(),
@@ -53,7 +54,7 @@ def version_tags(
         "onnx.sha256": file_sha256(export / "graph.onnx"), "configuration": card.configuration, "variant": card.variant, "tier": card.tier,
         "config.sha256": lineage.config.sha256, "training.sha256": lineage.training_sha256, "seed": str(lineage.seed),
         "training.steps": str(lineage.steps), **trained, "hardware": lineage.hardware, "parent.sha256": lineage.parent or "",
-        "teacher.sha256": lineage.teacher or "", "lineage.sha256": lineage.sha256, "checkpoint.sha256": file_sha256(checkpoint / WEIGHTS),
+        **taught, "lineage.sha256": lineage.sha256, "checkpoint.sha256": file_sha256(checkpoint / WEIGHTS),
         "weights.sha256": card.weights_sha256, "scorecard.sha256": card.sha256, **spaces, "evaluation.n": str(max((q.n for q in card.quality), default=0)),
         "evaluation.seed": str(card.seed), "gate.outcome": decision.outcome, "gate.reason": decision.reason[:4900], "gate.n": str(decision.n),
         "gate.decision": decision.sha256, "gate.champion": decision.champion or "",
@@ -77,7 +78,7 @@ def code_tags() -> Mapping[str, str]:
         commit = _git(here.parent, "rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"code.rev": commit, "code.dirty": str(bool(changed)).lower(), "mlflow.source.git.commit": commit}
+    return {"code.rev": commit, "code.dirty": str(bool(changed)).lower()}
 
 
 def repository_of(workspace: Path) -> str:
