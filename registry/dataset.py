@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from mlflow.data.dataset_source import DatasetSource
@@ -55,15 +56,15 @@ class DvcDatasetSource(DatasetSource):
         """
         from dvc.api import DVCFileSystem
 
-        into = tempfile.mkdtemp(prefix=f"{self.md5[:8]}-")
+        into = Path(tempfile.mkdtemp(prefix="revision-")) / Path(self.path).name
         try:
-            DVCFileSystem(repo=self.repository, rev=self.rev).get(self.path, into, recursive=True)
+            DVCFileSystem(repo=self.repository, rev=self.rev).get(self.path, str(into), recursive=True)
         except Exception as error:  # what DVC, Git and file systems raise has no common base
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StoreError(
                 f"{self.url} cannot be fetched: {reason}; call this where that repository and its DVC remote are"
             ) from error
-        return into
+        return str(into)
 
     @staticmethod
     def _can_resolve(raw_source: Any) -> bool:

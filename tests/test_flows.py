@@ -143,13 +143,21 @@ def test_first_retraining_makes_a_champion(workspace: Workspace):
     assert kinds(workspace) == ["gate", "promotion"]
 
 
+def test_run_leads_back_to_the_very_images(workspace: Workspace):
+    import mlflow
+
+    champion = workspace.catalog.champion(SUBJECT)
+    assert champion is not None
+    used = workspace.catalog._client.get_run(champion.run_id).inputs.dataset_inputs
+    folder = Path(mlflow.data.get_source(used[0]).load())
+    assert versions.folder_md5(folder) == champion.tags["data.md5"]
+    shutil.rmtree(folder.parent)
+
+
 def test_training_can_be_watched_in_the_run_of_its_version(workspace: Workspace):
     champion = workspace.catalog.champion(SUBJECT)
     assert champion is not None
-    assert statuses(workspace, "shapes") == [
-        "FINISHED",
-        "FINISHED",
-    ]  # the retraining, and in it the one that is training and version
+    assert statuses(workspace, "shapes") == ["FINISHED"] * 2  # of the retraining, and in it one: the training's is the version's
     steps = [1, 11, 21, 31, 41, 51, 60]
     for name in ("loss", "learning_rate", "busiest_expert", "expert_entropy.00", "expert_entropy.02", "seconds"):
         assert [step for step, _ in metrics(workspace.catalog, champion.run_id, name)] == steps
@@ -457,3 +465,20 @@ def test_second_process_is_told_to_wait(workspace: Workspace):
 def test_ledger_is_whole_after_all_this(workspace: Workspace):
     assert [e.number for e in workspace.ledger.entries()] == list(range(1, len(kinds(workspace)) + 1))
     assert all(workspace.ledger.holds(r.ledger) for r in workspace.repository.releases("shapes", "edge"))
+
+
+def test_champion_that_was_deleted_is_not_trained_anew(workspace: Workspace):
+    from flows.retrain import retrain
+
+    number = champion_number(workspace)
+    trained = sorted(path.name for path in (workspace.work / "runs").iterdir())
+    workspace.catalog._client.delete_model_version(SUBJECT.model, str(number))  # in MLflow's page
+    said = f"the ledger says shapes/I/full {number} is champion, but it was deleted from MLflow; go back to another"
+    with pytest.raises(CatalogError, match=said):
+        retrain(str(workspace.root), "shapes")
+    told = ferry(workspace, "release", "shapes")
+    assert (told.exit_code, said in told.stderr) == (3, True)
+    assert sorted(path.name for path in (workspace.work / "runs").iterdir()) == trained
+    back = min(v.number for v in workspace.catalog.versions(SUBJECT))
+    assert ferry(workspace, "promote", "shapes/I/full", str(back), "--overrule", "--reason", "the other is gone").exit_code == 0
+    assert champion_number(workspace) == back
