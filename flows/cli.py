@@ -14,6 +14,7 @@ from flows.commands import promotion
 from flows.commands.data import data_app
 from flows.commands.delta import delta_app
 from flows.commands.fleet import fleet_app, rollout_app
+from flows.commands.report import rate, report
 from flows.commands.shared import Json, Options, answer, open_workspace, showing_progress, told_errors
 from flows.commands.trust import trust_app
 from flows.errors import VariantError
@@ -208,19 +209,8 @@ def release(
         )  # fmt: skip
 
 
-@app.command()
-def report(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; report.html by default.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Write the one-page report: quality, time, bytes and cost, what changed, how to go back."""
-    with told_errors():
-        workspace = open_workspace()
-        from flows.report import write
-
-        workspace.fleet.collect(workspace.inbox)
-        path = write(workspace, output or workspace.root / "report.html")
-        answer(as_json, {"report": str(path)}, str(path))
+app.command()(report)
+app.command()(rate)
 
 
 @app.command()

@@ -1,46 +1,76 @@
-"""Gather the one-page report's figures from where they are kept: registry, ledger, repository, devices' reports."""
+"""Gather the one-page report's figures from where they are kept: registry, ledger, repository, devices' reports, ferry.toml."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import reduce
+from io import BytesIO
 from pathlib import Path
+from statistics import median
+
+from PIL import Image
 
 from flows.promote import promotions
-from flows.retrain import champion_files
+from flows.rate import verdicts
+from flows.retrain import GRID_COLUMNS, champion_files
 from flows.workspace import Workspace
+from model import versions
+from model.errors import RevisionError
 from model.scorecard import Scorecard
 from model.train import CURVE
+from ota.manifest import DeviceReport
 from ota.release import rollout
-from registry import report
+from ota.release.repository import Release
+from registry import cost, report
 from registry.catalog import Subject, Version
 from registry.errors import CatalogError
 
-DECISIONS_SHOWN = 8
+DECISIONS_SHOWN = 6
+SAMPLE_ROWS, SAMPLE_COLUMNS = 3, 5  # captions of a line, and images for each
 
 
-def write(workspace: Workspace, out: Path) -> Path:
+@dataclass(frozen=True)
+class _Champion:
+    """A champion with what its run holds."""
+
+    subject: Subject
+    version: Version
+    card: Scorecard
+    train_seconds: float
+    grid: bytes
+    captions: list[str]
+
+
+def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
     """Write the page; returns its path.
 
+    Args:
+        workspace: what to report on.
+        out: HTML file.
+        line: only this line; None: all.
+
     Raises:
+        WorkspaceError: there is no such line.
         CatalogError: there is no champion yet, so there is nothing to report.
     """
-    models = _models(workspace)
-    if not models:
+    if line is not None:
+        workspace.line(line)
+    lines = [line] if line is not None else list(workspace.settings.lines)
+    champions = [c for name in lines for c in _champions(workspace, name)]
+    if not champions:
         raise CatalogError("there is no champion yet; run `ferry retrain` first")
-    prices = workspace.settings.prices
     page = report.render(
         report.Report(
             title="What the models cost and bring",
             made=datetime.now(UTC),
-            models=models,
-            releases=_releases(workspace),
-            devices=_devices(workspace),
-            decisions=_decisions(workspace),
-            prices=report.Prices(
-                currency=prices.currency, megabyte=prices.megabyte, training_hour=prices.training_hour, fleet=prices.fleet
-            ),
-            go_back=_go_back(workspace),
+            models=[_model(workspace, c, champions) for c in champions],
+            releases=[row for name in lines for row in _releases(workspace, name, champions)],
+            devices=_devices(workspace, lines),
+            decisions=_decisions(workspace, line),
+            prices=workspace.settings.prices,
+            go_back=_go_back(workspace, [c.subject for c in champions]),
         )
     )
     fresh = out.with_name(f".{out.name}.tmp")
@@ -49,74 +79,143 @@ def write(workspace: Workspace, out: Path) -> Path:
     return out
 
 
-def _subjects(workspace: Workspace) -> list[Subject]:
-    return [
-        Subject(line=name, configuration=configuration, variant=variant)
-        for name, line in workspace.settings.lines.items()
-        for configuration, variant in line.combinations()
-    ]
-
-
-def _models(workspace: Workspace) -> list[report.ModelRow]:
-    rows = []
-    for subject in _subjects(workspace):
-        champion = workspace.catalog.champion(subject)
-        if champion is None:
+def _champions(workspace: Workspace, line: str) -> list[_Champion]:
+    found = []
+    for configuration, variant in workspace.line(line).combinations():
+        subject = Subject(line=line, configuration=configuration, variant=variant)
+        version = workspace.catalog.champion(subject)
+        if version is None:
             continue
-        files = champion_files(workspace, champion)
-        card = Scorecard.model_validate_json(workspace.catalog.text(champion, "scorecard.json"))
-        curve = json.loads((Path(files["checkpoint"]) / CURVE).read_bytes())
-        new = [q for q in card.quality if q.split == "new"]
+        files = champion_files(workspace, version)
+        found.append(
+            _Champion(
+                subject=subject,
+                version=version,
+                card=Scorecard.model_validate_json(workspace.catalog.text(version, "scorecard.json")),
+                train_seconds=json.loads((Path(files["checkpoint"]) / CURVE).read_bytes())[-1]["seconds"],
+                grid=workspace.catalog.data(version, "pictures/samples.png"),
+                captions=json.loads(workspace.catalog.text(version, "pictures/samples.json")),
+            )
+        )
+    return found
+
+
+def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> report.ModelColumn:
+    card, subject = c.card, c.subject
+    new = [q for q in card.quality if q.split == "new"]
+    compared = [row for row in card.comparisons if row.split == "new" and row.against == "champion"]
+    weights = {v.weights_sha256: v.number for v in workspace.catalog.versions(subject)}
+    samples, captions = _samples(c, [other for other in champions if other.subject.line == subject.line])
+    return report.ModelColumn(
+        subject=str(subject),
+        variant=subject.variant,
+        version=c.version.number,
+        tier=card.tier,
+        data_rev=c.version.tags["data.rev"],
+        data_message=_message(workspace, c.version.tags["data.rev"]),
+        distance=report.distance(new),
+        change=report.change(new, compared),
+        replaced=weights.get(compared[0].against_sha256) if compared else None,
+        reason=_why(workspace, c.version),
+        steps=card.sampler.steps,
+        evaluations=card.sampler.evaluations,
+        milliseconds=card.cost.milliseconds,
+        on_devices=_on_devices(workspace, subject),
+        peak_mib=card.cost.peak_mib,
+        energy=_energy(workspace, subject),
+        train_seconds=c.train_seconds,
+        samples=samples,
+        captions=captions,
+        ratings=[v.text for v in verdicts(workspace, str(subject)) if v.challenger == c.version.number],
+    )
+
+
+def _samples(c: _Champion, same_line: list[_Champion]) -> tuple[bytes, list[str]]:
+    """A champion's images of captions that all variants of its line drew; of its own, if they share none."""
+    shared = reduce(lambda known, other: [caption for caption in known if caption in other.captions], same_line, c.captions)
+    rows = (shared or c.captions)[:SAMPLE_ROWS]
+    with Image.open(BytesIO(c.grid)) as grid:
+        cell = grid.width // GRID_COLUMNS
+        sheet = Image.new(grid.mode, (SAMPLE_COLUMNS * cell, len(rows) * cell))
+        for y, caption in enumerate(rows):
+            top = c.captions.index(caption) * cell
+            sheet.paste(grid.crop((0, top, sheet.width, top + cell)), (0, y * cell))
+    made = BytesIO()
+    sheet.save(made, "PNG", optimize=True)
+    return made.getvalue(), rows
+
+
+def _message(workspace: Workspace, rev: str) -> str:
+    """What was written of a data revision when it was recorded."""
+    try:
+        return versions.git(workspace.root, "log", "-1", "--format=%s", rev)
+    except RevisionError:  # history was rewritten since; the hash still says which
+        return "a revision that Git no longer has"
+
+
+def _fielded(workspace: Workspace, line: str, device_class: str) -> Release | None:
+    """The release that devices are meant to run: what the policy names unless it was halted, else what they run, else the newest."""
+    releases = workspace.repository.releases(line, device_class)
+    policy = workspace.repository.policy(line, device_class)
+    wanted = [r for r in releases if policy and not policy.halt and r.manifest == policy.manifest]
+    running = {r.active for r in workspace.fleet.devices().values() if r}
+    fielded = [r for r in releases if r.manifest in running]
+    return next(reversed(wanted or fielded or releases), None)
+
+
+def _on_devices(workspace: Workspace, subject: Subject) -> tuple[float, int] | None:
+    """Median milliseconds of an image on devices that run the fielded release, and how many told; devices time their default variant."""
+    told: dict[str, DeviceReport] = {}
+    for name, settings in workspace.line(subject.line).classes.items():
+        shown = _fielded(workspace, subject.line, name)
+        if shown and (settings.configuration, settings.variants[0]) == (subject.configuration, subject.variant):
+            told |= {r.device: r for r in workspace.fleet.reports() if r.milliseconds and r.manifest == shown.manifest}
+    return (median(r.milliseconds for r in told.values()), len(told)) if told else None
+
+
+def _energy(workspace: Workspace, subject: Subject) -> report.Energy | None:
+    """What ferry.toml says of the first class that runs a variant; devices' reports carry no joules."""
+    for name, settings in workspace.line(subject.line).classes.items():
+        given = workspace.settings.energy.get(subject.line, {}).get(name, {}).get(subject.variant)
+        if given and settings.configuration == subject.configuration:
+            return report.Energy(**given.model_dump())
+    return None
+
+
+def _releases(workspace: Workspace, line: str, champions: list[_Champion]) -> list[report.ReleaseRow]:
+    rows = []
+    for name, settings in workspace.line(line).classes.items():
+        shown = _fielded(workspace, line, name)
+        own = [c for c in champions if c.subject.line == line and c.subject.configuration == settings.configuration]
+        default = next((c for c in own if c.subject.variant == settings.variants[0]), None)
+        if shown is None or default is None:
+            continue
+        policy = workspace.repository.policy(line, name)
+        sizes = [d.size for d in workspace.repository.deltas(line, name) if d.target == shown.manifest]
+        metadata = workspace.repository.metadata_bytes()
+        energy, told = _energy(workspace, default.subject), _on_devices(workspace, default.subject)
+        work = cost.Work(
+            joules=energy.joules if energy else None,
+            update_bytes=(min(sizes) if sizes else shown.full_bytes) + metadata,
+            training_seconds=sum(c.train_seconds for c in own),
+        )
         rows.append(
-            report.ModelRow(
-                subject=str(subject),
-                version=champion.number,
-                tier=card.tier,
-                data_rev=champion.tags["data.rev"],
-                kd={q.space: q.kd for q in new},
-                kd_before={c.space: c.champion_kd for c in card.comparisons if c.split == "new"},
-                n=new[0].n,
-                steps=card.sampler.steps,
-                milliseconds=card.cost.milliseconds,
-                train_seconds=curve[-1]["seconds"],
-                reason=_why(workspace, champion),
-                samples=workspace.catalog.data(champion, "pictures/samples.png"),
-                captions=json.loads(workspace.catalog.text(champion, "pictures/samples.json")),
+            report.ReleaseRow(
+                line=line,
+                device_class=name,
+                release=shown.seq,
+                full_bytes=shown.full_bytes,
+                delta_bytes=min(sizes) if sizes else None,
+                metadata_bytes=metadata,
+                rollout=rollout.describe(policy) if policy else "not rolled out",
+                milliseconds=told[0] if told else default.card.cost.milliseconds,
+                costs=cost.yearly(work, workspace.settings.prices),
             )
         )
     return rows
 
 
-def _releases(workspace: Workspace) -> list[report.ReleaseRow]:
-    rows = []
-    for name, line in workspace.settings.lines.items():
-        for device_class in line.classes:
-            policy = workspace.repository.policy(name, device_class)
-            releases = workspace.repository.releases(name, device_class)
-            if not releases:
-                continue
-            # The release that devices are meant to run: what the policy names, unless it was halted.
-            wanted = [r for r in releases if policy and not policy.halt and r.manifest == policy.manifest]
-            running = {r.active for r in workspace.fleet.devices().values() if r}
-            fielded = [r for r in releases if r.manifest in running]
-            shown = (wanted or fielded or releases)[-1]
-            sizes = [d.size for d in workspace.repository.deltas(name, device_class) if d.target == shown.manifest]
-            rows.append(
-                report.ReleaseRow(
-                    line=name,
-                    device_class=device_class,
-                    release=shown.seq,
-                    version=shown.version,
-                    full_bytes=shown.full_bytes,
-                    delta_bytes=min(sizes) if sizes else None,
-                    metadata_bytes=workspace.repository.metadata_bytes(),
-                    rollout=rollout.describe(policy) if policy else "not rolled out",
-                )
-            )
-    return rows
-
-
-def _devices(workspace: Workspace) -> list[report.DeviceRow]:
+def _devices(workspace: Workspace, lines: list[str]) -> list[report.DeviceRow]:
     names = {
         r.manifest: f"{r.line} release {r.seq}"
         for name, line in workspace.settings.lines.items()
@@ -132,13 +231,15 @@ def _devices(workspace: Workspace) -> list[report.DeviceRow]:
             when=datetime.fromtimestamp(last.time, UTC) if last else None,
         )
         for device, last in workspace.fleet.devices().items()
+        if last is None or last.line in lines
     ]
 
 
-def _decisions(workspace: Workspace) -> list[report.DecisionRow]:
+def _decisions(workspace: Workspace, line: str | None) -> list[report.DecisionRow]:
+    entries = [e for e in workspace.ledger.entries() if line is None or e.subject.split("/")[0] == line]
     return [
         report.DecisionRow(number=e.number, when=e.when, who=e.who, kind=e.kind, subject=e.subject, why=e.why)
-        for e in reversed(workspace.ledger.entries()[-DECISIONS_SHOWN:])
+        for e in reversed(entries[-DECISIONS_SHOWN:])
     ]
 
 
@@ -151,10 +252,10 @@ def _why(workspace: Workspace, champion: Version) -> str:
     return first if len(made) == 1 else f"{first}; again: {made[-1].why}"
 
 
-def _go_back(workspace: Workspace) -> list[str]:
+def _go_back(workspace: Workspace, subjects: list[Subject]) -> list[str]:
     """The commands that put every device back on the version before, for each device class."""
     commands = []
-    for subject in _subjects(workspace):
+    for subject in subjects:
         champion = workspace.catalog.champion(subject)
         was = [e.facts["version"] for e in promotions(workspace, subject, overruled=False)]
         earlier = [v for v in was if champion and v != champion.number]

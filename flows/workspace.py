@@ -8,6 +8,7 @@ ferry.db        ledger and fleet      mlflow.db, mlartifacts/   catalogue
 features/       the frozen feature spaces, one file for each line
 inbox/          where devices leave reports
 events/         what asks for a retraining; taken up by `ferry serve`
+ratings/        answer sheets of `ferry rate`, which say what each pair of images is
 work/           everything that can be made again: caches, checkpoints, bundles, Prefect's own files
 """
 
@@ -28,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from flows.errors import BusyError, WorkspaceError
 from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
 from model.scorecard import Sampler
+from registry.cost import Prices
 
 if TYPE_CHECKING:
     from model.train import TrainOptions
@@ -60,13 +62,20 @@ class Stores(Section):
     reports: str = "inbox"
 
 
-class Prices(Section):
-    """What things cost, for the report; nobody's prices but yours belong here."""
+class Energy(Section):
+    """Joules for an image as `ferry-agent bench` measured them on a device, for the report."""
 
-    currency: str = "EUR"
-    megabyte: float = Field(default=0.5, ge=0, description="of traffic to a device")
-    training_hour: float = Field(default=0.1, ge=0, description="of the machine that trains")
-    fleet: int = Field(default=1000, ge=1, description="devices that an update goes to")
+    joules: float = Field(gt=0)
+    low: float | None = Field(default=None, ge=0, description="of its 95 % interval")
+    high: float | None = None
+    source: str = Field(min_length=1, max_length=80, description="which sensor, such as RAPL package-0")
+    quality: Literal["measured", "partial", "model"] = Field(description="as bench says it")
+
+    @model_validator(mode="after")
+    def _inside(self) -> Energy:
+        if (self.low is None) != (self.high is None) or not (self.low or 0.0) <= self.joules <= (self.high or self.joules):
+            raise ValueError("low and high are given together, and joules lies between them")
+        return self
 
 
 class Training(Section):
@@ -195,6 +204,16 @@ class Settings(Section):
     require_approval: bool = Field(default=False, description="a winner waits for a person; see `ferry approve`")
     poll_seconds: float = Field(default=60, ge=1, le=86_400, description="between looks at MLflow's aliases in `ferry serve`")
     lines: dict[LineName, Line] = Field(min_length=1)
+    energy: dict[LineName, dict[LineName, dict[VariantName, Energy]]] = Field(default={}, description="by line, class, variant")
+
+    @model_validator(mode="after")
+    def _energy_of_something(self) -> Settings:
+        for line, classes in self.energy.items():
+            for name, variants in classes.items():
+                known = self.lines[line].classes.get(name) if line in self.lines else None
+                if known is None or not variants.keys() <= set(known.variants):
+                    raise ValueError(f"energy.{line}.{name} names a line, class or variant that is not in this file")
+        return self
 
 
 class Workspace:
@@ -412,7 +431,7 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
 
 IGNORED = (
     "keys", "repository", "published", "dvc-remote", "ferry.db", "mlflow.db", "mlartifacts", "inbox", "work", "report.html",
-    "devices", "pictures",
+    "devices", "pictures", "ratings",
 )  # fmt: skip
 
 
@@ -432,11 +451,29 @@ publish = "published"              # where devices fetch from: a folder or s3://
 s3_endpoint = ""                   # of an S3-compatible server other than AWS's
 reports = "inbox"                  # folder in which devices leave reports
 
-[prices]                           # yours; the report counts with them
-currency = "EUR"
-megabyte = 0.5                     # of traffic to a device
-training_hour = 0.1                # of the machine that trains
-fleet = 1000                       # devices that an update goes to
+[prices]                           # yours; the report counts with them, and marks those that stay commented out as assumed
+# currency = "EUR"
+# megabyte = 0.5                   # of traffic to or from a device
+# training_hour = 0.1              # of the machine that trains
+# fleet = 1000                     # devices that an update goes to
+# device = 40.0                    # what hardware that can draw costs more, each device; 0 if it is there anyway
+# device_years = 5.0               # that a device serves
+# images_per_day = 100.0           # that a device draws
+# kilowatt_hour = 0.3              # of electricity at a device
+# operator_hour = 60.0             # of the person who retrains and rolls out
+# operator_hours = 2.0             # of that person for each update
+# updates_per_year = 12.0
+# cloud_gpu_hour = 1.0             # the same images from a cloud: of a rented accelerator,
+# cloud_gpu_seconds = 0.1          # and for how long an image keeps it; or else
+# cloud_thousand_images = 3.0      # of a service that sells images
+# cloud_image_kilobytes = 5.0      # of traffic for an image
+
+# [energy.LINE.CLASS.VARIANT]      # joules for an image, as `ferry-agent bench` measured them on a device
+# joules = 2.1
+# low = 1.9
+# high = 2.3
+# source = "RAPL package-0"
+# quality = "measured"             # or partial or model, as bench says
 """
     return head + "".join(_line_template(name) for name in lines)
 

@@ -3,6 +3,7 @@
     RegistryError
     ├── CatalogError     a model, version or alias that does not exist
     ├── PromotionError   the gate did not let this version through, and nobody overruled it
+    ├── RatingError      people's answers that do not fit the sheet, or a sheet that could say nothing
     ├── LedgerError      the record of decisions was changed after the fact
     └── StoreError       MLflow or the database cannot be reached
 
@@ -20,6 +21,10 @@ class CatalogError(RegistryError):
 
 class PromotionError(RegistryError):
     """A version that may not become champion as things stand."""
+
+
+class RatingError(RegistryError):
+    """Answers that do not fit their sheet, or a sheet from which nothing could be learned."""
 
 
 class LedgerError(RegistryError):

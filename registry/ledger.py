@@ -23,7 +23,7 @@ from model.scorecard import Frozen, Sha256
 from registry.errors import LedgerError, StoreError
 
 START: Sha256 = "0" * 64
-Kind = Literal["gate", "promotion", "pending", "refusal", "release", "rollout", "halt", "trigger"]
+Kind = Literal["gate", "promotion", "pending", "refusal", "rating", "release", "rollout", "halt", "trigger"]
 ATTEMPTS = 100  # of recording; each that fails was lost to somebody who recorded something
 
 _metadata = MetaData()

@@ -1,51 +1,127 @@
-"""The one-page report: what runs, how good it is, what it cost and brought, what changed, how to go back.
+"""The one-page report: what the models are worth, what they cost beside a cloud, what changed, how to go back.
 
-`render` is a pure function from figures to one self-contained HTML page; it prints on one A4 page and needs no network.
+`render` is a pure function from figures to one self-contained HTML page. It needs no network and no script, is readable on a phone, and
+prints on one A4 page for up to two lines. Who reads it decides about money, not about models: each figure says in plain words what it is.
 """
 
 from __future__ import annotations
 
 import base64
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from scipy import stats
+
+from model.scorecard import Comparison, Quality
+from registry.cost import Prices, Row, Side, energy, images, total
+
+LEVEL = 0.95
+WORDS = ((0.2, "very close"), (0.35, "close"), (0.55, "recognisable"), (math.inf, "far off"))
+BAD_EVENTS = ("refused", "rolled_back", "failed", "base_corrupt", "strayed")
 
 
 @dataclass(frozen=True)
-class ModelRow:
-    """A champion, and what it replaced."""
+class Distance:
+    """How far generated images are from real ones: 0 as alike as real ones are, 1 as far as pure noise."""
+
+    share: float
+    low: float
+    high: float
+    """Of the 95 % interval."""
+    kd: dict[str, float]
+    """Squared kernel distance by feature space."""
+    n: int
+
+    @property
+    def word(self) -> str:
+        """In plain words."""
+        return next(word for limit, word in WORDS if self.share <= limit)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What replacing the version before brought, on the same captions and seeds."""
+
+    before: float
+    after: float
+    """`Distance.share` of both."""
+    delta: float
+    low: float
+    high: float
+    """Difference of the squared kernel distances with its 95 % interval; below 0 is better."""
+    n: int
+
+    @property
+    def word(self) -> str:
+        """In plain words."""
+        return "closer to real" if self.high < 0 else "further from real" if self.low > 0 else "no certain difference"
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules for an image, and where that figure is from."""
+
+    joules: float
+    low: float | None
+    high: float | None
+    source: str
+    quality: str
+
+
+@dataclass(frozen=True)
+class ModelColumn:
+    """A champion: one column of the comparison."""
 
     subject: str
+    variant: str
     version: int
     tier: str
     data_rev: str
-    kd: dict[str, float]
-    """Kernel distance to held-out images by feature space; smaller is better."""
-    kd_before: dict[str, float]
-    """The same for the champion before, on the same images; empty for a first version."""
-    n: int
-    steps: int
-    milliseconds: float
-    train_seconds: float
+    data_message: str
+    distance: Distance
+    change: Change | None
+    replaced: int | None
+    """The version before; None for a first one."""
     reason: str
+    """Why it was promoted: the gate's words, or a person's."""
+    steps: int
+    evaluations: int
+    milliseconds: float
+    on_devices: tuple[float, int] | None
+    """Median milliseconds that devices reported, and how many devices; None where no report has one."""
+    peak_mib: float
+    energy: Energy | None
+    train_seconds: float
     samples: bytes
-    """PNG."""
+    """PNG: a row for each caption."""
     captions: list[str]
+    ratings: list[str]
+    """What people said who compared images blind."""
 
 
 @dataclass(frozen=True)
 class ReleaseRow:
-    """What was published for a line and class."""
+    """What was published for a line and class, and what a year of it costs."""
 
     line: str
     device_class: str
     release: int
-    version: int
     full_bytes: int
     delta_bytes: int | None
     metadata_bytes: int
     rollout: str
+    milliseconds: float
+    """Of an image in the class's default variant."""
+    costs: list[Row]
+
+    @property
+    def update_bytes(self) -> int:
+        """What a device fetches for an update."""
+        return (self.delta_bytes or self.full_bytes) + self.metadata_bytes
 
 
 @dataclass(frozen=True)
@@ -72,42 +148,106 @@ class DecisionRow:
 
 
 @dataclass(frozen=True)
-class Prices:
-    """What things cost the user."""
-
-    currency: str
-    megabyte: float
-    training_hour: float
-    fleet: int
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything on the page."""
 
     title: str
     made: datetime
-    models: list[ModelRow]
+    models: list[ModelColumn]
     releases: list[ReleaseRow]
     devices: list[DeviceRow]
     decisions: list[DecisionRow]
     prices: Prices
-    energy: str = "not measured: this machine has no sensor that DeltaFerry reads"
     go_back: list[str] = field(default_factory=list)
 
 
-def traffic_cost(size: int, prices: Prices) -> float:
-    """Price of sending `size` bytes to every device of the fleet."""
-    return size / 1e6 * prices.megabyte * prices.fleet
+@dataclass(frozen=True)
+class _DeviceGroup:
+    """Devices of which the same is known."""
+
+    devices: list[str]
+    release: str
+    event: str
+    reason: str
+    when: datetime | None
+
+
+def distance(qualities: Iterable[Quality]) -> Distance:
+    """The distance in the feature space in which it is larger, as a share of pure noise's, with its 95 % interval.
+
+    The square root of the kernel distance over that of noise; Student's t over the groups of held-out images.
+    """
+    found = list(qualities)
+    worse = max(found, key=lambda q: q.kd / q.noise_kd)
+    half = _quantile(worse.groups) * worse.kd_se
+    share, low, high = (_share(kd, worse.noise_kd) for kd in (worse.kd, worse.kd - half, worse.kd + half))
+    return Distance(share, low, high, {q.space: q.kd for q in found}, worse.n)
+
+
+def change(qualities: Iterable[Quality], comparisons: Iterable[Comparison]) -> Change | None:
+    """What is known against the version before, in the feature space in which it is less favourable; None: no comparison."""
+    noise = {q.space: q for q in qualities}
+    found = [c for c in comparisons if c.space in noise]
+    if not found:
+        return None
+
+    def high(c: Comparison) -> float:
+        return c.delta + _quantile(c.groups) * c.se
+
+    row = max(found, key=lambda c: high(c) / noise[c.space].noise_kd)
+    own = noise[row.space]
+    before, after = _share(row.champion_kd, own.noise_kd), _share(row.champion_kd + row.delta, own.noise_kd)
+    return Change(before, after, row.delta, 2 * row.delta - high(row), high(row), row.n)
+
+
+def _share(kd: float, noise: float) -> float:
+    return math.sqrt(max(kd, 0.0) / noise)  # the unbiased estimate of a small distance may lie below zero
+
+
+def _quantile(groups: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, groups - 1)) if groups > 1 else math.inf
 
 
 def render(report: Report) -> str:
     """The page, as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["size"] = human_size
-    environment.filters["image"] = lambda data: base64.b64encode(data).decode()
-    environment.filters["money"] = lambda value: f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
-    return environment.from_string(PAGE).render(r=report, traffic=lambda size: traffic_cost(size, report.prices))
+    environment.filters |= {
+        "size": human_size, "seconds": human_seconds, "money": human_money, "bar": bar,
+        "share": lambda value: f"{100 * value:.0f} %",
+        "image": lambda data: base64.b64encode(data).decode(),
+    }  # fmt: skip
+    return environment.from_string(PAGE).render(
+        r=report, devices=grouped(report.devices), bad_events=BAD_EVENTS, images=images(report.prices), total=_total,
+        electricity=lambda joules: energy(joules, report.prices) * 1000,
+    )  # fmt: skip
+
+
+def _total(row: ReleaseRow, side: Side) -> float:
+    return total(row.costs, side)
+
+
+def grouped(devices: list[DeviceRow]) -> list[_DeviceGroup]:
+    """Devices that run the same and said the same, the largest group last, so that a complaint is read first."""
+    found: dict[tuple[str, str, str], list[DeviceRow]] = {}
+    for device in devices:
+        found.setdefault((device.release, device.event, device.reason), []).append(device)
+    groups = [
+        _DeviceGroup(
+            [d.device for d in rows], release, event, reason, max((d.when for d in rows if d.when), default=None)
+        )
+        for (release, event, reason), rows in found.items()
+    ]  # fmt: skip
+    return sorted(groups, key=lambda group: (group.event not in BAD_EVENTS, len(group.devices)))
+
+
+def bar(d: Distance) -> Markup:
+    """The distance on a line from real (left) to noise (right), its interval as the thick part."""
+    at, low, high = (100 * min(value, 1.0) for value in (d.share, d.low, d.high))
+    says = f"distance {100 * d.share:.0f} %, 95 % interval {100 * d.low:.0f} to {100 * d.high:.0f} %, on a line from 0 % (real) to 100 % (noise)"
+    return Markup(
+        '<svg class="bar" viewBox="-2 0 104 12" preserveAspectRatio="none" role="img" aria-label="{}"><line x1="0" x2="100" y1="6" y2="6" stroke="#8893a0"/>'
+        '<rect x="{}" y="3" width="{}" height="6" fill="#7da7d9"/><rect x="{}" y="0" width="2" height="12" fill="#1b2430"/></svg>'
+    ).format(says, f"{low:.1f}", f"{max(high - low, 0.5):.1f}", f"{at - 1:.1f}")
 
 
 def human_size(size: int) -> str:
@@ -117,6 +257,19 @@ def human_size(size: int) -> str:
     return f"{size / 1000:.0f} kB" if size < 1_000_000 else f"{size / 1e6:.2f} MB"
 
 
+def human_seconds(milliseconds: float) -> str:
+    """Milliseconds as seconds, with two digits that mean something."""
+    seconds = milliseconds / 1000
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
+
+
+def human_money(value: float) -> str:
+    """An amount, exact where it is small."""
+    if value == 0 or value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:,.2f}" if value >= 0.01 else f"{value:.1g}"
+
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -124,92 +277,112 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ r.title }}</title>
 <style>
-  @page { size: A4; margin: 12mm }
-  :root { --ink: #1b2430; --soft: #5c6875; --line: #d9dfe5; --good: #17663a; --bad: #a32020; --tint: #f4f7f9 }
+  @page { size: A4; margin: 10mm }
+  :root { --ink: #1b2430; --soft: #4d5966; --line: #d3dae1; --good: #17663a; --bad: #a32020; --tint: #f3f6f9 }
   * { box-sizing: border-box }
-  body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); max-width: 60rem; margin: 0 auto; padding: 1.2rem }
-  h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.02rem; margin: 1.3rem 0 .4rem }
-  .soft { color: var(--soft); font-size: .85rem } .good { color: var(--good) } .bad { color: var(--bad) }
-  .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: .9rem 0 }
-  .tile { background: var(--tint); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
-  .tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums }
+  body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 68rem; margin: 0 auto; padding: 1.2rem }
+  h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1.5rem 0 .3rem } p { margin: .35rem 0 }
+  .soft { color: var(--soft); font-size: .86rem } .good { color: var(--good) } .bad { color: var(--bad) }
+  .lead { font-size: 1.08rem; background: var(--tint); border-left: 4px solid #7da7d9; padding: .6rem .9rem; margin: .8rem 0 }
+  .lead b { font-size: 1.25rem; white-space: nowrap }
   .scroll { overflow-x: auto }
-  table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .88rem }
-  th { text-align: left; font-weight: 600; color: var(--soft) } th, td { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-  td.n, th.n { text-align: right }
-  .samples { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 }
-  .samples img { image-rendering: pixelated; width: 100%; border: 1px solid var(--line) }
-  figcaption { font-size: .8rem; color: var(--soft) } figure { flex: 1 1 18rem; max-width: 27rem }
+  table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem }
+  th { text-align: left; font-weight: 600; color: var(--soft) } thead th { color: var(--ink) }
+  th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+  .side th[scope=row] { width: 11rem; min-width: 7.5rem } .side td { min-width: 10.5rem }
+  .last th:last-child { width: 45% }
+  td.n, th.n { text-align: right } tfoot td, tfoot th { font-weight: 700; color: var(--ink) }
+  .bar { display: block; width: 100%; max-width: 13rem; height: 12px; margin: .15rem 0 }
+  .samples { image-rendering: pixelated; width: 100%; max-width: 15rem; display: block; border: 1px solid var(--line) }
   code { background: var(--tint); padding: .1rem .3rem; border-radius: .25rem; overflow-wrap: anywhere }
-  @media print { body { padding: 0; font-size: 10.5px } figure { max-width: 62mm } h2 { margin: .6rem 0 .2rem } .tile b { font-size: 1rem } }
+  @media (max-width: 40rem) { body { padding: .8rem } .side th[scope=row] { width: 7.5rem; position: sticky; left: 0; background: #fff } }
+  @media print {
+    body { padding: 0; max-width: none; font-size: 9px; line-height: 1.25 } h1 { font-size: 14px } h2 { margin: 5px 0 0; font-size: 10.5px }
+    p { margin: 2px 0 } .lead { font-size: 10px; padding: 2px 8px; margin: 3px 0 } .lead b { font-size: 11.5px } .soft { font-size: 8px }
+    table { font-size: 8.6px } th, td { padding: 1px 6px 1px 0 } .scroll { overflow: visible } .bar { height: 7px; max-width: 40mm; margin: 1px 0 }
+    .samples { max-width: 28mm } .side td { min-width: 0 } .side th[scope=row] { width: 26mm; min-width: 0 }
+    * { print-color-adjust: exact; -webkit-print-color-adjust: exact } tr, .lead { break-inside: avoid }
+  }
 </style>
 </head>
 <body>
 <h1>{{ r.title }}</h1>
-<p class="soft">Made {{ r.made.strftime("%Y-%m-%d %H:%M") }} UTC from the registry, the signed repository and the devices' own reports.</p>
+<p class="soft">Made {{ r.made.strftime("%Y-%m-%d %H:%M") }} UTC from the registry, the signed repository and the devices' own reports.
+† marks what counts with a price that nobody has entered yet: an assumption.</p>
 
-<div class="tiles">
 {% for x in r.releases %}
-  <div class="tile"><span class="soft">{{ x.line }}/{{ x.device_class }}, an update</span>
-    {% if x.delta_bytes %}<b>{{ x.delta_bytes | size }}</b>instead of {{ x.full_bytes | size }}
-    {% else %}<b>{{ x.full_bytes | size }}</b>in full, no earlier version{% endif %}</div>
+{% set here = total(x, "devices") %}{% set cloud = total(x, "cloud") %}
+<p class="lead">{{ x.line }} on {{ x.device_class }}:
+{% if x.delta_bytes %}an update is <b>{{ x.update_bytes | size }}</b> to fetch instead of {{ (x.full_bytes + x.metadata_bytes) | size }},
+{% else %}the first delivery is <b>{{ x.update_bytes | size }}</b> to fetch,
+{% endif %}
+an image takes <b>{{ x.milliseconds | seconds }}</b>,
+and {{ "{:,}".format(r.prices.fleet) }} devices cost <b>{{ here | money }} {{ r.prices.currency }}</b> a year where a cloud would cost
+{{ "only " if cloud < here else "" }}{{ cloud | money }} {{ r.prices.currency }}{{ " †" if x.costs | selectattr("assumed") | list else "" }}.</p>
 {% endfor %}
-  <div class="tile"><span class="soft">devices heard of</span><b>{{ r.devices | length }}</b>{% set bad = r.devices | selectattr("event", "equalto", "refused") | list | length %}
-    {% if bad %}{{ bad }} last refused a release{% else %}none has a complaint{% endif %}</div>
-{% for m in r.models %}
-  <div class="tile"><span class="soft">{{ m.subject }}, an image</span><b>{{ "%.0f" | format(m.milliseconds) }} ms</b>{{ m.steps }} steps, one core</div>
-{% endfor %}
-</div>
 
-<h2>How good the models are</h2>
-<div class="scroll"><table>
-<tr><th>Model</th><th class="n">Version</th><th class="n">Distance to real images<br>trained / random features</th><th class="n">Before it, same images</th><th class="n">Images</th><th class="n">Training</th><th>Why it was promoted</th></tr>
-{% for m in r.models %}
-<tr><td>{{ m.subject }}<br><span class="soft">{{ m.tier }}, data {{ m.data_rev[:8] }}</span></td><td class="n">{{ m.version }}</td>
-<td class="n">{% for v in m.kd.values() %}{{ "%.2f" | format(v) }}{{ " / " if not loop.last }}{% endfor %}</td>
-<td class="n">{% if m.kd_before %}{% for v in m.kd_before.values() %}{{ "%.2f" | format(v) }}{{ " / " if not loop.last }}{% endfor %}{% else %}first version{% endif %}</td>
-<td class="n">{{ m.n }}</td><td class="n">{{ "%.0f" | format(m.train_seconds) }} s</td><td>{{ m.reason }}</td></tr>
+<h2>The models that run now, side by side</h2>
+<div class="scroll" tabindex="0" role="region" aria-label="Comparison of the models"><table class="side">
+<thead><tr><th scope="col">Model</th>{% for m in r.models %}<th scope="col">{{ m.subject }}<br><span class="soft">version {{ m.version }}, size “{{ m.tier }}”</span></th>{% endfor %}</tr></thead>
+<tbody>
+<tr><th scope="row">Likeness to real images</th>{% for m in r.models %}<td><b>{{ m.distance.word }}</b>{{ m.distance | bar }}
+<span class="soft">distance {{ m.distance.share | share }} ({{ m.distance.low | share }} to {{ m.distance.high | share }}), {{ m.distance.n }} images</span></td>{% endfor %}</tr>
+<tr><th scope="row">What it draws</th>{% for m in r.models %}<td><img class="samples" alt="samples drawn by {{ m.subject }} for: {{ m.captions | join(', ') }}" src="data:image/png;base64,{{ m.samples | image }}">
+<span class="soft">{{ m.captions | join(" · ") }}</span></td>{% endfor %}</tr>
+<tr><th scope="row">Steps for an image</th>{% for m in r.models %}<td>{{ m.steps }} <span class="soft">({{ m.evaluations }} runs of the network)</span></td>{% endfor %}</tr>
+<tr><th scope="row">Time for an image</th>{% for m in r.models %}<td>{{ m.milliseconds | seconds }} <span class="soft">in the factory, one core</span>
+{% if m.on_devices %}<br>{{ m.on_devices[0] | seconds }} <span class="soft">on {{ m.on_devices[1] }} device{{ "s" if m.on_devices[1] > 1 else "" }} that reported it</span>{% endif %}</td>{% endfor %}</tr>
+<tr><th scope="row">Memory, at its peak</th>{% for m in r.models %}<td>{{ "%.0f" | format(m.peak_mib) }} MiB</td>{% endfor %}</tr>
+<tr><th scope="row">Energy for an image</th>{% for m in r.models %}<td>{% if m.energy %}{{ "%.3g" | format(m.energy.joules) }} J{% if m.energy.low is not none %} ({{ "%.3g" | format(m.energy.low) }} to {{ "%.3g" | format(m.energy.high) }}){% endif %} <span class="soft">{{ {"measured": "measured", "partial": "measured in part", "model": "calculated, not measured"}[m.energy.quality] }}: {{ m.energy.source }}; 1,000 images cost {{ electricity(m.energy.joules) | money }} {{ r.prices.currency }}{{ " †" if r.prices.assumed("kilowatt_hour") else "" }}</span>
+{% else %}not measured{% endif %}</td>{% endfor %}</tr>
+<tr><th scope="row">Training</th>{% for m in r.models %}<td>{{ "%.0f" | format(m.train_seconds) }} s</td>{% endfor %}</tr>
+<tr><th scope="row">What changed</th>{% for m in r.models %}<td>{% if m.replaced %}{% if m.change %}<b class="{{ 'good' if m.change.high < 0 else 'bad' if m.change.low > 0 else '' }}">{{ m.change.word }}</b> than version {{ m.replaced }}: {{ m.change.before | share }} → {{ m.change.after | share }}
+ <span class="soft">(difference {{ "%+.4f" | format(m.change.delta) }}, {{ "%+.4f" | format(m.change.low) }} to {{ "%+.4f" | format(m.change.high) }}, {{ m.change.n }} images)</span>{% else %}replaced version {{ m.replaced }}{% endif %}{% else %}first version{% endif %}
+<br><span class="soft">Data: {{ m.data_message | truncate(60) }} ({{ m.data_rev[:8] }}). Decided: {{ m.reason | truncate(150) }}</span></td>{% endfor %}</tr>
+<tr><th scope="row">What people say</th>{% for m in r.models %}<td>{% for text in m.ratings %}{{ text }}{{ "<br>" | safe if not loop.last }}{% else %}<span class="soft">nobody has compared images blind (<code>ferry rate {{ m.subject }}</code>)</span>{% endfor %}</td>{% endfor %}</tr>
+</tbody></table></div>
+<p class="soft">Likeness: 0 % is as alike as real images are to each other, 100 % is pure noise; the true figure lies within the blue part of the bar
+with 95 % certainty. (Root of a kernel distance, MMD, over that of noise, in the worse of two feature spaces; no FID, compare within this page only.)
+{% if r.models | rejectattr("energy") | list %}Energy: measure it with <code>ferry-agent bench</code> on a device, and enter the figure with its source in ferry.toml under [energy.LINE.CLASS.VARIANT].{% endif %}</p>
+
+{% if r.releases %}
+<h2>What a year costs: {{ "{:,}".format(r.prices.fleet) }} devices, {{ "{:,.0f}".format(r.prices.images_per_day) }} images a day each{{ " †" if r.prices.assumed("fleet", "images_per_day") else "" }}</h2>
+<div class="scroll" tabindex="0" role="region" aria-label="Costs of a year"><table>
+<thead><tr><th scope="col">{{ r.prices.currency }} a year</th>{% for x in r.releases %}<th scope="col" class="n">{{ x.line }} on {{ x.device_class }}</th><th scope="col" class="n">the same from a cloud</th>{% endfor %}<th scope="col">{% if r.releases | length == 1 %}How it is counted{% endif %}</th></tr></thead>
+<tbody>
+{% for row in r.releases[0].costs %}{% set i = loop.index0 %}
+<tr><th scope="row">{{ row.name }}{{ " †" if row.assumed else "" }}</th>{% for x in r.releases %}<td class="n">{% if x.costs[i].devices is none %}not measured{% else %}{{ x.costs[i].devices | money }}{% endif %}</td><td class="n">{% if x.costs[i].cloud is none %}–{% else %}{{ x.costs[i].cloud | money }}{% endif %}</td>{% endfor %}
+<td class="soft">{% if r.releases | length == 1 %}{{ row.how }}{% endif %}</td></tr>
 {% endfor %}
+</tbody>
+<tfoot><tr><th scope="row">Together</th>{% for x in r.releases %}<td class="n">{{ total(x, "devices") | money }}</td><td class="n">{{ total(x, "cloud") | money }}</td>{% endfor %}<td></td></tr>
+<tr><th scope="row">For 1,000 images</th>{% for x in r.releases %}{% for side in ("devices", "cloud") %}<td class="n">{{ (total(x, side) / images * 1000) | money if images else "–" }}</td>{% endfor %}{% endfor %}<td></td></tr></tfoot>
 </table></div>
-<p class="soft">The distance is a kernel distance (MMD²) between generated and held-out images; 0 is perfect. It is not an FID and can
-only be compared within this page.</p>
-
-<h2>What they draw</h2>
-<div class="samples">
-{% for m in r.models %}
-<figure><img alt="samples of {{ m.subject }}" src="data:image/png;base64,{{ m.samples | image }}">
-<figcaption>{{ m.subject }} version {{ m.version }}. Rows: {{ m.captions | join(" · ") }}</figcaption></figure>
-{% endfor %}
-</div>
-
-<h2>What an update costs a fleet of {{ "{:,}".format(r.prices.fleet) }} devices</h2>
-<div class="scroll"><table>
-<tr><th>Line and class</th><th class="n">In full</th><th class="n">As a delta</th><th class="n">Metadata</th><th class="n">Traffic in full</th><th class="n">Traffic as a delta</th><th>Rollout</th></tr>
-{% for x in r.releases %}
-<tr><td>{{ x.line }}/{{ x.device_class }} release {{ x.release }}</td><td class="n">{{ x.full_bytes | size }}</td><td class="n">{{ x.delta_bytes | size if x.delta_bytes else "–" }}</td><td class="n">{{ x.metadata_bytes | size }}</td>
-<td class="n">{{ traffic(x.full_bytes + x.metadata_bytes) | money }} {{ r.prices.currency }}</td>
-<td class="n good">{% if x.delta_bytes %}{{ traffic(x.delta_bytes + x.metadata_bytes) | money }} {{ r.prices.currency }}{% else %}–{% endif %}</td><td>{{ x.rollout }}</td></tr>
-{% endfor %}
-</table></div>
-<p class="soft">At {{ r.prices.megabyte }} {{ r.prices.currency }} a megabyte, from ferry.toml. Training the models above took
-{{ "%.0f" | format(r.models | sum(attribute="train_seconds")) }} s, {{ (r.models | sum(attribute="train_seconds") / 3600 * r.prices.training_hour) | money }} {{ r.prices.currency }}. Energy: {{ r.energy }}.</p>
+{% if r.releases | length > 1 %}<p class="soft">{% for row in r.releases[0].costs %}{{ row.name }}: {{ row.how }}. {% endfor %}</p>{% endif %}
+<p class="soft">{% for x in r.releases %}{{ x.line }}/{{ x.device_class }} release {{ x.release }}: {{ x.full_bytes | size }} in full, {{ x.delta_bytes | size + " as a delta" if x.delta_bytes else "no delta yet" }}, {{ x.metadata_bytes | size }} of signatures; {{ x.rollout }}. {% endfor %}
+Prices are yours to enter in ferry.toml under [prices].</p>
+{% endif %}
 
 <h2>Devices</h2>
-<div class="scroll"><table>
-<tr><th>Device</th><th>Runs</th><th>Last report</th><th>Reason</th></tr>
-{% for d in r.devices %}
-<tr><td>{{ d.device }}</td><td>{{ d.release }}</td><td class="{{ 'bad' if d.event in ('refused', 'rolled_back', 'failed', 'base_corrupt') else 'good' }}">{{ d.event }}{% if d.when %} <span class="soft">{{ d.when.strftime("%Y-%m-%d %H:%M") }}</span>{% endif %}</td><td>{{ d.reason | truncate(140) }}</td></tr>
+<div class="scroll" tabindex="0" role="region" aria-label="Devices"><table class="last">
+<thead><tr><th scope="col" class="n">How many</th><th scope="col">Run</th><th scope="col">Last said</th><th scope="col">Why</th></tr></thead>
+<tbody>
+{% for g in devices[:5] %}
+<tr><td class="n">{{ g.devices | length }}</td><td>{{ g.release }} <span class="soft">{{ g.devices[:3] | join(", ") }}{{ ", …" if g.devices | length > 3 else "" }}</span></td>
+<td class="{{ 'bad' if g.event in bad_events else 'good' }}">{{ g.event | replace("_", " ") }}{% if g.when %} <span class="soft">{{ g.when.strftime("%Y-%m-%d %H:%M") }}</span>{% endif %}</td><td>{{ g.reason | truncate(110) }}</td></tr>
 {% else %}<tr><td colspan="4">No device has reported yet.</td></tr>
 {% endfor %}
-</table></div>
+</tbody></table></div>
+{% if devices | length > 5 %}<p class="soft">{{ devices | length - 5 }} more groups: <code>ferry fleet status</code></p>{% endif %}
 
-<h2>What changed, and who decided it</h2>
-<div class="scroll"><table>
-<tr><th class="n">No.</th><th>When (UTC)</th><th>Who</th><th>What</th><th>Why</th></tr>
+<h2>Who decided what, newest first</h2>
+<div class="scroll" tabindex="0" role="region" aria-label="Decisions"><table class="last">
+<thead><tr><th scope="col" class="n">No.</th><th scope="col">When (UTC)</th><th scope="col">Who</th><th scope="col">What</th><th scope="col">Why</th></tr></thead>
+<tbody>
 {% for e in r.decisions %}
-<tr><td class="n">{{ e.number }}</td><td>{{ e.when[:16] | replace("T", " ") }}</td><td>{{ e.who }}</td><td>{{ e.kind }}, {{ e.subject }}</td><td>{{ e.why | truncate(140) }}</td></tr>
+<tr><td class="n">{{ e.number }}</td><td>{{ e.when[:16] | replace("T", " ") }}</td><td>{{ e.who | truncate(16) }}</td><td>{{ e.kind }}, {{ e.subject }}</td><td>{{ e.why | truncate(120) }}</td></tr>
 {% endfor %}
-</table></div>
+</tbody></table></div>
 
 <h2>How to go back</h2>
 {% for command in r.go_back %}<p><code>{{ command }}</code></p>{% else %}<p>There is nothing to go back to yet.</p>{% endfor %}

@@ -1,36 +1,91 @@
-"""The page is one self-contained file, and what strangers wrote in it stays text."""
+"""The page is one self-contained file that counts honestly, and what strangers wrote in it stays text."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
+from io import BytesIO
 
+import numpy as np
 import pytest
+from PIL import Image
+from pydantic import ValidationError
 
-from registry.report import DecisionRow, DeviceRow, ModelRow, Prices, ReleaseRow, Report, human_size, render, traffic_cost
+from flows.workspace import Settings
+from registry.cost import Prices, Work, energy, total, traffic, yearly
+from registry.report import (
+    Change,
+    DecisionRow,
+    DeviceRow,
+    Distance,
+    Energy,
+    ModelColumn,
+    ReleaseRow,
+    Report,
+    change,
+    distance,
+    grouped,
+    human_money,
+    human_seconds,
+    human_size,
+    render,
+)
+from tests.test_selection import card
 
-PRICES = Prices(currency="EUR", megabyte=0.5, training_hour=0.1, fleet=1000)
+PRICES = Prices(
+    currency="EUR", megabyte=0.5, training_hour=0.1, fleet=1000, device=40, device_years=5, images_per_day=100,
+    kilowatt_hour=0.3, operator_hour=60, operator_hours=2, updates_per_year=12, cloud_gpu_hour=1, cloud_gpu_seconds=0.1,
+    cloud_image_kilobytes=5,
+)  # fmt: skip
+WORK = Work(joules=3.6, update_bytes=906_000, training_seconds=360)
+
+
+def samples(rows: int = 3, columns: int = 5, cell: int = 66) -> bytes:
+    """A picture as large as those of the page."""
+    rng = np.random.default_rng(0)
+    file = BytesIO()
+    pixels = rng.integers(0, 255, (rows * cell // 4, columns * cell // 4), dtype=np.uint8)
+    Image.fromarray(pixels).resize((columns * cell, rows * cell), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
+
+
+def column(variant: str, version: int, share: float, steps: int, joules: Energy | None) -> ModelColumn:
+    return ModelColumn(
+        subject=f"shapes/I/{variant}", variant=variant, version=version, tier="nano", data_rev="0123456789",
+        data_message="lamp moved, printed pages added",
+        distance=Distance(share, share - 0.05, share + 0.06, {"trained": 0.02, "random": 0.03}, 128),
+        change=Change(0.41, share, -0.031, -0.044, -0.018, 128), replaced=version - 1,
+        reason="better on the new data, not worse on the old (n = 128)", steps=steps, evaluations=2 * steps, milliseconds=76,
+        on_devices=(210, 3), peak_mib=61.2, energy=joules, train_seconds=32, samples=samples(),
+        captions=["bricks, dim", "coins", "gravel"], ratings=["people prefer version 2: they preferred version 2 over 1"],
+    )  # fmt: skip
+
+
 REPORT = Report(
     title="What the models cost and bring",
     made=datetime(2026, 11, 21, tzinfo=UTC),
     models=[
-        ModelRow(
-            subject="shapes/I/full", version=2, tier="nano", data_rev="0123456789", kd={"trained": 0.02, "random": 0.03},
-            kd_before={"trained": 0.1, "random": 0.09}, n=128, steps=10, milliseconds=76, train_seconds=32,
-            reason="better", samples=b"\x89PNG", captions=["bar", "disc"],
-        )
+        column("full", 2, 0.18, 56, Energy(2.1, 1.9, 2.3, "RAPL package-0", "measured")),
+        column("dev", 2, 0.24, 28, Energy(1.2, None, None, "CPU seconds at 4 W per busy core, 1 W idle", "model")),
+        column("fast", 2, 0.4, 14, None),
     ],
     releases=[
         ReleaseRow(
-            line="shapes", device_class="edge", release=2, version=2, full_bytes=5_700_000, delta_bytes=900_000,
-            metadata_bytes=6_000, rollout="open",
+            line="shapes", device_class="edge", release=2, full_bytes=5_700_000, delta_bytes=900_000, metadata_bytes=6_000,
+            rollout="open to 100 %", milliseconds=76, costs=yearly(WORK, PRICES),
         )
     ],
-    devices=[DeviceRow("press-01", "shapes release 2", "refused", "too slow", datetime(2026, 11, 21, tzinfo=UTC))],
-    decisions=[DecisionRow(1, "2026-11-21T10:00:00+00:00", "me", "promotion", "shapes/I/full", "better")],
+    devices=[
+        DeviceRow(f"press-{i:02d}", "shapes release 2", "confirmed", "", datetime(2026, 11, 21, tzinfo=UTC)) for i in range(9)
+    ]
+    + [DeviceRow("press-77", "shapes release 1", "refused", "an image takes 900 ms", datetime(2026, 11, 21, tzinfo=UTC))],
+    decisions=[DecisionRow(6 - i, "2026-11-21T10:00:00+00:00", "me", "promotion", "shapes/I/full", "better") for i in range(6)],
     prices=PRICES,
-    go_back=["ferry promote shapes/I/full 1"],
+    go_back=[
+        'ferry promote shapes/I/full 1 --reason "going back" && ferry release shapes/edge && ferry rollout start shapes/edge '
+        "--release 1 --revert --waves 100 --soak 0"
+    ],
 )  # fmt: skip
 
 
@@ -41,18 +96,45 @@ def test_page_needs_nothing_from_elsewhere():
     assert "<script" not in page
 
 
-def test_page_shows_figures_and_way_back():
+def test_page_begins_with_the_three_numbers_that_matter():
+    page = " ".join(re.sub(r"<[^>]+>", "", render(REPORT)).split())
+    assert (
+        "shapes on edge: an update is 906 kB to fetch instead of 5.71 MB, an image takes 0.076 s, and 1,000 devices cost "
+        "14,887 EUR a year where a cloud would cost 93,704 EUR."
+    ) in page
+    assert page.index("shapes on edge:") < page.index("side by side")
+
+
+@pytest.mark.parametrize(
+    "shown", ["0.21 s", "on 3 devices", "61 MiB", "closer to real", "very close", "ferry promote shapes/I/full 1", "lamp moved"]
+)
+def test_page_shows_figures_and_way_back(shown: str):
+    assert shown in render(REPORT)
+
+
+def test_energy_says_where_it_is_from_or_that_there_is_none():
     page = render(REPORT)
-    for shown in (
-        "900 kB",
-        "5.70 MB",
-        "2,853 EUR",
-        "453.00 EUR".replace(".00", ""),
-        "76 ms",
-        "0.02",
-        "ferry promote shapes/I/full 1",
-    ):
-        assert shown in page
+    assert re.search(r"2\.1 J \(1\.9 to 2\.3\)\s*<span class=\"soft\">measured: RAPL package-0", page)
+    assert "calculated, not measured: CPU seconds at 4 W per busy core, 1 W idle" in page
+    assert "<td>not measured</td>" in page
+    assert "ferry-agent bench" in page
+    known = replace(REPORT, models=REPORT.models[:2])
+    assert "ferry-agent bench" not in render(known)
+
+
+def test_prices_that_nobody_entered_are_marked():
+    assumed = replace(REPORT, prices=Prices(), releases=[replace(REPORT.releases[0], costs=yearly(WORK, Prices()))])
+    assert render(assumed).count("†") == 10  # legend, sentence, heading, five kinds of cost, the electricity of two
+    assert render(REPORT).count("†") == 1
+    some = Prices(megabyte=0.5, fleet=1000, images_per_day=100, updates_per_year=12, cloud_image_kilobytes=5)
+    assert [row.name for row in yearly(WORK, some) if not row.assumed] == ["Mobile data"]
+
+
+def test_a_cloud_that_is_cheaper_is_called_so():
+    prices = PRICES.model_copy(update={"images_per_day": 1.0})
+    cheap = replace(REPORT, prices=prices, releases=[replace(REPORT.releases[0], costs=yearly(WORK, prices))])
+    assert "only 2," in render(cheap)
+    assert "only" not in render(REPORT).split("side by side")[0]
 
 
 def test_what_devices_wrote_stays_text():
@@ -60,15 +142,74 @@ def test_what_devices_wrote_stays_text():
     assert "<script>" not in render(attacked)
 
 
+def test_devices_that_complain_come_first():
+    first, second = grouped(REPORT.devices)
+    assert (first.devices, first.event) == (["press-77"], "refused")
+    assert len(second.devices) == 9
+
+
 def test_first_version_has_nothing_before_it():
-    first = replace(
-        REPORT, models=[replace(REPORT.models[0], kd_before={})], releases=[replace(REPORT.releases[0], delta_bytes=None)]
-    )
-    assert "first version" in render(first)
+    models = [replace(REPORT.models[0], change=None, replaced=None)]
+    page = render(replace(REPORT, models=models, releases=[replace(REPORT.releases[0], delta_bytes=None)]))
+    assert "first version" in page
+    assert "the first delivery is" in page
 
 
 def test_empty_fleet_is_said_so():
-    assert "No device has reported yet." in render(replace(REPORT, devices=[], go_back=[]))
+    page = render(replace(REPORT, devices=[], go_back=[], releases=[]))
+    assert "No device has reported yet." in page
+    assert "There is nothing to go back to yet." in page
+
+
+def test_distance_is_the_worse_space_with_its_interval():
+    quality = [q for q in card().quality if q.split == "new"]  # kd 0.02 ± 0.01, noise at 0.5
+    worse = quality[1].model_copy(update={"kd": 0.045, "groups": 5})
+    found = distance([quality[0], worse])
+    assert found.share == pytest.approx(0.3)  # the root of 0.045 / 0.5
+    assert found.high == pytest.approx(((0.045 + 2.776 * 0.01) / 0.5) ** 0.5, rel=1e-3)  # Student's t with 4 degrees
+    assert found.word == "close"
+    assert distance([quality[0].model_copy(update={"kd": -0.001})]).share == 0
+
+
+def test_change_is_certain_only_where_its_interval_says_so():
+    made = card(new=(-0.1, 0.01))
+    quality, rows = [q for q in made.quality if q.split == "new"], [c for c in made.comparisons if c.split == "new"]
+    found = change(quality, rows)
+    assert found is not None
+    assert (found.word, found.n) == ("closer to real", 100)
+    assert (found.low, found.high) == (pytest.approx(-0.1196, abs=1e-4), pytest.approx(-0.0804, abs=1e-4))
+    doubtful = change(quality, [rows[0], rows[1].model_copy(update={"se": 0.08})])
+    assert doubtful is not None
+    assert doubtful.word == "no certain difference"
+    assert change(quality, []) is None
+
+
+def test_year_is_counted_in_the_units_that_prices_are_in():
+    rows = {row.name: row for row in yearly(WORK, PRICES)}
+    assert rows["Hardware"].devices == pytest.approx(1000 * 40 / 5)
+    assert rows["Hardware"].cloud == pytest.approx(36_500_000 * 0.1 / 3600 * 1)  # 1,000 devices, 100 images, 365 days
+    assert rows["Electricity"].devices == pytest.approx(36_500_000 * 3.6 / 3.6e6 * 0.3)  # joules to kWh
+    assert rows["Mobile data"].devices == pytest.approx(1000 * 12 * 0.906 * 0.5)
+    assert rows["Mobile data"].cloud == pytest.approx(36_500_000 * 0.005 * 0.5)
+    assert rows["Retraining"].devices == rows["Retraining"].cloud == pytest.approx(12 * 0.1 * 0.1)
+    assert rows["People"].devices == rows["People"].cloud == pytest.approx(12 * 2 * 60)
+    assert total(list(rows.values()), "devices") == pytest.approx(sum(row.devices or 0 for row in rows.values()))
+
+
+def test_service_that_sells_images_is_counted_by_the_thousand():
+    bought = yearly(WORK, PRICES.model_copy(update={"cloud_thousand_images": 3.0}))
+    assert bought[0].cloud == pytest.approx(36_500 * 3)
+
+
+def test_energy_that_was_not_measured_costs_nothing_that_is_made_up():
+    rows = yearly(replace(WORK, joules=None), PRICES)
+    assert rows[1].devices is None
+    assert total(rows, "devices") == pytest.approx(sum(row.devices or 0 for row in yearly(WORK, PRICES)) - 10.95)
+    assert energy(3.6e6, PRICES) == pytest.approx(0.3)
+
+
+def test_traffic_is_priced_for_the_whole_fleet():
+    assert traffic(2_000_000, PRICES) == pytest.approx(1000.0)
 
 
 @pytest.mark.parametrize(("size", "text"), [(999, "999 B"), (12_345, "12 kB"), (910_916, "911 kB"), (5_716_884, "5.72 MB")])
@@ -76,5 +217,25 @@ def test_sizes_in_units_people_use(size: int, text: str):
     assert human_size(size) == text
 
 
-def test_traffic_is_priced_for_the_whole_fleet():
-    assert traffic_cost(2_000_000, PRICES) == pytest.approx(1000.0)
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [(human_seconds(76), "0.076 s"), (human_seconds(4321), "4.3 s"), (human_money(12_345.6), "12,346"), (human_money(0.012), "0.01"),
+     (human_money(0.00175), "0.002"), (human_money(0), "0")],
+)  # fmt: skip
+def test_figures_have_digits_that_mean_something(shown: str, text: str):
+    assert shown == text
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"shapes": {"edge": {"fast": {"joules": 1, "source": "x", "quality": "measured"}}}}, "names a line, class or variant"),
+        ({"tables": {"edge": {"full": {"joules": 1, "source": "x", "quality": "measured"}}}}, "names a line, class or variant"),
+        ({"shapes": {"edge": {"full": {"joules": 1, "source": "x", "quality": "guessed"}}}}, "'measured', 'partial' or 'model'"),
+        ({"shapes": {"edge": {"full": {"joules": 1, "low": 2, "high": 3, "source": "x", "quality": "model"}}}}, "lies between"),
+        ({"shapes": {"edge": {"full": {"joules": 1}}}}, "source"),
+    ],
+)
+def test_energy_without_its_source_is_refused(given: dict[str, object], says: str):
+    with pytest.raises(ValidationError, match=says):
+        Settings.model_validate({"schema": 1, "lines": {"shapes": {"data": "data/shapes"}}, "energy": given})

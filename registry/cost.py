@@ -1,0 +1,138 @@
+"""What a fleet costs in a year that draws its own images, beside the same images drawn in a cloud. Pure arithmetic, every unit named.
+
+Both sides count the same retraining and the same people, for a model has to be kept fresh in either place. What differs: devices need
+hardware that draws, its electricity, and updates; a cloud needs accelerators, and every image has to travel.
+What was not measured is not counted, and said so; it is never replaced by a guess.
+
+    >>> rows = yearly(Work(joules=2.0, update_bytes=900_000, training_seconds=60.0), Prices())
+    >>> total(rows, "devices"), total(rows, "cloud")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from model.scorecard import Frozen
+
+DAYS = 365
+JOULES_PER_KILOWATT_HOUR = 3.6e6
+Side = Literal["devices", "cloud"]
+
+
+class Prices(Frozen):
+    """What things cost, and how much is drawn. A price that is not in ferry.toml is an assumption, and the report marks it as one."""
+
+    currency: str = Field(default="EUR", max_length=8)
+    megabyte: float = Field(default=0.5, ge=0, description="of traffic to or from a device, 10^6 bytes")
+    training_hour: float = Field(default=0.1, ge=0, description="of the machine that trains")
+    fleet: int = Field(default=1000, ge=1, description="devices that an update goes to")
+    device: float = Field(default=40.0, ge=0, description="what hardware that can draw costs more, each device; 0 if it is there")
+    device_years: float = Field(default=5.0, gt=0, description="that a device serves")
+    images_per_day: float = Field(default=100.0, ge=0, description="that a device draws")
+    kilowatt_hour: float = Field(default=0.3, ge=0, description="of electricity at a device")
+    operator_hour: float = Field(default=60.0, ge=0, description="of the person who retrains and rolls out")
+    operator_hours: float = Field(default=2.0, ge=0, description="of that person for each update")
+    updates_per_year: float = Field(default=12.0, ge=0)
+    cloud_thousand_images: float | None = Field(
+        default=None, ge=0, description="of a service that sells images; None: accelerators are rented by the hour"
+    )
+    cloud_gpu_hour: float = Field(default=1.0, ge=0, description="of a rented accelerator")
+    cloud_gpu_seconds: float = Field(
+        default=0.1, ge=0, description="for which an image keeps the accelerator, idle time included"
+    )
+    cloud_image_kilobytes: float = Field(
+        default=5.0, ge=0, description="of traffic for an image: question, answer, connection; 10^3 bytes"
+    )
+
+    def assumed(self, *names: str) -> bool:
+        """Whether one of these prices was not given by the user."""
+        return any(name not in self.model_fields_set for name in names)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What was measured of one line on one device class."""
+
+    joules: float | None
+    """Of an image on a device; None: not measured."""
+    update_bytes: int
+    """That a device fetches for an update, metadata included."""
+    training_seconds: float
+    """Of all variants of the class, for one update."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of cost of the whole fleet, in currency a year."""
+
+    name: str
+    devices: float | None
+    """None: not known."""
+    cloud: float | None
+    how: str
+    assumed: bool
+
+
+def images(prices: Prices) -> float:
+    """Images that the fleet draws in a year."""
+    return prices.images_per_day * DAYS * prices.fleet
+
+
+def energy(joules: float, prices: Prices) -> float:
+    """Price of some joules at a device."""
+    return joules / JOULES_PER_KILOWATT_HOUR * prices.kilowatt_hour
+
+
+def traffic(size: int, prices: Prices) -> float:
+    """Price of sending `size` bytes to every device of the fleet."""
+    return size / 1e6 * prices.megabyte * prices.fleet
+
+
+def yearly(work: Work, prices: Prices) -> list[Row]:
+    """All kinds of cost of a year, on the devices and in the cloud."""
+    p, n = prices, images(prices)
+    bought: tuple[str, ...]
+    hardware = p.device * p.fleet / p.device_years
+    if p.cloud_thousand_images is not None:
+        compute, bought = n / 1000 * p.cloud_thousand_images, ("cloud_thousand_images",)
+        how = f"a service at {p.cloud_thousand_images:g} {p.currency} for 1,000 images"
+    else:
+        compute, bought = n * p.cloud_gpu_seconds / 3600 * p.cloud_gpu_hour, ("cloud_gpu_hour", "cloud_gpu_seconds")
+        how = f"{p.cloud_gpu_seconds:g} s of an accelerator for an image, at {p.cloud_gpu_hour:g} {p.currency} an hour"
+    training = work.training_seconds / 3600 * p.training_hour * p.updates_per_year
+    people = p.operator_hours * p.operator_hour * p.updates_per_year
+    drawn = ("fleet", "images_per_day")
+    return [
+        Row(
+            "Hardware", hardware, compute,
+            f"devices: {p.device:g} {p.currency} each for hardware that can draw, over {p.device_years:g} years; cloud: {how}",
+            p.assumed("fleet", "device", "device_years", "images_per_day", *bought),
+        ),
+        Row(
+            "Electricity", None if work.joules is None else energy(work.joules, p) * n, 0.0,
+            f"{p.kilowatt_hour:g} {p.currency} a kWh; the cloud's is in its price", p.assumed(*drawn, "kilowatt_hour"),
+        ),
+        Row(
+            "Mobile data", traffic(work.update_bytes, p) * p.updates_per_year, n * p.cloud_image_kilobytes / 1000 * p.megabyte,
+            f"{p.megabyte:g} {p.currency} a MB; devices: {p.updates_per_year:g} updates; cloud: {p.cloud_image_kilobytes:g} kB an image",
+            p.assumed(*drawn, "megabyte", "updates_per_year", "cloud_image_kilobytes"),
+        ),
+        Row(
+            "Retraining", training, training,
+            f"{work.training_seconds:.0f} s, {p.updates_per_year:g} times, at {p.training_hour:g} {p.currency} an hour",
+            p.assumed("training_hour", "updates_per_year"),
+        ),
+        Row(
+            "People", people, people,
+            f"{p.operator_hours:g} hours an update at {p.operator_hour:g} {p.currency}",
+            p.assumed("operator_hours", "operator_hour", "updates_per_year"),
+        ),
+    ]  # fmt: skip
+
+
+def total(rows: list[Row], side: Side) -> float:
+    """Sum of what is known, in currency a year."""
+    return sum(getattr(row, side) or 0.0 for row in rows)
