@@ -237,17 +237,18 @@ def _handler(workspace: Workspace, sheet: Sheet, page: str) -> type[BaseHTTPRequ
 
         def do_POST(self) -> None:
             """Answers."""
+            length = self.headers.get("Content-Length", "")
+            if not (length.isascii() and length.isdigit()) or int(length) > MAX_ANSWERS:
+                self._say(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"answers of at most {MAX_ANSWERS} bytes are taken")
+                return
+            data = self.rfile.read(int(length))  # also of a request that is refused: closing on unread bytes may lose the reply
             if not self._is_for_us(f"/{sheet.id}/answers"):
                 return
             if self.headers.get("Origin") != f"http://{self.headers['Host']}":
                 self._say(HTTPStatus.FORBIDDEN, "answers are taken from the page itself only; open it again")
                 return
-            length = self.headers.get("Content-Length", "")
-            if not (length.isascii() and length.isdigit()) or int(length) > MAX_ANSWERS:
-                self._say(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"answers of at most {MAX_ANSWERS} bytes are taken")
-                return
             try:
-                keep(workspace, sheet, rating.read(self.rfile.read(int(length))))
+                keep(workspace, sheet, rating.read(data))
             except RatingError as error:
                 self._say(HTTPStatus.BAD_REQUEST, str(error))
             except (RegistryError, BusyError) as error:

@@ -290,17 +290,20 @@ PAGE = """<!doctype html>
   th { text-align: left; font-weight: 600; color: var(--soft) } thead th { color: var(--ink) }
   th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
   .side th[scope=row] { width: 11rem; min-width: 7.5rem } .side td { min-width: 10.5rem }
-  .last th:last-child { width: 45% }
+  .narrow { display: none } .last { min-width: 38rem } .last th:last-child { width: 55% }
   td.n, th.n { text-align: right } tfoot td, tfoot th { font-weight: 700; color: var(--ink) }
   .bar { display: block; width: 100%; max-width: 13rem; height: 12px; margin: .15rem 0 }
   .samples { image-rendering: pixelated; width: 100%; max-width: 15rem; display: block; border: 1px solid var(--line) }
   code { background: var(--tint); padding: .1rem .3rem; border-radius: .25rem; overflow-wrap: anywhere }
-  @media (max-width: 40rem) { body { padding: .8rem } .side th[scope=row] { width: 7.5rem; position: sticky; left: 0; background: #fff } }
+  @media screen and (max-width: 40rem) {
+    body { padding: .8rem } .how { display: none } .narrow { display: block }
+    .side th[scope=row] { width: 7.5rem; position: sticky; left: 0; background: #fff }
+  }
   @media print {
-    body { padding: 0; max-width: none; font-size: 9px; line-height: 1.25 } h1 { font-size: 14px } h2 { margin: 5px 0 0; font-size: 10.5px }
-    p { margin: 2px 0 } .lead { font-size: 10px; padding: 2px 8px; margin: 3px 0 } .lead b { font-size: 11.5px } .soft { font-size: 8px }
-    table { font-size: 8.6px } th, td { padding: 1px 6px 1px 0 } .scroll { overflow: visible } .bar { height: 7px; max-width: 40mm; margin: 1px 0 }
-    .samples { max-width: 28mm } .side td { min-width: 0 } .side th[scope=row] { width: 26mm; min-width: 0 }
+    body { padding: 0; max-width: none; font-size: 9.1px; line-height: 1.25 } h1 { font-size: 14px } h2 { margin: 4px 0 0; font-size: 10.5px }
+    p { margin: 2px 0 } .lead { font-size: 10px; padding: 2px 8px; margin: 3px 0 } .lead b { font-size: 11.5px } .soft { font-size: 8.1px }
+    table { font-size: 8.8px } .last { min-width: 0 } .last tr:nth-child(n+6) { display: none } th, td { padding: 1px 6px 1px 0 } .scroll { overflow: visible } .bar { height: 7px; max-width: 40mm; margin: 1px 0 }
+    .samples { max-width: 28mm } .side td { min-width: 0 } .side th[scope=row] { width: 31mm; min-width: 0 }
     * { print-color-adjust: exact; -webkit-print-color-adjust: exact } tr, .lead { break-inside: avoid }
   }
 </style>
@@ -345,20 +348,19 @@ and {{ "{:,}".format(r.prices.fleet) }} devices cost <b>{{ here | money }} {{ r.
 with 95 % certainty. (Root of a kernel distance, MMD, over that of noise, in the worse of two feature spaces; no FID, compare within this page only.)
 {% if r.models | rejectattr("energy") | list %}Energy: measure it with <code>ferry-agent bench</code> on a device, and enter the figure with its source in ferry.toml under [energy.LINE.CLASS.VARIANT].{% endif %}</p>
 
-{% if r.releases %}
+{% if r.releases %}{% set alone = r.releases | length == 1 %}
 <h2>What a year costs: {{ "{:,}".format(r.prices.fleet) }} devices, {{ "{:,.0f}".format(r.prices.images_per_day) }} images a day each{{ " †" if r.prices.assumed("fleet", "images_per_day") else "" }}</h2>
 <div class="scroll" tabindex="0" role="region" aria-label="Costs of a year"><table>
-<thead><tr><th scope="col">{{ r.prices.currency }} a year</th>{% for x in r.releases %}<th scope="col" class="n">{{ x.line }} on {{ x.device_class }}</th><th scope="col" class="n">the same from a cloud</th>{% endfor %}<th scope="col">{% if r.releases | length == 1 %}How it is counted{% endif %}</th></tr></thead>
+<thead><tr><th scope="col">{{ r.prices.currency }} a year</th>{% for x in r.releases %}<th scope="col" class="n">{{ x.line }} on {{ x.device_class }}</th><th scope="col" class="n">the same from a cloud</th>{% endfor %}{% if alone %}<th scope="col" class="how">How it is counted</th>{% endif %}</tr></thead>
 <tbody>
 {% for row in r.releases[0].costs %}{% set i = loop.index0 %}
-<tr><th scope="row">{{ row.name }}{{ " †" if row.assumed else "" }}</th>{% for x in r.releases %}<td class="n">{% if x.costs[i].devices is none %}not measured{% else %}{{ x.costs[i].devices | money }}{% endif %}</td><td class="n">{% if x.costs[i].cloud is none %}–{% else %}{{ x.costs[i].cloud | money }}{% endif %}</td>{% endfor %}
-<td class="soft">{% if r.releases | length == 1 %}{{ row.how }}{% endif %}</td></tr>
+<tr><th scope="row">{{ row.name }}{{ " †" if row.assumed else "" }}</th>{% for x in r.releases %}<td class="n">{% if x.costs[i].devices is none %}not measured{% else %}{{ x.costs[i].devices | money }}{% endif %}</td><td class="n">{% if x.costs[i].cloud is none %}–{% else %}{{ x.costs[i].cloud | money }}{% endif %}</td>{% endfor %}{% if alone %}<td class="soft how">{{ row.how }}</td>{% endif %}</tr>
 {% endfor %}
 </tbody>
-<tfoot><tr><th scope="row">Together</th>{% for x in r.releases %}<td class="n">{{ total(x, "devices") | money }}</td><td class="n">{{ total(x, "cloud") | money }}</td>{% endfor %}<td></td></tr>
-<tr><th scope="row">For 1,000 images</th>{% for x in r.releases %}{% for side in ("devices", "cloud") %}<td class="n">{{ (total(x, side) / images * 1000) | money if images else "–" }}</td>{% endfor %}{% endfor %}<td></td></tr></tfoot>
+<tfoot><tr><th scope="row">Together</th>{% for x in r.releases %}<td class="n">{{ total(x, "devices") | money }}</td><td class="n">{{ total(x, "cloud") | money }}</td>{% endfor %}{% if alone %}<td class="how"></td>{% endif %}</tr>
+<tr><th scope="row">For 1,000 images</th>{% for x in r.releases %}{% for side in ("devices", "cloud") %}<td class="n">{{ (total(x, side) / images * 1000) | money if images else "–" }}</td>{% endfor %}{% endfor %}{% if alone %}<td class="how"></td>{% endif %}</tr></tfoot>
 </table></div>
-{% if r.releases | length > 1 %}<p class="soft">{% for row in r.releases[0].costs %}{{ row.name }}: {{ row.how }}. {% endfor %}</p>{% endif %}
+<p class="soft{{ " narrow" if alone else "" }}">{% for row in r.releases[0].costs %}{{ row.name }}: {{ row.how }}. {% endfor %}</p>
 <p class="soft">{% for x in r.releases %}{{ x.line }}/{{ x.device_class }} release {{ x.release }}: {{ x.full_bytes | size }} in full, {{ x.delta_bytes | size + " as a delta" if x.delta_bytes else "no delta yet" }}, {{ x.metadata_bytes | size }} of signatures; {{ x.rollout }}. {% endfor %}
 Prices are yours to enter in ferry.toml under [prices].</p>
 {% endif %}
@@ -369,7 +371,7 @@ Prices are yours to enter in ferry.toml under [prices].</p>
 <tbody>
 {% for g in devices[:5] %}
 <tr><td class="n">{{ g.devices | length }}</td><td>{{ g.release }} <span class="soft">{{ g.devices[:3] | join(", ") }}{{ ", …" if g.devices | length > 3 else "" }}</span></td>
-<td class="{{ 'bad' if g.event in bad_events else 'good' }}">{{ g.event | replace("_", " ") }}{% if g.when %} <span class="soft">{{ g.when.strftime("%Y-%m-%d %H:%M") }}</span>{% endif %}</td><td>{{ g.reason | truncate(110) }}</td></tr>
+<td class="{{ 'bad' if g.event in bad_events else 'good' }}">{{ g.event | replace("_", " ") }}{% if g.when %} <span class="soft">{{ g.when.strftime("%Y-%m-%d %H:%M") }}</span>{% endif %}</td><td>{{ g.reason | truncate(90) }}</td></tr>
 {% else %}<tr><td colspan="4">No device has reported yet.</td></tr>
 {% endfor %}
 </tbody></table></div>
@@ -380,7 +382,7 @@ Prices are yours to enter in ferry.toml under [prices].</p>
 <thead><tr><th scope="col" class="n">No.</th><th scope="col">When (UTC)</th><th scope="col">Who</th><th scope="col">What</th><th scope="col">Why</th></tr></thead>
 <tbody>
 {% for e in r.decisions %}
-<tr><td class="n">{{ e.number }}</td><td>{{ e.when[:16] | replace("T", " ") }}</td><td>{{ e.who | truncate(16) }}</td><td>{{ e.kind }}, {{ e.subject }}</td><td>{{ e.why | truncate(120) }}</td></tr>
+<tr><td class="n">{{ e.number }}</td><td>{{ e.when[:16] | replace("T", " ") }}</td><td>{{ e.who | truncate(16) }}</td><td>{{ e.kind }}, {{ e.subject }}</td><td>{{ e.why | truncate(100) }}</td></tr>
 {% endfor %}
 </tbody></table></div>
 

@@ -83,8 +83,10 @@ REPORT = Report(
     decisions=[DecisionRow(6 - i, "2026-11-21T10:00:00+00:00", "me", "promotion", "shapes/I/full", "better") for i in range(6)],
     prices=PRICES,
     go_back=[
-        'ferry promote shapes/I/full 1 --reason "going back" && ferry release shapes/edge && ferry rollout start shapes/edge '
-        "--release 1 --revert --waves 100 --soak 0"
+        (
+            'ferry promote shapes/I/full 1 --reason "going back" && ferry release shapes/edge && ferry rollout start shapes/edge '
+            "--release 1 --revert --waves 100 --soak 0"
+        )
     ],
 )  # fmt: skip
 
