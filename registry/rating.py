@@ -182,12 +182,13 @@ def _verdict(rated: list[Rated]) -> Verdict:
         interval = test.proportion_ci(LEVEL, method="exact")
         share, low, high, p = wins / n, float(interval.low), float(interval.high), float(test.pvalue)
         figures = (
-            f"version {a} over {b} in {wins} of {n} decided pairs, {share:.0%} ({low:.0%} to {high:.0%}), p = {p:.2g}; {who}"
+            f"version {a} over {b} in {wins} of {n} decided pairs, {100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f} %); "
+            f"by chance, if both were alike, p = {p:.2g}; {who}"
         )
         if p >= 1 - LEVEL:
-            text = f"people see no clear difference: they preferred {figures}"
+            text = f"people see no clear difference: {figures}"
         else:
-            text = f"people prefer version {a if wins > losses else b}: they preferred {figures}"
+            text = f"people prefer version {a if wins > losses else b}: {figures}"
     return Verdict(
         challenger=a, before=b, raters=people, pairs=len(votes), preferred=wins, against=losses, share=share, low=low, high=high,
         p=p, text=text,

@@ -328,6 +328,26 @@ def test_broken_version_needs_overruling_and_is_not_gone_back_to(workspace: Work
     assert "ferry rollout start shapes/edge --release 1 --revert" in page
 
 
+def test_people_rate_two_versions_blind_and_the_report_says_what_they_said(workspace: Workspace, tmp_path: Path):
+    from flows.report import write
+
+    told = ferry(workspace, "rate", "shapes/I/full", "2", "--against", "1", "--pairs", "24", "--json")
+    assert told.exit_code == 0, told.output
+    page = Path(json.loads(told.stdout)["page"])
+    sheet = json.loads(page.with_suffix(".json").read_bytes())
+    assert (sheet["challenger"], sheet["before"]) == (2, 1)
+    shown = json.loads(page.read_text().split('id="shown">')[1].split("</script>")[0])
+    assert all(left != right for left, right in shown["pairs"])
+    answers = tmp_path / "answers.json"
+    votes = ["1" if left else "2" for left in sheet["challenger_left"]]  # somebody who always likes version 2
+    answers.write_text(json.dumps({"sheet": sheet["id"], "rater": "Anna", "votes": votes}))
+    told = ferry(workspace, "rate", "shapes/I/full", "--answers", str(answers))
+    assert told.stdout.startswith("people prefer version 2: version 2 over 1 in 24 of 24 decided pairs, 100 % (86 to 100 %)")
+    assert kinds(workspace)[-1] == "rating"
+    assert "Anna, blind, preferred version 2 over 1 in 24 of 24 pairs" in ferry(workspace, "history").stdout
+    assert "people prefer version 2" in write(workspace, workspace.root / "report.html").read_text()
+
+
 def test_changed_sampler_is_judged_without_training(workspace: Workspace):
     from flows.retrain import retrain
 
