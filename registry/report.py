@@ -260,14 +260,14 @@ def human_size(size: int) -> str:
 def human_seconds(milliseconds: float) -> str:
     """Milliseconds as seconds, with two digits that mean something."""
     seconds = milliseconds / 1000
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2g} s"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:#.2g} s"
 
 
 def human_money(value: float) -> str:
     """An amount, exact where it is small."""
     if value == 0 or value >= 100:
         return f"{value:,.0f}"
-    return f"{value:,.2f}" if value >= 0.01 else f"{value:.1g}"
+    return f"{value:,.2f}" if value >= 0.01 else "less than 0.01"
 
 
 PAGE = """<!doctype html>
@@ -289,7 +289,7 @@ PAGE = """<!doctype html>
   table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem }
   th { text-align: left; font-weight: 600; color: var(--soft) } thead th { color: var(--ink) }
   th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-  .side th[scope=row] { width: 11rem; min-width: 7.5rem } .side td { min-width: 10.5rem }
+  .side th[scope=row] { width: 11rem; min-width: 7.5rem } .side td { min-width: 10.5rem; width: {{ 80 // r.models | length }}% }
   .narrow { display: none } .last { min-width: 38rem } .last th:last-child { width: 55% }
   td.n, th.n { text-align: right } tfoot td, tfoot th { font-weight: 700; color: var(--ink) }
   .bar { display: block; width: 100%; max-width: 13rem; height: 12px; margin: .15rem 0 }
@@ -321,10 +321,10 @@ PAGE = """<!doctype html>
 {% endif %}
 an image takes <b>{{ x.milliseconds | seconds }}</b>,
 and {{ "{:,}".format(r.prices.fleet) }} devices cost <b>{{ here | money }} {{ r.prices.currency }}</b> a year where a cloud would cost
-{{ "only " if cloud < here else "" }}{{ cloud | money }} {{ r.prices.currency }}{{ " †" if x.costs | selectattr("assumed") | list else "" }}.</p>
+{{ "only " if cloud < here else "" }}{{ cloud | money }} {{ r.prices.currency }}{{ " †" if x.costs | selectattr("assumed") | list else "" }}{{ " (the devices' electricity was not measured and is not in it)" if x.costs | selectattr("devices", "none") | list else "" }}.</p>
 {% endfor %}
 
-<h2>The models that run now, side by side</h2>
+<h2>The present models, side by side</h2>
 <div class="scroll" tabindex="0" role="region" aria-label="Comparison of the models"><table class="side">
 <thead><tr><th scope="col">Model</th>{% for m in r.models %}<th scope="col">{{ m.subject }}<br><span class="soft">version {{ m.version }}, size “{{ m.tier }}”</span></th>{% endfor %}</tr></thead>
 <tbody>
@@ -339,7 +339,7 @@ and {{ "{:,}".format(r.prices.fleet) }} devices cost <b>{{ here | money }} {{ r.
 <tr><th scope="row">Energy for an image</th>{% for m in r.models %}<td>{% if m.energy %}{{ "%.3g" | format(m.energy.joules) }} J{% if m.energy.low is not none %} ({{ "%.3g" | format(m.energy.low) }} to {{ "%.3g" | format(m.energy.high) }}){% endif %} <span class="soft">{{ {"measured": "measured", "partial": "measured in part", "model": "calculated, not measured"}[m.energy.quality] }}: {{ m.energy.source }}; 1,000 images cost {{ electricity(m.energy.joules) | money }} {{ r.prices.currency }}{{ " †" if r.prices.assumed("kilowatt_hour") else "" }}</span>
 {% else %}not measured{% endif %}</td>{% endfor %}</tr>
 <tr><th scope="row">Training</th>{% for m in r.models %}<td>{{ "%.0f" | format(m.train_seconds) }} s</td>{% endfor %}</tr>
-<tr><th scope="row">What changed</th>{% for m in r.models %}<td>{% if m.replaced %}{% if m.change %}<b class="{{ 'good' if m.change.high < 0 else 'bad' if m.change.low > 0 else '' }}">{{ m.change.word }}</b> than version {{ m.replaced }}: {{ m.change.before | share }} → {{ m.change.after | share }}
+<tr><th scope="row">What changed</th>{% for m in r.models %}<td>{% if m.replaced %}{% if m.change %}<b class="{{ 'good' if m.change.high < 0 else 'bad' if m.change.low > 0 else '' }}">{{ m.change.word }}</b>, version {{ m.replaced }} → {{ m.version }}: {{ m.change.before | share }} → {{ m.change.after | share }}
  <span class="soft">(difference {{ "%+.4f" | format(m.change.delta) }}, {{ "%+.4f" | format(m.change.low) }} to {{ "%+.4f" | format(m.change.high) }}, {{ m.change.n }} images)</span>{% else %}replaced version {{ m.replaced }}{% endif %}{% else %}first version{% endif %}
 <br><span class="soft">Data: {{ m.data_message | truncate(60) }} ({{ m.data_rev[:8] }}). Decided: {{ m.reason | truncate(150) }}</span></td>{% endfor %}</tr>
 <tr><th scope="row">What people say</th>{% for m in r.models %}<td>{% for text in m.ratings %}{{ text }}{{ "<br>" | safe if not loop.last }}{% else %}<span class="soft">nobody has compared images blind (<code>ferry rate {{ m.subject }}</code>)</span>{% endfor %}</td>{% endfor %}</tr>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from flows.workspace import Settings
+from flows.workspace import Settings, template
 from registry.cost import Prices, Work, energy, total, traffic, yearly
 from registry.report import (
     Change,
@@ -208,6 +209,10 @@ def test_energy_that_was_not_measured_costs_nothing_that_is_made_up():
     assert rows[1].devices is None
     assert total(rows, "devices") == pytest.approx(sum(row.devices or 0 for row in yearly(WORK, PRICES)) - 10.95)
     assert energy(3.6e6, PRICES) == pytest.approx(0.3)
+    page = render(replace(REPORT, releases=[replace(REPORT.releases[0], costs=rows)]))
+    assert '<td class="n">not measured</td>' in page
+    assert "electricity was not measured and is not in it" in page
+    assert "is not in it" not in render(REPORT)
 
 
 def test_traffic_is_priced_for_the_whole_fleet():
@@ -222,10 +227,19 @@ def test_sizes_in_units_people_use(size: int, text: str):
 @pytest.mark.parametrize(
     ("shown", "text"),
     [(human_seconds(76), "0.076 s"), (human_seconds(4321), "4.3 s"), (human_money(12_345.6), "12,346"), (human_money(0.012), "0.01"),
-     (human_money(0.00175), "0.002"), (human_money(0), "0")],
+     (human_money(0.00175), "less than 0.01"), (human_seconds(100), "0.10 s"), (human_money(0), "0")],
 )  # fmt: skip
 def test_figures_have_digits_that_mean_something(shown: str, text: str):
     assert shown == text
+
+
+def test_settings_that_init_writes_show_every_price_and_take_them():
+    text = template(["shapes"])
+    assert Settings.model_validate(tomllib.loads(text)).prices.assumed("fleet")
+    entered = re.sub(r"^# (?=\w+ = |\[energy)", "", text, flags=re.MULTILINE).replace("LINE.CLASS.VARIANT", "shapes.edge.full")
+    found = Settings.model_validate(tomllib.loads(entered))
+    assert not found.prices.assumed(*Prices.model_fields)
+    assert found.energy["shapes"]["edge"]["full"].joules == 2.1
 
 
 @pytest.mark.parametrize(
