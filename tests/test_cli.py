@@ -112,7 +112,7 @@ def test_version_is_told_without_a_command():
         ("evaluate", "shapes/I/full"), ("release", "shapes"), ("rollout", "start", "shapes"), ("rollout", "halt", "shapes"), ("rollout", "status", "shapes"),
         ("fleet", "status"), ("trust", "refresh"), ("trust", "renew"), ("rollout", "renew", "shapes"), ("trust", "status"), ("report",), ("serve",),
         ("rollback", "shapes/I/full"), ("approve",), ("reconcile",), ("history", "--verify"), ("rate", "shapes/I/full"),
-        ("trigger", "shapes", "--reason", "drift"), ("trace", "press-01"), ("data", "status", "shapes"), ("data", "diff", "shapes", "HEAD"),
+        ("trigger", "shapes", "--reason", "drift"), ("trace", "press-01"), ("data", "diff", "shapes", "HEAD"),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -348,7 +348,7 @@ def test_changed_ledger_has_an_exit_code_of_its_own(workspace: Path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("data", "log", "shapes"), ("data", "status", "shapes"), ("data", "diff", "shapes", "HEAD"), ("history",), ("rollout", "status", "shapes"), ("fleet", "status"), ("trust", "status"), ("trust", "refresh")],
+    [("data", "log", "shapes"), ("data", "diff", "shapes", "HEAD"), ("history",), ("rollout", "status", "shapes"), ("fleet", "status"), ("trust", "status"), ("trust", "refresh")],
     ids=" ".join,
 )  # fmt: skip
 def test_json_is_one_object_on_stdout(arguments: tuple[str, ...], workspace: Path):
