@@ -835,3 +835,28 @@ def test_seeds_give_unrelated_noise() -> None:
     between = np.corrcoef(many)[~np.eye(200, dtype=bool)]
     assert np.abs(between).max() < 0.35
     assert abs(between.mean()) < 0.005
+
+
+def test_interval_of_equal_models_is_not_too_wide() -> None:
+    """Where the first-order influences vanish, what pairs add must count once: else an equal model looks undecided."""
+    rng = np.random.default_rng(43)
+    found = [relative_distance(points(rng, 80), points(rng, 60), points(rng, 60), SCALE) for _ in range(300)]
+    assert np.mean([se for _, se in found]) == pytest.approx(np.std([delta for delta, _ in found]), rel=0.15)
+    groups = np.repeat(np.arange(20), 4)
+    made = [
+        relative_distance(np.repeat(points(rng, 20), 4, axis=0), points(rng, 60), points(rng, 60), SCALE, groups)
+        for _ in range(300)
+    ]
+    assert np.mean([se for _, se in made]) == pytest.approx(np.std([delta for delta, _ in made]), rel=0.15)
+
+
+def test_error_of_copying_is_spread_of_new_draws() -> None:
+    """Far from 1/2, where the test's own variance does not hold, and with held-out images in groups."""
+    rng = np.random.default_rng(44)
+    groups, made = np.repeat(np.arange(15), 6), []
+    for _ in range(400):
+        held_out = np.repeat(rng.normal(size=15), 6) * 0.9 + 0.43 * rng.normal(size=90) + 1.2
+        made.append(copying(rng.normal(size=60), held_out, groups))
+    spread = np.std([probability for probability, _, _ in made])
+    assert np.mean([probability for probability, _, _ in made]) > 0.75
+    assert np.mean([se for _, se, _ in made]) == pytest.approx(spread, rel=0.15)
