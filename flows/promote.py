@@ -11,7 +11,7 @@ from collections.abc import Collection
 from flows.workspace import Workspace
 from model.config import VariantName
 from model.scorecard import Frozen
-from registry.catalog import CHAMPION, Subject, Version
+from registry.catalog import ANCHOR, CHAMPION, Subject, Version
 from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
 from registry.ledger import START, Entry
 from registry.promotion import Alias, Answer, How, Standing, before, check, settle, standing
@@ -170,7 +170,9 @@ def _promote(
         }  # fmt: skip
         entry = workspace.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
     try:
-        if not overrule and how != "rollback" and (number not in expected.passed or entry is expected.champion):
+        if number in expected.passed and entry is not expected.champion:
+            _take_anchor_back(workspace, subject, number, expected.version)
+        elif not overrule:
             _keep_anchor(workspace, subject, version, expected.version)
         _point(workspace, subject)
     except StoreError as error:
@@ -186,6 +188,13 @@ def _keep_anchor(workspace: Workspace, subject: Subject, version: Version, befor
     decision = Decision.model_validate_json(workspace.catalog.text(version, "decision.json"))
     known = {v.number: v for v in workspace.catalog.versions(subject)}  # the one before may have been deleted
     workspace.catalog.keep_anchor(subject, version.number, decision, known.get(before or 0))
+
+
+def _take_anchor_back(workspace: Workspace, subject: Subject, number: int, left: int | None) -> None:
+    """Whoever goes back from the best model ever says that it is not."""
+    anchor = workspace.catalog.aliased(subject, ANCHOR)
+    if anchor and anchor.number == left:
+        workspace.catalog.set_alias(subject, ANCHOR, number)
 
 
 def _check_unmoved(subject: Subject, expected: Standing, now: Standing) -> None:

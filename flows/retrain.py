@@ -555,8 +555,9 @@ def judge_and_register(
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))
     pages.decision(subject, number, decision, Path(evaluated["samples"]))
     promoted, reason, outcome = False, decision.reason, str(decision.outcome)
-    numbers = [e.facts["version"] for e in promotions(workspace, subject)]
-    taken_back = number in numbers[:-1] and numbers[-1] != number  # somebody went back from it; a schedule must not undo that
+    # Somebody went back from these weights, perhaps as another version; a schedule must not undo that.
+    promoted_before = [str(e.facts["weights"]) for e in promotions(workspace, subject)]
+    taken_back = card.weights_sha256 in promoted_before[:-1] and card.weights_sha256 != promoted_before[-1]
     if decision.outcome == "promote" and winners:
         if taken_back:
             reason = f"{reason}; it was taken back, so promote it by hand if it is to come again"
