@@ -98,9 +98,9 @@ class Listed(Frozen):
 class Duplicates(Frozen):
     """Images that are there more than once. Near copies: recompressed, resized, brighter, noisier; cropped ones go unseen."""
 
-    copies: Listed = Field(description="sets of images with the same pixels, whatever their format; n counts the surplus images")
+    copies: Listed = Field(description="sets of images with the same pixels, whatever their format")
     contradictions: Listed = Field(description="those sets whose images have different captions")
-    near: Listed = Field(description="images of other pixels that look like another one, each with the one most like it")
+    near: Listed = Field(description="pairs of images with other pixels that look the same; each image with the one most like it")
     leaks: Listed = Field(
         description="held-out images with a copy or near copy to train on, each with that one: they flatter the model"
     )
@@ -181,7 +181,7 @@ def sketch(small: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
     n = len(small)
     colour = small.astype(np.float32)
     grey = colour @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    thumbs = _shrunk(grey, THUMB).reshape(n, -1)
+    thumbs = _shrunk(grey, THUMB).reshape(n, THUMB * THUMB)
     thumbs = thumbs - thumbs.mean(axis=1, keepdims=True)
     length = np.linalg.norm(thumbs, axis=1, keepdims=True)
     thumbs = np.where(length >= FLAT * THUMB, thumbs / np.maximum(length, 1e-6), 0).astype(np.float32)
@@ -189,7 +189,7 @@ def sketch(small: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
     means = colour.mean(axis=(1, 2))
     named = (grey.mean(axis=(1, 2)), grey.std(axis=(1, 2)), edges, means[:, 0] - means[:, 1], means[:, 2] - means[:, 1])
     directions = np.random.default_rng(0).standard_normal((64, PROJECTIONS)) / 8
-    projected = _shrunk(grey, 8).reshape(n, -1) @ directions
+    projected = _shrunk(grey, 8).reshape(n, 64) @ directions
     return thumbs, (np.column_stack([*named, projected]) / 255).astype(np.float32)
 
 
@@ -240,17 +240,16 @@ def duplicates(after: Sketch) -> Duplicates:
     most_alike, learnable = _near(after.thumbs[one_each], after.held_out[one_each])
     for row, column in learnable.items():
         leaks.setdefault(int(one_each[row]), int(one_each[column]))
-    pairs = sorted({(min(i, j), max(i, j)) for i, j in most_alike.items()})
+    alike = {(int(one_each[i]), int(one_each[j])) for i, j in most_alike.items()}
+    pairs = sorted({(min(pair), max(pair)) for pair in alike})
 
-    def named(rows: list[list[int]], n: int) -> Listed:
-        return Listed(n=n, first=[tuple(after.names[i] for i in row) for row in rows[:LISTED]])
+    def named(rows: list[list[int]]) -> Listed:
+        return Listed(n=len(rows), first=[tuple(after.names[i] for i in row) for row in rows[:LISTED]])
 
     return Duplicates(
-        copies=named(copies, sum(len(members) - 1 for members in copies)),
-        contradictions=named(contradictions, len(contradictions)),
-        near=named([[int(one_each[i]), int(one_each[j])] for i, j in pairs], len(most_alike)),
-        leaks=named([list(pair) for pair in sorted(leaks.items())], len(leaks)),
-    )
+        copies=named(copies), contradictions=named(contradictions), near=named([list(pair) for pair in pairs]),
+        leaks=named([list(pair) for pair in sorted(leaks.items())]),
+    )  # fmt: skip
 
 
 def _near(thumbs: Floats, held_out: npt.NDArray[np.bool_], rows: int = 512) -> tuple[dict[int, int], dict[int, int]]:

@@ -300,9 +300,11 @@ def pull(root: Path, version: DataVersion, into: Path) -> Path:
         except Exception as error:  # what DVC and its file systems raise has no common base
             shutil.rmtree(fresh, ignore_errors=True)
             raise _unfetched(version, error) from error
-    if folder_md5(fresh) != version.md5:
+    delivered = _hashes(fresh)
+    if list_md5(delivered) != version.md5:
         shutil.rmtree(fresh)
-        raise _damaged(version)
+        recorded = files(root, version)  # or it is the list itself that is damaged
+        raise _damaged(version, next((oid for name, oid in recorded.items() if delivered.get(name) != oid), ""))
     fresh.rename(place)
     return place
 
@@ -313,10 +315,11 @@ def _unfetched(version: DataVersion, error: Exception) -> RevisionError:
     )
 
 
-def _damaged(version: DataVersion) -> RevisionError:
+def _damaged(version: DataVersion, oid: str = "") -> RevisionError:
+    which = f"object files/md5/{oid[:2]}/{oid[2:]}" if oid else "bad object"
     return RevisionError(
         f"revision {version.rev[:12]} of {version.line} is damaged in the DVC cache or remote: its bytes do not have "
-        "the recorded hash; delete the bad object from .dvc/cache and restore it in the remote"
+        f"the recorded hash; delete the {which} from .dvc/cache and restore it in the remote"
     )
 
 
@@ -326,13 +329,15 @@ def _first_line(error: BaseException) -> str:
 
 def folder_md5(folder: Path) -> str:
     """DVC's hash of a folder, recomputed from its bytes: the md5 of the sorted list of relative paths and md5s."""
-    return list_md5(
-        {
-            path.relative_to(folder).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()  # noqa: S324
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
-    )
+    return list_md5(_hashes(folder))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()  # noqa: S324
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def list_md5(files: dict[str, str]) -> str:

@@ -219,8 +219,9 @@ def test_damaged_remote_is_never_delivered(root: Path, version: DataVersion, tmp
 def test_good_remote_heals_bad_cache(root: Path, version: DataVersion, tmp_path: Path) -> None:
     """The way out that the refusal names."""
     damage(root, "cache", "two", b"2wo")
-    refused(root, version, tmp_path / "out", "delete the bad object from .dvc/cache")
-    objects(root / ".dvc" / "cache", "two").unlink()
+    bad = objects(root / ".dvc" / "cache", "two")
+    refused(root, version, tmp_path / "out", f"delete the object {bad.relative_to(root / '.dvc/cache')} from .dvc/cache")
+    bad.unlink()
     assert read(pull(root, version, tmp_path / "out")) == FILES
 
 

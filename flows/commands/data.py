@@ -117,57 +117,45 @@ def _short(drift: Drift | None) -> str:
     return f"{drift.verdict}{f', p = {min(tested):.3f}' if tested else ''}"
 
 
-def _names(names: list[str], n: int) -> str:
-    shown = ", ".join(names[:SHOWN])
-    return f"{shown}{f' and {n - SHOWN} more' if n > SHOWN else ''}"
+def _told(what: str, names: list[str], n: int) -> list[str]:
+    """One line that says how many there are and names the first; none where there are none."""
+    return [f"{what} ({n}): {', '.join(names[:SHOWN])}{' …' if n > SHOWN else ''}"] if n else []
 
 
-def _listed(listed: Listed) -> str:
-    return _names([" = ".join(row) for row in listed.first], max(listed.n, len(listed.first)))
+def _listed(what: str, listed: Listed) -> list[str]:
+    return _told(what, [" = ".join(row) for row in listed.first], listed.n)
 
 
 def _findings(arrival: Arrival) -> list[str]:
     """What a person should know of an arrival, a line each; nothing of what is in order."""
     duplicates = arrival.duplicates
-    lines = []
-    if duplicates.copies.n:
-        lines.append(f"{duplicates.copies.n} surplus copies: {_listed(duplicates.copies)}")
-    if duplicates.contradictions.n:
-        lines.append(f"{duplicates.contradictions.n} images with several captions: {_listed(duplicates.contradictions)}")
-    if duplicates.near.n:
-        lines.append(f"{duplicates.near.n} images look like another one: {_listed(duplicates.near)}")
-    if duplicates.leaks.n:
-        lines.append(
-            f"{duplicates.leaks.n} held-out images can be trained on under another name; give both the same group: "
-            f"{_listed(duplicates.leaks)}"
-        )
-    lines += _balance(arrival.balance)
-    if arrival.drift:
-        lines.append(f"{arrival.drift.verdict}: {arrival.drift.reason}")
-    return lines
+    return [
+        *_listed("the same image several times", duplicates.copies),
+        *_listed("the same image with different captions", duplicates.contradictions),
+        *_listed("nearly the same image", duplicates.near),
+        *_listed("held out, but learnt under another name; give both the same group", duplicates.leaks),
+        *_balance(arrival.balance),
+        *([f"{arrival.drift.verdict}: {arrival.drift.reason}"] if arrival.drift else []),
+    ]
 
 
 def _balance(balance: Balance) -> list[str]:
-    lines = [f"{balance.captions} captions, evenness {balance.evenness:.2f}"]
-    if balance.new.n:
-        lines.append(f"{balance.new.n} new captions: {_listed(balance.new)}")
-    if balance.gone.n:
-        lines.append(f"{balance.gone.n} captions are gone: {_listed(balance.gone)}")
-    if balance.thin.n:
-        lines.append(f"{balance.thin.n} captions with too few held-out images to judge them by: {_listed(balance.thin)}")
-    return lines
+    return [
+        f"{balance.captions} captions, evenness {balance.evenness:.2f}",
+        *_listed("new captions", balance.new),
+        *_listed("captions that are gone", balance.gone),
+        *_listed("captions with too few held-out images to judge them by", balance.thin),
+    ]
 
 
 def _changes(changes: Changes) -> list[str]:
-    lines = [
-        f"{len(names)} {what}: {_names(names, len(names))}"
-        for what, names in (("added", changes.added), ("changed", changes.changed), ("removed", changes.removed))
-        if names
+    captions = [f"{name} ({before} → {after})" for name, before, after in changes.recaptioned]
+    return [
+        *_told("added", changes.added, len(changes.added)),
+        *_told("changed", changes.changed, len(changes.changed)),
+        *_told("removed", changes.removed, len(changes.removed)),
+        *_told("with another caption", captions, len(captions)),
     ]
-    if changes.recaptioned:
-        told = [f"{name} ({before} → {after})" for name, before, after in changes.recaptioned]
-        lines.append(f"{len(told)} with another caption: {_names(told, len(told))}")
-    return lines
 
 
 def _status(line: str, status: Status) -> list[str]:
@@ -179,11 +167,9 @@ def _status(line: str, status: Status) -> list[str]:
     else:
         lines = [f"{line} is at {revision.rev[:12]}, unchanged"]
     lines += _changes(status.changes)
-    if status.remote_lacks:
-        lacks = status.remote_lacks
-        lines.append(
-            f"the remote lacks {len(lacks)} files of {line}: {_names(lacks, len(lacks))}; `ferry data add {line}` sends them"
-        )
+    if lacks := status.remote_lacks:
+        (told,) = _told("the remote lacks", lacks, len(lacks))
+        lines.append(f"{told}; `ferry data add {line}` sends {'it' if len(lacks) == 1 else 'them'}")
     elif revision:
         lines.append(status.remote_error or "the remote holds all of it")
     lines.append(f"{arrival.training + arrival.held_out} usable images, {arrival.held_out} of them held out")
@@ -197,6 +183,6 @@ def _difference(difference: Difference) -> list[str]:
         f"{difference.before.rev[:12]} → {difference.after.rev[:12]}",
         *(_changes(difference.changes) or ["the same files"]),
         *_balance(difference.balance),
-        *([f"images by caption: {_names(counted, len(counted))}"] if counted else []),
+        *_told("captions with more or fewer images", counted, len(counted)),
         f"{difference.drift.verdict}: {difference.drift.reason}",
     ]
