@@ -33,6 +33,7 @@ from model.data import Dataset, prepare
 from model.errors import CheckpointError
 from model.evaluate import Drawn
 from model.scorecard import Comparison, DataVersion, Frozen, Lineage, Quality, Sampler, Scorecard
+from ota.delta import files
 from registry.catalog import ANCHOR, BUNDLE, CHECKPOINT, Subject, Version
 from registry.selection import Budgets, Decision, Limits, decide, level
 
@@ -551,6 +552,7 @@ def judge_and_register(
     decision = decide(
         card, limits, budgets, champion.weights_sha256 if champion else None,
         anchor=anchor.weights_sha256 if anchor else None, level=allowed,
+        update_bytes=_update_bytes(Path(theirs["bundle"]), Path(exported)) if theirs else None,
     )  # fmt: skip
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))
     pages.decision(subject, number, decision, Path(evaluated["samples"]))
@@ -580,6 +582,11 @@ def judge_and_register(
         subject=str(subject), data_rev=data.rev, version=number, outcome=outcome, reason=reason, n=decision.n, promoted=promoted,
     )  # fmt: skip
     return _Judged(row, decision, exported, decision.outcome == "promote" and not taken_back)
+
+
+def _update_bytes(old: Path, new: Path) -> int:
+    """About how large a delta between the weights of two bundles would be."""
+    return files.estimate(old / "weights.bin", new / "weights.bin", new / "graph.onnx", old / "graph.onnx")
 
 
 def _cached(step: Any, result: Path) -> Any:

@@ -84,7 +84,7 @@ class Decision(Frozen):
     anchor: Sha256 | None = Field(default=None, description="weights of the best model ever, where that was known")
     becomes_anchor: bool = Field(default=False, description="whether it is the best model ever, once promoted")
     other_reason: str | None = Field(default=None, description="why it is promoted, where that is not its quality")
-    update_bytes: int | None = Field(default=None, description="expected size of the update from the champion")
+    update_bytes: int | None = Field(default=None, description="expected size of the delta from the champion's weights")
 
 
 def level(alpha: float, tests: float, before: Decision | None) -> float:
@@ -124,7 +124,7 @@ def decide(
         champion: weights of the present champion; None when there is none, then only the floors count.
         anchor: weights of the best model ever.
         level: chance of a wrong promotion; None: `limits.alpha`, for a single decision.
-        update_bytes: expected size of the update, kept for `choose`.
+        update_bytes: expected size of the delta from the champion's weights; `choose` looks at it.
     """
     n = min(q.n for q in card.quality)
     alpha = limits.alpha if level is None else level

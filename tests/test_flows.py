@@ -285,6 +285,11 @@ def test_second_release_carries_a_smaller_delta(workspace: Workspace):
     first = workspace.repository.releases("shapes", "edge")[0]
     assert made["release"] == 2
     assert 0 < made["deltas"][first.manifest] < made["full_bytes"]
+    second = workspace.catalog.version(SUBJECT, 2)
+    expected = json.loads(workspace.catalog.text(second, "decision.json"))["update_bytes"]  # known before there was a release
+    weights = (workspace.catalog.files(second, "bundle", workspace.work / "champions") / "weights.bin").stat().st_size
+    assert 0 < expected < weights
+    assert expected == pytest.approx(made["deltas"][first.manifest], rel=0.25)
 
 
 def test_going_back_finds_the_bundle_that_devices_know(workspace: Workspace):
