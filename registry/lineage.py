@@ -64,7 +64,8 @@ def version_tags(
 @cache
 def environment() -> str:
     """The installed distributions, as a lock file has them: a line `name==version` each, sorted."""
-    found = {f"{d.metadata['Name'].lower().replace('_', '-')}=={d.version}" for d in distributions()}
+    named = [(str(d.metadata["Name"] or ""), d.version) for d in distributions()]  # a broken one has no name
+    found = {f"{name.lower().replace('_', '-')}=={number}" for name, number in named if name}
     return "".join(f"{line}\n" for line in sorted(found))
 
 
