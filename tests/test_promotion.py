@@ -59,11 +59,11 @@ def client(workspace: Workspace) -> MlflowClient:
 def registered(workspace: Workspace, line: str) -> Subject:
     """A subject with versions 1 to 3 in MLflow; the gate let 1 through as the first, 2 against 1, and refused 3."""
     subject, client = Subject.parse(f"{line}/I/full"), workspace.catalog._client
-    run = client.create_run(client.create_experiment(line)).info.run_id
+    made = client.create_run(client.create_experiment(line)).info
     client.create_registered_model(subject.model)
     for number, outcome, champion in ((1, "promote", ""), (2, "promote", weights(1)), (3, "refuse", weights(1))):
         tags = {"weights.sha256": weights(number), "gate.outcome": outcome, "gate.decision": "d" * 64}
-        client.create_model_version(subject.model, source="file:///nowhere", run_id=run, tags=tags)
+        client.create_model_version(subject.model, source=f"{made.artifact_uri}/onnx", run_id=made.run_id, tags=tags)
         facts = {"version": number, "outcome": outcome, "champion": champion, "decision": "d" * 64, "scorecard": "c" * 64}
         workspace.ledger.append("gate", str(subject), "because" if outcome == "promote" else "coverage is 0.1", facts)
     return subject
