@@ -141,6 +141,7 @@ def take_up(workspace: Workspace, lines: list[str]) -> int:
         FlowRunFilterStateType,
     )
     from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.sorting import FlowRunSort
     from prefect.states import Scheduled
 
     names = [deployment_name(workspace, line) for line in lines]
@@ -149,7 +150,8 @@ def take_up(workspace: Workspace, lines: list[str]) -> int:
         left = client.read_flow_runs(
             deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=names)),
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=begun))),
-        )
+            sort=FlowRunSort.ID_DESC, limit=200,  # the client's own defaults are null, which the server refuses
+        )  # fmt: skip
         for run in left:
             client.set_flow_run_state(run.id, Scheduled(message="begun again: its ferry serve was killed"), force=True)
     return len(left)
