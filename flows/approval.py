@@ -15,6 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter, FlowRunFilterState
 from prefect.client.schemas.filters import FlowRunFilterStateType as StateFilter
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import resume_flow_run
 from prefect.input import RunInput
@@ -85,7 +86,8 @@ def close(workspace: Workspace, entry: Entry, promoted: bool) -> None:
             runs = client.read_flow_runs(
                 deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[name_of(workspace)])),
                 flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=StateFilter(any_=[StateType.PAUSED]))),
-            )
+                sort=FlowRunSort.ID_DESC, limit=200,  # the client's own defaults are null, which the server refuses
+            )  # fmt: skip
         for run in runs:
             if (run.parameters.get("subject"), run.parameters.get("version")) == (entry.subject, entry.facts["version"]):
                 resume_flow_run(run.id, run_input=said)

@@ -160,7 +160,11 @@ def _promote(
         if not overrule:
             check(str(subject), number, weights, now, "" if how == "alias" else reason)
 
-    if expected.champion and (expected.version, expected.weights) == (number, weights):
+    again = (expected.version, expected.weights) == (number, weights)
+    # Read before anything is decided, so that what cannot be read decides nothing.
+    asked = not overrule and how != "rollback" and (again or number not in expected.passed)
+    decision = Decision.model_validate_json(workspace.catalog.text(version, "decision.json")) if asked else None
+    if expected.champion and again:
         _check_unmoved(subject, expected, _standing(workspace, subject))
         entry = expected.champion  # decided before; perhaps the alias was not moved
     else:
@@ -170,10 +174,11 @@ def _promote(
         }  # fmt: skip
         entry = workspace.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
     try:
-        if number in expected.passed and entry is not expected.champion:
-            _take_anchor_back(workspace, subject, number, expected.version)
+        if decision:
+            known = {v.number: v for v in workspace.catalog.versions(subject)}  # the one before may have been deleted
+            workspace.catalog.keep_anchor(subject, number, decision, known.get(entry.facts["from"] or 0))
         elif not overrule:
-            _keep_anchor(workspace, subject, version, expected.version)
+            _take_anchor_back(workspace, subject, number, entry.facts["from"])
         _point(workspace, subject)
     except StoreError as error:
         raise StoreError(
@@ -181,13 +186,6 @@ def _promote(
             "completes it"
         ) from error
     return entry
-
-
-def _keep_anchor(workspace: Workspace, subject: Subject, version: Version, before: int | None) -> None:
-    """Let the anchor follow, if the gate found that the new champion is the best model ever."""
-    decision = Decision.model_validate_json(workspace.catalog.text(version, "decision.json"))
-    known = {v.number: v for v in workspace.catalog.versions(subject)}  # the one before may have been deleted
-    workspace.catalog.keep_anchor(subject, version.number, decision, known.get(before or 0))
 
 
 def _take_anchor_back(workspace: Workspace, subject: Subject, number: int, left: int | None) -> None:

@@ -24,6 +24,7 @@ from registry.catalog import Catalog, Subject, Version
 from registry.errors import PromotionError, StoreError
 from registry.ledger import Entry, Ledger
 from registry.promotion import Alias, Standing, settle, standing
+from registry.selection import Decision, Limits
 from tests.test_slow import FERRY, clean_environment, wait_for
 
 LINES = [f"line{i}" for i in range(30)]  # one for each test that writes
@@ -56,16 +57,29 @@ def client(workspace: Workspace) -> MlflowClient:
     return workspace.catalog._client
 
 
+def judged(workspace: Workspace, ledger: Ledger, subject: Subject, number: int, outcome: str, against: str) -> None:
+    """A version in MLflow, as it is registered but without a model, and what the gate said of it in the ledger."""
+    client = workspace.catalog._client
+    known = client.get_experiment_by_name(subject.line)
+    run = client.create_run(known.experiment_id if known else client.create_experiment(subject.line)).info
+    why = "because" if outcome == "promote" else "coverage is 0.1"
+    made = Decision(
+        outcome=outcome, reason=why, checks=[], n=9, champion=against or None, challenger=weights(number), limits=Limits(),
+        scorecard="c" * 64,
+    )  # fmt: skip
+    client.log_text(run.run_id, made.model_dump_json(), "decision.json")
+    tags = {"weights.sha256": weights(number), "gate.outcome": outcome, "gate.decision": made.sha256}
+    client.create_model_version(subject.model, source=f"{run.artifact_uri}/onnx", run_id=run.run_id, tags=tags)
+    facts = {"version": number, "outcome": outcome, "champion": against, "decision": made.sha256, "scorecard": made.scorecard}
+    ledger.append("gate", str(subject), why, facts)
+
+
 def registered(workspace: Workspace, line: str) -> Subject:
     """A subject with versions 1 to 3 in MLflow; the gate let 1 through as the first, 2 against 1, and refused 3."""
-    subject, client = Subject.parse(f"{line}/I/full"), workspace.catalog._client
-    made = client.create_run(client.create_experiment(line)).info
-    client.create_registered_model(subject.model)
-    for number, outcome, champion in ((1, "promote", ""), (2, "promote", weights(1)), (3, "refuse", weights(1))):
-        tags = {"weights.sha256": weights(number), "gate.outcome": outcome, "gate.decision": "d" * 64}
-        client.create_model_version(subject.model, source=f"{made.artifact_uri}/onnx", run_id=made.run_id, tags=tags)
-        facts = {"version": number, "outcome": outcome, "champion": champion, "decision": "d" * 64, "scorecard": "c" * 64}
-        workspace.ledger.append("gate", str(subject), "because" if outcome == "promote" else "coverage is 0.1", facts)
+    subject = Subject.parse(f"{line}/I/full")
+    workspace.catalog._client.create_registered_model(subject.model)
+    for number, outcome, against in ((1, "promote", ""), (2, "promote", weights(1)), (3, "refuse", weights(1))):
+        judged(workspace, workspace.ledger, subject, number, outcome, against)
     return subject
 
 
@@ -318,11 +332,9 @@ def held_against(workspace: Workspace, subject: Subject, ledger: Ledger, told: l
 
 def another_first(workspace: Workspace, subject: Subject, ledger: Ledger) -> None:
     """A version 4 which, like 1, the gate let through when there was no champion."""
-    client = workspace.catalog._client
-    run = client.get_model_version(subject.model, "1").run_id
-    client.create_model_version(subject.model, source="file:///nowhere", run_id=run, tags={"weights.sha256": weights(4)})
-    for number in (1, 4):
-        ledger.append("gate", str(subject), "because", {"version": number, "outcome": "promote", "champion": ""})
+    judged(workspace, ledger, subject, 4, "promote", "")
+    if ledger is not workspace.ledger:
+        ledger.append("gate", str(subject), "because", {"version": 1, "outcome": "promote", "champion": ""})
 
 
 def test_promotion_that_was_overtaken_while_it_looked_is_told_by_whom(
@@ -526,7 +538,7 @@ from pathlib import Path
 from flows.approval import ask_in_prefect
 from flows.workspace import Workspace
 from registry.catalog import Subject
-sys.exit(not ask_in_prefect(Workspace(Path(sys.argv[1])), Subject.parse(sys.argv[2]), 1))
+sys.exit(not ask_in_prefect(Workspace(Path(sys.argv[1])), Subject.parse(sys.argv[2]), int(sys.argv[3])))
 """
 
 
@@ -552,15 +564,18 @@ def test_person_approves_in_prefects_page(tmp_path: Path):
             assert line, "it ended"
         address = line.rsplit(" ", 1)[1].strip()
 
-        def runs(name: str) -> list[Any]:
-            return [run for run in prefect(address, "/flow_runs/filter", {}) if run["state_name"] == name]
+        with_server = environment | {"PREFECT_API_URL": f"{address}/api"}
 
-        def asked() -> bool:  # as a retraining does; False until the deployment is there
-            with_server = environment | {"PREFECT_API_URL": f"{address}/api"}
-            return subprocess.run([sys.executable, "-c", ASK, str(tmp_path), str(subject)], env=with_server).returncode == 0
+        def runs(state: str) -> list[Any]:
+            found = [run for run in prefect(address, "/flow_runs/filter", {}) if run["name"].startswith("approve ")]
+            return [run for run in found if run["state_name"] == state]
 
-        wait_for(asked, serving)
-        assert asked()  # and no second run
+        def asked(number: int) -> bool:  # as a retraining does; False until the deployment is there
+            command = [sys.executable, "-c", ASK, str(tmp_path), str(subject), str(number)]
+            return subprocess.run(command, env=with_server).returncode == 0
+
+        wait_for(lambda: asked(1), serving)
+        assert asked(1)  # and no second run
         wait_for(lambda: len(runs("Suspended")) == 1, serving)
         (run,) = runs("Suspended")
         assert run["name"] == "approve shapes/I/full 1"
@@ -570,7 +585,16 @@ def test_person_approves_in_prefects_page(tmp_path: Path):
         assert champion(workspace, subject) == 1
         made = entries(workspace, subject)[-1]
         assert (made.who, made.why, made.facts["how"]) == ("anna (in Prefect, unverified)", "looked at it", "approval")
-        assert len(prefect(address, "/flow_runs/filter", {})) == 1
+
+        waiting_version(workspace, subject, 2)
+        assert asked(2)
+        wait_for(lambda: len(runs("Suspended")) == 1, serving)
+        command = [*FERRY, "-w", str(tmp_path), "approve", str(subject), "2", "--refuse", "--reason", "too dark"]
+        done = subprocess.run(command, env=with_server, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        wait_for(lambda: len(runs("Completed")) == 2, serving)  # it found nothing left to decide
+        assert [e.kind for e in entries(workspace, subject)] == ["pending", "promotion", "pending", "refusal"]
+        assert champion(workspace, subject) == 1
     finally:
         serving.send_signal(signal.SIGTERM)
         serving.communicate(timeout=60)
