@@ -60,8 +60,7 @@ def client(workspace: Workspace) -> MlflowClient:
 def judged(workspace: Workspace, ledger: Ledger, subject: Subject, number: int, outcome: str, against: str) -> None:
     """A version in MLflow, as it is registered but without a model, and what the gate said of it in the ledger."""
     client = workspace.catalog._client
-    known = client.get_experiment_by_name(subject.line)
-    run = client.create_run(known.experiment_id if known else client.create_experiment(subject.line)).info
+    run = client.create_run(workspace.catalog._experiment(subject.line)).info
     why = "because" if outcome == "promote" else "coverage is 0.1"
     made = Decision(
         outcome=outcome, reason=why, checks=[], n=9, champion=against or None, challenger=weights(number), limits=Limits(),
