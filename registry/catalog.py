@@ -36,6 +36,7 @@ from registry.selection import Decision
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where `ferry --json` answers
 
 import mlflow
 import mlflow.onnx
@@ -72,6 +73,7 @@ _opening = threading.Lock()  # variants that are trained side by side must find 
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what it tries again is not worth a line
 
 
 class Subject(Frozen):
@@ -241,7 +243,7 @@ class Catalog:
                 self._client.log_text(run_id, decision.model_dump_json(indent=1), "decision.json")
                 self._client.log_text(run_id, environment(), "environment.txt")
                 self._forget_views(experiment, run_id)
-                uri = self._log_view(run_id, export)
+                view = self._log_view(run_id, export)
                 self._client.set_terminated(run_id)
             except BaseException as error:
                 if not _unreachable(error):  # it would be waited for once more
@@ -250,7 +252,9 @@ class Catalog:
                 raise
             if not self._client.search_registered_models(f"name = '{subject.model}'"):
                 self._client.create_registered_model(subject.model, description=f"{subject}, made by DeltaFerry")
-            self._client.create_model_version(subject.model, source=uri, run_id=run_id, tags=tags, description=decision.reason)
+            self._client.create_model_version(  # a server, other than a database, asks for the view's id beside its address
+                subject.model, source=f"models:/{view}", run_id=run_id, tags=tags, description=decision.reason, model_id=view
+            )
             # A server that answered too late was asked twice: the first version stays.
             first, *twins = (v for v in self._find(subject) if v.tags.get("scorecard.sha256") == card.sha256)
             for twin in twins:
@@ -549,7 +553,7 @@ class Catalog:
         self._client.log_batch(run_id, metrics=metrics, params=[Param(k, str(v)) for k, v in params.items()])
 
     def _log_view(self, run_id: str, export: Path) -> str:
-        """MLflow's ONNX flavour of an export, with its weights inside.
+        """Log MLflow's ONNX flavour of an export, with its weights inside; returns its id.
 
         With them beside it, MLflow would give the file a random name, and two logs of one model would differ.
         """
@@ -560,7 +564,7 @@ class Catalog:
                 model, name="onnx", save_as_external_data=False, onnx_execution_providers=["CPUExecutionProvider"],
                 signature=signature, pip_requirements=["onnxruntime"],
             )  # fmt: skip
-        return str(info.model_uri)
+        return str(info.model_id)
 
 
 def _schema(values: Any) -> Schema:

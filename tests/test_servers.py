@@ -17,7 +17,7 @@ import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,7 @@ class Between:
 
     def _serve(self, client: socket.socket) -> None:
         """One connection; an answer is passed on as a whole before the next request is read."""
-        with client, socket.create_connection(self._server) as server:
+        with client, socket.create_connection(self._server) as server, suppress(OSError):
             threading.Thread(target=self._back, args=(client, server), daemon=True).start()
             try:
                 while asked := client.recv(1 << 16):
@@ -297,19 +297,15 @@ class Between:
                         self._lost.add(client.fileno())
                     if not self.silent:
                         server.sendall(asked)
-            except OSError:
-                return
             finally:
                 self._lost.discard(client.fileno())
                 server.shutdown(socket.SHUT_RDWR)
 
     def _back(self, client: socket.socket, server: socket.socket) -> None:
-        try:
+        with suppress(OSError):
             while answered := server.recv(1 << 16):
                 if client.fileno() not in self._lost:
                     client.sendall(answered)
-        except OSError:
-            return
 
 
 @pytest.fixture
