@@ -162,12 +162,11 @@ class Demo:
     # Acts
 
     def _deliver(self, message: str, deliveries: dict[str, Callable[[Path], int]]) -> None:
-        from model import versions
+        from flows import data
 
         for line, write in deliveries.items():
-            path = self.workspace.line(line).data
-            write(self.root / path)
-            versions.add(self.root, path, line, f"{line}: {message}")
+            write(self.root / self.workspace.line(line).data)
+            data.add(self.workspace, line, f"{line}: {message}")
 
     def _retrain(self, line: str) -> dict[str, Any]:
         from flows.retrain import retrain

@@ -162,8 +162,9 @@ def test_near_copy_across_the_split_is_a_leak(tmp_path: Path, how: str) -> None:
     assert found.leaks.first == [("6.png", "3.png")]  # the held-out one first
 
 
-def test_near_copy_on_one_side_is_no_leak(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "x", (picture(0), "bar", TRAINING), (noisy(picture(0)), "bar", TRAINING))
+@pytest.mark.parametrize("side", [TRAINING, HELD_OUT])
+def test_near_copy_on_one_side_is_no_leak(tmp_path: Path, side: str) -> None:
+    folder = folder_of(tmp_path / "x", (picture(0), "bar", side), (noisy(picture(0)), "bar", side), (picture(1), "bar", TRAINING))
     found = arrival.duplicates(look(folder))
     assert (found.near.n, found.leaks.n) == (1, 0)
 
