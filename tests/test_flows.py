@@ -289,7 +289,7 @@ def test_second_release_carries_a_smaller_delta(workspace: Workspace):
     expected = json.loads(workspace.catalog.text(second, "decision.json"))["update_bytes"]  # known before there was a release
     weights = (workspace.catalog.files(second, "bundle", workspace.work / "champions") / "weights.bin").stat().st_size
     assert 0 < expected < weights
-    assert expected == pytest.approx(made["deltas"][first.manifest], rel=0.25)
+    assert 0.5 < expected / made["deltas"][first.manifest] < 1  # which also holds what is not weights
 
 
 def test_going_back_finds_the_bundle_that_devices_know(workspace: Workspace):
