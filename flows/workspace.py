@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from registry.ledger import Ledger
 
 SETTINGS = "ferry.toml"
+FORMAT = 1  # of ferry.toml and of all that lies in a workspace
 LOCK_SECONDS = 60.0
 TEACHING_MS = 3_600_000.0  # for an image of a variant that no device class runs
 LineName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
@@ -230,7 +231,9 @@ class Workspace:
         if not path.is_file():
             raise WorkspaceError(f"{self.root} is not a workspace (it has no {SETTINGS}); make one with `ferry init {root}`")
         try:
-            self.settings = Settings.model_validate(tomllib.loads(path.read_text()))
+            given = tomllib.loads(path.read_text())
+            _check_format(path, given.get("schema"))
+            self.settings = Settings.model_validate(given)
             for line in self.settings.lines.values():
                 for configuration, _ in line.combinations():
                     line.config(configuration)
@@ -350,6 +353,22 @@ class Workspace:
             yield
         finally:
             lock.release()
+
+
+def _check_format(path: Path, found: object) -> None:
+    """There is one format so far; another is not guessed at.
+
+    Raises:
+        WorkspaceError: the workspace was made by another ferry.
+    """
+    if isinstance(found, int) and found > FORMAT:
+        raise WorkspaceError(
+            f"{path}: schema = {found} was made by a newer ferry, this one knows {FORMAT}; install that one, nothing was changed"
+        )
+    if found != FORMAT:
+        raise WorkspaceError(
+            f"{path}: schema = {FORMAT} is missing at its beginning; if this is a workspace, write it there: no older format was ever released"
+        )
 
 
 def configure_environment(root: Path) -> None:

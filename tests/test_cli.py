@@ -158,7 +158,9 @@ def test_wrong_names_are_named(arguments: tuple[str, ...], says: str, prepared: 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("schema = 1", "schema = 2"), "schema"),
+        (("schema = 1", "schema = 2"), "schema = 2 was made by a newer ferry, this one knows 1; install that one"),
+        (("schema = 1", ""), "schema = 1 is missing at its beginning"),
+        (("schema = 1", "schema = 0"), "no older format was ever released"),
         (("schema = 1", "schema = "), "is not valid TOML"),
         (("steps = 400", "stepps = 400"), "stepps"),
         (("guidance = 2.0", "guidance = 0.5"), "guidance"),
