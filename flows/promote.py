@@ -161,8 +161,10 @@ def _promote(
             check(str(subject), number, weights, now, "" if how == "alias" else reason)
 
     again = (expected.version, expected.weights) == (number, weights)
+    left = expected.champion.facts["from"] if again and expected.champion else expected.version
+    back = number in expected.passed and number < (left or 0)
     # Read before anything is decided, so that what cannot be read decides nothing.
-    asked = not overrule and how != "rollback" and (again or number not in expected.passed)
+    asked = not overrule and how != "rollback" and not back
     decision = Decision.model_validate_json(workspace.catalog.text(version, "decision.json")) if asked else None
     if expected.champion and again:
         _check_unmoved(subject, expected, _standing(workspace, subject))
@@ -176,9 +178,9 @@ def _promote(
     try:
         if decision:
             known = {v.number: v for v in workspace.catalog.versions(subject)}  # the one before may have been deleted
-            workspace.catalog.keep_anchor(subject, number, decision, known.get(entry.facts["from"] or 0))
+            workspace.catalog.keep_anchor(subject, number, decision, known.get(left or 0))
         elif not overrule:
-            _take_anchor_back(workspace, subject, number, entry.facts["from"])
+            _take_anchor_back(workspace, subject, number, left)
         _point(workspace, subject)
     except StoreError as error:
         raise StoreError(
