@@ -50,12 +50,18 @@ def trace(workspace: Workspace, text: str) -> dict[str, Any]:
             f"nothing here is called {text!r}; give {SHORTEST} or more letters of the hash of a bundle, file, version, decision or data "
             "revision, or the name of a device"
         )
-    if len(found) > 1:
+    meant = {value for t in found for value in (*t.hashes.values(), *t.files) if value.startswith(text.lower())}
+    if len(meant) > 1:
         names = ", ".join(f"{t.kind} {t.name}" for t in found[:5])
         raise WorkspaceError(f"{text!r} is the beginning of several hashes ({names}); give more of it")
-    owner = {value: t for t in things for value in t.hashes.values()}
-    back = walked(found[0], lambda t: [owner[h] for h in t.comes_from if h in owner])
-    forward = walked(found[0], lambda t: [o for o in things if any(owner.get(h) is t for h in o.comes_from)])
+    owners: dict[str, list[Thing]] = {}  # the same weights may be two versions, stored or drawn otherwise
+    for t in things:
+        for value in t.hashes.values():
+            owners.setdefault(value, []).append(t)
+    back = walked(found[0], lambda t: [owner for h in t.comes_from for owner in owners.get(h, [])])
+    forward = walked(
+        found[0], lambda t: [o for o in things if any(t is owner for h in o.comes_from for owner in owners.get(h, []))]
+    )
     return {"of": shown(found[0], 0), "back": [shown(t, d) for d, t in back], "forward": [shown(t, d) for d, t in forward]}
 
 
@@ -144,9 +150,13 @@ def _version(made: Version) -> Thing:
 def _published(workspace: Workspace, line: str, device_class: str) -> Iterator[Thing]:
     for release in workspace.repository.releases(line, device_class):
         manifest = workspace.repository.manifest(release)
+        first = manifest.origin.model.rpartition("-")[2]  # of it the manifest names the scorecard, of the others the weights
         yield Thing(
             "bundle", f"{line}/{device_class} release {release.seq}", {"manifest": release.manifest}, {"bytes": release.full_bytes},
-            [*(e.sha256 for e in manifest.files if e.role == "weights"), manifest.origin.decision],
+            [
+                manifest.origin.scorecard, *(e.sha256 for e in manifest.files if e.role == "weights" and e.variant != first),
+                manifest.origin.decision,
+            ],
             [e.sha256 for e in manifest.files if e.role not in ("weights", "graph")],
         )  # fmt: skip
     for delta in workspace.repository.deltas(line, device_class):
