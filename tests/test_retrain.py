@@ -28,10 +28,13 @@ SUBJECT = Subject(line="shapes", configuration="I", variant="full")
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from flows import retrain
-from registry.catalog import Catalog
+from flows.workspace import Workspace
 
 where, root = sys.argv[1:]
+Workspace(Path(root))  # as the command does before it imports Prefect
+
+from flows import retrain
+from registry.catalog import Catalog
 
 def die(*words, **more):
     os.kill(os.getpid(), signal.SIGKILL)
