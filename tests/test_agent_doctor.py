@@ -186,7 +186,9 @@ def test_bench_of_few_images_or_on_trial_refused(updated: Field):
 
 
 def test_command_measures(updated: Field):
-    told = json.loads(updated.device.command("bench", "--images", "20", "--no-joules", "--json").splitlines()[-1])
+    told = json.loads(
+        updated.device.command("bench", "--images", "20", "--no-joules", "--json").splitlines()[0]
+    )  # progress follows on stderr
     assert told["bundle"] == updated.device.active
     assert told["variants"]["full"]["energy"] is None
 

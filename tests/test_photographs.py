@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from model.config import ModelConfig
-from model.data import METADATA, check, is_held_out, prepare
+from model.data import METADATA, is_held_out, prepare, scan
 from model.photographs import DEFECTS, SECOND_SURFACES, STORED_SIDE, SURFACES, _draw, _patch, _photograph, digits, surfaces
 
 TEXT_LENGTH = 20  # of the demo
@@ -89,7 +89,8 @@ def test_metadata_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_every_patch_is_usable(both: Path) -> None:
-    usable, held_out, bad = check(both, TEXT_LENGTH)
+    seen = scan(both, TEXT_LENGTH)
+    usable, held_out, bad = len(seen.names), int(seen.held_out.sum()), seen.quarantine
     assert (usable, bad) == (40 * (4 + 5), {})
     assert 0 < held_out < usable / 4
     for row in rows(both):
@@ -205,7 +206,8 @@ def test_digits_come_in_two_halves(scans: Path, tmp_path: Path) -> None:
     first = rows(scans)
     assert {len(first), second} == {898, 899}  # of 1797
     assert not {row["file_name"] for row in first} & {row["file_name"] for row in rows(tmp_path)}
-    usable, held_out, bad = check(scans, TEXT_LENGTH)
+    seen = scan(scans, TEXT_LENGTH)
+    usable, held_out, bad = len(seen.names), int(seen.held_out.sum()), seen.quarantine
     assert (usable, bad) == (len(first), {})
     assert 0 < held_out < usable / 4
     counts = Counter(row["text"] for row in first)
