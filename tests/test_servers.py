@@ -220,7 +220,7 @@ def test_same_story_on_all_engines(engines: Engines, tmp_path: Path, monkeypatch
         ferry(workspace, "promote", "shapes/I/full", "1", "--reason", "it is the first")
         champion = workspace.catalog.champion(SUBJECT)
         assert champion is not None
-        assert (champion.number, champion.aliases) == (1, ["champion"])
+        assert (champion.number, champion.aliases) == (1, ["anchor", "champion"])
         assert [e["kind"] for e in ferry(workspace, "history")["entries"]] == ["gate", "promotion"]
 
         made = ferry(workspace, "release", "shapes")
