@@ -351,7 +351,7 @@ def test_registration_that_was_cut_is_done_once_when_repeated(
         (row,) = ferry(workspace, "retrain", line)["models"]
         assert (row["outcome"], row["version"], row["promoted"]) == ("promote", 1, True)
         assert between.unanswered is None
-        assert [(v.number, v.aliases) for v in workspace.catalog.versions(subject)] == [(1, ["champion"])]
+        assert [(v.number, v.aliases) for v in workspace.catalog.versions(subject)] == [(1, ["anchor", "champion"])]
         assert_nested_and_finished(runs(workspace, line))
 
 
