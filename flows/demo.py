@@ -7,7 +7,6 @@ what the steps returned.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 from flows.errors import FlowError, WorkspaceError
 from flows.workspace import SETTINGS as SETTINGS_FILE
 from flows.workspace import create
+from registry.lineage import file_sha256
 
 LINE, SECOND, CLASS = "surfaces", "digits", "edge"
 DEVICES = ("press-01", "press-02", "press-03")
@@ -386,9 +386,3 @@ def _first(reason: str) -> str:
     """The first of several reasons, for one line of text; --json has them all."""
     first, *others = reason.partition(" (n = ")[0].split("; ")
     return f"{first} (and {len(others)} more)" if others else first
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ same data, code and settings mean no work, and a run that was killed goes on at 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from model.evaluate import Drawn
 from model.scorecard import Comparison, DataVersion, Frozen, Lineage, Quality, Sampler, Scorecard
 from ota.delta import files
 from registry.catalog import ANCHOR, BUNDLE, CHECKPOINT, Subject, Version
+from registry.lineage import file_sha256
 from registry.selection import Budgets, Decision, Limits, decide, level
 
 RETRIES: dict[str, Any] = {
@@ -658,12 +658,6 @@ def _drawn_as(bundle: Path) -> Sampler:
     """How a bundle says that it is drawn."""
     table = json.loads((bundle / "sampler.json").read_bytes())
     return Sampler(method=table["method"], steps=len(table["times"]) - 1, guidance=table["guidance"])
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def picture(groups: dict[str, list[Any]], path: Path, scale: int = 4) -> None:

@@ -94,19 +94,27 @@ def fire(workspace: Workspace, data: DataVersion, why: str, event: str = "") -> 
     return run
 
 
-def look(workspace: Workspace, lines: list[str]) -> list[FlowRun]:
+def look(workspace: Workspace, lines: list[str], fired: set[str] | None = None) -> list[FlowRun]:
     """Fire what has happened: new data revisions, and events that wait. Looking twice makes no second run.
+
+    Args:
+        workspace: whose.
+        lines: whose data and events.
+        fired: keys of data that this process fired before; they are left out, and new ones added.
 
     Returns:
         the runs, also those that were there already.
     """
     runs = []
+    known = set[str]() if fired is None else fired
     for line in lines:
         try:
             data = versions.resolve(workspace.root, workspace.line(line).data, line)
         except RevisionError:  # none was recorded yet
             continue
-        runs.append(fire(workspace, data, f"data revision {data.rev[:12]}"))
+        if (key := key_of(workspace, data)) not in known:
+            runs.append(fire(workspace, data, f"data revision {data.rev[:12]}"))
+            known.add(key)
         for path, event in waiting(workspace):
             if event.line == line:
                 runs.append(fire(workspace, data, event.reason, event.name))
@@ -116,10 +124,10 @@ def look(workspace: Workspace, lines: list[str]) -> list[FlowRun]:
 
 def keep_looking(workspace: Workspace, lines: list[str], every: float, stop: threading.Event) -> None:
     """Look again and again; what fails is said once and tried again."""
-    said = ""
+    said, fired = "", set[str]()
     while not stop.wait(every):
         try:
-            look(workspace, lines)
+            look(workspace, lines, fired)
             said = ""
         except Exception as error:  # noqa: BLE001 - a store that is down comes back; the schedule goes on meanwhile
             if str(error) != said:

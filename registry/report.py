@@ -14,10 +14,10 @@ from datetime import datetime
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from scipy import stats
 
 from model.scorecard import Comparison, Quality
 from registry.cost import Prices, Row, Side, energy, images, total
+from registry.selection import quantile
 
 LEVEL = 0.95
 WORDS = ((0.2, "very close"), (0.35, "close"), (0.55, "recognisable"), (math.inf, "far off"))
@@ -179,7 +179,7 @@ def distance(qualities: Iterable[Quality]) -> Distance:
     """
     found = list(qualities)
     worse = max(found, key=lambda q: q.kd / q.noise_kd)
-    half = _quantile(worse.groups) * worse.kd_se
+    half = quantile(worse.groups, (1 - LEVEL) / 2) * worse.kd_se
     share, low, high = (_share(kd, worse.noise_kd) for kd in (worse.kd, worse.kd - half, worse.kd + half))
     return Distance(share, low, high, {q.space: q.kd for q in found}, worse.n)
 
@@ -192,7 +192,7 @@ def change(qualities: Iterable[Quality], comparisons: Iterable[Comparison]) -> C
         return None
 
     def high(c: Comparison) -> float:
-        return c.delta + _quantile(c.groups) * c.se
+        return c.delta + quantile(c.groups, (1 - LEVEL) / 2) * c.se
 
     row = max(found, key=lambda c: high(c) / noise[c.space].noise_kd)
     own = noise[row.space]
@@ -202,10 +202,6 @@ def change(qualities: Iterable[Quality], comparisons: Iterable[Comparison]) -> C
 
 def _share(kd: float, noise: float) -> float:
     return math.sqrt(max(kd, 0.0) / noise)  # the unbiased estimate of a small distance may lie below zero
-
-
-def _quantile(groups: int) -> float:
-    return float(stats.t.ppf((1 + LEVEL) / 2, groups - 1)) if groups > 1 else math.inf
 
 
 def render(report: Report) -> str:

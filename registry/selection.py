@@ -221,7 +221,7 @@ def choose(candidates: Sequence[Decision], between: Mapping[tuple[Sha256, Sha256
         if not rows:
             sign, rows = -1.0, between.get((b.challenger, a.challenger), ())
         alpha = min(a.limits.alpha, b.limits.alpha)
-        return [(sign * row.delta, row.se, _quantile(row.groups, alpha / 2)) for row in rows]
+        return [(sign * row.delta, row.se, quantile(row.groups, alpha / 2)) for row in rows]
 
     def beaten(d: Decision) -> int:
         """By how many others its estimates are worse in sum."""
@@ -291,21 +291,19 @@ def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float) -> l
 
 def _copies(row: Memorisation, bound: float, groups: int, alpha: float) -> _Finding:
     """Whether copying of training images can be ruled out, in one space."""
-    quantile = _quantile(groups, alpha)
-    upper = row.probability + quantile * row.se if row.se else row.probability
+    times = quantile(groups, alpha)
+    upper = row.probability + times * row.se if row.se else row.probability
     text = (
         f"copying, {row.space} features: a generated image is nearer to a training image than a held-out one with probability "
         f"{row.probability:.2f} (upper bound {upper:.2f} at n = {row.n} and {row.reference} held-out images), must be below {bound:.2f}"
     )
     needed = None
     if upper >= bound > row.probability:
-        needed = (
-            f"copying is undecided in {row.space} features, {_more(row.n, groups, quantile * row.se, bound - row.probability)}"
-        )
+        needed = f"copying is undecided in {row.space} features, {_more(row.n, groups, times * row.se, bound - row.probability)}"
     return _Finding(Check(name=f"copying ({row.space})", passed=upper < bound, text=text), needed)
 
 
-def _quantile(groups: int, alpha: float) -> float:
+def quantile(groups: int, alpha: float) -> float:
     """Student's t, because groups may be few; with a single one nothing can be said."""
     return float(stats.t.ppf(1 - alpha, groups - 1)) if groups > 1 else math.inf
 
@@ -317,7 +315,7 @@ def _noise(card: Scorecard, row: Comparison) -> float:
 
 def _below(row: Comparison, bound: float, what: str, alpha: float) -> _Finding:
     """Whether a difference is shown to lie below a bound, in one space."""
-    reach = _quantile(row.groups, alpha) * row.se
+    reach = quantile(row.groups, alpha) * row.se
     upper = row.delta + reach
     text = (
         f"{what}, {row.space} features: difference {row.delta:+.4f} (upper bound {upper:+.4f} at n = {row.n} and {row.groups} "

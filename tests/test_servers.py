@@ -28,9 +28,9 @@ from mlflow.entities import Run
 from moto.server import ThreadedMotoServer
 
 from flows import serve
-from flows.retrain import file_sha256
 from flows.workspace import Workspace, create
 from registry.catalog import RETRAINING, Subject
+from registry.lineage import file_sha256
 from tests.conftest import write_images
 from tests.test_flows import SETTINGS
 

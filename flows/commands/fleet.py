@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.shared import Json, answer, open_workspace, showing_progress, told_errors
+
+if TYPE_CHECKING:
+    from flows.workspace import Workspace
+    from ota.manifest import Policy
 
 rollout_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may install a release, and when.")
 fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and what they reported.")
@@ -49,6 +53,15 @@ def rollout_start(
         answer(as_json, policy.model_dump(), rollout.describe(policy))
 
 
+def _rolled_out(workspace: Workspace, line: str, device_class: str, doing: str) -> Policy:
+    from ota.errors import OperatorError
+
+    policy = workspace.repository.policy(line, device_class)
+    if policy is None:
+        raise OperatorError(f"nothing of {line}/{device_class} is rolled out, so there is nothing to {doing}")
+    return policy
+
+
 @rollout_app.command("halt")
 def rollout_halt(
     target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")],
@@ -60,14 +73,11 @@ def rollout_halt(
         workspace = open_workspace()
         from flows.release import publish
         from flows.workspace import line_and_class
-        from ota.errors import OperatorError
         from ota.release import rollout
 
         line, device_class = line_and_class(target, workspace)
         with workspace.locked("records"):
-            policy = workspace.repository.policy(line, device_class)
-            if policy is None:
-                raise OperatorError(f"nothing of {line}/{device_class} is rolled out, so there is nothing to halt")
+            policy = _rolled_out(workspace, line, device_class, "halt")
             halted = rollout.halt(policy)
             workspace.repository.set_policy(halted)
             workspace.ledger.append("halt", f"{line}/{device_class}", reason, {"release": policy.seq})
@@ -85,14 +95,11 @@ def rollout_renew(
         workspace = open_workspace()
         from flows.release import publish
         from flows.workspace import line_and_class
-        from ota.errors import OperatorError
         from ota.release import rollout
 
         line, device_class = line_and_class(target, workspace)
         with workspace.locked("records"):
-            policy = workspace.repository.policy(line, device_class)
-            if policy is None:
-                raise OperatorError(f"nothing of {line}/{device_class} is rolled out, so there is nothing to renew")
+            policy = _rolled_out(workspace, line, device_class, "renew")
             workspace.repository.set_policy(policy)
         with showing_progress():
             publish.fn(str(workspace.root))
