@@ -54,8 +54,7 @@ test: install wheelhouse ## the quick suite, on two cores (TESTS=path for a part
 
 .PHONY: test-slow
 test-slow: install wheelhouse ## real schedules, real kills, minutes
-	$(PYTEST) -m slow $(TESTS) --ignore tests/test_link.py
-	$(BIN)/python -m pytest -m slow tests/test_link.py  # counts what a link sends again, so nothing may slow it down meanwhile
+	$(PYTEST) -m slow $(TESTS)
 
 $(VENV)/.postgres: $(VENV)/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,postgres]'

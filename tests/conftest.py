@@ -155,10 +155,10 @@ def origin(version: int) -> Origin:
     )  # fmt: skip
 
 
-def bundle_of(folder: Path, out: Path, version: int) -> Bundle:
+def bundle_of(folder: Path, out: Path, version: int, tier: str = "test") -> Bundle:
     """A bundle of one exported variant."""
     return assemble(
-        {"full": folder}, line="shapes", device_class="edge", tier="test", configuration="I", precision="bfloat16",
+        {"full": folder}, line="shapes", device_class="edge", tier=tier, configuration="I", precision="bfloat16",
         origin=origin(version), out=out,
     )  # fmt: skip
 

@@ -3,23 +3,77 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
-from ota.release.bundle import Bundle
+from model.config import ModelConfig
+from model.data import prepare
+from model.export import export
+from model.train import WEIGHTS, TrainOptions, load_checkpoint, train, write_safely
+from ota.release.bundle import Bundle, make_delta
+from ota.release.keys import KeyRing
+from ota.release.repository import Repository
+from tests.conftest import CAPTIONS, LATENCY_MS, SAMPLER, VERSION, bundle_of
 from tests.fleet_kit import Device, Field, publish
 from tests.link_kit import Link, why_not
 
 pytest_plugins = ["tests.fleet_kit"]
 pytestmark = pytest.mark.slow
 PORT = 8123
+CHANGED = 300_000  # weights; the delta then weighs about as much as the demo's
+
+
+@dataclass
+class Pair:
+    """Two bundles of a model as large as a factory's, and the delta between them; a smaller one would cost mostly its connection."""
+
+    first: Bundle
+    second: Bundle
+    step: Path
+
+
+@pytest.fixture(scope="module")
+def pair(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    config = ModelConfig(tier="nano", image_size=16, channels=1, text_length=8)
+    options = TrainOptions(steps=5, batch=16)
+    first = train(config, prepare(images, config, folder / "cache"), VERSION, options, folder / "run")
+    shutil.copytree(first.folder, folder / "changed")
+    weights, changed = first.network().state_dict(), 0
+    for key, weight in weights.items():
+        if changed < CHANGED and weight.is_floating_point():
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(changed))
+            weights[key], changed = weight + 0.01 * weight.abs().mean() * noise, changed + weight.numel()
+    write_safely(folder / "changed" / WEIGHTS, weights)
+    bundles = []
+    for number, checkpoint in enumerate((first, load_checkpoint(folder / "changed")), start=1):
+        out = folder / f"export-{number}"
+        export(checkpoint, "bfloat16", SAMPLER, list(CAPTIONS), LATENCY_MS, out)
+        bundles.append(bundle_of(out, folder / "bundles", number, "nano"))
+    made = make_delta(*bundles, folder / "deltas")
+    assert made
+    return Pair(*bundles, made.path)
+
+
+@pytest.fixture
+def scene(pair: Pair, keys: KeyRing, tmp_path: Path) -> Field:
+    """A repository that offers a delta to a device that has its base."""
+    repository = Repository.create(tmp_path / "repository", keys)
+    publish(repository, pair.first)
+    device = Device.init(tmp_path / "device", repository)
+    device.update()
+    publish(repository, pair.second, pair.step, pair.first)
+    return Field(tmp_path, repository, device)
 
 
 @pytest.fixture
@@ -81,16 +135,15 @@ def update(link: Link, device: Device) -> dict[str, object]:
     return told
 
 
-def test_delta_update_costs_little_more_than_its_bytes(link: Link, scene: Field, bundles: dict[str, Bundle], step: Path):
-    publish(scene.repository, bundles["second"], step, bundles["first"])
+def test_delta_update_costs_little_more_than_its_bytes(link: Link, scene: Field, pair: Pair):
     with served(link, scene.repository.folder) as address:
         scene.device.configure(repository=address)
         told = update(link, scene.device)
     assert told["way"] == "delta"
-    assert scene.device.active == bundles["second"].manifest.digest
+    assert scene.device.active == pair.second.manifest.digest
     assert link.to_near.lost + link.to_far.lost > 0
     received = int(str(told["received"]))
-    assert received < step.stat().st_size + 16_384
+    assert received < pair.step.stat().st_size + 16_384
     assert link.to_near.bytes <= 1.15 * received
 
 
@@ -102,12 +155,9 @@ def test_delta_update_costs_little_more_than_its_bytes(link: Link, scene: Field,
         pytest.param(35, 32 * 1024, id="longer than the agent waits for a byte"),
     ],
 )
-def test_cut_link_costs_nothing_twice(
-    link: Link, scene: Field, bundles: dict[str, Bundle], step: Path, seconds: int, window: int
-):
+def test_cut_link_costs_nothing_twice(link: Link, scene: Field, pair: Pair, seconds: int, window: int):
     """The link dies in the middle of the delta, and comes back."""
-    publish(scene.repository, bundles["second"], step, bundles["first"])
-    cut_at = step.stat().st_size // 3
+    cut_at = pair.step.stat().st_size // 3
 
     def cut() -> None:
         while not any(path.stat().st_size > cut_at for path in (scene.device.root / "incoming").glob("*")):
@@ -123,7 +173,7 @@ def test_cut_link_costs_nothing_twice(
         told = update(link, scene.device)
         cutter.join()
     assert told["way"] == "delta"
-    assert scene.device.active == bundles["second"].manifest.digest
+    assert scene.device.active == pair.second.manifest.digest
     received = int(str(told["received"]))
-    assert received < step.stat().st_size + 16_384
+    assert received < pair.step.stat().st_size + 16_384
     assert link.to_near.bytes <= 1.15 * received + window

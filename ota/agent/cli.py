@@ -48,9 +48,9 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(metavar="COMMAND", title="commands")
 
     def command(does: Callable[[Arguments], int | None], *, answers: bool = True) -> argparse.ArgumentParser:
-        about = does.__doc__ or ""
+        about = does.__doc__ or ""  # python -OO has none
         made = commands.add_parser(
-            does.__name__, help=about.splitlines()[0], description=" ".join(about.split()), allow_abbrev=False,
+            does.__name__, help=about.partition("\n")[0], description=" ".join(about.split()), allow_abbrev=False,
         )  # fmt: skip
         made.set_defaults(does=does)
         made.add_argument(
