@@ -287,9 +287,12 @@ class Demo:
 
     def summary(self) -> dict[str, Any]:
         """The story's figures, each from the store that keeps it."""
+        from flows import data
         from model import versions
 
         w, subject = self.workspace, self._subject()
+        arrivals = [v for v, _ in reversed(versions.log(w.root, w.line(LINE).data, LINE))]
+        last = data.recorded(w, arrivals[-1])
         registered = w.catalog.versions(subject)
         releases = {r.manifest: r for r in w.repository.releases(LINE, CLASS)}
         updated = self.notes["devices"][DEVICES[0]]["updated"]
@@ -297,7 +300,8 @@ class Demo:
         delta = next(d for d in w.repository.deltas(LINE, CLASS) if (d.base, d.target) == (installed, updated))
         received = {r.device: r.received for r in w.fleet.reports() if r.event == "installed" and r.manifest == updated}
         return {
-            "data_versions": [v.rev for v, _ in reversed(versions.log(w.root, w.line(LINE).data, LINE))],
+            "data_versions": [v.rev for v in arrivals],
+            "drift": last.drift.model_dump() if last and last.drift else None,
             "model_versions": [v.number for v in registered],
             "devices": self.notes["devices"],
             "bytes": {
@@ -359,6 +363,7 @@ def text(summary: dict[str, Any]) -> str:
     first, second = summary["data_versions"][0][:8], summary["data_versions"][-1][:8]
     lines = [
         f"data        two revisions, {first} and {second}",
+        f"drift       {summary['drift']['reason']}" if summary["drift"] else "drift       not looked for",
         *(
             f"gate        version {number}: {row['outcome']}, {_first(row['reason'])}, n = {row['n']}"
             for number, row in g.items()

@@ -157,7 +157,7 @@ def decide(
             what = f"total decay against the anchor on the {row.split} data"
             found.append(_below(row, limits.decay * _noise(card, row), what, alpha))
 
-    failed = [f for f in [*superior, *found] if not f.check.passed]
+    failed = [f for f in [*found, *superior] if not f.check.passed]
     outcome: Outcome
     if too_few:
         outcome, reason = "more data", too_few

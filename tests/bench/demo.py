@@ -67,6 +67,9 @@ def check(said: dict[str, Any], folder: Path) -> list[tuple[str, bool]]:
     log = subprocess.run(
         ["git", "-C", str(folder), "log", "--format=%H", "--", "data/surfaces.dvc"], capture_output=True, text=True, check=True
     ).stdout.split()
+    arrival = subprocess.run(
+        ["git", "-C", str(folder), "show", f"{log[0]}:data/surfaces.arrival.json"], capture_output=True, text=True, check=True
+    ).stdout
     mlflow = sqlite3.connect(folder / "mlflow.db")
     versions = [
         row[0] for row in mlflow.execute("SELECT version FROM model_versions WHERE name = 'surfaces-I-full' ORDER BY version")
@@ -81,6 +84,10 @@ def check(said: dict[str, Any], folder: Path) -> list[tuple[str, bool]]:
     mlflow.close()
     rows: list[tuple[str, bool]] = [
         ("two data revisions, those of git", said["data_versions"] == log[::-1] and len(log) == 2),
+        (
+            "the second delivery is drift, as in git",
+            said["drift"] == json.loads(arrival)["drift"] and said["drift"]["verdict"] == "drift",
+        ),
         ("versions 1, 2, 3 in MLflow", said["model_versions"] == versions == [1, 2, 3]),
         ("gate outcomes as tagged in MLflow", tags == {k: v["outcome"] for k, v in said["gate"].items()}),
         ("1 and 2 promoted, 3 refused", list(tags.values()) == ["promote", "promote", "refuse"]),
