@@ -14,7 +14,7 @@ from model.scorecard import Frozen
 from registry.catalog import ANCHOR, CHAMPION, Subject, Version
 from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
 from registry.ledger import START, Entry
-from registry.promotion import Alias, Answer, How, Standing, before, check, settle, standing
+from registry.promotion import Alias, Answer, How, Standing, before, check, goes_on, settle, standing
 from registry.selection import Decision
 
 REFUSED = "promotion.refused"  # tag of a version: why an alias set to it was put back
@@ -121,7 +121,7 @@ def rollback(workspace: Workspace, subject: Subject, reason: str, to: int | None
         last = expected.champion
         cut = last and last.facts.get("how") == "rollback" and workspace.catalog.follows(subject) != last.number
         if last and cut and to in (None, expected.version):  # going on from here would go back twice
-            _point(workspace, subject)
+            _follow(workspace, subject, last)
             return last
         number = before(str(subject), expected) if to is None else to
         if number == expected.version:
@@ -161,11 +161,6 @@ def _promote(
             check(str(subject), number, weights, now, "" if how == "alias" else reason)
 
     again = (expected.version, expected.weights) == (number, weights)
-    left = expected.champion.facts["from"] if again and expected.champion else expected.version
-    back = number in expected.passed and number < (left or 0)
-    # Read before anything is decided, so that what cannot be read decides nothing.
-    asked = not overrule and how != "rollback" and not back
-    decision = Decision.model_validate_json(workspace.catalog.text(version, "decision.json")) if asked else None
     if expected.champion and again:
         _check_unmoved(subject, expected, _standing(workspace, subject))
         entry = expected.champion  # decided before; perhaps the alias was not moved
@@ -174,14 +169,11 @@ def _promote(
             "version": number, "from": expected.version, "weights": weights, "gate": version.tags.get("gate.outcome", ""),
             "decision": version.tags.get("gate.decision", ""), "overruled": overrule, "how": how,
         }  # fmt: skip
+        if goes_on(facts, expected):
+            _decision(workspace, version)  # what cannot be read decides nothing
         entry = workspace.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
     try:
-        if decision:
-            known = {v.number: v for v in workspace.catalog.versions(subject)}  # the one before may have been deleted
-            workspace.catalog.keep_anchor(subject, number, decision, known.get(left or 0))
-        elif not overrule:
-            _take_anchor_back(workspace, subject, number, left)
-        _point(workspace, subject)
+        _follow(workspace, subject, entry)
     except StoreError as error:
         raise StoreError(
             f"the ledger holds it as entry {entry.number}, but MLflow's alias of {subject} did not move ({error}); `ferry reconcile` "
@@ -190,11 +182,21 @@ def _promote(
     return entry
 
 
-def _take_anchor_back(workspace: Workspace, subject: Subject, number: int, left: int | None) -> None:
-    """Whoever goes back from the best model ever says that it is not."""
-    anchor = workspace.catalog.aliased(subject, ANCHOR)
-    if anchor and anchor.number == left:
-        workspace.catalog.set_alias(subject, ANCHOR, number)
+def _decision(workspace: Workspace, version: Version) -> Decision:
+    return Decision.model_validate_json(workspace.catalog.text(version, "decision.json"))
+
+
+def _follow(workspace: Workspace, subject: Subject, entry: Entry) -> None:
+    """Let MLflow follow a promotion: first who is the best model ever, then who is champion. May be repeated."""
+    catalog, number, left = workspace.catalog, entry.facts["version"], entry.facts["from"]
+    if goes_on(entry.facts, standing(e for e in workspace.ledger.entries(str(subject)) if e.number < entry.number)):
+        known = {v.number: v for v in catalog.versions(subject)}  # the one before may have been deleted
+        catalog.keep_anchor(subject, number, _decision(workspace, catalog.version(subject, number)), known.get(left or 0))
+    elif not entry.facts["overruled"]:
+        anchor = catalog.aliased(subject, ANCHOR)
+        if anchor and anchor.number == left:  # whoever goes back from the best model ever says that it is not
+            catalog.set_alias(subject, ANCHOR, number)
+    _point(workspace, subject)
 
 
 def _check_unmoved(subject: Subject, expected: Standing, now: Standing) -> None:
@@ -283,7 +285,10 @@ def _settle(workspace: Workspace, subject: Subject) -> Settled:
     except CatalogError:
         lost = f"the champion {subject} {now.version} was deleted in MLflow; restore MLflow, or `ferry rollback {subject} --reason ...`"
         return Settled(subject=str(subject), answer="lost", text=lost)
-    _point(workspace, subject)
+    if now.champion and follows < now.number:  # else it was moved by hand, and what follows from the promotion was done
+        _follow(workspace, subject, now.champion)
+    else:
+        _point(workspace, subject)
     back = f"version {now.version}" if now.version else "none"
     return Settled(subject=str(subject), answer=answer, text=f"MLflow's champion of {subject} is {back} again: {why}")
 

@@ -8,9 +8,9 @@ is a wish, and goes through the same gate as `ferry promote`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from model.scorecard import Sha256
 from registry.errors import PromotionError
@@ -118,6 +118,12 @@ def check(subject: str, version: int, weights: Sha256, now: Standing, reason: st
             f"{subject} {version} was judged against another champion than the present one; run `ferry retrain` again, or add "
             "--overrule and a --reason"
         )
+
+
+def goes_on(facts: Mapping[str, Any], before: Standing) -> bool:
+    """Whether a promotion is one by the gate's decision, and neither a way back nor against the gate: it may make the best model ever."""
+    version, left = facts["version"], facts["from"] or 0
+    return not (facts["overruled"] or facts.get("how") == "rollback" or (version in before.passed and version < left))
 
 
 def before(subject: str, now: Standing) -> int:

@@ -253,6 +253,42 @@ def test_mlflow_that_fails_between_is_told_and_repeating_completes_it(
     assert champion(workspace, subject) == 1
 
 
+def test_reconcile_also_completes_who_is_the_best_model_ever(
+    workspace: Workspace, subject: Subject, monkeypatch: pytest.MonkeyPatch
+):
+    """What a promotion, and a way back, that were cut off right after the ledger would have done to the anchor."""
+
+    def anchor() -> int | None:
+        seen = workspace.catalog.aliased(subject, "anchor")
+        return seen.number if seen else None
+
+    def away(*_: object) -> None:
+        raise StoreError("MLflow cannot be reached")
+
+    rules.promote(workspace, subject, 1, "first")
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalog, "keep_anchor", away)
+        with pytest.raises(StoreError):
+            rules.promote(workspace, subject, 2, "better")
+    assert anchor() is None
+    (row,) = rules.reconcile(workspace, [subject.line])
+    assert (row.answer, champion(workspace, subject), anchor()) == ("put back", 2, 1)  # there was none, so the one before
+
+    workspace.catalog.set_alias(subject, "anchor", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalog, "set_alias", away)
+        with pytest.raises(StoreError):
+            rules.rollback(workspace, subject, "back")
+    assert anchor() == 2
+    rules.reconcile(workspace, [subject.line])
+    assert (champion(workspace, subject), anchor()) == (1, 1)  # whoever goes back from the best says that it is not
+
+    workspace.catalog.set_alias(subject, "anchor", 2)
+    workspace.catalog.clear_alias(subject, "champion")
+    rules.reconcile(workspace, [subject.line])
+    assert (champion(workspace, subject), anchor()) == (1, 2)  # nothing was cut off, so what a person set stays
+
+
 def test_mlflow_that_is_down_decides_nothing(workspace: Workspace, subject: Subject, monkeypatch: pytest.MonkeyPatch):
     def away(*_: object) -> None:
         raise OSError("connection refused")
