@@ -58,15 +58,17 @@ def check_champion_kept(workspace: Workspace, subject: Subject) -> None:
         CatalogError: MLflow does not have the version that the ledger says is champion.
     """
     made = promotions(workspace, subject)
-    left = [v.number for v in workspace.catalog.versions(subject)]
-    if made and made[-1].facts["version"] not in left:
-        back = (
-            f"go back to another with `ferry rollback {subject} --to VERSION --reason ...` (there is {', '.join(map(str, left))})"
-        )
-        raise CatalogError(
-            f"the ledger says {subject} {made[-1].facts['version']} is champion, but it was deleted from MLflow; "
-            f"{back if left else 'restore MLflow from a backup, or give the line another name'}"
-        )
+    if made and made[-1].facts["version"] not in [v.number for v in workspace.catalog.versions(subject)]:
+        raise CatalogError(_deleted(workspace, subject, made[-1].facts["version"]))
+
+
+def _deleted(workspace: Workspace, subject: Subject, number: int) -> str:
+    left = ", ".join(str(v.number) for v in workspace.catalog.versions(subject))
+    back = f"go back to another with `ferry rollback {subject} --to VERSION --reason ...` (there is {left})"
+    return (
+        f"the ledger says {subject} {number} is champion, but it was deleted from MLflow; "
+        f"{back if left else 'restore MLflow from a backup, or give the line another name'}"
+    )
 
 
 def check_ledger(workspace: Workspace) -> dict[str, int]:
@@ -283,8 +285,7 @@ def _settle(workspace: Workspace, subject: Subject) -> Settled:
         if now.version is not None:
             workspace.catalog.version(subject, now.version)
     except CatalogError:
-        lost = f"the champion {subject} {now.version} was deleted in MLflow; restore MLflow, or `ferry rollback {subject} --reason ...`"
-        return Settled(subject=str(subject), answer="lost", text=lost)
+        return Settled(subject=str(subject), answer="lost", text=_deleted(workspace, subject, now.version or 0))
     if now.champion and follows < now.number:  # else it was moved by hand, and what follows from the promotion was done
         _follow(workspace, subject, now.champion)
     else:

@@ -471,7 +471,10 @@ def test_champion_that_was_deleted_in_mlflow_is_said_and_can_be_gone_back_from(
     client.delete_model_version(subject.model, "2")
     result = ferry(workspace, "reconcile")
     assert result.exit_code == 3
-    assert f"the champion {subject} 2 was deleted in MLflow; restore MLflow, or `ferry rollback {subject}" in result.stdout
+    assert (
+        f"the ledger says {subject} 2 is champion, but it was deleted from MLflow; go back to another with `ferry rollback"
+        in result.stdout
+    )
     assert ferry(workspace, "rollback", str(subject)).exit_code == 0
     assert champion(workspace, subject) == 1
 
