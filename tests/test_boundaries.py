@@ -92,7 +92,8 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
         answer: dict[str, object] = json.loads(done.stdout)
         return answer
 
-    absent = subprocess.run([python, "-c", "import ota.release"], capture_output=True, cwd="/", check=False)
+    bare = {"PATH": os.environ["PATH"]}
+    absent = subprocess.run([python, "-c", "import ota.release"], capture_output=True, cwd="/", env=bare, check=False)
     assert absent.returncode == 1  # the factory's half is not on the device
     return ferry_agent
 

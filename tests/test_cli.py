@@ -217,6 +217,7 @@ def test_database_that_cannot_be_used_is_named(url: str, workspace: Path):
     refused(ferry("-w", str(workspace), "history"), 4, "check its URL in ferry.toml")
 
 
+@pytest.mark.slow
 def test_prefect_server_that_is_not_there_is_named(workspace: Path):
     """In a process of its own: Prefect reads the address when it is imported."""
     words = [sys.executable, "-m", "flows.cli", "--quiet", "-w", str(workspace), "retrain", "shapes"]

@@ -128,6 +128,7 @@ train(config, prepare(Path(sys.argv[1]), config, Path(sys.argv[2]) / "cache", "k
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["expert-choice", "token-choice"])
 def test_two_processes_follow_the_curve_of_one(images: Path, dataset: Dataset, tmp_path: Path, router: str) -> None:
     """torchrun with two real processes: the same loss and learning rate at every recorded step, within 1e-4 of the loss."""
