@@ -30,7 +30,9 @@ from moto.server import ThreadedMotoServer
 from flows import serve
 from flows.workspace import Workspace, create
 from registry.catalog import RETRAINING, Subject
+from registry.ledger import Ledger
 from registry.lineage import file_sha256
+from tests import test_promotion
 from tests.conftest import write_images
 from tests.test_flows import SETTINGS
 
@@ -367,3 +369,17 @@ def test_server_that_hangs_ends_the_command_with_one_sentence(between: Between, 
             "then repeat the command\n"
         )
         assert workspace.ledger.entries() == []
+
+
+def test_of_two_promotions_at_the_same_moment_one_wins_on_postgres(postgres: str, tmp_path: Path):
+    """Two hosts that share MLflow and the database, and no file lock."""
+    root = tmp_path / "factory"
+    root.mkdir()
+    (root / "ferry.toml").write_text(test_promotion.SETTINGS)
+    workspace = Workspace(root)
+    subject = test_promotion.registered(workspace, "line0")
+    ledger = Ledger(f"{postgres}/ferry")
+    test_promotion.another_first(workspace, subject, ledger)
+    roots = test_promotion.two_hosts(workspace, subject, tmp_path, f"{postgres}/ferry")
+    test_promotion.held_against(workspace, subject, ledger, test_promotion.same_moment(roots, subject))
+    ledger.close()
