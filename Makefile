@@ -117,6 +117,10 @@ $(VENV)/.bench: $(VENV)/.installed
 bench-model: $(VENV)/.bench ## the network beside its peers: two hours of one core; table to tests/bench/results/, figures to build/bench/bench-model.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.model
 
+.PHONY: bench-gpu
+bench-gpu: install ## training on this machine's GPU beside its processor: ten minutes; a table for tests/bench/results/gpu.md
+	$(BIN)/python -m tests.bench.gpu
+
 .PHONY: bench-delta
 bench-delta: $(VENV)/.bench ## our delta beside other tools: half an hour of one core (PAIRS=folder of NAME/old.*, new.* for others' files)
 	$(BIN)/python -m tests.bench.delta $(PAIRS)

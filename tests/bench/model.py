@@ -640,7 +640,7 @@ def report() -> None:
     for part in read("throughput.json").values():
         lines += ["Training, images a second: " + ", ".join(f"{k} {v['images_per_second']:.0f} ({v['gflop_per_second']:.0f} GFLOP/s)" for k, v in part.items() if isinstance(v, dict))
                   + f"; I against DiT at equal arithmetic {part['I against DiT at equal arithmetic']:.2f}", ""]  # fmt: skip
-    lines += ["On a GPU (bfloat16, compiled, model FLOP utilisation; quality of tiers small and base): not run.", ""]
+    lines += ["Training on a GPU: [gpu.md](gpu.md). The quality of tiers small and base: not run.", ""]
     print("\n".join(lines))
     (BUILD.parent / "bench-model.json").write_text(json.dumps(everything, indent=1))
     RESULTS.mkdir(exist_ok=True)
