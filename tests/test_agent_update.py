@@ -541,13 +541,29 @@ def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how):
     # That is the device's fault, so the bundle is not condemned for it.
     device = on_trial(updated)
     device.file("weights").unlink()
-    with pytest.raises(GateError, match=r"taken back: .*; the one before runs again"):
-        device.update() if how == "update" else updater.generate(device.home, "", 0)
+    if how == "update":
+        with pytest.raises(StateError, match=r"damaged and taken back: .*; the one before runs again"):
+            device.update()
+    else:
+        assert updater.generate(device.home, "", 0)[1]["good"]  # by the one before
     assert (device.active, device.state.refused) == (digest(bundles["first"]), {})
     assert updater.generate(device.home, "", 0)[1]["good"]
     assert device.update().way == "delta"
     assert (device.active, device.state.trial, device.state.tries) == (digest(bundles["second"]), None, {})
     stand_still(updated)
+
+
+@pytest.mark.parametrize("error", [StateError("config.json is damaged"), BaseError("the weights file is lost")])
+def test_what_cannot_be_read_once_counts_for_nothing(updated, bundles, monkeypatch, error):
+    device = on_trial(updated)
+    before = device.state
+    with monkeypatch.context() as patch:
+        failing(patch, "generate", error)
+        with pytest.raises(type(error), match=str(error)):
+            device.update()
+        assert device.state == before
+    assert device.update().reason == "release 2 is installed"
+    assert (device.active, device.state.trial, device.state.refused) == (digest(bundles["second"]), None, {})
 
 
 def test_bundle_damaged_at_each_trial_is_refused_in_the_end(offered, bundles, monkeypatch):
@@ -560,7 +576,7 @@ def test_bundle_damaged_at_each_trial_is_refused_in_the_end(offered, bundles, mo
 
     monkeypatch.setattr(Home, "save", save)
     for _ in range(updater.MAX_TRIES):
-        with pytest.raises(GateError, match="taken back"):
+        with pytest.raises(StateError, match="taken back"):
             offered.device.update()
         assert offered.device.active == digest(bundles["first"])
     with pytest.raises(GateError, match="never came to an answer"):
@@ -768,7 +784,7 @@ def test_slot_taken_away_while_drawing(updated, bundles, second_image, monkeypat
 def test_first_bundle_taken_back_leaves_nothing(scene, bundles):
     device = on_trial(scene)
     device.file("weights").unlink()
-    with pytest.raises(GateError):
+    with pytest.raises(StateError, match="none is left"):
         device.update()
     assert device.state.active is None
     assert device.sound is None

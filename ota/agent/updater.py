@@ -38,7 +38,6 @@ from ota.agent.transport import NotFoundError, Transport, connect, download
 from ota.agent.trust import Target, Trust
 from ota.errors import (
     BaseError,
-    BusyError,
     DeltaError,
     DeviceError,
     ExpiredError,
@@ -447,6 +446,7 @@ def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
 
     Raises:
         GateError: the bundle on trial failed and was taken back.
+        StateError, BaseError: something cannot be read, which does not count; it was taken back if it is damaged.
         UnfinishedError: it was killed, or ran out of time or memory; the next call goes on, a few times.
     """
     seed = 0
@@ -478,7 +478,7 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
                 state = home.load()
                 if state.trial is not None:
                     return _generate_on_trial(home, state, caption, seed, variant)
-        except (BusyError, RoomError, UnfinishedError) as error:
+        except (StateError, BaseError, RoomError, UnfinishedError) as error:
             problem = error
     for _ in range(2):  # an update at work may switch, and take a bundle away that is being read
         state = home.load()
@@ -528,8 +528,11 @@ def _generate_on_trial(home: Home, state: State, caption: str, seed: int, varian
         raise
     except UnfinishedError:
         raise  # perhaps its fault, perhaps the device's; it was counted
-    except (StateError, BaseError) as error:  # this device's fault: the next update fetches what is damaged, a few times
-        _take_back(home, state, active, str(error), refuse=False)
+    except (StateError, BaseError) as error:  # this device's fault
+        if is_sound(home, active):  # something could not be read once: that says nothing about the bundle either
+            home.save(state)
+            raise
+        _take_back(home, state, active, str(error), refuse=False)  # the next update fetches what is damaged, a few times
     except (DeviceError, ManifestError) as error:
         _take_back(home, state, active, str(error))
     _count_good(home, counted, drawn[1]["milliseconds"])
@@ -551,7 +554,10 @@ def _take_back(home: Home, state: State, failed: str, why: str, refuse: bool = T
     home.save(State(active=state.previous, seq=state.previous_seq, refused=refused, tries=tries))
     reports.queue(home, "rolled_back", failed, why)
     reports.send(home)
-    raise GateError(f"the bundle on trial was taken back: {why}; the one before runs again")
+    now = "the one before runs again" if state.previous else "none is left, run `ferry-agent update`"
+    if not refuse:
+        raise StateError(f"the bundle on trial was damaged and taken back: {why}; {now}")
+    raise GateError(f"the bundle on trial was taken back: {why}; {now}")
 
 
 def rollback(home: Home) -> str:
