@@ -537,15 +537,16 @@ def taken_back(field: Field, bundles: dict[str, Bundle], why: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["generate", "update"])
-def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how):
+def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how, caplog):
     # That is the device's fault, so the bundle is not condemned for it.
     device = on_trial(updated)
     device.file("weights").unlink()
     if how == "update":
-        with pytest.raises(StateError, match=r"damaged and taken back: .*; the one before runs again"):
+        with pytest.raises(StateError, match=r"could not be read and was taken back: .*; the one before runs again"):
             device.update()
     else:
         assert updater.generate(device.home, "", 0)[1]["good"]  # by the one before
+        assert "could not be read and was taken back" in caplog.text
     assert (device.active, device.state.refused) == (digest(bundles["first"]), {})
     assert updater.generate(device.home, "", 0)[1]["good"]
     assert device.update().way == "delta"
@@ -553,17 +554,51 @@ def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how):
     stand_still(updated)
 
 
-@pytest.mark.parametrize("error", [StateError("config.json is damaged"), BaseError("the weights file is lost")])
-def test_what_cannot_be_read_once_counts_for_nothing(updated, bundles, monkeypatch, error):
+UNREADABLE = [StateError("config.json is damaged"), BaseError("the weights file is lost")]
+
+
+@pytest.mark.parametrize("error", UNREADABLE)
+def test_failed_read_on_trial_takes_nothing_back(updated, bundles, monkeypatch, error, caplog):
     device = on_trial(updated)
-    before = device.state
     with monkeypatch.context() as patch:
         failing(patch, "generate", error)
         with pytest.raises(type(error), match=str(error)):
             device.update()
-        assert device.state == before
+    assert device.state.trial == Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS - 1)
+    real, asked = child.run, []
+
+    def once(task: str, **request: Any) -> dict[str, Any]:
+        asked.append(task)
+        if len(asked) == 1:
+            raise error
+        return real(task, **request)
+
+    monkeypatch.setattr(child, "run", once)
+    assert updater.generate(device.home, "", 0)[1]["good"]  # by the bundle before
+    assert "the bundle before draws" in caplog.text
     assert device.update().reason == "release 2 is installed"
     assert (device.active, device.state.trial, device.state.refused) == (digest(bundles["second"]), None, {})
+
+
+@pytest.mark.parametrize("error", UNREADABLE)
+def test_reads_that_fail_again_and_again_end_the_trial(updated, bundles, monkeypatch, error):
+    """A device that cannot read must come to hear of halts and newer releases all the same."""
+    device = on_trial(updated)
+    failing(monkeypatch, "generate", error)
+    for _ in range(TRIAL_LOADS - 1):
+        with pytest.raises(type(error), match=str(error)):
+            device.update()
+        assert device.active == digest(bundles["second"])
+    with pytest.raises(StateError, match=r"taken back: .*; the one before runs again"):
+        device.update()
+    assert (device.active, device.state.trial, device.state.refused) == (digest(bundles["first"]), None, {})
+    assert device.events()[-1] == "rolled_back"
+
+
+def test_lost_measurements_stop_no_image(updated):
+    device = updated.device
+    (device.root / "measured.json").mkdir()  # as unreadable as somebody else's
+    assert updater.generate(device.home, "", 0)[1]["good"]
 
 
 def test_bundle_damaged_at_each_trial_is_refused_in_the_end(offered, bundles, monkeypatch):

@@ -6,6 +6,7 @@ import json
 
 from ota.agent.state import Home
 from ota.agent.variants import LADDER, Figures
+from ota.errors import StateError
 from ota.manifest import VariantName
 
 NAME = "measured.json"
@@ -16,7 +17,7 @@ def read(home: Home, digest: str) -> dict[VariantName, Figures]:
     try:
         rows = json.loads(home.disk.read(NAME) or b"{}")[digest]
         return {v: Figures(_number(rows[v]["p95_ms"]), _number(rows[v]["joules"])) for v in LADDER if v in rows}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, StateError):
         return {}
 
 

@@ -37,7 +37,6 @@ TRIAL_LOADS = 6  # times a bundle on trial may be loaded before it counts as fai
 MAX_REFUSED = 64  # bundles that are remembered as refused; the newest are kept
 SETTLED = (".", "slots", "incoming")  # whose names must be durable before anything is built on them
 LOCK_PAUSE = 0.1  # seconds between two looks at a lock that is waited for
-LOCK_WAIT = 1.0  # seconds that a lock is waited for: a process that is just being started still holds what its parent released
 
 
 class Config(Document):
@@ -136,7 +135,7 @@ class Home:
                 raise OperatorError(f"{self.root} is set up for {what} {before}; use another folder, or remove this one first")
 
     @contextmanager
-    def locked(self, wait: float = LOCK_WAIT) -> Iterator[None]:
+    def locked(self, wait: float = 0) -> Iterator[None]:
         """Hold the directory against a second agent; waits for it for at most so many seconds.
 
         Raises:
@@ -153,6 +152,9 @@ class Home:
             self._settle()
             yield
         finally:
+            fcntl.flock(
+                descriptor, fcntl.LOCK_UN
+            )  # closing is not enough: a process that another thread starts just now has a copy
             os.close(descriptor)
 
     def _settle(self) -> None:

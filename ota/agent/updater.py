@@ -95,7 +95,7 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         GateError: the new bundle was tried and refused; it is remembered and reported.
         TrustError, ManifestError, DeltaError, RepositoryError: what is published is wrong; nothing was changed.
         TransferError: the repository cannot be reached; nothing was changed.
-        RoomError, StateError, DeviceError: this device cannot; nothing was changed.
+        RoomError, StateError, DeviceError: this device cannot; nothing was changed, or the bundle on trial was taken back.
         UnfinishedError: the trying was killed or ran out of time or memory; the next call tries again, a few times.
     """
     step = on_step or _silent
@@ -446,7 +446,7 @@ def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
 
     Raises:
         GateError: the bundle on trial failed and was taken back.
-        StateError, BaseError: something cannot be read, which does not count; it was taken back if it is damaged.
+        StateError, BaseError: something cannot be read; it was taken back if it is damaged, or if that goes on.
         UnfinishedError: it was killed, or ran out of time or memory; the next call goes on, a few times.
     """
     seed = 0
@@ -479,6 +479,7 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
                 if state.trial is not None:
                     return _generate_on_trial(home, state, caption, seed, variant)
         except (StateError, BaseError, RoomError, UnfinishedError) as error:
+            log.warning("%s", error)  # perhaps it was taken back, which nobody else would be told
             problem = error
     for _ in range(2):  # an update at work may switch, and take a bundle away that is being read
         state = home.load()
@@ -528,11 +529,10 @@ def _generate_on_trial(home: Home, state: State, caption: str, seed: int, varian
         raise
     except UnfinishedError:
         raise  # perhaps its fault, perhaps the device's; it was counted
-    except (StateError, BaseError) as error:  # this device's fault
-        if is_sound(home, active):  # something could not be read once: that says nothing about the bundle either
-            home.save(state)
-            raise
-        _take_back(home, state, active, str(error), refuse=False)  # the next update fetches what is damaged, a few times
+    except (StateError, BaseError) as error:  # this device's fault: the bundle is not refused for it, but tried again a few times
+        if counted.trial and counted.trial.loads and is_sound(home, active):
+            raise  # a read that failed; perhaps it will not the next time
+        _take_back(home, state, active, str(error), refuse=False)  # the next update fetches what is damaged
     except (DeviceError, ManifestError) as error:
         _take_back(home, state, active, str(error))
     _count_good(home, counted, drawn[1]["milliseconds"])
@@ -556,7 +556,7 @@ def _take_back(home: Home, state: State, failed: str, why: str, refuse: bool = T
     reports.send(home)
     now = "the one before runs again" if state.previous else "none is left, run `ferry-agent update`"
     if not refuse:
-        raise StateError(f"the bundle on trial was damaged and taken back: {why}; {now}")
+        raise StateError(f"the bundle on trial could not be read and was taken back: {why}; {now}")
     raise GateError(f"the bundle on trial was taken back: {why}; {now}")
 
 
