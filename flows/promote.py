@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from pydantic import ValidationError
+
 from flows.workspace import Workspace
 from model.config import VariantName
 from model.scorecard import Frozen
 from registry.catalog import ANCHOR, CHAMPION, Subject, Version
 from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
 from registry.ledger import START, Entry
-from registry.promotion import Alias, Answer, How, Standing, before, check, goes_on, settle, standing
+from registry.promotion import Alias, Answer, How, Standing, anchor_after, before, check, goes_on, settle, standing
 from registry.selection import Decision
 
 REFUSED = "promotion.refused"  # tag of a version: why an alias set to it was put back
@@ -63,11 +65,12 @@ def check_champion_kept(workspace: Workspace, subject: Subject) -> None:
 
 
 def _deleted(workspace: Workspace, subject: Subject, number: int) -> str:
-    left = ", ".join(str(v.number) for v in workspace.catalog.versions(subject))
+    passed = _standing(workspace, subject).passed
+    left = ", ".join(str(v.number) for v in workspace.catalog.versions(subject) if v.number in passed)
     back = f"go back to another with `ferry rollback {subject} --to VERSION --reason ...` (there is {left})"
     return (
         f"the ledger says {subject} {number} is champion, but it was deleted from MLflow; "
-        f"{back if left else 'restore MLflow from a backup, or give the line another name'}"
+        f"{back if left else f'restore MLflow from a backup, or `ferry promote {subject} VERSION --overrule --reason ...`'}"
     )
 
 
@@ -123,7 +126,7 @@ def rollback(workspace: Workspace, subject: Subject, reason: str, to: int | None
         last = expected.champion
         cut = last and last.facts.get("how") == "rollback" and workspace.catalog.follows(subject) != last.number
         if last and cut and to in (None, expected.version):  # going on from here would go back twice
-            _follow(workspace, subject, last)
+            _follow(workspace, subject)
             return last
         number = before(str(subject), expected) if to is None else to
         if number == expected.version:
@@ -171,11 +174,10 @@ def _promote(
             "version": number, "from": expected.version, "weights": weights, "gate": version.tags.get("gate.outcome", ""),
             "decision": version.tags.get("gate.decision", ""), "overruled": overrule, "how": how,
         }  # fmt: skip
-        if goes_on(facts, expected):
-            _decision(workspace, version)  # what cannot be read decides nothing
+        facts["becomes_anchor"] = goes_on(facts, expected) and _decision(workspace, version).becomes_anchor
         entry = workspace.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
     try:
-        _follow(workspace, subject, entry)
+        _follow(workspace, subject)
     except StoreError as error:
         raise StoreError(
             f"the ledger holds it as entry {entry.number}, but MLflow's alias of {subject} did not move ({error}); `ferry reconcile` "
@@ -185,20 +187,14 @@ def _promote(
 
 
 def _decision(workspace: Workspace, version: Version) -> Decision:
-    return Decision.model_validate_json(workspace.catalog.text(version, "decision.json"))
-
-
-def _follow(workspace: Workspace, subject: Subject, entry: Entry) -> None:
-    """Let MLflow follow a promotion: first who is the best model ever, then who is champion. May be repeated."""
-    catalog, number, left = workspace.catalog, entry.facts["version"], entry.facts["from"]
-    if goes_on(entry.facts, standing(e for e in workspace.ledger.entries(str(subject)) if e.number < entry.number)):
-        known = {v.number: v for v in catalog.versions(subject)}  # the one before may have been deleted
-        catalog.keep_anchor(subject, number, _decision(workspace, catalog.version(subject, number)), known.get(left or 0))
-    elif not entry.facts["overruled"]:
-        anchor = catalog.aliased(subject, ANCHOR)
-        if anchor and anchor.number == left:  # whoever goes back from the best model ever says that it is not
-            catalog.set_alias(subject, ANCHOR, number)
-    _point(workspace, subject)
+    """What the gate said of a version; what cannot be read decides nothing."""
+    try:
+        return Decision.model_validate_json(workspace.catalog.data(version, "decision.json"))
+    except ValidationError as error:
+        raise StoreError(
+            f"the gate's decision on {version.subject} {version.number} in MLflow is damaged, or of a newer ferry; restore MLflow, or "
+            "`ferry retrain`"
+        ) from error
 
 
 def _check_unmoved(subject: Subject, expected: Standing, now: Standing) -> None:
@@ -209,22 +205,36 @@ def _check_unmoved(subject: Subject, expected: Standing, now: Standing) -> None:
         )
 
 
-def _point(workspace: Workspace, subject: Subject) -> None:
-    """Move MLflow's alias to where the ledger says, and note which entry it follows.
+def _follow(workspace: Workspace, subject: Subject) -> None:
+    """Let MLflow follow the ledger: who is the best model ever, who is champion, and last which entry says so. May be repeated.
 
-    Other hosts may promote meanwhile, and MLflow knows no compare-and-set: whoever moved the alias looks at the ledger once more.
+    Other hosts may promote meanwhile, and MLflow knows no compare-and-set: whoever moved an alias looks at the ledger once more.
     """
+    catalog, since = workspace.catalog, workspace.catalog.follows(subject)
+    best = catalog.aliased(subject, ANCHOR)
     for _ in range(MOVES):
-        now = _standing(workspace, subject)
+        entries = workspace.ledger.entries(str(subject))
+        now = standing(entries)
+        if now.number > since:  # else who is the best was settled, and perhaps changed by a person since
+            _move_anchor(workspace, subject, entries, anchor_after(best.number if best else None, entries, since))
         if now.version is None:
-            workspace.catalog.clear_alias(subject, CHAMPION)
+            catalog.clear_alias(subject, CHAMPION)
         else:
-            workspace.catalog.promote(subject, now.version)
-        seen = workspace.catalog.champion(subject)
+            catalog.promote(subject, now.version)
+        seen = catalog.champion(subject)
         if _standing(workspace, subject).number == now.number and (seen.number if seen else None) == now.version:
-            workspace.catalog.follow(subject, now.number)
+            catalog.follow(subject, now.number)
             return
     raise StoreError(f"MLflow's alias of {subject} is moved by somebody else again and again; the ledger says {now.version}")
+
+
+def _move_anchor(workspace: Workspace, subject: Subject, entries: list[Entry], number: int | None) -> None:
+    """Point `anchor` at a version, if MLflow still has it with the weights that the ledger knows."""
+    known = {e.facts["version"]: e.facts["weights"] for e in entries if e.kind == "promotion"}
+    found = {v.number: v.tags.get("weights.sha256") for v in workspace.catalog.versions(subject)}
+    present = workspace.catalog.aliased(subject, ANCHOR)
+    if number and number in found and found[number] == known.get(number) and (present is None or present.number != number):
+        workspace.catalog.set_alias(subject, ANCHOR, number)
 
 
 class Settled(Frozen):
@@ -266,8 +276,8 @@ def _settle(workspace: Workspace, subject: Subject) -> Settled:
     alias = Alias(seen.number if seen else None, seen.tags.get("weights.sha256", "") if seen else "", follows)
     answer, why = settle(str(subject), alias, now, workspace.needs_approval(subject.line))
     if answer == "agrees":
-        if follows != now.number:
-            workspace.catalog.follow(subject, now.number)
+        if follows != now.number:  # cut off, or moved by hand to where it should be
+            _follow(workspace, subject)
         return Settled(subject=str(subject), answer=answer, text=why)
     if answer == "recorded" and seen:
         try:
@@ -286,10 +296,7 @@ def _settle(workspace: Workspace, subject: Subject) -> Settled:
             workspace.catalog.version(subject, now.version)
     except CatalogError:
         return Settled(subject=str(subject), answer="lost", text=_deleted(workspace, subject, now.version or 0))
-    if now.champion and follows < now.number:  # else it was moved by hand, and what follows from the promotion was done
-        _follow(workspace, subject, now.champion)
-    else:
-        _point(workspace, subject)
+    _follow(workspace, subject)
     back = f"version {now.version}" if now.version else "none"
     return Settled(subject=str(subject), answer=answer, text=f"MLflow's champion of {subject} is {back} again: {why}")
 

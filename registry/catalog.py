@@ -375,17 +375,6 @@ class Catalog:
         with _foreign_errors():
             self._client.set_model_version_tag(subject.model, str(number), name, text[:4900])
 
-    def keep_anchor(self, subject: Subject, number: int, decision: Decision, before: Version | None) -> None:
-        """Once a version is promoted: point `anchor` at it if it is the best ever, or else at the champion before where none was.
-
-        Raises:
-            CatalogError: there is no such version.
-        """
-        if decision.becomes_anchor:
-            self.set_alias(subject, ANCHOR, number)
-        elif before and self.aliased(subject, ANCHOR) is None:
-            self.set_alias(subject, ANCHOR, before.number)
-
     def champion(self, subject: Subject) -> Version | None:
         """The present champion."""
         return self.aliased(subject, CHAMPION)

@@ -126,6 +126,29 @@ def goes_on(facts: Mapping[str, Any], before: Standing) -> bool:
     return not (facts["overruled"] or facts.get("how") == "rollback" or (version in before.passed and version < left))
 
 
+def anchor_after(anchor: int | None, entries: Iterable[Entry], since: int) -> int | None:
+    """The best model ever, once MLflow follows all promotions after entry `since`.
+
+    One that goes on makes its version the best where the gate said so, and else the champion before it where none was the best yet. Whoever goes back
+    from the best says that it is not. A promotion against the gate changes nothing.
+
+    Args:
+        anchor: who it was until then, as MLflow says.
+        entries: of the subject, in order.
+        since: number of the entry that MLflow follows.
+    """
+    earlier: list[Entry] = []
+    for entry in entries:
+        if entry.kind == "promotion" and entry.number > since:
+            version, left = entry.facts["version"], entry.facts["from"]
+            if goes_on(entry.facts, standing(earlier)):
+                anchor = version if entry.facts.get("becomes_anchor") else anchor or left
+            elif anchor == left and not entry.facts["overruled"]:
+                anchor = version
+        earlier.append(entry)
+    return anchor
+
+
 def before(subject: str, now: Standing) -> int:
     """The champion before the present one; those for whom the gate was overruled are passed over.
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from registry.promotion import Alias, Standing, settle, standing
 from registry.selection import Decision, Limits
 from tests.test_slow import FERRY, clean_environment, wait_for
 
-LINES = [f"line{i}" for i in range(30)]  # one for each test that writes
+LINES = [f"line{i}" for i in range(36)]  # one for each test that writes
 SETTINGS = "schema = 1\n" + "".join(
-    f'\n[lines.{name}]\ndata = "data/{name}"\n{"require_approval = true" if i >= 20 else ""}\n' for i, name in enumerate(LINES)
+    f'\n[lines.{name}]\ndata = "data/{name}"\n{"require_approval = true" if i >= 26 else ""}\n' for i, name in enumerate(LINES)
 )
 
 
@@ -48,8 +49,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     made.ledger.close()
 
 
-_free = iter(LINES[:20])
-_approved = iter(LINES[20:])
+_free = iter(LINES[:26])
+_approved = iter(LINES[26:])
 
 
 @pytest.fixture
@@ -57,14 +58,16 @@ def client(workspace: Workspace) -> MlflowClient:
     return workspace.catalog._client
 
 
-def judged(workspace: Workspace, ledger: Ledger, subject: Subject, number: int, outcome: str, against: str) -> None:
+def judged(
+    workspace: Workspace, ledger: Ledger, subject: Subject, number: int, outcome: str, against: str, best: bool = False
+) -> None:
     """A version in MLflow, as it is registered but without a model, and what the gate said of it in the ledger."""
     client = workspace.catalog._client
     run = client.create_run(workspace.catalog._experiment(subject.line)).info
     why = "because" if outcome == "promote" else "coverage is 0.1"
     made = Decision(
         outcome=outcome, reason=why, checks=[], n=9, champion=against or None, challenger=weights(number), limits=Limits(),
-        scorecard="c" * 64,
+        scorecard="c" * 64, becomes_anchor=best,
     )  # fmt: skip
     client.log_text(run.run_id, made.model_dump_json(), "decision.json")
     tags = {"weights.sha256": weights(number), "gate.outcome": outcome, "gate.decision": made.sha256}
@@ -241,9 +244,6 @@ def test_promotion_killed_between_ledger_and_alias_is_completed_and_not_taken_fo
 def test_mlflow_that_fails_between_is_told_and_repeating_completes_it(
     workspace: Workspace, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ):
-    def away(*_: object) -> None:
-        raise StoreError("MLflow cannot be reached")
-
     with monkeypatch.context() as patched:
         patched.setattr(Catalog, "promote", away)
         with pytest.raises(StoreError, match=r"the ledger holds it as entry \d+.*`ferry reconcile` completes it"):
@@ -253,40 +253,95 @@ def test_mlflow_that_fails_between_is_told_and_repeating_completes_it(
     assert champion(workspace, subject) == 1
 
 
-def test_reconcile_also_completes_who_is_the_best_model_ever(
-    workspace: Workspace, subject: Subject, monkeypatch: pytest.MonkeyPatch
-):
-    """What a promotion, and a way back, that were cut off right after the ledger would have done to the anchor."""
+def away(*_: object) -> None:
+    raise StoreError("MLflow cannot be reached")
 
-    def anchor() -> int | None:
-        seen = workspace.catalog.aliased(subject, "anchor")
-        return seen.number if seen else None
 
-    def away(*_: object) -> None:
-        raise StoreError("MLflow cannot be reached")
+@contextmanager
+def mlflow_lost_after_the_ledger() -> Iterator[None]:
+    """Whoever promotes within it gets as far as the ledger."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Catalog, "set_alias", away)
+        patched.setattr(Catalog, "promote", away)
+        with pytest.raises(StoreError, match="the ledger holds it as entry"):
+            yield
 
+
+def anchor(workspace: Workspace, subject: Subject) -> int | None:
+    seen = workspace.catalog.aliased(subject, "anchor")
+    return seen.number if seen else None
+
+
+def test_reconcile_also_completes_who_is_the_best_model_ever(workspace: Workspace, subject: Subject):
     rules.promote(workspace, subject, 1, "first")
-    with monkeypatch.context() as patched:
-        patched.setattr(Catalog, "keep_anchor", away)
-        with pytest.raises(StoreError):
-            rules.promote(workspace, subject, 2, "better")
-    assert anchor() is None
+    with mlflow_lost_after_the_ledger():
+        rules.promote(workspace, subject, 2, "better")
+    assert anchor(workspace, subject) is None
     (row,) = rules.reconcile(workspace, [subject.line])
-    assert (row.answer, champion(workspace, subject), anchor()) == ("put back", 2, 1)  # there was none, so the one before
+    assert (row.answer, champion(workspace, subject)) == ("put back", 2)
+    assert anchor(workspace, subject) == 1  # there was none, so the one before
 
     workspace.catalog.set_alias(subject, "anchor", 2)
-    with monkeypatch.context() as patched:
-        patched.setattr(Catalog, "set_alias", away)
-        with pytest.raises(StoreError):
-            rules.rollback(workspace, subject, "back")
-    assert anchor() == 2
+    with mlflow_lost_after_the_ledger():
+        rules.rollback(workspace, subject, "back")
     rules.reconcile(workspace, [subject.line])
-    assert (champion(workspace, subject), anchor()) == (1, 1)  # whoever goes back from the best says that it is not
+    assert (champion(workspace, subject), anchor(workspace, subject)) == (1, 1)  # it is not the best if it was taken back
 
     workspace.catalog.set_alias(subject, "anchor", 2)
     workspace.catalog.clear_alias(subject, "champion")
     rules.reconcile(workspace, [subject.line])
-    assert (champion(workspace, subject), anchor()) == (1, 2)  # nothing was cut off, so what a person set stays
+    assert (champion(workspace, subject), anchor(workspace, subject)) == (1, 2)  # nothing was cut off, so what a person set stays
+
+
+def test_best_model_ever_outlives_several_cuts(workspace: Workspace, subject: Subject):
+    """Each of them is followed, in order, also where only the last is repeated."""
+    judged(workspace, workspace.ledger, subject, 4, "promote", weights(1), best=True)
+    judged(workspace, workspace.ledger, subject, 5, "promote", weights(4))
+    rules.promote(workspace, subject, 1, "first")
+    for number in (4, 5):
+        with mlflow_lost_after_the_ledger():
+            rules.promote(workspace, subject, number, "better")
+    rules.promote(workspace, subject, 5, "better")
+    assert (champion(workspace, subject), anchor(workspace, subject)) == (5, 4)
+
+
+@pytest.mark.parametrize("how", ["wish", "by hand"])
+def test_alias_that_was_there_first_still_gets_its_anchor(workspace: Workspace, subject: Subject, client: MlflowClient, how: str):
+    """The alias is where the ledger says, but what follows from the promotion was cut off."""
+    judged(workspace, workspace.ledger, subject, 4, "promote", weights(1), best=True)
+    rules.promote(workspace, subject, 1, "first")
+    if how == "wish":
+        client.set_registered_model_alias(subject.model, "champion", "4")
+    with mlflow_lost_after_the_ledger():
+        if how == "wish":
+            rules.reconcile(workspace, [subject.line])
+        else:
+            rules.promote(workspace, subject, 4, "better")
+    client.set_registered_model_alias(subject.model, "champion", "4")
+    (row,) = rules.reconcile(workspace, [subject.line])
+    assert row.answer == "agrees"
+    assert (champion(workspace, subject), anchor(workspace, subject)) == (4, 4)
+
+
+def test_best_model_ever_with_other_weights_is_not_pointed_at(workspace: Workspace, subject: Subject, client: MlflowClient):
+    judged(workspace, workspace.ledger, subject, 4, "promote", weights(1), best=True)
+    rules.promote(workspace, subject, 1, "first")
+    with mlflow_lost_after_the_ledger():
+        rules.promote(workspace, subject, 4, "better")
+    client.set_model_version_tag(subject.model, "4", "weights.sha256", weights(9))
+    rules.reconcile(workspace, [subject.line])
+    assert anchor(workspace, subject) is None
+    client.set_model_version_tag(subject.model, "4", "weights.sha256", weights(4))  # other tests reconcile all
+
+
+def test_decision_that_cannot_be_read_decides_nothing(workspace: Workspace, subject: Subject, client: MlflowClient):
+    run = client.get_model_version(subject.model, "1").run_id
+    assert run is not None
+    client.log_text(run, '{"outcome": "promote", "from": "a newer ferry"}', "decision.json")
+    with pytest.raises(StoreError, match=r"the gate's decision on .* is damaged, or of a newer ferry"):
+        rules.promote(workspace, subject, 1, "first")
+    assert entries(workspace, subject) == []
+    assert champion(workspace, subject) is None
 
 
 def test_mlflow_that_is_down_decides_nothing(workspace: Workspace, subject: Subject, monkeypatch: pytest.MonkeyPatch):
