@@ -17,7 +17,7 @@ from registry.catalog import ANCHOR, CHAMPION, Subject, Version
 from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
 from registry.ledger import START, Entry
 from registry.promotion import Alias, Answer, How, Standing, anchor_after, before, check, goes_on, settle, standing
-from registry.selection import Decision
+from registry.selection import Decision, reasoned
 
 REFUSED = "promotion.refused"  # tag of a version: why an alias set to it was put back
 MOVES = 100  # of an alias, while others promote the same subject
@@ -174,7 +174,10 @@ def _promote(
             "version": number, "from": expected.version, "weights": weights, "gate": version.tags.get("gate.outcome", ""),
             "decision": version.tags.get("gate.decision", ""), "overruled": overrule, "how": how,
         }  # fmt: skip
-        facts["becomes_anchor"] = goes_on(facts, expected) and _decision(workspace, version).becomes_anchor
+        decision = _decision(workspace, version) if goes_on(facts, expected) else None
+        if decision and decision.outcome == "promote if reasoned" and reason.strip():  # without one `check` says what to do
+            reason = reasoned(decision, reason).reason
+        facts["becomes_anchor"] = decision is not None and decision.becomes_anchor
         entry = workspace.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
     try:
         _follow(workspace, subject)

@@ -165,16 +165,18 @@ def test_promotion_believes_the_ledger_and_not_tags_that_anyone_may_edit(
 
 def test_what_is_harmless_and_no_better_needs_a_reason_and_a_person(workspace: Workspace, subject: Subject, client: MlflowClient):
     rules.promote(workspace, subject, 1, "first")
-    facts = {"version": 3, "outcome": "promote if reasoned", "champion": weights(1)}
-    workspace.ledger.append("gate", str(subject), "undecided at n = 9", facts)  # judged once more
-    result = ferry(workspace, "promote", str(subject), "3")
+    judged(workspace, workspace.ledger, subject, 4, "promote if reasoned", weights(1))
+    result = ferry(workspace, "promote", str(subject), "4")
     assert result.exit_code == 5
     assert "a promotion that is not for quality needs its reason" in result.stderr
-    client.set_registered_model_alias(subject.model, "champion", "3")
+    client.set_registered_model_alias(subject.model, "champion", "4")
     assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["refused"]
     assert champion(workspace, subject) == 1
-    assert ferry(workspace, "promote", str(subject), "3", "--reason", "the licence of the old data ended").exit_code == 0
-    assert champion(workspace, subject) == 3
+    assert ferry(workspace, "promote", str(subject), "4", "--reason", "the licence of the old data ended").exit_code == 0
+    assert champion(workspace, subject) == 4
+    assert entries(workspace, subject)[-1].why == (
+        "not for its quality, but: the licence of the old data ended; not worse anywhere by more than the margin (n = 9)"
+    )
 
 
 def test_former_champion_with_other_weights_is_not_gone_back_to(workspace: Workspace, subject: Subject, client: MlflowClient):
