@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from pydantic import ValidationError
-
 from flows.workspace import Workspace
 from model.config import VariantName
 from model.scorecard import Frozen
@@ -17,7 +15,7 @@ from registry.catalog import ANCHOR, CHAMPION, Subject, Version
 from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
 from registry.ledger import START, Entry
 from registry.promotion import Alias, Answer, How, Standing, anchor_after, before, check, goes_on, settle, standing
-from registry.selection import Decision, reasoned
+from registry.selection import reasoned
 
 REFUSED = "promotion.refused"  # tag of a version: why an alias set to it was put back
 MOVES = 100  # of an alias, while others promote the same subject
@@ -174,7 +172,8 @@ def _promote(
             "version": number, "from": expected.version, "weights": weights, "gate": version.tags.get("gate.outcome", ""),
             "decision": version.tags.get("gate.decision", ""), "overruled": overrule, "how": how,
         }  # fmt: skip
-        decision = _decision(workspace, version) if goes_on(facts, expected) else None
+        # Read before anything is decided: what cannot be read decides nothing.
+        decision = workspace.catalog.decision(version) if goes_on(facts, expected) else None
         if decision and decision.outcome == "promote if reasoned" and reason.strip():  # without one `check` says what to do
             reason = reasoned(decision, reason).reason
         facts["becomes_anchor"] = decision is not None and decision.becomes_anchor
@@ -187,17 +186,6 @@ def _promote(
             "completes it"
         ) from error
     return entry
-
-
-def _decision(workspace: Workspace, version: Version) -> Decision:
-    """What the gate said of a version; what cannot be read decides nothing."""
-    try:
-        return Decision.model_validate_json(workspace.catalog.data(version, "decision.json"))
-    except ValidationError as error:
-        raise StoreError(
-            f"the gate's decision on {version.subject} {version.number} in MLflow is damaged, or of a newer ferry; restore MLflow, or "
-            "`ferry retrain`"
-        ) from error
 
 
 def _check_unmoved(subject: Subject, expected: Standing, now: Standing) -> None:

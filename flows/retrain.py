@@ -399,7 +399,7 @@ def _retrain_one(
         if _is_current(before.lineage, line, data, taught_sha256):
             if _is_exported_so(workspace, champion, Path(theirs["bundle"]), line):
                 # A run that was cut off after this promotion takes for the rest what it would have taken.
-                run.last = Decision.model_validate_json(workspace.catalog.text(champion, "decision.json"))
+                run.last = workspace.catalog.decision(champion)
                 return Retrained(
                     subject=str(subject), data_rev=data.rev, version=champion.number, outcome="unchanged",
                     reason="the champion was trained on these data with these settings", n=0, promoted=False,

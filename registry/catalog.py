@@ -27,6 +27,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from pydantic import ValidationError
+
 from model.config import ConfigurationName, VariantName
 from model.scorecard import DataVersion, Frozen, Lineage, Scorecard
 from registry.errors import CatalogError, StoreError
@@ -440,6 +442,20 @@ class Catalog:
     def text(self, version: Version, name: str) -> str:
         """`data`, as text."""
         return self.data(version, name).decode()
+
+    def decision(self, version: Version) -> Decision:
+        """What the gate said of a version.
+
+        Raises:
+            StoreError: it cannot be fetched, or is damaged.
+        """
+        try:
+            return Decision.model_validate_json(self.data(version, "decision.json"))
+        except ValidationError as error:
+            raise StoreError(
+                f"the gate's decision on {version.subject} {version.number} in MLflow is damaged, or of a newer ferry; restore MLflow, or "
+                "`ferry retrain`"
+            ) from error
 
     # Inside
 
