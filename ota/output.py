@@ -1,0 +1,157 @@
+"""Files outside the agent's own directory, written where a user says: whole or not at all, and over nothing that must not be lost.
+
+    >>> check(Path("patch"), inputs=[Path("old"), Path("new")])  # before the work; nothing is written yet
+    >>> with fresh(Path("patch")) as file:
+    ...     file.write(data)
+
+What is written lies in a new file of a random name until it is whole and synced; then it takes its place. So nothing is overwritten
+in part, no other file is touched, whatever its name, and of two writers at once one wins with a whole file. A link is neither followed
+nor replaced: both could lose what the user did not mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ota.errors import OperatorError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}  # fmt: skip
+
+
+def check(path: Path, inputs: Iterable[Path | None] = ()) -> None:
+    """Refuse a place that `fresh` could not or must not write to, so that no work is done for nothing. Writes nothing.
+
+    Args:
+        path: where the file is to go.
+        inputs: what it is made from; None stands for one that was not given.
+
+    Raises:
+        OperatorError: there is something else than a regular file, or one of the inputs, by this or another name; or the file or
+            its folder may not be written.
+    """
+    with _folder_of(path) as folder:
+        there = _there(path, folder)
+        _check_access(path.parent, folder, ".", os.W_OK | os.X_OK)
+    for given in inputs:
+        with suppress(OSError):  # who reads it says what is wrong with it
+            if given and there and os.path.samestat(there, given.stat()):
+                raise OperatorError(f"{shown(path)} is the same file as the input {shown(given)}; name another place")
+
+
+@contextmanager
+def fresh(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Give the block a new file to write and read; it takes its place when the block ends well, and is removed when it does not.
+
+    On return its content and its name are on the disk. Only a kill or a power cut leaves it behind, as `.{32 hex digits}.tmp`.
+
+    Args:
+        path: where the file goes; see `check`.
+        mode: permission bits of a file that is new, less the umask. One that is replaced hands on its own, and its owner where that
+            is allowed.
+
+    Raises:
+        OperatorError: it cannot be written there, or the disk is full; what was there before is still there. Other errors are the
+            block's own.
+    """
+    with _folder_of(path) as folder:
+        there = _there(path, folder)
+        name = f".{secrets.token_hex(16)}.tmp"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with _told(path):
+                descriptor = os.open(name, flags, stat.S_IMODE(there.st_mode) & 0o777 if there else mode, dir_fd=folder)
+            with io.BufferedRandom(_File(descriptor, path)) as file:
+                yield file
+                with _told(path):
+                    file.flush()
+                    there = _there(path, folder)
+                    if there:
+                        with suppress(PermissionError):
+                            os.fchown(descriptor, there.st_uid, there.st_gid)
+                        with suppress(PermissionError):
+                            os.fchmod(descriptor, stat.S_IMODE(there.st_mode) & 0o777)
+                    os.fsync(descriptor)
+            with _told(path):
+                os.rename(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name, dir_fd=folder)
+            raise
+        with _told(path), suppress(PermissionError):  # a folder that may be written, but not read, cannot be synced
+            synced = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                os.fsync(synced)
+            finally:
+                os.close(synced)
+
+
+def shown(path: Path) -> str:
+    """A name as it can be printed in one line, whatever bytes are in it."""
+    name = str(path)
+    return name if name.isprintable() else repr(name)
+
+
+class _File(io.FileIO):
+    """A file that says by our own error that it cannot be written; so nobody takes it for an error of what is read meanwhile."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor, "r+")
+        self._path = path
+
+    def write(self, data: Any) -> int:
+        """As the class above."""
+        with _told(self._path):
+            return super().write(data)
+
+
+@contextmanager
+def _folder_of(path: Path) -> Iterator[int]:
+    """The folder that a file lies in, open; what is done by this descriptor is done there, even if the folder is moved away."""
+    with _told(path):
+        descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _there(path: Path, folder: int) -> os.stat_result | None:
+    """What lies in the place of a file now: nothing, or a regular file that may be written."""
+    with _told(path):
+        try:
+            found = os.stat(path.name or ".", dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OperatorError(f"{shown(path)} is {kind} and no regular file, and stays as it is; name another place")
+    _check_access(path, folder, path.name, os.W_OK)
+    return found
+
+
+def _check_access(path: Path, folder: int, name: str, wanted: int) -> None:
+    if not os.access(name, wanted, dir_fd=folder):
+        raise OperatorError(f"{shown(path)} is protected against writing; name another place, or change its permissions")
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OperatorError(f"the disk is full, so {shown(path)} is not written; make room, or name another place") from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise OperatorError(f"{shown(path.parent)} is no folder; make it, or name another place") from error
+        raise OperatorError(f"{shown(path)} cannot be written: {error.strerror}; name another place") from error
