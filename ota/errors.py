@@ -3,7 +3,8 @@
     OtaError
     ├── RepositoryError      what the factory published is wrong, and nothing of it is used
     │   ├── TrustError       a signature, version or expiry does not hold
-    │   │   └── ExpiredError what was signed is too old to act on
+    │   │   ├── ExpiredError what was signed is too old to act on
+    │   │   └── InvalidError what was signed is nonsense: a hash that is none, a number out of range
     │   ├── ManifestError    a manifest, policy or table that does not say what it must
     │   └── DeltaError       a delta that is damaged, foreign, or over a limit
     ├── TransferError        the link or the server failed; trying again later is right
@@ -14,16 +15,39 @@
     │   │   └── BusyError    another agent holds it
     │   └── BaseError        a bundle on disk is not the one that was installed
     ├── GateError            the new bundle was tried on this device and refused
-    └── OperatorError        a key, store or name handed in on the factory's side does not fit
+    ├── OperatorError        a key, store or name handed in on the factory's side does not fit
+    └── FaultError           something that nobody foresaw; what runs is kept, and the next try begins anew
 
 `TrustError` and `GateError` are final for a release; `TransferError` is not. Each message is one sentence that says what
 to do next. Nothing foreign crosses the package's boundary: errors of python-tuf, urllib3, zstd, bsdiff4, ONNX
-Runtime and the operating system arrive as one of these, with the original as `__cause__`.
+Runtime and the operating system arrive as one of these, with the original as `__cause__`. A message may quote what a
+stranger wrote, so each is made `printable` where it is made: it reaches terminals, logs and reports as one line.
 """
+
+MAX_MESSAGE = 2000  # characters of an error
+
+
+def printable(text: str, limit: int = MAX_MESSAGE, keep: str = "") -> str:
+    r"""Show a text that may come from a stranger as one harmless line.
+
+    Control characters could rewrite a terminal or forge a line of a log, lone surrogates cannot be written at all, and
+    characters that turn the direction of reading show one name as another: all are written as escapes, such as `\x1b`.
+
+    Args:
+        text: of any content and length.
+        limit: characters that are shown; what follows is counted.
+        keep: characters to leave as they are all the same.
+    """
+    shown = "".join(c if c in keep or c == " " or c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    return shown + (f"… ({len(text) - limit:,} more characters)" if len(text) > limit else "")
 
 
 class OtaError(Exception):
     """Base of everything that `ota` raises on purpose."""
+
+    def __init__(self, message: str = "") -> None:
+        """Take one sentence that says what is wrong and what to do next; it is made printable."""
+        super().__init__(printable(message))
 
 
 class RepositoryError(OtaError):
@@ -36,6 +60,10 @@ class TrustError(RepositoryError):
 
 class ExpiredError(TrustError):
     """Metadata whose signature has ended: perhaps nobody renewed it, perhaps an old copy is served."""
+
+
+class InvalidError(TrustError):
+    """Signed facts of a target that are not what they must be: its key is in wrong hands, or its tool is faulty."""
 
 
 class ManifestError(RepositoryError):
@@ -80,3 +108,7 @@ class GateError(OtaError):
 
 class OperatorError(OtaError):
     """Something handed in on the factory's side is wrong: a key, a store, a name, a version."""
+
+
+class FaultError(OtaError):
+    """A fault of ours: something failed in a way that nobody foresaw."""

@@ -14,9 +14,9 @@ import json
 import re
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from ota.errors import ManifestError
+from ota.errors import ManifestError, printable
 
 KiB, MiB = 1024, 1024 * 1024
 MAX_MANIFEST = 64 * KiB
@@ -28,9 +28,21 @@ MAX_WEIGHTS = 4096 * MiB
 MAX_WAVES = 16  # of a rollout
 MAX_NUMBER = 2**31 - 1  # of a report; what every database's integer column holds
 MAX_COUNT = 2**53
+MAX_TOLD = 500  # characters of a reason
 
+# The strings that a stranger could send, each a type: none of them holds a separator of paths, URLs, headers or lines. The
+# patterns are matched by Rust's regular expressions, in which `$` is the end and nothing else.
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]*$")]
+"""Letters, digits, dots and dashes: a hash of Git or DVC, a salt, the id of a boot."""
+Told = Annotated[str, Field(max_length=MAX_TOLD), AfterValidator(lambda text: printable(text)[:MAX_TOLD])]
+"""Text for people, made printable as it arrives, so only in documents whose signature is checked over what was received."""
+Bound = Annotated[str, StringConstraints(pattern=r"^(>=|<)[0-9]{1,6}(\.[0-9]{1,6}){0,3}$")]
+"""One bound of a range of versions, such as >=1.20."""
+SessionKey = Literal["session.qdq_matmulnbits_accuracy_level"]
+"""The setting of ONNX Runtime that bundles carry. Others name files, or formats to parse: no bundle may set those."""
+Setting = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}$")]
 Role = Literal["graph", "weights", "sampler", "golden", "reference"]
 VariantName = Literal["full", "dev", "fast"]
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
@@ -46,7 +58,8 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 class Document(BaseModel):
     """A frozen value with a closed list of fields, hashed by its canonical JSON."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+    # No NaN and no infinity: neither is JSON, and a bound that is NaN would hold for nothing.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, allow_inf_nan=False)
 
     def canonical(self) -> bytes:
         """The bytes that are hashed and signed."""
@@ -100,14 +113,14 @@ class FileEntry(Document):
 class Origin(Document):
     """Where a bundle comes from: hashes that lead back to the data revision and the decision."""
 
-    data_rev: str = Field(max_length=64)
-    data_md5: str = Field(max_length=64)
+    data_rev: Token = Field(max_length=64)
+    data_md5: Token = Field(max_length=64)
     code: Sha256
     lineage: Sha256
     scorecard: Sha256
     decision: Sha256 = Field(description="ledger entry of the promotion; it names the entry before it")
-    model: str = Field(max_length=120, description="registered model")
-    version: int = Field(ge=1, description="its version in the registry")
+    model: Token = Field(max_length=120, description="registered model")
+    version: int = Field(ge=1, le=MAX_COUNT, description="its version in the registry")
 
 
 class Manifest(Document):
@@ -116,14 +129,14 @@ class Manifest(Document):
     schema_version: Literal[1] = 1
     line: Name
     device_class: Name
-    tier: str = Field(max_length=20)
+    tier: Name = Field(max_length=20)
     configuration: Literal["I", "II"]
     precision: Precision
     variants: list[VariantName] = Field(min_length=1, max_length=3)
     default_variant: VariantName
     files: list[FileEntry] = Field(min_length=5, max_length=13)
     origin: Origin
-    minimum_agent: str = Field(pattern=r"^\d{1,4}\.\d{1,4}\.\d{1,4}$")
+    minimum_agent: str = Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$")
 
     @model_validator(mode="after")
     def _closed(self) -> Self:
@@ -160,9 +173,9 @@ class Image(Document):
 class Runtime(Document):
     """Which ONNX Runtime computes what was scored, and how its session is set up."""
 
-    onnxruntime: list[str] = Field(min_length=2, max_length=2, description="lower bound (>=), upper bound (<)")
+    onnxruntime: list[Bound] = Field(min_length=2, max_length=2, description="lower bound (>=), upper bound (<)")
     graph_optimization_level: Literal["all", "extended", "basic", "disabled"]
-    config: dict[str, str] = Field(max_length=16)
+    config: dict[SessionKey, Setting] = Field(max_length=16)
 
 
 class SamplerTable(Document):
@@ -212,7 +225,7 @@ class Wave(Document):
     """From a moment on, the devices whose bucket lies below a limit."""
 
     bps: int = Field(ge=0, le=10_000, description="share of the fleet in basis points")
-    not_before: int = Field(ge=0, description="seconds since 1970, UTC")
+    not_before: int = Field(ge=0, le=MAX_COUNT, description="seconds since 1970, UTC")
 
 
 class Policy(Document):
@@ -221,9 +234,9 @@ class Policy(Document):
     schema_version: Literal[1] = 1
     line: Name
     device_class: Name
-    seq: int = Field(ge=1, description="release number of the named bundle")
+    seq: int = Field(ge=1, le=MAX_COUNT, description="release number of the named bundle")
     manifest: Sha256
-    salt: str = Field(max_length=64, description="new for each release, so that the first devices are not always the same")
+    salt: Token = Field(max_length=64, description="new for each release, so that the first devices are not always the same")
     waves: list[Wave] = Field(max_length=MAX_WAVES)
     halt: bool = False
     revert: bool = Field(default=False, description="the named release is older than what runs, on purpose")
@@ -243,7 +256,7 @@ class DeviceReport(Document):
 
     schema_version: Literal[1] = 1
     device: Name
-    boot: str = Field(max_length=64, description="changes with every start of the machine")
+    boot: Token = Field(max_length=64, description="changes with every start of the machine")
     number: int = Field(ge=1, le=MAX_NUMBER, description="rises by one with every report of this device")
     time: int = Field(ge=0, le=MAX_COUNT, description="seconds since 1970 by the device's clock")
     line: Name
@@ -251,7 +264,7 @@ class DeviceReport(Document):
     event: Event
     manifest: Sha256 | None = Field(description="bundle that the event is about")
     active: Sha256 | None = Field(description="bundle that runs now")
-    reason: str = Field(default="", max_length=500)
+    reason: Told = ""
     received: int = Field(default=0, ge=0, le=MAX_COUNT, description="bytes fetched for this update, metadata included")
     milliseconds: int = Field(default=0, ge=0, le=MAX_COUNT, description="median time of one image, where it was measured")
 

@@ -118,7 +118,7 @@ def metadata_file(repository: Repository, role: str) -> Path:
 # The device's side
 
 
-class Cut(Exception):  # noqa: N818 - stands for a power cut
+class Cut(BaseException):
     """The process ends here."""
 
 

@@ -21,7 +21,7 @@ from ota import delta
 from ota.agent import transport
 from ota.agent.state import HighWater
 from ota.delta import format as container
-from ota.errors import ExpiredError, ManifestError, OtaError, RepositoryError, StateError, TransferError, TrustError
+from ota.errors import ExpiredError, InvalidError, ManifestError, OtaError, RepositoryError, StateError, TransferError, TrustError
 from ota.manifest import Manifest
 from ota.release.bundle import make_delta
 from ota.release.keys import create
@@ -768,7 +768,7 @@ def test_manifest_under_other_name_refused(scene, bundles):
     not_installed(scene.device)
 
 
-@pytest.mark.parametrize("custom", [None, "2", 2, [2], {}, {"seq": "2"}, {"seq": None}, {"seq": {"a": 1}}])
+@pytest.mark.parametrize("custom", [None, "2", 2, [2], {}, {"seq": "2"}, {"seq": None}, {"seq": {"a": 1}}, {"seq": True}])
 def test_models_without_number_refused(scene, bundles, custom):
     manifest = bundles["second"].manifest
     policy = everyone(scene.release, manifest=manifest.digest, seq=2)
@@ -779,7 +779,9 @@ def test_models_without_number_refused(scene, bundles, custom):
 
     change_role(scene.repository, "models", replace)
     name_policy(scene.repository, policy)
-    with untouched(scene.device, ManifestError, "which `models` does not", marks=False):
+    wrong = isinstance(custom, dict) and custom.get("seq") is not None
+    error, says = (InvalidError, "is not valid: seq") if wrong else (ManifestError, "which `models` does not")
+    with untouched(scene.device, error, says, marks=False):
         scene.device.update()
 
 

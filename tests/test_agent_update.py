@@ -848,6 +848,15 @@ def test_drawn_image_is_a_picture(updated, tmp_path):
     updated.device.command("generate", "disc", "--output", str(tmp_path / "none" / "a.png"), code=3)
 
 
+@pytest.mark.parametrize("victim", ["config.json", "device.key"])
+def test_picture_is_not_drawn_through_a_link(updated, tmp_path, victim):
+    # Where others may write, somebody links the usual name to a file of the agent's own.
+    before = updated.device.facts()
+    (tmp_path / "image.png").symlink_to(updated.device.root / victim)
+    assert "is a link" in updated.device.command("generate", "--output", str(tmp_path / "image.png"), code=3)
+    assert updated.device.facts() == before
+
+
 # Going back
 
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ota.agent import reports
 from ota.agent.disk import Disk
-from ota.agent.state import Config, Home
+from ota.agent.state import Config, Home, State
 from ota.errors import ManifestError, OperatorError, StateError, TransferError
 from ota.manifest import DeviceReport, SignedReport
 from ota.release.fleet import MAX_REPORT, Fleet
@@ -155,7 +155,7 @@ def test_oversized_report_refused(fleet):
 
 
 def test_longest_report_is_kept(fleet):
-    longest = report(2**31 - 1, boot="\U0001f600" * 64, reason="\U0001f600" * 500, received=2**53, milliseconds=2**53)
+    longest = report(2**31 - 1, boot="b" * 64, reason="\U0001f600" * 500, received=2**53, milliseconds=2**53)
     fleet.receive(signed(longest))
     assert fleet.reports() == [longest]
 
@@ -214,24 +214,67 @@ def test_strange_inbox_entries_stop_nothing(fleet, tmp_path):
     assert set(found.rejected) == {"a.json", "b.json"}
 
 
-@pytest.mark.parametrize("call", ["read_bytes", "replace"])
+@pytest.mark.parametrize("call", ["open", "replace"])
 def test_file_that_cannot_be_handled_stops_nothing(fleet, tmp_path, monkeypatch, call):
     inbox = tmp_path / "inbox"
     inbox.mkdir()
-    (inbox / "a.json").write_bytes(signed(report(1)) if call == "read_bytes" else b"{")
+    (inbox / "a.json").write_bytes(signed(report(1)) if call == "open" else b"{")
     (inbox / "b.json").write_bytes(signed(report(2)))
-    real = getattr(Path, call)
+    real = getattr(os, call)
 
-    def refuse(path: Path, *rest: Any) -> Any:
-        if path.name == "a.json":
+    def refuse(path: Any, *rest: Any, **named: Any) -> Any:
+        if Path(path).name == "a.json":
             raise PermissionError(13, "Permission denied")
-        return real(path, *rest)
+        return real(path, *rest, **named)
 
-    monkeypatch.setattr(Path, call, refuse)
+    monkeypatch.setattr(os, call, refuse)
     found = fleet.collect(inbox)
     assert [made.number for made in found.accepted] == [2]
     assert list(found.rejected) == ["a.json"]
     assert [path.name for path in inbox.glob("*.json")] == ["a.json"]
+
+
+def test_links_and_pipes_in_inbox_lead_nowhere(fleet, tmp_path):
+    # Whoever may write into the inbox, a device's share say, must not reach what the factory's user can read or write.
+    inbox, elsewhere = tmp_path / "inbox", tmp_path / "elsewhere"
+    inbox.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "report.json").write_bytes(signed(report(7)))
+    (inbox / "link.json").symlink_to(elsewhere / "report.json")
+    (inbox / "rejected").symlink_to(elsewhere)
+    os.mkfifo(inbox / "pipe.json")
+    (inbox / "wrong.json").write_bytes(b"{")
+    found = fleet.collect(inbox)
+    assert found.accepted == []
+    assert found.rejected.keys() == {"link.json", "pipe.json", "wrong.json"}
+    assert [path.name for path in elsewhere.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("name", ["a\nferry: all is well.json", "\x1b[2J.json", os.fsdecode(b"\xff.json"), "\u202egpj.json"])
+def test_hostile_file_name_is_shown_harmless(fleet, tmp_path, name):
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    (inbox / name).write_bytes(b"{")
+    (shown,) = fleet.collect(inbox).rejected
+    assert shown.isprintable()
+
+
+@pytest.mark.parametrize(
+    "reason", ["\x1b]0;owned\x07", "fine\nforged: another line", "a\u202eb", "\x00", "x" * 490 + "\x1b" * 10]
+)
+def test_hostile_reason_is_kept_harmless(fleet, reason):
+    # Signed as sent: an agent of the version before sends what a runtime said, with all its lines.
+    device = json.loads(signed(report()))
+    device["report"]["reason"] = reason
+    sent = json.dumps(device["report"], sort_keys=True, separators=(",", ":")).encode()
+    device["signature"] = KEY.sign(sent).hex()
+    kept = fleet.receive(json.dumps(device).encode())
+    assert kept.reason.isprintable()
+    assert len(kept.reason) <= 500
+    assert fleet.reports() == [kept]
+    assert fleet.receive(json.dumps(device).encode()) == kept
+    device["report"]["reason"] = "another"
+    refused(fleet, json.dumps(device).encode(), "not signed by dev-1's key")
 
 
 def test_empty_inbox_gives_nothing(fleet, tmp_path):
@@ -342,3 +385,39 @@ def test_damaged_key_signs_nothing(home, damage):
     with pytest.raises(StateError, match="enroll anew"):
         reports.queue(home, "installed", None)
     assert reports.send(home) == 0
+
+
+@pytest.mark.parametrize("victim", ["config.json", "device.key", "state.json"])
+@pytest.mark.parametrize("planted", ["temporary", "final", "folder of the report"])
+def test_links_planted_where_reports_are_left_are_not_followed(home, tmp_path, victim, planted):
+    # Others may write there: a name that can be guessed must not lead what is written to a file of the agent's own.
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    home.save(State(active="1" * 64))
+    before = {path.name: path.read_bytes() for path in home.root.iterdir() if path.is_file() and path.name != "number"}
+    for number in (1, 2):
+        name = f"dev-1-{number:08d}.json"
+        if planted == "folder of the report" and number == 1:
+            (inbox / name).mkdir()
+        elif planted != "folder of the report":
+            place = inbox / (f".{name}.{os.getpid()}.tmp" if planted == "temporary" else name)
+            if planted == "temporary" or number == 1:
+                place.symlink_to(home.root / victim)
+        reports.queue(home, "installed", None)
+    left = reports.send(home)
+    assert {path.name: path.read_bytes() for path in home.root.iterdir() if path.is_file() and path.name != "number"} == before
+    # What cannot be left keeps nothing else back, and is not lost.
+    assert left == (0 if planted == "temporary" else 1)
+    assert len(list((home.root / "queue").iterdir())) == left
+    assert (inbox / "dev-1-00000002.json").is_file()
+    assert not (inbox / "dev-1-00000002.json").is_symlink()
+
+
+def test_report_takes_the_place_of_no_hard_link(home, tmp_path):
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    (tmp_path / "precious").write_bytes(b"precious")
+    os.link(tmp_path / "precious", inbox / "dev-1-00000001.json")
+    reports.queue(home, "installed", None)
+    reports.send(home)
+    assert (tmp_path / "precious").read_bytes() == b"precious"

@@ -51,6 +51,11 @@ from tests.test_agent_attacks import raise_in_snapshot
 
 pytest_plugins = ("tests.fleet_kit",)
 
+
+class Killed(Exception):  # noqa: N818 - stands for the end of a `ferry`, for a runner that reports exceptions only
+    """The process ends here."""
+
+
 ONLINE = ("timestamp", "snapshot", "models", "deltas", "rollout")
 FAR = 2**40  # a version that no factory reaches
 
@@ -553,7 +558,7 @@ def test_killed_rotation_is_repeated(plant, tmp_path, monkeypatch):
             result = ferry("-w", made.ws, "trust", "rotate", *roles)
         if result.exit_code == 0:
             break
-        assert isinstance(result.exception, Cut)
+        assert isinstance(result.exception, Killed)
         assert made.near.update(check_only=True).reason == "release 1 is installed"
         made.ferry("trust", "refresh")
         assert made.near.update(check_only=True).reason == "release 1 is installed"
@@ -576,7 +581,7 @@ def die_at_write(patch: pytest.MonkeyPatch, last: int, names: list[str]) -> None
     def dying(write: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
         def wrapped(*arguments: Any) -> Any:
             if len(names) == last:
-                raise Cut
+                raise Killed
             names.append(name(*arguments))
             return write(*arguments)
 
@@ -590,8 +595,8 @@ def die_at_write(patch: pytest.MonkeyPatch, last: int, names: list[str]) -> None
 
 def test_other_roles_wait_for_a_rotation_that_was_cut(plant, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(repository_module.Repository, "put_in_force", lambda *_: (_ for _ in ()).throw(Cut))
-        assert isinstance(ferry("-w", plant.ws, "trust", "rotate", "timestamp").exception, Cut)
+        patch.setattr(repository_module.Repository, "put_in_force", lambda *_: (_ for _ in ()).throw(Killed))
+        assert isinstance(ferry("-w", plant.ws, "trust", "rotate", "timestamp").exception, Killed)
     assert "finish it with `ferry trust rotate timestamp` first" in plant.ferry("trust", "renew", "targets", code=3)
     assert "a rotation was cut" in plant.ferry("trust", "status")
     plant.ferry("trust", "rotate", "models")  # finishes that one, then does its own

@@ -22,8 +22,9 @@ from typing import Any
 from pydantic import ValidationError
 
 import ota
+from ota import output
 from ota.agent.state import Config, Home
-from ota.errors import DeviceError, GateError, OperatorError, OtaError, RepositoryError, TransferError
+from ota.errors import DeviceError, GateError, OperatorError, OtaError, RepositoryError, TransferError, printable
 
 ABOUT = """Keep the model of this device fresh: verify, apply, try out and, if need be, take back updates.
 
@@ -207,7 +208,7 @@ def status(given: Arguments) -> None:
         trial = f", on trial: {found['trial']['left']} good images to go" if found["trial"] else ""
         text = f"{found['device']} runs release {found['release']} of {found['line']} ({found['active'][:12]}), {sound}{trial}"
     for digest, why in found["refused"].items():
-        text += f"\nrefused {digest[:12]}: {why}"
+        text += f"\nrefused {digest[:12]}: {printable(why)}"
     _answer(given.json, found, text)
 
 
@@ -215,13 +216,12 @@ def generate(given: Arguments) -> None:
     """Draw one image with the model that runs."""
     from ota.agent import updater
 
+    output.check(given.output)
     if given.variant not in ("", "full", "dev", "fast"):
         raise OperatorError(f"there is no variant {given.variant!r}; choose full, dev or fast")
     data, how = updater.generate(Home(given.dir), given.caption, given.seed, given.variant or None)
-    try:
-        given.output.write_bytes(data)
-    except OSError as error:
-        raise OperatorError(f"cannot write {given.output}: {error.strerror}; name another file with --output") from error
+    with output.fresh(given.output) as file:
+        file.write(data)
     figures = {"output": str(given.output), "milliseconds": round(how["milliseconds"], 1), "peak_mib": round(how["peak_mib"], 1)}
     _answer(given.json, figures, f"{given.output}: {figures['milliseconds']} ms, {figures['peak_mib']} MiB at its peak")
 
@@ -330,8 +330,22 @@ def _absolute(place: str) -> str:
     return str(Path(place).absolute()) if place and "://" not in place else place
 
 
+class _OneLine(logging.Formatter):
+    """What a library logs may quote a stranger, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Make it printable; the lines of a traceback stay lines."""
+        return printable(super().format(record), limit=100_000, keep="\n" if record.exc_info else "")
+
+
+def _log(level: int) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
 def _tell(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable(text)}\n")
 
 
 def _show_step(number: int, name: str) -> None:
@@ -343,7 +357,8 @@ def _shown(given: Arguments) -> Callable[[int, str], None] | None:
 
 
 def _answer(as_json: bool, value: dict[str, Any], text: str) -> None:
-    sys.stdout.write(f"{json.dumps(value) if as_json else text}\n")
+    shown = json.dumps(value) if as_json else printable(text, limit=100_000, keep="\n")
+    sys.stdout.write(f"{shown}\n")
 
 
 def _exit_code(error: OtaError) -> int:
@@ -372,7 +387,7 @@ def call(words: list[str]) -> int:
     if "does" not in given:
         speaks.print_help()
         return 2
-    logging.basicConfig(level=logging.DEBUG if given.debug else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    _log(logging.DEBUG if given.debug else logging.WARNING)
     try:
         return given.does(given) or 0
     except OtaError as error:

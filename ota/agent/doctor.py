@@ -16,7 +16,7 @@ from ota.agent import child, energy, reports, rules
 from ota.agent.state import Home, opened
 from ota.agent.transport import connect, read_small
 from ota.agent.updater import is_sound
-from ota.errors import DeviceError, OtaError, TransferError
+from ota.errors import DeviceError, OtaError, TransferError, printable
 from ota.manifest import MAX_TABLE, KiB, SamplerTable, parse
 
 Level = Literal["ok", "warn", "fail"]
@@ -92,7 +92,7 @@ def _state(home: Home) -> Iterator[Finding]:
     if state.trial:
         yield Finding("state", "warn", f"a bundle is on trial, {state.trial.left} good images to go; run `ferry-agent update`")
     for digest, why in list(state.refused.items())[-3:]:
-        yield Finding("state", "warn", f"{digest[:12]} was refused: {why}")
+        yield Finding("state", "warn", f"{digest[:12]} was refused: {printable(why)}")
 
 
 def _bundles(home: Home) -> Iterator[Finding]:

@@ -53,7 +53,7 @@ def run(
         return
     while not stopped.is_set():
         try:
-            with home.locked():
+            with updater.own_errors(), home.locked():
                 outcome = updater.update(home, on_step)
                 reports.send(home)
             failures = 0

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from ota import output
 from ota.agent.state import Home
 from ota.errors import OperatorError, StateError, TransferError
 from ota.manifest import MAX_NUMBER, DeviceReport, Event, SignedReport
@@ -105,32 +106,26 @@ def send(home: Home) -> int:
     waiting = sorted(home.disk.path("queue").glob("*.json"))
     if not config.reports:
         return len(waiting)
-    folder = folder_of(config.reports)
-    for done, path in enumerate(waiting):
+    folder, left, problem = folder_of(config.reports), 0, ""
+    for path in waiting:
         try:
             _drop(path.read_bytes(), folder, f"{config.device}-{path.name}")
-        except TransferError as error:
-            log.warning("%s", error)
-            return len(waiting) - done
-        home.disk.remove(f"queue/{path.name}")
-    return 0
+        except TransferError as error:  # somebody else may have put something in the place of this one, and not of the next
+            left, problem = left + 1, problem or str(error)
+        else:
+            home.disk.remove(f"queue/{path.name}")
+    if problem:
+        log.warning("%s", problem)
+    return left
 
 
 def _drop(data: bytes, folder: Path, name: str) -> None:
-    """Leave a file in a folder; durable on return, because the only other copy is removed next."""
-    fresh = folder / f".{name}.{os.getpid()}.tmp"
+    """Leave a file in a folder where others may write, too; durable on return, because the only other copy is removed next."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as file:  # on another file system than the agent's own, so not through Disk
+        with output.fresh(folder / name) as file:
             os.fchmod(file.fileno(), 0o644)  # whatever the agent's umask: another user collects it
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(folder / name)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise TransferError(f"reports cannot be left in {folder}: {error.strerror}; they are kept and tried again") from error
+    except (OSError, OperatorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TransferError(f"reports cannot be left in {folder}: {reason}; they are kept and tried again") from error

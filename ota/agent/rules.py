@@ -6,11 +6,10 @@ import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ota.agent.state import Config, HighWater, State
 from ota.errors import ManifestError, OperatorError, TrustError
-from ota.manifest import Manifest, Policy, Reference
+from ota.manifest import MAX_COUNT, Manifest, Policy, Reference
 
 BUCKETS = 10_000
 CLOCK_SLACK = 24 * 3600  # seconds that a clock may run behind the latest time seen
@@ -74,17 +73,17 @@ def binding(marks: HighWater, trusted: Mapping[str, Trusted]) -> dict[str, int]:
     }
 
 
-def check_floor(custom: Mapping[str, Any]) -> None:
+def check_floor(seq: int | None, floor: int) -> None:
     """Refuse a release that lies below the floor of its line and class, which `models` signs beside its number.
 
     Args:
-        custom: what is signed about the release.
+        seq: the release's number; None: it has none, and then no policy can name it either.
+        floor: the lowest that may be installed.
 
     Raises:
-        TrustError: it does, or the floor is no number.
+        TrustError: it does.
     """
-    seq, floor = custom.get("seq"), custom.get("floor", 0)
-    if isinstance(seq, int) and not (isinstance(floor, int) and seq >= floor):
+    if seq is not None and seq < floor:
         raise TrustError(f"release {seq} lies below the floor, {floor}: it may not be installed or gone back to any more")
 
 
@@ -96,9 +95,13 @@ def check_versions(found: Mapping[str, int], marks: Mapping[str, int]) -> None:
         marks: those that bind.
 
     Raises:
-        TrustError: a role went back.
+        TrustError: a role went back, or has a number that no factory ever reaches and no device could remember.
     """
     for role, version in sorted(found.items()):
+        if version > MAX_COUNT:
+            raise TrustError(
+                f"the repository offers a version of {role} beyond {MAX_COUNT}; it is an attack, nothing is installed"
+            )
         if version < marks.get(role, 0):
             raise TrustError(
                 f"the repository offers version {version} of {role}, this device has seen {marks[role]}; it is an old copy "
@@ -167,7 +170,7 @@ def as_numbers(version: str) -> tuple[int, ...]:
     """A version as numbers to compare, up to the first part that is not one."""
     numbers: list[int] = []
     for part in version.split("."):
-        if not part.isdigit():
+        if not (part.isascii() and part.isdigit()):
             break
         numbers.append(int(part))
     return tuple(numbers)

@@ -22,9 +22,9 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ota.agent.disk import Disk
 from ota.errors import BaseError, BusyError, ManifestError, OperatorError, StateError
@@ -39,6 +39,16 @@ SETTLED = (".", "slots", "incoming")  # whose names must be durable before anyth
 LOCK_PAUSE = 0.1  # seconds between two looks at a lock that is waited for
 
 
+def _one_line(text: str) -> str:
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text):
+        raise ValueError("it holds a control character; type it anew")
+    return text
+
+
+Place = Annotated[str, Field(max_length=500), AfterValidator(_one_line)]
+"""An address or a folder: no control characters, which would end a header or a line of a log, or that no file can have."""
+
+
 class Config(Document):
     """Who this device is and where it looks."""
 
@@ -46,9 +56,9 @@ class Config(Document):
     device: Name
     line: Name
     device_class: Name
-    repository: str = Field(max_length=500, description="http(s) address or folder")
+    repository: Place = Field(description="http(s) address or folder")
     root_sha256: Sha256
-    reports: str = Field(default="", max_length=500, description="folder in which reports are left; empty: nowhere")
+    reports: Place = Field(default="", description="folder in which reports are left; empty: nowhere")
     window: str = Field(default="", pattern=WINDOW, description="hours of UTC in which it may switch, as 22:00-05:00; empty: any")
     prefer: Literal["default", "quality", "latency", "energy"] = Field(default="default", description="see `variants.chain`")
     latency_ms: float | None = Field(default=None, gt=0, le=1e6, description="budget for one image")

@@ -1,12 +1,23 @@
-"""Fetching from where the repository is published: a folder, or a web server. Nothing that arrives is trusted here."""
+"""Fetching from where the repository is published: a folder, or a web server. Nothing that arrives is trusted here.
+
+A transfer has one deadline, whatever it is spent on: finding the address, connecting, TLS, headers, sizes of chunks, the
+body, a mount that hangs. No timeout of a socket can promise that, because a byte in time begins it anew. So a thread
+of its own reads, and the caller waits for it until the deadline and no longer.
+"""
 
 from __future__ import annotations
 
+import os
+import queue
 import random
+import socket
+import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import urllib3
@@ -21,6 +32,8 @@ BACKOFF = 0.5  # seconds before the second attempt, doubling, with jitter
 SYNC_EVERY = 4 * 1024 * 1024  # bytes of a download between two syncs; what a power cut may cost
 MINIMUM_RATE = 512  # bytes a second over the whole transfer, below which a server is stalling us
 DEADLINE_FLOOR = 120.0  # seconds that any transfer gets
+WAITING = 4  # pieces that may have been read and not yet been asked for
+HANDLE = 0.1  # seconds between two looks of the reading thread at whether anybody still wants what it has
 
 Answer = TypeVar("Answer")
 
@@ -77,20 +90,34 @@ class Folder:
 
     def read(self, name: str, offset: int = 0, deadline: float | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
-        deadline = deadline or time.monotonic() + DEADLINE_FLOOR
+        return _until(_deadline(deadline), name, self._pieces(name, offset), lambda: None)
+
+    def _pieces(self, name: str, offset: int) -> Iterator[bytes]:
         if not self.folder.is_dir():
             raise TransferError(f"there is no repository in {self.folder}; check the address given at init")
         try:
-            with (self.folder / name).open("rb") as file:
+            with os.fdopen(self._open(name), "rb") as file:
                 file.seek(offset)
                 while piece := file.read(PIECE):
                     self.received += len(piece)
                     yield piece
-                    _check_deadline(name, deadline)
         except FileNotFoundError as error:
             raise NotFoundError(f"the repository has no {name}") from error
-        except OSError as error:
-            raise TransferError(f"cannot read {self.folder / name}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise TransferError(f"cannot read {self.folder / name}: {reason}; check the repository's folder") from error
+
+    def _open(self, name: str) -> int:
+        """Open a regular file; a pipe, a device or a folder in its place is not waited for, nor even opened."""
+        path = self.folder / name
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            found = os.fstat(descriptor)
+            if stat.S_ISREG(found.st_mode):
+                return descriptor
+            os.close(descriptor)
+        raise TransferError(f"{path} is not a regular file; check the repository's folder")
 
 
 class Web:
@@ -98,19 +125,22 @@ class Web:
 
     def __init__(self, address: str) -> None:
         self.address, self.received = address.rstrip("/"), 0
-        self._pool = urllib3.PoolManager(
-            retries=False, timeout=urllib3.Timeout(connect=GAP_TIMEOUT, read=GAP_TIMEOUT), headers={"Accept-Encoding": "identity"}
-        )
+        self._line = _Line()
 
     def read(self, name: str, offset: int = 0, deadline: float | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
-        deadline = deadline or time.monotonic() + DEADLINE_FLOOR
+        if self._line.was_cut:
+            self._line = _Line()
+        line = self._line
+        return _until(_deadline(deadline), name, self._pieces(name, offset, line), line.cut)
+
+    def _pieces(self, name: str, offset: int, line: _Line) -> Iterator[bytes]:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
         try:
-            response = self._pool.request(
+            response = line.pool.request(
                 "GET", f"{self.address}/{name}", headers=headers, preload_content=False, decode_content=False
             )
-        except urllib3.exceptions.HTTPError as error:
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # ValueError: no address, or not a header
             raise TransferError(f"cannot reach {self.address}: {error}; it will be tried again") from error
         try:
             if 400 <= response.status < 500 and response.status not in PASSING:
@@ -123,17 +153,105 @@ class Web:
                 rest, skip = piece[skip:], max(0, skip - len(piece))
                 if rest:
                     yield rest
-                _check_deadline(name, deadline)
-        except urllib3.exceptions.HTTPError as error:
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise TransferError(f"the transfer of {name} broke off: {error}; it will be resumed") from error
         finally:
             response.close()
 
 
-def _check_deadline(name: str, deadline: float) -> None:
-    """Called where every byte so far was handed on, so that a download keeps what it has."""
-    if time.monotonic() > deadline:
-        raise TransferError(f"{name} arrives too slowly; it will be tried again")
+class _Line:
+    """Connections, one at a time and kept for the next request, that another thread can cut."""
+
+    def __init__(self) -> None:
+        line, self.was_cut = self, False
+        self._socket: socket.socket | None = None
+
+        class Plain(urllib3.connection.HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                line._use(self.sock)
+
+        class Secure(urllib3.connection.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()  # TLS included, which the timeout bounds as a whole
+                line._use(self.sock)
+
+        class PlainPool(urllib3.HTTPConnectionPool):
+            ConnectionCls = Plain
+
+        class SecurePool(urllib3.HTTPSConnectionPool):
+            ConnectionCls = Secure
+
+        timeout = urllib3.Timeout(connect=GAP_TIMEOUT, read=GAP_TIMEOUT)
+        self.pool = urllib3.PoolManager(retries=False, timeout=timeout)
+        self.pool.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
+
+    def _use(self, made: Any) -> None:
+        self._socket = made
+        if self.was_cut:  # it was connected too late
+            self.cut()
+
+    def cut(self) -> None:
+        """End what the connection waits for, and never use it again."""
+        self.was_cut = True
+        if self._socket:
+            with suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # what TLS adds would send, and wait, first
+
+
+def _deadline(given: float | None) -> float:
+    return time.monotonic() + DEADLINE_FLOOR if given is None else given
+
+
+def _until(deadline: float, name: str, pieces: Iterator[bytes], cut: Callable[[], None]) -> Iterator[bytes]:
+    """Hand on what a thread of its own reads, until the deadline; every byte that arrived before it is handed on.
+
+    Args:
+        deadline: moment of `time.monotonic`.
+        name: of what is read.
+        pieces: to be read; this iterator belongs to the thread from now on.
+        cut: ends what the thread waits for. A mount that hangs cannot be ended: then the thread is left behind.
+    """
+    handed: queue.Queue[bytes | BaseException | None] = queue.Queue(WAITING)
+    unwanted = threading.Event()
+
+    def hand(item: bytes | BaseException | None) -> None:
+        while not unwanted.is_set():
+            with suppress(queue.Full):
+                handed.put(item, timeout=HANDLE)
+                return
+
+    def read() -> None:
+        try:
+            for piece in pieces:
+                hand(piece)
+                if unwanted.is_set():
+                    break
+            hand(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the pieces are wanted
+            hand(error)
+
+    threading.Thread(target=read, name="transfer", daemon=True).start()
+    ended = False
+    try:
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                unwanted.set()  # what has arrived by now is still handed on, and no more: it might never end
+            try:
+                item = handed.get(timeout=max(0.0, left))
+            except queue.Empty:
+                raise TransferError(f"{name} arrives too slowly; it will be tried again") from None
+            ended = not isinstance(item, bytes)
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        unwanted.set()
+        if not ended:
+            cut()
 
 
 def read_small(transport: Transport, name: str, limit: int) -> bytes:
@@ -143,10 +261,11 @@ def read_small(transport: Transport, name: str, limit: int) -> bytes:
         RepositoryError: it is longer than it may be.
         TransferError: it cannot be fetched.
     """
+    deadline = _deadline(None)
 
     def once() -> bytes:
         data = bytearray()
-        for piece in transport.read(name):
+        for piece in transport.read(name, deadline=deadline):
             data += piece
             if len(data) > limit:
                 raise RepositoryError(f"{name} is longer than the {limit} bytes that are signed for it; nothing of it is used")

@@ -14,41 +14,56 @@ whoever has its old keys cannot lead a device that lost its cache along another 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadataError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tuf.api.exceptions import DownloadError, DownloadHTTPError, DownloadLengthMismatchError, ExpiredMetadataError
 from tuf.api.exceptions import RepositoryError as TufRepositoryError
 from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
-from ota.agent import rules
+from ota.agent import rules, transport
 from ota.agent.state import HighWater, Home
 from ota.agent.transport import NotFoundError, Transport, read_small
-from ota.errors import ExpiredError, OtaError, RepositoryError, StateError, TransferError, TrustError
-from ota.manifest import KiB
+from ota.errors import ExpiredError, InvalidError, OtaError, RepositoryError, StateError, TransferError, TrustError
+from ota.manifest import MAX_COUNT, MAX_WEIGHTS, Document, KiB, Sha256
 
-# Limits on what an attacker could make long; far above what a repository of ours needs.
+# Limits on what an attacker could make long; far above what a repository of ours needs. No role below targets delegates: its
+# key is online, and its thief could name a role `root`, which python-tuf would keep in place of the root's own file.
 LIMITS = UpdaterConfig(
-    max_root_rotations=256, max_delegations=8, root_max_length=64 * KiB, timestamp_max_length=16 * KiB,
+    max_root_rotations=256, max_delegations=1, root_max_length=64 * KiB, timestamp_max_length=16 * KiB,
     snapshot_max_length=64 * KiB, targets_max_length=1024 * KiB, app_user_agent="deltaferry-agent",
 )  # fmt: skip
 TOP_ROLES = ("root", "timestamp", "snapshot", "targets")  # a lost root would bring back keys that were taken out of it
 PARENTS = {"timestamp": "root", "snapshot": "root", "targets": "root"}  # who says which keys a role has; else targets
+LONGEST = LIMITS.targets_max_length  # bytes of any metadata file, whatever another one says of its length
+LOOK_SECONDS = 600.0  # for all metadata of one look together; at the lowest rate that is three times what they may weigh
+KEYID = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class Target:
+class Custom(BaseModel):
+    """What is signed beside a target's hash, as far as devices read it; what newer factories add is not looked at."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)
+
+    seq: int | None = Field(default=None, ge=1, le=MAX_COUNT, description="release number")
+    floor: int = Field(default=0, ge=0, le=MAX_COUNT, description="lowest release number that may be installed")
+    revertible: bool = False
+
+
+class Target(Document):
     """A file that the metadata name, with what is signed about it."""
 
     name: str
-    size: int
-    sha256: str
-    custom: dict[str, Any]
+    size: int = Field(ge=0, le=MAX_WEIGHTS, description="bytes")
+    sha256: Sha256
+    custom: Custom
 
     @property
     def published_as(self) -> str:
@@ -60,22 +75,21 @@ class Target:
 class Trust:
     """One look at the repository: everything that it returns is signed, fresh, and not older than what was seen before."""
 
-    def __init__(self, home: Home, transport: Transport) -> None:
+    def __init__(self, home: Home, source: Transport) -> None:
         """Fetch and check the metadata.
 
         Raises:
             TrustError: a signature, version, expiry or the clock does not hold.
             TransferError: the repository cannot be reached.
         """
-        self._home, self._transport = home, transport
+        self._home, self._source = home, source
+        self._fetcher = _Fetcher(source)
         now = int(time.time())
         rules.check_clock(now, home.high_water().time)
         folder = home.disk.path("metadata")
         home.disk.make_folder("metadata")
         with _foreign_errors():
-            self._updater = Updater(
-                str(folder), "metadata/", fetcher=_Fetcher(transport), config=LIMITS, bootstrap=home.root_bytes()
-            )
+            self._updater = Updater(str(folder), "metadata/", fetcher=self._fetcher, config=LIMITS, bootstrap=home.root_bytes())
         try:
             with _foreign_errors():
                 self._updater.refresh()
@@ -91,21 +105,31 @@ class Trust:
 
         Raises:
             ExpiredError: the role that could name it was not renewed.
+            InvalidError: what is signed of it is nonsense, such as a hash that is none.
             TrustError: it does not hold, or it is a release below the floor. What runs may be, so that it can be repaired.
             TransferError: the repository cannot be reached.
         """
+        self._fetcher.begin()
         with _foreign_errors():
             found: TargetFile | None = self._updater.get_targetinfo(name)
         role = name.partition("/")[0]
         self._remember((*TOP_ROLES, role), int(time.time()))
         if found is None:
             return None
-        if "sha256" not in found.hashes:
-            raise TrustError(f"{name} is signed without a sha256; nothing of it is used")
-        custom = found.custom if isinstance(found.custom, dict) else {}
+        try:
+            target = Target(
+                name=name, size=found.length, sha256=found.hashes.get("sha256", ""),
+                custom=Custom.model_validate(found.custom if isinstance(found.custom, dict) else {}),
+            )  # fmt: skip
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise InvalidError(
+                f"what is signed of {name} is not valid: {where}: {first['msg']}; nothing of it is used"
+            ) from error
         if role == "models" and not name.endswith(f"/{self._home.load().active}.json"):
-            rules.check_floor(custom)
-        return Target(name, found.length, found.hashes["sha256"], custom)
+            rules.check_floor(target.custom.seq, target.custom.floor)
+        return target
 
     def read(self, target: Target, limit: int) -> bytes:
         """A small target's bytes, checked against what is signed.
@@ -116,7 +140,7 @@ class Trust:
         """
         if target.size > limit:
             raise RepositoryError(f"{target.name} is signed with {target.size} bytes, more than {limit}; nothing of it is used")
-        data = read_small(self._transport, target.published_as, target.size)
+        data = read_small(self._source, target.published_as, target.size)
         with _foreign_errors():
             TargetFile(target.size, {"sha256": target.sha256}, target.name).verify_length_and_hashes(data)
         return data
@@ -132,7 +156,7 @@ class Trust:
             now: seconds since 1970; None: nothing fresh was found, so the clock may be wrong and is not remembered.
         """
         marks = self._home.high_water()
-        cached = {role: found for role in roles if (found := self._cached(f"{role}.json"))}
+        cached = {role: found for role in roles if (found := self._cached(f"{role}.json")) and _is(role, found)}
         trusted = _trusted(cached)
         seen = {role: found.signed.version for role, found in cached.items() if role == "root" or role in trusted}
         if lost := set(roles).intersection(TOP_ROLES) - seen.keys():
@@ -182,8 +206,16 @@ def _trusted(cached: dict[str, Metadata[Any]]) -> dict[str, rules.Trusted]:
         except ValueError:  # it is not delegated to
             continue
         if result.verified:
-            found[role] = rules.Trusted(frozenset([*result.signed, *result.unsigned]), result.threshold)
+            keys = frozenset([*result.signed, *result.unsigned])
+            if wrong := [keyid for keyid in keys if not KEYID.fullmatch(keyid)]:
+                raise TrustError(f"{role} has a key with the id {wrong[0][:80]!r}, which is no sha256; nothing is installed")
+            found[role] = rules.Trusted(keys, result.threshold)
     return found
+
+
+def _is(role: str, found: Metadata[Any]) -> bool:
+    """Whether a cached file is of the kind that its name says."""
+    return bool(found.signed.type == (role if role in TOP_ROLES else "targets"))
 
 
 def _sha256(metadata: Metadata[Any]) -> str:
@@ -191,13 +223,18 @@ def _sha256(metadata: Metadata[Any]) -> str:
 
 
 class _Fetcher(FetcherInterface):
-    """Lets python-tuf's client fetch through our transport."""
+    """Lets python-tuf's client fetch through our transport, within our limits: it takes a length from the metadata as it is."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, source: Transport) -> None:
+        self._source = source
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a look: from now on all that is fetched has to arrive within `LOOK_SECONDS`."""
+        self._until = time.monotonic() + LOOK_SECONDS
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        pieces = self._transport.read(url)
+        pieces = self._source.read(url, deadline=min(self._until, time.monotonic() + transport.DEADLINE_FLOOR))
         try:
             first = next(pieces, b"")
         except NotFoundError as error:
@@ -206,8 +243,12 @@ class _Fetcher(FetcherInterface):
 
     @staticmethod
     def _rest(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        yield first
-        yield from pieces
+        length = 0
+        for piece in chain((first,), pieces):
+            length += len(piece)
+            if length > LONGEST:
+                raise DownloadLengthMismatchError(f"metadata are longer than {LONGEST} bytes")
+            yield piece
 
 
 class _foreign_errors:  # noqa: N801 - used as a statement
@@ -230,3 +271,8 @@ class _foreign_errors:  # noqa: N801 - used as a statement
             raise TrustError(f"the repository's metadata do not hold: {error}; nothing is installed") from error
         if isinstance(error, OSError):
             raise StateError(f"the metadata cache cannot be written: {error.strerror}; check the disk") from error
+        if isinstance(error, Exception) and not isinstance(error, OtaError):
+            # What python-tuf did not expect of a document, such as a name with half a character in it.
+            raise TrustError(
+                f"the repository's metadata are not what they must be: {type(error).__name__}: {error}; nothing is installed"
+            ) from error

@@ -26,7 +26,8 @@ import base64
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -41,7 +42,9 @@ from ota.errors import (
     DeltaError,
     DeviceError,
     ExpiredError,
+    FaultError,
     GateError,
+    InvalidError,
     ManifestError,
     OperatorError,
     OtaError,
@@ -81,6 +84,8 @@ class _Plan:
     policy: Policy
     manifest: Manifest
     manifest_bytes: bytes
+    floor: int
+    """Lowest release that may be installed, as it is signed beside this one."""
 
 
 def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) -> Outcome:
@@ -97,8 +102,32 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         TransferError: the repository cannot be reached; nothing was changed.
         RoomError, StateError, DeviceError: this device cannot; nothing was changed, or the bundle on trial was taken back.
         UnfinishedError: the trying was killed or ran out of time or memory; the next call tries again, a few times.
+        FaultError: a fault of the agent's own; what runs is kept.
     """
-    step = on_step or _silent
+    with own_errors():
+        return _update(home, on_step or _silent, check_only)
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Let nothing but our own errors out of the block: whatever a stranger sends, the agent goes on with what it has.
+
+    Raises:
+        StateError: the system refused.
+        FaultError: something else failed that nobody foresaw.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"the system refused: {error}; check the directory's owner and the disk") from error
+    except Exception as error:
+        if isinstance(error, OtaError):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise FaultError(f"the agent failed in a way that nobody foresaw ({what}); what runs is kept, report it") from error
+
+
+def _update(home: Home, step: OnStep, check_only: bool) -> Outcome:
     if not check_only:
         finish_probation(home, step)  # what an earlier call left on trial comes first
     transport = connect(home.config().repository)
@@ -156,7 +185,7 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         return Outcome(False, state.active, f"stopped before the switch: {wanted.reason}", way, transport.received)
 
     step(10, "try it on this device")
-    milliseconds = _try_counted(home, plan.manifest, state, transport.received)
+    milliseconds = _try_counted(home, plan, state, transport.received)
     reports.queue(home, "starting", digest, received=transport.received, milliseconds=milliseconds)
     reports.send(home)
 
@@ -232,9 +261,9 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, rules.Wanted]:
     policy = parse(Policy, trust.read(target, MAX_POLICY), MAX_POLICY)
     # `rollout` alone cannot make anything run: what it names must be in `models`, under the same number.
     signed = trust.target(f"models/{place}/{policy.manifest}.json")
-    if signed is None or signed.custom.get("seq") != policy.seq:
+    if signed is None or signed.custom.seq != policy.seq:
         raise ManifestError(f"the policy names release {policy.seq}, which `models` does not; nothing is installed")
-    wanted = rules.want(policy, config, state, signed.custom.get("revertible") is True, int(time.time()))
+    wanted = rules.want(policy, config, state, signed.custom.revertible, int(time.time()))
     if not wanted.install:
         return None, wanted
     data = trust.read(signed, MAX_MANIFEST)
@@ -242,15 +271,22 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, rules.Wanted]:
     if signed.sha256 != policy.manifest or manifest.digest != policy.manifest:
         raise ManifestError("the manifest is not the one that the policy names; nothing is installed")
     rules.check_fits(manifest, config, ota.__version__)
-    return _Plan(policy, manifest, data), wanted
+    return _Plan(policy, manifest, data, signed.custom.floor), wanted
 
 
 def _find_delta(trust: Trust, active: str | None, plan: _Plan) -> Target | None:
-    """The delta from exactly what runs now, if one is published and worth it."""
+    """The delta from exactly what runs now, if one is published and worth it.
+
+    What the role `deltas` says is no more than a shorter way: where it says nonsense, the full bundle is fetched.
+    """
     if active is None:
         return None
     m = plan.manifest
-    found = trust.target(f"deltas/{m.line}/{m.device_class}/{active}.{m.digest}")
+    try:
+        found = trust.target(f"deltas/{m.line}/{m.device_class}/{active}.{m.digest}")
+    except InvalidError as error:
+        log.warning("%s; fetching the full bundle", error)
+        return None
     return found if found and found.size < m.size else None
 
 
@@ -368,16 +404,17 @@ def _is_complete(home: Home, digest: str, plan: _Plan) -> bool:
 # Step 10
 
 
-def _try_counted(home: Home, manifest: Manifest, state: State, received: int) -> float:
+def _try_counted(home: Home, plan: _Plan, state: State, received: int) -> float:
     """Try a bundle, counting before it what may crash the machine; returns the milliseconds of an image."""
+    manifest = plan.manifest
     tries = state.tries.get(manifest.digest, 0)
     if tries >= MAX_TRIES:
         _refuse(home, manifest.digest, f"its trying began {tries} times and never came to an answer", state, received)
     home.save(state.model_copy(update={"tries": {manifest.digest: tries + 1}}))
-    return _try(home, manifest, state, received)
+    return _try(home, manifest, state, received, plan.floor)
 
 
-def _try(home: Home, manifest: Manifest, state: State, received: int) -> float:
+def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int) -> float:
     """Try every variant of a bundle; returns the milliseconds of the default one's image."""
     from ota.agent import child
 
@@ -385,7 +422,8 @@ def _try(home: Home, manifest: Manifest, state: State, received: int) -> float:
     milliseconds = 0.0
     for variant in manifest.variants:
         try:
-            running = _running_reference(home, state, variant)
+            # One below the floor is what the factory does not want to have run: perhaps a thief's, with claims of his own.
+            running = _running_reference(home, state, variant) if state.seq >= floor else None
             answer = child.run("try", slot=str(slot.folder), digest=slot.digest, variant=variant)
             trying = _trying(answer)
             reasons = rules.judge(trying, slot.reference(variant), running)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +18,7 @@ from pydantic import ValidationError
 from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, String, Table, create_engine, insert, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from ota.errors import ManifestError, OperatorError, TransferError
+from ota.errors import ManifestError, OperatorError, TransferError, printable
 from ota.manifest import NAME_PATTERN, DeviceReport, SignedReport, parse
 
 MAX_REPORT = 8 * 1024  # bytes
@@ -92,21 +96,21 @@ class Fleet:
         Raises:
             ManifestError: it is malformed, not signed by an enrolled device, or its number was used for other content.
         """
-        signed = parse(SignedReport, data, MAX_REPORT)
+        signed, received = _opened(data)
         report = signed.report
         with _foreign_errors(), self._engine.begin() as connection:
             key = connection.execute(select(_devices.c.public_key).where(_devices.c.device == report.device)).scalar()
             if key is None:
                 raise ManifestError(f"{report.device} is not enrolled; run `ferry fleet enroll {report.device} KEY`")
             try:
-                Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signed.signature), report.canonical())
+                Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signed.signature), received)
             except InvalidSignature:
                 raise ManifestError(f"the report is not signed by {report.device}'s key") from None
             body = report.canonical().decode()
             kept = connection.execute(
                 select(_reports.c.body).where(_reports.c.device == report.device, _reports.c.number == report.number)
             ).scalar()
-            if kept == body:
+            if kept is not None and DeviceReport.model_validate_json(kept) == report:
                 return report
             if kept is not None:
                 raise ManifestError(f"{report.device} has already sent another report number {report.number}")
@@ -132,18 +136,15 @@ class Fleet:
         """
         accepted, rejected = [], {}
         for path in sorted(inbox.glob("*.json")):
+            shown = printable(path.name)
             try:
-                if not path.is_file():
-                    raise ManifestError("is not a file")
-                if path.stat().st_size > MAX_REPORT:
-                    raise ManifestError(f"is larger than {MAX_REPORT} bytes")
-                accepted.append(self.receive(path.read_bytes()))
+                accepted.append(self.receive(_read(path)))
                 path.unlink()
             except ManifestError as error:
-                rejected[path.name] = str(error)
+                rejected[shown] = str(error)
                 _set_aside(path)
             except OSError as error:
-                rejected[path.name] = f"cannot be read and removed: {error.strerror}; it is left for the next time"
+                rejected[shown] = f"cannot be read and removed: {error.strerror}; it is left for the next time"
         return Collected(accepted, rejected)
 
     def reports(self, device: str | None = None) -> list[DeviceReport]:
@@ -161,10 +162,60 @@ class Fleet:
         return {name: next(reversed(self.reports(name)), None) for name in names}
 
 
+def _opened(data: bytes) -> tuple[SignedReport, bytes]:
+    """Parse a signed report; returns it with the bytes that its signature is over.
+
+    These are made of what was received, not of what was parsed: text is made printable by parsing.
+
+    Raises:
+        ManifestError: it is too long, or malformed.
+    """
+    if len(data) > MAX_REPORT:
+        raise ManifestError(f"the report has {len(data)} bytes, more than {MAX_REPORT}; look at the device that left it")
+    try:
+        found = json.loads(data)
+        received = json.dumps(found["report"], sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        again = json.dumps(found).encode()  # of two fields of one name JSON has one: the same for both readers
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ManifestError(
+            "the report is not valid: it is no JSON object with a report; look at the device that left it"
+        ) from error
+    return parse(SignedReport, again, 8 * MAX_REPORT), received
+
+
+def _read(path: Path) -> bytes:
+    """Read a file that others left, whatever they made of its name: a link is not followed, and a pipe not waited for.
+
+    Raises:
+        ManifestError: it is no regular file, or too large.
+        OSError: it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise ManifestError("is not a regular file") from error
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ManifestError("is not a regular file")
+        if found.st_size > MAX_REPORT:
+            raise ManifestError(f"is larger than {MAX_REPORT} bytes")
+        return file.read(MAX_REPORT + 1)
+
+
 def _set_aside(path: Path) -> None:
+    """Move a file to `rejected/`, which must not be a link to where somebody wants a file to appear."""
     with suppress(OSError):  # then it is told of again next time
-        (path.parent / "rejected").mkdir(exist_ok=True)
-        path.replace(path.parent / "rejected" / path.name)
+        place = path.parent / "rejected"
+        with suppress(FileExistsError):
+            place.mkdir()
+        folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.replace(path, path.name, dst_dir_fd=folder)
+        finally:
+            os.close(folder)
 
 
 @contextmanager

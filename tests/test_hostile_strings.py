@@ -1,0 +1,550 @@
+"""Every string that a stranger could send, with hostile values: whatever it says, it reaches no path, URL, header, log or shell.
+
+Whoever has the factory's online keys can sign any of these. A device may refuse an update for it, and has to go on afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+from urllib.parse import quote
+
+import pytest
+from annotated_types import Predicate
+from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, TargetFile, Targets
+
+from ota.agent import poll, transport, trust, updater
+from ota.agent.state import Config
+from ota.delta.format import Header
+from ota.errors import FaultError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
+from ota.manifest import Document, Manifest, Origin, Policy, Reference, SamplerTable, SignedReport, parse
+from ota.release.bundle import Bundle
+from ota.release.repository import Repository
+from tests.fleet_kit import (
+    CLASS,
+    LINE,
+    Device,
+    Field,
+    WebServer,
+    change_role,
+    everyone,
+    metadata_file,
+    name_policy,
+    publish,
+    sign_in_place,
+)
+
+pytest_plugins = ("tests.fleet_kit",)
+
+HOSTILE = [
+    "../config.json", "../device.key", "../../victim", "/etc/passwd", "..", ".", "/", "a/b", "a\\b", "a\0b", "a\nb", "a\r\nX-Evil: 1",
+    "\x1b[2J", "\x9b2J", "\u202egpj", "\ud800", "x" * 300, "é" * 200, "x" * 100_000, " ", "~root", "-rf", "$(id)", "`id`", "a;id", "%2e%2e%2f",
+    "http://evil.example/x", "file:///etc/passwd", "CON", "٣" * 64, "A" * 64, "0" * 63, "0" * 65, "0" * 64 + "\n", "../" + "0" * 61,
+]  # fmt: skip
+SIGNED = ["../config.json", "../device.key", "/etc/passwd", "", "a\0b", "a\nb", "\x1b[2J", "x" * 300, "٣" * 64, "0" * 64 + "\n"]
+"""Those that are signed and taken through a whole update; the others are held against the types alone. Canonical JSON has no half characters."""
+
+
+def named(value: str) -> str:
+    return ascii(value[:16])[1:-1]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries do not wait."""
+    monkeypatch.setattr(transport, "BACKOFF", 0)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files around a device but what a look at the metadata may change: they lie where an attack would write."""
+    passing = ("device/metadata", "device/highwater.json", "device/lock", "repository")
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in sorted(files.items()) if not name.startswith(passing)}
+
+
+def goes_on(field: Field) -> None:
+    """The device still says what runs, and draws."""
+    assert field.device.sound
+    assert "sound" in field.device.command("status")
+    field.device.command("generate", "--output", str(field.folder / "drawn.png"))
+    (field.folder / "drawn.png").unlink()
+
+
+def refused(field: Field, update: Any = None) -> OtaError:
+    """An update is refused by an error of ours in one printable line, and changes nothing but the marks."""
+    (field.folder / "victim").write_bytes(b"precious")
+    before = everything(field.folder)
+    with pytest.raises(OtaError) as caught:
+        (update or field.device.update)()
+    assert not isinstance(caught.value, FaultError)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 2100
+    assert everything(field.folder) == before
+    return caught.value
+
+
+# Metadata
+
+
+def rename_hash(repository: Repository, role: str, value: str) -> None:
+    """What the holder of a role's key can do: call the file of each of its targets by any hash."""
+
+    def change(signed: Targets) -> None:
+        for name, target in list(signed.targets.items()):
+            signed.targets[name] = TargetFile(target.length, {"sha256": value}, name, target.unrecognized_fields)
+
+    change_role(repository, role, change)
+
+
+@pytest.mark.parametrize("value", SIGNED, ids=named)
+def test_hash_of_a_delta_is_no_path(offered, bundles, value):
+    # The critical one: a thief of `deltas` named a path in place of a hash, and what lay there was removed or written to.
+    rename_hash(offered.repository, "deltas", value)
+    (offered.folder / "victim").write_bytes(b"precious")
+    kept = {name: data for name, data in everything(offered.folder).items() if "state" not in name and "queue" not in name}
+    assert offered.device.update_until(10)[-1] == "refresh again"
+    now = everything(offered.folder)
+    assert {name: now[name] for name in kept} == kept
+    assert {name.split("/")[2] for name in now if name.startswith("device/slots/")} == {
+        offered.device.active,
+        bundles["second"].manifest.digest,
+    }
+    assert offered.device.leftovers() == []
+
+
+def test_delta_with_a_path_for_a_hash_costs_a_full_bundle_and_no_more(offered, bundles):
+    rename_hash(offered.repository, "deltas", "../config.json")
+    assert offered.device.update().way == "full"
+    assert offered.device.active == bundles["second"].manifest.digest
+    goes_on(offered)
+
+
+@pytest.mark.parametrize("role", ["models", "rollout"])
+@pytest.mark.parametrize("value", SIGNED, ids=named)
+def test_hash_of_a_document_is_no_path(offered, role, value):
+    rename_hash(offered.repository, role, value)
+    assert isinstance(refused(offered), InvalidError)
+
+
+@pytest.mark.parametrize("role", ["models", "rollout"])
+def test_refused_hash_leaves_a_device_that_goes_on(offered, role):
+    rename_hash(offered.repository, role, "../config.json")
+    refused(offered)
+    goes_on(offered)
+
+
+@pytest.mark.parametrize("field", ["seq", "floor", "revertible"])
+@pytest.mark.parametrize("value", ["../x", "1", "", [], {}, 1.5, None, -1, 2**60, "\x1b[2J", "0" * 64])
+def test_signed_number_is_a_number(offered, field, value):
+    if field == "seq" and value is None:
+        pytest.skip("a release without a number is refused by another rule, see test_models_without_number_refused")
+
+    def change(signed: Targets) -> None:
+        for target in signed.targets.values():
+            custom = target.unrecognized_fields["custom"]
+            custom[field] = int(value * 2) if isinstance(value, float) else value  # canonical JSON has no floats
+
+    change_role(offered.repository, "models", change)
+    if (field, value) in (("seq", 1.5), ("floor", 1.5)):  # 3, which is a number: of no release, or a floor above this one
+        assert isinstance(refused(offered), ManifestError if field == "seq" else TrustError)
+        return
+    assert isinstance(refused(offered), InvalidError)
+
+
+@pytest.mark.parametrize("name", ["root", "timestamp", "snapshot", "targets", "models", "rollout", *SIGNED], ids=named)
+def test_role_named_by_a_thief_is_not_kept(offered, bundles, name):
+    # A thief of `deltas` delegates to a role of any name. python-tuf keeps a role's file under its name in the cache, and what
+    # lies there under "root" or "models" becomes a mark.
+    honest = metadata_file(offered.repository, "deltas").read_bytes()
+    thief = CryptoSigner.generate_ed25519()
+
+    def delegate(signed: Targets) -> None:
+        signed.targets.clear()
+        role = DelegatedRole("other", [thief.public_key.keyid], 1, True, ["deltas/*/*/*"])
+        signed.delegations = Delegations({thief.public_key.keyid: thief.public_key}, {"other": role})
+        role.name = name  # python-tuf would not write all of these itself
+        signed.delegations.roles = {name: role}
+
+    change_role(offered.repository, "deltas", delegate)
+    made = Metadata(Targets(version=1_000_000))
+    made.sign(thief)
+    place = offered.repository.metadata / f"1000000.{quote(name, '')}.json"
+    served = len(place.name) < 250
+    if served:
+        place.write_bytes(made.to_bytes())
+    if name not in ("models", "rollout", "targets"):
+        sign_in_place(
+            metadata_file(offered.repository, "snapshot"), offered.repository.keys, "snapshot",
+            lambda signed: signed.meta.update({f"{name}.json": MetaFile(1_000_000)}),
+        )  # fmt: skip
+    before = everything(offered.folder)
+    if name in ("", "root", "timestamp", "snapshot", "targets"):
+        with pytest.raises(TrustError):
+            offered.device.update()
+    else:
+        offered.device.update_until(10)
+    assert everything(offered.folder).items() >= before.items()
+    assert max(offered.device.home.high_water().versions.values()) < 1_000_000
+
+    if served:
+        place.unlink()
+    path = metadata_file(offered.repository, "deltas")
+    path.write_bytes(honest)  # so that it can be read, and changed back by the factory's own tool
+
+    def restore(signed: Targets) -> None:
+        signed.version += 1
+
+    change_role(offered.repository, "deltas", restore)
+    offered.device.update()
+    assert offered.device.active == bundles["second"].manifest.digest
+
+
+@pytest.mark.parametrize("value", SIGNED, ids=named)
+def test_name_in_the_snapshot_is_no_path(offered, bundles, value):
+    def change(signed: Any) -> None:
+        signed.meta[f"{value}.json"] = MetaFile(7, 10**12, {"sha256": value})
+        signed.unrecognized_fields[value] = value
+
+    change_role(offered.repository, "rollout", lambda _: None)
+    sign_in_place(metadata_file(offered.repository, "snapshot"), offered.repository.keys, "snapshot", change)
+    offered.device.update()
+    assert offered.device.active == bundles["second"].manifest.digest
+
+
+def test_key_id_that_is_none_is_not_remembered(offered):
+    # Signed by the offline keys, so by a faulty tool rather than a thief; without a limit the marks would outgrow their file.
+    def change(signed: Targets) -> None:
+        assert signed.delegations
+        role = signed.delegations.roles["rollout"]
+        for i in range(3000):
+            wrong = f"../{i:0100d}"
+            signed.delegations.keys[wrong] = type(key := signed.delegations.keys[role.keyids[0]])(
+                wrong, key.keytype, key.scheme, key.keyval
+            )
+            role.keyids.append(wrong)
+
+    change_role(offered.repository, "targets", change)
+    assert isinstance(refused(offered), TrustError)
+    assert set(offered.device.home.high_water().keys) <= {"timestamp", "snapshot", "targets", "models", "deltas", "rollout"}
+    assert all(re.fullmatch("[0-9a-f]{64}", k) for keys in offered.device.home.high_water().keys.values() for k in keys)
+
+
+def test_length_signed_by_a_thief_fills_no_memory(offered):
+    # The snapshot's word on a length would take the place of our limit.
+    def change(signed: Any) -> None:
+        signed.meta["models.json"].length = 10**12
+
+    change_role(offered.repository, "models", lambda _: None)
+    sign_in_place(metadata_file(offered.repository, "snapshot"), offered.repository.keys, "snapshot", change)
+    with WebServer(offered.repository.folder) as server:
+        offered.device.configure(repository=server.address)
+        server.faults.endless = {".models.json"}
+        refused(offered)
+        assert server.bytes_sent(".models.json") < WebServer.ENDLESS / 2
+
+
+# Documents: no string without a type
+
+DOCUMENTS: list[type[BaseModel]] = [
+    trust.Target, trust.Custom, Manifest, Policy, SamplerTable, Reference, SignedReport, Config, Header,
+]  # fmt: skip
+OWN = {("Target", "name")}  # strings that the agent makes itself
+
+
+def strings_of(kind: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[tuple[type[BaseModel], str, bool]]:
+    """Every field of a document and of those in it that holds strings, and whether it takes any string."""
+    if kind in seen:
+        return
+    seen.add(kind)
+    for name, field in kind.model_fields.items():
+        yield from leaves(kind, name, field.annotation, list(field.metadata), seen)
+
+
+def leaves(
+    kind: type[BaseModel], name: str, annotation: Any, limits: list[Any], seen: set[type[BaseModel]]
+) -> Iterator[tuple[type[BaseModel], str, bool]]:
+    if hasattr(annotation, "__metadata__"):
+        limits = [*limits, *annotation.__metadata__]
+        annotation = annotation.__origin__
+    if annotation is str:
+        kinds = (AfterValidator, Predicate)
+        typed = any(isinstance(m, kinds) or (isinstance(m, StringConstraints) and m.pattern) for m in limits)
+        typed = typed or any(getattr(m, "pattern", None) for m in limits)
+        yield kind, name, not typed
+    elif get_origin(annotation) in (Union, UnionType, list, dict, tuple):
+        for part in get_args(annotation):
+            yield from leaves(kind, name, part, limits, seen)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield from strings_of(annotation, seen)
+    elif get_origin(annotation) is Literal and any(isinstance(value, str) for value in get_args(annotation)):
+        yield kind, name, False
+
+
+def all_strings() -> dict[str, bool]:
+    seen: set[type[BaseModel]] = set()
+    found = [row for kind in DOCUMENTS for row in strings_of(kind, seen)]
+    return {f"{kind.__name__}.{name}": free for kind, name, free in found if (kind.__name__, name) not in OWN}
+
+
+def test_no_string_comes_without_a_type():
+    found = all_strings()
+    assert len(found) > 30
+    assert [name for name, free in found.items() if free] == []
+
+
+def test_every_string_is_listed_in_the_documentation():
+    text = (Path(__file__).parent.parent / "ota" / "README.md").read_text()
+    section = text.partition("## Strings that come from outside")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"`([A-Z]\w+\.\w+)`", section))
+    assert all_strings().keys() - listed == set()
+    assert {name for name in listed - all_strings().keys() if not name.startswith(("TUF.", "URL."))} == set()
+
+
+EXAMPLES: dict[type[Document], dict[str, Any]] = {
+    Manifest: {
+        "line": "a", "device_class": "b", "tier": "nano", "configuration": "I", "precision": "int8", "variants": ["full"], "default_variant": "full",
+        "files": [{"role": role, "variant": None if role == "graph" else "full", "size": 1, "sha256": "1" * 64}
+                  for role in ("graph", "weights", "sampler", "golden", "reference")],
+        "origin": {"data_rev": "1" * 40, "data_md5": "1" * 32 + ".dir", "code": "1" * 64, "lineage": "1" * 64, "scorecard": "1" * 64,
+                   "decision": "1" * 64, "model": "a-I-full", "version": 1},
+        "minimum_agent": "0.1.0", "schema_version": 1,
+    },
+    Policy: {"line": "a", "device_class": "b", "seq": 1, "manifest": "1" * 64, "salt": "1-1", "waves": []},
+    SamplerTable: {
+        "schema_version": 1, "variant": "full", "method": "ab2", "times": [1.0, 0.0], "guidance": 1.0, "image": {"channels": 1, "size": 8},
+        "text_length": 8, "runtime": {"onnxruntime": [">=1.20", "<2"], "graph_optimization_level": "all",
+                                      "config": {"session.qdq_matmulnbits_accuracy_level": "1"}},
+    },
+    Reference: {"schema_version": 1, "golden": {"tolerance": 0.1, "share": 0.9}, "load": [[1.0]], "statistics": {"mean": {"low": 0.0, "high": 1.0}},
+                "latency_ms": 1.0},
+    SignedReport: {
+        "report": {"device": "d", "boot": "b-1", "number": 1, "time": 1, "line": "a", "device_class": "b", "event": "installed",
+                   "manifest": "1" * 64, "active": None, "reason": "why"},
+        "signature": "1" * 128,
+    },
+    Config: {"device": "d", "line": "a", "device_class": "b", "repository": "https://updates.example/f", "root_sha256": "1" * 64,
+             "reports": "/mnt/inbox", "window": "22:00-05:00", "prefer": "default", "safe": "full"},
+}  # fmt: skip
+PLACES = {("repository",), ("reports",)}  # folders and addresses of the device's owner: any but control characters
+TEXTS = {("report", "reason")}  # for people: made printable
+
+
+def spots(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where strings are in a document, names of fields that are free included."""
+    if isinstance(value, str):
+        yield at
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from spots(part, (*at, key))
+            yield (*at, key, None)
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from spots(part, (*at, i))
+
+
+def placed(value: Any, at: tuple[Any, ...], hostile: str) -> Any:
+    """A document with a hostile string in one spot; None at the end of a spot: as the name of the field."""
+    if not at:
+        return hostile
+    if isinstance(value, dict) and at[1:] == (None,):
+        return {hostile if key == at[0] else key: part for key, part in value.items()}
+    made = dict(value) if isinstance(value, dict) else list(value)
+    made[at[0]] = placed(value[at[0]], at[1:], hostile)
+    return made
+
+
+SPOTS = [(kind, at) for kind, value in EXAMPLES.items() for at in spots(value)]
+
+
+@pytest.mark.parametrize(("kind", "at"), SPOTS, ids=lambda v: v.__name__ if isinstance(v, type) else ".".join(map(str, v)))
+def test_hostile_string_in_a_document_is_refused(kind, at):
+    good = EXAMPLES[kind]
+    assert parse(kind, json.dumps(good).encode(), 1 << 20)
+    for hostile in HOSTILE:
+        data = json.dumps(placed(good, at, hostile)).encode()
+        refusal, made = "", None
+        try:
+            made = parse(kind, data, 1 << 20)
+        except ManifestError as error:
+            refusal = str(error)
+        if made is None:
+            assert refusal.isprintable()
+            assert len(refusal) < 2100
+        elif at in TEXTS:
+            assert made.report.reason.isprintable()
+        elif at in PLACES:
+            assert not re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", hostile), hostile
+        elif at == ("salt",) or at[-1:] in (("data_rev",), ("data_md5",), ("model",), ("boot",)):
+            assert re.fullmatch(r"[A-Za-z0-9._-]*", hostile), hostile  # letters of no path, URL or shell
+        elif at[-1:] in (("line",), ("device_class",), ("device",), ("tier",)):
+            assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", hostile), hostile
+        else:
+            pytest.fail(f"{kind.__name__} takes {hostile!r} in {at}")
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e400"])
+@pytest.mark.parametrize("at", ["low", "high", "tolerance", "latency_ms"])
+def test_reference_holds_numbers_only(value, at):
+    # A running bundle whose range is NaN would keep every later one out.
+    data = json.dumps(EXAMPLES[Reference])
+    hostile = re.sub(rf'"{at}": [0-9.]+', f'"{at}": {value}', data)
+    assert hostile != data
+    with pytest.raises(ManifestError):
+        parse(Reference, hostile.encode(), 1 << 20)
+
+
+def test_configuration_damaged_by_a_stranger_is_named(scene):
+    for field in ("device", "line", "device_class", "root_sha256", "window", "repository", "reports"):
+        value = scene.device.home.config().model_dump(mode="json") | {field: "../\n\0x"}
+        path = scene.device.root / "config.json"
+        good = path.read_bytes()
+        path.write_bytes(json.dumps(value).encode())
+        with pytest.raises(StateError, match="is damaged; run `ferry-agent init` again"):
+            scene.device.home.config()
+        path.write_bytes(good)
+    goes_on(scene)
+
+
+@pytest.mark.parametrize("option", ["--device", "--line", "--class", "--repository", "--reports", "--window", "--safe"])
+@pytest.mark.parametrize("value", ["a\nb", "a\x1b[2J", "a\x9bb", "\ud800"], ids=named)
+def test_init_takes_no_control_characters(scene, tmp_path, option, value):
+    given = {
+        "--device": "d",
+        "--line": "a",
+        "--class": "b",
+        "--repository": "/r",
+        "--reports": "/r",
+        "--window": "",
+        "--safe": "full",
+    }
+    words = [word for pair in (given | {option: value}).items() for word in pair]
+    sha256 = scene.device.home.config().root_sha256
+    output = Device(tmp_path / "new").command(
+        "init", *words, "--root", str(scene.device.root / "root.json"), "--root-sha256", sha256, code=3
+    )
+    assert output.startswith(f"ferry-agent: {option.replace('--class', '--device-class')} is not valid")
+    assert output.rstrip("\n").isprintable()
+    assert not (tmp_path / "new").exists()
+
+
+# Whatever is signed, only our own errors leave an update, and nothing ends `run`
+
+
+def sign_raw(repository: Repository, role: str, path: str, data: bytes, **custom: Any) -> None:
+    """What the holder of a role's key can do: sign any bytes under one of its names."""
+    target = repository._add_target(path, data, custom)
+
+    def change(signed: Targets) -> None:
+        signed.targets[path] = target
+
+    change_role(repository, role, change)
+
+
+@pytest.mark.parametrize("value", [*SIGNED, "\ud800", "x" * 100_000], ids=named)
+def test_signed_manifest_with_a_hostile_string_is_refused(offered, bundles, value):
+    release, good = offered.release, bundles["second"].manifest.model_dump(mode="json")
+    good["files"][0]["sha256"] = value
+    data = json.dumps(good, sort_keys=True, separators=(",", ":")).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    sign_raw(offered.repository, "models", f"models/{LINE}/{CLASS}/{digest}.json", data, seq=3)
+    name_policy(offered.repository, everyone(release, manifest=digest, seq=3))
+    assert re.search("files.0.sha256|Invalid JSON|more than 65536", str(refused(offered)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"null", b"[]", b"{}", b"\xff\xfe", b'{"a":' * 5000, b'{"seq":' + b"9" * 5000 + b"}", b'{"seq":1e999}', b'"\\ud800"'],
+    ids=range(9),
+)
+@pytest.mark.parametrize("role", ["models", "rollout"])
+def test_signed_nonsense_is_refused(offered, role, data):
+    path = f"rollout/{LINE}/{CLASS}.json" if role == "rollout" else f"models/{LINE}/{CLASS}/{offered.release.manifest}.json"
+    sign_raw(offered.repository, role, path, data, seq=2)
+    refused(offered)
+    goes_on(offered)
+
+
+@pytest.mark.parametrize("version", [2**53 + 1, 10**30, 10**4000])
+def test_version_beyond_all_numbers_is_no_mark(offered, version):
+    def change(signed: Any) -> None:
+        signed.version = version
+
+    sign_in_place(metadata_file(offered.repository, "timestamp"), offered.repository.keys, "timestamp", change)
+    assert isinstance(refused(offered), TrustError)
+    assert offered.device.home.high_water().versions["timestamp"] < version
+
+
+def test_error_that_nobody_foresaw_does_not_end_run(offered, monkeypatch):
+    told: list[Any] = []
+    stopped = threading.Event()
+
+    def tell(how: Any) -> None:
+        told.append(how)
+        if len(told) == 3:
+            stopped.set()
+
+    faults = iter([KeyError("seq"), RecursionError("too deep"), OSError(5, "Input/output error")])
+
+    def fail(*_: Any) -> Any:
+        raise next(faults)
+
+    monkeypatch.setattr(updater, "_decide", fail)
+    monkeypatch.setattr(poll, "pause", lambda *_: 0)
+    poll.run(offered.device.home, 3600, stopped, tell, at_once=True)
+    assert [type(how) for how in told] == [FaultError, FaultError, StateError]
+    goes_on(offered)
+
+
+# What a thief's bundle says of itself
+
+
+def test_floor_takes_away_what_a_thiefs_bundle_claims(keys, bundles: dict[str, Bundle], tmp_path):
+    # With the models key a thief has devices run garbage, beside which every good bundle looks wrong. After the rotation the
+    # factory raises the floor above it, and what it claims counts for nothing any more.
+    repository = Repository.create(tmp_path / "repository", keys)
+    publish(repository, bundles["garbage"])
+    devices = [
+        Device.init(tmp_path / name / "device", repository, name=name) for name in ("one", "two") if not (tmp_path / name).mkdir()
+    ]
+    for device in devices:
+        device.update()
+    publish(repository, bundles["second"])
+    with pytest.raises(OtaError, match="the running model's lies between"):
+        devices[0].update()
+    repository.set_floor(LINE, CLASS, 2)
+    devices[1].update()
+    assert devices[1].active == bundles["second"].manifest.digest
+
+
+# Text for people
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=named)
+def test_printable_text_is_one_harmless_line(value):
+    shown = printable(value, 200)
+    assert shown.isprintable()
+    assert len(shown) < 1300
+    assert "\\x1b" in shown or "\x1b" not in value
+    assert str(OtaError(value)).isprintable()
+    if value.isprintable() and len(value) <= 200:
+        assert shown == value
+
+
+def test_origin_keeps_what_factories_write():
+    Origin(
+        data_rev="0" * 40, data_md5="0" * 32 + ".dir", code="1" * 64, lineage="2" * 64, scorecard="3" * 64, decision="4" * 64,
+        model="surfaces-I-full", version=3,
+    )  # fmt: skip
+    with pytest.raises(ValidationError):
+        Origin(
+            data_rev="0" * 40, data_md5="0" * 32, code="1" * 64, lineage="2" * 64, scorecard="3" * 64, decision="4" * 64,
+            model="../surfaces", version=3,
+        )  # fmt: skip

@@ -1,0 +1,256 @@
+"""One deadline for a whole transfer, whatever the other side spends it on, and regular files only out of a folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from ota.agent import transport
+from ota.agent.disk import Disk
+from ota.agent.transport import Folder, NotFoundError, Web, connect, download, read_small
+from ota.errors import TransferError
+from tests.fleet_kit import Field
+
+pytest_plugins = ("tests.fleet_kit",)
+
+PATIENCE = 60.0  # seconds until a test that hangs is called one
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines of a moment, and no second attempt."""
+    monkeypatch.setattr(transport, "DEADLINE_FLOOR", 0.4)
+    monkeypatch.setattr(transport, "ATTEMPTS", 1)
+
+
+class Dripper:
+    """A server that says a beginning and then one piece after the other, for ever, until the caller hangs up."""
+
+    def __init__(self, beginning: bytes, piece: bytes) -> None:
+        self._beginning, self._piece = beginning, piece
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        self.hung_up = threading.Event()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._listening.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                caller, _ = self._listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._drip, args=(caller,), daemon=True).start()
+
+    def _drip(self, caller: socket.socket) -> None:
+        with caller:
+            try:
+                caller.recv(65536)
+                caller.sendall(self._beginning)
+                while self._piece and not self._stopped.wait(0.05):
+                    caller.sendall(self._piece)
+                if not caller.recv(1):
+                    self.hung_up.set()
+            except OSError:
+                self.hung_up.set()
+
+
+def ends(work: Callable[[], Any]) -> Exception | None:
+    """What a call ends with; it fails the test where it does not end at all."""
+    found: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - it is looked at by who asked
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "it waits for ever"
+    return found[0] if found else None
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+DRIPS = {
+    "nothing": (b"", b""),
+    "status line": (b"HTTP/1.1 2", b"0"),
+    "reason": (b"HTTP/1.1 200 ", b"x"),
+    "header": (OK + b"X-Long: ", b"a"),
+    "name of a header": (OK, b"a"),
+    "interim answers": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "headers of an interim answer": (b"HTTP/1.1 103 Early Hints\r\nX: ", b"a"),
+    "size of a chunk": (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+    "extension of a chunk": (OK + b"Transfer-Encoding: chunked\r\n\r\n1;x=", b"a"),
+    "trailer": (OK + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX: ", b"a"),
+    "body": (OK + b"Content-Length: 1000000\r\n\r\n", b"a"),
+    "body without an end": (OK + b"\r\n", b"a"),
+    "body of a refusal": (b"HTTP/1.1 500 Broken\r\nContent-Length: 1000000\r\n\r\n", b"a"),
+    "TLS": (b"\x16\x03\x03\x40\x00", b"\x02"),
+}
+
+
+@pytest.mark.parametrize("what", DRIPS)
+def test_dripping_server_is_left_at_the_deadline(what, monkeypatch):
+    monkeypatch.setattr(transport, "GAP_TIMEOUT", 1.0)
+    with Dripper(*DRIPS[what]) as server:
+        web = Web(f"{'https' if what == 'TLS' else 'http'}://127.0.0.1:{server.port}")
+        error = ends(lambda: read_small(web, "metadata/timestamp.json", 10**7))
+        assert isinstance(error, TransferError)
+        assert "it will be tried again" in str(error)
+        # The thread that reads is not left behind: a device that runs for years would have a thousand of them.
+        assert server.hung_up.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("what", ["header", "interim answers", "body"])
+def test_dripping_server_holds_neither_agent_nor_lock(offered: Field, what):
+    with Dripper(*DRIPS[what]) as server:
+        offered.device.configure(repository=f"http://127.0.0.1:{server.port}")
+        before = offered.device.facts()
+        assert isinstance(ends(offered.device.update), TransferError)
+        with offered.device.home.locked():
+            assert offered.device.facts() == before
+
+
+def test_all_documents_of_a_look_share_a_deadline(offered: Field, monkeypatch):
+    # Each within its own time, a mirror could hold an agent for as long as there are documents.
+    monkeypatch.setattr("ota.agent.trust.LOOK_SECONDS", -1.0)
+    assert isinstance(ends(offered.device.update), TransferError)
+
+
+def test_name_that_is_never_found_is_not_waited_for(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(PATIENCE) or [])
+    error = ends(lambda: read_small(Web("http://updates.example"), "x", 1))
+    release.set()
+    assert isinstance(error, TransferError)
+    assert "arrives too slowly" in str(error)
+
+
+def test_connection_is_kept_between_files(offered: Field, monkeypatch):
+    # A handshake for each file would cost more than the metadata on a thin link.
+    monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    made: list[object] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def __init__(self, *rest: Any) -> None:
+            made.append(self)
+            super().__init__(*rest, directory=str(offered.repository.folder))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        web = connect(f"http://127.0.0.1:{server.server_address[1]}")
+        for name in ("metadata/timestamp.json", "metadata/1.root.json", "metadata/timestamp.json"):
+            assert read_small(web, name, 10**6)
+        server.shutdown()
+    assert len(made) == 1
+
+
+# Folders and sticks
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A repository's folder with a thing of each kind in it."""
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "tty").symlink_to("/dev/tty")
+    (tmp_path / "loop").symlink_to("loop")
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(tmp_path / "socket"))
+    yield tmp_path
+    listening.close()
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", "zero", "tty", "socket", "loop"])
+def test_what_is_no_file_is_not_read(folder, name):
+    error = ends(lambda: read_small(Folder(folder), name, 10**6))
+    assert isinstance(error, TransferError)
+    assert "not a regular file" in str(error) or "cannot read" in str(error)
+    assert not isinstance(error, NotFoundError)
+
+
+@pytest.mark.parametrize("name", ["file", "link"])
+def test_file_behind_a_link_is_read(folder, name):
+    # Web servers and rsync publish by links; what is fetched is verified in any case.
+    assert read_small(Folder(folder), name, 100) == b"content"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\udcff", "", "."])
+def test_name_that_no_file_has_is_an_error_of_ours(folder, name):
+    assert isinstance(ends(lambda: read_small(Folder(folder), name, 100)), TransferError)
+
+
+def test_mount_that_hangs_is_left_at_the_deadline(folder, monkeypatch):
+    reading, writing = os.pipe()
+    monkeypatch.setattr(Folder, "_pieces", lambda *_: iter(lambda: os.read(reading, 1), b""))
+    error = ends(lambda: read_small(Folder(folder), "file", 100))
+    os.close(writing)
+    assert isinstance(error, TransferError)
+    assert "arrives too slowly" in str(error)
+
+
+@pytest.mark.parametrize("what", ["pipe", "zero"])
+@pytest.mark.parametrize("place", ["metadata/timestamp.json", "objects"])
+def test_stick_with_something_else_in_place_of_a_file(offered: Field, bundles, what, place):
+    path = offered.repository.folder / place
+    if place == "objects":
+        for old in (offered.repository.target_files / "deltas").rglob("*"):
+            if old.is_file():
+                old.unlink()
+        path = bundles["second"].path("weights", "full")
+        path = offered.repository.objects / path.name
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    before = offered.device.facts(marks=False)
+    error = ends(offered.device.update)
+    assert isinstance(error, TransferError)
+    assert "not a regular file" in str(error)
+    assert offered.device.facts(marks=False) == before
+
+
+def test_what_arrived_before_the_deadline_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(transport, "MINIMUM_RATE", 10**9)
+    with Dripper(OK + b"Content-Length: 1000\r\n\r\n" + b"b" * 500, b"a") as server:
+        error = ends(lambda: download(Web(f"http://127.0.0.1:{server.port}"), "x", 1000, Disk(tmp_path), "part"))
+    assert isinstance(error, TransferError)
+    kept = (tmp_path / "part").read_bytes()
+    assert kept[:500] == b"b" * 500
+    assert set(kept[500:]) <= {ord("a")}
+
+
+def test_fast_server_without_an_end_is_left_at_the_deadline(tmp_path, monkeypatch):
+    # There is always a next piece, so whoever looks for the deadline only where none is waiting never sees it.
+    with Dripper(OK + b"\r\n", b"a" * 1_000_000) as server:
+        began = time.monotonic()
+        pieces = Web(f"http://127.0.0.1:{server.port}").read("x", deadline=began + 1)
+        error = ends(lambda: [None for _ in pieces])
+    assert isinstance(error, TransferError)
