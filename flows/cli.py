@@ -182,6 +182,7 @@ app.command()(promotion.rollback)
 app.command()(promotion.approve)
 app.command()(promotion.reconcile)
 app.command()(promotion.history)
+app.command()(promotion.seal)
 
 
 @app.command()

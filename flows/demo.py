@@ -228,13 +228,13 @@ class Demo:
         """Register the champion with its weights shuffled, as a fault in the factory might; then overrule the gate."""
         import torch
 
-        from flows.promote import promote, promotions
+        from flows.promote import champion_of, promote, promotions
         from flows.retrain import champion_files, register_checkpoint
         from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
 
         if promotions(self.workspace, self._subject())[-1].facts["overruled"]:
             return  # done, in a run of the demo that was killed
-        champion = self.workspace.catalog.champion(self._subject())
+        champion = champion_of(self.workspace, self._subject())
         if champion is None:
             raise DemoError(f"{self._subject()} has no champion to break")
         whole = load_checkpoint(Path(champion_files(self.workspace, champion)["checkpoint"]))
@@ -288,6 +288,7 @@ class Demo:
     def summary(self) -> dict[str, Any]:
         """The story's figures, each from the store that keeps it."""
         from flows import data
+        from flows.promote import judged
         from model import versions
 
         w, subject = self.workspace, self._subject()
@@ -309,8 +310,8 @@ class Demo:
                 "metadata": w.repository.metadata_bytes(),
             },
             "gate": {
-                str(v.number): {"outcome": v.outcome, "reason": v.tags["gate.reason"], "n": int(v.tags["gate.n"])}
-                for v in registered
+                str(number): {"outcome": said.facts["outcome"], "reason": said.why, "n": said.facts["verdict"]["n"]}
+                for number, said in sorted(judged(w, subject).items())
             },
             "refused": {device: " ".join(refusals(w.root / "devices" / device).values()) for device in DEVICES},
             "champion": next((v.number for v in registered if "champion" in v.aliases), None),

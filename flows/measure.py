@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows import progress
+from flows.promote import champion_of, judged, sealed
 from flows.workspace import Workspace
 from model.errors import ConfigError, DataError
 from model.scorecard import Frozen, PublishedFid, Scorecard
-from registry.catalog import CHAMPION, Subject, Version
+from registry.catalog import Subject
 from registry.errors import CatalogError
+from registry.seal import Seal
 
 FEATURES = "inception:"  # and a file; the only features that are not the line's own
 
@@ -28,18 +30,18 @@ class Measured(Frozen):
     """The folder that the FID compares with."""
 
 
-def find(workspace: Workspace, subject: str, number: int | None = None) -> Version:
-    """A version of LINE/CONFIG/VARIANT; the champion without a number.
+def find(workspace: Workspace, subject: str, number: int | None = None) -> Seal:
+    """A version of LINE/CONFIG/VARIANT as the gate saw it; the champion without a number.
 
     Raises:
-        CatalogError: there is none, or the subject is not written so.
+        CatalogError: there is none, the gate never saw it, or the subject is not written so.
         WorkspaceError: there is no such line.
     """
     asked = Subject.parse(subject)
     workspace.line(asked.line)
     if number is not None:
-        return workspace.catalog.version(asked, number)
-    champion = workspace.catalog.champion(asked)
+        return sealed(workspace, asked, number)
+    champion = champion_of(workspace, asked)
     if champion is None:
         known = ", ".join(str(version.number) for version in workspace.catalog.versions(asked))
         raise CatalogError(
@@ -64,7 +66,7 @@ def network_file(features: str) -> Path:
 
 
 def measure(
-    workspace: Workspace, version: Version, file: Path | None = None, images: Path | None = None, n: int | None = None
+    workspace: Workspace, version: Seal, file: Path | None = None, images: Path | None = None, n: int | None = None
 ) -> Measured:
     """Read a version's scorecard and, where a network is given, compute the FID of the images that it draws.
 
@@ -80,10 +82,11 @@ def measure(
         CheckpointError: the file is no TorchScript, or not of a network that gives features.
         StoreError: MLflow does not deliver the version's files.
     """
-    card = Scorecard.model_validate_json(workspace.catalog.text(version, "scorecard.json"))
+    card, subject = workspace.catalog.card(version), Subject.parse(version.subject)
+    said, champion = judged(workspace, subject)[version.version], champion_of(workspace, subject)
     known = Measured(
-        subject=str(version.subject), version=version.number, champion=CHAMPION in version.aliases, outcome=version.outcome,
-        reason=version.tags["gate.reason"], scorecard=card,
+        subject=version.subject, version=version.version, champion=champion is not None and champion.version == version.version,
+        outcome=said.facts["outcome"], reason=said.why, scorecard=card,
     )  # fmt: skip
     if file is None:
         return known
@@ -111,7 +114,7 @@ def measure(
         session.load(workspace.catalog.files(version, "bundle", kept)),
         evaluate.held_out_captions(dataset, n or card.quality[0].n),
         card.sampler,
-        lambda done, total: progress.advance(f"draw {version.subject} {version.number}", done, total),
+        lambda done, total: progress.advance(f"draw {version.name}", done, total),
     )
     folder = images or own
     return known.model_copy(update={"fid": evaluate.published_fid(folder, drawn.images, file), "images": str(folder)})

@@ -11,38 +11,89 @@ from collections.abc import Collection
 from flows.workspace import Workspace
 from model.config import VariantName
 from model.scorecard import Frozen
-from registry.catalog import ANCHOR, CHAMPION, Subject, Version
+from registry.catalog import ANCHOR, CHAMPION, Subject
 from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
 from registry.ledger import START, Entry
-from registry.promotion import Alias, Answer, How, Standing, anchor_after, before, check, goes_on, settle, standing
-from registry.selection import reasoned
+from registry.promotion import Alias, Answer, How, Standing, before, check, goes_on, settle, standing
+from registry.seal import Seal
+from registry.selection import Decision, reasoned
 
 REFUSED = "promotion.refused"  # tag of a version: why an alias set to it was put back
 MOVES = 100  # of an alias, while others promote the same subject
 
 
-def champions(workspace: Workspace, line: str, device_class: str) -> dict[VariantName, Version]:
-    """The champions that a device class runs, by variant.
+def champions(workspace: Workspace, line: str, device_class: str) -> dict[VariantName, Seal]:
+    """The champions that a device class runs, by variant, as the gate saw them.
 
     Raises:
-        CatalogError: a variant has none, or MLflow's alias is not what the ledger says.
+        CatalogError: a variant has none, an older ferry kept no hashes of it, or MLflow's alias is not what the ledger says.
     """
     settings = workspace.device_class(line, device_class)
-    found: dict[VariantName, Version] = {}
+    found: dict[VariantName, Seal] = {}
     for variant in settings.variants:
         subject = Subject(line=line, configuration=settings.configuration, variant=variant)
-        champion = workspace.catalog.champion(subject)
-        if champion is None:
-            check_champion_kept(workspace, subject)
+        now, alias = _standing(workspace, subject), workspace.catalog.champion(subject)
+        if now.version is None and alias is None:
             raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {line}`, or `ferry promote`")
-        now = _standing(workspace, subject)
-        if now.version != champion.number or now.weights != champion.weights_sha256:
+        if alias is None:
+            check_champion_kept(workspace, subject)
+        if now.version is None or alias is None or now.version != alias.number or now.weights != alias.tagged_weights:
+            said = f"{alias.number} is champion" if alias else "has no champion"
             raise CatalogError(
-                f"MLflow says {subject} {champion.number} is champion, the ledger does not; `ferry reconcile` settles it, or `ferry promote "
+                f"MLflow says {subject} {said}, the ledger does not; `ferry reconcile` settles it, or `ferry promote "
                 f"{subject} VERSION --reason ...` with the version that is meant"
             )
-        found[variant] = champion
+        found[variant] = now.seal(str(subject), now.version)
     return found
+
+
+def champion_of(workspace: Workspace, subject: Subject) -> Seal | None:
+    """The champion as the ledger says and the gate saw it; MLflow has no say in it, but must still have it.
+
+    Raises:
+        CatalogError: MLflow does not have it any more, or an older ferry kept no hashes of it.
+    """
+    now = _standing(workspace, subject)
+    if now.version is None:
+        return None
+    check_champion_kept(workspace, subject)
+    return now.seal(str(subject), now.version)
+
+
+def anchor_of(workspace: Workspace, subject: Subject) -> Seal | None:
+    """The best model ever, as the ledger says and the gate saw it.
+
+    Raises:
+        CatalogError: an older ferry kept no hashes of it.
+    """
+    now = _standing(workspace, subject)
+    return now.seal(str(subject), now.anchor) if now.anchor else None
+
+
+def sealed(workspace: Workspace, subject: Subject, number: int) -> Seal:
+    """A version as the gate saw it.
+
+    Raises:
+        CatalogError: there is no such version, the gate never saw it, or an older ferry kept no hashes of it.
+    """
+    workspace.catalog.version(subject, number)
+    return _standing(workspace, subject).seal(str(subject), number)
+
+
+def seals(workspace: Workspace, subject: Subject) -> list[Seal]:
+    """All versions as the gate saw them, oldest first; those of an older ferry that are not sealed yet are left out."""
+    return [seal for _, seal in sorted(_standing(workspace, subject).seals.items())]
+
+
+def judged(workspace: Workspace, subject: Subject) -> dict[int, Entry]:
+    """The last decision of the gate on each version."""
+    return _standing(workspace, subject).judged
+
+
+def verdict(workspace: Workspace, subject: Subject, number: int) -> Decision | None:
+    """The gate's decision on a version; None where an older ferry kept only its hash."""
+    found = _standing(workspace, subject).verdict(number)
+    return Decision.model_validate(found) if found else None
 
 
 def promotions(workspace: Workspace, subject: Subject, overruled: bool = True) -> list[Entry]:
@@ -151,29 +202,26 @@ def _promote(
     who: str | None = None,
 ) -> Entry:
     version = workspace.catalog.version(subject, number)
-    weights = version.tags.get("weights.sha256")
-    if weights is None:
-        raise CatalogError(
-            f"{subject} {number} was put into MLflow by hand, without scorecard and bundle; `ferry retrain` makes one"
-        )
+    weights = expected.known_weights(number) or expected.seal(str(subject), number).weights
 
     def may_follow(entries: list[Entry]) -> None:
         now = standing(entries)
         _check_unmoved(subject, expected, now)
         if not overrule:
-            check(str(subject), number, weights, now, "" if how == "alias" else reason)
+            check(str(subject), number, version.tagged_weights, now, "" if how == "alias" else reason)
 
     again = (expected.version, expected.weights) == (number, weights)
     if expected.champion and again:
         _check_unmoved(subject, expected, _standing(workspace, subject))
         entry = expected.champion  # decided before; perhaps the alias was not moved
     else:
+        said = expected.judged.get(number)
         facts = {
-            "version": number, "from": expected.version, "weights": weights, "gate": version.tags.get("gate.outcome", ""),
-            "decision": version.tags.get("gate.decision", ""), "overruled": overrule, "how": how,
+            "version": number, "from": expected.version, "weights": weights, "overruled": overrule, "how": how,
+            "gate": said.facts["outcome"] if said else "", "decision": said.facts["decision"] if said else "",
         }  # fmt: skip
-        # Read before anything is decided: what cannot be read decides nothing.
-        decision = workspace.catalog.decision(version) if goes_on(facts, expected) else None
+        found = expected.verdict(number) if goes_on(facts, expected) else None
+        decision = Decision.model_validate(found) if found else None
         if decision and decision.outcome == "promote if reasoned" and reason.strip():  # without one `check` says what to do
             reason = reasoned(decision, reason).reason
         facts["becomes_anchor"] = decision is not None and decision.becomes_anchor
@@ -201,13 +249,10 @@ def _follow(workspace: Workspace, subject: Subject) -> None:
 
     Other hosts may promote meanwhile, and MLflow knows no compare-and-set: whoever moved an alias looks at the ledger once more.
     """
-    catalog, since = workspace.catalog, workspace.catalog.follows(subject)
-    best = catalog.aliased(subject, ANCHOR)
+    catalog = workspace.catalog
     for _ in range(MOVES):
-        entries = workspace.ledger.entries(str(subject))
-        now = standing(entries)
-        if now.number > since:  # else who is the best was settled, and perhaps changed by a person since
-            _move_anchor(workspace, subject, entries, anchor_after(best.number if best else None, entries, since))
+        now = _standing(workspace, subject)
+        _move_anchor(workspace, subject, now)
         if now.version is None:
             catalog.clear_alias(subject, CHAMPION)
         else:
@@ -219,13 +264,13 @@ def _follow(workspace: Workspace, subject: Subject) -> None:
     raise StoreError(f"MLflow's alias of {subject} is moved by somebody else again and again; the ledger says {now.version}")
 
 
-def _move_anchor(workspace: Workspace, subject: Subject, entries: list[Entry], number: int | None) -> None:
-    """Point `anchor` at a version, if MLflow still has it with the weights that the ledger knows."""
-    known = {e.facts["version"]: e.facts["weights"] for e in entries if e.kind == "promotion"}
-    found = {v.number: v.tags.get("weights.sha256") for v in workspace.catalog.versions(subject)}
+def _move_anchor(workspace: Workspace, subject: Subject, now: Standing) -> None:
+    """Point `anchor` at what the ledger says, if MLflow still has it; the alias shows it to people, and decides nothing."""
     present = workspace.catalog.aliased(subject, ANCHOR)
-    if number and number in found and found[number] == known.get(number) and (present is None or present.number != number):
-        workspace.catalog.set_alias(subject, ANCHOR, number)
+    if now.anchor is None or (present and present.number == now.anchor):
+        return
+    if now.anchor in [v.number for v in workspace.catalog.versions(subject)]:
+        workspace.catalog.set_alias(subject, ANCHOR, now.anchor)
 
 
 class Settled(Frozen):
@@ -247,10 +292,11 @@ def reconcile(workspace: Workspace, lines: Collection[str] | None = None) -> lis
         LedgerError, StoreError, BusyError: nothing was settled of the subject at which it stopped; call it again.
     """
     with workspace.locked("records"):
-        return [_settle(workspace, subject) for subject in _subjects(workspace, lines)]
+        return [_settle(workspace, subject) for subject in subjects(workspace, lines)]
 
 
-def _subjects(workspace: Workspace, lines: Collection[str] | None = None) -> list[Subject]:
+def subjects(workspace: Workspace, lines: Collection[str] | None = None) -> list[Subject]:
+    """All that ferry.toml names, or those of these lines."""
     return [
         Subject(line=name, configuration=configuration, variant=variant)
         for name, line in workspace.settings.lines.items()
@@ -264,11 +310,12 @@ def _settle(workspace: Workspace, subject: Subject) -> Settled:
     now = standing(entries)
     seen = workspace.catalog.champion(subject)
     follows = workspace.catalog.follows(subject)
-    alias = Alias(seen.number if seen else None, seen.tags.get("weights.sha256", "") if seen else "", follows)
+    alias = Alias(seen.number if seen else None, seen.tagged_weights if seen else "", follows)
     answer, why = settle(str(subject), alias, now, workspace.needs_approval(subject.line))
     if answer == "agrees":
         if follows != now.number:  # cut off, or moved by hand to where it should be
             _follow(workspace, subject)
+        _move_anchor(workspace, subject, now)
         return Settled(subject=str(subject), answer=answer, text=why)
     if answer == "recorded" and seen:
         try:
@@ -292,7 +339,7 @@ def _settle(workspace: Workspace, subject: Subject) -> Settled:
     return Settled(subject=str(subject), answer=answer, text=f"MLflow's champion of {subject} is {back} again: {why}")
 
 
-def ask(workspace: Workspace, subject: Subject, version: Version, reason: str) -> Entry | None:
+def ask(workspace: Workspace, subject: Subject, number: int, reason: str) -> Entry | None:
     """Let a version that passed the gate wait for a person; returns who refused it, where somebody did.
 
     Raises:
@@ -300,18 +347,17 @@ def ask(workspace: Workspace, subject: Subject, version: Version, reason: str) -
     """
     with workspace.locked("records"):
         now = _standing(workspace, subject)
-        if version.number in now.refused:
-            return now.refused[version.number]
-        if version.number not in now.waiting:
-            workspace.ledger.append(
-                "pending", str(subject), reason, {"version": version.number, "weights": version.weights_sha256}
-            )
+        if number in now.refused:
+            return now.refused[number]
+        if number not in now.waiting:
+            facts = {"version": number, "weights": now.seal(str(subject), number).weights}
+            workspace.ledger.append("pending", str(subject), reason, facts)
     return None
 
 
 def waiting(workspace: Workspace) -> list[Entry]:
     """What waits for approval, one entry for each subject at most."""
-    return [entry for subject in _subjects(workspace) for entry in _standing(workspace, subject).waiting.values()]
+    return [entry for subject in subjects(workspace) for entry in _standing(workspace, subject).waiting.values()]
 
 
 def approve(
@@ -335,6 +381,11 @@ def approve(
     if number not in expected.waiting:
         listed = ", ".join(str(version) for version in expected.waiting) or "nothing"
         raise PromotionError(f"{subject} {number} does not wait for approval; of {subject} waits {listed}")
+    asked = expected.waiting[number]
+    if not refuse and asked.facts["weights"] != expected.known_weights(number):
+        raise PromotionError(
+            f"ledger entry {asked.number} asks about other weights of {subject} {number} than the gate saw; `ferry retrain` asks anew"
+        )
     with workspace.locked("records"):
         if not refuse:
             return _promote(workspace, subject, number, reason, expected, "approval", who=who)

@@ -21,13 +21,14 @@ from pydantic import ValidationError
 
 from flows import progress
 from flows.errors import BusyError
-from flows.promote import promotions
+from flows.promote import champion_of, judged, promotions, sealed
 from flows.workspace import Workspace
 from model.scorecard import Scorecard
 from registry import rating
-from registry.catalog import CHAMPION, Subject, Version
+from registry.catalog import Subject
 from registry.errors import CatalogError, RatingError, RegistryError
 from registry.rating import MAX_ANSWERS, Answers, Rated, Sheet, Verdict
+from registry.seal import Seal
 
 BATCH = 32
 REQUEST_SECONDS = 30.0
@@ -51,9 +52,9 @@ def prepare(workspace: Workspace, subject: str, version: int | None, against: in
     asked = Subject.parse(subject)
     workspace.line(asked.line)
     challenger, before = _couple(workspace, asked, version, against)
-    cards = [Scorecard.model_validate_json(workspace.catalog.text(v, "scorecard.json")) for v in (challenger, before)]
+    cards = [workspace.catalog.card(v) for v in (challenger, before)]
     sheet = rating.deal(
-        secrets.token_hex(16), subject, challenger.number, before.number, [row.caption for row in cards[0].captions], pairs,
+        secrets.token_hex(16), subject, challenger.version, before.version, [row.caption for row in cards[0].captions], pairs,
         random.SystemRandom(),
     )  # fmt: skip
     drawn = [_draw(workspace, v, card, sheet) for v, card in zip((challenger, before), cards, strict=True)]
@@ -64,27 +65,28 @@ def prepare(workspace: Workspace, subject: str, version: int | None, against: in
     return sheet, rating.page(sheet, sides)
 
 
-def _couple(workspace: Workspace, subject: Subject, version: int | None, against: int | None) -> tuple[Version, Version]:
-    known = workspace.catalog.versions(subject)
+def _couple(workspace: Workspace, subject: Subject, version: int | None, against: int | None) -> tuple[Seal, Seal]:
+    known = [v.number for v in workspace.catalog.versions(subject) if v.number in judged(workspace, subject)]
     if len(known) < 2:
         raise CatalogError(
             f"{subject} has {len(known) or 'no'} version{'s' * (len(known) != 1)}, and two are compared; run `ferry retrain`"
         )
-    champion = next((v for v in known if CHAMPION in v.aliases), None)
-    others = [v for v in known if v != champion]
-    newest = others[-1] if champion is None or others[-1].number > champion.number else champion
-    challenger = workspace.catalog.version(subject, version) if version else newest
+    present = champion_of(workspace, subject)
+    champion = present.version if present else None
+    others = [number for number in known if number != champion]
+    newest = others[-1] if champion is None or others[-1] > champion else champion
+    challenger = sealed(workspace, subject, version or newest)
     if against:
-        return challenger, workspace.catalog.version(subject, against)
-    if champion and champion.number != challenger.number:
-        return challenger, champion
-    was = [e.facts["version"] for e in promotions(workspace, subject) if e.facts["version"] != challenger.number]
+        return challenger, sealed(workspace, subject, against)
+    if present and champion != challenger.version:
+        return challenger, present
+    was = [e.facts["version"] for e in promotions(workspace, subject) if e.facts["version"] != challenger.version]
     if not was:
-        raise CatalogError(f"{subject} version {challenger.number} has replaced no other; name one to compare with by --against")
-    return challenger, workspace.catalog.version(subject, was[-1])
+        raise CatalogError(f"{subject} version {challenger.version} has replaced no other; name one to compare with by --against")
+    return challenger, sealed(workspace, subject, was[-1])
 
 
-def _draw(workspace: Workspace, version: Version, card: Scorecard, sheet: Sheet) -> list[bytes]:
+def _draw(workspace: Workspace, version: Seal, card: Scorecard, sheet: Sheet) -> list[bytes]:
     """The version's image of each pair, as PNG, in the session that devices use."""
     import torch
 
@@ -97,7 +99,7 @@ def _draw(workspace: Workspace, version: Version, card: Scorecard, sheet: Sheet)
         seeds = sheet.seeds[first : first + BATCH]
         images, _ = opened.generate(ids[first : first + len(seeds)], seeds, card.sampler)
         made += [_png(image) for image in to_bytes(torch.nan_to_num(images))]
-        progress.advance(f"draw {version.subject} {version.number}", len(made), len(sheet.seeds))
+        progress.advance(f"draw {version.name}", len(made), len(sheet.seeds))
     return made
 
 

@@ -12,12 +12,13 @@ from flows import progress
 from flows.promote import champions, check_ledger, promotions
 from flows.retrain import RETRIES, champion_files
 from flows.workspace import Workspace
-from model.scorecard import Frozen, Scorecard
+from model.scorecard import Frozen
 from model.train import load_checkpoint
 from ota.manifest import Origin
 from ota.release import bundle, store
 from ota.release.bundle import Bundle, Delta
 from ota.release.repository import Release
+from registry.catalog import Subject
 from registry.errors import CatalogError
 
 PREVIOUS = 2  # releases before this one that get a delta even if no device reports them
@@ -47,17 +48,17 @@ def make_bundle(root: str, line: str, device_class: str) -> str:
     exports = {variant: Path(champion_files(workspace, champion)["bundle"]) for variant, champion in found.items()}
     first = next(iter(found.values()))
     lineage = load_checkpoint(Path(champion_files(workspace, first)["checkpoint"])).lineage
-    stored = Scorecard.model_validate_json(workspace.catalog.text(first, "scorecard.json")).precision
+    stored = workspace.catalog.card(first).precision
     if stored != settings.precision:
         raise CatalogError(
-            f"{first.subject} {first.number} is stored as {stored}, ferry.toml asks for {settings.precision}; run `ferry retrain {line}`"
+            f"{first.name} is stored as {stored}, ferry.toml asks for {settings.precision}; run `ferry retrain {line}`"
         )
-    promoted = next(e for e in promotions(workspace, first.subject) if e.facts["version"] == first.number)
+    subject = Subject.parse(first.subject)
+    promoted = next(e for e in promotions(workspace, subject) if e.facts["version"] == first.version)
     # The first promotion: going back to a version later must find the bundle that devices know, byte for byte.
     origin = Origin(
-        data_rev=lineage.data.rev, data_md5=lineage.data.md5, code=lineage.code, lineage=lineage.sha256,
-        scorecard=first.tags["scorecard.sha256"], decision=promoted.sha256, model=first.subject.model,
-        version=first.number,
+        data_rev=first.data_rev, data_md5=first.data_md5, code=first.code, lineage=first.lineage,
+        scorecard=first.scorecard, decision=promoted.sha256, model=subject.model, version=first.version,
     )  # fmt: skip
     made = bundle.assemble(
         exports, line=line, device_class=device_class, tier=lineage.config.tier, configuration=settings.configuration,
@@ -148,7 +149,7 @@ def release(root: str, line: str, device_class: str) -> dict[str, Any]:
         copied = publish(root)
     made = Released(
         line=line, device_class=device_class, release=published.seq, manifest=published.manifest,
-        versions={variant: champion.number for variant, champion in champions(workspace, line, device_class).items()},
+        versions={variant: champion.version for variant, champion in champions(workspace, line, device_class).items()},
         full_bytes=published.full_bytes,
         deltas={d.base: d.size for d in workspace.repository.deltas(line, device_class) if d.target == published.manifest},
         metadata_bytes=workspace.repository.metadata_bytes(), copied=copied,

@@ -12,7 +12,7 @@ from statistics import median
 
 from PIL import Image
 
-from flows.promote import promotions
+from flows.promote import champion_of, promotions, seals
 from flows.rate import verdicts
 from flows.retrain import GRID_COLUMNS, champion_files
 from flows.workspace import Workspace
@@ -24,8 +24,9 @@ from ota.manifest import DeviceReport
 from ota.release import rollout
 from ota.release.repository import Release
 from registry import cost, report
-from registry.catalog import Subject, Version
+from registry.catalog import Subject
 from registry.errors import CatalogError
+from registry.seal import Seal
 
 DECISIONS_SHOWN = 6
 SAMPLE_ROWS, SAMPLE_COLUMNS = 3, 5  # captions of a line, and images for each
@@ -36,7 +37,7 @@ class _Champion:
     """A champion with what its run holds."""
 
     subject: Subject
-    version: Version
+    version: Seal
     card: Scorecard
     train_seconds: float
     grid: bytes
@@ -53,7 +54,8 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
 
     Raises:
         WorkspaceError: there is no such line.
-        CatalogError: there is no champion yet, so there is nothing to report.
+        CatalogError: there is no champion yet, so there is nothing to report, or an older ferry kept no hashes of one.
+        SealError: MLflow holds other files of one than the gate saw.
     """
     if line is not None:
         workspace.line(line)
@@ -83,7 +85,7 @@ def _champions(workspace: Workspace, line: str) -> list[_Champion]:
     found = []
     for configuration, variant in workspace.line(line).combinations():
         subject = Subject(line=line, configuration=configuration, variant=variant)
-        version = workspace.catalog.champion(subject)
+        version = champion_of(workspace, subject)
         if version is None:
             continue
         files = champion_files(workspace, version)
@@ -91,10 +93,10 @@ def _champions(workspace: Workspace, line: str) -> list[_Champion]:
             _Champion(
                 subject=subject,
                 version=version,
-                card=Scorecard.model_validate_json(workspace.catalog.text(version, "scorecard.json")),
+                card=workspace.catalog.card(version),
                 train_seconds=json.loads((Path(files["checkpoint"]) / CURVE).read_bytes())[-1]["seconds"],
                 grid=workspace.catalog.data(version, "pictures/samples.png"),
-                captions=json.loads(workspace.catalog.text(version, "pictures/samples.json")),
+                captions=json.loads(workspace.catalog.data(version, "pictures/samples.json")),
             )
         )
     return found
@@ -104,15 +106,15 @@ def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> re
     card, subject = c.card, c.subject
     new = [q for q in card.quality if q.split == "new"]
     compared = [row for row in card.comparisons if row.split == "new" and row.against == "champion"]
-    weights = {v.weights_sha256: v.number for v in workspace.catalog.versions(subject)}
+    weights = {s.weights: s.version for s in seals(workspace, subject)}
     samples, captions = _samples(c, [other for other in champions if other.subject.line == subject.line])
     return report.ModelColumn(
         subject=str(subject),
         variant=subject.variant,
-        version=c.version.number,
+        version=c.version.version,
         tier=card.tier,
-        data_rev=c.version.tags["data.rev"],
-        data_message=_message(workspace, c.version.tags["data.rev"]),
+        data_rev=c.version.data_rev,
+        data_message=_message(workspace, c.version.data_rev),
         distance=report.distance(new),
         change=report.change(new, compared),
         replaced=weights.get(compared[0].against_sha256) if compared else None,
@@ -126,7 +128,7 @@ def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> re
         train_seconds=c.train_seconds,
         samples=samples,
         captions=captions,
-        ratings=[v.text for v in verdicts(workspace, str(subject)) if v.challenger == c.version.number],
+        ratings=[v.text for v in verdicts(workspace, str(subject)) if v.challenger == c.version.version],
     )
 
 
@@ -243,11 +245,9 @@ def _decisions(workspace: Workspace, line: str | None) -> list[report.DecisionRo
     ]
 
 
-def _why(workspace: Workspace, champion: Version) -> str:
+def _why(workspace: Workspace, champion: Seal) -> str:
     """Why a champion is one, as the ledger has it."""
-    made = [e for e in promotions(workspace, champion.subject) if e.facts["version"] == champion.number]
-    if not made:
-        return "by an alias set in MLflow, without a record"
+    made = [e for e in promotions(workspace, Subject.parse(champion.subject)) if e.facts["version"] == champion.version]
     first = f"the gate was overruled: {made[0].why}" if made[0].facts["overruled"] else made[0].why
     return first if len(made) == 1 else f"{first}; again: {made[-1].why}"
 
@@ -256,9 +256,9 @@ def _go_back(workspace: Workspace, subjects: list[Subject]) -> list[str]:
     """The commands that put every device back on the version before, for each device class."""
     commands = []
     for subject in subjects:
-        champion = workspace.catalog.champion(subject)
+        champion = champion_of(workspace, subject)
         was = [e.facts["version"] for e in promotions(workspace, subject, overruled=False)]
-        earlier = [v for v in was if champion and v != champion.number]
+        earlier = [v for v in was if champion and v != champion.version]
         if not earlier:
             continue
         for device_class, settings in workspace.line(subject.line).classes.items():

@@ -24,7 +24,7 @@ from prefect.tasks import exponential_backoff
 
 from flows import approval, pages, progress, triggers, watch
 from flows.errors import VariantError, WorkspaceError
-from flows.promote import ask, check_champion_kept, promote, promotions, reconcile
+from flows.promote import anchor_of, ask, champion_of, promote, promotions, reconcile, verdict
 from flows.workspace import Line, Training, Workspace
 from model import distill, evaluate, export, features, session, train, versions
 from model.config import TEACHERS, ConfigurationName, ModelConfig, PrecisionName, VariantName, canonical_sha256
@@ -33,8 +33,9 @@ from model.errors import CheckpointError
 from model.evaluate import Drawn
 from model.scorecard import Comparison, DataVersion, Frozen, Lineage, Quality, Sampler, Scorecard
 from ota.delta import files
-from registry.catalog import ANCHOR, BUNDLE, CHECKPOINT, Subject, Version
+from registry.catalog import Subject, card_text
 from registry.lineage import file_sha256
+from registry.seal import SCORECARD, Part, Seal, files_of, sealed_bytes
 from registry.selection import Budgets, Decision, Limits, decide, level
 
 RETRIES: dict[str, Any] = {
@@ -185,25 +186,39 @@ def evaluate_model(
 
 @task(name="register", **RETRIES)
 def register_model(root: str, checkpoint: str, exported: str, evaluated: dict[str, str], decision: dict[str, Any]) -> int:
-    """Record the model in MLflow and the decision in the ledger; returns the version's number."""
+    """Record the model in MLflow, and the decision with what it is about in the ledger; returns the version's number.
+
+    What the ledger holds are hashes of the files that were evaluated here, not of what MLflow made of them.
+    """
     workspace = Workspace(Path(root))
-    opened = train.load_checkpoint(Path(checkpoint))
+    opened, card = (
+        train.load_checkpoint(Path(checkpoint)),
+        Scorecard.model_validate_json(Path(evaluated["scorecard"]).read_bytes()),
+    )
     subject = subject_of(opened.lineage)
     made = Decision(**decision)
+    samples = Path(evaluated["samples"])
+    files = {
+        **files_of("bundle", Path(exported)), **files_of("checkpoint", opened.folder), **files_of("pictures", samples.parent),
+        SCORECARD: sealed_bytes(card_text(card).encode()),
+    }  # fmt: skip
     version = workspace.catalog.register(
-        subject, opened.lineage, Scorecard.model_validate_json(Path(evaluated["scorecard"]).read_bytes()), made,
-        opened.folder, Path(exported), {"samples": Path(evaluated["samples"]), "captions": Path(evaluated["samples"]).with_suffix(".json")},
+        subject, opened.lineage, card, made, opened.folder, Path(exported),
+        {"samples": samples, "captions": samples.with_suffix(".json")},
         watch.points(json.loads((opened.folder / train.CURVE).read_bytes())),
         watch.retraining(workspace, opened.lineage.data),
     )  # fmt: skip
+    seal = Seal.of(str(subject), version.number, opened.lineage, card, files)
     with workspace.locked("records"):
-        if not any(e.facts.get("decision") == made.sha256 for e in workspace.ledger.entries(str(subject))):
+        entries = [e for e in workspace.ledger.entries(str(subject)) if e.facts.get("version") == version.number]
+        if not any(e.facts.get("decision") == made.sha256 for e in entries):
+            known = any("seal" in e.facts for e in entries)
             workspace.ledger.append(
                 "gate", str(subject), made.reason,
                 {
                     "version": version.number, "outcome": made.outcome, "decision": made.sha256, "scorecard": made.scorecard,
-                    "champion": made.champion or "",
-                },
+                    "champion": made.champion or "", "verdict": made.model_dump(mode="json"),
+                } | ({} if known else {"seal": seal.facts}),
             )  # fmt: skip
     return version.number
 
@@ -326,9 +341,9 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
         lineage = train.load_checkpoint(Path(checkpoint)).lineage
         pull_data(root, lineage.data.model_dump())
         subject = subject_of(lineage)
-        champion = workspace.catalog.champion(subject)
+        champion = champion_of(workspace, subject)
         theirs = champion_files(workspace, champion) if champion else None
-        full = workspace.catalog.champion(subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
+        full = champion_of(workspace, subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
         beside = champion_files(workspace, full)["bundle"] if full else None
         with watch.ending(workspace, lineage.data) as tell:
             row = judge_and_register(workspace, checkpoint, theirs, champion, None, winners=False, full=beside).row.model_dump()
@@ -378,9 +393,7 @@ def _retrain_one(
 ) -> Retrained:
     root, line = str(workspace.root), workspace.line(data.line)
     subject = Subject(line=data.line, configuration=configuration, variant=variant)
-    champion = workspace.catalog.champion(subject)
-    if champion is None:
-        check_champion_kept(workspace, subject)
+    champion = champion_of(workspace, subject)
     theirs = champion_files(workspace, champion) if champion else None
     teacher = run.of(configuration, variant)
     if variant in TEACHERS and teacher is None:
@@ -399,9 +412,9 @@ def _retrain_one(
         if _is_current(before.lineage, line, data, taught_sha256):
             if _is_exported_so(workspace, champion, Path(theirs["bundle"]), line):
                 # A run that was cut off after this promotion takes for the rest what it would have taken.
-                run.last = workspace.catalog.decision(champion)
+                run.last = verdict(workspace, subject, champion.version)
                 return Retrained(
-                    subject=str(subject), data_rev=data.rev, version=champion.number, outcome="unchanged",
+                    subject=str(subject), data_rev=data.rev, version=champion.version, outcome="unchanged",
                     reason="the champion was trained on these data with these settings", n=0, promoted=False,
                 )  # fmt: skip
             # Only how it is stored or drawn has changed: no training, but the gate has to see it.
@@ -468,9 +481,9 @@ def _is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: str | 
     )
 
 
-def _is_exported_so(workspace: Workspace, champion: Version, bundle: Path, line: Line) -> bool:
+def _is_exported_so(workspace: Workspace, champion: Seal, bundle: Path, line: Line) -> bool:
     """Whether a champion is stored and drawn as the settings say."""
-    card = Scorecard.model_validate_json(workspace.catalog.text(champion, "scorecard.json"))
+    card = workspace.catalog.card(champion)
     latency = json.loads((bundle / "reference.json").read_bytes())["latency_ms"]
     wanted = (
         line.sampler_of(card.variant),
@@ -507,7 +520,7 @@ def judge_and_register(
     workspace: Workspace,
     checkpoint: str,
     theirs: dict[str, str] | None,
-    champion: Version | None,
+    champion: Seal | None,
     allowed: float | None,
     winners: bool,
     full: str | None = None,
@@ -534,11 +547,9 @@ def judge_and_register(
     exported = _cached(export_model, workspace.work / "exports" / key / "reference.json")(root, checkpoint, configuration, key)
     beside = file_sha256(Path(full) / "weights.bin") if full else None
     # The best model ever; the champion where a workspace has none yet.
-    anchor = (workspace.catalog.aliased(subject, ANCHOR) or champion) if champion else None
-    scored = anchor if anchor and champion and anchor.weights_sha256 != champion.weights_sha256 else None
-    key = canonical_sha256(
-        [key, champion.weights_sha256 if champion else None, scored.weights_sha256 if scored else None, beside]
-    )[:32]
+    anchor = (anchor_of(workspace, subject) or champion) if champion else None
+    scored = anchor if anchor and champion and anchor.weights != champion.weights else None
+    key = canonical_sha256([key, champion.weights if champion else None, scored.weights if scored else None, beside])[:32]
     best = str(workspace.catalog.files(scored, "bundle", workspace.work / "champions")) if scored else None
     evaluated = _cached(evaluate_model, workspace.work / "evaluations" / key / "samples.png")(
         root, checkpoint, exported, theirs, best, full, key
@@ -550,8 +561,8 @@ def judge_and_register(
         memory_mib=line.memory_mib(configuration, opened.lineage.variant),
     )
     decision = decide(
-        card, limits, budgets, champion.weights_sha256 if champion else None,
-        anchor=anchor.weights_sha256 if anchor else None, level=allowed,
+        card, limits, budgets, champion.weights if champion else None,
+        anchor=anchor.weights if anchor else None, level=allowed,
         update_bytes=_update_bytes(Path(theirs["bundle"]), Path(exported)) if theirs else None,
     )  # fmt: skip
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))
@@ -564,10 +575,10 @@ def judge_and_register(
         if taken_back:
             reason = f"{reason}; it was taken back, so promote it by hand if it is to come again"
         else:
-            current = workspace.catalog.champion(subject)
-            promoted = current is not None and current.number == number
+            current = champion_of(workspace, subject)
+            promoted = current is not None and current.version == number
             if not promoted and workspace.needs_approval(data.line):
-                refused = ask(workspace, subject, workspace.catalog.version(subject, number), decision.reason)
+                refused = ask(workspace, subject, number, decision.reason)
                 outcome = "refused" if refused else "pending"
                 approval.ask_in_prefect(workspace, subject, number)
                 reason = (
@@ -594,11 +605,11 @@ def _cached(step: Any, result: Path) -> Any:
     return step if result.is_file() else step.with_options(refresh_cache=True)
 
 
-def champion_files(workspace: Workspace, champion: Version) -> dict[str, str]:
-    """The champion's checkpoint and exported files, fetched from MLflow."""
+def champion_files(workspace: Workspace, champion: Seal) -> dict[str, str]:
+    """The champion's checkpoint and exported files, fetched from MLflow and checked against what the gate saw."""
     into = workspace.work / "champions"
-    parts = {"checkpoint": CHECKPOINT, "bundle": BUNDLE}
-    return {name: str(workspace.catalog.files(champion, cast("Any", part), into)) for name, part in parts.items()}
+    parts: tuple[Part, ...] = ("checkpoint", "bundle")
+    return {part: str(workspace.catalog.files(champion, part, into)) for part in parts}
 
 
 def subject_of(lineage: Lineage) -> Subject:

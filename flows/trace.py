@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flows.errors import WorkspaceError
+from flows.promote import judged, seals
 from flows.workspace import Workspace
 from model import versions
 from registry.catalog import Subject, Version
+from registry.ledger import Entry
+from registry.seal import Seal
 
 Kind = Literal["device", "delta", "bundle", "version", "decision", "data"]
 SHORTEST = 6  # letters of a hash; fewer would find anything
@@ -119,8 +122,10 @@ def gather(workspace: Workspace) -> Iterator[Thing]:
             )  # fmt: skip
         for configuration, variant in line.combinations():
             subject = Subject(line=name, configuration=configuration, variant=variant)
-            for made in workspace.catalog.versions(subject):
-                yield _version(made)
+            known = {made.number: made for made in workspace.catalog.versions(subject)}
+            said = judged(workspace, subject)
+            for seal in seals(workspace, subject):
+                yield _version(seal, said[seal.version], known.get(seal.version))
         for device_class in line.classes:
             yield from _published(workspace, name, device_class)
     for entry in workspace.ledger.entries():
@@ -132,19 +137,14 @@ def gather(workspace: Workspace) -> Iterator[Thing]:
         yield Thing("device", device, {}, {"last": last.event if last else "silent"}, runs)
 
 
-def _version(made: Version) -> Thing:
-    tags = made.tags
-    named = {
-        "weights": "weights.sha256",
-        "checkpoint": "checkpoint.sha256",
-        "lineage": "lineage.sha256",
-        "scorecard": "scorecard.sha256",
-    }
-    return Thing(
-        "version", f"{made.subject} {made.number}", {what: tags[tag] for what, tag in named.items() if tags.get(tag)},
-        {"gate": made.outcome, "code": tags["code.sha256"][:12], "run": made.run_id} | ({"is": ", ".join(made.aliases)} if made.aliases else {}),
-        [tags[tag] for tag in ("data.md5", "parent.sha256", "teacher.sha256", "gate.decision") if tags.get(tag)],
-    )  # fmt: skip
+def _version(seal: Seal, said: Entry, made: Version | None) -> Thing:
+    """A version as the gate saw it; what MLflow says of it now is where its run is, and what points at it."""
+    hashes = {"weights": seal.weights, "checkpoint": seal.checkpoint, "lineage": seal.lineage, "scorecard": seal.scorecard}
+    facts = {"gate": said.facts["outcome"], "code": seal.code[:12], "run": made.run_id if made else "deleted"}
+    if made and made.aliases:
+        facts["is"] = ", ".join(made.aliases)
+    from_ = [seal.data_md5, seal.parent, seal.teacher, str(said.facts["decision"])]
+    return Thing("version", seal.name, hashes, facts, [value for value in from_ if value])
 
 
 def _published(workspace: Workspace, line: str, device_class: str) -> Iterator[Thing]:

@@ -14,7 +14,7 @@ from flows.workspace import Workspace
 from ota.errors import OperatorError
 from ota.release import keys
 from ota.release.ceremony import Waiting, taken_out
-from ota.release.keys import DELEGATED, ROLES, SHORT, Entry
+from ota.release.keys import DELEGATED, LEDGER, ROLES, SHORT, Entry
 from ota.release.repository import LIFETIMES, RENEWED, Repository, RoleState
 
 REMEDIES = {
@@ -34,8 +34,8 @@ def named(option: str, pairs: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for pair in pairs:
         role, _, value = pair.partition("=")
-        if role not in ROLES or not value:
-            raise OperatorError(f"{option} {pair!r} must be ROLE=VALUE, with one of {', '.join(ROLES)}")
+        if role not in (*ROLES, LEDGER) or not value:
+            raise OperatorError(f"{option} {pair!r} must be ROLE=VALUE, with one of {', '.join((*ROLES, LEDGER))}")
         found.setdefault(role, []).append(value)
     return found
 
@@ -61,6 +61,8 @@ def signers_of(uris: Sequence[str], files: Sequence[str]) -> dict[str, list[Entr
     for role, entries in signers.items():
         if len({key.keyid for key, _ in entries}) < len(entries):
             raise OperatorError(f"--signer names a key of {role} twice; each signature needs a key of its own")
+    if len(signers.get(LEDGER, ())) > 1:
+        raise OperatorError("one key signs the ledger; give --signer ledger=URI once")
     return signers
 
 
@@ -79,11 +81,12 @@ def init(workspace: Workspace, offline: Path | None, signers: Mapping[str, Seque
             raise OperatorError(f"{repository} is signed already; replace keys with `ferry trust rotate`")
         ring = keys.create(folder, offline, signers)
         for role, entries in signers.items():
-            if {key.keyid for key, _ in entries} - {key.keyid for key, _ in ring.keys[role]}:
+            known = {found.key.keyid for found in ring.ledger} if role == LEDGER else {key.keyid for key, _ in ring.keys[role]}
+            if {key.keyid for key, _ in entries} - known:
                 raise OperatorError(f"{folder} holds other keys of {role}, which are kept; move that folder away first")
         made = Repository.create(repository, ring)
         (workspace.root / "root.json").write_bytes(made.root_bytes())
-    uris = {role: [uri for _, uri in entries] for role, entries in ring.keys.items()}
+    uris = {role: [uri for _, uri in entries] for role, entries in ring.keys.items()} | {LEDGER: [k.uri for k in ring.ledger]}
     return {"keys": uris, "root": str(workspace.root / "root.json"), "sha256": hashlib.sha256(made.root_bytes()).hexdigest()}
 
 
@@ -103,6 +106,7 @@ def status(workspace: Workspace) -> tuple[dict[str, Any], str]:
         if state.role == "models" and state.signs_here
     ]
     waits = _journal(workspace).is_file()
+    record: list[dict[str, Any]] = [{"keyid": key.keyid, "uri": uri, "since": since} for key, uri, since in workspace.keys.ledger]
     value = {
         "expires": {state.role: state.expires.isoformat() for state in states},
         "roles": [
@@ -113,7 +117,7 @@ def status(workspace: Workspace) -> tuple[dict[str, Any], str]:
             }
             for state in states
         ],
-        "alarms": alarms, "risks": risks, "unfinished": waits,
+        "ledger": record, "alarms": alarms, "risks": risks, "unfinished": waits,
     }  # fmt: skip
     lines = []
     for state in states:
@@ -125,6 +129,7 @@ def status(workspace: Workspace) -> tuple[dict[str, Any], str]:
             f"  {key.keyid[:SHORT]}  {'usable here' if key.usable else 'not here':11}  {key.uri or 'unknown'}"
             for key in state.keys
         ]
+    lines += [f"ledger     {k['keyid'][:SHORT]} signs entries from {k['since']} on  {k['uri']}" for k in record]
     lines += [f"ALARM: {alarm}" for alarm in alarms]
     lines += [f"accepted risk: {risk}" for risk in risks]
     if waits:
@@ -170,9 +175,13 @@ def rotate(
     Raises:
         OperatorError: too few keys can be used here, or a name does not fit; nothing was changed.
     """
-    wrong = [role for role in (*roles, *signers) if role not in ROLES or role not in roles]
+    wrong = [role for role in (*roles, *signers) if role not in (*ROLES, LEDGER) or role not in roles]
     if wrong:
-        raise OperatorError(f"{wrong[0]} is not among the roles to rotate; choose among {', '.join(ROLES)}")
+        raise OperatorError(f"{wrong[0]} is not among the roles to rotate; choose among {', '.join((*ROLES, LEDGER))}")
+    if LEDGER in roles:
+        if len(set(roles)) > 1 or lost or stolen or new is not None or out:
+            raise OperatorError("the ledger's key is of no repository; rotate it alone, as in `ferry trust rotate ledger`")
+        return _rotate_ledger(workspace, next(iter(signers.get(LEDGER, ())), None))
     journal = _journal(workspace)
     if journal.is_file():
         waiting = Waiting.load(journal)
@@ -239,6 +248,20 @@ def rotate(
     )
     wanted = stolen and not set(EVERY_COMMAND) <= set(roles)
     return value, "\n".join([*_changed(changes, fresh), text, *([hint] if wanted else [])])
+
+
+def _rotate_ledger(workspace: Workspace, entry: Entry | None) -> tuple[dict[str, Any], str]:
+    """Let a new key sign the ledger; what the one before signs from now on counts for nothing."""
+    with workspace.locked("records"):
+        entries = len(workspace.ledger.hashes())
+        old = workspace.keys.ledger[-1].key.keyid
+        made = workspace.keys.begin_ledger(entries + 1, entry)
+    new = made.key.keyid
+    text = (
+        f"ledger - {old[:SHORT]}\nledger + {new[:SHORT]} {made.uri}\n"
+        f"entries of the ledger are signed by it from {made.since} on; destroy the file of the old key yourself"
+    )
+    return {"roles": {LEDGER: {"out": [old], "in": [new]}}, "since": made.since}, text
 
 
 def put_in_force(workspace: Workspace, waiting: Waiting) -> None:

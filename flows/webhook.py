@@ -28,10 +28,9 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import cast
 
-from flows.errors import FlowError, ServerError, WorkspaceError
+from flows.errors import ServerError, WorkspaceError
 from flows.promote import reconcile
 from flows.workspace import Workspace
-from registry.errors import RegistryError
 
 PATH = "/mlflow"
 SECRET = "FERRY_WEBHOOK_SECRET"  # noqa: S105 - the variable's name
@@ -224,7 +223,7 @@ def _look(workspace: Workspace, wake: threading.Event, ending: threading.Event) 
         wake.clear()  # before looking: what is moved meanwhile is looked at next
         try:
             news = "; ".join(row.text for row in reconcile(workspace) if row.answer != "agrees")
-        except (RegistryError, FlowError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever somebody puts into MLflow, the watcher goes on
             news = f"MLflow's aliases cannot be looked at: {error}"
         if news and news != told:  # what lasts is said once
             sys.stderr.write(f"ferry: {news}\n")

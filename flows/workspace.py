@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "ferry.toml"
 FORMAT = 1  # of ferry.toml and of all that lies in a workspace
+SEEN = "ledger.seen"  # beside the keys: the newest entry of the ledger that this workspace has seen
 LOCK_SECONDS = 60.0
 TEACHING_MS = 3_600_000.0  # for an image of a variant that no device class runs
 LineName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
@@ -296,10 +297,13 @@ class Workspace:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """The record of decisions."""
+        """The record of decisions; a workspace of a ferry that did not sign it begins to, with its next entry."""
         from registry.ledger import Ledger
 
-        return Ledger(self.database)
+        ring = self.keys
+        if not ring.ledger:
+            ring.begin_ledger(since=Ledger.length(self.database) + 1)
+        return Ledger(self.database, ring, ring.folder / SEEN)
 
     @cached_property
     def fleet(self) -> Fleet:

@@ -11,16 +11,16 @@ is a view for people and tools, never what is signed. The runs of one retraining
 
 from __future__ import annotations
 
-import getpass
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cached_property
 from io import StringIO
@@ -29,7 +29,7 @@ from typing import Any, Literal, cast, get_args
 
 from pydantic import ValidationError
 
-from model.config import ConfigurationName, VariantName
+from model.config import ConfigurationName, VariantName, canonical_sha256
 from model.scorecard import DataVersion, Frozen, Lineage, Scorecard
 from registry.errors import CatalogError, StoreError
 from registry.selection import Decision
@@ -53,7 +53,9 @@ from mlflow.types import Schema, TensorSpec
 from sqlalchemy.exc import SQLAlchemyError
 
 from registry.dataset import DvcDatasetSource, dataset_input
+from registry.ledger import user
 from registry.lineage import data_tags, environment, repository_of, version_tags
+from registry.seal import SCORECARD, FileSeal, Part, Seal, is_whole, other_bytes
 
 if not any(source is DvcDatasetSource for source in cast("list[Any]", get_registered_sources())):
     register_dataset_source(cast("Any", DvcDatasetSource))  # run out of its folder, there is no entry point
@@ -111,7 +113,7 @@ class Subject(Frozen):
 
 
 class Version(Frozen):
-    """A registered version."""
+    """A registered version, as MLflow has it: its users may have made it or changed its tags. What counts is the ledger's seal."""
 
     subject: Subject
     number: int
@@ -120,14 +122,9 @@ class Version(Frozen):
     tags: dict[str, str]
 
     @property
-    def weights_sha256(self) -> str:
-        """Hash of its exported weights."""
-        return self.tags["weights.sha256"]
-
-    @property
-    def outcome(self) -> str:
-        """What the gate said of it."""
-        return self.tags["gate.outcome"]
+    def tagged_weights(self) -> str:
+        """Hash of its exported weights, as a tag says that MLflow's users can edit; empty where there is none."""
+        return self.tags.get("weights.sha256", "")
 
 
 class Retraining(Frozen):
@@ -241,7 +238,7 @@ class Catalog:
                 self._client.log_artifacts(run_id, str(export), BUNDLE)
                 for path in pictures.values():
                     self._client.log_artifact(run_id, str(path), "pictures")
-                self._client.log_text(run_id, card.model_dump_json(indent=1), "scorecard.json")
+                self._client.log_text(run_id, card_text(card), SCORECARD)
                 self._client.log_text(run_id, decision.model_dump_json(indent=1), "decision.json")
                 self._client.log_text(run_id, environment(), "environment.txt")
                 self._forget_views(experiment, run_id)
@@ -365,7 +362,7 @@ class Catalog:
         with _foreign_errors():
             found = self._client.search_registered_models(f"name = '{subject.model}'")
         said = found[0].tags.get(FOLLOWS, "") if found else ""
-        return int(said) if said.isascii() and said.isdigit() else 0
+        return int(said) if re.fullmatch("[0-9]{1,9}", said) else 0  # a tag can hold anything
 
     def follow(self, subject: Subject, entry: int) -> None:
         """Note after which entry of the ledger the champion alias was pointed."""
@@ -412,52 +409,102 @@ class Catalog:
         with _foreign_errors():
             return self._find(subject)
 
-    def files(self, version: Version, part: Literal["checkpoint", "bundle"], into: Path) -> Path:
-        """A version's files in a folder of their own, fetched once.
+    def files(self, seal: Seal, part: Part, into: Path) -> Path:
+        """The sealed files of a version in a folder of their own; each is checked against its seal, also if it was fetched before.
+
+        Args:
+            seal: of the version, from the ledger.
+            part: which of its folders.
+            into: where fetched files are kept, by their content.
 
         Raises:
+            CatalogError: there is no such version any more.
+            SealError: MLflow holds other bytes, or none.
             StoreError: they cannot be fetched.
         """
-        place = into / version.run_id / part
-        if not place.is_dir():
-            fresh = into / f"{version.run_id}.{part}.{os.getpid()}.tmp"
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            with _foreign_errors():
-                self._client.download_artifacts(version.run_id, part, str(fresh))
-            place.parent.mkdir(parents=True, exist_ok=True)
-            (fresh / part).rename(place)
-            fresh.rmdir()
+        facts = seal.part(part)
+        place = into / canonical_sha256([seal.subject, {name: fact.digest for name, fact in facts.items()}])[:32] / part
+        lacking = [name for name, fact in facts.items() if not is_whole(place / name, fact)]
+        if lacking:
+            place.mkdir(parents=True, exist_ok=True)
+            run_id = self._run_of(seal)
+            for name in lacking:
+                self._fetch(run_id, seal, f"{part}/{name}", facts[name], place / name)
         return place
 
-    def data(self, version: Version, name: str) -> bytes:
-        """One file of a version's run.
+    def data(self, seal: Seal, name: str) -> bytes:
+        """One sealed file of a version's run.
 
         Raises:
-            StoreError: it cannot be fetched.
+            CatalogError, SealError, StoreError: as `files`.
         """
-        with _foreign_errors(), tempfile.TemporaryDirectory() as folder:
-            return Path(self._client.download_artifacts(version.run_id, name, folder)).read_bytes()
+        with tempfile.TemporaryDirectory() as folder:
+            self._fetch(self._run_of(seal), seal, name, seal.files[name], Path(folder) / "file")
+            return (Path(folder) / "file").read_bytes()
 
-    def text(self, version: Version, name: str) -> str:
-        """`data`, as text."""
-        return self.data(version, name).decode()
-
-    def decision(self, version: Version) -> Decision:
-        """What the gate said of a version.
+    def card(self, seal: Seal) -> Scorecard:
+        """A version's scorecard.
 
         Raises:
-            StoreError: it cannot be fetched, or is damaged.
+            CatalogError, SealError, StoreError: as `files`; also where it is of a newer ferry.
         """
         try:
-            return Decision.model_validate_json(self.data(version, "decision.json"))
+            return Scorecard.model_validate_json(self.data(seal, SCORECARD))
         except ValidationError as error:
-            raise StoreError(
-                f"the gate's decision on {version.subject} {version.number} in MLflow is damaged, or of a newer ferry; restore MLflow, or "
-                "`ferry retrain`"
-            ) from error
+            raise StoreError(f"the scorecard of {seal.name} is of another ferry; install that one, or `ferry retrain`") from error
+
+    def as_they_are(self, version: Version, names: Collection[str], into: Path, largest: int) -> dict[str, Path]:
+        """Files of a version of which nothing is sealed yet, as MLflow has them now; for `ferry seal` alone, which says so.
+
+        Args:
+            version: whose.
+            names: in its run; those that are missing are left out.
+            into: an empty folder.
+            largest: bytes that one may have.
+
+        Raises:
+            StoreError: one is larger, or cannot be fetched.
+        """
+        found = {}
+        with _foreign_errors():
+            for folder in sorted({name.rpartition("/")[0] for name in names}):
+                for row in self._client.list_artifacts(version.run_id, folder or None) if version.run_id else ():
+                    if row.path not in names or row.is_dir:
+                        continue
+                    if (row.file_size or 0) > largest:
+                        raise StoreError(
+                            f"{row.path} of {version.subject} {version.number} in MLflow has {row.file_size:,} bytes, too many"
+                        )
+                    found[row.path] = self._downloaded(version.run_id, row.path, into)
+        return found
 
     # Inside
+
+    def _run_of(self, seal: Seal) -> str:
+        return self.version(Subject.parse(seal.subject), seal.version).run_id
+
+    def _fetch(self, run_id: str, seal: Seal, name: str, fact: FileSeal, place: Path) -> None:
+        """Fetch one file; it appears in its place when it is the one that was sealed. Its size is asked for before."""
+        with _foreign_errors():
+            folder = name.rpartition("/")[0]
+            listed = self._client.list_artifacts(run_id, folder or None) if run_id else []
+            sizes = {row.path: row.file_size for row in listed if not row.is_dir}
+            if name not in sizes:
+                raise other_bytes(seal, name, "it is not there")
+            if sizes[name] is not None and sizes[name] != fact.size:
+                raise other_bytes(seal, name, f"{sizes[name]:,} bytes, not {fact.size:,}")
+            fresh = place.with_name(f".{secrets.token_hex(8)}.tmp")
+            fresh.mkdir()
+            try:
+                got = self._downloaded(run_id, name, fresh)
+                if not is_whole(got, fact):
+                    raise other_bytes(seal, name, "it has another hash")
+                got.replace(place)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+
+    def _downloaded(self, run_id: str, name: str, into: Path) -> Path:
+        return Path(self._client.download_artifacts(run_id, name, str(into)))
 
     @cached_property
     def _repository(self) -> str:
@@ -466,7 +513,11 @@ class Catalog:
     def _challenging(self, version: Version) -> Version:
         """The version, made challenger if the gate let it through, none is newer and it is not champion."""
         newest = max(v.number for v in self._find(version.subject))
-        if version.outcome == "promote" and version.number == newest and not {CHAMPION, CHALLENGER} & set(version.aliases):
+        if (
+            version.tags.get("gate.outcome") == "promote"
+            and version.number == newest
+            and not {CHAMPION, CHALLENGER} & set(version.aliases)
+        ):
             self._client.set_registered_model_alias(version.subject.model, CHALLENGER, str(version.number))
             return version.model_copy(update={"aliases": sorted([*version.aliases, CHALLENGER])})
         return version
@@ -488,7 +539,14 @@ class Catalog:
             self._client.delete_logged_model(view.model_id)
 
     def _find(self, subject: Subject) -> list[Version]:
-        found = self._client.search_model_versions(f"name = '{subject.model}'", max_results=1000)
+        found: list[Any] = []
+        page: str | None = None
+        while True:  # somebody may have made a thousand others
+            rows = self._client.search_model_versions(f"name = '{subject.model}'", max_results=1000, page_token=page)
+            found += rows
+            page = rows.token
+            if not page:
+                break
         versions = sorted((_version(subject, v) for v in found), key=lambda v: v.number)
         aliases = self._aliases(subject) if versions else {}
         return [v.model_copy(update={"aliases": aliases.get(v.number, [])}) for v in versions]
@@ -515,7 +573,7 @@ class Catalog:
         return self._new_run(experiment, f"{subject.configuration}-{subject.variant}", tags)
 
     def _new_run(self, experiment: str, name: str, tags: dict[str, str]) -> str:
-        known = {WORKSPACE: self._owner, "mlflow.user": _user(), "mlflow.source.name": "ferry", "mlflow.source.type": "LOCAL"}
+        known = {WORKSPACE: self._owner, "mlflow.user": user(), "mlflow.source.name": "ferry", "mlflow.source.type": "LOCAL"}
         return str(self._client.create_run(experiment, run_name=name, tags=known | tags).info.run_id)
 
     def _begun(self, experiment: str, card: Scorecard, lineage: Lineage) -> str | None:
@@ -584,17 +642,16 @@ def _schema(values: Any) -> Schema:
     )
 
 
+def card_text(card: Scorecard) -> str:
+    """A scorecard as it is kept in MLflow, and sealed."""
+    return card.model_dump_json(indent=1)
+
+
 def _version(subject: Subject, made: Any) -> Version:
-    return Version(
-        subject=subject, number=int(made.version), run_id=made.run_id, aliases=sorted(made.aliases), tags=dict(made.tags)
+    tags = {str(name): str(value or "") for name, value in dict(made.tags).items()}
+    return Version(  # one that was made by hand need have no run
+        subject=subject, number=int(made.version), run_id=made.run_id or "", aliases=sorted(made.aliases), tags=tags
     )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user need not have a name
-        return str(os.getuid())
 
 
 def _unreachable(error: BaseException) -> re.Match[str] | None:

@@ -5,6 +5,7 @@
     ├── PromotionError   the gate did not let this version through, and nobody overruled it
     ├── RatingError      people's answers that do not fit the sheet, or a sheet that could say nothing
     ├── LedgerError      the record of decisions was changed after the fact
+    ├── SealError        MLflow holds other files of a version than the gate saw
     └── StoreError       MLflow or the database cannot be reached
 
 Each message is one sentence that says what to do next.
@@ -29,6 +30,10 @@ class RatingError(RegistryError):
 
 class LedgerError(RegistryError):
     """An entry of the ledger does not have the hash that the next one names."""
+
+
+class SealError(RegistryError):
+    """A file of a version is not the one that the ledger has the hash of, or is lost."""
 
 
 class StoreError(RegistryError):

@@ -1,21 +1,29 @@
-"""The record of decisions: append-only, each entry naming the hash of the one before it, in the workspace's database.
+"""The record of decisions: append-only, each entry signed and naming the hash of the one before it, in the workspace's database.
 
 MLflow's aliases say who is champion now and forget who was; the ledger says who was, since when, decided by whom and why.
-Where the two disagree, the ledger is right. Its head is signed into every release, so that cutting entries off shows.
+Where the two disagree, the ledger is right.
+
+The database may belong to others, too. So an entry counts only with a signature by a key of the workspace, over its hash and so over all
+before it: whoever can write the database can neither change nor add one. That the last ones are missing shows by the newest that this
+workspace has seen (a small file of its own), and by the heads that were signed into releases. Entries of a ferry that did not sign
+yet are covered by the first one that is signed.
 """
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
+import os
+import pwd
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
-from sqlalchemy import Column, Integer, MetaData, String, Table, Text, create_engine, insert, select
+from sqlalchemy import Column, Integer, MetaData, String, Table, Text, create_engine, func, insert, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
@@ -23,7 +31,7 @@ from model.scorecard import Frozen, Sha256
 from registry.errors import LedgerError, StoreError
 
 START: Sha256 = "0" * 64
-Kind = Literal["gate", "promotion", "pending", "refusal", "rating", "release", "rollout", "halt", "trigger"]
+Kind = Literal["gate", "seal", "promotion", "pending", "refusal", "rating", "release", "rollout", "halt", "trigger"]
 ATTEMPTS = 100  # of recording; each that fails was lost to somebody who recorded something
 
 _metadata = MetaData()
@@ -33,6 +41,26 @@ _entries = Table(
     Column("sha256", String(64), nullable=False, unique=True),
     Column("body", Text, nullable=False),
 )  # fmt: skip
+_signatures = Table(  # a table of its own: the one above is as every ferry made it
+    "ledger_signatures", _metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("keyid", String(64), nullable=False),
+    Column("signature", Text, nullable=False),
+)  # fmt: skip
+
+
+class Signing(Protocol):
+    """The keys of a workspace that sign entries."""
+
+    @property
+    def since(self) -> int:
+        """Number of the first entry that must be signed; those before it were written by a ferry that did not sign."""
+
+    def sign(self, data: bytes) -> tuple[str, str]:
+        """Sign as the present key does; returns its id and the signature in hex."""
+
+    def holds(self, number: int, keyid: str, signature: str, data: bytes) -> bool:
+        """Whether a key that was in use at this entry signed this."""
 
 
 class Entry(Frozen):
@@ -51,15 +79,38 @@ class Entry(Frozen):
 class Ledger:
     """The entries behind a database URL."""
 
-    def __init__(self, database: str) -> None:
-        """Open the table, making it where it is missing.
+    def __init__(self, database: str, signing: Signing, seen: Path) -> None:
+        """Open the tables, making them where they are missing.
+
+        Args:
+            database: URL.
+            signing: keys of the workspace.
+            seen: file in which the newest entry that was seen here is noted; not in the database, whose owner could change it.
+
+        Raises:
+            StoreError: the database cannot be opened.
+        """
+        self._signing, self._seen = signing, seen
+        self._checked = (0, START)  # the newest entry of which the signature was checked, and its hash
+        with _foreign_errors():
+            self._engine = create_engine(database)
+            _metadata.create_all(self._engine)
+
+    @staticmethod
+    def length(database: str) -> int:
+        """How many entries there are, whoever wrote them: a workspace that begins to sign begins after them.
 
         Raises:
             StoreError: the database cannot be opened.
         """
         with _foreign_errors():
-            self._engine = create_engine(database)
-            _metadata.create_all(self._engine)
+            engine = create_engine(database)
+            try:
+                _metadata.create_all(engine)
+                with engine.connect() as connection:
+                    return int(connection.execute(select(func.count()).select_from(_entries)).scalar_one())
+            finally:
+                engine.dispose()
 
     def close(self) -> None:
         """Give the connections back."""
@@ -88,13 +139,14 @@ class Ledger:
             who: decided; None: the user of this process.
 
         Raises:
-            LedgerError: an entry was changed or removed.
+            LedgerError: an entry was changed, added past ferry, or removed.
             StoreError: the database refuses, or others record without end (nothing was recorded).
+            Exception: as `Signing.sign`, where the key cannot be used here (nothing was recorded).
         """
         for _ in range(ATTEMPTS):
             with _foreign_errors():
                 with self._engine.connect() as connection:
-                    chain, last = _read(connection)
+                    chain, last = self._read(connection)
                 if guard:
                     guard([entry for entry in chain if entry.subject == subject])
                 entry = Entry(
@@ -102,11 +154,15 @@ class Ledger:
                     when=datetime.now(UTC).isoformat(timespec="seconds"), why=why, facts=facts,
                 )  # fmt: skip
                 body = json.dumps(entry.model_dump(mode="json"), sort_keys=True)
+                digest = _hash(body)
+                keyid, signature = self._signing.sign(_signed(digest))
                 try:
                     with self._engine.begin() as connection:
-                        connection.execute(insert(_entries).values(number=entry.number, sha256=_hash(body), body=body))
+                        connection.execute(insert(_entries).values(number=entry.number, sha256=digest, body=body))
+                        connection.execute(insert(_signatures).values(number=entry.number, keyid=keyid, signature=signature))
                 except IntegrityError:
                     continue
+            self._note(entry.number, digest)
             return entry
         raise StoreError("others recorded decisions at the same moments, again and again; repeat yours")
 
@@ -117,7 +173,7 @@ class Ledger:
             LedgerError: an entry was changed or removed.
         """
         with _foreign_errors(), self._engine.connect() as connection:
-            found, _ = _read(connection)
+            found, _ = self._read(connection)
         return [entry for entry in found if subject is None or entry.subject == subject]
 
     def hashes(self) -> list[Sha256]:
@@ -127,14 +183,17 @@ class Ledger:
             LedgerError: an entry was changed or removed.
         """
         with _foreign_errors(), self._engine.connect() as connection:
-            found, last = _read(connection)
+            found, last = self._read(connection)
         return [*(entry.previous for entry in found[1:]), last] if found else []
 
     def head(self) -> Sha256:
-        """Hash of the last entry."""
+        """Hash of the last entry, after a check of the chain.
+
+        Raises:
+            LedgerError: an entry was changed, added past ferry, or removed.
+        """
         with _foreign_errors(), self._engine.connect() as connection:
-            found = connection.execute(select(_entries.c.sha256).order_by(_entries.c.number.desc()).limit(1)).scalar()
-        return found or START
+            return self._read(connection)[1]
 
     def holds(self, digest: Sha256) -> bool:
         """Whether an entry with this hash is there; a head that was signed once and is not shows a truncated ledger."""
@@ -142,30 +201,91 @@ class Ledger:
             known = connection.execute(select(_entries.c.number).where(_entries.c.sha256 == digest)).scalar()
         return digest == START or known is not None
 
+    @property
+    def unsigned(self) -> int:
+        """How many entries at the beginning carry no signature of their own."""
+        return self._signing.since - 1
 
-def _read(connection: Connection) -> tuple[list[Entry], Sha256]:
-    """Every entry, checked along the chain, and the hash of the last."""
-    try:
-        rows = connection.execute(select(_entries).order_by(_entries.c.number)).all()
-    except OperationalError as error:
-        if "decode" not in str(error):  # SQLite's word for text that is not UTF-8 any more
-            raise
-        raise LedgerError("an entry of the ledger was changed after it was written; restore the database") from error
-    found, previous = [], START
-    for expected, row in enumerate(rows, start=1):
-        whole = isinstance(row.body, str) and row.sha256 == _hash(row.body)
+    def _read(self, connection: Connection) -> tuple[list[Entry], Sha256]:
+        """Every entry, checked along the chain and by its signature, and the hash of the last."""
+        joined = _entries.outerjoin(_signatures, _entries.c.number == _signatures.c.number)
+        noted = self._noted()  # first: what others add meanwhile may be noted before it is read
+        query = select(_entries, _signatures.c.keyid, _signatures.c.signature).select_from(joined).order_by(_entries.c.number)
         try:
-            entry = Entry.model_validate_json(row.body) if whole else None
-        except ValidationError as error:
+            rows = connection.execute(query).all()
+        except OperationalError as error:
+            if "decode" not in str(error):  # SQLite's word for text that is not UTF-8 any more
+                raise
+            raise LedgerError("an entry of the ledger was changed after it was written; restore the database") from error
+        found, previous = [], START
+        hashes = [START]
+        for expected, row in enumerate(rows, start=1):
+            whole = isinstance(row.body, str) and row.sha256 == _hash(row.body)
+            try:
+                entry = Entry.model_validate_json(row.body) if whole else None
+            except ValidationError as error:
+                raise LedgerError(
+                    f"entry {row.number} of the ledger was changed after it was written, or a newer ferry wrote it; restore the database, "
+                    "or update ferry"
+                ) from error
+            if entry is None or (row.number, entry.number, entry.previous) != (expected, expected, previous):
+                raise LedgerError(f"entry {row.number} of the ledger was changed after it was written; restore the database")
+            previous = row.sha256
+            hashes.append(previous)
+            found.append(entry)
+        checked, known = self._checked
+        first = max(self._signing.since, checked + 1 if hashes[checked : checked + 1] == [known] else 1)
+        for row in rows[first - 1 :]:
+            if not self._signing.holds(row.number, str(row.keyid), str(row.signature), _signed(row.sha256)):
+                raise LedgerError(
+                    f"entry {row.number} of the ledger is not signed by a key of this workspace: it was written into the database past ferry, "
+                    "or by a host with other keys or an older ferry; restore the database, and let all hosts have the same keys/"
+                )
+        self._checked = (len(found), previous)
+        self._check_seen(hashes, *noted)
+        self._note(len(found), previous)
+        return found, previous
+
+    def _check_seen(self, hashes: list[Sha256], number: int, digest: Sha256) -> None:
+        """Refuse a ledger that lacks the newest entry that this workspace has seen of it."""
+        if number >= len(hashes):
             raise LedgerError(
-                f"entry {row.number} of the ledger was changed after it was written, or a newer ferry wrote it; restore the database, "
-                "or update ferry"
+                f"the ledger ends with entry {len(hashes) - 1}, this workspace has seen entry {number}: entries were cut off; restore the "
+                f"database, or remove {self._seen} if they are lost for good"
+            )
+        if hashes[number] != digest:
+            raise LedgerError(f"entry {number} of the ledger is another than this workspace has seen; restore the database")
+
+    def _noted(self) -> tuple[int, Sha256]:
+        try:
+            number, _, digest = self._seen.read_text().strip().partition(" ")
+            return int(number), digest
+        except FileNotFoundError:
+            return 0, START
+        except (OSError, ValueError) as error:
+            raise LedgerError(
+                f"{self._seen} cannot be read, which says what this workspace has seen of the ledger; restore it from a backup"
             ) from error
-        if entry is None or (row.number, entry.number, entry.previous) != (expected, expected, previous):
-            raise LedgerError(f"entry {row.number} of the ledger was changed after it was written; restore the database")
-        previous = row.sha256
-        found.append(entry)
-    return found, previous
+
+    def _note(self, number: int, digest: Sha256) -> None:
+        """Note the newest entry, durably; a note that lags, after a kill, refuses less and is right."""
+        if number <= self._noted()[0]:
+            return
+        fresh = self._seen.with_name(f".{self._seen.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
+                file.write(f"{number} {digest}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self._seen)
+        except OSError as error:
+            fresh.unlink(missing_ok=True)
+            raise StoreError(f"{self._seen} cannot be written: {error.strerror}; make room, or run ferry as its owner") from error
+
+
+def _signed(digest: Sha256) -> bytes:
+    """What is signed of an entry; the words keep it from being taken for anything else that a key of the workspace signs."""
+    return f"DeltaFerry ledger entry {digest}".encode()
 
 
 def _hash(body: str) -> Sha256:
@@ -173,11 +293,11 @@ def _hash(body: str) -> Sha256:
 
 
 def user() -> str:
-    """Who runs this process."""
+    """Who runs this process, as the operating system knows; what the environment says of it anybody can set."""
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name, as in many containers
-        return "unknown"
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a user id without a name, as in many containers
+        return f"user {os.getuid()}"
 
 
 @contextmanager

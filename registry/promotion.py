@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from model.scorecard import Sha256
-from registry.errors import PromotionError
+from registry.errors import CatalogError, PromotionError
 from registry.ledger import Entry
+from registry.seal import Seal
 
 How = Literal["command", "rollback", "approval", "alias"]
 
@@ -29,6 +30,9 @@ class Standing:
     judged: dict[int, Entry] = field(default_factory=dict)  # the last that the gate said of each version
     waiting: dict[int, Entry] = field(default_factory=dict)  # versions that wait for approval
     refused: dict[int, Entry] = field(default_factory=dict)  # versions that a person refused
+    seals: dict[int, Seal] = field(default_factory=dict)  # versions as the gate saw them
+    verdicts: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # that an older ferry had left in MLflow
+    anchor: int | None = None  # the best model ever
 
     @property
     def version(self) -> int | None:
@@ -45,6 +49,36 @@ class Standing:
         """Of the entry that made the champion; 0 where there is none."""
         return self.champion.number if self.champion else 0
 
+    def seal(self, subject: str, version: int) -> Seal:
+        """A version as the gate saw it.
+
+        Raises:
+            CatalogError: the gate never saw it, or an older ferry kept no hashes of it.
+        """
+        if version in self.seals:
+            return self.seals[version]
+        if version in self.judged or version in self.passed or version == self.version:
+            raise CatalogError(
+                f"{subject} {version} was registered by a ferry that kept no hashes of its files; `ferry seal` records them, and says what "
+                "it cannot vouch for"
+            )
+        raise CatalogError(
+            f"the gate never saw {subject} {version}, so nothing of it is used; `ferry retrain` lets it judge what it makes"
+        )
+
+    def verdict(self, version: int) -> Mapping[str, Any] | None:
+        """The gate's decision on a version, as plain data; None where an older ferry kept only its hash."""
+        if version not in self.judged:
+            return None
+        verdict: Mapping[str, Any] | None = self.judged[version].facts.get("verdict") or self.verdicts.get(version)
+        return verdict
+
+    def known_weights(self, version: int) -> Sha256 | None:
+        """Hash of a version's exported weights; None where the ledger does not hold it."""
+        if version in self.seals:
+            return self.seals[version].weights
+        return self.passed.get(version) or (self.weights if version == self.version else None)
+
 
 def standing(entries: Iterable[Entry]) -> Standing:
     """Read one subject's entries, in order.
@@ -58,10 +92,17 @@ def standing(entries: Iterable[Entry]) -> Standing:
     judged: dict[int, Entry] = {}
     waiting: dict[int, Entry] = {}
     refused: dict[int, Entry] = {}
+    seals: dict[int, Seal] = {}
+    verdicts: dict[int, Mapping[str, Any]] = {}
+    anchor: int | None = None
     for entry in entries:
         version = int(entry.facts.get("version") or 0)
+        if "seal" in entry.facts and version not in seals:  # what MLflow was given with the first stays there
+            seals[version] = Seal(subject=entry.subject, version=version, **entry.facts["seal"])
         if entry.kind == "gate":
             judged[version] = entry
+        elif entry.kind == "seal":
+            verdicts[version] = entry.facts["verdict"]
         elif entry.kind == "pending":
             waiting = {version: entry}
             refused.pop(version, None)
@@ -69,16 +110,17 @@ def standing(entries: Iterable[Entry]) -> Standing:
             waiting.pop(version, None)
             refused[version] = entry
         elif entry.kind == "promotion":
+            anchor = _anchor_after(anchor, entry.facts, passed)
             champion = entry
             line = [*line[: line.index(version)], version] if version in line else [*line, version]
             waiting.pop(version, None)
             refused.pop(version, None)
             if not entry.facts["overruled"]:
                 passed[version] = entry.facts["weights"]
-    return Standing(champion, tuple(line), passed, judged, waiting, refused)
+    return Standing(champion, tuple(line), passed, judged, waiting, refused, seals, verdicts, anchor)
 
 
-def check(subject: str, version: int, weights: Sha256, now: Standing, reason: str = "") -> None:
+def check(subject: str, version: int, tagged: Sha256, now: Standing, reason: str = "") -> None:
     """Whether a version may become champion: it was one through the gate, or the gate let it through against the present one.
 
     What the gate found harmless and no better ("promote if reasoned") needs a person's reason other than quality.
@@ -86,19 +128,21 @@ def check(subject: str, version: int, weights: Sha256, now: Standing, reason: st
     Args:
         subject: LINE/CONFIG/VARIANT.
         version: the number.
-        weights: hash of its exported weights, as MLflow says.
+        tagged: hash of its exported weights, as MLflow's tag says, which its users can edit.
         now: what the ledger says.
         reason: given by a person; empty: none was.
 
     Raises:
+        CatalogError: the gate never saw it, or an older ferry kept no hashes of it.
         PromotionError: it may not.
     """
+    weights = now.known_weights(version) or now.seal(subject, version).weights
+    if tagged != weights:
+        raise PromotionError(
+            f"MLflow's tag gives {subject} {version} other weights than the ledger has of it; restore MLflow, or `ferry retrain` and promote "
+            "what comes of it"
+        )
     if version in now.passed:
-        if now.passed[version] != weights:
-            raise PromotionError(
-                f"MLflow gives {subject} {version} other weights than it had as champion; restore MLflow, or `ferry retrain` and promote "
-                "what comes of it"
-            )
         return
     gate = now.judged.get(version)
     if gate is None:
@@ -122,31 +166,29 @@ def check(subject: str, version: int, weights: Sha256, now: Standing, reason: st
 
 def goes_on(facts: Mapping[str, Any], before: Standing) -> bool:
     """Whether a promotion is one by the gate's decision, and neither a way back nor against the gate: it may make the best model ever."""
+    return _goes_on(facts, before.passed)
+
+
+def _goes_on(facts: Mapping[str, Any], passed: Mapping[int, Sha256]) -> bool:
     version, left = facts["version"], facts["from"] or 0
-    return not (facts["overruled"] or facts.get("how") == "rollback" or (version in before.passed and version < left))
+    return not (facts["overruled"] or facts.get("how") == "rollback" or (version in passed and version < left))
 
 
-def anchor_after(anchor: int | None, entries: Iterable[Entry], since: int) -> int | None:
-    """The best model ever, once MLflow follows all promotions after entry `since`.
+def _anchor_after(anchor: int | None, facts: Mapping[str, Any], passed: Mapping[int, Sha256]) -> int | None:
+    """The best model ever after a promotion.
 
     One that goes on makes its version the best where the gate said so, and else the champion before it where none was the best yet. Whoever goes back
     from the best says that it is not. A promotion against the gate changes nothing.
 
     Args:
-        anchor: who it was until then, as MLflow says.
-        entries: of the subject, in order.
-        since: number of the entry that MLflow follows.
+        anchor: who it was until then.
+        facts: of the promotion.
+        passed: champions through the gate until then.
     """
-    earlier: list[Entry] = []
-    for entry in entries:
-        if entry.kind == "promotion" and entry.number > since:
-            version, left = entry.facts["version"], entry.facts["from"]
-            if goes_on(entry.facts, standing(earlier)):
-                anchor = version if entry.facts.get("becomes_anchor") else anchor or left
-            elif anchor == left and not entry.facts["overruled"]:
-                anchor = version
-        earlier.append(entry)
-    return anchor
+    version, left = facts["version"], facts["from"]
+    if _goes_on(facts, passed):
+        return version if facts.get("becomes_anchor") else anchor or left
+    return version if anchor == left and not facts["overruled"] else anchor
 
 
 def before(subject: str, now: Standing) -> int:
@@ -209,6 +251,6 @@ def settle(subject: str, alias: Alias, now: Standing, approval: bool) -> tuple[A
         )
     try:
         check(subject, alias.version, alias.weights, now)
-    except PromotionError as error:
+    except (CatalogError, PromotionError) as error:
         return "refused", f"the alias was set to version {alias.version} in MLflow, by whom is not known: {error}"
     return "recorded", f"by alias set in MLflow to version {alias.version}; by whom is not known"

@@ -11,9 +11,11 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Read when Prefect, MLflow and DVC are imported; nothing in the tests may phone home or find the user's own set-up.
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -78,6 +80,12 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     """The commands of a parser by name."""
     group = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return dict(group.choices)
+
+
+def in_run(catalog: Any, run_id: str, name: str) -> bytes:
+    """A file of a run as MLflow has it, held against nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(catalog._client.download_artifacts(run_id, name, folder)).read_bytes()
 
 
 def write_images(folder: Path, count: int = 80, seed: int = 0, dim: bool = False) -> Path:

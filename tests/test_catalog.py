@@ -23,7 +23,7 @@ from registry.catalog import Catalog, Subject, Version
 from registry.dataset import DvcDatasetSource
 from registry.errors import CatalogError, StoreError
 from registry.selection import Check, Decision, Limits
-from tests.conftest import SAMPLER, VERSION
+from tests.conftest import SAMPLER, VERSION, in_run
 
 SUBJECT = Subject(line="shapes", configuration="I", variant="full")
 
@@ -122,7 +122,7 @@ def test_training_fills_the_run_that_its_version_gets(
         assert (made.number, made.run_id) == (1, training.run_id)
     assert metrics(catalog, made.run_id, "loss") == [(1, 2.0), (11, 1.0), (20, pytest.approx(2 - 20 / 11))]  # none twice
     assert [step for step, _ in metrics(catalog, made.run_id, "seconds")] == [1, 11, 20]
-    assert catalog.data(made, "checkpoint/samples/step-000011.png") == b"\x89PNG"
+    assert in_run(catalog, made.run_id, "checkpoint/samples/step-000011.png") == b"\x89PNG"
     judged_anew = card(8, checkpoint, exported)
     second = catalog.register(
         subject, checkpoint.lineage, judged_anew, decision(judged_anew), checkpoint.folder, exported.folder, {}, curve
@@ -145,10 +145,9 @@ def test_same_scorecard_is_registered_once(
     assert len(catalog.versions(SUBJECT)) == 2
 
 
-def test_files_come_back_byte_for_byte(versions: list[Version], catalog: Catalog, exported: Export, tmp_path: Path):
-    folder = catalog.files(versions[0], "bundle", tmp_path)
+def test_files_come_back_byte_for_byte(versions: list[Version], catalog: Catalog, exported: Export):
     for path in exported.folder.iterdir():
-        assert (folder / path.name).read_bytes() == path.read_bytes()
+        assert in_run(catalog, versions[0].run_id, f"bundle/{path.name}") == path.read_bytes()
 
 
 def test_view_for_tools_is_a_runnable_model(versions: list[Version], catalog: Catalog, tmp_path: Path):
@@ -186,7 +185,7 @@ def test_hashes_in_tags_are_those_of_the_files(
     assert tags["onnx.sha256"] == digest((exported.folder / "graph.onnx").read_bytes())
     assert tags["weights.sha256"] == digest((exported.folder / "weights.bin").read_bytes())
     assert tags["checkpoint.sha256"] == checkpoint.weights_sha256
-    locked = catalog.data(versions[0], "environment.txt")
+    locked = in_run(catalog, versions[0].run_id, "environment.txt")
     assert tags["environment.sha256"] == digest(locked)
     assert f"onnxruntime=={onnxruntime.__version__}" in locked.decode().splitlines()
 

@@ -339,7 +339,7 @@ def test_changed_ledger_has_an_exit_code_of_its_own(workspace: Path):
 
     from registry.ledger import Ledger
 
-    ledger = Ledger(f"sqlite:///{workspace}/ferry.db")
+    ledger = Ledger(f"sqlite:///{workspace}/ferry.db", KeyRing(workspace / "keys"), workspace / "keys" / "ledger.seen")
     ledger.append("gate", "shapes/I/full", "true", {})
     ledger.close()
     connection = sqlite3.connect(workspace / "ferry.db")

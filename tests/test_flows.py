@@ -5,10 +5,13 @@ The tests of this file tell one story and run in order; each looks at what the s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from io import BytesIO
@@ -18,18 +21,22 @@ from typing import Any
 import pytest
 from click.testing import Result
 from filelock import FileLock
+from mlflow.tracking import MlflowClient
 from PIL import Image
 from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.errors import BusyError, WorkspaceError
+from flows.promote import anchor_of, champion_of, judged, sealed, verdict
 from flows.workspace import Workspace, create
 from model import versions
 from model.errors import CheckpointError, RevisionError
-from model.scorecard import Scorecard
-from registry.catalog import ANCHOR, Catalog, Subject
+from ota.release.keys import KeyRing
+from registry.catalog import Catalog, Subject
 from registry.errors import CatalogError, PromotionError, StoreError
-from tests.conftest import write_images
+from registry.ledger import START
+from registry.seal import PARTS
+from tests.conftest import in_run, write_images
 from tests.test_catalog import metrics
 from tests.test_fleet import KEY, public, signed
 from tests.test_fleet import report as device_report
@@ -119,7 +126,7 @@ def register_broken(workspace: Workspace) -> dict[str, Any]:
     from flows.retrain import champion_files, register_checkpoint
     from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
 
-    champion = workspace.catalog.champion(SUBJECT)
+    champion = champion_of(workspace, SUBJECT)
     assert champion is not None
     whole = load_checkpoint(Path(champion_files(workspace, champion)["checkpoint"]))
     broken = workspace.work / "runs" / "broken"
@@ -143,6 +150,62 @@ def test_first_retraining_makes_a_champion(workspace: Workspace):
     assert kinds(workspace) == ["gate", "promotion"]
 
 
+def as_an_older_ferry_left_it(workspace: Workspace) -> Workspace:
+    """The same workspace without what this ferry keeps: no hashes of files, no decisions in full, no signatures, no key for them."""
+    with closing(sqlite3.connect(workspace.root / "ferry.db")) as connection, connection:
+        previous = START
+        for number, text in connection.execute("SELECT number, body FROM ledger_entries ORDER BY number").fetchall():
+            body = json.loads(text) | {"previous": previous}
+            for name in ("seal", "verdict"):
+                body["facts"].pop(name, None)
+            changed = json.dumps(body, sort_keys=True)
+            previous = hashlib.sha256(changed.encode()).hexdigest()
+            connection.execute("UPDATE ledger_entries SET body = ?, sha256 = ? WHERE number = ?", (changed, previous, number))
+        connection.execute("DROP TABLE ledger_signatures")
+    ring = KeyRing(workspace.root / "keys")
+    ring.ledger = []
+    ring._save()
+    (workspace.root / "keys" / "ledger.seen").unlink()
+    (workspace.root / "keys" / "online" / "ledger.pem").unlink()
+    workspace.ledger.close()
+    for part in ("ledger", "keys", "repository"):
+        workspace.__dict__.pop(part, None)  # opened anew when it is next asked for
+    return workspace
+
+
+def test_workspace_of_an_older_ferry_is_sealed_by_one_command_and_goes_on(workspace: Workspace):
+    # Everything below is done in the workspace that comes of this.
+    as_an_older_ferry_left_it(workspace)
+    before = workspace.ledger.entries()
+    for words in (["release", "shapes"], ["retrain", "shapes"], ["report"]):
+        told = ferry(workspace, *words)
+        assert (told.exit_code, told.stdout) == (3, ""), told.output
+        assert "was registered by a ferry that kept no hashes of its files; `ferry seal` records them" in told.stderr
+    assert "0 of them are signed by the ledger's key; the 2 before" in ferry(workspace, "history", "--verify").stdout
+
+    stranger = Stranger(workspace, 1)
+    for name, says in (
+        ("scorecard.json", "scorecard.json in MLflow is not the one that the ledger has of the gate"),
+        ("bundle/weights.bin", "bundle/weights.bin in MLflow is not the one that its scorecard and promotion name"),
+        ("checkpoint/lineage.json", "checkpoint/lineage.json in MLflow is not the one that its scorecard names"),
+    ):
+        with stranger.replacing(name):
+            told = ferry(workspace, "seal")
+            assert told.exit_code == 6, told.output
+            assert f"shapes/I/full 1: NOT sealed, {says}" in told.stdout
+    assert workspace.ledger.entries() == before
+
+    (row,) = json.loads(ferry(workspace, "seal", "--json").stdout)["versions"]
+    assert row["problem"] == ""
+    assert set(row["vouched"]) == {"scorecard.json", "bundle/weights.bin", "checkpoint/lineage.json"}
+    assert {"bundle/golden.npz", "bundle/graph.onnx", "checkpoint/weights.safetensors"} < set(row["taken"])
+    assert ferry(workspace, "seal").stdout == "every version that the gate saw is sealed\n"
+    assert kinds(workspace) == ["gate", "promotion", "seal"]
+    assert workspace.ledger.entries()[:2] == before
+    assert "1 of them are signed by the ledger's key; the 2 before" in ferry(workspace, "history", "--verify").stdout
+    assert verdict(workspace, SUBJECT, 1) is not None
+
+
 def test_run_leads_back_to_the_very_images(workspace: Workspace):
     import mlflow
 
@@ -161,12 +224,13 @@ def test_training_can_be_watched_in_the_run_of_its_version(workspace: Workspace)
     steps = [1, 11, 21, 31, 41, 51, 60]
     for name in ("loss", "learning_rate", "busiest_expert", "expert_entropy.00", "expert_entropy.02", "seconds"):
         assert [step for step, _ in metrics(workspace.catalog, champion.run_id, name)] == steps
-    curve = json.loads(workspace.catalog.text(champion, "checkpoint/curve.json"))
+    curve = json.loads(in_run(workspace.catalog, champion.run_id, "checkpoint/curve.json"))
     assert [value for _, value in metrics(workspace.catalog, champion.run_id, "loss")] == [row["loss"] for row in curve]
     for step in (15, 30, 45, 60):
-        with Image.open(BytesIO(workspace.catalog.data(champion, f"checkpoint/samples/step-{step:06d}.png"))) as image:
+        with Image.open(BytesIO(in_run(workspace.catalog, champion.run_id, f"checkpoint/samples/step-{step:06d}.png"))) as image:
             assert max(image.getextrema()) > 0
-        assert json.loads(workspace.catalog.text(champion, f"checkpoint/samples/step-{step:06d}.json")) == ["bar", "disc"]
+        drawn = in_run(workspace.catalog, champion.run_id, f"checkpoint/samples/step-{step:06d}.json")
+        assert json.loads(drawn) == ["bar", "disc"]
 
 
 def test_nothing_new_means_no_work(workspace: Workspace):
@@ -177,7 +241,7 @@ def test_nothing_new_means_no_work(workspace: Workspace):
     assert row["outcome"] == "unchanged"
     assert sorted(path.name for path in (workspace.work / "runs").iterdir()) == before
     assert [v.number for v in workspace.catalog.versions(SUBJECT)] == [1]
-    assert kinds(workspace) == ["gate", "promotion"]
+    assert kinds(workspace) == ["gate", "promotion", "seal"]
 
 
 def test_release_publishes_the_champion(workspace: Workspace):
@@ -187,9 +251,9 @@ def test_release_publishes_the_champion(workspace: Workspace):
     (published,) = workspace.repository.releases("shapes", "edge")
     assert (made["release"], made["manifest"], made["versions"]) == (1, published.manifest, {"full": 1})
     manifest = workspace.repository.manifest(published)
-    champion = workspace.catalog.champion(SUBJECT)
+    champion = champion_of(workspace, SUBJECT)
     assert champion is not None
-    assert manifest.entry("weights", "full").sha256 == champion.weights_sha256
+    assert manifest.entry("weights", "full").sha256 == champion.weights
     assert manifest.origin.decision == workspace.ledger.entries()[1].sha256
     assert (workspace.root / "published" / "metadata" / "timestamp.json").is_file()
     assert workspace.ledger.holds(published.ledger)
@@ -205,6 +269,166 @@ def test_release_without_news_publishes_nothing_new(workspace: Workspace):
     assert kinds(workspace) == before
 
 
+# What somebody can do who has nothing but an MLflow client
+
+
+class Stranger:
+    """An MLflow client, and nothing else."""
+
+    def __init__(self, workspace: Workspace, number: int) -> None:
+        self.client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
+        self.kept = workspace.work / "champions"
+        self.number = str(number)
+        self.run_id = str(self.client.get_model_version(SUBJECT.model, self.number).run_id)
+
+    @contextmanager
+    def replacing(self, name: str, data: bytes | None = None) -> Iterator[None]:
+        """Replace a file of the version's run for a while, and let nobody have a copy of it."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(self.client.download_artifacts(self.run_id, name, folder))
+            good = path.read_bytes()
+            path.write_bytes(good[:-2] + bytes([good[-2] ^ 1]) + good[-1:] if data is None else data)
+            self.client.log_artifact(self.run_id, str(path), name.rpartition("/")[0] or None)
+            shutil.rmtree(self.kept, ignore_errors=True)
+            try:
+                yield
+            finally:
+                path.write_bytes(good)
+                self.client.log_artifact(self.run_id, str(path), name.rpartition("/")[0] or None)
+
+    @contextmanager
+    def tagging(self, tags: dict[str, str | None]) -> Iterator[None]:
+        """Set or delete tags of the version for a while."""
+        before = self.client.get_model_version(SUBJECT.model, self.number).tags
+        for name, value in tags.items():
+            if value is None:
+                self.client.delete_model_version_tag(SUBJECT.model, self.number, name)
+            else:
+                self.client.set_model_version_tag(SUBJECT.model, self.number, name, value)
+        try:
+            yield
+        finally:
+            for name in tags:
+                self.client.set_model_version_tag(SUBJECT.model, self.number, name, before[name])
+
+
+def signed_facts(workspace: Workspace) -> dict[str, Any]:
+    """What a stranger in MLflow must not change: signatures, what is published, the record."""
+    folders = ("repository", "published")
+    files = {
+        path: path.read_bytes() for folder in folders for path in sorted((workspace.root / folder).rglob("*")) if path.is_file()
+    }
+    return {"files": files, "entries": workspace.ledger.entries()}
+
+
+SEALED = [f"{part}/{name}" for part in ("bundle", "checkpoint") for name in PARTS[part]]
+
+
+@pytest.mark.parametrize("name", [*SEALED, "scorecard.json"])
+@pytest.mark.parametrize("how", ["other bytes", "more bytes", "none"])
+def test_file_that_a_stranger_replaced_in_mlflow_is_not_signed(workspace: Workspace, name: str, how: str):
+    from flows.release import make_bundle
+    from registry.errors import SealError
+
+    def use() -> None:
+        make_bundle.fn(str(workspace.root), "shapes", "edge")
+        workspace.catalog.files(sealed(workspace, SUBJECT, 1), "checkpoint", workspace.work / "champions")
+
+    before = signed_facts(workspace)
+    replaced = Stranger(workspace, 1).replacing(name, {"other bytes": None, "more bytes": b"x" * 10_000_000, "none": b""}[how])
+    says = f"^{re.escape(name)} of shapes/I/full 1 in MLflow is not what the gate saw [^\n]*$"
+    with replaced, pytest.raises(SealError, match=says):
+        use()
+    assert signed_facts(workspace) == before
+    assert make_bundle.fn(str(workspace.root), "shapes", "edge")
+
+
+def test_evil_bundle_in_mlflow_is_neither_released_nor_trained_from(workspace: Workspace):
+    # Shuffled weights with golden outputs of their own: a device would find nothing wrong with them.
+    before = signed_facts(workspace)
+    stranger = Stranger(workspace, 1)
+    with stranger.replacing("bundle/weights.bin"), stranger.replacing("bundle/golden.npz"):
+        told = ferry(workspace, "release", "shapes")
+        assert (told.exit_code, told.stdout) == (6, "")
+        assert told.stderr.count("\n") == 1
+        assert (
+            "somebody replaced it, nothing of it is used; restore MLflow's files from a backup, or `ferry retrain shapes`"
+            in told.stderr
+        )
+        assert ferry(workspace, "history", "--verify").exit_code == 0
+    with stranger.replacing("checkpoint/weights.safetensors"):
+        told = ferry(workspace, "retrain", "shapes")
+        assert (told.exit_code, told.stdout, told.stderr.count("\n")) == (6, "", 1)
+    assert signed_facts(workspace) == before
+
+
+def test_copy_that_was_fetched_before_is_checked_again(workspace: Workspace, tmp_path: Path):
+    from flows.release import make_bundle
+
+    seal, kept = sealed(workspace, SUBJECT, 1), workspace.work / "champions"
+    bundle = workspace.catalog.files(seal, "bundle", kept)
+    good = (bundle / "graph.onnx").read_bytes()
+    secret = tmp_path / "elsewhere"
+    secret.write_bytes(good)
+    for damage in (
+        lambda path: path.write_bytes(b"evil" + good[4:]),
+        lambda path: path.unlink(),
+        lambda path: (path.unlink(), path.symlink_to(secret)),
+    ):
+        damage(bundle / "graph.onnx")
+        assert make_bundle.fn(str(workspace.root), "shapes", "edge")
+        assert (bundle / "graph.onnx").read_bytes() == good
+        assert not (bundle / "graph.onnx").is_symlink()
+    assert secret.read_bytes() == good
+
+
+TAGS: list[dict[str, str | None]] = [
+    {"weights.sha256": "f" * 64}, {"weights.sha256": None}, {"scorecard.sha256": "f" * 64, "lineage.sha256": "f" * 64},
+    {"data.md5": "/etc", "data.rev": "--output=/tmp/x"}, {"gate.outcome": "\x1b[2J", "gate.reason": "x" * 4000, "gate.n": "9" * 5000},
+    {"code.sha256": None, "gate.outcome": None, "checkpoint.sha256": None}, {"checkpoint.sha256": "../x", "parent.sha256": "../x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tags", TAGS, ids=",".join)
+def test_tag_that_a_stranger_edited_changes_nothing_that_is_signed(workspace: Workspace, tags: dict[str, str | None]):
+    from flows.release import make_bundle
+
+    before = signed_facts(workspace)
+    made = make_bundle.fn(str(workspace.root), "shapes", "edge")
+    with Stranger(workspace, 1).tagging(tags):
+        if "weights.sha256" in tags:
+            with pytest.raises(CatalogError, match="the ledger does not; `ferry reconcile` settles it"):
+                make_bundle.fn(str(workspace.root), "shapes", "edge")
+        else:
+            assert make_bundle.fn(str(workspace.root), "shapes", "edge") == made
+        for words in (
+            ["history"],
+            ["trace", before["entries"][0].sha256],
+            ["report"],
+            ["evaluate", str(SUBJECT), "1"],
+            ["approve"],
+        ):
+            told = ferry(workspace, *words)
+            assert told.exit_code == 0, told.output
+            assert "\x1b" not in told.output
+    assert signed_facts(workspace) == before
+
+
+def test_release_vouches_for_what_it_signed_when_an_older_version_is_sealed(workspace: Workspace):
+    from flows import seal
+    from registry.errors import SealError
+    from registry.promotion import standing
+
+    entries = workspace.ledger.entries(str(SUBJECT))
+    found = seal._examined(workspace, SUBJECT, 1, standing(entries), entries)
+    assert {name for name, by in found.vouched.items() if by == "shapes/edge release 1"} == {
+        "bundle/graph.onnx", "bundle/golden.npz", "bundle/sampler.json", "bundle/reference.json",
+    }  # fmt: skip
+    says = r"golden\.npz in MLflow is not the one that shapes/edge release 1 was signed with"
+    with Stranger(workspace, 1).replacing("bundle/golden.npz"), pytest.raises(SealError, match=says):
+        seal._examined(workspace, SUBJECT, 1, standing(entries), entries)
+
+
 def test_changed_folder_is_not_trained_on(workspace: Workspace):
     versions.check_clean(workspace.root, "data/shapes", "shapes")
     write_images(workspace.root / "data/shapes", 120, seed=1, dim=True)
@@ -217,14 +441,14 @@ def test_second_revision_starts_from_the_champion(workspace: Workspace):
     from flows.retrain import champion_files, retrain
 
     versions.add(workspace.root, "data/shapes", "shapes", "dimmer light")
-    first = workspace.catalog.champion(SUBJECT)
+    first = champion_of(workspace, SUBJECT)
     assert first is not None
     (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
-    second = workspace.catalog.version(SUBJECT, 2)
+    second, tags = sealed(workspace, SUBJECT, 2), workspace.catalog.version(SUBJECT, 2).tags
     assert row["version"] == 2
     parent = json.loads((Path(champion_files(workspace, second)["checkpoint"]) / "lineage.json").read_bytes())["parent"]
-    assert parent == second.tags["parent.sha256"] != ""
-    assert second.tags["gate.champion"] == first.weights_sha256
+    assert parent == second.parent == tags["parent.sha256"] == first.checkpoint
+    assert tags["gate.champion"] == first.weights
     champion = workspace.catalog.champion(SUBJECT)
     assert champion is not None
     assert champion.number == 1  # it was not to be promoted
@@ -266,14 +490,14 @@ def test_promotion_cut_before_the_alias_moved_is_completed_by_repeating_it(works
     with pytest.raises(CatalogError, match="MLflow says shapes/I/full 1 is champion, the ledger does not"):
         champions(workspace, "shapes", "edge")  # nothing is released from between the two
     promote(workspace, SUBJECT, 2, "it passed")
-    assert champions(workspace, "shapes", "edge")["full"].number == 2
+    assert champions(workspace, "shapes", "edge")["full"].version == 2
     promote(workspace, SUBJECT, 1, "as before")
 
 
 def test_version_that_passed_the_gate_is_promoted_by_hand(workspace: Workspace):
     from flows.promote import promote
 
-    assert workspace.catalog.version(SUBJECT, 2).outcome == "promote"
+    assert judged(workspace, SUBJECT)[2].facts["outcome"] == "promote"
     promote(workspace, SUBJECT, 2, "it passed")
     assert champion_number(workspace) == 2
 
@@ -285,9 +509,11 @@ def test_second_release_carries_a_smaller_delta(workspace: Workspace):
     first = workspace.repository.releases("shapes", "edge")[0]
     assert made["release"] == 2
     assert 0 < made["deltas"][first.manifest] < made["full_bytes"]
-    second = workspace.catalog.version(SUBJECT, 2)
-    expected = json.loads(workspace.catalog.text(second, "decision.json"))["update_bytes"]  # known before there was a release
-    weights = (workspace.catalog.files(second, "bundle", workspace.work / "champions") / "weights.bin").stat().st_size
+    said = verdict(workspace, SUBJECT, 2)
+    assert said is not None
+    expected = said.update_bytes  # known before there was a release
+    assert expected is not None
+    weights = sealed(workspace, SUBJECT, 2).files["bundle/weights.bin"].size
     assert 0 < expected < weights
     assert 0.5 < expected / made["deltas"][first.manifest] < 1  # which also holds what is not weights
 
@@ -353,22 +579,21 @@ def test_people_rate_two_versions_blind_and_the_report_says_what_they_said(works
     assert "people prefer version 2" in write(workspace, workspace.root / "report.html").read_text()
 
 
-def test_changed_sampler_is_judged_without_training(workspace: Workspace):
+def test_changed_sampler_is_judged_without_training(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
     from flows.retrain import retrain
 
     trained = sorted(path.name for path in (workspace.work / "runs").iterdir())
-    best = workspace.catalog.aliased(SUBJECT, ANCHOR)
+    best = anchor_of(workspace, SUBJECT)
     assert best
-    assert best.number == 2
-    workspace.catalog.set_alias(SUBJECT, ANCHOR, 1)  # as if the first had been better
+    assert best.version == 2
+    first = sealed(workspace, SUBJECT, 1)
+    monkeypatch.setattr("flows.retrain.anchor_of", lambda *_: first)  # as if the first had been better
     with settings(workspace, "steps = 6\n", "steps = 5\n"):
         (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
-    made = Scorecard.model_validate_json(
-        workspace.catalog.text(workspace.catalog.version(SUBJECT, row["version"]), "scorecard.json")
-    )
+    made = workspace.catalog.card(sealed(workspace, SUBJECT, row["version"]))
     assert (row["version"], made.sampler.steps) == (4, 5)
     beside = {(c.against, c.against_sha256, c.split) for c in made.comparisons}
-    known = {against: workspace.catalog.version(SUBJECT, n).weights_sha256 for against, n in (("champion", 2), ("anchor", 1))}
+    known = {against: sealed(workspace, SUBJECT, n).weights for against, n in (("champion", 2), ("anchor", 1))}
     assert beside == {(against, known[against], split) for against in known for split in ("new", "old")}
     assert sorted(path.name for path in (workspace.work / "runs").iterdir()) == trained
     assert champion_number(workspace) == 2
@@ -455,7 +680,8 @@ def test_trace_leads_from_a_device_to_its_data_and_back(workspace: Workspace):
 
     device = trace("press-01")
     came_from = {(row["kind"], row["name"]): row for row in device["back"]}
-    (version,) = [v for v in workspace.catalog.versions(SUBJECT) if v.weights_sha256 == weights and v.number == release.version]
+    version = workspace.catalog.version(SUBJECT, release.version)
+    assert sealed(workspace, SUBJECT, version.number).weights == weights
     assert came_from["bundle", f"shapes/edge release {release.seq}"]["hashes"]["manifest"] == release.manifest
     assert came_from["version", str(version.subject) + f" {version.number}"]["facts"]["run"] == version.run_id
     assert ("data", f"shapes {version.tags['data.rev'][:12]}") in came_from
@@ -494,6 +720,52 @@ def test_second_process_is_told_to_wait(workspace: Workspace):
 def test_ledger_is_whole_after_all_this(workspace: Workspace):
     assert [e.number for e in workspace.ledger.entries()] == list(range(1, len(kinds(workspace)) + 1))
     assert all(workspace.ledger.holds(r.ledger) for r in workspace.repository.releases("shapes", "edge"))
+
+
+def test_stray_entries_in_mlflow_end_no_command(workspace: Workspace):
+    before = signed_facts(workspace)
+    now = champion_of(workspace, SUBJECT)
+    assert now is not None
+    best = anchor_of(workspace, SUBJECT)
+    assert best is not None
+    stranger = Stranger(workspace, now.version)
+    client, model = stranger.client, SUBJECT.model
+    made = [
+        client.create_model_version(model, source="file:///nowhere"),
+        client.create_model_version(model, source="file:///etc"),
+    ]
+    client.set_model_version_tag(model, str(made[1].version), "scorecard.sha256", "f" * 64)
+    follows = client.get_registered_model(model).tags["ledger.champion"]
+    client.set_registered_model_tag(model, "ledger.champion", "9" * 5000)
+    client.set_registered_model_alias(model, "someone-else", str(made[0].version))
+    client.set_registered_model_alias(model, "anchor", str(made[0].version))
+    client.create_registered_model("another thing")
+    first = before["entries"][0].sha256
+    for words in (
+        ["reconcile"], ["history", "--verify"], ["trace", first], ["report"], ["evaluate", str(SUBJECT)], ["retrain", "shapes"],
+        ["approve"], ["seal"], ["release", "shapes"],
+    ):  # fmt: skip
+        told = ferry(workspace, *words)
+        assert told.exit_code == 0, f"{words}: {told.output}"
+    assert str(client.get_model_version_by_alias(model, "anchor").version) == str(best.version)
+    for words in (
+        ["promote", str(SUBJECT), str(made[0].version), "--reason", "r"], ["promote", str(SUBJECT), str(made[1].version), "--overrule", "--reason", "r"],
+        ["evaluate", str(SUBJECT), str(made[0].version)],
+    ):  # fmt: skip
+        told = ferry(workspace, *words)
+        assert (told.exit_code, told.stdout) == (3, ""), f"{words}: {told.output}"
+        assert "the gate never saw shapes/I/full" in told.stderr
+    client.set_registered_model_alias(model, "champion", str(made[0].version))
+    told = ferry(workspace, "reconcile")
+    assert told.exit_code == 5
+    assert "the gate never saw shapes/I/full" in told.stdout
+    assert champion_number(workspace) == now.version
+    assert client.get_registered_model(model).tags["ledger.champion"] == follows
+    for version in made:
+        client.delete_model_version(model, str(version.version))
+    after = signed_facts(workspace)
+    assert after["files"] == before["files"]
+    assert [e.kind for e in after["entries"][len(before["entries"]) :]] == ["refusal"]
 
 
 def test_champion_that_was_deleted_is_not_trained_anew(workspace: Workspace):

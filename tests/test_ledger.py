@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import sqlite3
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from ota.errors import OperatorError
+from ota.release.keys import KeyRing, create
 from registry.errors import LedgerError, PromotionError, StoreError
 from registry.ledger import START, Entry, Ledger
 
@@ -18,11 +23,29 @@ def database(tmp_path: Path) -> Path:
     return tmp_path / "ferry.db"
 
 
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> KeyRing:
+    """The keys of a workspace."""
+    return create(tmp_path_factory.mktemp("keys"))
+
+
 @pytest.fixture
-def ledger(database: Path):
-    opened = Ledger(f"sqlite:///{database}")
-    yield opened
-    opened.close()
+def opened(database: Path, ring: KeyRing):
+    """Open the ledger, as one process of a workspace does after the other."""
+    made: list[Ledger] = []
+
+    def open_one(keys: KeyRing = ring, seen: str = "ledger.seen") -> Ledger:
+        made.append(Ledger(f"sqlite:///{database}", keys, database.parent / seen))
+        return made[-1]
+
+    yield open_one
+    for ledger in made:
+        ledger.close()
+
+
+@pytest.fixture
+def ledger(opened: Callable[..., Ledger]) -> Ledger:
+    return opened()
 
 
 def three_entries(ledger: Ledger) -> None:
@@ -47,12 +70,11 @@ def test_entries_name_the_hash_before_them(ledger: Ledger):
     assert third.facts == {"version": 3}
 
 
-def test_entries_survive_reopening(ledger: Ledger, database: Path):
+def test_entries_survive_reopening(ledger: Ledger, opened: Callable[..., Ledger]):
     three_entries(ledger)
-    again = Ledger(f"sqlite:///{database}")
+    again = opened()
     assert again.entries() == ledger.entries()
     assert again.head() == ledger.head()
-    again.close()
 
 
 def test_only_the_asked_subject_is_shown(ledger: Ledger):
@@ -119,50 +141,234 @@ def test_any_changed_character_of_any_row_is_found_out(ledger: Ledger, database:
     assert len(ledger.entries()) == 3
 
 
-def test_entry_that_was_rewritten_with_its_hash_breaks_the_chain_or_the_signed_head(ledger: Ledger, database: Path):
-    three_entries(ledger)
-    head = ledger.head()
-    for number in (3, 2):
-        connection = sqlite3.connect(database)
-        (body,) = connection.execute("SELECT body FROM ledger_entries WHERE number = ?", (number,)).fetchone()
-        body = body.replace(f"reason {number}", "another")
+def rewrite(database: Path, first: int, change: Callable[[dict[str, object]], None]) -> None:
+    """What a writer of the database can do: change an entry, and make the chain fit from there on."""
+    connection = sqlite3.connect(database)
+    rows = connection.execute("SELECT number, body FROM ledger_entries WHERE number >= ? ORDER BY number", (first,)).fetchall()
+    previous = connection.execute("SELECT sha256 FROM ledger_entries WHERE number = ?", (first - 1,)).fetchone()
+    previous = previous[0] if previous else START
+    for number, text in rows:
+        body = json.loads(text)
+        if number == first:
+            change(body)
+        body["previous"] = previous
+        changed = json.dumps(body, sort_keys=True)
+        previous = hashlib.sha256(changed.encode()).hexdigest()
         with connection:
-            digest = hashlib.sha256(body.encode()).hexdigest()
-            connection.execute("UPDATE ledger_entries SET body = ?, sha256 = ? WHERE number = ?", (body, digest, number))
-        connection.close()
-        if number == 3:  # the last: the chain alone does not show it
-            assert ledger.entries()[-1].why == "another"
-            assert not ledger.holds(head)
-    with pytest.raises(LedgerError, match="entry 3 of the ledger was changed"):
+            connection.execute("UPDATE ledger_entries SET body = ?, sha256 = ? WHERE number = ?", (changed, previous, number))
+    connection.close()
+
+
+def insert(database: Path, kind: str, facts: dict[str, object], signature: tuple[str, str] | None = None) -> None:
+    """What a writer of the database can do: add an entry that fits the chain."""
+    connection = sqlite3.connect(database)
+    number, previous = connection.execute("SELECT number, sha256 FROM ledger_entries ORDER BY number DESC LIMIT 1").fetchone()
+    body = {"number": number + 1, "previous": previous, "kind": kind, "subject": "shapes/I/full", "who": "root",
+            "when": "2026-11-28T10:00:00+00:00", "why": "better", "facts": facts}  # fmt: skip
+    text = json.dumps(body, sort_keys=True)
+    with connection:
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        connection.execute("INSERT INTO ledger_entries VALUES (?, ?, ?)", (number + 1, digest, text))
+        if signature:
+            connection.execute("INSERT INTO ledger_signatures VALUES (?, ?, ?)", (number + 1, *signature))
+    connection.close()
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_entry_that_was_rewritten_with_its_chain_is_found_out(ledger: Ledger, opened, database: Path, first: int):
+    # No release has signed any of them.
+    three_entries(ledger)
+    rewrite(database, first, lambda body: body.update(why="another"))
+    for look in (ledger, opened(), opened(seen="of another host")):
+        with pytest.raises(LedgerError, match=f"entry {first} of the ledger is not signed by a key of this workspace"):
+            look.entries()
+        with pytest.raises(LedgerError):
+            look.append("gate", "shapes/I/full", "goes on", {})
+
+
+def test_inserted_decision_is_found_out(ledger: Ledger, opened, database: Path, tmp_path: Path, ring: KeyRing):
+    three_entries(ledger)
+    connection = sqlite3.connect(database)
+    third = connection.execute("SELECT keyid, signature FROM ledger_signatures WHERE number = 3").fetchone()
+    connection.close()
+    stranger = create(tmp_path / "stranger")
+    own = (stranger.ledger[0].key.keyid, "ab" * 64)
+    for signature in (None, third, ("0" * 64, "not hex"), own, (ring.ledger[0].key.keyid, "00" * 64)):
+        insert(database, "gate", {"version": 4, "outcome": "promote"}, signature)
+        for look in (ledger, opened(), opened(seen="of another host")):
+            with pytest.raises(LedgerError, match="entry 4 of the ledger is not signed by a key of this workspace"):
+                look.entries()
+        edit(database, "DELETE FROM ledger_entries WHERE number = 4")
+        edit(database, "DELETE FROM ledger_signatures WHERE number = 4")
+    assert len(ledger.entries()) == 3
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["DELETE FROM ledger_signatures", "DROP TABLE ledger_signatures", "DELETE FROM ledger_signatures WHERE number = 2"],
+)
+def test_removed_signatures_are_found_out(ledger: Ledger, opened, database: Path, statement: str):
+    # Without them the ledger looks as one of a ferry that did not sign.
+    three_entries(ledger)
+    edit(database, statement)
+    with pytest.raises(LedgerError, match="is not signed by a key of this workspace"):
+        opened(seen="of another host").entries()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_entries_that_were_cut_off_are_found_out(ledger: Ledger, opened, database: Path, kept: int):
+    three_entries(ledger)
+    for table in ("ledger_entries", "ledger_signatures"):
+        edit(database, f"DELETE FROM {table} WHERE number > {kept}")
+    for look in (ledger, opened()):
+        with pytest.raises(LedgerError, match=f"ends with entry {kept}, this workspace has seen entry 3"):
+            look.entries()
+        with pytest.raises(LedgerError):
+            look.append("gate", "shapes/I/full", "goes on", {})
+
+
+def test_other_history_under_the_same_key_is_found_out(ledger: Ledger, opened, database: Path, tmp_path: Path):
+    # A copy of the database that went on elsewhere: every entry is signed, and they are not those that were seen here.
+    three_entries(ledger)
+    other = Ledger(f"sqlite:///{tmp_path / 'other.db'}", ledger._signing, tmp_path / "other.seen")
+    for number in range(4):
+        other.append("gate", "shapes/I/full", f"of another history {number}", {})
+    other.close()
+    (tmp_path / "other.db").replace(database)
+    with pytest.raises(LedgerError, match="entry 3 of the ledger is another than this workspace has seen"):
+        opened().entries()
+
+
+def test_note_of_what_was_seen_is_needed_only_where_it_was_made(ledger: Ledger, opened, database: Path):
+    three_entries(ledger)
+    note = database.parent / "ledger.seen"
+    assert note.stat().st_mode & 0o077 == 0
+    note.unlink()  # as its message says, where entries are lost for good
+    edit(database, "DELETE FROM ledger_entries WHERE number = 3")
+    edit(database, "DELETE FROM ledger_signatures WHERE number = 3")
+    assert len(opened().entries()) == 2
+    note.write_text("no number")
+    with pytest.raises(LedgerError, match="restore it from a backup"):
+        opened().entries()
+
+
+def test_key_signs_its_own_entries_only(database: Path, tmp_path: Path):
+    ring = create(tmp_path / "keys")
+    ledger = Ledger(f"sqlite:///{database}", ring, tmp_path / "seen")
+    three_entries(ledger)
+    stolen = KeyRing(ring.folder)
+    ring.begin_ledger(4)
+    ledger.append("gate", "shapes/I/full", "a fourth", {})
+    assert len({key.key.keyid for key in ring.ledger}) == 2
+    again = Ledger(f"sqlite:///{database}", KeyRing(ring.folder), tmp_path / "seen")
+    assert len(again.entries()) == 4
+    # The thief of the old key records with it.
+    thief = Ledger(f"sqlite:///{database}", stolen, tmp_path / "thief")
+    with pytest.raises(LedgerError, match="entry 4 of the ledger is not signed"):
+        thief.entries()
+    stolen.ledger = [*ring.ledger, stolen.ledger[0]._replace(since=5)]
+    thief.append("gate", "shapes/I/full", "a fifth", {})
+    with pytest.raises(LedgerError, match="entry 5 of the ledger is not signed by a key of this workspace"):
+        again.entries()
+    for opened in (ledger, again, thief):
+        opened.close()
+
+
+def unsigned(database: Path, tmp_path: Path) -> None:
+    """A ledger as a ferry left it that did not sign."""
+    ledger = Ledger(f"sqlite:///{database}", create(tmp_path / "old-keys"), tmp_path / "old-seen")
+    three_entries(ledger)
+    ledger.close()
+    edit(database, "DROP TABLE ledger_signatures")
+
+
+def test_ledger_of_a_ferry_that_did_not_sign_goes_on(database: Path, tmp_path: Path):
+    unsigned(database, tmp_path)
+    ring = create(tmp_path / "keys")
+    ring.ledger = []
+    ring._save()  # as that ferry made it
+    assert ring.begin_ledger(Ledger.length(f"sqlite:///{database}") + 1).since == 4
+    ledger = Ledger(f"sqlite:///{database}", KeyRing(ring.folder), tmp_path / "seen")
+    assert (len(ledger.entries()), ledger.unsigned) == (3, 3)
+    ledger.append("gate", "shapes/I/full", "a fourth", {})
+    rewrite(database, 2, lambda body: body.update(why="another"))  # covered by the first that is signed
+    with pytest.raises(LedgerError, match="entry 4 of the ledger is not signed"):
+        Ledger(f"sqlite:///{database}", KeyRing(ring.folder), tmp_path / "of another host").entries()
+    with pytest.raises(LedgerError):
         ledger.entries()
-
-
-def test_recording_beside_others_never_loses_an_entry_nor_breaks_the_chain(database: Path):
-    def record(name: int) -> None:
-        own = Ledger(f"sqlite:///{database}")  # as of another process, without a lock in common
-        for _ in range(10):
-            own.append("gate", f"line{name}/I/full", "r", {})
-        own.close()
-
-    Ledger(f"sqlite:///{database}").close()
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(record, range(4)))
-    ledger = Ledger(f"sqlite:///{database}")
-    assert len(ledger.entries()) == 40
-    assert [len(ledger.entries(f"line{name}/I/full")) for name in range(4)] == [10] * 4
     ledger.close()
 
 
-def test_guard_sees_what_was_recorded_meanwhile_and_forbids(ledger: Ledger, database: Path):
+def test_two_processes_begin_to_sign_with_one_key(database: Path, tmp_path: Path):
+    unsigned(database, tmp_path)
+    rings = [create(tmp_path / "keys"), KeyRing(tmp_path / "keys")]
+    for ring in rings:
+        ring.ledger = []
+    rings[0]._save()
+    keys = {ring.begin_ledger(4).key.keyid for ring in rings}
+    assert len(keys) == 1
+    assert [key.key.keyid for key in KeyRing(tmp_path / "keys").ledger] == list(keys)
+
+
+def test_unusable_key_records_nothing(ledger: Ledger, ring: KeyRing, tmp_path: Path, database: Path):
+    three_entries(ledger)
+    broken = KeyRing(ring.folder)
+    broken.ledger = [broken.ledger[0]._replace(uri="file2:gone.pem")]
+    reading = Ledger(f"sqlite:///{database}", broken, tmp_path / "seen")
+    assert len(reading.entries()) == 3
+    with pytest.raises(OperatorError, match=r"the ledger's key file2:gone\.pem cannot sign"):
+        reading.append("gate", "shapes/I/full", "a fourth", {})
+    other = create(tmp_path / "other")  # a KMS that has another key under that name
+    broken.ledger = [broken.ledger[0]._replace(uri=f"file2:{other.folder / 'online' / 'ledger.pem'}")]
+    with pytest.raises(OperatorError, match="cannot sign"):
+        reading.append("gate", "shapes/I/full", "a fourth", {})
+    assert len(reading.entries()) == 3
+    reading.close()
+
+
+def test_who_is_not_what_the_environment_says(ledger: Ledger, monkeypatch: pytest.MonkeyPatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "the-owner")
+    assert ledger.append("gate", "shapes/I/full", "r", {}).who != "the-owner"
+    assert ledger.append("gate", "shapes/I/full", "r", {}).who == ("root" if os.getuid() == 0 else Path.home().owner())
+
+
+def test_recording_beside_others_never_loses_an_entry_nor_breaks_the_chain(opened: Callable[..., Ledger]):
+    def record(name: int) -> None:
+        own = opened()  # as of another process, without a lock in common
+        for _ in range(10):
+            own.append("gate", f"line{name}/I/full", "r", {})
+
+    opened()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(record, range(4)))
+    ledger = opened()
+    assert len(ledger.entries()) == 40
+    assert [len(ledger.entries(f"line{name}/I/full")) for name in range(4)] == [10] * 4
+
+
+def test_entry_that_another_process_adds_while_the_ledger_is_read_is_not_missed(ledger: Ledger, opened, monkeypatch):
+    three_entries(ledger)
+    parsed, other = Entry.model_validate_json, opened()
+
+    def parse(text: str) -> Entry:
+        monkeypatch.setattr(Entry, "model_validate_json", parsed)
+        other.append("gate", "shapes/I/full", "a fourth", {})
+        return parsed(text)
+
+    monkeypatch.setattr(Entry, "model_validate_json", parse)
+    assert len(ledger.entries()) == 3
+    assert len(ledger.entries()) == 4
+
+
+def test_guard_sees_what_was_recorded_meanwhile_and_forbids(ledger: Ledger, opened: Callable[..., Ledger]):
     three_entries(ledger)
     seen: list[int] = []
 
     def guard(entries: list[Entry]) -> None:
         seen.append(len(entries))
         if len(seen) == 1:  # another host records between the look and the writing
-            other = Ledger(f"sqlite:///{database}")
-            other.append("gate", "shapes/I/full", "faster", {})
-            other.close()
+            opened().append("gate", "shapes/I/full", "faster", {})
         else:
             raise PromotionError("no more")
 
@@ -172,14 +378,6 @@ def test_guard_sees_what_was_recorded_meanwhile_and_forbids(ledger: Ledger, data
     assert [e.why for e in ledger.entries()][3:] == ["faster"]
 
 
-def test_signed_head_shows_that_entries_were_cut_off(ledger: Ledger, database: Path):
-    three_entries(ledger)
-    head = ledger.head()
-    edit(database, "DELETE FROM ledger_entries WHERE number = 3")
-    assert len(ledger.entries()) == 2  # the chain alone does not show it
-    assert not ledger.holds(head)
-
-
-def test_unreachable_database_is_one_sentence():
+def test_unreachable_database_is_one_sentence(ring: KeyRing, tmp_path: Path):
     with pytest.raises(StoreError, match=r"check its URL in ferry\.toml"):
-        Ledger("sqlite:////nowhere/at/all/ferry.db")
+        Ledger("sqlite:////nowhere/at/all/ferry.db", ring, tmp_path / "seen")

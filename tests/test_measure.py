@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.measure import find, measure, network_file
+from flows.promote import promote
 from flows.workspace import Workspace, create
 from model import evaluate, versions
 from model.data import Dataset, prepare
@@ -26,8 +27,9 @@ from model.export import Export
 from model.scorecard import Cost, Quality, Scorecard, Usage
 from model.session import load
 from model.train import LINEAGE, Checkpoint, load_checkpoint
-from registry.catalog import Subject
+from registry.catalog import Subject, card_text
 from registry.errors import CatalogError
+from registry.seal import SCORECARD, Seal, files_of, sealed_bytes
 from registry.selection import Check, Decision, Limits
 
 from .conftest import CONFIG, SAMPLER, write_images
@@ -103,7 +105,12 @@ def register(workspace: Workspace, checkpoint: Checkpoint, exported: Export, fol
         challenger=made.weights_sha256, limits=Limits(), scorecard=made.sha256,
     )  # fmt: skip
     subject = Subject(line="shapes", configuration="I", variant="full")
-    workspace.catalog.register(subject, trained.lineage, made, decision, folder, exported.folder, {}, [])
+    version = workspace.catalog.register(subject, trained.lineage, made, decision, folder, exported.folder, {}, [])
+    files = {**files_of("bundle", exported.folder), **files_of("checkpoint", folder)}
+    files[SCORECARD] = sealed_bytes(card_text(made).encode())
+    seal = Seal.of(str(subject), version.number, trained.lineage, made, files)
+    facts = {"version": version.number, "outcome": decision.outcome, "decision": decision.sha256, "champion": ""}
+    workspace.ledger.append("gate", str(subject), decision.reason, facts | {"seal": seal.facts})
     return trained
 
 
@@ -115,7 +122,7 @@ def workspace(checkpoint: Checkpoint, exported: Export, tmp_path_factory: pytest
     write_images(made.root / "data/shapes")
     versions.add(made.root, "data/shapes", "shapes", "first")
     register(made, checkpoint, exported, root / "first")
-    made.catalog.promote(Subject.parse("shapes/I/full"), 1)
+    promote(made, Subject.parse("shapes/I/full"), 1, "first")
     (made.root / "data/shapes/torn.png").write_bytes(b"torn")
     versions.add(made.root, "data/shapes", "shapes", "a torn one")
     register(made, checkpoint, exported, root / "second")
@@ -151,9 +158,7 @@ def test_table_shows_the_registered_figures(workspace: Workspace):
 
 def test_json_holds_the_whole_scorecard(workspace: Workspace):
     told = json.loads(ferry(workspace, "shapes/I/full", "2", "--json").stdout)
-    assert Scorecard.model_validate(told["scorecard"]) == Scorecard.model_validate_json(
-        workspace.catalog.text(find(workspace, "shapes/I/full", 2), "scorecard.json")
-    )
+    assert Scorecard.model_validate(told["scorecard"]) == workspace.catalog.card(find(workspace, "shapes/I/full", 2))
     assert (told["version"], told["champion"], told["fid"]) == (2, False, None)
 
 
@@ -164,7 +169,7 @@ def test_fid_is_of_images_drawn_as_in_an_evaluation(workspace: Workspace, export
         measured = measure(workspace, version, network, n=n)
         captions = evaluate.held_out_captions(dataset, n or N)
         drawn = evaluate.draw(load(exported.folder), captions, SAMPLER)
-        own = workspace.work / "data" / version.tags["data.md5"].removesuffix(".dir")
+        own = workspace.work / "data" / version.data_md5.removesuffix(".dir")
         assert measured.fid == evaluate.published_fid(own, drawn.images, network)
         assert measured.images == str(own)
     assert measured.fid is not None
@@ -244,7 +249,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_drawn(
 
 
 def test_version_is_named_where_there_is_no_champion(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(workspace.catalog, "champion", lambda _: None)
+    monkeypatch.setattr("flows.measure.champion_of", lambda *_: None)
     with pytest.raises(CatalogError, match=r"shapes/I/full has no champion; name one of its versions, 1, 2"):
         find(workspace, "shapes/I/full")
 

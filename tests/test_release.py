@@ -61,7 +61,7 @@ def own_keys(keys: KeyRing, tmp_path: Path) -> KeyRing:
 
 def test_private_keys_are_private(keys):
     files = sorted(keys.folder.rglob("*.pem"))
-    assert len(files) == 3 + 3 + 5
+    assert len(files) == 3 + 3 + 5 + 1
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
     assert "PRIVATE" not in (keys.folder / "keys.json").read_text()
 

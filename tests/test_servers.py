@@ -28,7 +28,9 @@ from mlflow.entities import Run
 from moto.server import ThreadedMotoServer
 
 from flows import serve
+from flows.promote import champion_of
 from flows.workspace import Workspace, create
+from ota.release.keys import create as create_keys
 from registry.catalog import RETRAINING, Subject
 from registry.ledger import Ledger
 from registry.lineage import file_sha256
@@ -239,8 +241,10 @@ def test_same_story_on_all_engines(engines: Engines, tmp_path: Path, monkeypatch
         assert_nested_and_finished(found)
         (run,) = (run for run in found if run.info.run_id == champion.run_id)
         assert {i.dataset.digest for i in run.inputs.dataset_inputs} == {champion.tags["data.md5"]}
-        bundle = workspace.catalog.files(champion, "bundle", tmp_path / "fetched")
-        assert file_sha256(bundle / "weights.bin") == champion.weights_sha256
+        seal = champion_of(workspace, SUBJECT)
+        assert seal is not None
+        bundle = workspace.catalog.files(seal, "bundle", tmp_path / "fetched")
+        assert file_sha256(bundle / "weights.bin") == seal.weights == champion.tagged_weights
         assert file_sha256(bundle / "graph.onnx") == champion.tags["onnx.sha256"]
 
         (again,) = ferry(workspace, "retrain", "shapes")["models"]
@@ -376,9 +380,10 @@ def test_of_two_promotions_at_the_same_moment_one_wins_on_postgres(postgres: str
     root = tmp_path / "factory"
     root.mkdir()
     (root / "ferry.toml").write_text(test_promotion.SETTINGS)
+    create_keys(root / "keys")
     workspace = Workspace(root)
     subject = test_promotion.registered(workspace, "line0")
-    ledger = Ledger(f"{postgres}/ferry")
+    ledger = Ledger(f"{postgres}/ferry", workspace.keys, tmp_path / "seen")
     test_promotion.another_first(workspace, subject, ledger)
     roots = test_promotion.two_hosts(workspace, subject, tmp_path, f"{postgres}/ferry")
     test_promotion.held_against(workspace, subject, ledger, test_promotion.same_moment(roots, subject))

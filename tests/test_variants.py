@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from flows.promote import champion_of, seals
 from flows.workspace import DeviceClass, Workspace, create
 from model import versions
 from model.config import VariantName
 from model.scorecard import Lineage, Scorecard
 from ota.agent import updater
-from registry.catalog import Subject, Version
+from registry.catalog import Subject
+from registry.seal import Seal
 from tests.conftest import write_images
 from tests.fleet_kit import Device
 from tests.test_flows import settings
@@ -77,27 +79,27 @@ def subject(variant: VariantName) -> Subject:
     return Subject(line="shapes", configuration="I", variant=variant)
 
 
-def champion(workspace: Workspace, variant: VariantName) -> Version:
-    found = workspace.catalog.champion(subject(variant))
+def champion(workspace: Workspace, variant: VariantName) -> Seal:
+    found = champion_of(workspace, subject(variant))
     assert found is not None
     return found
 
 
-def lineage(workspace: Workspace, version: Version) -> Lineage:
+def lineage(workspace: Workspace, version: Seal) -> Lineage:
     from flows.retrain import champion_files
 
     return Lineage.model_validate_json((Path(champion_files(workspace, version)["checkpoint"]) / "lineage.json").read_bytes())
 
 
-def weights(workspace: Workspace, version: Version) -> str:
+def weights(workspace: Workspace, version: Seal) -> str:
     from flows.retrain import champion_files
     from model.train import load_checkpoint
 
     return load_checkpoint(Path(champion_files(workspace, version)["checkpoint"])).weights_sha256
 
 
-def card(workspace: Workspace, version: Version) -> Scorecard:
-    return Scorecard.model_validate_json(workspace.catalog.text(version, "scorecard.json"))
+def card(workspace: Workspace, version: Seal) -> Scorecard:
+    return workspace.catalog.card(version)
 
 
 def retrain(workspace: Workspace) -> list[dict[str, Any]]:
@@ -125,7 +127,7 @@ def test_each_variant_is_taught_by_the_one_before(workspace: Workspace):
     for student, teacher in ((dev, full), (fast, dev)):
         made = lineage(workspace, student)
         assert made.teacher == made.parent == weights(workspace, teacher)  # there was no student to start from
-    assert len({full.weights_sha256, dev.weights_sha256, fast.weights_sha256}) == 3
+    assert len({full.weights, dev.weights, fast.weights}) == 3
 
 
 def test_scorecard_says_whether_a_student_beats_the_solver(workspace: Workspace):
@@ -138,7 +140,7 @@ def test_scorecard_says_whether_a_student_beats_the_solver(workspace: Workspace)
         assert made.solver.evaluations == made.sampler.evaluations == steps
         beside = [row for row in made.comparisons if row.against == "solver"]
         assert {row.space for row in beside} == {"trained", "random"}
-        assert {row.against_sha256 for row in beside} == {full.weights_sha256}
+        assert {row.against_sha256 for row in beside} == {full.weights}
         assert made.beats_solver is all(row.delta < 0 for row in beside)
 
 
@@ -168,9 +170,9 @@ def test_changed_guidance_is_taught_anew(workspace: Workspace):
     with settings(workspace, "steps = 6\n", "steps = 6\nguidance = 4.0\n"):
         rows = retrain(Workspace(workspace.root))
     assert [row["outcome"] for row in rows[1:]] != ["unchanged"] * 2
-    made = lineage(workspace, workspace.catalog.versions(subject("dev"))[1])
+    made = lineage(workspace, seals(workspace, subject("dev"))[1])
     assert (made.guidance, made.teacher) == (4.0, weights(workspace, before))
-    assert lineage(workspace, workspace.catalog.versions(subject("dev"))[0]).guidance == 2.0
+    assert lineage(workspace, seals(workspace, subject("dev"))[0]).guidance == 2.0
 
 
 def test_budget_of_a_class_is_for_what_it_runs(workspace: Workspace):
@@ -196,7 +198,7 @@ def test_student_goes_on_from_the_student_before_and_if_that_fails_from_its_teac
         rows = retrain(Workspace(workspace.root))
     assert [row["outcome"] for row in rows] == ["refuse"] * 3
     for variant, teacher in (("dev", "full"), ("fast", "dev")):
-        first, second = workspace.catalog.versions(subject(variant))[-2:]  # type: ignore[arg-type]
+        first, second = seals(workspace, subject(variant))[-2:]  # type: ignore[arg-type]
         taught = weights(workspace, before[teacher])
         assert lineage(workspace, first).teacher == lineage(workspace, second).teacher == taught
         assert lineage(workspace, first).parent == weights(workspace, before[variant])

@@ -29,6 +29,7 @@ from flows.errors import ServerError, WorkspaceError
 from flows.promote import Settled
 from flows.webhook import MAX_AGE, MAX_BODY, Deliveries, Receiver, RefusedError, address_of, secret_of
 from flows.workspace import Workspace
+from ota.release.keys import create
 from registry.catalog import Subject
 from tests.test_promotion import registered
 
@@ -151,6 +152,7 @@ def a_workspace(root: Path, mlflow: str = "sqlite:///mlflow.db") -> Workspace:
     (root / "ferry.toml").write_text(
         f'schema = 1\npoll_seconds = 86400\n[stores]\nmlflow = "{mlflow}"\n[lines.shapes]\ndata = "data/shapes"\n'
     )
+    create(root / "keys")
     return Workspace(root)
 
 

@@ -117,6 +117,21 @@ def reconcile(as_json: Json = False) -> None:
             raise typer.Exit(5)
 
 
+def seal(as_json: Json = False) -> None:
+    """Record the hashes of versions that an older ferry registered, as MLflow has their files now, and say what vouches for them.
+
+    Only what is sealed is trained from, compared with and released. What the gate judges from now on is sealed by itself.
+    """
+    with told_errors():
+        workspace = open_workspace()
+        from flows import seal as sealing
+
+        rows = sealing.seal(workspace)
+        answer(as_json, {"versions": [row.model_dump() for row in rows]}, sealing.text_of(rows))
+        if any(row.problem for row in rows):
+            raise typer.Exit(6)
+
+
 def history(
     subject: Annotated[str, typer.Argument(help="Only this subject, such as surfaces/I/full.")] = "",
     verify: Annotated[bool, typer.Option("--verify", help="Say what was checked instead of listing it; for an auditor.")] = False,
@@ -126,6 +141,7 @@ def history(
     with told_errors():
         workspace = open_workspace()
         from flows.promote import check_ledger
+        from registry.ledger import START
 
         if subject:
             workspace.line(subject.split("/", maxsplit=1)[0])
@@ -138,17 +154,39 @@ def history(
             )
             return
         hashes = workspace.ledger.hashes()
-        head, covered = workspace.ledger.head(), max(signed.values(), default=0)
+        head, covered, unsigned = hashes[-1] if hashes else START, max(signed.values(), default=0), workspace.ledger.unsigned
+        overruled = [e.number for e in workspace.ledger.entries() if _kind(e) == "overrule"]
+        own = max(0, len(hashes) - unsigned)
+        before = (
+            f"; the {unsigned} before, of a ferry that did not sign, are covered by the {'first' if own else 'next'}"
+            if unsigned
+            else ""
+        )
         text = (
             f"{len(hashes)} entries form one chain; its head is {head}\n"
+            f"{own} of them are signed by the ledger's key{before}\n"
+            f"none is missing that this workspace has seen\n"
             f"{len(signed)} releases were signed with a head that is there, the latest with entry {covered}\n"
-            f"{len(hashes) - covered} entries are not covered by a signature yet: that the last of them are missing would not show"
+            f"{len(overruled)} promotions overruled the gate{': entries ' if overruled else ''}{', '.join(map(str, overruled))}"
         )
-        answer(as_json, {"checked": len(hashes), "head": head, "signed": signed, "covered": covered}, text)
+        answer(
+            as_json,
+            {
+                "checked": len(hashes),
+                "head": head,
+                "signed": signed,
+                "covered": covered,
+                "unsigned": unsigned,
+                "overruled": overruled,
+            },
+            text,
+        )
 
 
 def _kind(entry: Entry) -> str:
-    return "rollback" if entry.facts.get("how") == "rollback" else entry.kind
+    if entry.kind != "promotion":
+        return entry.kind
+    return "overrule" if entry.facts.get("overruled") else "rollback" if entry.facts.get("how") == "rollback" else entry.kind
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import typer
 
 from flows.errors import BusyError, FlowError, ServerError, VariantError
 from model.errors import ModelError
-from ota.errors import OtaError, TransferError
-from registry.errors import LedgerError, PromotionError, RegistryError, StoreError
+from ota.errors import OtaError, TransferError, printable
+from registry.errors import LedgerError, PromotionError, RegistryError, SealError, StoreError
 
 if TYPE_CHECKING:
     from flows.workspace import Workspace
@@ -51,7 +51,7 @@ def showing_progress() -> Iterator[None]:
 
 def answer(as_json: bool, value: dict[str, Any], text: str) -> None:
     """Print a command's answer as one JSON object, or as text."""
-    typer.echo(json.dumps(value) if as_json else text)
+    typer.echo(json.dumps(value) if as_json else printable(text, limit=len(text), keep="\n"))
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def _exit_code(error: BaseException) -> int:
         return _exit_code(error.__cause__)
     if isinstance(error, PromotionError):
         return 5
-    if isinstance(error, LedgerError):
+    if isinstance(error, (LedgerError, SealError)):
         return 6
     if isinstance(error, (StoreError, TransferError, ServerError, BusyError)):
         return 4
@@ -95,5 +95,5 @@ def _exit_code(error: BaseException) -> int:
 
 def fail(message: str, code: int) -> NoReturn:
     """Say what went wrong in one line, and end with a code."""
-    typer.echo(f"ferry: {message}", err=True)
+    typer.echo(f"ferry: {printable(message)}", err=True)  # it may quote a stranger: a tag in MLflow, a device's report
     raise typer.Exit(code)

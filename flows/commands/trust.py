@@ -102,7 +102,9 @@ def trust_status(
 
 @trust_app.command("rotate")
 def trust_rotate(
-    roles: Annotated[list[str], typer.Argument(help="Of root, targets, models, deltas, rollout, snapshot, timestamp.")],
+    roles: Annotated[
+        list[str], typer.Argument(help="Of root, targets, models, deltas, rollout, snapshot, timestamp; or ledger, alone.")
+    ],
     lost: Annotated[
         list[str] | None, typer.Option(metavar="KEYID", show_default=False, help="A key to take out; may be given several times.")
     ] = None,

@@ -6,6 +6,9 @@ belong on a medium that is not plugged in day by day.
 
 Who is trusted is said by the signed metadata alone. So the ring may know keys that are not trusted yet, or no longer, and
 a change of keys writes it first.
+
+Besides the roles of the repository the ring has the keys that sign the ledger, each from one entry on. No device knows them; the ring
+itself says which are trusted.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from filelock import FileLock
 from securesystemslib.exceptions import Error as SecureSystemsError
-from securesystemslib.signer import AWSSigner, CryptoSigner, GCPSigner, HSMSigner, Key, Signer, SSlibKey
+from securesystemslib.signer import AWSSigner, CryptoSigner, GCPSigner, HSMSigner, Key, Signature, Signer, SSlibKey
 from tuf.api.exceptions import RepositoryError as TufRepositoryError
 from tuf.api.metadata import Metadata
 
@@ -35,10 +39,20 @@ ROLES: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 OFFLINE = ("root", "targets")
 DELEGATED = ("models", "deltas", "rollout")
+LEDGER = "ledger"  # in the ring beside the roles
 SHORT = 8  # digits of a key's id that are shown
 
 Entry = tuple[Key, str]
 """A public key, and the URI of its private half."""
+
+
+class LedgerKey(NamedTuple):
+    """A key that signs entries of the ledger."""
+
+    key: Key
+    uri: str
+    since: int
+    """Number of the first entry that it signs; the next key's is the first that it does not."""
 
 
 class KeyRing:
@@ -56,6 +70,10 @@ class KeyRing:
             self.keys: dict[str, list[Entry]] = {
                 role: [(Key.from_dict(row["keyid"], dict(row["key"])), row["uri"]) for row in rows[role]] for role in ROLES
             }
+            self.ledger: list[LedgerKey] = [
+                LedgerKey(Key.from_dict(row["keyid"], dict(row["key"])), str(row["uri"]), int(row["since"]))
+                for row in rows.get(LEDGER, [])  # a ring of a ferry that did not sign the ledger has none
+            ]
         except OSError as error:
             raise OperatorError(f"there is no key ring in {folder}; `ferry init` makes one") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -125,7 +143,66 @@ class KeyRing:
         self._save()
 
     def _save(self) -> None:
-        _write_ring(self.folder, self.keys)
+        _write_ring(self.folder, self.keys, self.ledger)
+
+    # The ledger
+
+    def begin_ledger(self, since: int, entry: Entry | None = None) -> LedgerKey:
+        """Let a new key sign the ledger from an entry on; without one that signs already, or else in its place.
+
+        Args:
+            since: number of the first entry that it signs.
+            entry: a key that is somewhere else; None: a new file.
+
+        Returns:
+            the key that signs from there: of two calls for the same first key at the same moment, the other's.
+        """
+        with FileLock(self.folder / ".lock"):
+            present = KeyRing(self.folder)
+            if len(present.ledger) > len(self.ledger):  # another process was faster
+                self.ledger = present.ledger
+                return self.ledger[-1]
+            if entry is None:
+                signer = CryptoSigner.generate_ed25519()
+                entry, path = place(self.folder, signer, LEDGER, name=f"{LEDGER}.pem")
+                store(path, signer)
+            if any(entry[0].keyid == known.key.keyid for known in self.ledger):
+                raise OperatorError(f"key {entry[0].keyid[:SHORT]} is or was the ledger's; make a new one")
+            self.ledger = [*self.ledger, LedgerKey(*entry, since)]
+            self._save()
+        return self.ledger[-1]
+
+    @property
+    def since(self) -> int:
+        """Number of the first entry of the ledger that must be signed."""
+        return min((known.since for known in self.ledger), default=1)
+
+    def sign(self, data: bytes) -> tuple[str, str]:
+        """Sign something of the ledger; returns the key's id and the signature in hex.
+
+        Raises:
+            OperatorError: the key cannot be used here.
+        """
+        key, uri, _ = self.ledger[-1]
+        try:
+            made = open_signer(self._absolute(uri), key).sign(data)
+            key.verify_signature(made, data)  # a KMS signs with whatever key it has under a name
+        except Exception as error:  # whatever a driver raises
+            raise OperatorError(
+                f"the ledger's key {uri} cannot sign ({_reason(error)}), so nothing can be recorded; make it available"
+            ) from error
+        return key.keyid, made.signature
+
+    def holds(self, number: int, keyid: str, signature: str, data: bytes) -> bool:
+        """Whether the key that was the ledger's at an entry signed something of it."""
+        in_use = [known for known in self.ledger if known.since <= number][-1:]
+        if not in_use or in_use[0].key.keyid != keyid:
+            return False
+        try:
+            in_use[0].key.verify_signature(Signature(keyid, signature), data)
+        except SecureSystemsError:
+            return False
+        return True
 
 
 def create(folder: Path, offline: Path | None = None, signers: Mapping[str, Sequence[Entry]] | None = None) -> KeyRing:
@@ -136,7 +213,7 @@ def create(folder: Path, offline: Path | None = None, signers: Mapping[str, Sequ
     Args:
         folder: of the ring; online keys go below it.
         offline: folder of the keys of root and targets; None: below `folder` too.
-        signers: keys that are somewhere else, by role; each takes the place of one file.
+        signers: keys that are somewhere else, by role or for the ledger; each takes the place of one file.
     """
     if (folder / "keys.json").is_file():
         return KeyRing(folder)
@@ -149,7 +226,14 @@ def create(folder: Path, offline: Path | None = None, signers: Mapping[str, Sequ
             entry, path = place(folder, signer, role, offline, name)
             store(path, signer)
             ring[role].append(entry)
-    _write_ring(folder, ring)
+    given = (signers or {}).get(LEDGER, ())
+    if given:
+        entry = given[0]
+    else:
+        signer = CryptoSigner.generate_ed25519()
+        entry, path = place(folder, signer, LEDGER, name=f"{LEDGER}.pem")
+        store(path, signer)
+    _write_ring(folder, ring, [LedgerKey(*entry, 1)])
     return KeyRing(folder)
 
 
@@ -254,10 +338,11 @@ def _reason(error: Exception) -> str:
     return str(error.args[0] if error.args else error).strip() or type(error).__name__
 
 
-def _write_ring(folder: Path, keys: Mapping[str, Sequence[Entry]]) -> None:
-    rows = {
+def _write_ring(folder: Path, keys: Mapping[str, Sequence[Entry]], ledger: Sequence[LedgerKey]) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {
         role: [{"keyid": key.keyid, "key": key.to_dict(), "uri": uri} for key, uri in entries] for role, entries in keys.items()
     }
+    rows[LEDGER] = [{"keyid": key.keyid, "key": key.to_dict(), "uri": uri, "since": since} for key, uri, since in ledger]
     _write_durably(folder / "keys.json", json.dumps(rows, indent=1, sort_keys=True).encode(), 0o644)
 
 

@@ -1,0 +1,172 @@
+"""Seal versions that a ferry registered which kept no hashes of their files: what MLflow has of them now, held against all that is known.
+
+What is known: the ledger has the hashes of scorecard and decision, the scorecard those of weights and lineage, a later version's lineage
+that of the checkpoint it was trained from, and signed releases those of all that devices run. For the rest nothing vouches, and that is said.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from flows.promote import subjects
+from flows.workspace import Workspace
+from model.config import canonical_sha256
+from model.scorecard import Frozen, Lineage, Scorecard
+from ota.manifest import MAX_WEIGHTS, Role
+from ota.release.bundle import FILE_NAMES
+from registry.catalog import Subject
+from registry.errors import CatalogError, SealError
+from registry.ledger import Entry
+from registry.promotion import Standing, standing
+from registry.seal import PARTS, SCORECARD, Seal, sealed
+
+DECISION = "decision.json"
+LEDGER = "the ledger"
+NAMES = (SCORECARD, DECISION, *(f"{part}/{name}" for part, names in PARTS.items() for name in names))
+
+
+class Sealed(Frozen):
+    """What became of one version."""
+
+    subject: str
+    version: int
+    problem: str = Field(default="", description="why it was not sealed; empty: it was")
+    vouched: dict[str, str] = Field(default_factory=dict, description="file → what vouches for it")
+    taken: list[str] = Field(default_factory=list, description="files for which nothing does")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A version whose files fit to all that is known of it."""
+
+    seal: Seal
+    lineage: Lineage
+    verdict: dict[str, Any] | None
+    vouched: dict[str, str]
+
+
+def seal(workspace: Workspace) -> list[Sealed]:
+    """Seal what is not sealed yet; one version that does not fit keeps no other from being sealed. Repeatable.
+
+    Raises:
+        LedgerError, StoreError, BusyError: nothing more was sealed; call it again.
+    """
+    found: list[_Found] = []
+    rows: list[Sealed] = []
+    for subject in subjects(workspace):
+        entries = workspace.ledger.entries(str(subject))
+        now = standing(entries)
+        for number in sorted(now.judged.keys() - now.seals.keys()):
+            try:
+                found.append(_examined(workspace, subject, number, now, entries))
+            except (SealError, CatalogError) as error:
+                rows.append(Sealed(subject=str(subject), version=number, problem=str(error)))
+    trained_from = {parent: f.seal.name for f in found for parent in (f.lineage.parent, f.lineage.teacher) if parent}
+    with workspace.locked("records"):
+        for f in found:
+            vouched = dict(f.vouched)
+            if f.seal.checkpoint in trained_from:
+                vouched["checkpoint/weights.safetensors"] = f"{trained_from[f.seal.checkpoint]} (trained from it)"
+            taken = sorted(f.seal.files.keys() - vouched.keys())
+            facts = {"version": f.seal.version, "seal": f.seal.facts, "verdict": f.verdict, "vouched": vouched, "taken": taken}
+            said = f"the files as MLflow has them now; nothing vouches for {len(taken)} of {len(f.seal.files)}"
+            workspace.ledger.append("seal", f.seal.subject, said, facts)
+            rows.append(Sealed(subject=f.seal.subject, version=f.seal.version, vouched=vouched, taken=taken))
+    return sorted(rows, key=lambda row: (row.subject, row.version))
+
+
+def text_of(rows: list[Sealed]) -> str:
+    """What became of them, for people."""
+    lines = []
+    for row in rows:
+        name = f"{row.subject} {row.version}"
+        if row.problem:
+            lines.append(f"{name}: NOT sealed, {row.problem}")
+            continue
+        by: dict[str, list[str]] = {}
+        for file, voucher in sorted(row.vouched.items()):
+            by.setdefault(voucher, []).append(file)
+        lines.append(f"{name}: sealed")
+        lines += [f"  {voucher} vouches for {', '.join(files)}" for voucher, files in by.items()]
+        lines += [f"  nothing vouches for {', '.join(row.taken)}: taken as MLflow has them now"] if row.taken else []
+    return "\n".join(lines) or "every version that the gate saw is sealed"
+
+
+def _examined(workspace: Workspace, subject: Subject, number: int, now: Standing, entries: list[Entry]) -> _Found:
+    """Fetch a version's files and hold them against all that is known.
+
+    Raises:
+        CatalogError: MLflow does not have the version any more.
+        SealError: a file is missing, or is not what something else says of it.
+    """
+    version = workspace.catalog.version(subject, number)
+    gates = [e for e in entries if e.kind == "gate" and e.facts["version"] == number]
+    with tempfile.TemporaryDirectory() as folder:
+        files = workspace.catalog.as_they_are(version, NAMES, Path(folder), MAX_WEIGHTS)
+        needed = {f"{part}/{file}" for part in ("bundle", "checkpoint") for file in PARTS[part]} | {SCORECARD}
+        if missing := needed - files.keys():
+            raise SealError(f"MLflow lacks {min(missing)} of it; restore MLflow's files from a backup, or retrain")
+        facts = {file: sealed(path) for file, path in files.items() if file != DECISION}
+        known = {SCORECARD: LEDGER, "bundle/weights.bin": LEDGER, "checkpoint/lineage.json": LEDGER}
+        _same(SCORECARD, _content(files[SCORECARD]), {str(e.facts["scorecard"]) for e in gates}, "the ledger has of the gate")
+        try:
+            card = Scorecard.model_validate_json(files[SCORECARD].read_bytes())
+            _same(
+                "checkpoint/lineage.json",
+                _content(files["checkpoint/lineage.json"]),
+                {card.lineage_sha256},
+                "its scorecard names",
+            )
+            lineage = Lineage.model_validate_json(files["checkpoint/lineage.json"].read_bytes())
+        except ValidationError as error:
+            raise SealError("its scorecard or lineage is of another ferry; seal it with that one, or retrain") from error
+        weights = {card.weights_sha256} & ({now.passed[number]} if number in now.passed else {card.weights_sha256})
+        _same("bundle/weights.bin", facts["bundle/weights.bin"].digest, weights, "its scorecard and promotion name")
+        for voucher, role, digest in _released(workspace, subject, card.weights_sha256):
+            file = f"bundle/{FILE_NAMES[role]}"
+            _same(file, facts[file].digest, {digest}, f"{voucher} was signed with")
+            known.setdefault(file, voucher)
+        verdict = None
+        if DECISION in files and _content(files[DECISION]) == gates[-1].facts["decision"]:
+            verdict = json.loads(files[DECISION].read_bytes())
+    made = Seal.of(str(subject), number, lineage, card, facts)
+    # Hashed as they were written, not as this ferry would write them: later ones have more fields.
+    exact = {"scorecard": str(gates[-1].facts["scorecard"]), "lineage": card.lineage_sha256}
+    return _Found(made.model_copy(update=exact), lineage, verdict, known)
+
+
+def _same(file: str, found: str, known: set[str], what: str) -> None:
+    if found not in known:
+        raise SealError(
+            f"{file} in MLflow is not the one that {what}: somebody replaced it; restore MLflow's files from a backup, or retrain"
+        )
+
+
+def _content(path: Path) -> str:
+    """The hash of a document's content, as the value that was written had it."""
+    try:
+        return canonical_sha256(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError):
+        return "nothing that can be read"
+
+
+def _released(workspace: Workspace, subject: Subject, weights: str) -> list[tuple[str, Role, str]]:
+    """What signed releases hold of a version's bundle: release, role and hash."""
+    found: list[tuple[str, Role, str]] = []
+    for device_class in workspace.line(subject.line).classes:
+        for release in workspace.repository.releases(subject.line, device_class):
+            manifest = workspace.repository.manifest(release)
+            if subject.variant not in manifest.variants or manifest.entry("weights", subject.variant).sha256 != weights:
+                continue
+            found += [
+                (f"{subject.line}/{device_class} release {release.seq}", entry.role, entry.sha256)
+                for entry in manifest.files
+                if entry.variant in (None, subject.variant) and entry.role != "weights"
+            ]
+    return found

@@ -1,0 +1,123 @@
+"""What the gate saw of a version, by hash: kept in the ledger, and held against whatever MLflow hands out, before it is opened.
+
+MLflow's users can replace files and edit tags; none of that may change what is promoted, trained from or signed. So nothing of a
+version is believed but its number: its weights, its lineage and its files are those of its seal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from model.scorecard import Frozen, Lineage, Scorecard, Sha256
+from registry.errors import SealError
+
+Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Part = Literal["bundle", "checkpoint", "pictures"]
+SCORECARD = "scorecard.json"
+PARTS: dict[Part, tuple[str, ...]] = {
+    "bundle": ("graph.onnx", "weights.bin", "sampler.json", "golden.npz", "reference.json"),
+    "checkpoint": ("weights.safetensors", "lineage.json", "curve.json"),
+    "pictures": ("samples.png", "samples.json"),
+}
+"""The files of a version that are ever read back, by the folder of its run; others are for people who look into MLflow."""
+
+
+class FileSeal(Frozen):
+    """One file."""
+
+    size: int = Field(ge=0, description="bytes")
+    digest: Hash = Field(description="sha256")
+
+
+class Seal(Frozen):
+    """A version as the gate saw it."""
+
+    subject: str
+    version: int
+    weights: Hash = Field(description="of the exported weights; two versions may share them")
+    lineage: Hash
+    scorecard: Hash
+    data_rev: str
+    data_md5: str
+    code: str
+    parent: Hash | None = Field(description="checkpoint from which its training started")
+    teacher: Hash | None
+    files: dict[str, FileSeal] = Field(description="by name in MLflow's run, such as bundle/graph.onnx")
+
+    @property
+    def checkpoint(self) -> Sha256:
+        """Hash of the trained weights, which later versions name as their parent."""
+        return self.files["checkpoint/weights.safetensors"].digest
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.subject} {self.version}"
+
+    def part(self, part: Part) -> dict[str, FileSeal]:
+        """The files of a folder, by their names in it."""
+        return {name.removeprefix(f"{part}/"): fact for name, fact in self.files.items() if name.startswith(f"{part}/")}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As an entry of the ledger holds it, which says subject and version itself."""
+        return self.model_dump(mode="json", exclude={"subject", "version"})
+
+    @classmethod
+    def of(cls, subject: str, version: int, lineage: Lineage, card: Scorecard, files: Mapping[str, FileSeal]) -> Seal:
+        """Seal a version.
+
+        Args:
+            subject: LINE/CONFIG/VARIANT.
+            version: its number.
+            lineage: of the checkpoint.
+            card: of the exported files.
+            files: by name in MLflow's run.
+        """
+        return cls(
+            subject=subject, version=version, weights=card.weights_sha256, lineage=lineage.sha256, scorecard=card.sha256,
+            data_rev=lineage.data.rev, data_md5=lineage.data.md5, code=lineage.code, parent=lineage.parent, teacher=lineage.teacher,
+            files=dict(files),
+        )  # fmt: skip
+
+
+def files_of(part: Part, folder: Path) -> dict[str, FileSeal]:
+    """Hash the files of a folder as they go into a version's run.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    return {f"{part}/{name}": sealed(folder / name) for name in PARTS[part]}
+
+
+def sealed(path: Path) -> FileSeal:
+    """Hash a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return FileSeal(size=path.stat().st_size, digest=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def sealed_bytes(data: bytes) -> FileSeal:
+    """Hash what would be a file."""
+    return FileSeal(size=len(data), digest=hashlib.sha256(data).hexdigest())
+
+
+def is_whole(path: Path, fact: FileSeal) -> bool:
+    """Whether a file is the one that was sealed: a regular file of that size, which is looked at first, and that hash."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == fact.size and sealed(path) == fact
+
+
+def other_bytes(seal: Seal, name: str, found: str) -> SealError:
+    """The error for a file that is not the one that was sealed."""
+    return SealError(
+        f"{name} of {seal.name} in MLflow is not what the gate saw ({found}): somebody replaced it, nothing of it is used; restore "
+        f"MLflow's files from a backup, or `ferry retrain {seal.subject.split('/', maxsplit=1)[0]}`"
+    )
