@@ -714,10 +714,16 @@ def test_init_places_keys_where_they_are_wanted(bare, vault, tmp_path):
         "models=vault:m",
         "--public",
         "models={}",
+        "--signer",
+        "ledger=vault:m",
+        "--public",
+        "ledger={}",
     )
     public = vault("m")
     output = bare.ferry("trust", "init", *(str(word).format(public) for word in words), "--json")
     made = json.loads(output)
+    assert made["keys"]["ledger"] == ["vault:m"]
+    assert not (bare.ws / "keys" / "online" / "ledger.pem").exists()
     assert made["keys"]["root"][0] == f"file2:{own}"
     assert made["keys"]["models"] == ["vault:m"]
     assert sorted(path.name for path in (tmp_path / "stick").iterdir()) == [
@@ -763,6 +769,26 @@ def test_key_moves_to_a_vault(plant, vault, bundles):
     vault("models")  # somebody made another key under its name
     assert "makes no valid signature" in plant.ferry("trust", "renew", "models", code=3)
     assert plant.role("models")["version"] == 4
+
+
+def test_ledger_key_moves_to_a_vault_and_signs_from_there_on(plant, vault):
+    plant.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
+    (old,) = plant.status()["ledger"]
+    public = vault("ledger")
+    for words in (("ledger", "models"), ("ledger", "--stolen", old["keyid"]), ("ledger", "--new", "2")):
+        assert "rotate it alone, as in `ferry trust rotate ledger`" in plant.ferry("trust", "rotate", *words, code=3)
+    known = ("--signer", f"ledger={old['uri'].replace(':', f':{plant.ws}/keys/')}")
+    assert "is or was the ledger's; make a new one" in plant.ferry("trust", "rotate", "ledger", *known, code=3)
+    plant.ferry("trust", "rotate", "ledger", "--signer", "ledger=vault:ledger", "--public", f"ledger={public}")
+    entries = len(json.loads(plant.ferry("history", "--json"))["entries"])
+    assert [(key["uri"], key["since"]) for key in plant.status()["ledger"]] == [(old["uri"], 1), ("vault:ledger", entries + 1)]
+    (plant.ws / "keys" / "online" / "ledger.pem").unlink()  # it only signed what is there
+    plant.ferry("rollout", "halt", LINE, "--reason", "a drill")
+    assert f"{entries + 1} of them are signed by the ledger's key" in plant.ferry("history", "--verify")
+    vault("ledger")  # somebody made another key under its name
+    told = plant.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0", code=3)
+    assert "the ledger's key vault:ledger cannot sign" in told
+    assert len(json.loads(plant.ferry("history", "--json"))["entries"]) == entries + 1
 
 
 def test_promotion_key_that_is_not_here(plant, tmp_path, bundles):
