@@ -166,6 +166,16 @@ class Ledger:
             return entry
         raise StoreError("others recorded decisions at the same moments, again and again; repeat yours")
 
+    def check_ready(self) -> None:
+        """See that a decision could be recorded, before it takes effect.
+
+        Raises:
+            LedgerError: an entry was changed, added past ferry, or removed.
+            Exception: as `Signing.sign`, where the key cannot be used here.
+        """
+        self.head()
+        self._signing.sign(b"DeltaFerry ledger, a trial")
+
     def entries(self, subject: str | None = None) -> list[Entry]:
         """Entries in order, checked along the chain.
 

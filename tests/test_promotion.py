@@ -599,6 +599,24 @@ def test_waiting_version_is_listed_and_promoted_by_a_named_person(workspace: Wor
     assert f"{approved} 1 does not wait for approval" in again.stderr
 
 
+@pytest.mark.parametrize("when", ["before it was asked", "while it waits"])
+def test_approval_is_of_the_weights_that_the_gate_saw(workspace: Workspace, approved: Subject, client: MlflowClient, when: str):
+    # An MLflow user edits the tag, and a person approves what stands there.
+    if when == "while it waits":
+        waiting_version(workspace, approved, 1)
+    client.set_model_version_tag(approved.model, "1", "weights.sha256", "f" * 64)
+    if when == "before it was asked":
+        waiting_version(workspace, approved, 1)
+    told = ferry(workspace, "approve", str(approved), "1", "--reason", "looks good")
+    assert (told.exit_code, told.stdout) == (5, "")
+    assert "MLflow's tag gives" in told.stderr
+    (asked,) = entries(workspace, approved)
+    assert (asked.kind, asked.facts["weights"]) == ("pending", weights(1))
+    client.set_model_version_tag(approved.model, "1", "weights.sha256", weights(1))
+    rules.approve(workspace, approved, 1, "looks good")
+    assert entries(workspace, approved)[-1].facts["weights"] == weights(1)
+
+
 def test_refused_version_is_remembered(workspace: Workspace, approved: Subject):
     waiting_version(workspace, approved, 1)
     result = ferry(workspace, "approve", str(approved), "1", "--refuse", "--reason", "too dark")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -788,7 +790,24 @@ def test_ledger_key_moves_to_a_vault_and_signs_from_there_on(plant, vault):
     vault("ledger")  # somebody made another key under its name
     told = plant.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0", code=3)
     assert "the ledger's key vault:ledger cannot sign" in told
+    before = plant.repository.policy(LINE, CLASS)
+    assert before is not None
+    assert before.halt  # nothing is rolled out that could not be recorded
     assert len(json.loads(plant.ferry("history", "--json"))["entries"]) == entries + 1
+
+
+def test_halt_reaches_devices_also_where_it_cannot_be_recorded(plant, bundles):
+    # Whoever can write the database must not be able to keep a bad release going.
+    plant.release(bundles["second"])
+    assert visit_reason(plant.near, plant.ws / "published") == "release 2 is open to this device"
+    with closing(sqlite3.connect(plant.ws / "ferry.db")) as connection, connection:
+        connection.execute("DELETE FROM ledger_signatures")
+    told = plant.ferry("rollout", "halt", LINE, "--reason", "a bad one", code=6)
+    assert "release 2 is halted, and that is published, but it could not be recorded:\nferry: " in told
+    assert "is not signed by a key of this workspace" in told
+    assert visit_reason(plant.near, plant.ws / "published") == "release 2 is halted"
+    assert "is not signed" in plant.ferry("rollout", "start", LINE, code=6)
+    assert visit_reason(plant.near, plant.ws / "published") == "release 2 is halted"
 
 
 def test_promotion_key_that_is_not_here(plant, tmp_path, bundles):

@@ -44,6 +44,7 @@ def rollout_start(
             raise OperatorError(f"{waves!r} are not shares in percent; write them as 1,10,100") from None
         with workspace.locked("records"):
             policy = rollout.start(chosen[-1], shares, soak, revert=revert)
+            workspace.ledger.check_ready()
             workspace.repository.set_policy(policy)
             workspace.ledger.append(
                 "rollout", f"{line}/{device_class}", f"waves {waves} %", {"release": policy.seq, "soak": soak}
@@ -68,21 +69,30 @@ def rollout_halt(
     reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "halted by hand",
     as_json: Json = False,
 ) -> None:
-    """Sign a policy that lets no further device install the release."""
+    """Sign a policy that lets no further device install the release; it goes out also where it cannot be recorded."""
     with told_errors():
         workspace = open_workspace()
         from flows.release import publish
         from flows.workspace import line_and_class
+        from ota.errors import OtaError
         from ota.release import rollout
+        from registry.errors import RegistryError
 
         line, device_class = line_and_class(target, workspace)
+        unrecorded: RegistryError | OtaError | None = None
         with workspace.locked("records"):
             policy = _rolled_out(workspace, line, device_class, "halt")
             halted = rollout.halt(policy)
             workspace.repository.set_policy(halted)
-            workspace.ledger.append("halt", f"{line}/{device_class}", reason, {"release": policy.seq})
+            try:
+                workspace.ledger.append("halt", f"{line}/{device_class}", reason, {"release": policy.seq})
+            except (RegistryError, OtaError) as error:  # a damaged record must not keep a bad release going
+                unrecorded = error
         with showing_progress():
             publish.fn(str(workspace.root))
+        if unrecorded:
+            typer.echo(f"{rollout.describe(halted)}, and that is published, but it could not be recorded:", err=True)
+            raise unrecorded
         answer(as_json, halted.model_dump(), rollout.describe(halted))
 
 

@@ -190,6 +190,7 @@ def trust_floor(
 
         line, device_class = line_and_class(target, workspace)
         with workspace.locked("records"):
+            workspace.ledger.check_ready()
             workspace.repository.set_floor(line, device_class, number)
             workspace.ledger.append("rollout", f"{line}/{device_class}", f"floor {number}", {"floor": number})
         with showing_progress():
