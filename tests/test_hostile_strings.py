@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +23,12 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, TargetFile, Targets
 
 from ota.agent import poll, transport, trust, updater
-from ota.agent.state import Config
+from ota.agent.state import Config, opened
 from ota.delta.format import Header
-from ota.errors import FaultError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
+from ota.errors import FaultError, GateError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
 from ota.manifest import Document, Manifest, Origin, Policy, Reference, SamplerTable, SignedReport, parse
 from ota.release.bundle import Bundle
+from ota.release.keys import ROLES, create
 from ota.release.repository import Repository
 from tests.fleet_kit import (
     CLASS,
@@ -37,6 +39,7 @@ from tests.fleet_kit import (
     change_role,
     everyone,
     metadata_file,
+    name_manifest,
     name_policy,
     publish,
     sign_in_place,
@@ -522,6 +525,75 @@ def test_floor_takes_away_what_a_thiefs_bundle_claims(keys, bundles: dict[str, B
     repository.set_floor(LINE, CLASS, 2)
     devices[1].update()
     assert devices[1].active == bundles["second"].manifest.digest
+
+
+@pytest.mark.parametrize("number", [2, 2**53])
+def test_rotation_takes_away_what_a_thiefs_bundle_brought_about(bundles: dict[str, Bundle], tmp_path, number):
+    # Under a release number beyond all that the factory will ever reach, no floor could help. What the device saw is the thief's
+    # copy of the repository; the factory's own goes on from before the theft, with new keys.
+    factory = Repository.create(tmp_path / "factory" / "repository", create(tmp_path / "keys"))
+    first = publish(factory, bundles["first"])
+    shutil.copytree(factory.folder, tmp_path / "thief")
+    thief = Repository(tmp_path / "thief", factory.keys)
+
+    def roll_out(name: str, seq: int) -> None:
+        for entry in bundles[name].manifest.files:
+            thief._add_object(bundles[name].folder / entry.sha256, entry.sha256)
+        name_manifest(thief, bundles[name].manifest, seq)
+        name_policy(thief, everyone(first, manifest=bundles[name].manifest.digest, seq=seq))
+
+    roll_out("garbage", number)
+    device = Device.init(tmp_path / "device", thief)
+    device.update()
+    roll_out("second", min(number + 1, 2**53))
+    with pytest.raises(GateError, match="the running model's lies between"):
+        device.update()
+    assert (device.active, device.state.seq) == (bundles["garbage"].manifest.digest, number)
+    assert bundles["second"].manifest.digest in device.state.refused
+
+    rotate_models(factory)
+    publish(factory, bundles["second"])
+    device.configure(repository=str(factory.folder))
+    assert device.update().changed
+    assert device.active == bundles["second"].manifest.digest
+    assert device.state.refused == {}
+    assert "runs release 2 of" in device.command("status")
+
+
+def rotate_models(repository: Repository) -> None:
+    """What `ferry trust rotate` does with the online keys, by the offline ones."""
+    ring = create(repository.folder.parent / "fresh-keys")
+    fresh = {role: list(ring.keys[role]) for role in ("models", "deltas", "rollout", "snapshot", "timestamp")}
+    signers = [s for role in ROLES for s in (*repository.keys.usable(role), *ring.usable(role))]
+    placed = {
+        role: [(key, f"file2:{ring.folder / uri.removeprefix('file2:')}") for key, uri in entries]
+        for role, entries in fresh.items()
+    }
+    waiting = repository.prepare(placed, []).signed(signers)
+    repository.lay_ground(waiting)
+    repository.put_in_force(waiting)
+
+
+def test_rotation_keeps_what_the_new_keys_name(offered, bundles):
+    # Keys are also rotated without a theft: what runs is signed anew, and nothing of what is known of it is lost.
+    offered.device.update()
+    state = offered.device.state.model_copy(update={"refused": {"7" * 64: "full: it was bad"}})
+    offered.device.home.save(state)
+    rotate_models(offered.repository)
+    assert offered.device.update().reason == "release 2 is installed"
+    assert offered.device.state == state
+
+
+def test_state_that_was_filled_by_refusals_can_still_be_read(scene):
+    # A thief signs bundle after bundle whose refusals quote as much as they can: a graph's names, in letters of twelve bytes each.
+    state = scene.device.state
+    for i in range(100):
+        state = state.model_copy(update={"refused": state.refusing(f"{i:064x}", "\U0001f600" * 10_000)})
+        scene.device.home.save(state)
+        assert scene.device.state == state
+    assert len(state.refused) == 64
+    assert opened((scene.device.root / "state.json").read_bytes()) == state
+    goes_on(scene)
 
 
 # Text for people

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import pytest
 
-from ota.agent import transport
+from ota.agent import reports, transport
 from ota.agent.disk import Disk
 from ota.agent.transport import Folder, NotFoundError, Web, connect, download, read_small
 from ota.errors import TransferError
@@ -213,6 +213,22 @@ def test_mount_that_hangs_is_left_at_the_deadline(folder, monkeypatch):
     os.close(writing)
     assert isinstance(error, TransferError)
     assert "arrives too slowly" in str(error)
+
+
+def test_mount_that_hangs_holds_no_report_and_no_lock(offered: Field, monkeypatch):
+    reading, writing = os.pipe()
+    monkeypatch.setattr(reports, "MOUNT_SECONDS", 0.3)
+    monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
+    monkeypatch.setattr(reports, "_drop", lambda *_: os.read(reading, 1))
+    look, folder = os.access, offered.device.home.config().reports
+    monkeypatch.setattr(
+        os, "access", lambda at, *rest, **named: os.read(reading, 1) if str(at) == folder else look(at, *rest, **named)
+    )
+    assert ends(offered.device.update) is None
+    with offered.device.home.locked():
+        assert len(list((offered.device.root / "queue").iterdir())) == 3  # starting, installed, confirmed
+    assert "does not answer within 0 s; check what is mounted there" in offered.device.command("doctor", "--no-draw")
+    os.close(writing)
 
 
 @pytest.mark.parametrize("what", ["pipe", "zero"])

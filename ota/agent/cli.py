@@ -206,7 +206,8 @@ def status(given: Arguments) -> None:
     if found["active"]:
         sound = "sound" if found["sound"] else "DAMAGED, run `ferry-agent update`"
         trial = f", on trial: {found['trial']['left']} good images to go" if found["trial"] else ""
-        text = f"{found['device']} runs release {found['release']} of {found['line']} ({found['active'][:12]}), {sound}{trial}"
+        release = f"release {found['release']}" if found["release"] else "a release that the factory's present keys do not name"
+        text = f"{found['device']} runs {release} of {found['line']} ({found['active'][:12]}), {sound}{trial}"
     for digest, why in found["refused"].items():
         text += f"\nrefused {digest[:12]}: {printable(why)}"
     _answer(given.json, found, text)

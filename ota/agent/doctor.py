@@ -14,7 +14,7 @@ from typing import Literal
 
 from ota.agent import child, energy, reports, rules
 from ota.agent.state import Home, opened
-from ota.agent.transport import connect, read_small
+from ota.agent.transport import connect, read_small, within
 from ota.agent.updater import is_sound
 from ota.errors import DeviceError, OtaError, TransferError, printable
 from ota.manifest import MAX_TABLE, KiB, SamplerTable, parse
@@ -153,8 +153,13 @@ def _reports(home: Home) -> Iterator[Finding]:
         yield Finding("reports", "warn", "reports go nowhere; give `ferry-agent init` a folder with --reports")
     else:
         folder = reports.folder_of(config.reports)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            yield Finding("reports", "warn", f"{folder} cannot be written; reports are kept, at most {reports.MAX_QUEUE}")
+        kept = f"reports are kept, at most {reports.MAX_QUEUE}"
+        try:
+            writable = within(reports.MOUNT_SECONDS, folder, lambda: os.access(folder, os.W_OK | os.X_OK))
+            if not writable:
+                yield Finding("reports", "warn", f"{folder} cannot be written; {kept}")
+        except TransferError as error:
+            yield Finding("reports", "warn", f"{error}; {kept}")
     if waiting:
         yield Finding("reports", "warn" if waiting > MANY_WAITING else "ok", f"{waiting} wait to be delivered")
 

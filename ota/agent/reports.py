@@ -18,9 +18,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from ota import output
 from ota.agent.state import Home
+from ota.agent.transport import HungError, within
 from ota.errors import OperatorError, StateError, TransferError
 from ota.manifest import MAX_NUMBER, DeviceReport, Event, SignedReport
 
+MOUNT_SECONDS = 30.0  # that a report waits for the folder in which it is left
 MAX_QUEUE = 200  # reports; the oldest go first
 EPOCH = 1_700_000_000  # seconds since 1970; where numbers start that replace lost ones
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -107,9 +109,13 @@ def send(home: Home) -> int:
     if not config.reports:
         return len(waiting)
     folder, left, problem = folder_of(config.reports), 0, ""
-    for path in waiting:
+    for done, path in enumerate(waiting):
+        data, name = path.read_bytes(), f"{config.device}-{path.name}"
         try:
-            _drop(path.read_bytes(), folder, f"{config.device}-{path.name}")
+            within(MOUNT_SECONDS, folder, lambda data=data, name=name: _drop(data, folder, name))  # type: ignore[misc]
+        except HungError as error:  # the next ones would, too, and a lock is held meanwhile
+            log.warning("%s; reports are kept and tried again", error)
+            return left + len(waiting) - done
         except TransferError as error:  # somebody else may have put something in the place of this one, and not of the next
             left, problem = left + 1, problem or str(error)
         else:

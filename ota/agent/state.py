@@ -30,7 +30,7 @@ from ota.agent.disk import Disk
 from ota.errors import BaseError, BusyError, ManifestError, OperatorError, StateError
 from ota.manifest import MAX_MANIFEST, MAX_TABLE, Document, Manifest, Name, Reference, Role, Sha256, VariantName, parse
 
-MAX_STATE = 256 * 1024
+MAX_STATE = 1024 * 1024  # bytes; above what MAX_REFUSED reasons can take, each character of which may be twelve
 WINDOW = r"^(([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9])?$"
 TRIAL_GOOD = 3  # inferences that must go well before a bundle is trusted
 TRIAL_LOADS = 6  # times a bundle on trial may be loaded before it counts as failed
@@ -85,7 +85,7 @@ class State(Document):
     schema_version: int = 1
     active: Sha256 | None = None
     previous: Sha256 | None = None
-    seq: int = Field(default=0, ge=0, description="release number of the active bundle")
+    seq: int = Field(default=0, ge=0, description="release number of the active bundle; 0: no key that is trusted names it")
     previous_seq: int = Field(default=0, ge=0)
     trial: Trial | None = None
     refused: dict[str, str] = Field(default_factory=dict, description="bundle → why this device will not have it")
@@ -216,10 +216,16 @@ class Home:
         return State()
 
     def save(self, state: State) -> None:
-        """Commit a state; durable on return."""
+        """Commit a state; durable on return.
+
+        Raises:
+            StateError: it would be too large to be read again; nothing was changed.
+        """
         current = opened(self.disk.read("state.json"))
         if current == state:
             return
+        if len(_enveloped(state)) > MAX_STATE:
+            raise StateError(f"the state of {self.root} would have more than {MAX_STATE} bytes; report it, what runs is kept")
         if current:  # a damaged state.json must not replace the good copy
             # Its name becomes durable together with the next; until then the copy of one state earlier does as well.
             self.disk.replace("state.prev.json", _enveloped(current), durable=False)

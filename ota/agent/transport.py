@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import urllib3
@@ -43,6 +43,10 @@ PASSING = (408, 425, 429)  # of the statuses from 400 to 499 those that ask to b
 
 class NotFoundError(TransferError):
     """The repository does not have the file, or not for us: asking again would only be a load on it."""
+
+
+class HungError(TransferError):
+    """Something that is mounted does not answer."""
 
 
 class Transport(Protocol):
@@ -252,6 +256,30 @@ def _until(deadline: float, name: str, pieces: Iterator[bytes], cut: Callable[[]
         unwanted.set()
         if not ended:
             cut()
+
+
+def within(seconds: float, where: object, work: Callable[[], Answer]) -> Answer:
+    """Do something that a mount may never answer, and wait for it no longer than so many seconds; what it raises is raised here.
+
+    Raises:
+        HungError: it has not ended. The thread that waits for it is left behind.
+    """
+    ended: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            ended.put((work(), None))
+        except Exception as error:  # noqa: BLE001 - it is raised where the answer is wanted
+            ended.put((None, error))
+
+    threading.Thread(target=run, name="mount", daemon=True).start()
+    try:
+        answer, problem = ended.get(timeout=seconds)
+    except queue.Empty:
+        raise HungError(f"{where} does not answer within {seconds:.0f} s; check what is mounted there") from None
+    if problem:
+        raise problem
+    return cast("Answer", answer)
 
 
 def read_small(transport: Transport, name: str, limit: int) -> bytes:

@@ -168,6 +168,8 @@ class Trust:
             # Else python-tuf would start from a stranger's roots the next time, and find that none of ours follow on them.
             self._home.disk.remove("metadata/root_history")
             raise
+        if "models" in marks.versions.keys() & seen.keys() and "models" not in rules.binding(marks, trusted):
+            self._disown(cached["models"].signed)  # before the marks: after a cut, the next look finds the same
         raised = HighWater(
             versions=marks.versions | seen,
             keys=marks.keys | {role: sorted(trusted[role].keys) for role in seen if role in trusted},
@@ -176,6 +178,16 @@ class Trust:
             time=marks.time if now is None else max(marks.time, now - now % 3600),
         )
         self._home.raise_high_water(raised)
+
+    def _disown(self, models: Targets) -> None:
+        """Where the keys of `models` were replaced and the new ones do not name what runs, take away what it brought about.
+
+        It may be a thief's: under a number that no release of the factory's will reach, with claims of itself that keep good bundles out,
+        which were then refused for good. It goes on running, under number 0, until the next release.
+        """
+        config, state = self._home.config(), self._home.load()
+        if state.active and f"models/{config.line}/{config.device_class}/{state.active}.json" not in models.targets:
+            self._home.save(state.model_copy(update={"seq": 0, "refused": {}}))
 
     def _check_chain(self, marks: HighWater) -> None:
         """Refuse another chain of roots than the one that this device was led along before."""

@@ -145,7 +145,7 @@ def _update(home: Home, step: OnStep, check_only: bool) -> Outcome:
             problem = error
     step(2, "read the policy")
     plan, wanted = _decide(home, trust)
-    reason = wanted.reason
+    reason, state = wanted.reason, home.load()
     if plan is None and problem:
         raise problem
     if wanted.settled and not check_only:
@@ -263,6 +263,7 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, rules.Wanted]:
     signed = trust.target(f"models/{place}/{policy.manifest}.json")
     if signed is None or signed.custom.seq != policy.seq:
         raise ManifestError(f"the policy names release {policy.seq}, which `models` does not; nothing is installed")
+    state = home.load()  # again: what the keys of `models` say may have changed what is known of the bundle that runs
     wanted = rules.want(policy, config, state, signed.custom.revertible, int(time.time()))
     if not wanted.install:
         return None, wanted
@@ -422,8 +423,8 @@ def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int
     milliseconds = 0.0
     for variant in manifest.variants:
         try:
-            # One below the floor is what the factory does not want to have run: perhaps a thief's, with claims of his own.
-            running = _running_reference(home, state, variant) if state.seq >= floor else None
+            # What lies below the floor, or what nobody's key vouches for any more, has no say: perhaps it is a thief's.
+            running = _running_reference(home, state, variant) if state.seq >= max(1, floor) else None
             answer = child.run("try", slot=str(slot.folder), digest=slot.digest, variant=variant)
             trying = _trying(answer)
             reasons = rules.judge(trying, slot.reference(variant), running)
