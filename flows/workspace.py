@@ -21,14 +21,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flows.errors import BusyError, WorkspaceError
 from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
-from model.scorecard import Sampler
+from model.scorecard import LineName, Sampler
 from registry.cost import Prices
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ FORMAT = 1  # of ferry.toml and of all that lies in a workspace
 SEEN = "ledger.seen"  # beside the keys: the newest entry of the ledger that this workspace has seen
 LOCK_SECONDS = 60.0
 TEACHING_MS = 3_600_000.0  # for an image of a variant that no device class runs
-LineName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 
 
 class Section(BaseModel):

@@ -6,13 +6,27 @@ Every value can be written as JSON and names its parents by hash:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from model.config import ConfigurationName, ModelConfig, PrecisionName, TierName, VariantName, canonical_sha256
 
 Sha256 = str
+LineName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+GitCommit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?$")]
+DvcHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
+
+
+def _below(path: str) -> str:
+    """A path that stays below the folder in which it begins, written in the one way."""
+    if any(part in ("", ".", "..") for part in path.split("/")) or any(ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 for c in path):
+        raise PydanticCustomError("below", "a path must be relative, without '.', '..', '//' and control characters")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_below)]
 
 
 class Frozen(BaseModel):
@@ -29,10 +43,10 @@ class Frozen(BaseModel):
 class DataVersion(Frozen):
     """One revision of one line's data, by content."""
 
-    line: str
-    path: str = Field(description="folder, relative to the workspace")
-    rev: str = Field(description="full Git commit that holds the .dvc file")
-    md5: str = Field(description="DVC's hash of the folder, ending in .dir")
+    line: LineName
+    path: RelativePath = Field(description="folder, relative to the workspace")
+    rev: GitCommit = Field(description="full Git commit that holds the .dvc file")
+    md5: DvcHash = Field(description="DVC's hash of the folder, ending in .dir")
     files: int
     bytes: int
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from model.errors import RevisionError
 from model.scorecard import DataVersion
@@ -242,7 +243,7 @@ def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:
         out = yaml.safe_load(git(root, "show", f"{rev}:{path}.dvc"))["outs"][0]
         commit = git(root, "log", "-1", "--format=%H", rev, "--", f"{path}.dvc")
         return DataVersion(line=line, path=path, rev=commit, md5=out["md5"], files=out.get("nfiles", 1), bytes=out["size"])
-    except (RevisionError, yaml.YAMLError, KeyError, IndexError, TypeError):
+    except (RevisionError, yaml.YAMLError, LookupError, TypeError, ValidationError):
         raise RevisionError(f"revision {rev!r} holds no data for {line}; record some with `ferry data add {line}`") from None
 
 

@@ -28,7 +28,7 @@ from model.config import MAX_TEXT, ModelConfig
 from model.data import METADATA, caption_ids, is_held_out, prepare
 from model.errors import CheckpointError, DataError
 from model.network import Network
-from model.train import WEIGHTS, Checkpoint, load_checkpoint, load_weights, write_safely
+from model.train import LINEAGE, WEIGHTS, Checkpoint, load_checkpoint, load_weights, write_safely
 from registry.catalog import Subject
 from registry.errors import CatalogError
 
@@ -215,6 +215,18 @@ def test_truncated_checkpoint(checkpoint: Checkpoint, tmp_path: Path, keep: floa
     assert refused(CheckpointError, lambda: load_weights(Network(CONFIG), folder / WEIGHTS)) == (
         f"{folder / WEIGHTS} cannot be read as safetensors; it is damaged or truncated, fetch it again"
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("md5", "/etc"), ("md5", "../../keys"), ("path", "../../keys"), ("rev", "--all"), ("line", "../x")]
+)
+def test_foreign_checkpoint_whose_data_lead_elsewhere(checkpoint: Checkpoint, tmp_path: Path, field: str, value: str) -> None:
+    """What was pulled for it is found by the hash in its lineage: a path there would be taken for data."""
+    folder = Path(shutil.copytree(checkpoint.folder, tmp_path / "run"))
+    lineage = json.loads((folder / LINEAGE).read_bytes())
+    lineage["data"][field] = value
+    (folder / LINEAGE).write_text(json.dumps(lineage))
+    assert refused(CheckpointError, lambda: load_checkpoint(folder)) == not_a_checkpoint(folder)
 
 
 class Trap:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from model.errors import RevisionError
 from model.scorecard import DataVersion
@@ -159,6 +161,40 @@ def test_second_pull_fetches_nothing(root: Path, version: DataVersion, tmp_path:
     forget_cache(root)
     shutil.rmtree(tmp_path / "remote")
     assert pull(root, version, tmp_path / "out") == place
+
+
+GOOD = {"line": LINE, "path": PATH, "rev": "0" * 40, "md5": "0" * 32 + ".dir", "files": 1, "bytes": 1}
+ZEROS = "0" * 32
+BAD = {
+    "md5": ["", "/etc", "../../keys", ZEROS[1:], ZEROS + "0", "F" * 32, f"{ZEROS}.dir/..", f"{ZEROS}.dir\n", f"{ZEROS}.txt", f"{ZEROS}\n"],
+    "rev": ["", "HEAD", "--all", "0" * 39, "0" * 41, "0" * 65, "g" * 40, "0" * 40 + "\n", "A" * 40],
+    "path": ["", "/data", "../data", "data/..", "a/../b", ".", "./data", "data/.", "data//x", "data/", "a\0b", "a\nb", "a\x1bb", "a\x85b"],
+    "line": ["", "Shapes", "-x", "a/b", "..", "a b", "x" * 41, "shapes\n", "schlüssel"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+def test_version_whose_parts_lead_elsewhere_is_none(field: str, value: str) -> None:
+    """Its fields become paths, arguments of Git and names, and it comes out of files that others can write."""
+    with pytest.raises(ValidationError, match=field):
+        DataVersion.model_validate(GOOD | {field: value})
+    with pytest.raises(ValidationError, match=field):
+        DataVersion.model_validate_json(json.dumps(GOOD | {field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("md5", ZEROS), ("rev", "0" * 64), ("path", "a b/Füße"), ("path", "-x"), ("path", "...")]
+)
+def test_version_as_others_may_have_written_it_is_one(field: str, value: str) -> None:
+    assert getattr(DataVersion.model_validate(GOOD | {field: value}), field) == value
+
+
+def test_pointer_with_a_path_for_a_hash_is_no_revision(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    pointer = (root / f"{PATH}.dvc").read_text()
+    (root / f"{PATH}.dvc").write_text(pointer.replace(version.md5, str(tmp_path)))
+    git(root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "elsewhere")
+    with pytest.raises(RevisionError, match="revision 'HEAD' holds no data for parts"):
+        resolve(root, PATH, LINE)
 
 
 def test_killed_pull_leaves_no_harm(root: Path, version: DataVersion, tmp_path: Path) -> None:
