@@ -13,14 +13,15 @@ Nothing is dropped silently: what cannot be used is listed by name in `Dataset.q
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ from torch import Tensor
 from model.arrival import SMALL, Sketch, sketch
 from model.config import HELD_OUT_PERMILLE, MAX_TEXT, ModelConfig, canonical_sha256
 from model.errors import DataError
+from model.folder import entries, md5_of, opened, shown, unreadable
 
 METADATA = "metadata.jsonl"
 ONE_LINE_EACH = 'write one line {"file_name": ..., "text": ...} for each image'
@@ -41,7 +43,7 @@ MIN_HELD_OUT = 6  # images; coverage looks at 5 neighbours
 
 
 OnItem = Callable[[int, int], None]
-"""Called with (images looked at, images to look at)."""
+"""Called with (files looked at, files to look at)."""
 
 
 @dataclass(frozen=True)
@@ -134,17 +136,30 @@ def read_metadata(folder: Path) -> tuple[list[Item], dict[str, str]]:
     """The items that `metadata.jsonl` lists, and what is wrong with the lines and files that cannot be used.
 
     Raises:
-        DataError: there is no folder, no metadata file, or not one usable line.
+        DataError: there is no folder, no metadata file, or not one usable line, or the folder holds what is no regular file.
     """
-    path = folder / METADATA
+    return _items(folder, *_listing(folder))
+
+
+def _listing(folder: Path) -> tuple[list[str], bytes]:
+    """The names of a folder's files, and what its metadata say."""
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}; put the images there, or name another one")
-    if not path.is_file():
-        raise DataError(f"{folder} has no {METADATA}; {ONE_LINE_EACH}")
+        raise DataError(f"there is no folder {shown(folder)}; put the images there, or name another one")
+    names = [*entries(folder)]
+    if METADATA not in names:
+        raise DataError(f"{shown(folder)} has no {METADATA}; {ONE_LINE_EACH}")
+    try:
+        with opened(folder / METADATA) as file:
+            return names, file.read()
+    except OSError as error:
+        raise unreadable(error, folder / METADATA) from error
+
+
+def _items(folder: Path, names: list[str], metadata: bytes) -> tuple[list[Item], dict[str, str]]:
     items: list[Item] = []
     bad: dict[str, str] = {}
     seen: set[str] = set()
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(metadata.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -152,8 +167,12 @@ def read_metadata(folder: Path) -> tuple[list[Item], dict[str, str]]:
             name = row["file_name"]
             if not isinstance(name, str):
                 raise TypeError(name)
+            name.encode()
         except UnicodeDecodeError:
             bad[f"{METADATA}:{number}"] = "is not UTF-8; save the file in that encoding"
+            continue
+        except UnicodeEncodeError:
+            bad[f"{METADATA}:{number}"] = "has a file_name that is not valid Unicode text"
             continue
         except (ValueError, KeyError, TypeError, RecursionError):
             bad[f"{METADATA}:{number}"] = "is not a JSON object with a file_name"
@@ -171,19 +190,13 @@ def read_metadata(folder: Path) -> tuple[list[Item], dict[str, str]]:
             items.append(Item(name, text, name if group is None else str(group)))
         seen.add(name)
     listed = seen | {METADATA}
-    for extra in _files(folder):
+    for extra in names:
         if extra not in listed:
             bad[extra] = f"is not named in {METADATA}"
     if not items:
-        first = f"; the first that cannot be used: {' '.join(next(iter(bad.items())))}" if bad else ""
-        raise DataError(f"{path} names no usable image; {ONE_LINE_EACH}{first}")
+        first = f"; the first that cannot be used: {shown(' '.join(next(iter(bad.items()))))}" if bad else ""
+        raise DataError(f"{shown(folder / METADATA)} names no usable image; {ONE_LINE_EACH}{first}")
     return sorted(items, key=lambda item: item.file), bad
-
-
-def _files(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            yield path.relative_to(folder).as_posix()
 
 
 def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
@@ -192,18 +205,22 @@ def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
     Raises:
         DataError: as `open_picture` does.
     """
-    array = _square(open_picture(path, channels), size)
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    return _planes(open_picture(path, channels), size)
 
 
-def open_picture(path: Path, channels: int) -> Image.Image:
-    """One image, grey or RGB, whole.
+def _planes(picture: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    array = _square(picture, size)
+    return array[None] if picture.mode == "L" else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def open_picture(source: Path | BinaryIO, channels: int) -> Image.Image:
+    """The image in a file, grey or RGB, whole.
 
     Raises:
         DataError: the file is missing, damaged, larger than `MAX_PIXELS`, or has more than 8 bits a channel.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"has more than {MAX_PIXELS:,} pixels")
             if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
@@ -235,28 +252,32 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Sketc
         what is usable, what is not and why, and what `model.arrival` needs to judge it.
 
     Raises:
-        DataError: the folder cannot be read at all.
+        DataError: the folder cannot be read whole, holds what is no regular file, or names no image.
     """
-    items, bad = read_metadata(folder)
+    names, metadata = _listing(folder)
+    items, bad = _items(folder, names, metadata)
+    asked, there = {item.file: item for item in items}, {*names}
+    bad |= {item.file: "is missing" for item in items if item.file not in there}
     files: dict[str, str] = {}
-    for name in _files(folder):
-        with (folder / name).open("rb") as file:
-            files[name] = hashlib.file_digest(file, "md5").hexdigest()
     usable: list[Item] = []
     pixels: list[str] = []
     small: list[npt.NDArray[np.uint8]] = []
-    for done, item in enumerate(items, start=1):
+    for done, name in enumerate(names, start=1):
         try:
-            caption_ids(item.text, text_length)
-            picture = open_picture(folder / item.file, 3)
-        except DataError as error:
-            bad[item.file] = str(error)
-        else:
-            usable.append(item)
+            with opened(folder / name) as file:
+                # Of the captions as they were read, should they change meanwhile.
+                files[name] = md5_of(io.BytesIO(metadata) if name == METADATA else file)
+                picture = _picture(file, asked[name], text_length, 3) if name in asked else None
+        except OSError as error:
+            raise unreadable(error, folder / name) from error
+        if isinstance(picture, str):
+            bad[name] = picture
+        elif picture:
+            usable.append(asked[name])
             pixels.append(hashlib.sha256(b"%d,%d," % picture.size + picture.tobytes()).hexdigest())
             small.append(_square(picture, SMALL, Image.Resampling.BILINEAR))  # a box gives a copy of another size another look
         if on_item:
-            on_item(done, len(items))
+            on_item(done, len(names))
     thumbs, features = sketch(np.array(small, dtype=np.uint8).reshape(-1, SMALL, SMALL, 3))
     return Sketch(
         files=files, quarantine=bad, names=[item.file for item in usable], captions=[item.text for item in usable],
@@ -278,8 +299,9 @@ def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = No
         DataError: no usable image, too few to train on, or none held out.
     """
     if key is None:
+        sizes = [(name, info.st_size) for name, info in entries(folder).items()] if folder.is_dir() else []
         metadata = (folder / METADATA).read_bytes() if (folder / METADATA).is_file() else b""
-        key = canonical_sha256([hashlib.sha256(metadata).hexdigest(), _sizes(folder)])
+        key = canonical_sha256([hashlib.sha256(metadata).hexdigest(), sizes])
     name = canonical_sha256([CACHE_SCHEMA, key, config.image_size, config.channels, config.text_length])[:24]
     place = cache / name
     if not (place / "index.json").is_file():
@@ -305,21 +327,35 @@ def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = No
     return dataset
 
 
-def _sizes(folder: Path) -> list[tuple[str, int]]:
-    return [(name, (folder / name).stat().st_size) for name in _files(folder)]
+def _picture(file: BinaryIO, item: Item, text_length: int, channels: int) -> Image.Image | str:
+    """An item's image, or why the item cannot be used."""
+    try:
+        caption_ids(item.text, text_length)
+        file.seek(0)
+        return open_picture(file, channels)
+    except DataError as error:
+        return str(error)
 
 
 def _fill(folder: Path, config: ModelConfig, place: Path) -> None:
-    items, bad = read_metadata(folder)
+    names, metadata = _listing(folder)
+    items, bad = _items(folder, names, metadata)
+    there = {*names}
     images, ids, captions, groups = [], [], [], []
     for item in items:
-        try:
-            row = caption_ids(item.text, config.text_length)
-            images.append(decode(folder / item.file, config.image_size, config.channels))
-        except DataError as error:
-            bad[item.file] = str(error)
+        if item.file not in there:
+            bad[item.file] = "is missing"
             continue
-        ids.append(row)
+        try:
+            with opened(folder / item.file) as file:
+                picture = _picture(file, item, config.text_length, config.channels)
+        except OSError as error:
+            raise unreadable(error, folder / item.file) from error
+        if isinstance(picture, str):
+            bad[item.file] = picture
+            continue
+        images.append(_planes(picture, config.image_size))
+        ids.append(caption_ids(item.text, config.text_length))
         captions.append(item.text)
         groups.append(item.group)
     if not images:

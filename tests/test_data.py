@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -419,3 +420,57 @@ def test_rows_and_columns_stay_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "ids"), [("", [0] * 4), ("ab", [98, 99, 0, 0]), ("ä", [196, 165, 0, 0]), ("\0", [1, 0, 0, 0])])
 def test_captions_become_bytes(text: str, ids: list[int]) -> None:
     assert caption_ids(text, 4) == ids
+
+
+def linked(folder: Path) -> None:
+    (folder / "again.png").symlink_to("000.png")
+
+
+def linked_folder(folder: Path) -> None:
+    (folder / "more").symlink_to(".")
+
+
+def linked_captions(folder: Path) -> None:
+    (folder / METADATA).rename(folder.parent / METADATA)
+    (folder / METADATA).symlink_to(f"../{METADATA}")
+
+
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+
+
+def not_utf8_name(folder: Path) -> None:
+    (folder / "b\udce4r.png").write_bytes(png())
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (linked, "again.png is a link, and data are regular files only; put a copy of what it leads to in its place"),
+        (linked_folder, "more is a link, and data are regular files only"),
+        (linked_captions, f"{METADATA} is a link, and data are regular files only"),
+        (pipe, "pipe.png is a pipe, and data are regular files only; take it away"),
+        (not_utf8_name, "b\\xe4r.png has a name that is not UTF-8; rename it"),
+    ],
+)
+def test_what_is_no_regular_file_is_refused_by_name(
+    folder: Path, tmp_path: Path, make: Callable[[Path], None], says: str
+) -> None:
+    """It is neither followed nor passed over."""
+    make(folder)
+    for look in (lambda: scan(folder, 24), lambda: prepare(folder, CONFIG, tmp_path / "cache"), lambda: read_metadata(folder)):
+        with pytest.raises(DataError) as caught:
+            look()
+        assert str(caught.value).startswith(f"{folder}/{says}")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["\ud800.png", "a\0b.png", "", ".", "deep", "x" * 300, "000.png/.."])
+def test_captions_of_impossible_files_are_listed(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / "deep").mkdir()
+    append(folder, {"file_name": name, "text": "bar"})
+    dataset = prepare(folder, CONFIG, tmp_path / "cache")
+    assert len(dataset.quarantine) == 1
+    assert len(dataset.images) == 80
+    assert_scanned_alike(folder, dataset)
+    json.dumps([*dataset.quarantine.items()], ensure_ascii=False).encode()  # what a report can hold

@@ -1,0 +1,191 @@
+"""What a data folder may hold: regular files, whose names every part of the chain can carry, and folders of them.
+
+A link could bring a key into the data, a pipe never ends, and a name that is not UTF-8 fits into no list of files. They are
+refused by name before anything is read, and never passed over: what is not recorded is lost without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from io import BufferedReader, BytesIO
+from pathlib import Path, PurePosixPath
+
+from model.errors import DataError
+
+DVCS_OWN = frozenset({".git", ".hg", ".dvc", ".dvcignore", "dvc.yaml"})  # names that DVC leaves out, obeys, or reads as its own
+KINDS = {stat.S_IFLNK: "link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+
+
+def shown(text: object) -> str:
+    r"""Text as a terminal may have it: what is not printable stands there as an escape, such as \x1b."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00  # of a name that is not UTF-8, as Python reads it
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
+
+
+def entries(folder: Path) -> dict[str, os.stat_result]:
+    """Every file below a folder by name, sorted.
+
+    Raises:
+        DataError: something in it is neither a regular file nor a folder, has a name that is not UTF-8, or cannot be looked at.
+    """
+    found: dict[str, os.stat_result] = {}
+    waiting = [""]
+    while waiting:
+        parent = waiting.pop()
+        try:
+            with os.scandir(folder / parent) as rows:
+                for row in rows:
+                    name, info = parent + row.name, row.stat(follow_symlinks=False)
+                    if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
+                        raise _special(folder / name, info)
+                    try:
+                        name.encode()
+                    except UnicodeEncodeError:
+                        raise DataError(f"{shown(folder / name)} has a name that is not UTF-8; rename it") from None
+                    if stat.S_ISDIR(info.st_mode):
+                        waiting.append(f"{name}/")
+                    else:
+                        found[name] = info
+        except OSError as error:
+            raise unreadable(error, folder / parent) from error
+    return dict(sorted(found.items()))
+
+
+def _special(path: Path, info: os.stat_result) -> DataError:
+    kind = KINDS.get(stat.S_IFMT(info.st_mode), "special file")
+    remedy = "put a copy of what it leads to in its place" if kind == "link" else "take it away"
+    return DataError(f"{shown(path)} is a {kind}, and data are regular files only; {remedy}")
+
+
+def unreadable(error: OSError, path: Path) -> DataError:
+    """What is said of a file or folder that the system does not let us look at."""
+    return DataError(
+        f"{shown(error.filename or path)} cannot be read ({error.strerror or error}); check the path and who may read it"
+    )
+
+
+def inside(root: Path, path: str) -> Path:
+    """A folder below another one, on a way without links.
+
+    Args:
+        root: where the way begins; it may itself be reached by links.
+        path: relative to it. Where it ends there need not be anything.
+
+    Raises:
+        DataError: the way leads out, is not written as plainly as it could be, or a part of it is a link or no folder.
+    """
+    if PurePosixPath(path).as_posix() != path or PurePosixPath(path).is_absolute() or {".", ".."} & {*path.split("/")}:
+        raise DataError(f"{shown(path)} is not written as a folder below {shown(root)}; write it as data/surfaces")
+    place = root
+    for part in Path(path).parts:
+        place /= part
+        try:
+            info = place.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise unreadable(error, place) from error
+        if stat.S_ISLNK(info.st_mode):
+            raise DataError(f"{shown(place)} is a link, and data are kept where their path says; put the folder itself there")
+        if not stat.S_ISDIR(info.st_mode):
+            raise DataError(f"{shown(place)} is no folder; move it away")
+    return place
+
+
+def opened(path: Path) -> BufferedReader:
+    """Open a regular file for reading; neither follow a link nor wait for a pipe that took its place.
+
+    Raises:
+        DataError: it is something else.
+        OSError: it is missing or cannot be read.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        if path.is_symlink():
+            raise _special(path, path.lstat()) from None
+        raise
+    info = os.fstat(number)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(number)
+        raise _special(path, info)
+    return os.fdopen(number, "rb")
+
+
+def md5_of(file: BufferedReader | BytesIO) -> str:
+    """The md5 of the rest of an open file, in hexadecimal digits."""
+    return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Every file below a folder by name, sorted, with the md5 of its bytes.
+
+    Raises:
+        DataError: as `entries` does, or a file cannot be read.
+    """
+    found = {}
+    for name in entries(folder):
+        try:
+            with opened(folder / name) as file:
+                found[name] = md5_of(file)
+        except OSError as error:
+            raise unreadable(error, folder / name) from error
+    return found
+
+
+def check(root: Path, path: str) -> Path:
+    """Refuse a data folder that no revision could hold whole.
+
+    Args:
+        root: the workspace.
+        path: the data folder, relative to it.
+
+    Returns:
+        the folder.
+
+    Raises:
+        DataError: what is wrong, by name.
+    """
+    folder = inside(root, path)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {shown(folder)}; put the images there, or name another one")
+    for name in entries(folder):
+        if name.endswith(".dvc") or DVCS_OWN & {*name.split("/")}:
+            raise DataError(f"{shown(folder / name)} has a name that Git or DVC keep for themselves; rename it, or take it away")
+    return folder
+
+
+def check_apart(folder: Path, keys: Path) -> None:
+    """Refuse a data folder in which a file is one that also lies below another folder, under whatever name.
+
+    Raises:
+        DataError: it is.
+    """
+    linked = {(info.st_dev, info.st_ino): name for name, info in entries(folder).items() if info.st_nlink > 1}
+    if both := linked.keys() & _identities(keys) if linked else ():
+        name = min(linked[one] for one in both)
+        raise DataError(f"{shown(folder / name)} is a hard link to a file in {shown(keys)}; take it away")
+
+
+def _identities(folder: Path) -> set[tuple[int, int]]:
+    """Device and inode of every file below a folder, wherever links in it lead."""
+    found, seen = set[tuple[int, int]](), set[tuple[int, int]]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = Path(parent).stat()
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        for name in names:
+            try:
+                info = Path(parent, name).stat()
+            except OSError:  # a link to nowhere
+                continue
+            found.add((info.st_dev, info.st_ino))
+    return found
