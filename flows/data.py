@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from flows import progress
 from flows.workspace import Line, Workspace
-from model import arrival, data, versions
+from model import arrival, folder, versions
 from model.arrival import Arrival, Balance, Changes, Drift, Sketch
 from model.errors import DataError, RevisionError
 from model.scorecard import DataVersion, Frozen
@@ -46,11 +46,11 @@ def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Arr
     """Look at a line's data folder, compare it with the last revision, record and push it together with what was found.
 
     Raises:
-        DataError: not one image can be used; then nothing is recorded.
-        RevisionError: Git, DVC or the remote refuse.
+        DataError: the folder holds what no revision can, or not one image can be used; then nothing is recorded.
+        RevisionError: the folder changed meanwhile, or Git, DVC or the remote refuse; then no revision is made.
     """
     settings = workspace.line(line)
-    after = _scan(workspace.root / settings.data, settings, line)
+    after = _scan(_checked(workspace, settings), settings, line)
     if not after.names:
         name, why = next(iter(after.quarantine.items()))
         raise DataError(f"not one image in {settings.data} can be used, the first: {name} {why}")
@@ -62,7 +62,7 @@ def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Arr
         def report(md5: str) -> str:
             return found.model_copy(update={"md5": md5}).model_dump_json(indent=1) + "\n"
 
-        version = versions.add(workspace.root, settings.data, line, message, report)
+        version = versions.add(workspace.root, settings.data, line, message, report, after.files)
         progress.advance("record and push", 1, 1)
     after.save(_place(workspace, settings, version.md5))
     return version, recorded(workspace, version) or found.model_copy(update={"md5": version.md5})
@@ -82,10 +82,11 @@ def status(workspace: Workspace, line: str) -> Status:
     """How the data folder stands: against its last revision, in the remote, and in itself.
 
     Raises:
-        DataError: the folder cannot be read.
+        DataError: the folder cannot be read, or holds what no revision can.
         RevisionError: Git does not have the revision.
     """
     settings = workspace.line(line)
+    live = _checked(workspace, settings)
     rows = versions.log(workspace.root, settings.data, line, newest=1)
     last = rows[0][0] if rows else None
     lacks: list[str] | None = None
@@ -99,7 +100,7 @@ def status(workspace: Workspace, line: str) -> Status:
     moved = arrival.file_changes({}, {})
     found = recorded(workspace, last) if last and not dirty else None
     if found is None:
-        after = _scan(workspace.root / settings.data, settings, line)
+        after = _scan(live, settings, line)
         found = _judge(workspace, line, after)
         if dirty:
             before = _sketch(workspace, line, last)[0] if last else None
@@ -148,8 +149,8 @@ def _fetched(workspace: Workspace, line: str, version: DataVersion) -> Sketch:
     try:
         return Sketch.load(place)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
-        folder = versions.pull(workspace.root, version, workspace.work / "data")
-        made = _scan(folder, settings, f"{line} {version.rev[:7]}")
+        pulled = versions.pull(workspace.root, version, workspace.work / "data")
+        made = _scan(pulled, settings, f"{line} {version.rev[:7]}")
         made.save(place)
         return made
 
@@ -159,5 +160,14 @@ def _place(workspace: Workspace, settings: Line, md5: str) -> Path:
     return workspace.work / "sketches" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
 
-def _scan(folder: Path, settings: Line, label: str) -> Sketch:
-    return data.scan(folder, settings.text_length, lambda done, total: progress.advance(f"check {label}", done, total))
+def _checked(workspace: Workspace, settings: Line) -> Path:
+    """A line's data folder, once it holds nothing that must not be, or cannot be, recorded."""
+    live = folder.check(workspace.root, settings.data)
+    folder.check_apart(live, workspace.root / "keys")
+    return live
+
+
+def _scan(place: Path, settings: Line, label: str) -> Sketch:
+    from model import data  # with torch; what is refused by its name needs none
+
+    return data.scan(place, settings.text_length, lambda done, total: progress.advance(f"check {label}", done, total))

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flows.errors import BusyError, WorkspaceError
 from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
+from model.git import forget_redirections
 from model.scorecard import LineName, Sampler
 from registry.cost import Prices
 
@@ -376,6 +377,7 @@ def _check_format(path: Path, found: object) -> None:
 
 def configure_environment(root: Path) -> None:
     """Set what Prefect, MLflow and DVC read from the environment; before they are imported. What is set already wins."""
+    forget_redirections()  # MLflow asks Git, too
     home = root / "work" / "prefect"
     home.mkdir(parents=True, exist_ok=True)  # Prefect makes only the last folder of a path
     for name, value in {

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import locale
 import logging
 import os
 import shutil
-import subprocess
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,70 +25,106 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from model.errors import RevisionError
+from model.errors import DataError, RevisionError
+from model.folder import check, entries, hashes, inside, md5_of, opened, shown, unreadable
+from model.git import forget_redirections, run
 from model.scorecard import DataVersion
 
 REPORT = ".arrival.json"  # beside a folder's pointer: what was found when it was recorded
-GIT_IDENTITY = ("-c", "user.name=ferry", "-c", "user.email=ferry@localhost")  # where Git knows no other
-
-
-def git(root: Path, *arguments: str) -> str:
-    """Run Git in a workspace and return what it prints.
-
-    Raises:
-        RevisionError: Git is missing, or refuses.
-    """
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)  # noqa: S603, S607
-    except FileNotFoundError:
-        raise RevisionError("git is not installed; install it, data revisions are Git commits") from None
-    if done.returncode:
-        reason = (done.stderr or done.stdout).strip().splitlines()
-        raise RevisionError(f"git {arguments[0]} failed: {reason[-1] if reason else 'no reason given'}")
-    return done.stdout.strip()
+STORAGE = "storage"  # DVC's name of the remote
+git = run  # in a workspace
+# Whatever the user's own settings of DVC say: what is recorded is left to us to put into Git, all of it at once, ...
+OURS = {"core": {"no_scm": False, "autostage": False}}
+COPIES = {"cache": {"type": "reflink,copy"}}  # ... and what is delivered is a copy, never a link to the cache
 
 
 @contextmanager
 def _dvc(root: Path) -> Iterator[Any]:
     """An open DVC repository that neither phones home nor writes to the terminal."""
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-    from dvc.exceptions import DvcException
+    forget_redirections()
     from dvc.repo import Repo
 
     logging.getLogger("dvc").setLevel(logging.CRITICAL)
     try:
-        repo = Repo(str(root))
+        repo = Repo(str(root), config=OURS)
         try:
             yield repo
         finally:
             repo.close()
-    except DvcException as error:
-        raise RevisionError(f"DVC failed: {error}; see its own message, and `dvc doctor` in {root}") from error
+    except DataError:
+        raise
+    except Exception as error:  # what DVC and its libraries raise has no common base
+        raise RevisionError(
+            f"DVC failed: {_first_line(error)}; see its own message, and `dvc doctor` in {shown(root)}"
+        ) from error
 
 
 def init(root: Path, remote: str, s3_endpoint: str = "") -> None:
     """Make `root` a Git and DVC repository whose data go to `remote`, a folder or an s3:// URL; repeatable.
 
     What somebody else wrote into DVC's configuration (credentials, say) is left there.
+
+    Raises:
+        RevisionError: Git is missing or refuses, or DVC cannot keep the address of the remote.
     """
     if not (root / ".git").exists():
         git(root, "init", "--quiet", "--initial-branch=main")
-    if not (root / ".dvc" / "config").is_file():
+    path = root / ".dvc" / "config"
+    if not path.is_file():
+        forget_redirections()
         from dvc.repo import Repo
 
         logging.getLogger("dvc").setLevel(logging.CRITICAL)
         shutil.rmtree(root / ".dvc", ignore_errors=True)  # half made by a killed run: no config, so nothing in it yet
         Repo.init(str(root)).close()
     (root / ".dvcignore").touch()  # where the kill came after the config
-    with _dvc(root) as repo, repo.config.edit() as config:
-        config["core"] |= {"analytics": False, "check_update": False, "remote": "storage"}
-        storage = config["remote"].setdefault("storage", {})
-        storage |= {"url": remote, "verify": True}
-        if s3_endpoint and remote.startswith("s3://"):
-            storage["endpointurl"] = s3_endpoint
+    written = _configured(path.read_bytes(), remote, s3_endpoint)
+    if written != path.read_bytes():
+        fresh = path.with_suffix(".tmp")
+        fresh.write_bytes(written)
+        fresh.replace(path)
 
 
-def add(root: Path, path: str, line: str, message: str, report: Callable[[str], str] | None = None) -> DataVersion:
+def check_remote(remote: str) -> None:
+    """Refuse the address of a remote that DVC's configuration cannot hold.
+
+    Raises:
+        RevisionError: it cannot.
+    """
+    _configured(b"", remote, "")
+
+
+def _configured(present: bytes, remote: str, s3_endpoint: str) -> bytes:
+    """DVC's configuration with our settings in it; DVC itself writes nothing but ASCII."""
+    from configobj import ConfigObj, ConfigObjError  # type: ignore[import-untyped]  # comes with DVC
+
+    section, encoding = f'remote "{STORAGE}"', locale.getpreferredencoding(do_setlocale=False)  # in which DVC reads it
+    ours = {"url": remote, "verify": "True"} | (
+        {"endpointurl": s3_endpoint} if s3_endpoint and remote.startswith("s3://") else {}
+    )
+    try:
+        config = ConfigObj(present.decode(encoding).splitlines(), interpolation=False, encoding=encoding)
+        config.setdefault("core", {}).update({"analytics": "False", "check_update": "False", "remote": STORAGE})
+        config.setdefault(section, {}).update(ours)
+        written: bytes = b"\n".join(config.write()) + b"\n"
+        kept = ConfigObj(written.decode(encoding).splitlines()).dict()[section]
+    except (ConfigObjError, UnicodeError) as error:
+        remedy = "mend .dvc/config, or choose another folder" if encoding.lower() == "utf-8" else "set LC_ALL=C.UTF-8"
+        raise RevisionError(f"DVC's configuration cannot be read, or cannot hold '{shown(remote)}'; {remedy}") from error
+    if ours.items() > kept.items():
+        raise RevisionError(f"DVC's configuration cannot hold '{shown(remote)}'; choose another folder")
+    return written
+
+
+def add(
+    root: Path,
+    path: str,
+    line: str,
+    message: str,
+    report: Callable[[str], str] | None = None,
+    looked_at: dict[str, str] | None = None,
+) -> DataVersion:
     """Record the folder's present content as a revision, and push its bytes to the remote; unchanged content adds none.
 
     Args:
@@ -95,32 +133,171 @@ def add(root: Path, path: str, line: str, message: str, report: Callable[[str], 
         line: whose data they are.
         message: of the Git commit.
         report: called with DVC's hash of the folder; what it returns is kept in the same commit, see `report_of`.
+        looked_at: what was checked, the md5 of every file by its name; None: what is there now.
 
     Raises:
-        RevisionError: Git or DVC refuse, or an object that the remote lacks is damaged here too.
+        DataError: the folder holds what no revision can.
+        RevisionError: the folder changed since it was looked at, Git or DVC refuse, or an object that the remote lacks is damaged here
+            too. Then Git, the pointer and .gitignore are as they were.
     """
-    pointer, beside = f"{path}.dvc", f"{path}{REPORT}"
-    with _dvc(root) as repo:
-        repo.add([str(root / path)])
-        try:
-            repo.push([str(root / pointer)])
-            _complete(repo, str(yaml.safe_load((root / pointer).read_text())["outs"][0]["md5"]))
-        except RevisionError:
-            raise
-        except Exception as error:  # what DVC and its file systems raise has no common base
-            raise RevisionError(
-                f"the DVC remote cannot be written: {_first_line(error)}; check stores.data and s3_endpoint in ferry.toml, and repeat"
-            ) from error
-    ours = [pointer, str(Path(path).parent / ".gitignore"), ".dvc/config", ".dvc/.gitignore", ".dvcignore"]
-    git(root, "add", *ours)
-    if report and git(root, "diff", "--cached", "--name-only", "--", pointer):
-        (root / beside).write_text(report(yaml.safe_load((root / pointer).read_text())["outs"][0]["md5"]))
-        ours.append(beside)
-        git(root, "add", beside)
-    if git(root, "diff", "--cached", "--name-only", "--", *ours):  # whatever else is staged is not ours to commit
-        identity = () if _has_identity(root) else GIT_IDENTITY
-        git(root, *identity, "commit", "--quiet", "-m", message, "--", *ours)
+    folder = check(root, path)
+    pointer, beside, ignored = root / f"{path}.dvc", root / f"{path}{REPORT}", folder.parent / ".gitignore"
+    with _put_back_unless_done(pointer, beside, ignored), _dvc(root) as repo:
+        expected = hashes(folder) if looked_at is None else looked_at
+        md5 = list_md5(expected)
+        _check_seen(repo, folder, expected)
+        if _added(repo, folder, no_commit=True) != expected:
+            repo.state.hashes.clear()  # what DVC remembers of a file goes by its size and times alone
+            _check_same(_added(repo, folder, no_commit=True), expected, folder)
+        ours = [pointer, ignored, *(root / name for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"))]
+        if report and _recorded(root, path) != md5:
+            beside.write_text(report(md5), encoding="utf-8")
+            ours.append(beside)
+        publish = _commit(
+            root, message, {file.relative_to(root).as_posix(): file.read_bytes() for file in ours if file.is_file()}
+        )
+        _check_same(_added(repo, folder), expected, folder)  # only now into the cache
+        _send(repo, expected, md5)
+        publish()
     return resolve(root, path, line, "HEAD")
+
+
+@contextmanager
+def _put_back_unless_done(*files: Path) -> Iterator[None]:
+    """Give files the content that they had, where the block does not end well.
+
+    Raises:
+        DataError: one of them is a link or another special file.
+    """
+    before: dict[Path, bytes | None] = {}
+    for path in files:
+        try:
+            with opened(path) as file:
+                before[path] = file.read()
+        except FileNotFoundError:
+            before[path] = None
+        except OSError as error:
+            raise unreadable(error, path) from error
+    try:
+        yield
+    except BaseException:
+        for path, content in before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            elif not path.is_file() or path.read_bytes() != content:
+                path.write_bytes(content)
+        raise
+
+
+def _check_seen(repo: Any, folder: Path, expected: dict[str, str]) -> None:
+    """Refuse where DVC would look at other files than those."""
+    there = entries(folder)
+    _check_same(dict.fromkeys(there, ""), dict.fromkeys(expected, ""), folder)
+    for found in repo.dvcignore.find(repo.fs, str(folder)):
+        there.pop(found.removeprefix(f"{folder}/"), None)
+    if there:
+        raise RevisionError(
+            f"DVC would leave out {shown(folder / next(iter(there)))}, because of a .dvcignore or a folder named .dvc; take the pattern "
+            "or that folder away"
+        )
+
+
+def _added(repo: Any, folder: Path, no_commit: bool = False) -> dict[str, str]:
+    """Have DVC write its pointer and, unless `no_commit`, fill its cache, and leave the folder alone; returns what it found."""
+    (stage,) = repo.add([str(folder)], no_commit=no_commit, relink=False)
+    return {"/".join(key): found.value for key, _, found in stage.outs[0].obj}
+
+
+def _check_same(now: dict[str, str], expected: dict[str, str], folder: Path) -> None:
+    if now == expected:
+        return
+    name = min(name for name in now.keys() | expected.keys() if now.get(name) != expected.get(name))
+    raise RevisionError(
+        f"{shown(folder / name)} changed while it was checked; repeat once nothing writes into that folder any more"
+    )
+
+
+def _send(repo: Any, files: dict[str, str], md5: str) -> None:
+    """Send what the remote lacks of a folder that was just added, its list last; DVC's own push never looks again once the list is there.
+
+    Raises:
+        RevisionError: the remote cannot be written, or such an object is damaged in the cache; that one is deleted.
+    """
+    cache, names = repo.cache.local, {oid: name for name, oid in files.items()}
+    try:
+        remote = repo.cloud.get_remote_odb()
+        held = set(remote.list_oids_exists([*names, md5]))
+        lacking = [oid for oid in (*names, md5) if oid not in held]
+        for oid in lacking:
+            path = Path(cache.oid_to_path(oid))
+            with path.open("rb") as file:
+                damaged = md5_of(file) != oid.removesuffix(".dir")
+            if damaged:
+                path.unlink()
+                raise RevisionError(
+                    f"{shown(path)} did not have the recorded bytes of {shown(names.get(oid, 'the list of files'))} and is deleted; repeat"
+                )
+        for oids in ([oid for oid in lacking if oid != md5], [oid for oid in lacking if oid == md5]):
+            remote.add([cache.oid_to_path(oid) for oid in oids], cache.fs, oids, check_exists=False, verify=False)
+    except RevisionError:
+        raise
+    except Exception as error:  # what DVC and its file systems raise has no common base
+        raise RevisionError(
+            f"the DVC remote cannot be written: {_first_line(error)}; check stores.data and s3_endpoint in ferry.toml, and repeat"
+        ) from error
+
+
+def _commit(root: Path, message: str, files: dict[str, bytes]) -> Callable[[], None]:
+    """Make a commit of files, beside whatever else is staged, and return what makes it the present one.
+
+    Git's plumbing runs no hooks and no filters, ignores nothing and signs nothing: a commit of ferry's own fails at once or not at all.
+    """
+    blobs = {name: git(root, "hash-object", "-w", "--stdin", given=content) for name, content in files.items()}
+    rows = "".join(f"100644 {blob}\t{name}\0" for name, blob in blobs.items()).encode()
+    index = ["update-index", "--add", "-z", "--index-info"]
+    head = _head(root)
+    with tempfile.TemporaryDirectory() as place:
+        own = str(Path(place) / "index")
+        if head:
+            git(root, "read-tree", head, GIT_INDEX_FILE=own)
+        git(root, *index, given=rows, GIT_INDEX_FILE=own)
+        tree = git(root, "write-tree", GIT_INDEX_FILE=own)
+    made = ""
+    if not head or git(root, "rev-parse", f"{head}^{{tree}}") != tree:
+        parent = ["-p", head] if head else []
+        made = git(root, *_identity(root), "commit-tree", tree, *parent, "-F", "-", given=message.encode(errors="replace"))
+
+    def publish() -> None:
+        git(root, *index, given=rows)
+        if made:
+            git(root, *_identity(root), "update-ref", "-m", "ferry data add", "HEAD", made, head)
+
+    return publish
+
+
+def _head(root: Path) -> str:
+    """The present commit; empty before the first one.
+
+    Raises:
+        RevisionError: there is no repository, or Git refuses to read it.
+    """
+    try:
+        return git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    except RevisionError:
+        git(root, "rev-parse", "--git-dir")
+        return ""
+
+
+def _identity(root: Path) -> list[str]:
+    """Settings for what Git does not know of who commits: a build machine knows no user, a workspace that does keeps its own."""
+    words: list[str] = []
+    for name, fallback in (("user.name", "ferry"), ("user.email", "ferry@localhost")):
+        try:
+            known = git(root, "config", name)
+        except RevisionError:
+            known = ""
+        words += [] if known else ["-c", f"{name}={fallback}"]
+    return words
 
 
 def _listed(repo: Any, path: str, rev: str) -> dict[str, str]:
@@ -169,22 +346,6 @@ def missing(root: Path, version: DataVersion) -> list[str]:
     return sorted(name for name, md5 in rows.items() if md5 not in held) + ([] if version.md5 in held else ["(the list itself)"])
 
 
-def _complete(repo: Any, md5: str) -> None:
-    """Of a folder that was just added, send what the remote lacks although DVC believes that it is there (push never looks again once the list is).
-
-    Raises:
-        RevisionError: such an object is damaged in the cache, too.
-    """
-    remote, cache = repo.cloud.get_remote_odb(), repo.cache.local
-    names = {row["md5"]: row["relpath"] for row in json.loads(Path(cache.oid_to_path(md5)).read_bytes())}
-    held = set(remote.list_oids_exists(list(names)))
-    for oid in names.keys() - held:
-        path = Path(cache.oid_to_path(oid))
-        if hashlib.md5(path.read_bytes()).hexdigest() != oid:  # noqa: S324
-            raise RevisionError(f"{path} does not have the recorded bytes of {names[oid]}; delete that object and repeat")
-        remote.add(str(path), cache.fs, oid)
-
-
 def report_of(root: Path, version: DataVersion) -> str | None:
     """What was recorded beside a revision; None: nothing.
 
@@ -222,13 +383,6 @@ def _commit_of(root: Path, version: DataVersion) -> str:
     return version.rev
 
 
-def _has_identity(root: Path) -> bool:
-    try:
-        return bool(git(root, "config", "user.email"))
-    except RevisionError:
-        return False
-
-
 def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:
     """What a Git revision says about a data folder. The commit named is the last one that touched the data.
 
@@ -238,31 +392,62 @@ def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:
     try:
         git(root, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
     except RevisionError:
-        raise RevisionError(f"there is no data revision {rev!r}; `ferry data log {line}` lists them") from None
+        _head(root)  # or it is the repository that cannot be read
+        raise RevisionError(f"there is no data revision '{shown(rev)}'; `ferry data log {line}` lists them") from None
     try:
-        out = yaml.safe_load(git(root, "show", f"{rev}:{path}.dvc"))["outs"][0]
+        out = _pointer(root, path, rev)
         commit = git(root, "log", "-1", "--format=%H", rev, "--", f"{path}.dvc")
         return DataVersion(line=line, path=path, rev=commit, md5=out["md5"], files=out.get("nfiles", 1), bytes=out["size"])
     except (RevisionError, yaml.YAMLError, LookupError, TypeError, ValidationError):
-        raise RevisionError(f"revision {rev!r} holds no data for {line}; record some with `ferry data add {line}`") from None
+        raise RevisionError(
+            f"revision '{shown(rev)}' holds no data for {line}; record some with `ferry data add {line}`"
+        ) from None
+
+
+def _pointer(root: Path, path: str, rev: str = "HEAD") -> Any:
+    """What DVC wrote of a folder at a revision.
+
+    Raises:
+        RevisionError, YAMLError, LookupError, TypeError: it did not, or that is damaged.
+    """
+    return yaml.safe_load(git(root, "show", f"{rev}:{path}.dvc"))["outs"][0]
+
+
+def _recorded(root: Path, path: str) -> str:
+    """The hash of a folder as the present commit has it; empty where it has none."""
+    try:
+        return str(_pointer(root, path)["md5"])
+    except (RevisionError, yaml.YAMLError, LookupError, TypeError):
+        return ""
 
 
 def log(root: Path, path: str, line: str, newest: int | None = None) -> list[tuple[DataVersion, str]]:
-    """The revisions of a data folder with their commit messages, newest first; all of them, or so many."""
-    limit = [] if newest is None else [f"-{newest}"]
-    try:
-        rows = git(root, "log", *limit, "--format=%H %s", "--", f"{path}.dvc").splitlines()
-    except RevisionError:  # a repository without a commit
+    """The revisions of a data folder with their commit messages, newest first; all of them, or so many.
+
+    Raises:
+        RevisionError: Git refuses to read the repository.
+    """
+    if not _head(root):
         return []
-    return [(resolve(root, path, line, row.split(" ", 1)[0]), row.split(" ", 1)[1]) for row in rows]
+    limit = [] if newest is None else [f"-{newest}"]
+    rows = git(root, "log", "-z", *limit, "--format=%H %s", "--", f"{path}.dvc").split("\0")
+    told = [row.partition(" ") for row in rows if row.strip()]
+    return [(resolve(root, path, line, rev), shown(message)) for rev, _, message in told]
 
 
 def is_dirty(root: Path, path: str) -> bool:
-    """Whether the folder holds something else than the revision at HEAD."""
-    if git(root, "status", "--porcelain", "--", f"{path}.dvc"):  # recorded by a killed `add`, but not committed
-        return True
-    with _dvc(root) as repo:
-        return bool(repo.status([str(root / f"{path}.dvc")]))
+    """Whether the folder holds something else than the revision at HEAD.
+
+    Raises:
+        DataError: the folder holds what no revision can.
+        RevisionError: no revision has it yet, or Git refuses.
+    """
+    recorded = _recorded(root, path)
+    if not recorded:
+        _head(root)
+        raise RevisionError(f"nothing of {shown(path)} is recorded yet; record it with `ferry data add`")
+    folder = inside(root, path)
+    return not folder.is_dir() or list_md5(hashes(folder)) != recorded
 
 
 def check_clean(root: Path, path: str, line: str) -> None:
@@ -278,7 +463,7 @@ def check_clean(root: Path, path: str, line: str) -> None:
 
 
 def pull(root: Path, version: DataVersion, into: Path) -> Path:
-    """Deliver a revision's files to a folder of their own and verify every byte; repeatable.
+    """Deliver a revision's files to a folder of their own and verify every byte, also of what was delivered before; repeatable.
 
     Returns:
         the folder, `into/<md5>`.
@@ -287,27 +472,49 @@ def pull(root: Path, version: DataVersion, into: Path) -> Path:
         RevisionError: an object is missing or damaged.
     """
     place = into / version.md5.removesuffix(".dir")
-    if place.is_dir():
+    if _holds(place, version):
         return place
-    fresh = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
+    _remove(place)
+    fresh = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    _remove(fresh)
     fresh.parent.mkdir(parents=True, exist_ok=True)
-    from dvc.api import DVCFileSystem
-
     rev = _commit_of(root, version)
     with _dvc(root) as repo:
+        from dvc.api import DVCFileSystem
+
         try:
-            DVCFileSystem(repo=str(repo.root_dir), rev=rev).get(version.path, str(fresh), recursive=True)
+            DVCFileSystem(repo=str(repo.root_dir), rev=rev, config=COPIES).get(version.path, str(fresh), recursive=True)
         except Exception as error:  # what DVC and its file systems raise has no common base
-            shutil.rmtree(fresh, ignore_errors=True)
+            _remove(fresh)
             raise _unfetched(version, error) from error
-    delivered = _hashes(fresh)
-    if list_md5(delivered) != version.md5:
-        shutil.rmtree(fresh)
+    if not _holds(fresh, version):
+        delivered = hashes(fresh) if fresh.is_dir() else {}
+        _remove(fresh)
         recorded = files(root, version)  # or it is the list itself that is damaged
         raise _damaged(version, next((oid for name, oid in recorded.items() if delivered.get(name) != oid), ""))
-    fresh.rename(place)
+    try:
+        fresh.rename(place)
+    except OSError:  # another process was first with the same content
+        _remove(fresh)
+        if not _holds(place, version):
+            raise
     return place
+
+
+def _holds(place: Path, version: DataVersion) -> bool:
+    """Whether a folder is a revision to the byte, and holds nothing but regular files."""
+    try:
+        return place.is_dir() and not place.is_symlink() and folder_md5(place) == version.md5
+    except DataError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Take away whatever lies there; not what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _unfetched(version: DataVersion, error: Exception) -> RevisionError:
@@ -325,20 +532,16 @@ def _damaged(version: DataVersion, oid: str = "") -> RevisionError:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return shown((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def folder_md5(folder: Path) -> str:
-    """DVC's hash of a folder, recomputed from its bytes: the md5 of the sorted list of relative paths and md5s."""
-    return list_md5(_hashes(folder))
+    """DVC's hash of a folder, recomputed from its bytes: the md5 of the sorted list of relative paths and md5s.
 
-
-def _hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()  # noqa: S324
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    Raises:
+        DataError: the folder holds what is no regular file.
+    """
+    return list_md5(hashes(folder))
 
 
 def list_md5(files: dict[str, str]) -> str:

@@ -19,6 +19,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag
 from mlflow.types import ColSpec, Schema
 
+from model.git import forget_redirections
 from model.scorecard import DataVersion
 from registry.errors import StoreError
 
@@ -54,6 +55,7 @@ class DvcDatasetSource(DatasetSource):
         Raises:
             StoreError: the repository or the objects of the revision are out of reach.
         """
+        forget_redirections()
         from dvc.api import DVCFileSystem
 
         into = Path(tempfile.mkdtemp(prefix="revision-")) / Path(self.path).name

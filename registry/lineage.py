@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import subprocess
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import distributions, version
@@ -17,6 +16,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import onnx
 
+from model import git
+from model.errors import RevisionError
 from model.scorecard import DataVersion, Lineage, Scorecard
 from registry.selection import Decision
 
@@ -74,10 +75,11 @@ def code_tags() -> Mapping[str, str]:
     """Git commit of this program, and whether its files differ from it; nothing where it is not run out of its repository."""
     here = Path(__file__)
     try:
-        _git(here.parent, "ls-files", "--error-unmatch", here.name)  # installed somewhere below another repository: not ours
-        changed = _git(here.parent.parent, "status", "--porcelain", "--untracked-files=no")
-        commit = _git(here.parent, "rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
+        # Installed somewhere below another repository, it is not ours.
+        git.run(here.parent, "ls-files", "--error-unmatch", here.name, around=True)
+        changed = git.run(here.parent.parent, "status", "--porcelain", "--untracked-files=no", around=True)
+        commit = git.run(here.parent, "rev-parse", "HEAD", around=True)
+    except RevisionError:
         return {}
     return {"code.rev": commit, "code.dirty": str(bool(changed)).lower()}
 
@@ -85,16 +87,11 @@ def code_tags() -> Mapping[str, str]:
 def repository_of(workspace: Path) -> str:
     """The Git repository of a workspace's data: the URL of its remote `origin` without credentials, or its own path."""
     try:
-        remote = _git(workspace, "config", "--get", "remote.origin.url")
-    except (OSError, subprocess.CalledProcessError):
+        remote = git.run(workspace, "config", "--get", "remote.origin.url")
+    except RevisionError:
         return str(workspace)
     parts = urlsplit(remote)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.scheme else remote
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)  # noqa: S603, S607
-    return done.stdout.strip()
 
 
 def _opset(graph: Path) -> int:

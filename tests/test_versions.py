@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from model.errors import RevisionError
+from model.errors import DataError, RevisionError
 from model.scorecard import DataVersion
-from model.versions import add, files, folder_md5, git, init, is_dirty, log, missing, pull, report_of, resolve
+from model.versions import _dvc, add, files, folder_md5, git, init, is_dirty, log, missing, pull, report_of, resolve
 
 PATH, LINE = "data/parts", "parts"
 FILES = {"a.txt": "one", "deep/er/b.txt": "two", "metadata.jsonl": "{}"}
@@ -163,6 +164,101 @@ def test_second_pull_fetches_nothing(root: Path, version: DataVersion, tmp_path:
     assert pull(root, version, tmp_path / "out") == place
 
 
+def other_bytes(place: Path) -> None:
+    (place / "a.txt").write_text("0ne")
+
+
+def one_more(place: Path) -> None:
+    (place / "more.txt").write_text("more")
+
+
+def one_less(place: Path) -> None:
+    (place / "deep/er/b.txt").unlink()
+
+
+def renamed(place: Path) -> None:
+    (place / "a.txt").rename(place / "b.txt")
+
+
+def link_with_right_bytes(place: Path) -> None:
+    (place / "a.txt").rename(place.parent / "elsewhere.txt")
+    (place / "a.txt").symlink_to("../elsewhere.txt")
+
+
+def linked_folder_with_right_bytes(place: Path) -> None:
+    (place / "deep").rename(place.parent / "elsewhere")
+    (place / "deep").symlink_to("../elsewhere")
+
+
+def link_in_its_place(place: Path) -> None:
+    place.rename(place.parent / "elsewhere")
+    place.symlink_to("elsewhere")
+
+
+def link_to_nowhere(place: Path) -> None:
+    shutil.rmtree(place)
+    place.symlink_to("nowhere")
+
+
+def pipe(place: Path) -> None:
+    os.mkfifo(place / "pipe")
+
+
+def pipe_for_a_file(place: Path) -> None:
+    (place / "a.txt").unlink()
+    os.mkfifo(place / "a.txt")
+
+
+def a_file(place: Path) -> None:
+    shutil.rmtree(place)
+    place.write_text("no folder")
+
+
+def nothing_in_it(place: Path) -> None:
+    shutil.rmtree(place)
+    place.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        other_bytes, one_more, one_less, renamed, link_with_right_bytes, linked_folder_with_right_bytes, link_in_its_place, link_to_nowhere,
+        pipe, pipe_for_a_file, a_file, nothing_in_it,
+    ],
+)  # fmt: skip
+def test_delivered_before_is_verified_again(
+    root: Path, version: DataVersion, tmp_path: Path, damaged: Callable[[Path], None]
+) -> None:
+    place = pull(root, version, tmp_path / "out")
+    damaged(place)
+    beside = {path: path.read_text() for path in (tmp_path / "out").rglob("elsewhere*/**/*") if path.is_file()}
+    assert pull(root, version, tmp_path / "out") == place
+    assert read(place) == FILES
+    assert not any(path.is_symlink() for path in [place, *place.rglob("*")])
+    assert all(path.read_text() == text for path, text in beside.items())  # a link was taken away, not what it led to
+
+
+def test_damaged_delivery_without_remote_is_not_used(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    other_bytes(pull(root, version, tmp_path / "out"))
+    forget_cache(root)
+    shutil.rmtree(tmp_path / "remote")
+    refused(root, version, tmp_path / "out", "of parts cannot be fetched")
+
+
+def test_revision_that_another_process_delivered_first_is_used(
+    root: Path, version: DataVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        write(target, FILES)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert read(pull(root, version, tmp_path / "out")) == FILES
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
 GOOD = {"line": LINE, "path": PATH, "rev": "0" * 40, "md5": "0" * 32 + ".dir", "files": 1, "bytes": 1}
 ZEROS = "0" * 32
 BAD = {
@@ -195,6 +291,40 @@ def test_pointer_with_a_path_for_a_hash_is_no_revision(root: Path, version: Data
     git(root, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "elsewhere")
     with pytest.raises(RevisionError, match="revision 'HEAD' holds no data for parts"):
         resolve(root, PATH, LINE)
+
+
+@pytest.mark.parametrize(
+    "name", ["Füllerei", "a b", "it's", 'say "hi"', "both' \"of them", "a#b", "a,b", "100%", "[x]", "日本", "a;b=c", " x "]
+)
+def test_remote_of_any_name_is_kept(tmp_path: Path, name: str) -> None:
+    """Also beside what somebody else wrote into DVC's settings."""
+    root = write(tmp_path / "workspace", {f"{PATH}/a.txt": "one"})
+    init(root, str(tmp_path / "elsewhere"))
+    config = root / ".dvc/config"
+    theirs = "    jobs = 3\n# theirs\n['remote \"mine\"']\n    url = s3://x/ä\n"
+    config.write_text(config.read_text() + theirs, encoding="utf-8")
+    init(root, str(tmp_path / name))
+    assert {"jobs = 3", "# theirs"} <= {line.strip() for line in config.read_text().splitlines()}
+    with _dvc(root) as repo:
+        assert repo.config["remote"]["storage"]["url"] == str(tmp_path / name)
+        assert repo.config["remote"]["mine"]["url"] == "s3://x/ä"
+    version = add(root, PATH, LINE, "first delivery")
+    assert objects(tmp_path / name, "one").read_text() == "one"
+    forget_cache(root)
+    assert read(pull(root, version, tmp_path / "out")) == {"a.txt": "one"}
+    before = config.read_bytes()
+    init(root, str(tmp_path / name))
+    assert config.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["%(x)s", "three''' \"\"\"", "\udcfc"])
+def test_remote_that_dvc_cannot_keep_is_refused(root: Path, version: DataVersion, tmp_path: Path, name: str) -> None:
+    before = (root / ".dvc/config").read_bytes()
+    with pytest.raises(RevisionError, match=r"DVC's configuration .*cannot hold .*choose another folder") as caught:
+        init(root, str(tmp_path / name))
+    assert str(caught.value).isprintable()
+    assert (root / ".dvc/config").read_bytes() == before
+    assert add(root, PATH, LINE, "again") == version
 
 
 def test_killed_pull_leaves_no_harm(root: Path, version: DataVersion, tmp_path: Path) -> None:
@@ -368,10 +498,9 @@ def test_damaged_cache_is_not_sent(root: Path, version: DataVersion) -> None:
     damage(root, "remote", "two", None)
     damage(root, "cache", "two", b"2wo")
     objects(root / ".dvc" / "cache", "two").chmod(0o444)  # as DVC left it: then it does not look again
-    with pytest.raises(RevisionError, match=r"does not have the recorded bytes of deep/er/b.txt; delete that object and repeat"):
+    with pytest.raises(RevisionError, match=r"did not have the recorded bytes of deep/er/b.txt and is deleted; repeat"):
         add(root, PATH, LINE, "again")
     assert missing(root, version) == ["deep/er/b.txt"]
-    objects(root / ".dvc" / "cache", "two").unlink()
     add(root, PATH, LINE, "again")
     assert missing(root, version) == []
 
@@ -436,7 +565,7 @@ def test_killed_add_is_dirty_and_repeatable(root: Path, version: DataVersion, tm
     """The run ends between DVC and Git: the folder is not what HEAD says, however content DVC is."""
     edit(root / PATH)
     (root / ".git" / "index.lock").write_text("")
-    with pytest.raises(RevisionError, match="git add failed"):
+    with pytest.raises(RevisionError, match=r"git update-index failed: Unable to create .*index\.lock': File exists"):
         add(root, PATH, LINE, "second delivery")
     (root / ".git" / "index.lock").unlink()
     assert resolve(root, PATH, LINE) == version
@@ -447,12 +576,12 @@ def test_killed_add_is_dirty_and_repeatable(root: Path, version: DataVersion, tm
 
 
 def test_unrecorded_folder_is_a_sentence(root: Path) -> None:
-    with pytest.raises(RevisionError, match=r"parts\.dvc' does not exist"):
+    with pytest.raises(RevisionError, match="nothing of data/parts is recorded yet"):
         is_dirty(root, PATH)
 
 
 def test_missing_folder_cannot_be_added(root: Path) -> None:
-    with pytest.raises(RevisionError, match="output 'data/others' does not exist"):
+    with pytest.raises(DataError, match=r"there is no folder .*/data/others; put the images there"):
         add(root, "data/others", "others", "nothing")
     assert log(root, "data/others", "others") == []
 

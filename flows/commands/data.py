@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.shared import Json, answer, open_workspace, showing_progress, told_errors
+from model.folder import shown
 
 if TYPE_CHECKING:
     from flows.data import Difference, Status
@@ -36,7 +37,7 @@ def data_add(
         with showing_progress():
             version, arrival = data.add(workspace, line, message)
         for name, why in arrival.quarantine.items():
-            typer.echo(f"{name} {why}", err=True)
+            typer.echo(shown(f"{name} {why}"), err=True)
         if arrival.held_out < settings.gate.minimum_images:
             typer.echo(
                 f"only {arrival.held_out} images are held out for evaluation, the gate of {line} wants {settings.gate.minimum_images}: "
@@ -119,7 +120,7 @@ def _short(drift: Drift | None) -> str:
 
 def _told(what: str, names: list[str], n: int) -> list[str]:
     """One line that says how many there are and names the first; none where there are none."""
-    return [f"{what} ({n}): {', '.join(names[:SHOWN])}{' …' if n > SHOWN else ''}"] if n else []
+    return [shown(f"{what} ({n}): {', '.join(names[:SHOWN])}{' …' if n > SHOWN else ''}")] if n else []
 
 
 def _listed(what: str, listed: Listed) -> list[str]:
@@ -173,7 +174,7 @@ def _status(line: str, status: Status) -> list[str]:
     elif revision:
         lines.append(status.remote_error or "the remote holds all of it")
     lines.append(f"{arrival.training + arrival.held_out} usable images, {arrival.held_out} of them held out")
-    lines += [f"quarantined: {name} {why}" for name, why in arrival.quarantine.items()]
+    lines += [shown(f"quarantined: {name} {why}") for name, why in arrival.quarantine.items()]
     return lines + _findings(arrival)
 
 
