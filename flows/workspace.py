@@ -21,13 +21,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from flows.errors import BusyError, WorkspaceError
 from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
+from model.errors import RevisionError
+from model.folder import inside, shown
 from model.git import forget_redirections
 from model.scorecard import LineName, Sampler
 from registry.cost import Prices
@@ -45,6 +48,38 @@ FORMAT = 1  # of ferry.toml and of all that lies in a workspace
 SEEN = "ledger.seen"  # beside the keys: the newest entry of the ledger that this workspace has seen
 LOCK_SECONDS = 60.0
 TEACHING_MS = 3_600_000.0  # for an image of a variant that no device class runs
+# What lies in a workspace beside the data, each for one purpose; compared without case, as some file systems do.
+NOT_DATA = frozenset({
+    "keys", "repository", "published", "dvc-remote", "mlartifacts", "features", "inbox", "events", "ratings", "work", "ferry.toml",
+    "ferry.db", "mlflow.db", "root.json", "report.html",
+})  # fmt: skip
+
+
+def _data_folder(path: str) -> str:
+    """A data folder's path, written in one way; below the workspace, in nothing that serves another purpose, and plain for DVC and Git."""
+    parts = [part for part in path.split("/") if part not in {"", "."}]
+    named = {"path": shown(path)}
+    if not parts or path.startswith("/") or ".." in parts or "://" in path:
+        raise PydanticCustomError("data", "'{path}' is no folder below the workspace; name one, such as data/surfaces", named)
+    if parts[0].casefold() in NOT_DATA or {".git", ".hg", ".dvc"} & {part.casefold() for part in parts}:
+        raise PydanticCustomError(
+            "data", "'{path}' is where other things are kept; name a folder of its own, such as data/surfaces", named
+        )
+    if (
+        not path.isprintable()
+        or set("*?[") & set(path)
+        or parts[-1].endswith(".dvc")
+        or max(len(part.encode()) for part in parts) > 200
+    ):
+        raise PydanticCustomError(
+            "data",
+            "'{path}' is a name that DVC reads otherwise, or too long; use letters, digits, '-' and '_', as in data/surfaces",
+            named,
+        )
+    return "/".join(parts)
+
+
+DataFolder = Annotated[str, AfterValidator(_data_folder)]
 
 
 class Section(BaseModel):
@@ -128,7 +163,7 @@ class DeviceClass(Section):
 class Line(Section):
     """One product: its data, its model, its device classes."""
 
-    data: str
+    data: DataFolder
     tier: TierName = "nano"
     image_size: int = 16
     channels: Literal[1, 3] = 1
@@ -209,6 +244,17 @@ class Settings(Section):
     energy: dict[LineName, dict[LineName, dict[VariantName, Energy]]] = Field(default={}, description="by line, class, variant")
 
     @model_validator(mode="after")
+    def _data_apart(self) -> Settings:
+        stores = [
+            Path(store).parts for store in (self.stores.data, self.stores.publish, self.stores.reports) if "://" not in store
+        ]
+        for name, line in self.lines.items():
+            parts = Path(line.data).parts
+            if any(store and (store[: len(parts)] == parts or parts[: len(store)] == store) for store in stores):
+                raise ValueError(f"lines.{name}.data and one of the stores share a folder; give each its own")
+        return self
+
+    @model_validator(mode="after")
     def _energy_of_something(self) -> Settings:
         for line, classes in self.energy.items():
             for name, variants in classes.items():
@@ -232,7 +278,7 @@ class Workspace:
         if not path.is_file():
             raise WorkspaceError(f"{self.root} is not a workspace (it has no {SETTINGS}); make one with `ferry init {root}`")
         try:
-            given = tomllib.loads(path.read_text())
+            given = tomllib.loads(path.read_text(encoding="utf-8"))
             _check_format(path, given.get("schema"))
             self.settings = Settings.model_validate(given)
             for line in self.settings.lines.values():
@@ -411,37 +457,49 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
         settings: content of a new `ferry.toml`; None: defaults for the lines, with comments.
 
     Raises:
-        WorkspaceError: a name is not valid, or the folder holds something else.
+        WorkspaceError: a name is not valid, or the folder holds something else; then nothing was made.
+        DataError: a line's data would lie behind a link; then, too.
     """
     from model import versions
     from ota.release import keys, repository
 
     path = root / SETTINGS
     if not path.is_file():
+        _check_name(root)
+        for name in lines:
+            try:
+                TypeAdapter(LineName).validate_python(name)
+            except ValidationError as error:
+                raise WorkspaceError(
+                    f"'{shown(name)}' is no name of a line; use lower-case letters, digits and '-', 40 at most"
+                ) from error
         ours = ("data", ".git", f".{SETTINGS}.tmp")
+        if root.is_symlink() and not root.exists():
+            raise WorkspaceError(f"{shown(root)} is a link to nowhere; name a folder")
         if root.exists() and not root.is_dir():
-            raise WorkspaceError(f"{root} is a file; name a folder")
+            raise WorkspaceError(f"{shown(root)} is a file; name a folder")
         if root.is_dir() and any(entry.name not in ours for entry in root.iterdir()):
-            raise WorkspaceError(f"{root} holds other things; name an empty folder, or one with nothing but data/")
-        root.mkdir(parents=True, exist_ok=True)
-        text = settings or template(lines)
-        fresh = root / f".{SETTINGS}.tmp"
-        fresh.write_text(text)
+            raise WorkspaceError(f"{shown(root)} holds other things; name an empty folder, or one with nothing but data/")
+        text = settings or template([*dict.fromkeys(lines)])
         try:
-            Settings.model_validate(tomllib.loads(text))
+            made = Settings.model_validate(tomllib.loads(text))
         except (ValidationError, tomllib.TOMLDecodeError) as error:
-            fresh.unlink()
-            raise WorkspaceError(
-                f"these are not names of lines: {', '.join(lines)}; use lower-case letters and digits"
-            ) from error
+            raise WorkspaceError(f"the settings for {SETTINGS} are not valid: {shown(error)}") from error
+        for line in made.lines.values():
+            inside(root, line.data)
+        root.mkdir(parents=True, exist_ok=True)
+        fresh = root / f".{SETTINGS}.tmp"
+        fresh.unlink(missing_ok=True)
+        fresh.write_text(text, encoding="utf-8")
         fresh.replace(path)
     workspace = Workspace(root)
     root = workspace.root
     for line in workspace.settings.lines.values():
-        (root / line.data).mkdir(parents=True, exist_ok=True)
+        inside(root, line.data).mkdir(parents=True, exist_ok=True)
     ignored = root / ".gitignore"
-    known = ignored.read_text().splitlines() if ignored.is_file() else []
-    ignored.write_text("\n".join([*known, *(f"/{name}" for name in IGNORED if f"/{name}" not in known)]) + "\n")
+    known = ignored.read_bytes().splitlines() if ignored.is_file() else []
+    asked = [f"/{name}".encode() for name in IGNORED]
+    ignored.write_bytes(b"\n".join([*known, *(name for name in asked if name not in known)]) + b"\n")
     versions.init(root, workspace.data_remote, workspace.settings.stores.s3_endpoint)
     ring = keys.create(root / "keys")
     repository.Repository.create(root / "repository", ring)
@@ -451,6 +509,26 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
     workspace.ledger.head()
     workspace.fleet.devices()
     return workspace
+
+
+def _check_name(root: Path) -> None:
+    """Refuse a folder whose name some part of a workspace could not keep: settings, addresses of databases, DVC's configuration.
+
+    Raises:
+        WorkspaceError: it is such a name.
+    """
+    from model import versions
+
+    name = str(root.absolute())
+    try:
+        name.encode()
+        versions.check_remote(name)
+    except (UnicodeEncodeError, RevisionError):
+        unfit = True
+    else:
+        unfit = not name.isprintable() or bool({*"?#"} & {*name})  # which end the path of an address
+    if unfit:
+        raise WorkspaceError(f"a workspace cannot be kept in {shown(name)}; choose a path of letters, digits, '-' and '_'")
 
 
 IGNORED = (

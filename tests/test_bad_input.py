@@ -83,6 +83,60 @@ def test_unknown_tier(root: Path) -> None:
     )
 
 
+NO_DATA_FOLDERS = {
+    "is no folder below the workspace; name one, such as data/surfaces": [
+        "", ".", "./", "/", "..", "../x", "data/../../x", "data/..", "/data/shapes", "//data", "s3://bucket/x", "file:///data",
+    ],
+    "is where other things are kept; name a folder of its own, such as data/surfaces": [
+        "keys", "Keys/online", "./keys", "keys/", "repository", "repository/targets", "work", "WORK/data", "dvc-remote", "published/x", "inbox",
+        "events", "ratings", "features", "mlartifacts", "ferry.db", "ferry.toml", "root.json", ".git", ".git/hooks", ".dvc/cache", "data/.git/x",
+        "data/.DVC", ".hg",
+    ],
+    "is a name that DVC reads otherwise, or too long; use letters, digits, '-' and '_', as in data/surfaces": [
+        "data/*", "data/a?", "[ab]", "data/x.dvc", "data/a\\nb", "data/\\u001b[31m", "data/\\u202ex", "x" * 201, "data/" + "ä" * 101,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "says"), [(value, says) for says, values in NO_DATA_FOLDERS.items() for value in values])
+def test_data_folder_elsewhere(root: Path, value: str, says: str) -> None:
+    """Nothing is read or written where keys, the repository or other people's files lie."""
+    there = sorted(root.parent.rglob("*"))
+    asked = setting(root, 'data = "data/shapes"', f'data = "{value}"')
+    assert asked.startswith("lines.shapes.data: '")
+    assert asked.endswith(f"' {says}")
+    assert asked.isprintable()
+    assert sorted(root.parent.rglob("*")) == there
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        ("data/shapes", None), ("images", None), ("data", None), ("pictures", None), ("devices/x", None), ("Füße/ä b", None), ("-x", None), ("~x", None),
+        ("a:b", None), ("keys-of-pianos", None), ("data/keys", None), ("...", None), ("x" * 200, None), ("./images", "images"), ("images/", "images"),
+        ("data//./shapes", "data/shapes"),
+    ],
+)  # fmt: skip
+def test_data_folder_of_its_own(root: Path, value: str, kept: str | None) -> None:
+    path = root / SETTINGS
+    path.write_text(path.read_text().replace('"data/shapes"', f'"{value}"'))
+    assert Workspace(root).line("shapes").data == kept or value
+
+
+@pytest.mark.parametrize(
+    ("store", "data"),
+    [
+        ('data = "dvc-remote"', "images"), ('data = "dvc-remote"', "images/shapes"), ('publish = "published"', "images"),
+        ('reports = "inbox"', "./images/"),
+    ],
+)  # fmt: skip
+def test_data_folder_and_a_store_in_one(root: Path, store: str, data: str) -> None:
+    path = root / SETTINGS
+    path.write_text(path.read_text().replace('data = "data/shapes"', 'data = "images"'))
+    asked = setting(root, store, f'{store.partition(" ")[0]} = "{data}"')
+    assert "lines.shapes.data and one of the stores share a folder; give each its own" in asked
+
+
 def test_unknown_variant(root: Path) -> None:
     assert refused(CatalogError, lambda: Subject.parse("shapes/I/slow")) == (
         "'shapes/I/slow' is not LINE/CONFIG/VARIANT; write it as surfaces/I/full, with configuration I or II and variant full, dev or fast"

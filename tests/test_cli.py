@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from flows import cli
 from ota.agent.cli import parser as agent_parser
 from ota.release.keys import KeyRing
 from tests.conftest import Told, agent, commands_of, write_images
+from tests.test_data_folder import without_rights
 
 
 def ferry(*arguments: str) -> Result:
@@ -188,6 +191,141 @@ def test_init_on_a_file_leaves_it_alone(tmp_path: Path):
     (tmp_path / "letter.txt").write_text("dear all")
     refused(ferry("init", str(tmp_path / "letter.txt")), 3, "is a file; name a folder")
     assert (tmp_path / "letter.txt").read_text() == "dear all"
+
+
+@pytest.mark.parametrize(
+    "name", ["Füllerei", "a b", "it's", 'say "hi"', "100%20", "a,b;c&d=e", "a@b:c", "[x]", "back\\slash", "trail/", "-dash", "日本/語", "~"]
+)  # fmt: skip
+def test_init_makes_a_workspace_of_any_printable_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert ferry("init", "--line", "shapes", "--", name).exit_code == 0
+    root = tmp_path / name
+    write_images(root / "data/shapes", 4)
+    assert ferry("-w", str(root), "data", "add", "shapes").exit_code == 0
+    assert any((root / "dvc-remote").rglob("*.dir"))
+    assert json.loads(ferry("-w", str(root), "data", "status", "shapes", "--json").stdout)["remote_lacks"] == []
+    assert ferry("-w", str(root), "history").exit_code == 0
+    assert ferry("-w", str(root), "trust", "refresh").exit_code == 0
+    assert ferry("init", "--", name).exit_code == 0
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LANG": "C"}, {"LANG": "POSIX"}, {"LC_ALL": "C.UTF-8"}, {}], ids=str)
+def test_init_depends_on_no_locale(locale: dict[str, str], tmp_path: Path):
+    """As a machine without a desktop starts programs."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM") if name in os.environ}
+    root = tmp_path / "Füllerei"
+
+    def told(*words: str) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "flows.cli", *words]
+        return subprocess.run(command, capture_output=True, env=kept | locale | {"DVC_SITE_CACHE_DIR": str(tmp_path / "site")})
+
+    assert told("init", str(root), "--line", "shapes").returncode == 0
+    (root / "ferry.toml").write_text(
+        (root / "ferry.toml").read_text().replace('"data/shapes"', '"Bilder/Füße"'), encoding="utf-8"
+    )
+    write_images(root / "Bilder/Füße", 4)
+    added = told("--quiet", "-w", str(root), "data", "add", "shapes", "--json")
+    assert (added.returncode, json.loads(added.stdout)["path"]) == (0, "Bilder/Füße")
+    assert any((root / "dvc-remote").rglob("*.dir"))
+
+
+@pytest.mark.parametrize(
+    "name", ["new\nline", "tab\t", "esc\x1b[31m", "latin\udcfc", "a#b", "a?b", "%(x)s", "three''' \"\"\"", "\u202egnp"]
+)
+def test_init_of_a_name_that_cannot_be_kept_makes_nothing(name: str, tmp_path: Path):
+    for folder in (tmp_path / name, tmp_path / name / "ws"):
+        result = ferry("init", str(folder))
+        refused(result, 3, "a workspace cannot be kept in")
+        assert result.stderr.rstrip("\n").isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "Shapes", "a b", "schlüssel", "../x", "a.training", "x" * 41, "a]\ndata = 1\n[b", "\x1b[31m", '"', "a/b", "\udcfc"],
+)
+def test_init_with_a_line_of_no_name_makes_nothing(line: str, tmp_path: Path):
+    result = ferry("init", str(tmp_path / "ws"), "--line", "shapes", "--line", line)
+    refused(result, 3, "is no name of a line; use lower-case letters, digits and '-', 40 at most")
+    assert result.stderr.rstrip("\n").isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_with_a_line_twice_makes_it_once(tmp_path: Path):
+    result = ferry("init", str(tmp_path / "ws"), "--line", "shapes", "--line", "shapes", "--json")
+    assert json.loads(result.stdout)["lines"] == ["shapes"]
+
+
+def a_file(root: Path) -> None:
+    root.write_text("dear all")
+
+
+def below_a_file(root: Path) -> None:
+    root.parent.rmdir()
+    root.parent.write_text("dear all")
+
+
+def a_link_to_nowhere(root: Path) -> None:
+    root.symlink_to("nowhere")
+
+
+def data_that_is_a_file(root: Path) -> None:
+    root.mkdir()
+    (root / "data").write_text("dear all")
+
+
+def data_that_is_a_link(root: Path) -> None:
+    (root.parent / "elsewhere").mkdir()
+    root.mkdir()
+    (root / "data").symlink_to("../elsewhere")
+
+
+def data_that_is_a_pipe(root: Path) -> None:
+    root.mkdir()
+    os.mkfifo(root / "data")
+
+
+@pytest.mark.parametrize(
+    "in_the_way", [a_file, below_a_file, a_link_to_nowhere, data_that_is_a_file, data_that_is_a_link, data_that_is_a_pipe]
+)
+def test_init_leaves_what_is_in_its_way(in_the_way: Callable[[Path], None], tmp_path: Path):
+    root = tmp_path / "factory/ws"
+    root.parent.mkdir()
+    in_the_way(root)
+    before = [(path, path.lstat().st_mode, path.lstat().st_size) for path in sorted(tmp_path.rglob("*"))]
+    refused(ferry("init", str(root)), 3, str(root.parent))
+    assert [(path, path.lstat().st_mode, path.lstat().st_size) for path in sorted(tmp_path.rglob("*"))] == before
+
+
+def test_init_where_nobody_may_write_makes_nothing(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    words = [sys.executable, "-m", "flows.cli", "init", str(tmp_path / "ws")]
+    told = subprocess.run(words, capture_output=True, text=True, preexec_fn=without_rights)
+    tmp_path.chmod(0o700)
+    assert (told.returncode, told.stdout) == (3, "")
+    assert told.stderr == f"ferry: {tmp_path}/ws: Permission denied; check the path and who may write there\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "pathlib.Path.replace", "flows.workspace.configure_environment", "model.versions.git", "dvc.repo.Repo.init", "model.versions._configured",
+        "ota.release.keys.create", "ota.release.repository.Repository.create", "shutil.copyfile", "registry.ledger.Ledger.head",
+        "ota.release.fleet.Fleet.devices",
+    ],
+)  # fmt: skip
+def test_init_that_was_cut_short_is_completed_by_the_next(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, fail)
+        refused(ferry("init", str(tmp_path / "ws"), "--line", "shapes"), 3, "No space left on device; check the path")
+    assert ferry("init", str(tmp_path / "ws"), "--line", "shapes").exit_code == 0
+    write_images(tmp_path / "ws/data/shapes", 4)
+    assert ferry("-w", str(tmp_path / "ws"), "data", "add", "shapes").exit_code == 0
+    assert ferry("-w", str(tmp_path / "ws"), "trust", "refresh").exit_code == 0
 
 
 def test_init_goes_on_where_settings_were_half_written(tmp_path: Path):
