@@ -66,12 +66,15 @@ def init(root: Path, remote: str, s3_endpoint: str = "") -> None:
     What somebody else wrote into DVC's configuration (credentials, say) is left there.
 
     Raises:
+        DataError: DVC's settings are a link or another special file.
         RevisionError: Git is missing or refuses, or DVC cannot keep the address of the remote.
     """
     if not (root / ".git").exists():
         git(root, "init", "--quiet", "--initial-branch=main")
     path = root / ".dvc" / "config"
-    if not path.is_file():
+    if (root / ".dvc" / "cache").is_dir():
+        path.touch()  # only the settings were lost; what was recorded stays
+    if not path.exists():
         forget_redirections()
         from dvc.repo import Repo
 
@@ -79,8 +82,10 @@ def init(root: Path, remote: str, s3_endpoint: str = "") -> None:
         shutil.rmtree(root / ".dvc", ignore_errors=True)  # half made by a killed run: no config, so nothing in it yet
         Repo.init(str(root)).close()
     (root / ".dvcignore").touch()  # where the kill came after the config
-    written = _configured(path.read_bytes(), remote, s3_endpoint)
-    if written != path.read_bytes():
+    with opened(path) as file:
+        present = file.read()
+    written = _configured(present, remote, s3_endpoint)
+    if written != present:
         fresh = path.with_suffix(".tmp")
         fresh.write_bytes(written)
         fresh.replace(path)
@@ -142,7 +147,7 @@ def add(
     """
     folder = check(root, path)
     pointer, beside, ignored = root / f"{path}.dvc", root / f"{path}{REPORT}", folder.parent / ".gitignore"
-    with _put_back_unless_done(pointer, beside, ignored), _dvc(root) as repo:
+    with _put_back_unless_done(pointer, beside, ignored, root / ".dvcignore"), _dvc(root) as repo:
         expected = hashes(folder) if looked_at is None else looked_at
         md5 = list_md5(expected)
         _check_seen(repo, folder, expected)
@@ -390,13 +395,13 @@ def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:
         RevisionError: no such revision, or it does not hold these data.
     """
     try:
-        git(root, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
+        found = git(root, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
     except RevisionError:
         _head(root)  # or it is the repository that cannot be read
         raise RevisionError(f"there is no data revision '{shown(rev)}'; `ferry data log {line}` lists them") from None
     try:
-        out = _pointer(root, path, rev)
-        commit = git(root, "log", "-1", "--format=%H", rev, "--", f"{path}.dvc")
+        out = _pointer(root, path, found)
+        commit = git(root, "log", "-1", "--format=%H", found, "--", f"{path}.dvc")
         return DataVersion(line=line, path=path, rev=commit, md5=out["md5"], files=out.get("nfiles", 1), bytes=out["size"])
     except (RevisionError, yaml.YAMLError, LookupError, TypeError, ValidationError):
         raise RevisionError(

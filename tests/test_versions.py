@@ -621,6 +621,28 @@ def test_init_completes_what_was_killed(tmp_path: Path, killed: Callable[[Path],
     assert read(pull(root, version, tmp_path / "out")) == {"a.txt": "one"}
 
 
+def test_lost_settings_lose_no_data(root: Path, version: DataVersion, tmp_path: Path) -> None:
+    """The remote may be gone, too: then the cache is the only place."""
+    shutil.rmtree(tmp_path / "remote")
+    (root / ".dvc/config").unlink()
+    init(root, str(tmp_path / "remote"))
+    assert read(pull(root, version, tmp_path / "out")) == FILES
+    edit(root / PATH)
+    second = add(root, PATH, LINE, "second delivery")
+    assert missing(root, second) == []
+
+
+def test_settings_that_are_a_pipe_hold_nothing_up(root: Path, version: DataVersion) -> None:
+    (root / ".dvcignore").unlink()
+    os.mkfifo(root / ".dvcignore")
+    with pytest.raises(DataError, match=r"\.dvcignore is a pipe"):
+        add(root, PATH, LINE, "again")
+    (root / ".dvc/config").unlink()
+    os.mkfifo(root / ".dvc/config")
+    with pytest.raises(DataError, match=r"\.dvc/config is a pipe"):
+        init(root, str(root.parent / "remote"))
+
+
 def test_init_again_keeps_history(root: Path, version: DataVersion, tmp_path: Path) -> None:
     init(root, str(tmp_path / "elsewhere"))
     assert resolve(root, PATH, LINE) == version
