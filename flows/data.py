@@ -51,6 +51,7 @@ def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Arr
     """
     settings = workspace.line(line)
     after = _scan(_checked(workspace, settings), settings, line)
+    folder.check_no_copy(after.files, workspace.root / "keys")
     if not after.names:
         name, why = next(iter(after.quarantine.items()))
         raise DataError(f"not one image in {settings.data} can be used, the first: {name} {why}")

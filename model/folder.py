@@ -173,6 +173,28 @@ def check_apart(folder: Path, keys: Path) -> None:
         raise DataError(f"{shown(folder / name)} is a hard link to a file in {shown(keys)}; take it away")
 
 
+def check_no_copy(files: dict[str, str], keys: Path) -> None:
+    """Refuse data that hold a file with the content of a private key, under whatever name.
+
+    Args:
+        files: name → md5.
+        keys: folder that holds the keys.
+
+    Raises:
+        DataError: they do.
+    """
+    secret = set()
+    for path in keys.rglob("*.pem"):
+        try:
+            with opened(path) as file:
+                secret.add(md5_of(file))
+        except (OSError, DataError):  # a key that cannot be read here was copied by nobody here
+            continue
+    for name, md5 in files.items():
+        if md5 in secret:
+            raise DataError(f"{shown(name)} in the data is a copy of a private key in {shown(keys)}; take it away")
+
+
 def _identities(folder: Path) -> set[tuple[int, int]]:
     """Device and inode of every file below a folder, wherever links in it lead."""
     found, seen = set[tuple[int, int]](), set[tuple[int, int]]()

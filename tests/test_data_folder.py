@@ -209,6 +209,12 @@ def test_what_no_revision_can_hold_is_refused_by_name(root: Path, what: str) -> 
     assert_refused(root, says)
 
 
+@pytest.mark.parametrize("key", ["online/models.pem", "offline/root-1.pem", "online/ledger.pem"])
+def test_copy_of_a_key_is_refused(root: Path, key: str) -> None:
+    shutil.copyfile(root / "keys" / key, root / DATA / "leak.png")
+    assert_refused(root, "leak.png in the data is a copy of a private key in", "add")
+
+
 @pytest.mark.parametrize("name", ["pipe.png", "deep/pipe", METADATA])
 def test_pipe_holds_nothing_up(root: Path, name: str) -> None:
     path = root / DATA / name
