@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from ota.delta import files
 from ota.delta import format as container
+from ota.delta.forecast import Forecast
 from ota.errors import BaseError, DeltaError, OperatorError
 from ota.manifest import MiB
 from ota.release.bundle import make_delta
@@ -62,7 +63,7 @@ def size_of_delta(tmp_path: Path, old: bytes, new: bytes, suffix: str = "onnx", 
     files.apply(before, patch, again)
     assert again.read_bytes() == new
     assert built.size == patch.stat().st_size
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".tmp") == []
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
     return built.size
 
 
@@ -247,6 +248,9 @@ def test_same_files_same_patch(tmp_path):
     assert made[0] == made[1]
 
 
+# Forecasts
+
+
 @pytest.mark.parametrize("scale", [1e-5, 1e-3, 0.3])
 @pytest.mark.parametrize("share", [0.05, 1.0])
 def test_estimate_is_near(tmp_path, scale, share):
@@ -257,6 +261,83 @@ def test_estimate_is_near(tmp_path, scale, share):
     }
     size = size_of_delta(tmp_path, *(model({k: full(w) for k, w in side.items()}) for side in (old, new)))
     assert files.estimate(tmp_path / "old.onnx", tmp_path / "new.onnx") == pytest.approx(size, rel=0.1)
+
+
+def tensors(count: int, shape: tuple[int, int], seed: int = 0) -> dict[str, Any]:
+    draw = np.random.default_rng(seed)
+    return {f"t{i}": draw.normal(size=shape).astype(np.float32) for i in range(count)}
+
+
+def words(count: int, seed: int) -> bytes:
+    draw = np.random.default_rng(seed)
+    known = [bytes(draw.integers(97, 123, draw.integers(2, 9)).astype(np.uint8)) for _ in range(3000)]
+    return b" ".join(known[i] for i in np.minimum(draw.zipf(1.3, count), 3000) - 1)
+
+
+def hard_pairs() -> dict[str, tuple[bytes, bytes]]:
+    """Pairs on which looking at a few places, or at the first way that comes to mind, tells something else than what is built."""
+    noise, text = RNG.bytes(2_200_000), words(120_000, 0)
+    wide, many = tensors(1, (2000, 384)), tensors(12, (256, 512))
+    rows = {"t0": wide["t0"].copy()}
+    rows["t0"][700:720] += 0.01
+    layers = {f"t{i}": many[f"t{(i + 5) % 12}"] for i in range(12)}
+    one = many | {"t7": many["t7"] + np.float32(1e-3) * tensors(1, (256, 512), 1)["t0"]}
+    floats = RNG.normal(size=600_000).astype(np.float32)
+    return {
+        "all but the middle is new": (noise, RNG.bytes(700_000) + noise[700_000:1_500_000] + RNG.bytes(700_000)),
+        "only the middle is new": (noise, noise[:700_000] + RNG.bytes(800_000) + noise[1_500_000:]),
+        "a few rows moved": (save(wide), save(rows)),
+        "tensors changed places": (save(many), save(layers)),
+        "one tensor of many moved": (save(many), save(one)),
+        "a tensor has more rows": (save(wide), save({"t0": np.concatenate([wide["t0"], wide["t0"][:50] * 2])})),
+        "other precision": (save(many), save({name: values.astype(np.float16) for name, values in many.items()})),
+        "noise": (noise, RNG.bytes(2_200_000)),
+        "little noise": (noise[:300_000], RNG.bytes(300_000)),
+        "numbers that are no numbers": (save({"t": np.frombuffer(noise, np.float32)}), save({"t": np.frombuffer(RNG.bytes(2_200_000), np.float32)})),
+        "a byte before all": (noise, b"x" + noise),
+        "the same": (noise, noise),
+        "bytes here and there": (noise, bytes(np.frombuffer(noise, np.uint8) ^ (RNG.random(len(noise)) < 1e-4).astype(np.uint8))),
+        "text with other words": (text, text.replace(b" the ", b" a ").replace(text[:6], b"something")),
+        "little text": (text[:300_000], text[100_000:350_000] + words(10_000, 1)),
+        "text from nothing": (b"", text),
+        "zeros": (bytes(3 * MiB), bytes(4 * MiB)),
+        "nothing": (noise, b""),
+        "raw numbers": (floats.tobytes(), (floats * np.float32(1.0001)).tobytes()),
+        "hundreds of little tensors": (save(tensors(400, (4, 9))), save(moved_slightly(tensors(400, (4, 9))))),
+    }  # fmt: skip
+
+
+def moved_slightly(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: values * np.float32(1.001) for name, values in tensors.items()}
+
+
+HARD = hard_pairs()
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_forecast_holds_what_is_built(tmp_path, name):
+    old, new = HARD[name]
+    (tmp_path / "old").write_bytes(old)
+    (tmp_path / "new").write_bytes(new)
+    said = files.forecast(tmp_path / "old", tmp_path / "new")
+    made = files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p").size
+    assert said.low <= made <= said.high
+    assert said.low <= said.bytes <= said.high
+    if said.close:
+        assert made / 1.3 <= said.bytes <= 1.3 * made
+    assert said.high <= max(1.35 * len(new), 2000)  # so wide that it says nothing would be no forecast
+    assert files.estimate(tmp_path / "old", tmp_path / "new") == said.bytes
+
+
+def test_most_forecasts_are_close(tmp_path):
+    """Else the bounds above would prove little."""
+    close = {}
+    for name in ("a few rows moved", "one tensor of many moved", "noise", "raw numbers", "zeros", "the same"):
+        for side, data in zip(("old", "new"), HARD[name], strict=True):
+            (tmp_path / side).write_bytes(data)
+        said = files.forecast(tmp_path / "old", tmp_path / "new")
+        close[name] = said.close
+    assert close == dict.fromkeys(close, True)
 
 
 # The command
@@ -284,6 +365,17 @@ def test_command_builds_and_applies(pair):
     assert (pair / "again").read_bytes() == (pair / "new.onnx").read_bytes()
     about = json.loads(ferry("delta", "estimate", pair / "old.onnx", pair / "new.onnx", "--json").stdout)
     assert about["bytes"] == pytest.approx(told["bytes"], rel=0.1)
+    assert about["low"] <= told["bytes"] <= about["high"]
+    shown = ferry("delta", "estimate", pair / "old.onnx", pair / "new.onnx").stdout
+    assert shown.startswith(f"about {about['bytes']:,} bytes, ")
+    assert shown.endswith(f" of {told['of']:,}; between {about['low']:,} and {about['high']:,}\n")
+
+
+def test_command_says_a_range_where_it_knows_no_better(pair, monkeypatch):
+    monkeypatch.setattr(files, "forecast", lambda *_: Forecast(1000, 500, 1100))
+    (pair / "new.onnx").write_bytes(bytes(4000))
+    said = ferry("delta", "estimate", pair / "old.onnx", pair / "new.onnx").stdout
+    assert said == "between 500 and 1,100 bytes, 12.5% to 27.5% of 4,000\n"
 
 
 def test_command_shows_what_a_delta_is_made_of(pair):

@@ -108,9 +108,16 @@ def delta_estimate(
     old_graph: OldGraph = None,
     as_json: Json = False,
 ) -> None:
-    """Forecast how large a delta would be, without building it."""
+    """Forecast how large a delta would be, and between which bounds, without building it."""
     with told_errors():
         from ota.delta import files
 
-        expected, size = files.estimate(old, new, graph, old_graph), new.stat().st_size
-        answer(as_json, {"bytes": expected, "of": size}, f"about {expected:,} bytes, {expected / max(size, 1):.1%} of {size:,}")
+        found, size = files.forecast(old, new, graph, old_graph), new.stat().st_size
+
+        def share(count: int) -> str:
+            return f"{count / max(size, 1):.1%}"
+
+        text = f"about {found.bytes:,} bytes, {share(found.bytes)} of {size:,}; between {found.low:,} and {found.high:,}"
+        if not found.close:
+            text = f"between {found.low:,} and {found.high:,} bytes, {share(found.low)} to {share(found.high)} of {size:,}"
+        answer(as_json, {"bytes": found.bytes, "low": found.low, "high": found.high, "of": size}, text)

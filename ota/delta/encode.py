@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import bsdiff4
 import numpy as np
 
-from ota.delta import numbers, streams
+from ota.delta import streams
 from ota.delta.blocks import WINDOWS
-from ota.delta.describe import LEAST_MOVED, SCALE_COST, alone, describe, payload_of, sides
+from ota.delta.describe import payload_of
 from ota.delta.format import (
     BESIDE,
     BSDIFF,
@@ -33,18 +33,14 @@ from ota.delta.format import (
     Header,
 )  # fmt: skip
 from ota.delta.numbers import KINDS as KIND_NAMES
-from ota.delta.numbers import KindName
 from ota.delta.plain import (
     LEAST_KNOWN,
     LEVELS,
-    NEXT_TO_NOTHING,
     Record,
     compress,
     elsewhere,
     encode_plain,
-    looks,
     parts_of,
-    quick_size,
     record,
     size_of,
 )  # fmt: skip
@@ -55,7 +51,7 @@ from ota.manifest import KiB
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["Built", "Elements", "Pair", "build", "estimate"]
+__all__ = ["Built", "Elements", "Pair", "build", "write"]
 
 WORKERS = 2  # records that are encoded at once, on any machine: memory is the bound
 MANY = 32  # records from which on more than one is encoded at once
@@ -91,36 +87,46 @@ def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
     Raises:
         DeltaError: a file that is not weights is larger than `MAX_SMALL`, or a file has more tensors than a delta can tell, or
             `Elements` that overlap, end inside a number or go past the end.
+        OperatorError: a file became shorter while it was read.
     """
+    with out.open("wb") as file:
+        return write(pairs, base, target, file)
+
+
+def write(pairs: Sequence[Pair], base: str, target: str, file: BinaryIO) -> Built:
+    """As `build`, into an open file."""
     plans: list[list[list[Piece]]] = [plan(pair) for pair in pairs]
+    file.write(header_of(pairs, base, target))
+    by_kind = dict.fromkeys(KINDS.values(), 0)
+    for pair, groups in zip(pairs, plans, strict=True):
+        for count, (kind, length, check, base_offset, payload) in enumerate(_encode(pair, groups)):
+            if count == MAX_RECORDS:
+                raise DeltaError(f"a file would take more than {MAX_RECORDS} records; publish it without a delta")
+            file.write(RECORD.pack(kind, length, len(payload), base_offset, check) + payload)
+            by_kind[KINDS[kind]] += len(payload)
+    return Built(file.tell(), by_kind)
+
+
+def header_of(pairs: Sequence[Pair], base: str, target: str) -> bytes:
+    """What the delta begins with."""
     files = [
         DeltaFile(
             target=pair.entry,
-            base=sha256_of(pair.old) if pair.old else None,
+            base=(pair.old_sha256 or sha256_of(pair.old)) if pair.old else None,
             base_size=pair.old.stat().st_size if pair.old else 0,
         )
         for pair in pairs
     ]
     header = Header(base=base, target=target, files=files).canonical()
-    by_kind = dict.fromkeys(KINDS.values(), 0)
-    with out.open("wb") as file:
-        file.write(PREFIX.pack(MAGIC, VERSION, len(header)) + header)
-        for pair, groups in zip(pairs, plans, strict=True):
-            for count, (kind, length, check, base_offset, payload) in enumerate(_encode(pair, groups)):
-                if count == MAX_RECORDS:
-                    raise DeltaError(f"a file would take more than {MAX_RECORDS} records; publish it without a delta")
-                file.write(RECORD.pack(kind, length, len(payload), base_offset, check) + payload)
-                by_kind[KINDS[kind]] += len(payload)
-        size = file.tell()
-    return Built(size, by_kind)
+    return PREFIX.pack(MAGIC, VERSION, len(header)) + header
 
 
 def _encode(pair: Pair, groups: list[list[Piece]]) -> Iterator[Record]:
     new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
     if pair.whole and groups:
-        yield from _encode_small(new, old)
+        yield from encode_small(new, old)
         return
-    for records in _side_by_side([lambda group=group: _encode_group(group, new, old) for group in groups]):  # type: ignore[misc]
+    for records in _side_by_side([lambda group=group: encode_group(group, new, old) for group in groups]):  # type: ignore[misc]
         yield from records
 
 
@@ -142,7 +148,7 @@ def _side_by_side(calls: Sequence[Callable[[], Made]]) -> Iterator[Made]:
             yield waiting.popleft().result()
 
 
-def _encode_small(new_file: File, old_file: File | None) -> list[Record]:
+def encode_small(new_file: File, old_file: File | None) -> list[Record]:
     if max(new_file.size, old_file.size if old_file else 0) > MAX_SMALL:
         raise DeltaError(f"a file of {new_file.size} bytes is too large for a delta of plain files; the limit is {MAX_SMALL}")
     new, old = new_file[: new_file.size].tobytes(), old_file[: old_file.size].tobytes() if old_file else b""
@@ -158,7 +164,7 @@ def _encode_small(new_file: File, old_file: File | None) -> list[Record]:
     return min(ways, key=size_of)
 
 
-def _encode_group(group: list[Piece], new: File, old: File | None) -> list[Record]:
+def encode_group(group: list[Piece], new: File, old: File | None) -> list[Record]:
     first = group[0]
     made = new[first.start : group[-1].start + group[-1].length].tobytes()
     if first.old is not None and len(group) == 1 and first.same and len(made) <= MAX_CHUNK:
@@ -171,73 +177,3 @@ def _encode_group(group: list[Piece], new: File, old: File | None) -> list[Recor
         if old and len(old.blocks.places(np.frombuffer(made, np.uint8))) > WINDOWS // 2:
             ways.append([elsewhere(part, old, LEVELS) for part in parts_of(made, old)])
     return min(ways, key=size_of)
-
-
-# Forecasting
-
-
-def estimate(pairs: Sequence[Pair]) -> int:
-    """About how large `build` would make a delta: of tensors of one shape an eighth are looked at, and of large ones a part.
-
-    Files that have no numbers are compressed once beside the old ones, and not compared as bsdiff4 would.
-    """
-    total = 0.0
-    for pair in pairs:
-        total += 400  # its part of the header
-        new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
-        if pair.whole:
-            total += _whole(new, old)
-            continue
-        kin: dict[tuple[KindName, int, int, bool, bool], list[Piece]] = {}
-        for group in plan(pair):
-            total += RECORD.size
-            if len(group) > 1 or not group[0].same:
-                total += RECORD_COST
-                for piece in group:
-                    kin.setdefault((piece.kind.name, piece.row, piece.length, piece.same, piece.old is None), []).append(piece)
-        for pieces in kin.values():
-            few = pieces if is_plain(pieces[0]) and len(pieces) < 8 else pieces[len(pieces) % 8 // 2 :: 8]
-            looked = [_forecast(piece, new, old) for piece in few]
-            total += sum(looked) * len(pieces) / len(looked)
-    return int(total)
-
-
-def _whole(new_file: File, old_file: File | None) -> float:
-    new, old = new_file[: new_file.size].tobytes(), old_file[: old_file.size].tobytes() if old_file else b""
-    if new == old:
-        return 0.0
-    size = len(streams.beside(new, old, LEVEL)) if len(old) >= LEAST_KNOWN else len(compress(new, LEVEL))
-    if old_file and LEAST_PLAIN <= len(new) <= len(old) and size > LIKE_NUMBERS * len(new):
-        return min(size, looks(Piece(0, len(new), KIND_NAMES["bytes"], 0, 0, False), new, old_file)[2] * len(new))
-    return size
-
-
-def _forecast(piece: Piece, new: File, old: File | None) -> float:
-    """Bytes that a piece takes, by every second, third … of its rows if it is large."""
-    if piece.same:
-        return SEGMENT_COST
-    if is_plain(piece):
-        whole = new[piece.start : piece.start + piece.length].tobytes()
-        if old is None:
-            return len(compress(whole, LEVELS[0]))
-        quick = quick_size(parts_of(whole, old), old)
-        if piece.old is None or quick < NEXT_TO_NOTHING * len(whole):
-            return quick
-        return min(quick, looks(piece, whole, old)[2] * len(whole))
-    row = piece.row * piece.kind.width // (2 if piece.kind.packed else 1)  # bytes
-    step = row if row >= 1024 else max(1, 1024 // max(row, 1)) * max(row, piece.kind.width)
-    apart = max(1, min(piece.length // LOOKED, piece.length // (64 * step)))
-    starts = range(0, piece.length, apart * step)
-    at = None if old is None else piece.old
-    after = np.concatenate([new[piece.start + first : piece.start + min(first + step, piece.length)] for first in starts])
-    known = bytes(len(after))
-    if old is not None and at is not None:
-        known = np.concatenate([old[at + first : at + min(first + step, piece.length)] for first in starts]).tobytes()
-    part = replace(piece, length=len(after), old=at)
-    said = describe(part, numbers.codes(after.tobytes(), piece.kind), numbers.codes(known, piece.kind))
-    once = SCALE_COST * len(said.segment.columns) if said.segment.columns is not None else 0.0
-    once += sum(map(alone, sides(said.segment)[1:]))
-    weight = piece.length / len(after)
-    few = np.count_nonzero(said.values) < LEAST_MOVED * len(said.values)
-    cost = said.cost * (1 + (SPARSE_LOSS if few else DENSE_LOSS))
-    return min(weight * (cost - once) + once, piece.length) + SEGMENT_COST

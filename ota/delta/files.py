@@ -28,6 +28,7 @@ from ota.manifest import MAX_WEIGHTS, MiB
 
 if TYPE_CHECKING:
     from ota.delta.encode import Built
+    from ota.delta.forecast import Forecast
 
 _ONNX_KINDS: dict[int, KindName] = {
     1: "float32", 2: "bytes", 3: "int8", 9: "bytes", 10: "float16", 16: "bfloat16", 21: "int4", 22: "int4",
@@ -84,11 +85,16 @@ def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph:
 
 
 def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> int:
-    """About how many bytes `build` would write, in a small part of its time; see there for arguments and errors."""
-    from ota.delta import encode
+    """About how many bytes `build` would write; see `forecast`."""
+    return forecast(old, new, graph, old_graph).bytes
+
+
+def forecast(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> Forecast:
+    """About how many bytes `build` would write, and between which bounds, in a part of its time; see there for arguments and errors."""
+    from ota.delta.forecast import forecast
 
     streams.keep_memory()
-    return encode.estimate([_pair(old, new, graph, old_graph, digest="0" * 64)])
+    return forecast([_pair(old, new, graph, old_graph, digest="0" * 64)])
 
 
 def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None, digest: str = "") -> Pair:
@@ -97,7 +103,9 @@ def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None, dige
         if path.is_file() and path.stat().st_size > MAX_WEIGHTS:
             raise OperatorError(f"{path} is larger than {MAX_WEIGHTS // MiB} MiB, too large for a delta; split it")
     found = elements(old, new, graph, old_graph)
-    return Pair(container.PlainFile(size=new.stat().st_size, sha256=digest), new, old, found)
+    return Pair(
+        container.PlainFile(size=new.stat().st_size, sha256=digest), new, old, found, digest if digest == "0" * 64 else ""
+    )
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from ota.delta.blocks import Blocks
 from ota.delta.format import MAX_CHUNK, MAX_NUMBERS, MAX_SEGMENTS, PlainFile
 from ota.delta.numbers import KINDS, Kind, KindName
-from ota.errors import DeltaError
+from ota.errors import DeltaError, OperatorError
 from ota.manifest import FileEntry, KiB, MiB
+from ota.output import shown
 
 MAX_BSDIFF = 2 * MiB  # bytes of a plain file for which bsdiff4 is tried; it needs four seconds for each
 SAME_RUN = 64 * KiB  # bytes that are the same are worth a record of their own from here on
@@ -45,6 +46,8 @@ class Pair:
     new: Path
     old: Path | None
     elements: Sequence[Elements] = ()
+    old_sha256: str = ""
+    """Hash of `old`, if it is known already."""
 
     @property
     def whole(self) -> bool:
@@ -64,6 +67,8 @@ class Piece:
     row: int
     old: int | None  # None: it has no predecessor
     same: bool
+    changed: int = 0
+    """Bytes that are not as in the old file; those of a piece without a predecessor do not count."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,10 @@ class File:
     def __getitem__(self, wanted: slice) -> npt.NDArray[np.uint8]:
         with self.path.open("rb", buffering=0) as file:
             file.seek(wanted.start or 0)
-            return np.frombuffer(file.read(wanted.stop - (wanted.start or 0)), np.uint8)
+            data = file.read(wanted.stop - (wanted.start or 0))
+        if len(data) < wanted.stop - (wanted.start or 0):
+            raise OperatorError(f"{shown(self.path)} became shorter while it was read; repeat when nothing writes to it")
+        return np.frombuffer(data, np.uint8)
 
 
 def open_file(path: Path) -> File:
@@ -133,8 +141,8 @@ def _pieces(elements: Sequence[Elements], new: File, old: File | None, plain: in
             if old is None or at is None or at + length > old.size:
                 yield Piece(start, length, kind, stretch.row, None, False)
             else:
-                same = bool(np.array_equal(new[start : start + length], old[at : at + length]))
-                yield Piece(start, length, kind, stretch.row, at, same)
+                changed = int(np.count_nonzero(new[start : start + length] != old[at : at + length]))
+                yield Piece(start, length, kind, stretch.row, at, not changed, changed)
 
 
 def _join(pieces: Iterator[Piece]) -> Iterator[Piece]:
