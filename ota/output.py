@@ -6,12 +6,15 @@
 
 What is written lies in a new file of a random name until it is whole and synced; then it takes its place. So nothing is overwritten
 in part, no other file is touched, whatever its name, and of two writers at once one wins with a whole file. A link is neither followed
-nor replaced: both could lose what the user did not mean.
+nor replaced: both could lose what the user did not mean. What a kill leaves is used again only where the caller says so (`resume`),
+and only a file that is certainly one's own.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import io
 import os
 import secrets
@@ -27,6 +30,7 @@ _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
 }  # fmt: skip
+_NEW = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def check(path: Path, inputs: Iterable[Path | None] = ()) -> None:
@@ -50,15 +54,18 @@ def check(path: Path, inputs: Iterable[Path | None] = ()) -> None:
 
 
 @contextmanager
-def fresh(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+def fresh(path: Path, mode: int = 0o666, resume: str = "") -> Iterator[BinaryIO]:
     """Give the block a new file to write and read; it takes its place when the block ends well, and is removed when it does not.
 
-    On return its content and its name are on the disk. Only a kill or a power cut leaves it behind, as `.{32 hex digits}.tmp`.
+    On return its content and its name are on the disk. Only a kill or a power cut leaves it behind, as `.{32 hex digits}.tmp`, or
+    `.part` if it can be resumed.
 
     Args:
         path: where the file goes; see `check`.
         mode: permission bits of a file that is new, less the umask. One that is replaced hands on its own, and its owner where that
             is allowed.
+        resume: what the content is made from and is to be, such as their hashes: the block may be given what a kill left of the same
+            file, and has to verify it, for parts may be missing. "": always a new file.
 
     Raises:
         OperatorError: it cannot be written there, or the disk is full; what was there before is still there. Other errors are the
@@ -66,11 +73,16 @@ def fresh(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """
     with _folder_of(path) as folder:
         there = _there(path, folder)
-        name = f".{secrets.token_hex(16)}.tmp"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        bits = stat.S_IMODE(there.st_mode) & 0o777 if there else mode
+        name, descriptor = f".{secrets.token_hex(16)}.tmp", -1
         try:
-            with _told(path):
-                descriptor = os.open(name, flags, stat.S_IMODE(there.st_mode) & 0o777 if there else mode, dir_fd=folder)
+            if resume:
+                left = f".{hashlib.sha256(f'{resume} {path.name!r}'.encode()).hexdigest()[:32]}.part"
+                descriptor = _resumed(left, bits, folder)
+                name = left if descriptor >= 0 else name
+            if descriptor < 0:
+                with _told(path):
+                    descriptor = os.open(name, _NEW | os.O_EXCL, bits, dir_fd=folder)
             with io.BufferedRandom(_File(descriptor, path)) as file:
                 yield file
                 with _told(path):
@@ -82,8 +94,7 @@ def fresh(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
                         with suppress(PermissionError):
                             os.fchmod(descriptor, stat.S_IMODE(there.st_mode) & 0o777)
                     os.fsync(descriptor)
-            with _told(path):
-                os.rename(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+                    os.rename(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)  # before the lock on it ends
         except BaseException:
             with suppress(OSError):
                 os.unlink(name, dir_fd=folder)
@@ -94,6 +105,11 @@ def fresh(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
                 os.fsync(synced)
             finally:
                 os.close(synced)
+
+
+def kind_of(found: os.stat_result) -> str:
+    """What something that is no regular file is, in a word or two."""
+    return _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
 
 
 def shown(path: Path) -> str:
@@ -115,6 +131,24 @@ class _File(io.FileIO):
             return super().write(data)
 
 
+def _resumed(name: str, bits: int, folder: int) -> int:
+    """A file of that name, new or left by a kill, which nobody else writes to or knows by another name; -1: there can be none."""
+    try:
+        descriptor = os.open(name, _NEW, bits, dir_fd=folder)
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found, named = os.fstat(descriptor), os.stat(name, dir_fd=folder, follow_symlinks=False)
+        own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1
+        if own and os.path.samestat(found, named):  # else it took its place meanwhile, or was removed
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return -1
+
+
 @contextmanager
 def _folder_of(path: Path) -> Iterator[int]:
     """The folder that a file lies in, open; what is done by this descriptor is done there, even if the folder is moved away."""
@@ -134,8 +168,7 @@ def _there(path: Path, folder: int) -> os.stat_result | None:
         except FileNotFoundError:
             return None
     if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-        raise OperatorError(f"{shown(path)} is {kind} and no regular file, and stays as it is; name another place")
+        raise OperatorError(f"{shown(path)} is {kind_of(found)} and no regular file, and stays as it is; name another place")
     _check_access(path, folder, path.name, os.W_OK)
     return found
 

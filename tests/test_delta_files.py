@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from ota.delta import files
-from ota.delta import format as container
 from ota.delta.forecast import Forecast
 from ota.errors import BaseError, DeltaError, OperatorError
 from ota.manifest import MiB
@@ -63,7 +62,7 @@ def size_of_delta(tmp_path: Path, old: bytes, new: bytes, suffix: str = "onnx", 
     files.apply(before, patch, again)
     assert again.read_bytes() == new
     assert built.size == patch.stat().st_size
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     return built.size
 
 
@@ -177,28 +176,6 @@ def test_numbers_that_nobody_described_are_found(tmp_path, before, size):
     made = size_of_delta(tmp_path, head + old.tobytes(), head + new.tobytes(), "bin")
     assert made < 0.5 * new.nbytes
     assert files.estimate(tmp_path / "old.bin", tmp_path / "new.bin") == pytest.approx(made, rel=0.1)
-
-
-def test_apply_that_was_killed_goes_on(tmp_path, monkeypatch):
-    old = RNG.normal(size=(3000, 500)).astype(np.float32)
-    for name, values in (("old", old), ("new", old + np.float32(1e-3) * RNG.normal(size=old.shape).astype(np.float32))):
-        (tmp_path / name).write_bytes(model({"t": full(values)}))
-    files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p")
-    new, calls, decode = (tmp_path / "new").read_bytes(), [], container._numbers
-    monkeypatch.setattr(container, "_numbers", lambda *a: calls.append(1) or decode(*a))
-    for left, done in (
-        (b"", 0),
-        (new[: 5 * MiB // 2], 2),
-        (new[: 5 * MiB // 2] + bytes(MiB), 2),
-        (bytes(9 * MiB), 0),
-        (new + b"more", 6),
-    ):
-        (tmp_path / "again.tmp").write_bytes(left)  # what a kill leaves, in part never written to the disk
-        calls.clear()
-        files.apply(tmp_path / "old", tmp_path / "p", tmp_path / "again")
-        assert (tmp_path / "again").read_bytes() == new
-        assert len(calls) == 6 - done
-        assert not (tmp_path / "again.tmp").exists()
 
 
 def test_large_file_without_tensors_comes_back(tmp_path):
@@ -407,7 +384,7 @@ def test_command_shows_what_each_tensor_costs(pair):
     assert "name the file that it was built from" in other.stderr
 
 
-@pytest.mark.parametrize("name", ["p.nothing", "nowhere/p.svg", "p"])
+@pytest.mark.parametrize("name", ["p.nothing", "p", "p.svg.gz"])
 def test_picture_that_cannot_be_written_is_named(pair, name):
     files.build(pair / "old.onnx", pair / "new.onnx", pair / "patch")
     result = ferry("delta", "inspect", pair / "patch", "--plot", pair / name)

@@ -10,15 +10,32 @@ from typing import Annotated
 import typer
 
 from flows.commands.shared import Json, answer, told_errors
+from ota.output import shown
 
 delta_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Deltas between any two files, in no workspace.")
 
+AGAIN = "nothing was written, repeat the command to begin again"
+
+
+def _named(text: str) -> Path:
+    """A file by its name; what stands for standard input or output elsewhere is none, because files are read more than once."""
+    if text in ("", "-"):
+        raise typer.BadParameter(f"{text!r} names no file; a file that is called - is ./-")
+    return Path(text)
+
+
 Graph = Annotated[
     Path | None,
-    typer.Option("--graph", help="The ONNX file that describes NEW, if NEW is its external data.", show_default=False),
-]
+    typer.Option(
+        "--graph", parser=_named, metavar="<path>", help="The ONNX file that describes NEW, if NEW is its external data.",
+        show_default=False,
+    ),
+]  # fmt: skip
 OldGraph = Annotated[
-    Path | None, typer.Option("--old-graph", help="The same for OLD; without it, as --graph.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--old-graph", parser=_named, metavar="<path>", help="The same for OLD; without it, as --graph.", show_default=False
+    ),
 ]
 
 
@@ -31,61 +48,78 @@ def _one_thread() -> None:
 
 @delta_app.command("build")
 def delta_build(
-    old: Annotated[Path, typer.Argument(help="The file before.")],
-    new: Annotated[Path, typer.Argument(help="The file after: ONNX, safetensors, or any other.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the delta goes.")],
+    old: Annotated[Path, typer.Argument(parser=_named, help="The file before.")],
+    new: Annotated[Path, typer.Argument(parser=_named, help="The file after: ONNX, safetensors, or any other.")],
+    output: Annotated[Path, typer.Option("--output", "-o", parser=_named, metavar="<path>", help="Where the delta goes.")],
     graph: Graph = None,
     old_graph: OldGraph = None,
     as_json: Json = False,
 ) -> None:
     """Write what turns one file into another, bit by bit."""
-    with told_errors():
+    with told_errors(AGAIN):
         from ota.delta import files
 
         built = files.build(old, new, output, graph, old_graph)
         size = new.stat().st_size
         value = {"patch": str(output), "bytes": built.size, "of": size, "by_kind": built.by_kind}
-        answer(as_json, value, f"{output}: {built.size:,} bytes, {built.size / max(size, 1):.1%} of {size:,}")
+        answer(as_json, value, f"{shown(output)}: {built.size:,} bytes, {built.size / max(size, 1):.1%} of {size:,}")
 
 
 @delta_app.command("apply")
 def delta_apply(
-    old: Annotated[Path, typer.Argument(help="The file that the delta was built from.")],
-    patch: Annotated[Path, typer.Argument(help="The delta.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the new file goes.")],
+    old: Annotated[Path, typer.Argument(parser=_named, help="The file that the delta was built from.")],
+    patch: Annotated[Path, typer.Argument(parser=_named, help="The delta.")],
+    output: Annotated[Path, typer.Option("--output", "-o", parser=_named, metavar="<path>", help="Where the new file goes.")],
 ) -> None:
-    """Make the new file; it appears when it is whole and has its hash."""
-    with told_errors():
+    """Make the new file; it appears when it is whole and has its hash. Killed and repeated, it goes on."""
+    with told_errors(AGAIN):
         from ota.delta import files
 
         files.apply(old, patch, output)
-        typer.echo(f"{output}: {output.stat().st_size:,} bytes")
+        typer.echo(f"{shown(output)}: {output.stat().st_size:,} bytes")
 
 
 @delta_app.command("inspect")
 def delta_inspect(
-    patch: Annotated[Path, typer.Argument(help="The delta.")],
+    patch: Annotated[Path, typer.Argument(parser=_named, help="The delta.")],
     of: Annotated[
-        Path | None, typer.Option("--of", help="The file that it makes, to call tensors by their names.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--of",
+            parser=_named,
+            metavar="<path>",
+            help="The file that it makes, to call tensors by their names.",
+            show_default=False,
+        ),
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option("--from", help="The file that it starts from, to say what each tensor costs.", show_default=False),
+        typer.Option(
+            "--from",
+            parser=_named,
+            metavar="<path>",
+            help="The file that it starts from, to say what each tensor costs.",
+            show_default=False,
+        ),
     ] = None,
     graph: Graph = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw it, into a file named .svg or .png.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--plot", parser=_named, metavar="<path>", help="Draw it, into a file named .svg or .png.", show_default=False
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a delta is made of: by record, and with --of and --from by tensor."""
-    with told_errors():
+    with told_errors(AGAIN):
         from ota.delta import files
+        from ota.release import picture
 
+        if plot:
+            picture.check(plot, [patch, of, base, graph])
         header, parts = files.inspect(patch, of, graph, base)
         if plot:
-            from ota.release import picture
-
             picture.draw(parts, plot)
         total = sum(part.size for part in parts) or 1
         rows = [f"{'kind':8} {'offset':>13} {'makes':>10} {'costs':>10} {'share':>6}  holds"]
@@ -102,14 +136,14 @@ def delta_inspect(
 
 @delta_app.command("estimate")
 def delta_estimate(
-    old: Annotated[Path, typer.Argument(help="The file before.")],
-    new: Annotated[Path, typer.Argument(help="The file after.")],
+    old: Annotated[Path, typer.Argument(parser=_named, help="The file before.")],
+    new: Annotated[Path, typer.Argument(parser=_named, help="The file after.")],
     graph: Graph = None,
     old_graph: OldGraph = None,
     as_json: Json = False,
 ) -> None:
     """Forecast how large a delta would be, and between which bounds, without building it."""
-    with told_errors():
+    with told_errors(AGAIN):
         from ota.delta import files
 
         found, size = files.forecast(old, new, graph, old_graph), new.stat().st_size

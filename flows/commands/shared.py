@@ -55,8 +55,12 @@ def answer(as_json: bool, value: dict[str, Any], text: str) -> None:
 
 
 @contextmanager
-def told_errors() -> Iterator[None]:
-    """Turn our own exceptions into one sentence and an exit code; others are faults and keep their traceback."""
+def told_errors(after_interrupt: str = "repeat the command to go on") -> Iterator[None]:
+    """Turn our own exceptions into one sentence and an exit code; others are faults and keep their traceback.
+
+    Args:
+        after_interrupt: what to do after Ctrl-C.
+    """
     try:
         yield
     except (FlowError, ModelError, RegistryError, OtaError) as error:
@@ -73,7 +77,7 @@ def told_errors() -> Iterator[None]:
             raise
         fail(f"Prefect's server at {os.environ.get('PREFECT_API_URL')} cannot be reached; start it, or unset PREFECT_API_URL", 4)
     except KeyboardInterrupt:
-        fail("interrupted; repeat the command to go on", 130)
+        fail(f"interrupted; {after_interrupt}", 130)
 
 
 def _is_unreachable(error: Exception) -> bool:

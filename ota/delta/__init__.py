@@ -6,7 +6,8 @@
 
 What a device needs: `format` is the container and how it is applied, `numbers` what is known about numbers in files, `streams` how small
 numbers become bytes. What the factory adds: `plan` is what each record is about, `describe` how its numbers moved, `lowrank` finds thin
-products in that, `plain` and `blocks` are for bytes that are no numbers, `encode` writes it all, `forecast` says how large that would be. `files` does all of it for any two files.
+products in that, `plain` and `blocks` are for bytes that are no numbers, `encode` writes it all, `forecast` says how large it would be.
+`files` does all of it for any two files.
 """
 
 from ota.delta.format import DeltaFile, Header, apply, read_header

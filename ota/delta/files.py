@@ -9,22 +9,26 @@ everything else is bytes. Nothing depends on finding them but the size: every fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import mmap
-import struct
+import os
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ota import output
 from ota.delta import format as container
 from ota.delta import streams
 from ota.delta.numbers import KINDS, KindName
 from ota.delta.plan import Elements, Pair, sha256_of
 from ota.errors import OperatorError
-from ota.manifest import MAX_WEIGHTS, MiB
+from ota.manifest import MAX_WEIGHTS, KiB, MiB
+from ota.output import shown
 
 if TYPE_CHECKING:
     from ota.delta.encode import Built
@@ -62,26 +66,22 @@ def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph:
     Args:
         old: the file before.
         new: the file after.
-        out: where the delta goes.
+        out: where the delta goes; see `ota.output`.
         graph: the ONNX file that says where the tensors of `new` lie, if `new` is its external data.
         old_graph: the same for `old`; None: as `graph`.
 
     Raises:
-        OperatorError: a file cannot be read, or is too large.
+        OperatorError: a file is no regular file, cannot be read, is too large, or changes meanwhile; or `out` cannot be written, or is
+            one of them.
     """
     from ota.delta import encode  # which applying does without
 
+    _check_inputs(old, new, graph, old_graph)
+    output.check(out, [old, new, graph, old_graph])
     streams.keep_memory()
-    pair = _pair(old, new, graph, old_graph)
-    fresh = out.with_name(out.name + ".tmp")
-    try:
-        built = encode.build([pair], _sha256(old), pair.entry.sha256, fresh)
-        fresh.replace(out)
-    except OSError as error:
-        raise OperatorError(f"{out} cannot be written: {error.strerror}; name another place") from error
-    finally:
-        fresh.unlink(missing_ok=True)
-    return built
+    base, target = _sha256(old), _sha256(new)
+    with output.fresh(out) as file, _unchanged({old: base, new: target}):
+        return encode.write([_pair(old, new, graph, old_graph, base, target)], base, target, file)
 
 
 def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> int:
@@ -93,19 +93,17 @@ def forecast(old: Path, new: Path, graph: Path | None = None, old_graph: Path | 
     """About how many bytes `build` would write, and between which bounds, in a part of its time; see there for arguments and errors."""
     from ota.delta.forecast import forecast
 
+    _check_inputs(old, new, graph, old_graph)
     streams.keep_memory()
-    return forecast([_pair(old, new, graph, old_graph, digest="0" * 64)])
+    return forecast([_pair(old, new, graph, old_graph, "0" * 64, "0" * 64)])
 
 
-def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None, digest: str = "") -> Pair:
-    digest = digest or _sha256(new)
+def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None, old_digest: str, digest: str) -> Pair:
     for path in (old, new):
-        if path.is_file() and path.stat().st_size > MAX_WEIGHTS:
-            raise OperatorError(f"{path} is larger than {MAX_WEIGHTS // MiB} MiB, too large for a delta; split it")
+        if path.stat().st_size > MAX_WEIGHTS:
+            raise OperatorError(f"{shown(path)} is larger than {MAX_WEIGHTS // MiB} MiB, too large for a delta; split it")
     found = elements(old, new, graph, old_graph)
-    return Pair(
-        container.PlainFile(size=new.stat().st_size, sha256=digest), new, old, found, digest if digest == "0" * 64 else ""
-    )
+    return Pair(container.PlainFile(size=new.stat().st_size, sha256=digest), new, old, found, old_digest)
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,9 @@ def inspect(
     Raises:
         DeltaError: the delta is damaged.
         BaseError: `base` is another file.
-        OperatorError: a file cannot be read.
+        OperatorError: a file is no regular file, or cannot be read.
     """
+    _check_inputs(patch, of, base, graph)
     named = sorted(tensors(of, graph), key=lambda t: t.offset) if of else []
     parts: list[Part] = []
 
@@ -154,7 +153,7 @@ def inspect(
         with patch.open("rb") as stream, base.open("rb") if base else nullcontext() as old:
             header = container.read_header(stream)
             if base and len(header.files) > 1:
-                raise OperatorError(f"{patch} is for bundles, which have several bases; inspect it without one")
+                raise OperatorError(f"{shown(patch)} is for bundles, which have several bases; inspect it without one")
             for file in header.files:
                 at = 0
                 for row in container.records(stream, file, old):
@@ -166,32 +165,83 @@ def inspect(
                         tell(kind, at, row.length, row.size, row.segments, row.streams)
                     at += row.length
     except OSError as error:
-        raise OperatorError(f"{error.filename or patch} cannot be read: {error.strerror}; check its name") from error
+        raise OperatorError(f"{shown(patch)} or its base cannot be read: {error.strerror}; check the disk") from error
     return header, parts
 
 
 def apply(old: Path, patch: Path, out: Path) -> None:
-    """Make the new file; `out` appears when it is whole and right, and not before. What was cut off is repeated and goes on.
+    """Make the new file; `out` appears when it is whole and right, and not before.
+
+    Killed and repeated, it goes on: what the same delta, base and output left beside `out` is verified record by record and used.
 
     Raises:
         DeltaError: the delta is damaged, or for something else.
         BaseError: `old` is not the file that the delta starts from.
-        OperatorError: a file cannot be read or written.
+        OperatorError: a file is no regular file, or cannot be read; or `out` cannot be written, or is one of them.
     """
+    _check_inputs(old, patch)
+    output.check(out, [old, patch])
     streams.keep_memory()
-    fresh = out.with_name(out.name + ".tmp")
     try:
         with patch.open("rb") as stream, old.open("rb") as base:
             header = container.read_header(stream)
-            kept = fresh.is_file()  # left by one that was killed
-            with fresh.open("r+b" if kept else "wb") as output:
-                container.apply_plain(stream, header, base, output, kept)
-                output.truncate()
-        fresh.replace(out)
+            with output.fresh(out, resume=f"{header.base} {header.target}") as file:
+                container.apply_plain(stream, header, base, file, kept=True)
+                file.truncate()
+    except OSError as error:  # of those that are read; of the other one, `output` speaks
+        raise OperatorError(f"{shown(old)} or {shown(patch)} cannot be read: {error.strerror}; check the disk") from error
+
+
+# What is read
+
+
+def _check_inputs(*paths: Path | None) -> None:
+    """Refuse what cannot be read again and again, such as a pipe; reading it would wait, or find nothing the second time."""
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode):
+                path.open("rb").close()
+        except OSError as error:
+            raise OperatorError(f"{shown(path)} cannot be read: {error.strerror}; check its name and who may read it") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise OperatorError(
+                f"{shown(path)} is {output.kind_of(found)} and no regular file; copy what it gives into one, and name that"
+            )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            digest, read, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell(), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise OperatorError(f"{error.filename or out} cannot be used: {error.strerror}; check its name and place") from error
-    finally:
-        fresh.unlink(missing_ok=True)
+        raise OperatorError(f"{shown(path)} cannot be read: {error.strerror}; check the disk") from error
+    if read != size:  # as the kernel's own files do, whose size is 0
+        raise OperatorError(f"{shown(path)} gives {read} bytes and is said to have {size}; copy it, and name the copy")
+    return digest
+
+
+@contextmanager
+def _unchanged(files: dict[Path, str]) -> Iterator[None]:
+    """Let nothing come of a block that reads files, or what went wrong in it, if they are not what they were."""
+    try:
+        yield
+    except Exception:
+        _check_same(files)
+        raise
+    _check_same(files)
+
+
+def _check_same(files: dict[Path, str]) -> None:
+    for path, digest in files.items():
+        try:
+            same = sha256_of(path) == digest
+        except OSError:
+            same = False
+        if not same:
+            raise OperatorError(f"{shown(path)} changed while it was read; repeat when nothing writes to it")
 
 
 # Which tensor follows which
@@ -250,28 +300,52 @@ def tensors(path: Path, graph: Path | None = None) -> list[Tensor]:
     """
     try:
         size = path.stat().st_size
-        if not size:
-            return []
-        with (graph or path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (graph or path).open("rb", buffering=0) as file:
+            data = _Bytes(file)
             if graph:
                 found = [t for t in _onnx(data, external=True) if t.offset + t.length <= size]
-                if not found:
-                    raise OperatorError(f"{graph} describes no external data of {path}; name the ONNX file that it belongs to")
+                if not found and size:
+                    raise OperatorError(
+                        f"{shown(graph)} describes no external data of {shown(path)}; name the ONNX file that it belongs to"
+                    )
                 return found
             return [t for t in _safetensors(data) or _onnx(data, external=False) if t.offset + t.length <= size]
-    except (OSError, ValueError) as error:  # mmap refuses empty files with ValueError
-        raise OperatorError(f"{graph or path} cannot be read: {error}; check its name") from error
+    except OSError as error:
+        raise OperatorError(
+            f"{shown(graph or path)} cannot be read: {error.strerror}; check its name and who may read it"
+        ) from error
 
 
-def _safetensors(data: mmap.mmap) -> list[Tensor]:
+class _Bytes:
+    """A file's bytes, a few at a time; one that is mapped into memory ends the process if it becomes shorter."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+        self._start, self._held = 0, b""
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, at: int) -> int:
+        """One byte; those after it are kept, because they are asked for next."""
+        if not 0 <= at - self._start < len(self._held):
+            self._start, self._held = at, self.piece(at, at + 4 * KiB)
+        return self._held[at - self._start]
+
+    def piece(self, start: int, stop: int) -> bytes:
+        """Some bytes, fewer if the file ends before."""
+        return os.pread(self._file.fileno(), stop - start, start)
+
+
+def _safetensors(data: _Bytes) -> list[Tensor]:
     """By the format's own header: its length in eight bytes, then JSON."""
     if len(data) < 8:
         return []
-    (length,) = struct.unpack("<Q", data[:8])
+    length = int.from_bytes(data.piece(0, 8), "little")
     if not 2 <= length <= min(_MAX_SAFETENSORS_HEADER, len(data) - 8):
         return []
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(data.piece(8, 8 + length))
         found = []
         for name, row in header.items():
             if name != "__metadata__" and row["dtype"] in _SAFETENSORS_KINDS:
@@ -285,7 +359,7 @@ def _safetensors(data: mmap.mmap) -> list[Tensor]:
     return [t for t in found if t.offset >= 8 + length and t.length >= 0]
 
 
-def _onnx(data: mmap.mmap, external: bool) -> list[Tensor]:
+def _onnx(data: _Bytes, external: bool) -> list[Tensor]:
     """By the wire format of protocol buffers: the model's graph (7), its initializers (5), of each what says where it is.
 
     The onnx package gives values and not their places in the file, and is not on devices.
@@ -303,7 +377,7 @@ def _onnx(data: mmap.mmap, external: bool) -> list[Tensor]:
     return found
 
 
-def _initializer(data: mmap.mmap, start: int, stop: int, external: bool) -> Tensor | None:
+def _initializer(data: _Bytes, start: int, stop: int, external: bool) -> Tensor | None:
     shape: list[int] = []
     name, stored, place = "", 0, None
     entries: dict[str, str] = {}
@@ -316,11 +390,11 @@ def _initializer(data: mmap.mmap, start: int, stop: int, external: bool) -> Tens
         elif number == 2:
             stored = _varint(data, first, last)[0]
         elif number == 8:
-            name = data[first:last].decode(errors="replace")
+            name = data.piece(first, last).decode(errors="replace")
         elif number in (4, 9) and not external:  # packed float_data, or raw_data
             place = first, last - first
         elif number == 13 and external:
-            parts = {n: data[a:b].decode(errors="replace") for n, a, b in _fields(data, first, last)}
+            parts = {n: data.piece(a, b).decode(errors="replace") for n, a, b in _fields(data, first, last)}
             entries[parts.get(1, "")] = parts.get(2, "")
     if external and "length" in entries:
         place = int(entries.get("offset", "0")), int(entries["length"])
@@ -329,7 +403,7 @@ def _initializer(data: mmap.mmap, start: int, stop: int, external: bool) -> Tens
     return Tensor(name, _ONNX_KINDS[stored], tuple(shape), *place)
 
 
-def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def _fields(data: _Bytes, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """The fields of a message as (number, start, stop) of what each holds.
 
     Raises:
@@ -353,7 +427,7 @@ def _fields(data: mmap.mmap, at: int, stop: int) -> Iterator[tuple[int, int, int
         at = end
 
 
-def _varint(data: mmap.mmap, at: int, stop: int) -> tuple[int, int]:
+def _varint(data: _Bytes, at: int, stop: int) -> tuple[int, int]:
     value = shift = 0
     while at < stop and shift < 64:
         byte = data[at]
@@ -362,10 +436,3 @@ def _varint(data: mmap.mmap, at: int, stop: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
     raise ValueError("not a number")
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise OperatorError(f"{path} cannot be read: {error.strerror}; check its name") from error

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ota import output
 from ota.delta.files import Part
 from ota.errors import OperatorError
 
 MOST = 20  # tensors that are named
+KINDS = (".svg", ".png", ".pdf")
+
+
+def check(path: Path, inputs: Iterable[Path | None] = ()) -> None:
+    """Refuse a place where no picture can or must be written, before the work.
+
+    Raises:
+        OperatorError: its name says no kind of picture; or see `ota.output.check`.
+    """
+    if path.suffix.lower() not in KINDS:
+        raise OperatorError(f"{output.shown(path)} says no kind of picture; name a file that ends in .svg or .png")
+    output.check(path, inputs)
 
 
 def draw(parts: Sequence[Part], path: Path) -> None:
@@ -21,6 +35,7 @@ def draw(parts: Sequence[Part], path: Path) -> None:
     Raises:
         OperatorError: there is nothing to draw, or no picture of that kind can be written there.
     """
+    check(path)
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -57,14 +72,13 @@ def draw(parts: Sequence[Part], path: Path) -> None:
         named.axis("off")
         named.text(0, 0.5, "name the new file (--of) and its base (--from)\nto see what each tensor costs", fontsize=9)
     figure.tight_layout()
+    kind, made = path.suffix.lower()[1:], io.BytesIO()
     try:
-        if not path.suffix:
-            raise ValueError("its name does not say which kind of picture")
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except (ValueError, OSError) as error:
-        raise OperatorError(f"{path} cannot be written: {error}; name a file that ends in .svg or .png") from error
+        figure.savefig(made, format=kind, metadata={"CreationDate" if kind == "pdf" else "Date": None} if kind != "png" else None)
     finally:
         plt.close(figure)
+    with output.fresh(path) as file:
+        file.write(made.getvalue())
 
 
 def way_of(part: Part) -> str:
