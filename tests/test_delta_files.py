@@ -355,6 +355,17 @@ def test_command_says_a_range_where_it_knows_no_better(pair, monkeypatch):
     assert said == "between 500 and 1,100 bytes, 12.5% to 27.5% of 4,000\n"
 
 
+def test_command_says_no_share_of_an_empty_file(pair):
+    (pair / "new.onnx").write_bytes(b"")
+    for command in (
+        ["build", pair / "old.onnx", pair / "new.onnx", "-o", pair / "p"],
+        ["estimate", pair / "old.onnx", pair / "new.onnx"],
+    ):
+        said = ferry("delta", *command).stdout
+        assert "bytes" in said
+        assert "%" not in said
+
+
 def test_command_shows_what_a_delta_is_made_of(pair):
     files.build(pair / "old.onnx", pair / "new.onnx", pair / "p")
     told = json.loads(ferry("delta", "inspect", pair / "p", "--of", pair / "new.onnx", "--json").stdout)

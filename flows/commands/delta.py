@@ -62,7 +62,7 @@ def delta_build(
         built = files.build(old, new, output, graph, old_graph)
         size = new.stat().st_size
         value = {"patch": str(output), "bytes": built.size, "of": size, "by_kind": built.by_kind}
-        answer(as_json, value, f"{shown(output)}: {built.size:,} bytes, {built.size / max(size, 1):.1%} of {size:,}")
+        answer(as_json, value, f"{shown(output)}: {built.size:,} bytes{_share(size, built.size)}")
 
 
 @delta_app.command("apply")
@@ -147,11 +147,13 @@ def delta_estimate(
         from ota.delta import files
 
         found, size = files.forecast(old, new, graph, old_graph), new.stat().st_size
-
-        def share(count: int) -> str:
-            return f"{count / max(size, 1):.1%}"
-
-        text = f"about {found.bytes:,} bytes, {share(found.bytes)} of {size:,}; between {found.low:,} and {found.high:,}"
+        bounds = f"between {found.low:,} and {found.high:,}"
+        text = f"about {found.bytes:,} bytes{_share(size, found.bytes)}; {bounds}"
         if not found.close:
-            text = f"between {found.low:,} and {found.high:,} bytes, {share(found.low)} to {share(found.high)} of {size:,}"
+            text = f"{bounds} bytes{_share(size, found.low, found.high)}"
         answer(as_json, {"bytes": found.bytes, "low": found.low, "high": found.high, "of": size}, text)
+
+
+def _share(of: int, *counts: int) -> str:
+    """How much of the new file that is; nothing to say of an empty one."""
+    return f", {' to '.join(f'{count / of:.1%}' for count in counts)} of {of:,}" if of else ""
