@@ -259,7 +259,11 @@ def hard_pairs() -> dict[str, tuple[bytes, bytes]]:
     rows["t0"][700:720] += 0.01
     layers = {f"t{i}": many[f"t{(i + 5) % 12}"] for i in range(12)}
     one = many | {"t7": many["t7"] + np.float32(1e-3) * tensors(1, (256, 512), 1)["t0"]}
-    floats = RNG.normal(size=600_000).astype(np.float32)
+    floats, large = RNG.normal(size=600_000).astype(np.float32), RNG.bytes(6_000_000)
+    flips = 255 * (RNG.random(len(large)) < 1e-4).astype(np.uint8)
+    one_of_all = {name: values.copy() for name, values in many.items()}
+    for values in one_of_all.values():
+        values[0, 0] += 1
     return {
         "all but the middle is new": (noise, RNG.bytes(700_000) + noise[700_000:1_500_000] + RNG.bytes(700_000)),
         "only the middle is new": (noise, noise[:700_000] + RNG.bytes(800_000) + noise[1_500_000:]),
@@ -273,14 +277,15 @@ def hard_pairs() -> dict[str, tuple[bytes, bytes]]:
         "numbers that are no numbers": (save({"t": np.frombuffer(noise, np.float32)}), save({"t": np.frombuffer(RNG.bytes(2_200_000), np.float32)})),
         "a byte before all": (noise, b"x" + noise),
         "the same": (noise, noise),
-        "bytes here and there": (noise, bytes(np.frombuffer(noise, np.uint8) ^ (RNG.random(len(noise)) < 1e-4).astype(np.uint8))),
+        "bytes here and there": (large, bytes(np.frombuffer(large, np.uint8) ^ flips)),
+        "one tensor moved, of others a number": (save(many), save(one_of_all | {"t7": one["t7"]})),
         "text with other words": (text, text.replace(b" the ", b" a ").replace(text[:6], b"something")),
         "little text": (text[:300_000], text[100_000:350_000] + words(10_000, 1)),
         "text from nothing": (b"", text),
         "zeros": (bytes(3 * MiB), bytes(4 * MiB)),
         "nothing": (noise, b""),
         "raw numbers": (floats.tobytes(), (floats * np.float32(1.0001)).tobytes()),
-        "hundreds of little tensors": (save(tensors(400, (4, 9))), save(moved_slightly(tensors(400, (4, 9))))),
+        "hundreds of little tensors": (save(tensors(400, (4, 9))), save(dict.fromkeys(tensors(400, (4, 9)), wide["t0"][:4, :9].copy()))),
     }  # fmt: skip
 
 
@@ -306,10 +311,35 @@ def test_forecast_holds_what_is_built(tmp_path, name):
     assert files.estimate(tmp_path / "old", tmp_path / "new") == said.bytes
 
 
+def test_what_is_small_is_known(tmp_path):
+    """It is made, not looked at."""
+    tensors = {f"t{i}": RNG.normal(size=(20, 30 + i)).astype(np.float32) for i in range(9)}
+    large = {"large": RNG.normal(size=(600, 500)).astype(np.float32)}
+    for old, new in (
+        (save(tensors), save(moved_slightly(tensors))),
+        (save(tensors | large), save(moved_slightly(tensors) | large)),
+        (save(tensors | large), save({f"other.{name}": values for name, values in (tensors | large).items()})),
+        (b"some text, and more " * 99, b"some text, and less " * 98),
+    ):
+        (tmp_path / "old").write_bytes(old)
+        (tmp_path / "new").write_bytes(new)
+        made = files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p").size
+        assert files.forecast(tmp_path / "old", tmp_path / "new").bytes == made
+
+
 def test_most_forecasts_are_close(tmp_path):
     """Else the bounds above would prove little."""
     close = {}
-    for name in ("a few rows moved", "one tensor of many moved", "noise", "raw numbers", "zeros", "the same"):
+    for name in (
+        "a few rows moved",
+        "one tensor of many moved",
+        "noise",
+        "raw numbers",
+        "zeros",
+        "the same",
+        "one tensor moved, of others a number",
+        "hundreds of little tensors",
+    ):
         for side, data in zip(("old", "new"), HARD[name], strict=True):
             (tmp_path / side).write_bytes(data)
         said = files.forecast(tmp_path / "old", tmp_path / "new")

@@ -285,7 +285,7 @@ def _parts(made: bytes, old: File) -> tuple[list[bytes], float]:
         return [made], 1.0
     if quick_size([made[:half], made[half:]], old) < 0.95 * whole:
         return parts_of(made, old), 1.0
-    return [made], 0.75 if whole < len(made) / 2 else 0.9
+    return [made], 0.5 if whole < NEXT_TO_NOTHING * len(made) else 0.75 if whole < len(made) / 2 else 0.9
 
 
 def _elsewhere(made: bytes, old: File) -> Bounds:
