@@ -1,6 +1,7 @@
 """`make bench-delta [PAIRS=folder]`: our delta beside what else makes patches, each call in a process of its own.
 
     python -m tests.bench.delta [folder]      of pairs NAME/old.* and NAME/new.*; without one those of tests/bench/pairs.py
+    python -m tests.bench.delta --estimates [folder]      only the forecasts, of our own pairs and those of a folder (tests/bench/foreign.py)
 
 Processor seconds, not the clock, so that what else the machine does changes little. What the others gave is kept in
 build/bench/delta/done until the pair or the call changes; ours is measured anew each time. `make clean` forgets all of it.
@@ -25,12 +26,14 @@ import numpy as np
 
 from ota.delta import files, numbers, streams
 from ota.delta.plan import Elements
+from tests.bench.foreign import HELD_OUT, HELD_OUT_CHANGES
 
 BUILD, RESULTS = Path("build/bench/delta"), Path("tests/bench/results")
 LIMIT = 120  # processor seconds of one call
 APPLIES = 3  # of which the median counts: they are short
 SIZES = (10, 200, 1000)  # MB, of the scaling rows
 OURS, BASELINE = "ferry", "bsdiff4"
+ESTIMATES, STARTING = "## Estimates", "## Starting a tool and doing nothing"
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # for all: a second one of NumPy's only spins
 
 
@@ -225,6 +228,102 @@ def compared(folder: Path) -> dict[str, Any]:
     return {"new": new.stat().st_size, "yardstick": limit, "without chance": fair, "tools": rows}
 
 
+# Forecasts
+
+FORECAST = """
+import json, resource, sys
+from pathlib import Path
+from ota.delta import encode, files, forecast
+def spent(): return sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+old, new, patch = map(Path, sys.argv[1:])
+patch.write_bytes(bytes(99)); files.forecast(patch, patch); files.build(patch, patch, patch.with_name("first"))  # what is loaded by either
+start = spent(); said = files.forecast(old, new); middle = spent(); built = files.build(old, new, patch).size; end = spent()
+print(json.dumps({"new": new.stat().st_size, "built": built, "estimate": said.bytes, "low": said.low, "high": said.high, "close": said.close,
+                  "estimate_s": middle - start, "build_s": end - middle}))
+"""
+
+
+def forecasted(folder: Path) -> dict[str, Any]:
+    """What is said of every pair of a folder before it is built, and what is built; processor seconds without the process's start."""
+    rows: dict[str, Any] = {}
+    for pair in sorted(path for path in folder.iterdir() if path.is_dir()):
+        (old,), (new,) = pair.glob("old.*"), pair.glob("new.*")
+        call = [sys.executable, "-c", FORECAST, str(old), str(new), str(BUILD / "patch")]
+        said = subprocess.run(call, capture_output=True, text=True, check=True, env=os.environ | ONE_THREAD)
+        rows[pair.name] = json.loads(said.stdout)
+        print(pair.name, rows[pair.name], flush=True)
+    return rows
+
+
+def right(row: dict[str, Any]) -> bool:
+    """A forecast that is said as one number is within 30 % of what was built, one that is said as a range holds it."""
+    holds: bool = row["low"] <= row["built"] <= row["high"]
+    return holds and (not row["close"] or row["built"] / 1.3 <= row["estimate"] <= 1.3 * row["built"])
+
+
+def forecast_lines(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The section of the report."""
+    said = (
+        "What `ferry delta estimate` says, and what `build` then writes. As one number, within 30 %, or as a range (its middle in italics) that "
+        "holds it; s are processor seconds in a process that has built a first small patch. Own pairs are those above; foreign ones are two versions of files in "
+        "public packages, a public model and what was done to it, and bytes that surprise codecs (`python -m tests.bench.foreign FOLDER`); "
+        "the forecast's numbers were chosen without those of the last table."
+    )
+    lines = [ESTIMATES, "", said, ""]
+    for title, rows in found.items():
+        share = sum(row["estimate_s"] for row in rows.values()) / sum(row["build_s"] for row in rows.values())
+        near = sum(row["built"] / 1.3 <= row["estimate"] <= 1.3 * row["built"] for row in rows.values())
+        lines += [
+            f"{title}: {sum(map(right, rows.values()))} of {len(rows)} right, {near} within 30 % by their middle; {share:.0%} of the builds' time.", "",
+            *table("pair | new | built | estimate | estimate/built | low | high | estimate s | build s", (forecast_row(n, r) for n, r in rows.items())),
+        ]  # fmt: skip
+    return lines
+
+
+def forecast_row(name: str, row: dict[str, Any]) -> str:
+    """A pair's line."""
+    said = f"{row['estimate']:,}" if row["close"] else f"*{row['estimate']:,}*"
+    wrong = "" if right(row) else " **wrong**"
+    return (
+        f"{name} | {row['new']:,} | {row['built']:,} | {said}{wrong} | {row['estimate'] / row['built']:.2f} | {row['low']:,} | {row['high']:,} | "
+        f"{row['estimate_s']:.2f} | {row['build_s']:.2f}"
+    )
+
+
+def estimates(foreign: Path | None) -> None:
+    """Measure the forecasts, put their section into the report, and fail if one is wrong."""
+    found = {"Own pairs": forecasted(own_pairs())}
+    if foreign:
+        rows = forecasted(foreign)
+        held = {*HELD_OUT, *(f"minilm-{change}.safetensors" for change in HELD_OUT_CHANGES)} & set(rows)
+        found["Foreign pairs"] = {name: row for name, row in rows.items() if name not in held}
+        found["Foreign pairs that the forecast's numbers know nothing of"] = {
+            name: row for name, row in rows.items() if name in held
+        }
+    found = {title: rows for title, rows in found.items() if rows}
+    (BUILD.parent / "bench-delta-estimates.json").write_text(json.dumps({"machine": machine(), "sets": found}, indent=1))
+    lines = forecast_lines(found)
+    print("\n".join(lines))
+    report_path = RESULTS / "delta.md"
+    before, _, after = report_path.read_text().partition(f"{ESTIMATES}\n")
+    rest = after.partition("\n## ")[2] if after else ""
+    if not after:
+        before, _, rest = before.partition(f"{STARTING}\n")
+        rest = f"{STARTING.removeprefix('## ')}\n{rest}"
+    report_path.write_text(before + "\n".join(lines) + f"\n## {rest}")
+    wrong = [name for rows in found.values() for name, row in rows.items() if not right(row)]
+    if wrong:
+        sys.exit("wrong forecasts: " + ", ".join(wrong))
+
+
+def own_pairs() -> Path:
+    """The folder of our own pairs, made when missing."""
+    folder = BUILD / "pairs"
+    if not any(folder.glob("*/new.*")):
+        subprocess.run([sys.executable, "-m", "tests.bench.pairs"], check=True)
+    return folder
+
+
 # Size
 
 
@@ -399,7 +498,9 @@ def report(found: dict[str, Any]) -> None:
         lines += ["![size against speed](delta.svg)", "", "## Size (ours; bfloat16, small steps)", ""]
         lines += [f"A bare interpreter with numpy and zstd has {bare:.0f} MiB.", ""]
         lines += table(head, (size_of(row, bare) for row in found["scaling"].values()))
-    lines += ["## Starting a tool and doing nothing", ""]
+    if not found["folder"] and ESTIMATES in (before := (RESULTS / "delta.md").read_text()):  # they are measured apart
+        lines += [ESTIMATES, *before.partition(f"{ESTIMATES}\n")[2].partition("\n## ")[0].split("\n")]
+    lines += [STARTING, ""]
     lines += table("tool | s | MiB", (f"{tool} | {s:.2f} | {mib:.0f}" for tool, (s, mib) in starts.items()))
     for name, pair in pairs.items():
         lines += [f"## {name}: {pair['new']:,} bytes, yardstick {pair['yardstick']:,.0f}", ""]
@@ -414,11 +515,12 @@ def report(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, write, and fail if any patch did not give the new file."""
-    own = len(sys.argv) < 2
-    folder = BUILD / "pairs" if own else Path(sys.argv[1])
-    if own and not any(folder.glob("*/new.*")):
-        subprocess.run([sys.executable, "-m", "tests.bench.pairs"], check=True)
     BUILD.mkdir(parents=True, exist_ok=True)
+    if sys.argv[1:2] == ["--estimates"]:
+        estimates(Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+        return
+    own = len(sys.argv) < 2
+    folder = own_pairs() if own else Path(sys.argv[1])
     empty = dict.fromkeys(("old", "new", "patch", "made", "kind"), "")
     found: dict[str, Any] = {
         "machine": machine(), "folder": None if own else str(folder),
