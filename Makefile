@@ -122,7 +122,7 @@ bench-gpu: install ## training on this machine's GPU beside its processor: ten m
 	$(BIN)/python -m tests.bench.gpu
 
 .PHONY: bench-delta
-bench-delta: $(VENV)/.bench ## our delta beside other tools: half an hour of one core (PAIRS=folder of NAME/old.*, new.* for others' files)
+bench-delta: $(VENV)/.bench ## our delta beside other tools: half an hour of one core (PAIRS=folder of NAME/old.*, new.* for others' files; PAIRS='--estimates FOLDER' for the forecasts)
 	$(BIN)/python -m tests.bench.delta $(PAIRS)
 
 .PHONY: device-wheel

@@ -24,6 +24,7 @@ from flows.errors import BusyError
 from flows.promote import champion_of, judged, promotions, sealed
 from flows.workspace import Workspace
 from model.scorecard import Scorecard
+from ota import output
 from registry import rating
 from registry.catalog import Subject
 from registry.errors import CatalogError, RatingError, RegistryError
@@ -119,9 +120,8 @@ def write(workspace: Workspace, sheet: Sheet, page: str) -> Path:
 
 
 def _save(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_text(text)
-    fresh.replace(path)
+    with output.fresh(path) as file:
+        file.write(text.encode())
 
 
 def collect(workspace: Workspace, subject: str, files: list[Path]) -> list[Rated]:

@@ -20,6 +20,7 @@ from model import versions
 from model.errors import RevisionError
 from model.scorecard import Scorecard
 from model.train import CURVE
+from ota import output
 from ota.manifest import DeviceReport
 from ota.release import rollout
 from ota.release.repository import Release
@@ -57,6 +58,7 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
         CatalogError: there is no champion yet, so there is nothing to report, or an older ferry kept no hashes of one.
         SealError: MLflow holds other files of one than the gate saw.
     """
+    output.check(out)
     if line is not None:
         workspace.line(line)
     lines = [line] if line is not None else list(workspace.settings.lines)
@@ -75,9 +77,8 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
             go_back=_go_back(workspace, [c.subject for c in champions]),
         )
     )
-    fresh = out.with_name(f".{out.name}.tmp")
-    fresh.write_text(page)
-    fresh.replace(out)
+    with output.fresh(out) as file:
+        file.write(page.encode())
     return out
 
 

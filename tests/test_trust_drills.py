@@ -592,7 +592,7 @@ def die_at_write(patch: pytest.MonkeyPatch, last: int, names: list[str]) -> None
     patch.setattr(repository_module, "_write", dying(repository_module._write, lambda path, _: path.name))
     patch.setattr(keys_module, "_write_durably", dying(keys_module._write_durably, lambda path, *_: path.name))
     patch.setattr("ota.release.ceremony.Waiting.save", dying(repository_module.Waiting.save, lambda _, path: path.name))
-    patch.setattr(store.shutil, "copyfile", dying(shutil.copyfile, lambda source, _: f"published {source.name}"))
+    patch.setattr(store.shutil, "copyfileobj", dying(shutil.copyfileobj, lambda source, _: f"published {Path(source.name).name}"))
 
 
 def test_other_roles_wait_for_a_rotation_that_was_cut(plant, monkeypatch):

@@ -17,6 +17,7 @@ from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import Metadata, Role
 
+from ota import output
 from ota.errors import ManifestError, OperatorError
 from ota.manifest import Document, MiB, parse
 from ota.release.keys import ROLES, SHORT, Entry, open_signer, placed, sign
@@ -139,10 +140,13 @@ class Waiting(Document):
         return lines
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        fresh = path.with_name(f".{path.name}.tmp")
-        fresh.write_bytes(self.canonical())
-        fresh.replace(path)
+        """Write it, whole or not at all.
+
+        Raises:
+            OperatorError: it cannot be written there.
+        """
+        with output.fresh(path) as file:
+            file.write(self.canonical())
 
     @classmethod
     def load(cls, path: Path) -> Waiting:

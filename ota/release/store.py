@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ota import output
 from ota.errors import OperatorError, TransferError
 
 Files = Iterable[tuple[str, Path]]
@@ -54,9 +55,8 @@ def _to_folder(files: Files, folder: Path, on_file: OnFile | None) -> int:
             if place.is_file() and place.stat().st_size == source.stat().st_size and not is_mutable(name):
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
-            fresh = place.with_name(f".{place.name}.tmp")
-            shutil.copyfile(source, fresh)
-            fresh.replace(place)
+            with source.open("rb") as file, output.fresh(place) as published:  # where others may write, too
+                shutil.copyfileobj(file, published)
         except OSError as error:
             raise TransferError(f"cannot write {place}: {error.strerror}; make room or check the permissions") from error
         copied += 1
