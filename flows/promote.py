@@ -202,7 +202,7 @@ def _promote(
     who: str | None = None,
 ) -> Entry:
     version = workspace.catalog.version(subject, number)
-    weights = expected.known_weights(number) or expected.seal(str(subject), number).weights
+    weights = expected.weights_of(str(subject), number)
 
     def may_follow(entries: list[Entry]) -> None:
         now = standing(entries)
@@ -382,7 +382,7 @@ def approve(
         listed = ", ".join(str(version) for version in expected.waiting) or "nothing"
         raise PromotionError(f"{subject} {number} does not wait for approval; of {subject} waits {listed}")
     asked = expected.waiting[number]
-    if not refuse and asked.facts["weights"] != expected.known_weights(number):
+    if not refuse and asked.facts["weights"] != expected.weights_of(str(subject), number):
         raise PromotionError(
             f"ledger entry {asked.number} asks about other weights of {subject} {number} than the gate saw; `ferry retrain` asks anew"
         )

@@ -24,7 +24,7 @@ from prefect.tasks import exponential_backoff
 
 from flows import approval, pages, progress, triggers, watch
 from flows.errors import VariantError, WorkspaceError
-from flows.promote import anchor_of, ask, champion_of, promote, promotions, reconcile, verdict
+from flows.promote import anchor_of, ask, champion_of, judged, promote, promotions, reconcile, verdict
 from flows.workspace import Line, Training, Workspace
 from model import distill, evaluate, export, features, session, train, versions
 from model.config import TEACHERS, ConfigurationName, ModelConfig, PrecisionName, VariantName, canonical_sha256
@@ -34,6 +34,7 @@ from model.evaluate import Drawn
 from model.scorecard import Comparison, DataVersion, Frozen, Lineage, Quality, Sampler, Scorecard
 from ota.delta import files
 from registry.catalog import Subject, card_text
+from registry.errors import SealError
 from registry.lineage import file_sha256
 from registry.seal import SCORECARD, Part, Seal, files_of, sealed_bytes
 from registry.selection import Budgets, Decision, Limits, decide, level
@@ -207,10 +208,18 @@ def register_model(root: str, checkpoint: str, exported: str, evaluated: dict[st
         {"samples": samples, "captions": samples.with_suffix(".json")},
         watch.points(json.loads((opened.folder / train.CURVE).read_bytes())),
         watch.retraining(workspace, opened.lineage.data),
+        {number: str(entry.facts["scorecard"]) for number, entry in judged(workspace, subject).items()},
     )  # fmt: skip
     seal = Seal.of(str(subject), version.number, opened.lineage, card, files)
     with workspace.locked("records"):
         entries = [e for e in workspace.ledger.entries(str(subject)) if e.facts.get("version") == version.number]
+        before = [e for e in entries if "seal" in e.facts or e.kind == "gate"]
+        others = {str(e.facts.get("seal", e.facts)["scorecard"]) for e in before} - {card.sha256}
+        if others:
+            raise SealError(
+                f"MLflow gave {seal.name} to another model than the ledger has under that number: somebody deleted and made it again; "
+                "restore MLflow from a backup"
+            )
         if not any(e.facts.get("decision") == made.sha256 for e in entries):
             known = any("seal" in e.facts for e in entries)
             workspace.ledger.append(

@@ -30,7 +30,7 @@ from typing import Any, Literal, cast, get_args
 from pydantic import ValidationError
 
 from model.config import ConfigurationName, VariantName, canonical_sha256
-from model.scorecard import DataVersion, Frozen, Lineage, Scorecard
+from model.scorecard import DataVersion, Frozen, Lineage, Scorecard, Sha256
 from registry.errors import CatalogError, StoreError
 from registry.selection import Decision
 
@@ -55,7 +55,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from registry.dataset import DvcDatasetSource, dataset_input
 from registry.ledger import user
 from registry.lineage import data_tags, environment, repository_of, version_tags
-from registry.seal import SCORECARD, FileSeal, Part, Seal, is_whole, other_bytes
+from registry.seal import SCORECARD, FileSeal, Part, Seal, files_of, is_whole, other_bytes, sealed_bytes
 
 if not any(source is DvcDatasetSource for source in cast("list[Any]", get_registered_sources())):
     register_dataset_source(cast("Any", DvcDatasetSource))  # run out of its folder, there is no entry point
@@ -197,8 +197,12 @@ class Catalog:
         pictures: Mapping[str, Path],
         curve: list[dict[str, float]],
         within: Retraining | None = None,
+        known: Mapping[int, Sha256] | None = None,
     ) -> Version:
-        """Record a model with everything about it; the same scorecard again returns the version that is there.
+        """Record a model with everything about it; the same again returns the version that is there.
+
+        Which one that is, is not told by tags alone, which anybody may put on any version: it is one that the ledger has under this scorecard, or
+        else one that the ledger does not have, of a registration that was cut off, and whose files are these.
 
         The version is created last, in one call, so a killed registration leaves a run but never half a version. What is recorded
         goes into the run that the training opened, or that a killed registration left; of the curve, what is not there yet. The
@@ -214,14 +218,23 @@ class Catalog:
             pictures: files to show, by name.
             curve: of the training, a row for each recorded step.
             within: the retraining that made it; None: it was trained elsewhere.
+            known: the versions that the ledger has, each with the hash of its scorecard.
 
         Raises:
             StoreError: MLflow cannot be reached or refuses; the run is then marked failed.
         """
+        judged = known or {}
+        files = {
+            **files_of("bundle", export),
+            **files_of("checkpoint", checkpoint),
+            SCORECARD: sealed_bytes(card_text(card).encode()),
+        }
         with _foreign_errors():
-            for known in self._find(subject):
-                if known.tags.get("scorecard.sha256") == card.sha256:
-                    return self._challenging(known)
+            there = self._find(subject)
+            for version in there:
+                cut_off = version.number not in judged and version.tags.get("scorecard.sha256") == card.sha256
+                if judged.get(version.number) == card.sha256 or (cut_off and self._holds(version.run_id, files)):
+                    return self._challenging(version)
             experiment = self._experiment(subject.line)
             tags = data_tags(lineage.data, self._repository)
             tags |= version_tags(lineage, card, decision, checkpoint, export, curve)
@@ -251,11 +264,16 @@ class Catalog:
                 raise
             if not self._client.search_registered_models(f"name = '{subject.model}'"):
                 self._client.create_registered_model(subject.model, description=f"{subject}, made by DeltaFerry")
-            self._client.create_model_version(  # a server, other than a database, asks for the view's id beside its address
-                subject.model, source=f"models:/{view}", run_id=run_id, tags=tags, description=decision.reason, model_id=view
+            made = (
+                self._client.create_model_version(  # a server, other than a database, asks for the view's id beside its address
+                    subject.model, source=f"models:/{view}", run_id=run_id, tags=tags, description=decision.reason, model_id=view
+                )
             )
-            # A server that answered too late was asked twice: the first version stays.
-            first, *twins = (v for v in self._find(subject) if v.tags.get("scorecard.sha256") == card.sha256)
+            # A server that answered too late was asked twice: of those that were made for this run now, the first stays.
+            before = {v.number for v in there}
+            first, *twins = (
+                v for v in self._find(subject) if v.run_id == run_id and v.number <= int(made.version) and v.number not in before
+            )
             for twin in twins:
                 self._client.delete_model_version(subject.model, str(twin.number))
             return self._challenging(first)
@@ -479,6 +497,17 @@ class Catalog:
         return found
 
     # Inside
+
+    def _holds(self, run_id: str, files: Mapping[str, FileSeal]) -> bool:
+        """Whether a run holds these very files."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, fact in files.items():
+                listed = self._client.list_artifacts(run_id, name.rpartition("/")[0] or None) if run_id else []
+                if fact.size not in [row.file_size for row in listed if row.path == name]:
+                    return False
+                if not is_whole(self._downloaded(run_id, name, Path(folder)), fact):
+                    return False
+        return True
 
     def _run_of(self, seal: Seal) -> str:
         return self.version(Subject.parse(seal.subject), seal.version).run_id

@@ -53,10 +53,16 @@ class Standing:
         """A version as the gate saw it.
 
         Raises:
-            CatalogError: the gate never saw it, or an older ferry kept no hashes of it.
+            CatalogError: the gate never saw it, judged another model under its number, or an older ferry kept no hashes of it.
         """
         if version in self.seals:
-            return self.seals[version]
+            seal, gate = self.seals[version], self.judged.get(version)
+            if gate and gate.facts.get("scorecard", seal.scorecard) != seal.scorecard:
+                raise CatalogError(
+                    f"ledger entry {gate.number} judges another model than was sealed as {subject} {version}: MLflow gave two the same "
+                    "number; nothing of it is used, restore MLflow from a backup, or `ferry retrain`"
+                )
+            return seal
         if version in self.judged or version in self.passed or version == self.version:
             raise CatalogError(
                 f"{subject} {version} was registered by a ferry that kept no hashes of its files; `ferry seal` records them, and says what "
@@ -73,11 +79,17 @@ class Standing:
         verdict: Mapping[str, Any] | None = self.judged[version].facts.get("verdict") or self.verdicts.get(version)
         return verdict
 
-    def known_weights(self, version: int) -> Sha256 | None:
-        """Hash of a version's exported weights; None where the ledger does not hold it."""
-        if version in self.seals:
-            return self.seals[version].weights
-        return self.passed.get(version) or (self.weights if version == self.version else None)
+    def weights_of(self, subject: str, version: int) -> Sha256:
+        """Hash of a version's exported weights.
+
+        Raises:
+            CatalogError: as `seal`; a champion of an older ferry's time is known by its promotion.
+        """
+        if version not in self.seals and version in self.passed:
+            return self.passed[version]
+        if version not in self.seals and version == self.version:
+            return self.weights
+        return self.seal(subject, version).weights
 
 
 def standing(entries: Iterable[Entry]) -> Standing:
@@ -136,7 +148,7 @@ def check(subject: str, version: int, tagged: Sha256, now: Standing, reason: str
         CatalogError: the gate never saw it, or an older ferry kept no hashes of it.
         PromotionError: it may not.
     """
-    weights = now.known_weights(version) or now.seal(subject, version).weights
+    weights = now.weights_of(subject, version)
     if tagged != weights:
         raise PromotionError(
             f"MLflow's tag gives {subject} {version} other weights than the ledger has of it; restore MLflow, or `ferry retrain` and promote "

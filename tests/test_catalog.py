@@ -319,6 +319,32 @@ def test_server_that_asked_twice_makes_one_version(
     assert [v.number for v in catalog.versions(subject)] == [made.number] == [1]
 
 
+def test_mark_that_a_stranger_put_on_another_version_is_not_taken_for_ours(
+    catalog: Catalog, checkpoint: Checkpoint, exported: Export
+):
+    subject = SUBJECT.model_copy(update={"line": "marks"})
+    first, one = card(1, checkpoint, exported), card(2, checkpoint, exported)
+
+    def register(made: Scorecard, known: dict[int, str]) -> int:
+        return catalog.register(
+            subject, checkpoint.lineage, made, decision(made), checkpoint.folder, exported.folder, {}, [], known=known
+        ).number  # fmt: skip
+
+    assert register(first, {}) == 1
+    known = {1: first.sha256}
+    catalog._client.set_model_version_tag(subject.model, "1", "scorecard.sha256", one.sha256)
+    assert register(one, known) == 2  # the ledger has 1 as something else
+    stray = catalog._client.create_model_version(subject.model, source="file:///nowhere", tags={"scorecard.sha256": one.sha256})
+    assert register(one, known) == 2  # cut off before the ledger had it: it holds these files
+    known[2] = one.sha256
+    catalog._client.set_model_version_tag(subject.model, "2", "scorecard.sha256", "f" * 64)
+    assert register(one, known) == 2  # the ledger has it, whatever the tag says
+    third = card(3, checkpoint, exported)
+    catalog._client.set_model_version_tag(subject.model, str(stray.version), "scorecard.sha256", third.sha256)
+    assert register(third, known) == 4  # 3 has the mark, and not the files
+    assert [v.number for v in catalog.versions(subject)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(("listening", "said"), [(False, "cannot be reached"), (True, "does not answer in time")])
 def test_server_that_is_down_or_hangs_is_named(
     listening: bool, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, catalog: Catalog

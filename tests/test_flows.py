@@ -588,8 +588,18 @@ def test_changed_sampler_is_judged_without_training(workspace: Workspace, monkey
     assert best.version == 2
     first = sealed(workspace, SUBJECT, 1)
     monkeypatch.setattr("flows.retrain.anchor_of", lambda *_: first)  # as if the first had been better
+    reopen, refused = Catalog._reopen, judged(workspace, SUBJECT)[3]
+
+    def squat(self: Catalog, run_id: str, tags: dict[str, str]) -> None:
+        # Meanwhile somebody puts the new model's mark, which the run shows from now on, onto the version that was refused.
+        if "scorecard.sha256" in tags:
+            self._client.set_model_version_tag(SUBJECT.model, "3", "scorecard.sha256", tags["scorecard.sha256"])
+        reopen(self, run_id, tags)
+
+    monkeypatch.setattr(Catalog, "_reopen", squat)
     with settings(workspace, "steps = 6\n", "steps = 5\n"):
         (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
+    assert judged(workspace, SUBJECT)[3] == refused
     made = workspace.catalog.card(sealed(workspace, SUBJECT, row["version"]))
     assert (row["version"], made.sampler.steps) == (4, 5)
     beside = {(c.against, c.against_sha256, c.split) for c in made.comparisons}
@@ -597,6 +607,21 @@ def test_changed_sampler_is_judged_without_training(workspace: Workspace, monkey
     assert beside == {(against, known[against], split) for against in known for split in ("new", "old")}
     assert sorted(path.name for path in (workspace.work / "runs").iterdir()) == trained
     assert champion_number(workspace) == 2
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_number_that_mlflow_gives_twice_is_no_other_model(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, number: int):
+    # Somebody deleted the registered model, and MLflow counts anew.
+    from flows.retrain import retrain
+    from registry.errors import SealError
+
+    before = workspace.ledger.entries()
+    version = workspace.catalog.version(SUBJECT, number)
+    monkeypatch.setattr(Catalog, "register", lambda *_: version)
+    says = f"MLflow gave shapes/I/full {number} to another model than the ledger has under that number"
+    with settings(workspace, "steps = 6\n", "steps = 4\n"), pytest.raises(SealError, match=says):
+        retrain(str(workspace.root), "shapes")
+    assert workspace.ledger.entries() == before
 
 
 def test_precision_that_the_champion_does_not_have_is_not_signed(workspace: Workspace):

@@ -23,7 +23,7 @@ from flows.workspace import Workspace
 from ota.release.keys import create
 from ota.release.repository import Repository
 from registry.catalog import Catalog, Subject, Version
-from registry.errors import PromotionError, StoreError
+from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import Entry, Ledger
 from registry.promotion import Alias, Standing, settle, standing
 from registry.seal import Seal
@@ -324,6 +324,20 @@ def test_best_model_ever_is_whom_the_ledger_says_and_not_whom_mlflow_shows(
     assert (best.version, best.weights) == (4, weights(4))
     (row,) = rules.reconcile(workspace, [subject.line])
     assert (row.answer, anchor(workspace, subject)) == ("agrees", 4)
+
+
+def test_verdict_on_another_model_promotes_nothing(workspace: Workspace, subject: Subject):
+    # The entry says promote, and is about other files than were sealed under this number.
+    rules.promote(workspace, subject, 1, "first")
+    other = Decision(
+        outcome="promote", reason="better", checks=[], n=9, champion=weights(1), challenger=weights(7), limits=Limits(), scorecard="e" * 64
+    )  # fmt: skip
+    facts = {"version": 3, "outcome": "promote", "champion": weights(1), "decision": other.sha256, "scorecard": other.scorecard}
+    workspace.ledger.append("gate", str(subject), "better", facts | {"verdict": other.model_dump(mode="json")})
+    for overrule in (False, True):
+        with pytest.raises(CatalogError, match="judges another model than was sealed as"):
+            rules.promote(workspace, subject, 3, "it says promote", overrule)
+    assert champion(workspace, subject) == 1
 
 
 def test_best_model_ever_outlives_several_cuts(workspace: Workspace, subject: Subject):
