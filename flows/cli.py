@@ -253,13 +253,15 @@ def serve(
         from flows import webhook
 
         at = webhook.address_of(webhooks) if webhooks else None
-        with schedule.server(workspace) as address, webhook.watching(workspace, at) as taken:
+        with schedule.server(workspace) as (address, asked), webhook.watching(workspace, at) as taken:
             if taken:
                 typer.echo(
                     f"MLflow's webhooks go to http://{taken[0]}:{taken[1]}{webhook.PATH}, their secret is in "
                     f"{webhook.secret_of(workspace)[1]}",
                     err=True,
                 )
+            if asked:
+                typer.echo(f"Prefect's page asks for a password, which is in {asked}", err=True)
             typer.echo(
                 f"retraining {', '.join(chosen)} at {cron!r} and for new data; Prefect's page is {address.removesuffix('/api')}",
                 err=True,

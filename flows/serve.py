@@ -1,10 +1,15 @@
-"""Retraining on one machine: a Prefect server of our own where none is configured, the flow `retrain` by cron, data and events."""
+"""Retraining on one machine: a Prefect server of our own where none is configured, the flow `retrain` by cron, data and events.
+
+A server of our own admits its owner alone. `flows.workspace` makes the secret that it asks for; here is what a secret cannot do: keep its
+port from other users, and other names and web pages from it.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -12,89 +17,171 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from flows.errors import ServerError, WorkspaceError
 from flows.workspace import Workspace
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 START_SECONDS = 300.0
 
 
 @contextmanager
-def server(workspace: Workspace) -> Iterator[str]:
-    """The address of a Prefect API: the configured one, or that of a server which lives as long as the block.
+def server(workspace: Workspace) -> Iterator[tuple[str, str]]:
+    """Serve a workspace: with the configured Prefect server, or with one of our own that lives as long as the block.
 
     Must be entered before `prefect` is imported, which reads the address only once.
 
+    Yields:
+        the address of its API, and the file that holds what its page asks for; empty where the server is not ours.
+
     Raises:
-        ServerError: it does not come up.
+        BusyError: another one serves this workspace.
+        ServerError: our server does not come up, or others could read the file.
     """
-    configured = os.environ.get("PREFECT_API_URL")
-    if configured:
-        yield configured
-        return
-    port = _free_port()
-    address = f"http://127.0.0.1:{port}/api"
-    workspace.work.mkdir(exist_ok=True)
-    log_path = workspace.work / "prefect-server.log"
-    # systemd ends services by SIGTERM, which by default leaves no chance to end the server as well.
-    before = signal.signal(signal.SIGTERM, _terminate)
-    with log_path.open("ab") as log:
+    with workspace.locked("serving"):
+        if configured := os.environ.get("PREFECT_API_URL"):
+            yield configured, ""
+            return
+        asked = workspace.work / "prefect" / "credentials"
+        # systemd ends services by SIGTERM, which by default leaves no chance to end the server as well.
+        before = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            # By default the page asks port 4200, and so sends what a person types to whoever has that port.
+            with _own(workspace, {"PREFECT_SERVER_UI_API_URL": "/api"}, apart=True) as (process, address):
+                asked.unlink(missing_ok=True)  # of a server that was killed
+                write_secret(asked, os.environ["PREFECT_SERVER_API_AUTH_STRING"])
+                os.environ["PREFECT_API_URL"] = address
+                try:
+                    yield address, str(asked)
+                finally:
+                    if process.poll() not in (None, 0, -signal.SIGTERM):  # systemd ends the server at the same moment as us
+                        raise ServerError(
+                            f"Prefect's server ended with code {process.returncode}; see {_log_of(workspace)}, then repeat the command to go on"
+                        )
+        finally:
+            os.environ.pop("PREFECT_API_URL", None)
+            asked.unlink(missing_ok=True)
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _own(workspace: Workspace, settings: dict[str, str], *, apart: bool) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A Prefect server that lives as long as the block, and the address of its API.
+
+    The port is ours from before it starts until after it has ended: whoever had it instead would be sent the secret, and could say what
+    flows run. A server `apart` does not hear Ctrl-C, so that it can still be told how flows ended; when it ends by itself, so does ferry.
+    """
+    log_path = _log_of(workspace)
+    with socket.create_server(("127.0.0.1", 0)) as listening, log_path.open("ab") as log:
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        # -P and --app-dir: no code from the present folder.
         process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+            [
+                sys.executable, "-P", "-m", "uvicorn", "--factory", "flows.serve:app", "--fd", str(listening.fileno()),
+                "--app-dir", str(Path(__file__).parents[1]), "--lifespan", "on", "--log-level", "error",
+            ],
+            stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=apart, pass_fds=[listening.fileno()],
+            env=os.environ | settings,
         )  # fmt: skip
-    try:
-        _wait_until_healthy(address, process, log_path)
-        os.environ["PREFECT_API_URL"] = address
-        yield address
-    finally:
-        os.environ.pop("PREFECT_API_URL", None)
-        _end(process)
-        signal.signal(signal.SIGTERM, before)
+        ending = threading.Event()
+        try:
+            _wait_until_healthy(address, process, log_path)
+            threading.Thread(target=_watch, args=(process, listening, ending, apart), name="port", daemon=True).start()
+            yield process, address
+        finally:
+            ending.set()
+            _end(process)
+            with suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)  # ends the thread
+
+
+def _watch(process: subprocess.Popen[bytes], listening: socket.socket, ending: threading.Event, apart: bool) -> None:
+    """Hang up on whoever asks a server that has ended: nobody waits for it, and nobody else answers in its place."""
+    process.wait()
+    if apart and not ending.is_set():  # Prefect would go on without it for ever, and do nothing
+        os.kill(os.getpid(), signal.SIGTERM)
+    listening.setblocking(True)  # the server shared it, and did not want to wait
+    with suppress(OSError):
+        while True:
+            listening.accept()[0].close()
+
+
+def app() -> FastAPI:
+    """Make Prefect's server. It answers to the names of this machine only, so that no other name can be pointed at it (DNS rebinding)."""
+    from prefect.server.api.server import create_app
+    from starlette.middleware.base import RequestResponseEndpoint
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    made = create_app(final=True)
+
+    @made.middleware("http")
+    async def alone(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """Keep the page from sending anything elsewhere: before it is let in, it cannot know that analytics are off."""
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = "connect-src 'self'; frame-ancestors 'none'"
+        return response
+
+    made.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"], www_redirect=False)
+    return made
+
+
+def _log_of(workspace: Workspace) -> Path:
+    return workspace.work / "prefect" / "server.log"
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Write a secret into a new file for us alone.
+
+    Raises:
+        FileExistsError: something is there.
+        ServerError: others may read what is written there.
+    """
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:  # a file system without modes
+            raise ServerError(f"others may read what is written to {path.parent}; move the workspace to a disk with file modes")
+        file.write(secret + "\n")
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _wait_until_healthy(address: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ServerError(f"Prefect's server ended with code {process.returncode}; see {log_path}")
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5) as answer:  # noqa: S310 - our own loopback address
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
+            with directly.open(f"{address}/health", timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            raise ServerError(f"Prefect's server answers {error.code} when asked for its health; see {log_path}") from error
+        except OSError:
             time.sleep(0.3)
     raise ServerError(f"Prefect's server did not answer within {START_SECONDS:.0f} s; see {log_path}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the server and the processes it started, by their own process group."""
-    if process.poll() is not None:
-        return
-    os.killpg(process.pid, signal.SIGTERM)
+    process.terminate()
     try:
         process.wait(timeout=20)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
 def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> None:
     """Run `retrain` for lines by a cron schedule, for new data and for events, until interrupted. One run at a time.
+
+    To be called within `server`: while no other one serves this workspace.
 
     Args:
         workspace: whose.
@@ -104,7 +191,6 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
 
     Raises:
         WorkspaceError: the schedule is not valid.
-        BusyError: another one serves this workspace.
     """
     from prefect import serve as prefect_serve
     from prefect.deployments.runner import RunnerDeployment
@@ -127,14 +213,13 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
         raise WorkspaceError(
             f"{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 1' for Mondays at 3"
         ) from error
-    with workspace.locked("serving"):
-        again = triggers.take_up(workspace, lines)
-        if again:
-            sys.stderr.write(f"ferry: {again} retrainings that were cut are begun again\n")
-        stop = threading.Event()
-        looking = threading.Thread(target=triggers.keep_looking, args=(workspace, lines, every, stop), daemon=True)
-        looking.start()
-        try:
-            prefect_serve(*cast("list[RunnerDeployment]", deployments), limit=1, print_starting_message=False)
-        finally:
-            stop.set()
+    again = triggers.take_up(workspace, lines)
+    if again:
+        sys.stderr.write(f"ferry: {again} retrainings that were cut are begun again\n")
+    stop = threading.Event()
+    looking = threading.Thread(target=triggers.keep_looking, args=(workspace, lines, every, stop), daemon=True)
+    looking.start()
+    try:
+        prefect_serve(*cast("list[RunnerDeployment]", deployments), limit=1, print_starting_message=False)
+    finally:
+        stop.set()

@@ -15,7 +15,9 @@ work/           everything that can be made again: caches, checkpoints, bundles,
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -422,15 +424,24 @@ def _check_format(path: Path, found: object) -> None:
 
 
 def configure_environment(root: Path) -> None:
-    """Set what Prefect, MLflow and DVC read from the environment; before they are imported. What is set already wins."""
+    """Set what Prefect, MLflow and DVC read from the environment; before they are imported. What is set already wins.
+
+    Raises:
+        WorkspaceError: Prefect's server and its clients are given different secrets.
+    """
     forget_redirections()  # MLflow asks Git, too
     home = root / "work" / "prefect"
-    home.mkdir(parents=True, exist_ok=True)  # Prefect makes only the last folder of a path
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)  # Prefect makes only the last folder of a path
+    status = home.stat()
+    # Prefect unpickles the results that it keeps there: who writes them runs code as the owner. Who reads them reads logs and parameters.
+    if status.st_mode & 0o077 and status.st_uid == os.geteuid():
+        home.chmod(0o700)
     for name, value in {
         "PREFECT_HOME": str(home),
         # The in-process server needs longer than the default 20 s on a small or busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "none",  # is no origin; by default every web page may read what the server answers
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # a failed flow is told in one sentence, not by its traceback
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
         "DO_NOT_TRACK": "true",
@@ -446,6 +457,29 @@ def configure_environment(root: Path) -> None:
         "GOMP_SPINCOUNT": "10000",
     }.items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("PREFECT_API_URL"):  # a server of the user's own has a secret of its own
+        _share_a_secret("PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING")
+
+
+def _share_a_secret(server: str, client: str) -> None:
+    """Give the Prefect server that this process starts, and its clients, one secret by these two variables, unless they have one.
+
+    It ends with the process. Clients send it with each request, and an open page goes on doing so when its server is gone; whoever has
+    taken the port by then has learned nothing that opens the next server.
+
+    Raises:
+        WorkspaceError: they have different ones.
+    """
+    given = {os.environ.get(name, "") for name in (server, client)}
+    if len(given) > 1:
+        raise WorkspaceError(f"{server} and {client} differ; unset both, and ferry makes a secret, or give both the same")
+    if given != {""}:  # which is no secret to Prefect
+        return
+    os.environ[server] = os.environ[client] = f"ferry:{secrets.token_urlsafe(32)}"
+    if "prefect" in sys.modules:  # it has read its settings already
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
 
 
 def create(root: Path, lines: list[str], settings: str | None = None) -> Workspace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import signal
@@ -697,9 +698,10 @@ sys.exit(not ask_in_prefect(Workspace(Path(sys.argv[1])), Subject.parse(sys.argv
 """
 
 
-def prefect(address: str, path: str, body: dict[str, object]) -> Any:
+def prefect(address: str, secret: str, path: str, body: dict[str, object]) -> Any:
     """What Prefect's page asks of its server."""
-    request = urllib.request.Request(f"{address}/api{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
+    request = urllib.request.Request(f"{address}/api{path}", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.loads(answer.read() or b"null")
 
@@ -720,10 +722,11 @@ def test_person_approves_in_prefects_page(tmp_path: Path):
             assert line, "it ended"
         address = line.rsplit(" ", 1)[1].strip()
 
-        with_server = environment | {"PREFECT_API_URL": f"{address}/api"}
+        secret = (workspace.work / "prefect" / "credentials").read_text().strip()
+        with_server = environment | {"PREFECT_API_URL": f"{address}/api", "PREFECT_API_AUTH_STRING": secret}
 
         def runs(state: str) -> list[Any]:
-            found = [run for run in prefect(address, "/flow_runs/filter", {}) if run["name"].startswith("approve ")]
+            found = [run for run in prefect(address, secret, "/flow_runs/filter", {}) if run["name"].startswith("approve ")]
             return [run for run in found if run["state_name"] == state]
 
         def asked(number: int) -> bool:  # as a retraining does; False until the deployment is there
@@ -736,7 +739,7 @@ def test_person_approves_in_prefects_page(tmp_path: Path):
         (run,) = runs("Suspended")
         assert run["name"] == "approve shapes/I/full 1"
         said = {"who": "anna", "promote": True, "reason": "looked at it"}
-        prefect(address, f"/flow_runs/{run['id']}/resume", {"run_input": said})
+        prefect(address, secret, f"/flow_runs/{run['id']}/resume", {"run_input": said})
         wait_for(lambda: len(runs("Completed")) == 1, serving)
         assert champion(workspace, subject) == 1
         made = entries(workspace, subject)[-1]

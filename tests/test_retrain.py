@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -63,8 +64,8 @@ OUTPUTS = ["data/*/metadata.jsonl", "runs/*/lineage.json", "exports/*/reference.
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a process that uses one Prefect server for all of these tests."""
     workspace = create(tmp_path_factory.mktemp("prefect") / "ws", [], SETTINGS)
-    with server(workspace) as address:
-        yield clean_environment() | {"PREFECT_API_URL": address}
+    with server(workspace) as (address, _):
+        yield clean_environment() | {"PREFECT_API_URL": address, "PREFECT_API_AUTH_STRING": os.environ["PREFECT_API_AUTH_STRING"]}
 
 
 def retrained(workspace: Workspace, environment: dict[str, str], *words: str) -> dict[str, object]:

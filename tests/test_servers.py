@@ -68,13 +68,21 @@ def running(words: list[str], address: str, log: Path, **environment: str) -> It
         serve._wait_until_healthy(address, started, log)
         yield address
     finally:
-        serve._end(started)
+        os.killpg(started.pid, signal.SIGTERM)
+        started.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @contextmanager
 def mlflow_server(backend: str, artifacts: str, folder: Path, **environment: str) -> Iterator[str]:
     """MLflow with its files proxied, so that clients need no way to them."""
-    port = serve._free_port()
+    port = free_port()
     words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--backend-store-uri", backend]
     words += ["--serve-artifacts", "--artifacts-destination", artifacts]
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes more, for what judges chats
@@ -85,7 +93,7 @@ def mlflow_server(backend: str, artifacts: str, folder: Path, **environment: str
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the API of a Prefect server."""
-    folder, port = tmp_path_factory.mktemp("prefect"), serve._free_port()
+    folder, port = tmp_path_factory.mktemp("prefect"), free_port()
     words = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     quiet = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     with running(words, f"http://127.0.0.1:{port}/api", folder / "server.log", **quiet) as address:
@@ -125,7 +133,7 @@ def postgres() -> Iterator[str]:
     if not found:
         pytest.skip("there is no PostgreSQL; `apt-get install postgresql` brings it")
     pytest.importorskip("psycopg2", reason="there is no driver for PostgreSQL; `pip install deltaferry[postgres]` brings it")
-    folder, port = Path(tempfile.mkdtemp(prefix="ferry-postgres-")), serve._free_port()
+    folder, port = Path(tempfile.mkdtemp(prefix="ferry-postgres-")), free_port()
     user = []
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
