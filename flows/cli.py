@@ -110,12 +110,14 @@ def retrain(
         if not data:
             versions.check_clean(workspace.root, settings.data, line)
         from flows import retrain as flow
+        from flows import serve as schedule
 
         def tell(rows: list[dict[str, Any]]) -> None:
             text = "\n".join(f"{r['subject']} version {r['version']}: {r['outcome']}, {r['reason']}" for r in rows)
             answer(as_json, {"models": rows}, text)
 
         try:
+            schedule.start_in_process(workspace)
             with showing_progress():
                 rows = flow.retrain(str(workspace.root), line, data or "HEAD", promote)
         except VariantError as error:
@@ -199,7 +201,9 @@ def release(
         check_ledger(workspace)
         champions(workspace, line, device_class)
         from flows.release import release as flow
+        from flows.serve import start_in_process
 
+        start_in_process(workspace)
         with showing_progress():
             made = flow(str(workspace.root), line, device_class)
         deltas = ", ".join(f"{size:,} bytes from {base[:8]}" for base, size in made["deltas"].items())
@@ -280,8 +284,10 @@ def demo(
     """
     with told_errors():
         from flows.demo import Demo, text
+        from flows.serve import start_in_process
 
         story = Demo(folder or _fresh_folder(), lambda line: typer.echo(f"· {line}", err=True))
+        start_in_process(story.workspace)
         with showing_progress():
             story.play()
         summary = story.summary()

@@ -6,6 +6,7 @@ port from other users, and other names and web pages from it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -17,9 +18,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
+from urllib.parse import urlsplit
 
 from flows.errors import ServerError, WorkspaceError
 from flows.workspace import Workspace
@@ -67,6 +69,28 @@ def server(workspace: Workspace) -> Iterator[tuple[str, str]]:
             os.environ.pop("PREFECT_API_URL", None)
             asked.unlink(missing_ok=True)
             signal.signal(signal.SIGTERM, before)
+
+
+def start_in_process(workspace: Workspace) -> None:
+    """Start Prefect's in-process server, at a port that no other user can take from it; it ends with this process.
+
+    By itself Prefect chooses a port, shows it to the whole machine in the server's arguments, and believes whoever answers there first.
+
+    Raises:
+        ServerError: it does not come up.
+    """
+    if os.environ.get("PREFECT_API_URL"):
+        return
+    from prefect.server.api.server import SubprocessASGIServer
+
+    known = SubprocessASGIServer()  # the one that every client of this process asks for
+    if known.running:
+        return
+    life = ExitStack()
+    atexit.register(life.close)
+    quiet = {"PREFECT_SERVER_UI_ENABLED": "false", "PREFECT__SERVER_EPHEMERAL": "1"}
+    known.server_process, address = life.enter_context(_own(workspace, quiet, apart=False))
+    known.port, known.running = urlsplit(address).port, True
 
 
 @contextmanager

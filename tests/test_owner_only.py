@@ -477,7 +477,41 @@ def test_server_that_cannot_start_is_told_in_one_sentence(root: Path):
     assert "unable to open database file" in (root / "work" / "prefect" / "server.log").read_text()
 
 
-# The server of a program that runs flows
+# The server of an ordinary command
+
+
+@pytest.mark.slow
+def test_in_process_server_of_a_command_is_closed_too(tmp_path: Path):
+    workspace = prepared(tmp_path / "ws")
+    command = [*FERRY, "--quiet", "-w", str(workspace.root), "retrain", "shapes", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment())
+    wait_for(lambda: any(workspace.work.glob("runs/*/lineage.json")) or any((workspace.work / "data").glob("*")), process)
+    process.send_signal(signal.SIGSTOP)  # its server goes on
+    try:
+        listening = [
+            c.laddr
+            for child in psutil.Process(process.pid).children()
+            for c in child.net_connections("tcp")
+            if c.status == "LISTEN"
+        ]
+        ((host, port),) = set(listening)
+        assert host == "127.0.0.1"
+        asked = Served(workspace, process, f"http://127.0.0.1:{port}", Path(), "")
+        assert asked.ask("GET", "/api/health")[0] == 200
+        for method, path, body in REQUESTS:
+            status, _, headers = asked.ask(method, path, body, None, Origin=EVIL)
+            assert status in (401, 403), path
+            assert "access-control-allow-origin" not in headers
+            assert asked.ask(method, path, body, None, Host="evil.example")[0] == 400
+        for path in SOCKETS:
+            assert_needs_the_handshake(asked.address, path)
+            assert not is_let_in(asked.address, path, "wrong")
+    finally:
+        process.send_signal(signal.SIGCONT)
+    out, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    assert json.loads(out)["models"][0]["outcome"] == "promote"
+    assert not (workspace.work / "prefect" / "credentials").exists()
 
 
 BY_HAND = """
