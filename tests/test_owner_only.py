@@ -174,6 +174,17 @@ def test_server_that_refuses_is_not_waited_for(refusing: str, tmp_path: Path):
         process.kill()
 
 
+def test_server_that_refuses_is_named(refusing: str, root: Path):
+    command = [*FERRY, "-w", str(root), "serve"]
+    told = subprocess.run(command, env=clean_environment() | {"PREFECT_API_URL": refusing}, capture_output=True, text=True)
+    assert told.returncode == 4
+    assert told.stderr.splitlines()[-1] == (
+        f"ferry: Prefect's server at {refusing} refuses us; set PREFECT_API_AUTH_STRING (that of `ferry serve` is in "
+        "work/prefect/credentials)"
+    )
+    assert "Traceback" not in told.stderr
+
+
 # `ferry serve`, and who asks
 
 

@@ -73,11 +73,20 @@ def told_errors(after_interrupt: str = "repeat the command to go on") -> Iterato
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}; check the path and who may write there", 3)
     except Exception as error:
+        server = f"Prefect's server at {os.environ.get('PREFECT_API_URL')}"
+        if not Options.debug and _is_refused(error):
+            fail(f"{server} refuses us; set PREFECT_API_AUTH_STRING (that of `ferry serve` is in work/prefect/credentials)", 4)
         if Options.debug or not _is_unreachable(error):
             raise
-        fail(f"Prefect's server at {os.environ.get('PREFECT_API_URL')} cannot be reached; start it, or unset PREFECT_API_URL", 4)
+        fail(f"{server} cannot be reached; start it, or unset PREFECT_API_URL", 4)
     except KeyboardInterrupt:
         fail(f"interrupted; {after_interrupt}", 130)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether Prefect's server wants other credentials."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return type(error).__module__.startswith(("httpx", "prefect")) and status in (401, 403)
 
 
 def _is_unreachable(error: Exception) -> bool:
