@@ -198,18 +198,20 @@ def server(workspace: Workspace, sheet: Sheet, page: str, port: int = 0) -> Iter
     """Show a sheet on the loopback and keep the answers that come back, as long as the block lasts.
 
     Only requests that name this host and port are answered, and answers are taken from the page itself alone, so another page in the
-    rater's browser can neither read the sheet nor answer it. The path is the sheet's id, which other users of the machine do not know.
+    rater's browser can neither read the sheet nor answer it. The path is made up here and written nowhere, so other users of the machine
+    do not know it; the sheet's id would be no secret, a file is called so.
 
     Yields:
         the address to open.
     """
     workspace.ledger.head()  # opened here, not by two requests at once
-    with ThreadingHTTPServer(("127.0.0.1", port), _handler(workspace, sheet, page)) as listening:
+    path = f"/{secrets.token_urlsafe(16)}/"
+    with ThreadingHTTPServer(("127.0.0.1", port), _handler(workspace, sheet, page, path)) as listening:
         listening.daemon_threads = True
         thread = threading.Thread(target=listening.serve_forever, name="rate", daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listening.server_port}/{sheet.id}/"
+            yield f"http://127.0.0.1:{listening.server_port}{path}"
         finally:
             listening.shutdown()
             thread.join()
@@ -223,7 +225,7 @@ def wait() -> None:
         return
 
 
-def _handler(workspace: Workspace, sheet: Sheet, page: str) -> type[BaseHTTPRequestHandler]:
+def _handler(workspace: Workspace, sheet: Sheet, page: str, path: str) -> type[BaseHTTPRequestHandler]:
     body = page.encode()
 
     class Handler(BaseHTTPRequestHandler):
@@ -234,17 +236,17 @@ def _handler(workspace: Workspace, sheet: Sheet, page: str) -> type[BaseHTTPRequ
 
         def do_GET(self) -> None:
             """The page."""
-            if self._is_for_us(f"/{sheet.id}/"):
+            if self._is_for_us(path):
                 self._reply(HTTPStatus.OK, body, "text/html; charset=utf-8")
 
         def do_POST(self) -> None:
             """Answers."""
             length = self.headers.get("Content-Length", "")
-            if not (length.isascii() and length.isdigit()) or int(length) > MAX_ANSWERS:
+            if not (length.isascii() and length.isdigit() and len(length) < 10) or int(length) > MAX_ANSWERS:
                 self._say(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"answers of at most {MAX_ANSWERS} bytes are taken")
                 return
             data = self.rfile.read(int(length))  # also of a request that is refused: closing on unread bytes may lose the reply
-            if not self._is_for_us(f"/{sheet.id}/answers"):
+            if not self._is_for_us(f"{path}answers"):
                 return
             if self.headers.get("Origin") != f"http://{self.headers['Host']}":
                 self._say(HTTPStatus.FORBIDDEN, "answers are taken from the page itself only; open it again")
@@ -258,12 +260,12 @@ def _handler(workspace: Workspace, sheet: Sheet, page: str) -> type[BaseHTTPRequ
             else:
                 self._say(HTTPStatus.OK, "Your answers are kept. Thank you.")
 
-        def _is_for_us(self, path: str) -> bool:
+        def _is_for_us(self, wanted: str) -> bool:
             port = cast("ThreadingHTTPServer", self.server).server_port
             if self.headers.get("Host") not in {f"127.0.0.1:{port}", f"localhost:{port}"}:
                 self._say(HTTPStatus.MISDIRECTED_REQUEST, "this is not the host that was asked for")
                 return False
-            if self.path != path:
+            if self.path != wanted:
                 self._say(HTTPStatus.NOT_FOUND, "there is nothing here; open the address that `ferry rate --serve` printed")
                 return False
             return True

@@ -23,13 +23,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import cast
 
 from flows.errors import ServerError, WorkspaceError
 from flows.promote import reconcile
+from flows.serve import write_secret
 from flows.workspace import Workspace
 
 PATH = "/mlflow"
@@ -145,6 +146,7 @@ def secret_of(workspace: Workspace) -> tuple[str, str]:
 
     Raises:
         WorkspaceError: it is too short, or others may read the file.
+        ServerError: a new file could be read by others.
     """
     given = os.environ.get(SECRET)
     if given is not None:
@@ -153,16 +155,14 @@ def secret_of(workspace: Workspace) -> tuple[str, str]:
         path = workspace.root / "keys" / "webhook.secret"
         where = str(path)
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(32) + "\n")
-        except FileExistsError:
-            pass
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise WorkspaceError(
-                f"others may read {path}; make a new secret: remove it, and `ferry serve --webhooks` writes another"
-            )
-        given = path.read_text().strip()
+        with suppress(FileExistsError):
+            write_secret(path, secrets.token_urlsafe(32))
+        with path.open() as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                raise WorkspaceError(
+                    f"others may read {path}; make a new secret: remove it, and `ferry serve --webhooks` writes another"
+                )
+            given = file.read().strip()
     if len(given) < SHORTEST:
         raise WorkspaceError(f"the secret in {where} has fewer than {SHORTEST} characters; `openssl rand -base64 32` makes one")
     return given, where

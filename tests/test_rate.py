@@ -238,12 +238,14 @@ def test_others_can_neither_read_a_sheet_nor_answer_it(made: Workspace, sheet: S
     with rate.server(made, sheet, "the page") as address:
         port = urlsplit(address).port
         assert call(address, host=f"evil.example:{port}")[0] == 421  # a name that was pointed at the loopback
-        assert call(address, path="/")[0] == 404
+        for guess in ("/", f"/{sheet.id}/", f"/{sheet.id}"):  # the sheet's id is the name of a file
+            assert call(address, path=guess)[0] == 404
+            assert call(address, good, path=f"{guess}answers")[0] == 404
         assert call(address, good, host=f"evil.example:{port}", origin=f"http://evil.example:{port}")[0] == 421
         assert call(address, good, origin="http://evil.example")[0] == 403
         assert call(address, good, origin="null")[0] == 403
         assert call(address, good, origin="")[0] == 403  # a program without one has `--answers`
-        for length in (str(rating.MAX_ANSWERS + 1), "-1", "many"):
+        for length in (str(rating.MAX_ANSWERS + 1), "-1", "many", "9" * 5000):
             assert announce(address, length) == 413
         assert call(address, b"{}")[0] == 400
     assert entries(made) == before
