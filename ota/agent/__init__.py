@@ -5,6 +5,7 @@ state       the agent's directory and its one state file
 rules       every decision, without I/O
 transport   fetching from a folder or over HTTP, with resume
 trust       signed metadata, by python-tuf's client
+graph       what a bundle's graph may ask the runtime to read
 sampler     images from a model, in NumPy, driven by sampler.json
 child       what runs in a process of its own: applying, trying, generating
 reports     the signed, bounded queue of reports

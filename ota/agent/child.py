@@ -204,13 +204,23 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if task == "serve":  # whose parent stops it where it takes too long
-        bundle = Drawing(**json.loads(sys.stdin.buffer.readline()))
+        bundle = Drawing(**_at_home(json.loads(sys.stdin.buffer.readline())))
         for line in iter(sys.stdin.buffer.readline, b""):
             _say(_done(task, lambda line=line: bundle.draw(**json.loads(line))))  # type: ignore[misc]
     else:
         resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS[task], 2 * SECONDS[task]))
-        _say(_done(task, lambda: TASKS[task](**json.loads(sys.stdin.buffer.read()))))
+        _say(_done(task, lambda: TASKS[task](**_at_home(json.loads(sys.stdin.buffer.read())))))
     os._exit(0)  # ONNX Runtime's teardown is not worth waiting for, and has been seen to crash
+
+
+def _at_home(request: dict[str, Any]) -> dict[str, Any]:
+    """Work in the folder of the bundle: if a runtime opened a file by a name from it after all, it would find only the bundle's own."""
+    if "root" in request:  # applying, which knows its folders by it
+        return request
+    slot = os.path.abspath(request["slot"])  # noqa: PTH100 - a link stays one
+    with contextlib.suppress(FileNotFoundError):  # then the slot is missed where it is opened
+        os.chdir(slot)
+    return request | {"slot": slot}
 
 
 def _done(task: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from ota.agent.graph import check_graph
 from ota.errors import DeviceError, OperatorError
 from ota.manifest import WEIGHTS_LOCATION, SamplerTable
 
@@ -83,8 +84,9 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
     """Load a variant with the session options that its table pins.
 
     Raises:
-        DeviceError: ONNX Runtime refuses it.
+        DeviceError: it names a file, or ONNX Runtime refuses it.
     """
+    check_graph(graph)
     levels = ort.GraphOptimizationLevel
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -95,7 +97,7 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
     }[table.runtime.graph_optimization_level]  # fmt: skip
     for key, value in table.runtime.config.items():
         options.add_session_config_entry(key, value)
-    # The graph's only external file is handed over in memory: no path of its choosing is ever opened.
+    # The graph's only external file is handed over in memory; `check_graph` saw that it names no other.
     options.add_external_initializers_from_files_in_memory(
         [WEIGHTS_LOCATION], [np.frombuffer(weights, dtype=np.uint8)], [len(weights)]
     )

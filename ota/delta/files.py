@@ -26,6 +26,7 @@ from ota.delta import format as container
 from ota.delta import streams
 from ota.delta.numbers import KINDS, KindName
 from ota.delta.plan import Elements, Pair, sha256_of
+from ota.delta.wire import fields, varint
 from ota.errors import OperatorError
 from ota.manifest import MAX_WEIGHTS, KiB, MiB
 from ota.output import shown
@@ -366,9 +367,9 @@ def _onnx(data: _Bytes, external: bool) -> list[Tensor]:
     """
     found: list[Tensor] = []
     try:
-        for number, start, stop in _fields(data, 0, len(data)):
+        for number, start, stop in fields(data, 0, len(data)):
             if number == 7:
-                for inner, first, last in _fields(data, start, stop):
+                for inner, first, last in fields(data, start, stop):
                     if inner == 5 and len(found) < _MAX_TENSORS:
                         tensor = _initializer(data, first, last, external)
                         found += [tensor] if tensor else []
@@ -381,58 +382,23 @@ def _initializer(data: _Bytes, start: int, stop: int, external: bool) -> Tensor 
     shape: list[int] = []
     name, stored, place = "", 0, None
     entries: dict[str, str] = {}
-    for number, first, last in _fields(data, start, stop):
+    for number, first, last in fields(data, start, stop):
         if number == 1:  # dims, one by one or packed
             at = first
             while at < last:
-                value, at = _varint(data, at, last)
+                value, at = varint(data, at, last)
                 shape.append(value)
         elif number == 2:
-            stored = _varint(data, first, last)[0]
+            stored = varint(data, first, last)[0]
         elif number == 8:
             name = data.piece(first, last).decode(errors="replace")
         elif number in (4, 9) and not external:  # packed float_data, or raw_data
             place = first, last - first
         elif number == 13 and external:
-            parts = {n: data.piece(a, b).decode(errors="replace") for n, a, b in _fields(data, first, last)}
+            parts = {n: data.piece(a, b).decode(errors="replace") for n, a, b in fields(data, first, last)}
             entries[parts.get(1, "")] = parts.get(2, "")
     if external and "length" in entries:
         place = int(entries.get("offset", "0")), int(entries["length"])
     if place is None or stored not in _ONNX_KINDS or place[0] < 0 or place[1] < 0:
         return None
     return Tensor(name, _ONNX_KINDS[stored], tuple(shape), *place)
-
-
-def _fields(data: _Bytes, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The fields of a message as (number, start, stop) of what each holds.
-
-    Raises:
-        ValueError: these bytes are no message.
-    """
-    while at < stop:
-        tag, at = _varint(data, at, stop)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            end = _varint(data, at, stop)[1]
-        elif wire == 2:
-            length, at = _varint(data, at, stop)
-            end = at + length
-        elif wire in (1, 5):
-            end = at + (8 if wire == 1 else 4)
-        else:
-            raise ValueError("not a message")
-        if not number or end > stop:
-            raise ValueError("not a message")
-        yield number, at, end
-        at = end
-
-
-def _varint(data: _Bytes, at: int, stop: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < stop and shift < 64:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-    raise ValueError("not a number")
