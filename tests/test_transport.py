@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 
-from ota.agent import reports, transport
+from ota.agent import doctor, reports, transport, updater
 from ota.agent.disk import Disk
-from ota.agent.transport import Folder, NotFoundError, Web, connect, download, read_small
-from ota.errors import TransferError
+from ota.agent.transport import Folder, NotFoundError, Web, at_most, connect, download, read_small
+from ota.errors import TransferError, TrustError
 from tests.fleet_kit import Field
 
 pytest_plugins = ("tests.fleet_kit",)
@@ -142,30 +144,124 @@ def test_name_that_is_never_found_is_not_waited_for(monkeypatch):
     assert "arrives too slowly" in str(error)
 
 
+class Keeping(ThreadingHTTPServer):
+    """An ordinary web server, which keeps each connection for as long as its caller does."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        keeping = self
+        self.made, self.open, self._changed = 0, 0, threading.Condition()
+
+        class Handler(SimpleHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def __init__(self, *rest: Any) -> None:
+                super().__init__(*rest, directory=str(folder))
+
+            def setup(self) -> None:
+                super().setup()
+                keeping.count(1)
+
+            def finish(self) -> None:
+                keeping.count(-1)
+                super().finish()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return super().__enter__()
+
+    def __exit__(self, *rest: object) -> None:
+        self.shutdown()
+        super().__exit__(*rest)
+
+    def count(self, connections: int) -> None:
+        with self._changed:
+            self.open += connections
+            self.made += connections > 0
+            self._changed.notify_all()
+
+    def all_are_closed(self) -> bool:
+        """Whether each caller has hung up, for which it waits."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self.open, PATIENCE)
+
+
 def test_connection_is_kept_between_files(offered: Field, monkeypatch):
     # A handshake for each file would cost more than the metadata on a thin link.
     monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
-    made: list[object] = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def __init__(self, *rest: Any) -> None:
-            made.append(self)
-            super().__init__(*rest, directory=str(offered.repository.folder))
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        web = connect(f"http://127.0.0.1:{server.server_address[1]}")
+    with Keeping(offered.repository.folder) as server:
+        web = connect(server.address)
         for name in ("metadata/timestamp.json", "metadata/1.root.json", "metadata/timestamp.json"):
             assert read_small(web, name, 10**6)
-        server.shutdown()
-    assert len(made) == 1
+        assert (server.made, server.open) == (1, 1)
+
+
+@pytest.mark.parametrize("how", ["look", "look that fails", "doctor"])
+def test_look_leaves_no_connection_open(offered: Field, monkeypatch, how):
+    # `ferry-agent run` looks for years: one descriptor a look, and after a thousand it can open nothing any more.
+    monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
+    looks = 3
+    with Keeping(offered.repository.folder) as server:
+        offered.device.configure(repository=server.address)
+        if how == "look that fails":
+            (offered.repository.folder / "metadata/timestamp.json").write_bytes(b"{}")
+        gc.disable()  # that it would be closed at some time is not enough
+        try:
+            for _ in range(looks):
+                if how == "doctor":
+                    doctor.examine(offered.device.home, draw=False)
+                else:
+                    with suppress(TrustError):
+                        offered.device.update(check_only=True)
+            assert server.all_are_closed()
+        finally:
+            gc.enable()
+        assert server.made >= looks
+
+
+def test_closed_transport_reads_again(offered: Field):
+    with Keeping(offered.repository.folder) as server:
+        web = connect(server.address)
+        for _ in range(2):
+            assert read_small(web, "metadata/timestamp.json", 10**6)
+            web.close()
+        assert server.all_are_closed()
+
+
+def test_signed_size_buys_no_time(tmp_path):
+    # A thief who signs a file of 4 GiB and lets it drip would hold an agent and its lock for three months.
+    with Dripper(OK + b"Content-Length: 4294967296\r\n\r\n", b"a") as server:
+        web = Web(f"http://127.0.0.1:{server.port}")
+        error = ends(lambda: download(web, "x", 2**32, Disk(tmp_path), "part", at_most(PATIENCE)))
+    assert isinstance(error, TransferError)
+    assert "arrives too slowly" in str(error)
+
+
+def test_bytes_that_arrive_earn_time(tmp_path):
+    with Dripper(OK + b"Content-Length: 8000\r\n\r\n", b"a" * 200) as server:  # 2 s, five times what any transfer gets
+        web = Web(f"http://127.0.0.1:{server.port}")
+        assert ends(lambda: download(web, "x", 8000, Disk(tmp_path), "part", at_most(PATIENCE))) is None
+    assert (tmp_path / "part").read_bytes() == b"a" * 8000
+
+
+def test_downloads_of_an_update_end_after_an_hour_together(offered: Field, monkeypatch):
+    # However fast it arrives: meanwhile no halt would reach the device, and nobody could take the lock.
+    before = offered.device.facts(marks=False)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(updater, "FETCH_SECONDS", 0.0)
+        error = ends(offered.device.update)
+    assert isinstance(error, TransferError)
+    assert offered.device.facts(marks=False) == before
+    monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
+    assert ends(offered.device.update) is None
+    assert offered.device.facts() != before
 
 
 # Folders and sticks
@@ -215,6 +311,30 @@ def test_mount_that_hangs_is_left_at_the_deadline(folder, monkeypatch):
     assert "arrives too slowly" in str(error)
 
 
+def test_mount_that_hangs_holds_one_thread(offered: Field, monkeypatch):
+    # The thread cannot be ended. One more at each look, and after some years the device has no memory left.
+    reading, writing = os.pipe()
+    monkeypatch.setattr(Folder, "_pieces", lambda *_: iter(lambda: os.read(reading, 1), b""))
+    threads = threading.active_count()
+    errors = [ends(offered.device.update) for _ in range(5)]
+    assert threading.active_count() == threads + 1
+    assert "arrives too slowly" in str(errors[0])
+    assert all("still does not answer; check what is mounted there" in str(error) for error in errors[1:])
+    os.close(writing)
+
+
+def test_mount_that_answers_again_is_read_again(folder, monkeypatch):
+    reading, writing = os.pipe()
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Folder, "_pieces", lambda *_: iter(lambda: os.read(reading, 1), b""))
+        for _ in range(2):
+            assert isinstance(ends(lambda: read_small(Folder(folder), "file", 100)), TransferError)
+    (waiting,) = [thread for thread in threading.enumerate() if thread.name == "transfer"]
+    os.close(writing)
+    waiting.join(PATIENCE)
+    assert read_small(Folder(folder), "file", 100) == b"content"
+
+
 def test_mount_that_hangs_holds_no_report_and_no_lock(offered: Field, monkeypatch):
     reading, writing = os.pipe()
     monkeypatch.setattr(reports, "MOUNT_SECONDS", 0.3)
@@ -227,7 +347,7 @@ def test_mount_that_hangs_holds_no_report_and_no_lock(offered: Field, monkeypatc
     assert ends(offered.device.update) is None
     with offered.device.home.locked():
         assert len(list((offered.device.root / "queue").iterdir())) == 3  # starting, installed, confirmed
-    assert "does not answer within 0 s; check what is mounted there" in offered.device.command("doctor", "--no-draw")
+    assert "still does not answer; check what is mounted there" in offered.device.command("doctor", "--no-draw")
     os.close(writing)
 
 
@@ -253,10 +373,14 @@ def test_stick_with_something_else_in_place_of_a_file(offered: Field, bundles, w
     assert offered.device.facts(marks=False) == before
 
 
+def _all_of_it(port: int, folder: Path) -> None:
+    download(Web(f"http://127.0.0.1:{port}"), "x", 1000, Disk(folder), "part", at_most(PATIENCE))
+
+
 def test_what_arrived_before_the_deadline_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(transport, "MINIMUM_RATE", 10**9)
     with Dripper(OK + b"Content-Length: 1000\r\n\r\n" + b"b" * 500, b"a") as server:
-        error = ends(lambda: download(Web(f"http://127.0.0.1:{server.port}"), "x", 1000, Disk(tmp_path), "part"))
+        error = ends(lambda: _all_of_it(server.port, tmp_path))
     assert isinstance(error, TransferError)
     kept = (tmp_path / "part").read_bytes()
     assert kept[:500] == b"b" * 500
@@ -266,7 +390,6 @@ def test_what_arrived_before_the_deadline_is_kept(tmp_path, monkeypatch):
 def test_fast_server_without_an_end_is_left_at_the_deadline(tmp_path, monkeypatch):
     # There is always a next piece, so whoever looks for the deadline only where none is waiting never sees it.
     with Dripper(OK + b"\r\n", b"a" * 1_000_000) as server:
-        began = time.monotonic()
-        pieces = Web(f"http://127.0.0.1:{server.port}").read("x", deadline=began + 1)
+        pieces = Web(f"http://127.0.0.1:{server.port}").read("x", deadline=at_most(1))
         error = ends(lambda: [None for _ in pieces])
     assert isinstance(error, TransferError)

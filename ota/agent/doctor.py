@@ -8,6 +8,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -139,7 +140,8 @@ def _repository(home: Home) -> Iterator[Finding]:
     address = home.config().repository
     try:
         start = time.perf_counter()
-        read_small(connect(address), "metadata/timestamp.json", 16 * KiB)
+        with closing(connect(address)) as transport:
+            read_small(transport, "metadata/timestamp.json", 16 * KiB)
     except TransferError as error:
         yield Finding("repository", "warn", f"{error}; what runs goes on")
     else:

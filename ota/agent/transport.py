@@ -2,7 +2,8 @@
 
 A transfer has one deadline, whatever it is spent on: finding the address, connecting, TLS, headers, sizes of chunks, the
 body, a mount that hangs. No timeout of a socket can promise that, because a byte in time begins it anew. So a thread
-of its own reads, and the caller waits for it until the deadline and no longer.
+of its own reads, and the caller waits for it until the deadline and no longer. A download earns time with the bytes that arrive,
+never with the size that somebody signed.
 """
 
 from __future__ import annotations
@@ -30,13 +31,18 @@ GAP_TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 5
 BACKOFF = 0.5  # seconds before the second attempt, doubling, with jitter
 SYNC_EVERY = 4 * 1024 * 1024  # bytes of a download between two syncs; what a power cut may cost
-MINIMUM_RATE = 512  # bytes a second over the whole transfer, below which a server is stalling us
+MINIMUM_RATE = 512  # bytes a second over all that a download has taken, below which a server is stalling us
 DEADLINE_FLOOR = 120.0  # seconds that any transfer gets
 WAITING = 4  # pieces that may have been read and not yet been asked for
 HANDLE = 0.1  # seconds between two looks of the reading thread at whether anybody still wants what it has
 
 Answer = TypeVar("Answer")
 
+Deadline = Callable[[], float]
+"""The moment of `time.monotonic` at which a transfer must have ended, as things stand now."""
+
+_left_behind: dict[str, threading.Thread] = {}
+"""Threads that wait for something that is mounted and does not answer, by its place; while one is there, no other is sent after it."""
 
 PASSING = (408, 425, 429)  # of the statuses from 400 to 499 those that ask to be tried again
 
@@ -52,21 +58,25 @@ class HungError(TransferError):
 class Transport(Protocol):
     """Where files come from."""
 
-    received: int
-    """Bytes received so far."""
+    @property
+    def received(self) -> int:
+        """Bytes received so far."""
 
-    def read(self, name: str, offset: int = 0, deadline: float | None = None) -> Iterator[bytes]:
+    def read(self, name: str, offset: int = 0, deadline: Deadline | None = None) -> Iterator[bytes]:
         """A file's bytes from `offset` on, in pieces.
 
         Args:
             name: of the file.
             offset: where to begin.
-            deadline: moment of `time.monotonic` at which all must have arrived; in `DEADLINE_FLOOR` seconds by default.
+            deadline: when all must have arrived; in `DEADLINE_FLOOR` seconds by default.
 
         Raises:
             NotFoundError: there is no such file.
             TransferError: the source cannot be reached, broke off, or lets its bytes drip.
         """
+
+    def close(self) -> None:
+        """Give back what it holds; it may be read from again."""
 
 
 def connect(repository: str) -> Transport:
@@ -92,9 +102,12 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.received = folder, 0
 
-    def read(self, name: str, offset: int = 0, deadline: float | None = None) -> Iterator[bytes]:
+    def read(self, name: str, offset: int = 0, deadline: Deadline | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
-        return _until(_deadline(deadline), name, self._pieces(name, offset), lambda: None)
+        return _until(deadline or at_most(DEADLINE_FLOOR), name, self._pieces(name, offset), str(self.folder))
+
+    def close(self) -> None:
+        """See `Transport.close`; it holds nothing."""
 
     def _pieces(self, name: str, offset: int) -> Iterator[bytes]:
         if not self.folder.is_dir():
@@ -131,12 +144,17 @@ class Web:
         self.address, self.received = address.rstrip("/"), 0
         self._line = _Line()
 
-    def read(self, name: str, offset: int = 0, deadline: float | None = None) -> Iterator[bytes]:
+    def read(self, name: str, offset: int = 0, deadline: Deadline | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
         if self._line.was_cut:
+            self.close()
             self._line = _Line()
         line = self._line
-        return _until(_deadline(deadline), name, self._pieces(name, offset, line), line.cut)
+        return _until(deadline or at_most(DEADLINE_FLOOR), name, self._pieces(name, offset, line), cut=line.cut)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self._line.close()
 
     def _pieces(self, name: str, offset: int, line: _Line) -> Iterator[bytes]:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
@@ -202,20 +220,33 @@ class _Line:
             with suppress(OSError):
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # what TLS adds would send, and wait, first
 
+    def close(self) -> None:
+        """Give back the connection; this object and its classes refer to each other, so it would be kept for a while."""
+        for key in self.pool.pools.keys():
+            with suppress(KeyError):
+                self.pool.pools[key].close()
+        self.pool.clear()
 
-def _deadline(given: float | None) -> float:
-    return time.monotonic() + DEADLINE_FLOOR if given is None else given
+
+def at_most(seconds: float) -> Deadline:
+    """A deadline so many seconds from now."""
+    moment = time.monotonic() + seconds
+    return lambda: moment
 
 
-def _until(deadline: float, name: str, pieces: Iterator[bytes], cut: Callable[[], None]) -> Iterator[bytes]:
+def _until(
+    deadline: Deadline, name: str, pieces: Iterator[bytes], mount: str = "", cut: Callable[[], None] | None = None
+) -> Iterator[bytes]:
     """Hand on what a thread of its own reads, until the deadline; every byte that arrived before it is handed on.
 
     Args:
-        deadline: moment of `time.monotonic`.
+        deadline: of the whole.
         name: of what is read.
         pieces: to be read; this iterator belongs to the thread from now on.
-        cut: ends what the thread waits for. A mount that hangs cannot be ended: then the thread is left behind.
+        mount: where it is read from, if that may hang without end: then the thread is left behind.
+        cut: ends what the thread waits for.
     """
+    _look_for_one_left_behind(mount)
     handed: queue.Queue[bytes | BaseException | None] = queue.Queue(WAITING)
     unwanted = threading.Event()
 
@@ -235,16 +266,21 @@ def _until(deadline: float, name: str, pieces: Iterator[bytes], cut: Callable[[]
         except BaseException as error:  # noqa: BLE001 - it is raised where the pieces are wanted
             hand(error)
 
-    threading.Thread(target=read, name="transfer", daemon=True).start()
+    thread = threading.Thread(target=read, name="transfer", daemon=True)
+    thread.start()
     ended = False
     try:
         while True:
-            left = deadline - time.monotonic()
+            left = deadline() - time.monotonic()
             if left <= 0:
                 unwanted.set()  # what has arrived by now is still handed on, and no more: it might never end
             try:
                 item = handed.get(timeout=max(0.0, left))
             except queue.Empty:
+                if not unwanted.is_set():
+                    continue  # the deadline may be another by now
+                if mount:
+                    _left_behind[mount] = thread
                 raise TransferError(f"{name} arrives too slowly; it will be tried again") from None
             ended = not isinstance(item, bytes)
             if item is None:
@@ -254,16 +290,24 @@ def _until(deadline: float, name: str, pieces: Iterator[bytes], cut: Callable[[]
             yield item
     finally:
         unwanted.set()
-        if not ended:
+        if cut and not ended:
             cut()
+
+
+def _look_for_one_left_behind(mount: str) -> None:
+    waits = _left_behind.get(mount)
+    if waits and waits.is_alive():
+        raise HungError(f"{mount} still does not answer; check what is mounted there")
+    _left_behind.pop(mount, None)
 
 
 def within(seconds: float, where: object, work: Callable[[], Answer]) -> Answer:
     """Do something that a mount may never answer, and wait for it no longer than so many seconds; what it raises is raised here.
 
     Raises:
-        HungError: it has not ended. The thread that waits for it is left behind.
+        HungError: it has not ended, or an earlier call for the same place has not. The thread that waits for it is left behind.
     """
+    _look_for_one_left_behind(str(where))
     ended: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -272,10 +316,12 @@ def within(seconds: float, where: object, work: Callable[[], Answer]) -> Answer:
         except Exception as error:  # noqa: BLE001 - it is raised where the answer is wanted
             ended.put((None, error))
 
-    threading.Thread(target=run, name="mount", daemon=True).start()
+    thread = threading.Thread(target=run, name="mount", daemon=True)
+    thread.start()
     try:
         answer, problem = ended.get(timeout=seconds)
     except queue.Empty:
+        _left_behind[str(where)] = thread
         raise HungError(f"{where} does not answer within {seconds:.0f} s; check what is mounted there") from None
     if problem:
         raise problem
@@ -289,7 +335,7 @@ def read_small(transport: Transport, name: str, limit: int) -> bytes:
         RepositoryError: it is longer than it may be.
         TransferError: it cannot be fetched.
     """
-    deadline = _deadline(None)
+    deadline = at_most(DEADLINE_FLOOR)
 
     def once() -> bytes:
         data = bytearray()
@@ -302,14 +348,25 @@ def read_small(transport: Transport, name: str, limit: int) -> bytes:
     return _retrying(once)
 
 
-def download(transport: Transport, name: str, size: int, disk: Disk, place: str) -> None:
+def download(transport: Transport, name: str, size: int, disk: Disk, place: str, latest: Deadline) -> None:
     """Fetch a file of known size into `place`, continuing what an earlier call left there; the caller checks its hash.
+
+    Args:
+        transport: to fetch by.
+        name: of the file there.
+        size: of the whole file, bytes.
+        disk: to write to.
+        place: where to write.
+        latest: when it must end however much arrives.
 
     Raises:
         RepositoryError: what arrived is longer; the file is removed.
         TransferError: the link failed, or the deadline passed; what arrived is kept for the next call.
     """
-    deadline = time.monotonic() + max(DEADLINE_FLOOR, size / MINIMUM_RATE)
+    begun, before = time.monotonic(), transport.received
+
+    def deadline() -> float:
+        return min(latest(), begun + DEADLINE_FLOOR + (transport.received - before) / MINIMUM_RATE)
 
     def once() -> None:
         path = disk.path(place)

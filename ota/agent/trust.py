@@ -30,7 +30,7 @@ from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from ota.agent import rules, transport
 from ota.agent.state import HighWater, Home
-from ota.agent.transport import NotFoundError, Transport, read_small
+from ota.agent.transport import NotFoundError, Transport, at_most, read_small
 from ota.errors import ExpiredError, InvalidError, OtaError, RepositoryError, StateError, TransferError, TrustError
 from ota.manifest import MAX_COUNT, MAX_WEIGHTS, Document, KiB, Sha256
 
@@ -246,7 +246,7 @@ class _Fetcher(FetcherInterface):
         self._until = time.monotonic() + LOOK_SECONDS
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        pieces = self._source.read(url, deadline=min(self._until, time.monotonic() + transport.DEADLINE_FLOOR))
+        pieces = self._source.read(url, deadline=at_most(min(self._until - time.monotonic(), transport.DEADLINE_FLOOR)))
         try:
             first = next(pieces, b"")
         except NotFoundError as error:

@@ -27,7 +27,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -35,7 +35,7 @@ import ota
 from ota.agent import measured, reports, rules, variants
 from ota.agent.disk import read_uncached
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, Slot, State, Trial
-from ota.agent.transport import NotFoundError, Transport, connect, download
+from ota.agent.transport import Deadline, NotFoundError, Transport, at_most, connect, download
 from ota.agent.trust import Target, Trust
 from ota.errors import (
     BaseError,
@@ -56,6 +56,7 @@ from ota.errors import (
 from ota.manifest import MAX_MANIFEST, MAX_POLICY, FileEntry, Manifest, Policy, Reference, VariantName, parse
 
 MAX_TRIES = 3  # times step 10 may begin without coming to an answer before a bundle is refused
+FETCH_SECONDS = 3600.0  # that the downloads of one update may take; then it ends, and the next one looks at what is wanted and resumes
 TRIAL_WAIT = 5.0  # seconds that an image waits for an update at work, before the bundle before draws it
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,10 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         FaultError: a fault of the agent's own; what runs is kept.
     """
     with own_errors():
-        return _update(home, on_step or _silent, check_only)
+        if not check_only:
+            finish_probation(home, on_step or _silent)  # what an earlier call left on trial comes first
+        with closing(connect(home.config().repository)) as transport:
+            return _update(home, transport, on_step or _silent, check_only)
 
 
 @contextmanager
@@ -127,11 +131,7 @@ def own_errors() -> Iterator[None]:
         raise FaultError(f"the agent failed in a way that nobody foresaw ({what}); what runs is kept, report it") from error
 
 
-def _update(home: Home, step: OnStep, check_only: bool) -> Outcome:
-    if not check_only:
-        finish_probation(home, step)  # what an earlier call left on trial comes first
-    transport = connect(home.config().repository)
-
+def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) -> Outcome:
     step(1, "refresh metadata")
     trust = Trust(home, transport)
     state = home.load()
@@ -162,11 +162,12 @@ def _update(home: Home, step: OnStep, check_only: bool) -> Outcome:
         way = "kept"
     else:
         step(3, "choose a way")
+        latest = at_most(FETCH_SECONDS)
         delta = _find_delta(trust, state.active, plan)
         home.collect_garbage({digest, *plan.manifest.objects, *([delta.sha256] if delta else [])})
         if delta and state.active:
             try:
-                _fetch_delta(home, transport, state.active, plan, delta, step)
+                _fetch_delta(home, transport, state.active, plan, delta, step, latest)
                 way = "delta"
             except BaseError as error:
                 log.warning("%s", error)
@@ -177,7 +178,7 @@ def _update(home: Home, step: OnStep, check_only: bool) -> Outcome:
                 log.warning("%s; fetching the full bundle", error)
                 home.disk.remove(f"incoming/{delta.sha256}")
         if way == "full":
-            _fetch_full(home, transport, plan, step)
+            _fetch_full(home, transport, plan, step, latest)
 
     step(9, "refresh again")
     fresh, wanted = _decide(home, Trust(home, transport))
@@ -233,7 +234,7 @@ def _repair(home: Home, trust: Trust, transport: Transport) -> None:
     bad = [entry for entry in slot.manifest.objects.values() if not _file_is(slot, entry)]
     home.collect_garbage({entry.sha256 for entry in bad})
     _check_room(home, _missing(home, bad), slot.manifest.size)
-    _fetch_objects(home, transport, bad)
+    _fetch_objects(home, transport, bad, at_most(FETCH_SECONDS))
     for entry in bad:
         _verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
         home.disk.rename(f"incoming/{entry.sha256}", f"slots/{active}/{entry.sha256}")
@@ -294,7 +295,9 @@ def _find_delta(trust: Trust, active: str | None, plan: _Plan) -> Target | None:
 # Steps 4 to 8
 
 
-def _fetch_delta(home: Home, transport: Transport, active: str, plan: _Plan, delta: Target, step: OnStep) -> None:
+def _fetch_delta(
+    home: Home, transport: Transport, active: str, plan: _Plan, delta: Target, step: OnStep, latest: Deadline
+) -> None:
     from ota.agent import child  # imported where a process is started: a look that finds nothing new does without it
 
     part, fresh = f"incoming/{delta.sha256}", _prepare_slot(home, plan)
@@ -302,7 +305,7 @@ def _fetch_delta(home: Home, transport: Transport, active: str, plan: _Plan, del
     _check_room(home, delta.size - _have(home, delta.sha256) + plan.manifest.size, plan.manifest.size)
     step(5, f"download the delta, {delta.size:,} bytes")
     home.disk.make_folder("incoming")
-    download(transport, delta.published_as, delta.size, home.disk, part)
+    download(transport, delta.published_as, delta.size, home.disk, part, latest)
     step(6, "verify what was downloaded")
     _verify(home, part, delta.size, delta.sha256)
     step(7, "apply into a new slot")
@@ -316,12 +319,12 @@ def _fetch_delta(home: Home, transport: Transport, active: str, plan: _Plan, del
     _finish_slot(home, plan, fresh, step)
 
 
-def _fetch_full(home: Home, transport: Transport, plan: _Plan, step: OnStep) -> None:
+def _fetch_full(home: Home, transport: Transport, plan: _Plan, step: OnStep, latest: Deadline) -> None:
     fresh, entries = _prepare_slot(home, plan), plan.manifest.objects.values()
     step(4, "check room")
     _check_room(home, _missing(home, entries), plan.manifest.size)
     step(5, f"download the full bundle, {plan.manifest.size:,} bytes")
-    _fetch_objects(home, transport, entries)
+    _fetch_objects(home, transport, entries, latest)
     step(6, "verify what was downloaded")
     for entry in entries:
         _verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
@@ -331,10 +334,10 @@ def _fetch_full(home: Home, transport: Transport, plan: _Plan, step: OnStep) -> 
     _finish_slot(home, plan, fresh, step)
 
 
-def _fetch_objects(home: Home, transport: Transport, entries: Iterable[FileEntry]) -> None:
+def _fetch_objects(home: Home, transport: Transport, entries: Iterable[FileEntry], latest: Deadline) -> None:
     home.disk.make_folder("incoming")
     for entry in entries:
-        download(transport, f"objects/{entry.sha256}", entry.size, home.disk, f"incoming/{entry.sha256}")
+        download(transport, f"objects/{entry.sha256}", entry.size, home.disk, f"incoming/{entry.sha256}", latest)
 
 
 def _prepare_slot(home: Home, plan: _Plan) -> str:

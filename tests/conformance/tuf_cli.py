@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ota.agent.state import Config, Home
-from ota.agent.transport import Transport, Web, download
+from ota.agent.transport import Deadline, Transport, Web, at_most, download
+from ota.agent.updater import FETCH_SECONDS
 from ota.agent.trust import LIMITS, Trust
 from ota.errors import OtaError
 
@@ -25,10 +26,19 @@ class Suite:
     """The suite's repository as ours is laid out: `metadata/…` and `targets/…`."""
 
     def __init__(self, metadata: str, targets: str) -> None:
-        self.received = 0
         self._places = {"metadata": Web(metadata), "targets": Web(targets)}
 
-    def read(self, name: str, offset: int = 0, deadline: float | None = None) -> Iterator[bytes]:
+    @property
+    def received(self) -> int:
+        """See `Transport.received`."""
+        return sum(place.received for place in self._places.values())
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        for place in self._places.values():
+            place.close()
+
+    def read(self, name: str, offset: int = 0, deadline: Deadline | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
         kind, _, rest = name.partition("/")
         # python-tuf has quoted the names of roles; a target without a folder has an empty one with us.
@@ -67,7 +77,7 @@ def fetch(home: Home, trust: Trust, transport: Transport, names: list[str], into
         if place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == target.sha256:
             continue
         home.disk.make_folder("incoming")
-        download(transport, target.published_as, target.size, home.disk, "incoming/target")
+        download(transport, target.published_as, target.size, home.disk, "incoming/target", at_most(FETCH_SECONDS))
         data = (home.root / "incoming" / "target").read_bytes()
         home.disk.remove("incoming/target")
         if hashlib.sha256(data).hexdigest() != target.sha256:
