@@ -67,7 +67,7 @@ test-servers: $(VENV)/.postgres ## the same loop on Prefect's and MLflow's serve
 .PHONY: attacks
 attacks: install wheelhouse ## the threat list: a test for each row, which ends with what did not change
 	$(PYTEST) tests/test_agent_attacks.py tests/test_agent_update.py tests/test_agent_crash.py tests/test_trust_drills.py tests/test_fleet.py \
-	  tests/test_delta.py tests/test_hostile_strings.py tests/test_transport.py tests/test_agent_graph.py
+	  tests/test_delta.py tests/test_hostile_strings.py tests/test_transport.py tests/test_agent_graph.py tests/test_agent_turns.py
 
 .PHONY: crash-states
 crash-states: install ## every state that a power cut can leave of an agent's directory, ten minutes (CRASH=all goes on from each)

@@ -24,6 +24,11 @@ Runtime and the operating system arrive as one of these, with the original as `_
 stranger wrote, so each is made `printable` where it is made: it reaches terminals, logs and reports as one line.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 MAX_MESSAGE = 2000  # characters of an error
 
 
@@ -112,3 +117,22 @@ class OperatorError(OtaError):
 
 class FaultError(OtaError):
     """A fault of ours: something failed in a way that nobody foresaw."""
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Let nothing but our own errors out of the block: whatever a stranger sends, the agent goes on with what it has.
+
+    Raises:
+        StateError: the system refused.
+        FaultError: something else failed that nobody foresaw.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"the system refused: {error}; check the directory's owner and the disk") from error
+    except Exception as error:
+        if isinstance(error, OtaError):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise FaultError(f"the agent failed in a way that nobody foresaw ({what}); what runs is kept, report it") from error

@@ -421,7 +421,7 @@ def test_bundle_that_cannot_be_served_rests(scene: Field, monkeypatch):
             if "damaged" in (error := json.loads(said)["error"]):
                 break
         assert "damaged" in error
-    assert len(started) <= serve.DEATHS + 1
+    assert len(started) <= serve.FAILURES + 1
 
 
 def test_nothing_installed_is_said(repository, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 import ota
 from ota import output
 from ota.agent.state import Config, Home
-from ota.errors import DeviceError, GateError, OperatorError, OtaError, RepositoryError, TransferError, printable
+from ota.errors import DeviceError, GateError, OperatorError, OtaError, RepositoryError, TransferError, own_errors, printable
 
 ABOUT = """Keep the model of this device fresh: verify, apply, try out and, if need be, take back updates.
 
@@ -390,17 +390,13 @@ def call(words: list[str]) -> int:
         return 2
     _log(logging.DEBUG if given.debug else logging.WARNING)
     try:
-        return given.does(given) or 0
+        with own_errors():
+            return given.does(given) or 0
     except OtaError as error:
         if given.debug:
             raise
         _tell(f"ferry-agent: {error}")
         return _exit_code(error)
-    except OSError as error:
-        if given.debug:
-            raise
-        _tell(f"ferry-agent: the system refused: {error}; check the directory's owner and the disk")
-        return 3
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from ota.agent import reports, updater
 from ota.agent.state import Home
 from ota.agent.updater import Outcome
-from ota.errors import BusyError, OtaError, TransferError
+from ota.errors import BusyError, OtaError, TransferError, own_errors
 
 SOONER = 60.0  # seconds after the first failure of the link; twice as long after each that follows
 FIRST_WITHIN = 300.0  # seconds in which devices that got power together look for the first time
@@ -53,7 +53,7 @@ def run(
         return
     while not stopped.is_set():
         try:
-            with updater.own_errors(), home.locked():
+            with own_errors(), home.locked():
                 outcome = updater.update(home, on_step)
                 reports.send(home)
             failures = 0

@@ -45,8 +45,24 @@ class Model:
         return both[B:] + guidance * (both[:B] - both[B:])
 
     def run(self, x: Floats, t: Floats, r: Floats, ids: npt.NDArray[np.int64]) -> Floats:
-        """One evaluation of the network, counted."""
-        v, load = self.session.run(["v", "load"], {"x": x, "t": t, "r": r, "ids": ids})
+        """One evaluation of the network, counted.
+
+        Raises:
+            DeviceError: the runtime fails at it, or it gives something else than a velocity and the load of its experts.
+        """
+        try:
+            v, load = self.session.run(["v", "load"], {"x": x, "t": t, "r": r, "ids": ids})
+        except MemoryError:
+            raise  # that is not the model's fault
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise DeviceError(f"ONNX Runtime {ort.__version__} does not run the model: {error}") from error
+        # What a graph gives may depend on the caption, so it says nothing that the outputs were right in the trial.
+        if not _is_floats(v) or v.dtype != np.float32 or v.shape != x.shape:
+            raise DeviceError(f"the model gives {_form(v)} as velocity, not float32 {list(x.shape)}")
+        if not _is_floats(load) or load.ndim != 3:
+            raise DeviceError(f"the model gives {_form(load)} as load, not floats [images][blocks][experts]")
+        if not np.isfinite(load).all():
+            raise DeviceError("the load of the model's experts is not finite")
         mean = load.mean(axis=0, dtype=np.float64)
         self.load_sum = mean if self.load_sum is None else self.load_sum + mean
         self.evaluations += 1
@@ -107,6 +123,14 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
         raise  # that is not the model's fault
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise DeviceError(f"ONNX Runtime {ort.__version__} does not load the model: {error}") from error
+
+
+def _is_floats(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+
+
+def _form(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def sample_euler(velocity: Velocity, x: Floats, times: list[float]) -> Floats:

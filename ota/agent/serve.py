@@ -45,13 +45,15 @@ from ota.errors import (
     RoomError,
     StateError,
     UnfinishedError,
+    own_errors,
+    printable,
 )
 from ota.manifest import Reference, VariantName
 
 LOOK_EVERY = 0.5  # seconds between two looks at what runs
 READY_WAIT = 20.0  # seconds that a request waits for a bundle to be loaded
 TRIES = 2  # workers that a request is given to before it fails: it may be its own fault that they died
-DEATHS = 3  # of workers of one bundle, without an image between, after which it rests and the bundle before draws
+FAILURES = 3  # of one bundle, without an image between, after which it rests and the bundle before draws
 LONGEST_REST = 60.0  # seconds; the first rest is 2, each is twice as long as the one before
 KEPT = 200  # newest durations of a variant's images
 ENOUGH = 20  # of them that say more than a benchmark of once
@@ -94,9 +96,8 @@ class Serving:
         seen.append(load)
         if len(seen) < variants.ROUTE_IMAGES:
             return False
-        mean = [[sum(masses) / len(seen) for masses in zip(*rows, strict=True)] for rows in zip(*seen, strict=True)]
+        before, problem = self.strayed, variants.strays(seen, self.references[variant].load)
         seen.clear()
-        before, problem = self.strayed, variants.strays(mean, self.references[variant].load)
         if problem:
             self.strayed = f"{variant}: {problem}"
         return before is None and self.strayed is not None
@@ -109,7 +110,7 @@ class Service:
         self.home = home
         self._changed = threading.Condition()
         self._serving: Serving | None = None
-        self._deaths: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
         self._rests: dict[str, float] = {}
         """Until when bundles rest that were loaded in vain."""
         self._problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
@@ -133,6 +134,9 @@ class Service:
             except (UnfinishedError, BaseError, StateError) as error:
                 log.warning("%s", error)
                 problem = error
+            except (DeviceError, ManifestError):  # none of its variants draws this; if that goes on, the bundle before draws
+                self._failed(serving.digest)
+                raise
             finally:
                 self._give_back(serving)
         raise problem
@@ -155,7 +159,7 @@ class Service:
                 problem = DeviceError(f"variant {variant} made an image that is constant or not finite")
                 continue
             with self._changed:
-                self._deaths.pop(serving.digest, None)
+                self._failures.pop(serving.digest, None)
                 if serving.saw(variant, answer["milliseconds"], answer.pop("load")):
                     self._unsaid.append((serving.digest, str(serving.strayed)))
             return base64.b64decode(answer.pop("png")), answer | {"bundle": serving.digest, "variant": variant}
@@ -198,10 +202,15 @@ class Service:
         """See that the right bundle is loaded, until stopped."""
         while not stopped.is_set():
             try:
-                self._look()
+                with own_errors():
+                    self._look()
             except OtaError as error:
                 self._problem = error
-            self._say()
+            try:
+                with own_errors():
+                    self._say()
+            except OtaError as error:
+                log.warning("%s", error)
             with self._changed:
                 dead = self._serving is not None and not self._serving.worker.alive
                 if not dead:
@@ -215,7 +224,7 @@ class Service:
         state = self.home.load()
         running = self._serving
         if running and not running.worker.alive:
-            self._died(running.digest)
+            self._failed(running.digest)
             self._replace(None)
             running = None
         # What is on trial is not ours to load: its loads are counted by the update that tries it.
@@ -223,26 +232,27 @@ class Service:
         if not wanted:
             self._problem = StateError("nothing is installed that may draw yet; run `ferry-agent update`")
         for digest in wanted:
-            if running and running.digest == digest:
-                return
             if time.monotonic() < self._rests.get(digest, 0.0):
                 continue
+            if running and running.digest == digest:
+                return
             try:
                 self._replace(self._load(digest))
             except RoomError:
                 raise
             except (DeviceError, ManifestError) as error:
                 log.warning("bundle %s cannot be served: %s", digest[:12], error)
-                self._died(digest)
+                self._failed(digest)
                 self._problem = error
             else:
                 return
 
-    def _died(self, digest: str) -> None:
+    def _failed(self, digest: str) -> None:
         with self._changed:
-            self._deaths[digest] = deaths = self._deaths.get(digest, 0) + 1
-        if deaths >= DEATHS:
-            self._rests[digest] = time.monotonic() + min(LONGEST_REST, 2.0 ** (deaths - DEATHS + 1))
+            self._failures[digest] = failures = self._failures.get(digest, 0) + 1
+            if failures >= FAILURES:
+                self._rests[digest] = time.monotonic() + min(LONGEST_REST, 2.0 ** (failures - FAILURES + 1))
+            self._changed.notify_all()
 
     def _load(self, digest: str) -> Serving:
         """Load a bundle in a process of its own, and draw with it once: then it is warm."""
@@ -387,6 +397,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
         except (TimeoutError, ConnectionError):
             self.close_connection = True
+        except Exception as error:
+            log.exception("a request failed in a way that nobody foresaw")
+            what = printable(f"{type(error).__name__}: {error}")
+            self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"the agent failed in a way that nobody foresaw ({what}); report it")
 
     def _check_caller(self) -> None:
         """A page in a browser on this device must not draw, nor one that made its own name point here."""

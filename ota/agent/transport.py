@@ -222,7 +222,7 @@ class _Line:
 
     def close(self) -> None:
         """Give back the connection; this object and its classes refer to each other, so it would be kept for a while."""
-        for key in self.pool.pools.keys():
+        for key in self.pool.pools.keys():  # noqa: SIM118 - it refuses to be iterated over itself
             with suppress(KeyError):
                 self.pool.pools[key].close()
         self.pool.clear()

@@ -26,8 +26,8 @@ import base64
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -42,7 +42,6 @@ from ota.errors import (
     DeltaError,
     DeviceError,
     ExpiredError,
-    FaultError,
     GateError,
     InvalidError,
     ManifestError,
@@ -52,11 +51,12 @@ from ota.errors import (
     RoomError,
     StateError,
     UnfinishedError,
+    own_errors,
 )
 from ota.manifest import MAX_MANIFEST, MAX_POLICY, FileEntry, Manifest, Policy, Reference, VariantName, parse
 
 MAX_TRIES = 3  # times step 10 may begin without coming to an answer before a bundle is refused
-FETCH_SECONDS = 3600.0  # that the downloads of one update may take; then it ends, and the next one looks at what is wanted and resumes
+FETCH_SECONDS = 3600.0  # that the downloads of one update may take; the next update resumes them
 TRIAL_WAIT = 5.0  # seconds that an image waits for an update at work, before the bundle before draws it
 
 log = logging.getLogger(__name__)
@@ -110,25 +110,6 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
             finish_probation(home, on_step or _silent)  # what an earlier call left on trial comes first
         with closing(connect(home.config().repository)) as transport:
             return _update(home, transport, on_step or _silent, check_only)
-
-
-@contextmanager
-def own_errors() -> Iterator[None]:
-    """Let nothing but our own errors out of the block: whatever a stranger sends, the agent goes on with what it has.
-
-    Raises:
-        StateError: the system refused.
-        FaultError: something else failed that nobody foresaw.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise StateError(f"the system refused: {error}; check the directory's owner and the disk") from error
-    except Exception as error:
-        if isinstance(error, OtaError):
-            raise
-        what = f"{type(error).__name__}: {error}"
-        raise FaultError(f"the agent failed in a way that nobody foresaw ({what}); what runs is kept, report it") from error
 
 
 def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) -> Outcome:
@@ -502,18 +483,19 @@ def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
 def generate(home: Home, caption: str, seed: int, variant: VariantName | None = None) -> Drawn:
     """Draw one image with what runs now, whatever else the agent is doing; the caller does not hold the lock.
 
-    Where it is on trial and its loads cannot be counted, because an update is at work or the disk is full, and where it
-    is damaged, the bundle before draws.
+    Where a variant draws nothing, the next one stands in, unless the caller chose it. Where it is on trial and its loads cannot be
+    counted, because an update is at work or the disk is full, and where none of its variants draws, the bundle before does.
 
     Raises:
         StateError: nothing is installed.
         BaseError: what is installed is damaged.
+        DeviceError, ManifestError: nothing that is installed draws this.
         OperatorError: the caption or seed cannot be drawn, or there is no such variant.
         GateError: the bundle on trial failed and was taken back; ask again.
     """
     home.config()  # says so where this is no agent's directory
     rules.check_wish(caption, seed)
-    problem: DeviceError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
+    problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
     if home.load().trial is not None:
         try:
             with home.locked(TRIAL_WAIT):
@@ -523,30 +505,55 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
         except (StateError, BaseError, RoomError, UnfinishedError) as error:
             log.warning("%s", error)  # perhaps it was taken back, which nobody else would be told
             problem = error
-    for _ in range(2):  # an update at work may switch, and take a bundle away that is being read
-        state = home.load()
+    before = None
+    while (state := home.load()) != before:  # an update at work may switch, and take a bundle away that is being read
         for digest in (None if state.trial else state.active, state.previous):
             if digest is None:
                 continue
             if digest != state.active:
                 log.warning("%s; the bundle before draws", problem)
             try:
-                return _draw(home, digest, caption, seed, variant)
-            except (BaseError, StateError) as error:
+                return _draw_somehow(home, digest, caption, seed, variant)
+            except OperatorError as error:
+                if digest == state.active or state.trial:
+                    raise
+                log.warning("%s", error)  # of the bundle before, of which it was not asked
+            except RoomError:
+                raise
+            except (DeviceError, ManifestError) as error:
                 problem = error
+        before = state
     raise problem
 
 
-def _draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName | None) -> Drawn:
+def _draw_somehow(home: Home, digest: str, caption: str, seed: int, wanted: VariantName | None) -> Drawn:
+    """Draw with the first variant that can; one that was stopped for its time or memory says nothing good of those after it."""
+    *others, last = _choices(home, digest, wanted)
+    for variant in others:
+        try:
+            return _draw(home, digest, caption, seed, variant)
+        except (StateError, BaseError, RoomError, UnfinishedError):
+            raise
+        except (DeviceError, ManifestError) as error:
+            log.warning("variant %s: %s; the next one draws", variant, error)
+    return _draw(home, digest, caption, seed, last)
+
+
+def _choices(home: Home, digest: str, wanted: VariantName | None) -> list[VariantName]:
+    """The variants of a bundle in the order in which they are to be tried."""
+    manifest = home.slot(digest).manifest
+    if wanted and wanted not in manifest.variants:
+        raise OperatorError(f"this bundle has no variant {wanted}; choose one of {', '.join(manifest.variants)}")
+    if wanted:
+        return [wanted]
+    return variants.chain(manifest.variants, manifest.default_variant, measured.read(home, digest), home.config())
+
+
+def _draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName) -> Drawn:
     from ota.agent import child
 
     slot = home.slot(digest)
-    manifest = slot.manifest
-    if variant and variant not in manifest.variants:
-        raise OperatorError(f"this bundle has no variant {variant}; choose one of {', '.join(manifest.variants)}")
-    known = measured.read(home, digest)
-    chosen = variant or variants.chain(manifest.variants, manifest.default_variant, known, home.config())[0]
-    answer = child.run("generate", slot=str(slot.folder), digest=digest, variant=chosen, caption=caption, seed=seed)
+    answer = child.run("generate", slot=str(slot.folder), digest=digest, variant=variant, caption=caption, seed=seed)
     if not answer["good"]:
         raise DeviceError("it made an image that is constant or not finite")
     return base64.b64decode(answer["png"]), answer
@@ -565,7 +572,7 @@ def _generate_on_trial(home: Home, state: State, caption: str, seed: int, varian
     counted = state.model_copy(update={"trial": trial.model_copy(update={"loads": trial.loads - 1})})
     home.save(counted)
     try:
-        drawn = _draw(home, active, caption, seed, variant)
+        drawn = _draw(home, active, caption, seed, _choices(home, active, variant)[0])
     except (OperatorError, RoomError):  # a wrong wish, or no process to be had: that says nothing about the bundle
         home.save(state)
         raise

@@ -84,19 +84,23 @@ def _or_rank(value: float | None, variant: VariantName) -> tuple[int, float]:
     return (0, value) if value is not None else (1, -LADDER.index(variant))
 
 
-def strays(load: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> str | None:
+def strays(loads: Sequence[Sequence[Sequence[float]]], reference: Sequence[Sequence[float]]) -> str | None:
     """Why the routes through the experts are not those of the factory, if so.
 
     Args:
-        load: mean gate mass of each expert of each block [M][E], over at least `ROUTE_IMAGES` images.
-        reference: the same in the factory.
+        loads: gate mass of each expert of each block [M][E], of each of at least `ROUTE_IMAGES` images.
+        reference: its mean in the factory.
     """
+    experts = [len(row) for row in reference]
+    if any([len(row) for row in load] != experts for load in loads):
+        return "it has other experts than its own reference lists"
     worst, where = 0.0, 0
-    for block, (row, expected) in enumerate(zip(load, reference, strict=False)):
+    for block, expected in enumerate(reference):
+        row = [sum(load[block][expert] for load in loads) for expert in range(len(expected))]
         total, whole = sum(row), sum(expected)
         if total <= 0 or whole <= 0:
             continue
-        moved = sum(abs(a / total - b / whole) for a, b in zip(row, expected, strict=False)) / 2
+        moved = sum(abs(a / total - b / whole) for a, b in zip(row, expected, strict=True)) / 2
         if moved > worst:
             worst, where = moved, block
     if worst <= ROUTE_LIMIT:

@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 from ota.agent.state import Config, Home
 from ota.agent.transport import Deadline, Transport, Web, at_most, download
-from ota.agent.updater import FETCH_SECONDS
 from ota.agent.trust import LIMITS, Trust
+from ota.agent.updater import FETCH_SECONDS
 from ota.errors import OtaError
 
 LIMITS.max_delegations = 8  # no role of ours delegates further, so the agent allows none; the suite has trees of roles
