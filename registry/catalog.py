@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -26,6 +27,8 @@ from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from pydantic import ValidationError
 
@@ -153,6 +156,7 @@ class Training:
     def sample(self, path: Path) -> None:
         """Keep a picture where the checkpoint's own copy of it will be."""
         with _foreign_errors():
+            _check_place(self._client, self.run_id)
             self._client.log_artifact(self.run_id, str(path), f"{CHECKPOINT}/{path.parent.name}")
 
     def finish(self, lineage_sha256: str) -> None:
@@ -247,6 +251,7 @@ class Catalog:
                 self._client.log_inputs(run_id, used)
                 self._log(run_id, subject, lineage, card)
                 self._log_curve(run_id, curve)
+                _check_place(self._client, run_id)
                 self._client.log_artifacts(run_id, str(checkpoint), CHECKPOINT)
                 self._client.log_artifacts(run_id, str(export), BUNDLE)
                 for path in pictures.values():
@@ -657,6 +662,29 @@ class Catalog:
                 signature=signature, pip_requirements=["onnxruntime"],
             )  # fmt: skip
         return str(info.model_id)
+
+
+def _check_place(client: MlflowClient, run_id: str) -> None:
+    """See that what is written into a run's folder stays there: others may have put something in the way, such as a link to a key.
+
+    Raises:
+        StoreError: there is a link, a file with a second name, or what is neither file nor folder.
+    """
+    address = urlsplit(client.get_run(run_id).info.artifact_uri)
+    if address.scheme not in ("", "file"):
+        return  # a server or a bucket writes it
+    place = Path(url2pathname(address.path))
+    line = place.parent.parent  # LINE/RUN/artifacts; MLflow's view goes below LINE/models
+    for path in (line, line / "models", place.parent, place, *place.rglob("*")):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue
+        plain = stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
+        if not plain:
+            raise StoreError(
+                f"{path} is in the way of a version's files: it is a link, or no plain file; remove it, and see who may write there"
+            )
 
 
 def _schema(values: Any) -> Schema:

@@ -143,6 +143,7 @@ class Ledger:
             StoreError: the database refuses, or others record without end (nothing was recorded).
             Exception: as `Signing.sign`, where the key cannot be used here (nothing was recorded).
         """
+        tried = 0
         for _ in range(ATTEMPTS):
             with _foreign_errors():
                 with self._engine.connect() as connection:
@@ -160,7 +161,13 @@ class Ledger:
                     with self._engine.begin() as connection:
                         connection.execute(insert(_entries).values(number=entry.number, sha256=digest, body=body))
                         connection.execute(insert(_signatures).values(number=entry.number, keyid=keyid, signature=signature))
-                except IntegrityError:
+                except IntegrityError as error:
+                    if entry.number == tried:  # nobody else recorded in between, so nobody else is the reason
+                        raise StoreError(
+                            f"the database refuses entry {entry.number} of the ledger: {str(error.orig).splitlines()[0]}; look for a trigger, "
+                            "or a row of another table that is in the way"
+                        ) from error
+                    tried = entry.number
                     continue
             self._note(entry.number, digest)
             return entry

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import shutil
 import socket
 import tomllib
 from importlib.metadata import EntryPoint
@@ -403,3 +405,48 @@ def test_failed_registration_leaves_no_version(
 def test_malformed_subject_says_how_to_write_it(text: str):
     with pytest.raises(CatalogError, match="is not LINE/CONFIG/VARIANT; write it as surfaces/I/full"):
         Subject.parse(text)
+
+
+def plant(place: Path, victim: Path, kind: str) -> None:
+    """Put something in the way of a file that is going to be written."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "link":
+        place.symlink_to(victim)
+    elif kind == "folder that is a link":
+        place.parent.rmdir()
+        place.parent.symlink_to(victim.parent)
+    elif kind == "second name":
+        place.hardlink_to(victim)
+    else:
+        os.mkfifo(place)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder that is a link", "second name", "pipe"])
+@pytest.mark.parametrize("name", ["checkpoint/weights.safetensors", "checkpoint/samples/step-000011.png", "bundle/weights.bin"])
+def test_nothing_is_written_through_what_others_planted(catalog, checkpoint, exported, tmp_path, kind, name):
+    subject = SUBJECT.model_copy(update={"line": "planted"})
+    victim = tmp_path / "keys" / Path(name).name
+    victim.parent.mkdir()
+    victim.write_bytes(b"a key")
+    training = catalog.open_training(subject, tmp_path.name)
+    place = Path(run_place(catalog, training.run_id))
+    plant(place / name, victim, kind)
+    picture = tmp_path / "samples" / "step-000011.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"\x89PNG")
+    with pytest.raises(StoreError, match="is in the way of a version's files"):
+        training.sample(picture)
+    training.finish(checkpoint.lineage.sha256)
+    one = card(9, checkpoint, exported)
+    with pytest.raises(StoreError, match="is in the way of a version's files"):
+        catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+    assert [path.name for path in victim.parent.iterdir()] == [victim.name]
+    assert victim.read_bytes() == b"a key"
+    shutil.rmtree(place.parent, ignore_errors=True)
+    assert catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+    catalog._client.delete_registered_model(subject.model)
+    catalog._client.delete_run(training.run_id)
+
+
+def run_place(catalog: Catalog, run_id: str) -> str:
+    return str(catalog._client.get_run(run_id).info.artifact_uri).removeprefix("file://")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,40 @@ def test_same_number_other_content_refused(fleet):
 
 def test_unknown_device_refused(fleet):
     refused(fleet, signed(report(device="dev-9")), "dev-9 is not enrolled")
+
+
+@pytest.mark.parametrize("key", [b"\xff" * 32, None, b"", b"0", b"zz" * 32, b"0" * 62, b"\xed\xb2\x80"], ids=ascii)
+def test_row_that_somebody_changed_ends_in_a_sentence(database, key):
+    """The database may be others', too."""
+    tables = Fleet(database)
+    with sqlite3.connect(database.removeprefix("sqlite:///")) as raw:
+        raw.executescript(
+            "drop table fleet_devices; create table fleet_devices (device, public_key, enrolled); drop table fleet_reports;"
+            "create table fleet_reports (device, number, received_at, event, manifest, body)"
+        )
+        raw.execute("insert into fleet_devices values ('dev-1', cast(? as text), 1)", [key])
+    with pytest.raises((OperatorError, ManifestError, TransferError)) as caught:
+        tables.receive(signed(report()))
+    assert str(caught.value)
+    tables.close()
+
+
+@pytest.mark.parametrize("body", [b"\xff", None, "", "[]", 3, '{"device": "dev-1"}', b"\xed\xb2\x80"], ids=ascii)
+@pytest.mark.parametrize("name", ["dev-1", None, b"\xff", 7, "\x1b[2J", ""], ids=ascii)
+def test_tables_that_somebody_filled_end_in_a_sentence(database, name, body):
+    tables = Fleet(database)
+    with sqlite3.connect(database.removeprefix("sqlite:///")) as raw:
+        raw.executescript(
+            "drop table fleet_devices; create table fleet_devices (device, public_key, enrolled); drop table fleet_reports;"
+            "create table fleet_reports (device, number, received_at, event, manifest, body)"
+        )
+        raw.execute("insert into fleet_devices values (?, ?, 1)", [name, public(KEY)])
+        raw.execute("insert into fleet_reports values ('dev-1', 1, 1, 'installed', null, ?)", [body])
+    for read in (tables.devices, tables.reports):
+        with pytest.raises((OperatorError, ManifestError, TransferError)) as caught:
+            read()
+        assert str(caught.value)
+    tables.close()
 
 
 def test_oversized_report_refused(fleet):

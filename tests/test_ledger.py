@@ -381,3 +381,11 @@ def test_guard_sees_what_was_recorded_meanwhile_and_forbids(ledger: Ledger, open
 def test_unreachable_database_is_one_sentence(ring: KeyRing, tmp_path: Path):
     with pytest.raises(StoreError, match=r"check its URL in ferry\.toml"):
         Ledger("sqlite:////nowhere/at/all/ferry.db", ring, tmp_path / "seen")
+
+
+def test_database_that_refuses_an_entry_is_said_to(ledger: Ledger, database: Path):
+    three_entries(ledger)
+    edit(database, "create trigger no before insert on ledger_entries begin select raise(abort, 'not today'); end")
+    with pytest.raises(StoreError, match="the database refuses entry 4 of the ledger: not today"):
+        three_entries(ledger)
+    assert len(ledger.entries()) == 3

@@ -29,7 +29,7 @@ from ota.release.bundle import Bundle, assemble, make_delta, open_bundle
 from ota.release.keys import KeyRing
 from ota.release.repository import KEPT_DELTAS_TO, KEPT_RELEASES, Repository
 from tests.conftest import origin
-from tests.fleet_kit import CLASS, LEDGER, LINE, Device, closed_port, everyone, metadata_file, publish
+from tests.fleet_kit import CLASS, LEDGER, LINE, Device, closed_port, everyone, metadata_file, name_manifest, publish
 
 pytest_plugins = ("tests.fleet_kit",)
 
@@ -134,6 +134,30 @@ def test_published_release_is_listed(repository, bundles, step):
     assert repository.manifest(second) == bundles["second"].manifest
     assert repository.releases(LINE, "other") == []
     assert repository.policy(LINE, "other") is None
+
+
+TOLD: dict[str, Any] = {"ledger": LEDGER, "version": 1, "full_bytes": 1, "revertible": True}
+
+
+@pytest.mark.parametrize("number", [2**53, 2**53 + 1, 2**70, 0, -1, "1", None])
+def test_release_number_that_no_ferry_gave_is_said(repository, bundles, number):
+    """A thief of the models key signed it, or somebody's copy of the repository was restored."""
+    first = release(repository, bundles["first"])
+    name_manifest(repository, bundles["first"].manifest, number, **TOLD)
+    with pytest.raises(OperatorError, match="run `ferry trust rotate models`"):
+        release(repository, bundles["second"])
+    assert versions(repository)["models"] == 3
+    assert repository.policy(LINE, CLASS) is None
+    assert first.seq == 1
+
+
+@pytest.mark.parametrize("custom", [{"ledger": "../x"}, {"version": "\x1b[2J"}, {"more": 1}, {"floor": []}])
+def test_release_that_no_ferry_wrote_is_said(repository, bundles, custom):
+    release(repository, bundles["first"])
+    name_manifest(repository, bundles["first"].manifest, 1, **{**TOLD, **custom})
+    with pytest.raises(OperatorError, match="which no ferry wrote") as caught:
+        repository.releases(LINE, CLASS)
+    assert str(caught.value).isprintable()
 
 
 def test_versions_rise_by_one(repository, bundles):

@@ -159,6 +159,9 @@ class Fleet:
         """Every enrolled device with its last report."""
         with _foreign_errors(), self._engine.connect() as connection:
             names = connection.execute(select(_devices.c.device).order_by(_devices.c.device)).scalars().all()
+            for name in names:
+                if not NAME_PATTERN.fullmatch(name):  # it goes to a terminal, and NULL would stand for all of them
+                    raise ValueError(name)
         return {name: next(reversed(self.reports(name)), None) for name in names}
 
 
@@ -226,3 +229,7 @@ def _foreign_errors() -> Iterator[None]:
         raise TransferError(f"the database cannot be used: {str(error).splitlines()[0]}; check its URL in ferry.toml") from error
     except ValidationError as error:
         raise OperatorError("the fleet's tables hold a report of another version; migrate the database") from error
+    except (ValueError, TypeError) as error:
+        raise OperatorError(
+            "the fleet's tables hold what no ferry wrote there; see who may write to the database, and restore it"
+        ) from error

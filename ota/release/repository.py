@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import Field, ValidationError
 from tuf.api.exceptions import StorageError
 from tuf.api.metadata import (
     DelegatedRole,
@@ -38,8 +39,8 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization import DeserializationError
 
-from ota.errors import OperatorError
-from ota.manifest import MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
+from ota.errors import OperatorError, printable
+from ota.manifest import MAX_COUNT, MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
 from ota.release import keys as signing
 from ota.release.ceremony import Need, Waiting
 from ota.release.keys import DELEGATED, Entry, KeyRing
@@ -62,7 +63,7 @@ class Release(Document):
 
     line: str
     device_class: str
-    seq: int
+    seq: int = Field(ge=1, le=MAX_COUNT)
     manifest: Sha256
     ledger: Sha256
     version: int
@@ -190,11 +191,13 @@ class Repository:
         found = []
         for path, target in self._targets("models").targets.items():
             if path.startswith(f"models/{line}/{device_class}/"):
-                custom = cast("dict[str, Any]", target.custom)
-                digest = target.hashes["sha256"]
-                found.append(
-                    Release(line=line, device_class=device_class, manifest=digest, **custom),
-                )
+                try:
+                    named = {"line": line, "device_class": device_class, "manifest": target.hashes["sha256"]}
+                    found.append(Release.model_validate({**(target.custom or {}), **named}))
+                except (ValidationError, KeyError, TypeError) as error:
+                    raise OperatorError(
+                        f"the models role lists {printable(path, 200)}, which no ferry wrote; restore the repository, and run `ferry trust rotate models`"
+                    ) from error
         return sorted(found, key=lambda release: release.seq)
 
     def deltas(self, line: str, device_class: str) -> list[DeltaTarget]:
@@ -312,6 +315,11 @@ class Repository:
         for entry in manifest.files:
             self._add_object(files / entry.sha256, entry.sha256)
         seq = 1 + max((release.seq for release in known), default=0)
+        if seq > MAX_COUNT:
+            raise OperatorError(
+                f"{line}/{device_class} has a release number that leaves none after it, which no ferry gave; restore the repository, and run "
+                "`ferry trust rotate models`"
+            )
         made = Release(
             line=line, device_class=device_class, seq=seq, manifest=manifest.digest, ledger=ledger,
             version=manifest.origin.version, full_bytes=manifest.size, revertible=revertible,
