@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,14 @@ SAMPLER = Sampler(method="ab2", steps=4, guidance=2.0)
 VERSION = DataVersion(line="shapes", path="data/shapes", rev="0" * 40, md5="0" * 32 + ".dir", files=81, bytes=1)
 CAPTIONS = ("bar", "disc")
 LATENCY_MS = 10_000.0
+
+
+def few(values: Iterable[Any], quick: int) -> list[Any]:
+    """Values of a long list for `parametrize`: so many, spread over the list, are for `make test`, and all for `make test-slow`."""
+    every = list(values)
+    chosen = {i * len(every) // quick for i in range(quick)}
+    made = [value if isinstance(value, tuple) else (value,) for value in every]
+    return [pytest.param(*value, marks=() if i in chosen else pytest.mark.slow) for i, value in enumerate(made)]
 
 
 @dataclass(frozen=True)

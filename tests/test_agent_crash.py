@@ -30,6 +30,7 @@ from ota.errors import DeviceError, GateError, OtaError
 from ota.manifest import DeviceReport, SignedReport
 from ota.release.bundle import Bundle
 from tests import crash_kit
+from tests.conftest import few
 from tests.crash_kit import Log, Recorder, Tree, fingerprint, lay_out
 from tests.fleet_kit import Device, Field, name_delta, publish
 from tests.test_agent_machine import Children
@@ -326,7 +327,7 @@ def some(states: list[Any], count: int) -> list[Any]:
     return states if os.environ.get("CRASH") == "all" else random.Random(0).sample(states, min(count, len(states)))
 
 
-@pytest.mark.parametrize("scenario", NAMES, indirect=True)
+@pytest.mark.parametrize("scenario", few(NAMES, 2), indirect=True)
 def test_cut_at_any_moment(scenario: Scenario):
     states = list(scenario.distinct(scenario.log, scenario.promised))
     assert len(states) > len(scenario.log.ops) / 2

@@ -22,6 +22,12 @@ from tests.fleet_kit import Device, Field, closed_port, expire, metadata_file, p
 pytest_plugins = ["tests.fleet_kit"]
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries do not wait."""
+    monkeypatch.setattr("ota.agent.transport.BACKOFF", 0)
+
+
 def found(device: Device, about: str, level: str) -> list[str]:
     return [f.text for f in doctor.examine(device.home, draw=False) if (f.about, f.level) == (about, level)]
 

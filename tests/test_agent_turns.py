@@ -15,6 +15,7 @@ from onnx import NodeProto, TensorProto, helper
 from ota.agent import child, serve, updater
 from ota.errors import DeviceError, GateError, OperatorError, UnfinishedError
 from ota.release.bundle import Bundle
+from tests.conftest import few
 from tests.fleet_kit import Device, Field, everyone, name_manifest, name_policy
 from tests.test_agent_serve import PNG, serving, until
 
@@ -118,7 +119,7 @@ def drawn(device: Device, folder: Path, caption: str) -> bytes:
     return (folder / f"{caption}.png").read_bytes()
 
 
-@pytest.mark.parametrize("turned", TURNS, indirect=True)
+@pytest.mark.parametrize("turned", few(TURNS, 3), indirect=True)
 def test_bundle_before_draws_what_the_one_that_runs_cannot(turned, tmp_path, caplog):
     field, sentence = turned
     assert drawn(field.device, tmp_path, "bar").startswith(PNG)
@@ -131,7 +132,7 @@ def test_bundle_before_draws_what_the_one_that_runs_cannot(turned, tmp_path, cap
     assert field.device.sound
 
 
-@pytest.mark.parametrize("turned", [name for name in TURNS if TURNS[name][2]], indirect=True)
+@pytest.mark.parametrize("turned", few([name for name in TURNS if TURNS[name][2]], 2), indirect=True)
 def test_endpoint_lets_the_bundle_before_draw_what_the_one_that_runs_cannot(turned, monkeypatch):
     field, _ = turned
     monkeypatch.setattr(serve, "LONGEST_REST", 1e6)
@@ -148,7 +149,7 @@ def test_endpoint_lets_the_bundle_before_draw_what_the_one_that_runs_cannot(turn
     assert body.startswith(PNG)
 
 
-@pytest.mark.parametrize(("axis", "load"), [(1, "blocks"), (2, "experts")])
+@pytest.mark.parametrize(("axis", "load"), few([(1, "blocks"), (2, "experts")], 1))
 def test_bundle_whose_experts_change_is_said_to_stray(scene, bundles, monkeypatch, axis, load):
     graph = turning(bundles["second"].path("graph").read_bytes(), "load", cut("load", axis))
     monkeypatch.setattr(serve.variants, "ROUTE_IMAGES", 2)
@@ -195,7 +196,7 @@ def test_wish_that_nothing_can_draw_is_not_asked_of_the_bundle_before(updated, m
     assert asked == []
 
 
-@pytest.mark.parametrize("turn", [name for name in TURNS if TURNS[name][2]])
+@pytest.mark.parametrize("turn", few([name for name in TURNS if TURNS[name][2]], 2))
 def test_bundle_that_is_bad_from_the_beginning_is_refused(scene, bundles, turn):
     output, change, _ = TURNS[turn]
     graph = turning(bundles["second"].path("graph").read_bytes(), output, lambda good, secret: [

@@ -98,6 +98,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
     return ferry_agent
 
 
+@pytest.mark.slow
 def test_device_wheel_alone_performs_an_update(
     device: Callable[..., dict[str, object]], repository: Repository, bundles: dict[str, Bundle], tmp_path: Path
 ):

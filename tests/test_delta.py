@@ -454,6 +454,7 @@ def test_elements_in_any_order_come_back(tmp_path):
     assert round_trip([Case(case.new, case.old, case.elements[::-1])], tmp_path) == round_trip([case], tmp_path)
 
 
+@pytest.mark.slow
 def test_very_many_small_tensors_come_back(tmp_path):
     old = np.arange(70_000, dtype=np.uint8)  # more than 16 bits count
     new = old + np.uint8(1)

@@ -29,6 +29,7 @@ from ota import output
 from ota.delta import encode, files
 from ota.delta import format as container
 from ota.errors import BaseError, DeltaError, OperatorError
+from tests.conftest import few
 from tests.test_delta_files import model
 
 FERRY = Path(sys.executable).with_name("ferry")
@@ -241,7 +242,7 @@ READING = [
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "device"])
-@pytest.mark.parametrize("arguments", READING, ids=" ".join)
+@pytest.mark.parametrize("arguments", few(READING, 4), ids=" ".join)
 def test_input_that_is_no_regular_file_is_refused(patched, monkeypatch, arguments, kind):
     """Pipes and devices without end would be waited for; this must not take until the alarm."""
     monkeypatch.chdir(patched)
@@ -325,7 +326,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("moment", ["_safetensors", "follow", "plan", "encode_group"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", few(CHANGES, 2))
 @pytest.mark.parametrize("which", ["old", "new"])
 def test_no_patch_of_a_file_that_changes_while_it_is_read(pair, monkeypatch, which, change, moment):
     monkeypatch.chdir(pair)
@@ -393,7 +394,7 @@ def test_any_name_will_do(pair, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["-", ""])
-@pytest.mark.parametrize("arguments", [*READING, *([*words, "?"] for words in WRITING.values())], ids=" ".join)
+@pytest.mark.parametrize("arguments", few([*READING, *([*words, "?"] for words in WRITING.values())], 6), ids=" ".join)
 def test_dash_is_no_file(patched, monkeypatch, arguments, name):
     """Elsewhere it is standard input or output; a file of that name was made, or asked for."""
     monkeypatch.chdir(patched)

@@ -115,6 +115,7 @@ def test_lineage_names_the_teacher(student: Checkpoint, checkpoint: Checkpoint) 
     assert student.lineage.variant == "dev"
 
 
+@pytest.mark.slow
 def test_killed_distillation_ends_in_the_same_bits(
     student: Checkpoint, checkpoint: Checkpoint, teacher: Network, dataset: Dataset, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from model.scorecard import Sampler
 from model.session import Session, load, noise
 from model.train import LINEAGE, Checkpoint, load_checkpoint
 from ota.manifest import MAX_GOLDEN, MAX_TABLE, Reference, SamplerTable, parse
+from tests.conftest import few
 
 from .conftest import CAPTIONS, CONFIG, LATENCY_MS, SAMPLER
 
@@ -101,7 +102,7 @@ def test_one_changed_expert_moves_its_range(checkpoint: Checkpoint) -> None:
     assert moved.max() < last.offset + last.length
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", few(PRECISIONS, 2))
 @pytest.mark.parametrize("configuration", ["I", "II"])
 @pytest.mark.parametrize(("channels", "router"), [(1, "expert-choice"), (3, "expert-choice"), (1, "token-choice")])
 def test_every_graph_computes_the_network(

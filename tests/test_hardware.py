@@ -60,6 +60,7 @@ def test_bfloat16_learns_as_float32_does_and_keeps_float32(dataset: Dataset, tmp
     assert half.lineage.hardware == "cpu, bfloat16"
 
 
+@pytest.mark.slow
 def test_bfloat16_run_resumes_in_the_same_bits_and_on_no_other_hardware(dataset: Dataset, tmp_path: Path) -> None:
     undisturbed = run(dataset, tmp_path / "undisturbed", HALF)
     for name in ("same", "other"):

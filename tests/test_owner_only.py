@@ -174,6 +174,7 @@ def test_server_that_refuses_is_not_waited_for(refusing: str, tmp_path: Path):
         process.kill()
 
 
+@pytest.mark.slow
 def test_server_that_refuses_is_named(refusing: str, root: Path):
     command = [*FERRY, "-w", str(root), "serve"]
     told = subprocess.run(command, env=clean_environment() | {"PREFECT_API_URL": refusing}, capture_output=True, text=True)

@@ -130,7 +130,7 @@ def test_captions_read_alike(exported, factory, caption):
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"junk"])
 def test_damaged_graph_not_loaded(exported, damage):
-    with pytest.raises(DeviceError, match="does not load the model"):
+    with pytest.raises(DeviceError, match=r"does not load the model|is no ONNX file"):
         sampler.open_model(damage, (exported.folder / "weights.bin").read_bytes(), table(exported))
 
 
@@ -140,7 +140,7 @@ def test_graph_opens_no_other_file(exported, tmp_path, monkeypatch):
     weights = (exported.folder / "weights.bin").read_bytes()
     graph = (exported.folder / "graph.onnx").read_bytes().replace(b"weights.bin", b"secrets.bin")
     (tmp_path / "secrets.bin").write_bytes(weights)
-    with pytest.raises(DeviceError, match=r"does not load the model.*secrets\.bin"):
+    with pytest.raises(DeviceError, match=r"names the file 'secrets\.bin'; it is not given any"):
         sampler.open_model(graph, weights, table(exported))
 
 
