@@ -261,8 +261,7 @@ class Field:
     def copy(self, folder: Path) -> Field:
         """The same, to be changed at will."""
         shutil.copytree(self.folder, folder)
-        keys = shutil.copytree(self.repository.keys.folder, folder / "keys", dirs_exist_ok=True)  # a rotation changes the ring
-        repository = Repository(folder / "repository", KeyRing(keys))
+        repository = Repository(folder / "repository", self.repository.keys)
         device = Device(folder / "device")
         device.configure(repository=str(repository.folder), reports=str(folder / "reports"))
         return Field(folder, repository, device)

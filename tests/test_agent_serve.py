@@ -22,6 +22,7 @@ from ota.agent import child, serve, variants
 from ota.agent.serve import Service
 from ota.errors import OperatorError
 from ota.release.bundle import Bundle
+from tests.conftest import few
 from tests.fleet_kit import Device, Field, publish
 
 pytest_plugins = ["tests.fleet_kit"]
@@ -281,6 +282,35 @@ def test_socket_is_for_owner_and_group(device, tmp_path):
     assert not (tmp_path / "agent.sock").exists()
 
 
+def test_refusal_is_heard_by_a_caller_that_still_sends(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "LAST_WORDS", 60.0)
+    with serving(device, tmp_path) as client:
+        connection = client._connect()
+        connection.connect()
+        assert connection.sock
+        with connection.sock as link:
+            link.sendall(b"POST /generate HTTP/1.1\r\nOrigin: https://evil.example\r\nContent-Length: 2\r\n\r\n")
+            link.recv(1, socket.MSG_PEEK)  # it has been refused by now
+            link.sendall(b"{")
+            link.sendall(b"}")  # where the server has closed it, this breaks
+            assert link.recv(4096).startswith(b"HTTP/1.1 403 ")
+
+
+def test_caller_that_is_refused_holds_no_place(client, monkeypatch):
+    monkeypatch.setattr(serve, "LAST_WORDS", 0.01)
+    links = []
+    for _ in range(2 * serve.MAX_AT_ONCE):
+        connection = client._connect()
+        connection.connect()
+        assert connection.sock
+        links.append(connection.sock)
+        links[-1].sendall(b"POST /generate HTTP/1.1\r\nHost: evil\r\nContent-Length: 2\r\n\r\n")
+    assert {link.recv(12) for link in links} <= {b"HTTP/1.1 421", b"HTTP/1.1 503"}
+    until(lambda: client.draw()[0] == 200)
+    for link in links:
+        link.close()
+
+
 def test_socket_of_killed_service_is_taken_over(device, tmp_path):
     path = tmp_path / "agent.sock"
     with socket.socket(socket.AF_UNIX) as left:
@@ -396,7 +426,7 @@ def test_rollback_is_followed(updated: Field, bundles: dict[str, Bundle]):
         assert client.draw()[0] == 200
 
 
-@pytest.mark.parametrize("role", ["weights", "graph", "sampler"])
+@pytest.mark.parametrize("role", few(["weights", "graph", "sampler"], 1))
 def test_damaged_bundle_lets_the_one_before_draw(updated: Field, bundles: dict[str, Bundle], role):
     updated.device.file(role).write_bytes(b"damaged")
     with serving(updated.device) as client:

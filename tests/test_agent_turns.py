@@ -119,7 +119,7 @@ def drawn(device: Device, folder: Path, caption: str) -> bytes:
     return (folder / f"{caption}.png").read_bytes()
 
 
-@pytest.mark.parametrize("turned", few(TURNS, 3), indirect=True)
+@pytest.mark.parametrize("turned", few(TURNS, 2), indirect=True)
 def test_bundle_before_draws_what_the_one_that_runs_cannot(turned, tmp_path, caplog):
     field, sentence = turned
     assert drawn(field.device, tmp_path, "bar").startswith(PNG)
@@ -132,7 +132,7 @@ def test_bundle_before_draws_what_the_one_that_runs_cannot(turned, tmp_path, cap
     assert field.device.sound
 
 
-@pytest.mark.parametrize("turned", few([name for name in TURNS if TURNS[name][2]], 2), indirect=True)
+@pytest.mark.parametrize("turned", few([name for name in TURNS if TURNS[name][2]], 1), indirect=True)
 def test_endpoint_lets_the_bundle_before_draw_what_the_one_that_runs_cannot(turned, monkeypatch):
     field, _ = turned
     monkeypatch.setattr(serve, "LONGEST_REST", 1e6)

@@ -536,7 +536,7 @@ def taken_back(field: Field, bundles: dict[str, Bundle], why: str) -> None:
     stand_still(field)
 
 
-@pytest.mark.parametrize("how", ["generate", "update"])
+@pytest.mark.parametrize("how", few(["generate", "update"], 1))
 def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how, caplog):
     # That is the device's fault, so the bundle is not condemned for it.
     device = on_trial(updated)
@@ -601,6 +601,7 @@ def test_lost_measurements_stop_no_image(updated):
     assert updater.generate(device.home, "", 0)[1]["good"]
 
 
+@pytest.mark.slow
 def test_bundle_damaged_at_each_trial_is_refused_in_the_end(offered, bundles, monkeypatch):
     real = Home.save
 

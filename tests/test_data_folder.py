@@ -203,7 +203,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", list(HOSTILE))
+@pytest.mark.parametrize("what", few(HOSTILE, 20))
 def test_what_no_revision_can_hold_is_refused_by_name(root: Path, what: str) -> None:
     make, says = HOSTILE[what]
     make(root / DATA)

@@ -120,7 +120,7 @@ INPUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["itself", "hard link", "link", "through a folder's link"])
+@pytest.mark.parametrize("how", few(["itself", "hard link", "link", "through a folder's link"], 2))
 @pytest.mark.parametrize(("arguments", "given"), INPUTS, ids=lambda value: value[0])
 def test_input_is_no_output_whatever_its_name(patched, monkeypatch, arguments, given, how):
     monkeypatch.chdir(patched)
@@ -371,7 +371,9 @@ def test_base_that_changes_makes_no_wrong_file(patched, monkeypatch, change):
 # Names
 
 
-@pytest.mark.parametrize("name", [b"two\nlines", b"\xff\xfe", b"-o", b"-", b"--help", b" ", b"\xc3\xa4", b"\x1b[31m"], ids=repr)
+@pytest.mark.parametrize(
+    "name", few([b"two\nlines", b"\xff\xfe", b"-o", b"-", b"--help", b" ", b"\xc3\xa4", b"\x1b[31m"], 4), ids=repr
+)
 def test_any_name_will_do(pair, monkeypatch, name):
     monkeypatch.chdir(pair)
     named = f"./{os.fsdecode(name)}"
@@ -492,7 +494,7 @@ def test_what_another_apply_left_is_not_touched(patched, decoded, other):
     assert left.read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ["link", "link to nothing", "hard link", "pipe", "folder", "socket", "another's"])
+@pytest.mark.parametrize("kind", few(["link", "link to nothing", "hard link", "pipe", "folder", "socket", "another's"], 4))
 def test_what_is_planted_in_its_place_is_neither_followed_nor_used(patched, monkeypatch, kind):
     monkeypatch.chdir(patched)
     left = killed(patched)

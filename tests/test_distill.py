@@ -98,6 +98,7 @@ def test_each_process_teaches_its_own_rows_as_one_would_teach_all(
     assert taught == [(2 if guidance else 1) * OPTIONS.batch // 2] * 4  # two of the teacher's steps in each of two steps
 
 
+@pytest.mark.slow
 def test_student_draws_nearer_to_the_teacher_than_the_teacher_in_as_many_steps(
     student: Checkpoint, teacher: Network, dataset: Dataset
 ) -> None:

@@ -92,7 +92,7 @@ VARIABLES: dict[str, str] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", few(["all of them", *VARIABLES], 12))
+@pytest.mark.parametrize("name", few(["all of them", *VARIABLES], 6))
 def test_variables_lead_into_no_other_repository(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for variable in VARIABLES if name == "all of them" else [name]:
         monkeypatch.setenv(variable, VARIABLES[variable].format(other=other, root=root))
@@ -195,7 +195,7 @@ AROUND: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("what", few(AROUND, 6))
+@pytest.mark.parametrize("what", few(AROUND, 3))
 def test_settings_do_not_stop_a_revision(root: Path, what: str) -> None:
     AROUND[what](root)
     ferry(root, "add", "shapes", "-m", "second")

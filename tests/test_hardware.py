@@ -20,6 +20,7 @@ from model.network import Network
 from model.scorecard import Lineage
 from model.train import CURVE, RESUME, WEIGHTS, Checkpoint, Ranks, TrainOptions, load_checkpoint, train
 from model.watch import Figures, Watcher
+from tests.conftest import few
 
 from .conftest import CONFIG, VERSION
 
@@ -49,7 +50,7 @@ def run(dataset: Dataset, folder: Path, hardware: Hardware, router: str = "exper
     return train(config, dataset, VERSION, OPTIONS, folder, hardware=hardware, watcher=watcher)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", few(ROUTERS, 1))
 def test_bfloat16_learns_as_float32_does_and_keeps_float32(dataset: Dataset, tmp_path: Path, router: str) -> None:
     whole, half = (run(dataset, tmp_path / str(h.autocast), h, router) for h in (Hardware(), HALF))
     assert losses(half) == pytest.approx(losses(whole), rel=0.03)

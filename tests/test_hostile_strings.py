@@ -28,7 +28,7 @@ from ota.delta.format import Header
 from ota.errors import FaultError, GateError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
 from ota.manifest import Document, Manifest, Origin, Policy, Reference, SamplerTable, SignedReport, parse
 from ota.release.bundle import Bundle
-from ota.release.keys import ROLES, create
+from ota.release.keys import ROLES, KeyRing, create
 from ota.release.repository import Repository
 from tests.conftest import few
 from tests.fleet_kit import (
@@ -108,7 +108,7 @@ def rename_hash(repository: Repository, role: str, value: str) -> None:
     change_role(repository, role, change)
 
 
-@pytest.mark.parametrize("value", few(SIGNED, 5), ids=named)
+@pytest.mark.parametrize("value", few(SIGNED, 3), ids=named)
 def test_hash_of_a_delta_is_no_path(offered, bundles, value):
     # The critical one: a thief of `deltas` named a path in place of a hash, and what lay there was removed or written to.
     rename_hash(offered.repository, "deltas", value)
@@ -163,7 +163,7 @@ def test_signed_number_is_a_number(offered, field, value):
     assert isinstance(refused(offered), InvalidError)
 
 
-@pytest.mark.parametrize("name", few(["root", "timestamp", "snapshot", "targets", "models", "rollout", *SIGNED], 4), ids=named)
+@pytest.mark.parametrize("name", few(["root", "timestamp", "snapshot", "targets", "models", "rollout", *SIGNED], 2), ids=named)
 def test_role_named_by_a_thief_is_not_kept(offered, bundles, name):
     # A thief of `deltas` delegates to a role of any name. python-tuf keeps a role's file under its name in the cache, and what
     # lies there under "root" or "models" becomes a mark.
@@ -211,7 +211,7 @@ def test_role_named_by_a_thief_is_not_kept(offered, bundles, name):
     assert offered.device.active == bundles["second"].manifest.digest
 
 
-@pytest.mark.parametrize("value", few(SIGNED, 4), ids=named)
+@pytest.mark.parametrize("value", few(SIGNED, 2), ids=named)
 def test_name_in_the_snapshot_is_no_path(offered, bundles, value):
     def change(signed: Any) -> None:
         signed.meta[f"{value}.json"] = MetaFile(7, 10**12, {"sha256": value})
@@ -528,7 +528,7 @@ def test_floor_takes_away_what_a_thiefs_bundle_claims(keys, bundles: dict[str, B
     assert devices[1].active == bundles["second"].manifest.digest
 
 
-@pytest.mark.parametrize("number", [2, 2**53])
+@pytest.mark.parametrize("number", few([2, 2**53], 1))
 def test_rotation_takes_away_what_a_thiefs_bundle_brought_about(bundles: dict[str, Bundle], tmp_path, number):
     # Under a release number beyond all that the factory will ever reach, no floor could help. What the device saw is the thief's
     # copy of the repository; the factory's own goes on from before the theft, with new keys.
@@ -563,6 +563,7 @@ def test_rotation_takes_away_what_a_thiefs_bundle_brought_about(bundles: dict[st
 
 def rotate_models(repository: Repository) -> None:
     """What `ferry trust rotate` does with the online keys, by the offline ones."""
+    repository.keys = KeyRing(shutil.copytree(repository.keys.folder, repository.folder.parent / "keys"))  # others use it too
     ring = create(repository.folder.parent / "fresh-keys")
     fresh = {role: list(ring.keys[role]) for role in ("models", "deltas", "rollout", "snapshot", "timestamp")}
     signers = [s for role in ROLES for s in (*repository.keys.usable(role), *ring.usable(role))]

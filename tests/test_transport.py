@@ -18,6 +18,7 @@ from ota.agent import doctor, reports, transport, updater
 from ota.agent.disk import Disk
 from ota.agent.transport import Folder, NotFoundError, Web, at_most, connect, download, read_small
 from ota.errors import TransferError, TrustError
+from tests.conftest import few
 from tests.fleet_kit import Field
 
 pytest_plugins = ("tests.fleet_kit",)
@@ -107,7 +108,7 @@ DRIPS = {
 }
 
 
-@pytest.mark.parametrize("what", DRIPS)
+@pytest.mark.parametrize("what", few(DRIPS, 6))
 def test_dripping_server_is_left_at_the_deadline(what, monkeypatch):
     monkeypatch.setattr(transport, "GAP_TIMEOUT", 1.0)
     with Dripper(*DRIPS[what]) as server:

@@ -24,6 +24,8 @@ from tests.conftest import write_images
 from tests.fleet_kit import Device
 from tests.test_flows import settings
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = """
 schema = 1
 
@@ -108,7 +110,6 @@ def retrain(workspace: Workspace) -> list[dict[str, Any]]:
     return flow(str(workspace.root), "shapes")
 
 
-@pytest.mark.slow
 def test_student_without_a_teacher_waits(workspace: Workspace):
     rows = retrain(workspace)  # no model of 60 steps covers everything
     assert [(row["subject"], row["outcome"]) for row in rows] == [
@@ -166,7 +167,6 @@ def test_device_runs_the_variants_of_its_class(workspace: Workspace, tmp_path: P
     assert pictures["dev"] != pictures["fast"]
 
 
-@pytest.mark.slow
 def test_changed_guidance_is_taught_anew(workspace: Workspace):
     before = champion(workspace, "full")
     with settings(workspace, "steps = 6\n", "steps = 6\nguidance = 4.0\n"):
@@ -185,7 +185,6 @@ def test_budget_of_a_class_is_for_what_it_runs(workspace: Workspace):
     assert line.combinations() == [("I", "full"), ("I", "dev"), ("I", "fast")]
 
 
-@pytest.mark.slow
 def test_champion_of_another_tier_teaches_nobody(workspace: Workspace):
     small = (("steps = 60", "steps = 1"), ("coverage = 0.0", "coverage = 1.0"))
     with settings(workspace, 'tier = "test"', 'tier = "nano"'), settings(workspace, *small[0]), settings(workspace, *small[1]):
@@ -193,7 +192,6 @@ def test_champion_of_another_tier_teaches_nobody(workspace: Workspace):
     assert [row["outcome"] for row in rows] == ["refuse", "no teacher", "no teacher"]
 
 
-@pytest.mark.slow
 def test_student_goes_on_from_the_student_before_and_if_that_fails_from_its_teacher(workspace: Workspace):
     write_images(workspace.root / "data/shapes", 120, seed=1, dim=True)
     versions.add(workspace.root, "data/shapes", "shapes", "dimmer light")

@@ -222,10 +222,12 @@ def nothing_in_it(place: Path) -> None:
 
 @pytest.mark.parametrize(
     "damaged",
-    [
-        other_bytes, one_more, one_less, renamed, link_with_right_bytes, linked_folder_with_right_bytes, link_in_its_place, link_to_nowhere,
-        pipe, pipe_for_a_file, a_file, nothing_in_it,
-    ],
+    few(
+        [
+            other_bytes, one_more, one_less, renamed, link_with_right_bytes, linked_folder_with_right_bytes, link_in_its_place, link_to_nowhere,
+            pipe, pipe_for_a_file, a_file, nothing_in_it,
+        ], 4,
+    ),
 )  # fmt: skip
 def test_delivered_before_is_verified_again(
     root: Path, version: DataVersion, tmp_path: Path, damaged: Callable[[Path], None]

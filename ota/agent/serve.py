@@ -60,6 +60,7 @@ ENOUGH = 20  # of them that say more than a benchmark of once
 MAX_BODY = 4096  # bytes of a request
 MAX_AT_ONCE = 16  # requests; one draws, the others wait
 READ_TIMEOUT = 10.0  # seconds for a request to arrive
+LAST_WORDS = 1.0  # seconds for the rest of one that is refused
 LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 log = logging.getLogger(__name__)
@@ -414,6 +415,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # the rest of the request may still be on its way
         retry = {"Retry-After": "5"} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
         self._send(status, "application/json", json.dumps({"error": sentence}).encode(), retry | {"Connection": "close"})
+        self._hear_out()
+
+    def _hear_out(self) -> None:
+        """Take what the caller still sends: closed at once, the connection would break before the answer is read."""
+        until, left = time.monotonic() + LAST_WORDS, MAX_BODY
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while left > 0 and (wait := until - time.monotonic()) > 0:
+                self.connection.settimeout(wait)
+                piece = self.connection.recv(left)
+                if not piece:
+                    return
+                left -= len(piece)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
