@@ -266,7 +266,8 @@ def without_rights() -> None:
         ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; what a user of no rights cannot do, and need not
 
 
-@pytest.mark.parametrize("name", few(["dim-000.png", METADATA, "deep", "."], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dim-000.png", METADATA, "deep", "."])
 def test_what_cannot_be_read_is_named(root: Path, name: str) -> None:
     """It is neither passed over nor left to a traceback."""
     file("deep/er/a.png")(root / DATA)
