@@ -64,10 +64,11 @@ $(VENV)/.postgres: $(VENV)/.installed
 test-servers: $(VENV)/.postgres ## the same loop on Prefect's and MLflow's servers, PostgreSQL (where installed) and S3; minutes
 	$(BIN)/python -m pytest -m servers tests/test_servers.py
 
+ATTACKS := agent_attacks agent_crash agent_graph agent_turns agent_update catalog data_folder delta delta_safety fleet flows git \
+  hostile_strings ledger owner_only promotion release transport trust_drills
 .PHONY: attacks
-attacks: install wheelhouse ## the threat list: a test for each row, which ends with what did not change
-	$(PYTEST) tests/test_agent_attacks.py tests/test_agent_update.py tests/test_agent_crash.py tests/test_trust_drills.py tests/test_fleet.py \
-	  tests/test_delta.py tests/test_hostile_strings.py tests/test_transport.py tests/test_agent_graph.py tests/test_agent_turns.py
+attacks: install wheelhouse ## the threat list with all its inputs: a test for each row, which ends with what did not change; ten minutes
+	$(PYTEST) -m "not servers and not chaos and not crash" $(ATTACKS:%=tests/test_%.py)
 
 .PHONY: crash-states
 crash-states: install ## every state that a power cut can leave of an agent's directory, ten minutes (CRASH=all goes on from each)
