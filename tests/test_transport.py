@@ -255,9 +255,21 @@ def test_bytes_that_arrive_earn_time(tmp_path):
 def test_downloads_of_an_update_end_after_an_hour_together(offered: Field, monkeypatch):
     # However fast it arrives: meanwhile no halt would reach the device, and nobody could take the lock.
     before = offered.device.facts(marks=False)
+    pieces, gone_on = Folder._pieces, threading.Event()
+
+    def slow(self: Folder, name: str, offset: int) -> Iterator[bytes]:
+        if name.startswith(("objects/", "targets/deltas/")):  # else all could arrive before anybody looks at the clock
+            gone_on.wait()
+        yield from pieces(self, name, offset)
+
     with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Folder, "_pieces", slow)
+        meanwhile.setattr(transport, "DEADLINE_FLOOR", 2 * PATIENCE)
         meanwhile.setattr(updater, "FETCH_SECONDS", 0.0)
         error = ends(offered.device.update)
+    gone_on.set()
+    for thread in transport._left_behind.values():
+        thread.join(PATIENCE)
     assert isinstance(error, TransferError)
     assert offered.device.facts(marks=False) == before
     monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
