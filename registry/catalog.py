@@ -614,8 +614,12 @@ class Catalog:
         """The run of a registration of this scorecard that was cut off, or else of the training that waits for its first."""
         for tag, value in (("scorecard.sha256", card.sha256), ("lineage.sha256", lineage.sha256)):
             for run in self._client.search_runs([experiment], f"tags.`{tag}` = '{value}'"):
-                if run.data.tags.get("scorecard.sha256", card.sha256) == card.sha256:
-                    return str(run.info.run_id)
+                run_id = str(run.info.run_id)
+                # Tags are anybody's: a run that has a version already holds files that are sealed.
+                if run.data.tags.get("scorecard.sha256", card.sha256) == card.sha256 and not self._client.search_model_versions(
+                    f"run_id = '{run_id}'"
+                ):
+                    return run_id
         return None
 
     def _reopen(self, run_id: str, tags: dict[str, str]) -> None:
@@ -668,12 +672,26 @@ def _check_place(client: MlflowClient, run_id: str) -> None:
     """See that what is written into a run's folder stays there: others may have put something in the way, such as a link to a key.
 
     Raises:
-        StoreError: there is a link, a file with a second name, or what is neither file nor folder.
+        StoreError: there is a link, a file with a second name, or what is neither file nor folder; or the folder is not the run's own.
     """
-    address = urlsplit(client.get_run(run_id).info.artifact_uri)
-    if address.scheme not in ("", "file"):
-        return  # a server or a bucket writes it
-    place = Path(url2pathname(address.path))
+    told = client.get_run(run_id).info.artifact_uri
+    try:
+        address = urlsplit(told)
+        if address.scheme not in ("", "file"):
+            return  # a server or a bucket writes it
+        place = Path(url2pathname(address.path))
+        own = (
+            place.is_absolute()
+            and place.parts[-2:] == (run_id, "artifacts")
+            and "\0" not in str(place)
+            and ".." not in place.parts
+        )
+    except ValueError:
+        own = False
+    if not own:
+        raise StoreError(
+            f"MLflow names {told!r} as the folder of run {run_id}, which it is not; see who may write to its database"
+        )
     line = place.parent.parent  # LINE/RUN/artifacts; MLflow's view goes below LINE/models
     for path in (line, line / "models", place.parent, place, *place.rglob("*")):
         try:

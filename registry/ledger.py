@@ -164,7 +164,7 @@ class Ledger:
                 except IntegrityError as error:
                     if entry.number == tried:  # nobody else recorded in between, so nobody else is the reason
                         raise StoreError(
-                            f"the database refuses entry {entry.number} of the ledger: {str(error.orig).splitlines()[0]}; look for a trigger, "
+                            f"the database refuses entry {entry.number} of the ledger: {(str(error.orig).splitlines() or ['no reason given'])[0]}; look for a trigger, "
                             "or a row of another table that is in the way"
                         ) from error
                     tried = entry.number

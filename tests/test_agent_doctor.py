@@ -231,6 +231,11 @@ def looked(device: Device, count: int, every: float = 3600, **options: Any) -> t
     return told, stopped.waits
 
 
+@pytest.mark.parametrize("failures", [0, 1, 10, 2000, 10**6])
+def test_pause_is_bounded_however_long_the_link_is_gone(failures):
+    assert 30 < poll.pause(3600.0, failures, 0.5) <= 3600 * 1.25
+
+
 def test_looks_until_stopped(scene: Field, bundles: dict[str, Bundle], step):
     told, waits = looked(scene.device, 2)
     assert [how.reason for how in told] == ["release 1 is installed"]

@@ -20,7 +20,7 @@ import pytest
 
 from ota.agent import child, serve, variants
 from ota.agent.serve import Service
-from ota.errors import OperatorError
+from ota.errors import OperatorError, StateError
 from ota.release.bundle import Bundle
 from tests.conftest import few
 from tests.fleet_kit import Device, Field, publish
@@ -256,6 +256,70 @@ def test_silent_caller_is_given_up(client, monkeypatch):
         link.sendall(b"POST /generate HTTP/1.1\r\n")
         link.settimeout(30)
         assert link.recv(100) == b""
+
+
+def test_dripping_callers_hold_no_place(device, monkeypatch):
+    monkeypatch.setattr(serve, "READ_TIMEOUT", 0.5)
+    stop = threading.Event()
+    with serving(device) as client:
+        links = []
+        for _ in range(serve.MAX_AT_ONCE):
+            connection = client._connect()
+            connection.connect()
+            assert connection.sock
+            links.append(connection.sock)
+
+        def drip() -> None:
+            while not stop.wait(0.1):
+                for link in links:
+                    with suppress(OSError):
+                        link.send(b"G")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            until(lambda: client.ask("GET", "/status")[0] == 200)
+        finally:
+            stop.set()
+            dripping.join()
+            for link in links:
+                link.close()
+
+
+def test_one_connection_is_for_one_request(client):
+    said = client.raw(2 * b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert said.count(b"HTTP/1.1 ") == 1
+
+
+def test_callers_that_wait_keep_nobody_busy(repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "READY_WAIT", 1.0)
+    looks: list[int] = []
+    look = Service._look
+    monkeypatch.setattr(Service, "_look", lambda self: looks.append(1) or look(self))
+    with serving(Device.init(tmp_path / "device", repository)) as client:
+        waiting = [threading.Thread(target=client.draw) for _ in range(4)]
+        for thread in waiting:
+            thread.start()
+        for thread in waiting:
+            thread.join()
+    assert len(looks) < 100
+
+
+def test_state_that_cannot_be_read_keeps_nobody_busy(scene: Field, monkeypatch):
+    looks: list[int] = []
+
+    def refused(_: Service) -> None:
+        looks.append(1)
+        raise StateError("it cannot be read")
+
+    with serving(scene.device) as client:
+        assert client.draw()[0] == 200
+        assert client.service._serving
+        monkeypatch.setattr(Service, "_look", refused)
+        client.service._serving.worker.close()
+        monkeypatch.setattr(serve, "READY_WAIT", 1.0)
+        assert client.draw()[0] == 503
+    assert len(looks) < 100
 
 
 def test_many_callers_are_all_served(client):

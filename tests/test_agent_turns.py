@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,13 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper
 
-from ota.agent import child, serve, updater
-from ota.errors import DeviceError, GateError, OperatorError, UnfinishedError
-from ota.release.bundle import Bundle
-from tests.conftest import few
-from tests.fleet_kit import Device, Field, everyone, name_manifest, name_policy
+from model.export import Export
+from ota.agent import child, sampler, serve, updater
+from ota.errors import BaseError, DeviceError, GateError, OperatorError, UnfinishedError
+from ota.manifest import SamplerTable
+from ota.release.bundle import Bundle, assemble
+from tests.conftest import few, origin
+from tests.fleet_kit import CLASS, LINE, Device, Field, everyone, name_manifest, name_policy, publish
 from tests.test_agent_serve import PNG, serving, until
 
 pytest_plugins = ("tests.fleet_kit",)
@@ -67,6 +73,16 @@ def cut(output: str, axis: int) -> Callable[[str, str], list[NodeProto]]:
     ]
 
 
+def swell(output: str) -> Callable[[str, str], list[NodeProto]]:
+    """The output has a thousand times as many entries along its last two axes: as JSON more than a device can hold."""
+    return lambda good, secret: [
+        _constant("turn_once", TensorProto.INT64, [1, 1, 1]),
+        _constant("turn_often", TensorProto.INT64, [1, 1000, 1000]),
+        helper.make_node("Where", [secret, "turn_often", "turn_once"], ["turn_times"]),
+        helper.make_node("Tile", [good, "turn_times"], [output]),
+    ]
+
+
 def fail(output: str) -> Callable[[str, str], list[NodeProto]]:
     """The output cannot be computed."""
     return lambda good, secret: [
@@ -83,7 +99,10 @@ TURNS: dict[str, tuple[str, Callable[[str, str], list[NodeProto]], str]] = {
     "one image for all": ("v", cut("v", 0), "as velocity"),
     "no result": ("v", fail("v"), "does not run the model"),
     "a load of nothing": ("load", value("load", float("nan")), "is not finite"),
-    "a load without images": ("load", cut("load", 0), ""),
+    "a load without images": ("load", cut("load", 0), "as load"),
+    "a load of other blocks": ("load", cut("load", 1), "other experts"),
+    "a load of other experts": ("load", cut("load", 2), "other experts"),
+    "a load without end": ("load", swell("load"), "other experts"),
 }
 
 
@@ -127,12 +146,12 @@ def test_bundle_before_draws_what_the_one_that_runs_cannot(turned, tmp_path, cap
     state = field.device.state
     assert drawn(field.device, tmp_path, SECRET).startswith(PNG)
     assert sentence in caplog.text
-    assert ("the bundle before draws" in caplog.text) == bool(sentence)
+    assert "the bundle before draws" in caplog.text
     assert field.device.state == state
     assert field.device.sound
 
 
-@pytest.mark.parametrize("turned", few([name for name in TURNS if TURNS[name][2]], 1), indirect=True)
+@pytest.mark.parametrize("turned", few(TURNS, 1), indirect=True)
 def test_endpoint_lets_the_bundle_before_draw_what_the_one_that_runs_cannot(turned, monkeypatch):
     field, _ = turned
     monkeypatch.setattr(serve, "LONGEST_REST", 1e6)
@@ -147,20 +166,6 @@ def test_endpoint_lets_the_bundle_before_draw_what_the_one_that_runs_cannot(turn
         status, headers, body = client.draw(caption=SECRET)
     assert (status, headers["X-Ferry-Bundle"]) == (200, field.device.state.previous)
     assert body.startswith(PNG)
-
-
-@pytest.mark.parametrize(("axis", "load"), few([(1, "blocks"), (2, "experts")], 1))
-def test_bundle_whose_experts_change_is_said_to_stray(scene, bundles, monkeypatch, axis, load):
-    graph = turning(bundles["second"].path("graph").read_bytes(), "load", cut("load", axis))
-    monkeypatch.setattr(serve.variants, "ROUTE_IMAGES", 2)
-    digest = offer(scene, bundles["second"], lambda role: graph if role == "graph" else b"")
-    scene.device.update()
-    with serving(scene.device) as client:
-        for caption in ("bar", SECRET, "disc"):
-            status, headers, _ = client.draw(caption=caption)
-            assert (status, headers["X-Ferry-Bundle"]) == (200, digest), load
-        said = client.status()["strayed"]
-    assert "other experts" in said
 
 
 def test_bundle_with_no_bundle_before_says_what_it_does(scene, bundles, tmp_path):
@@ -188,6 +193,118 @@ def test_killed_process_lets_the_bundle_before_draw(updated, monkeypatch):
     assert asked == [updated.device.active, updated.device.state.previous]
 
 
+@pytest.fixture
+def two(scene: Field, exported: Export, tmp_path: Path) -> Device:
+    """A device that runs a bundle of two variants and has none before it."""
+    dev = shutil.copytree(exported.folder, tmp_path / "dev")
+    table = json.loads((dev / "sampler.json").read_bytes())
+    (dev / "sampler.json").write_text(json.dumps(table | {"variant": "dev"}))
+    given = {"line": LINE, "device_class": CLASS, "tier": "test", "configuration": "I", "precision": "bfloat16"}
+    made = assemble({"full": exported.folder, "dev": dev}, **given, origin=origin(5), out=tmp_path / "out")
+    publish(scene.repository, made)
+    device = Device.init(tmp_path / "two", scene.repository)
+    device.update()
+    assert device.state.previous is None
+    return device
+
+
+def test_variant_that_is_damaged_lets_the_next_one_draw(two, caplog):
+    two.file("sampler", "full").write_bytes(b"damaged")
+    assert updater.generate(two.home, "bar", 0)[0].startswith(PNG)
+    assert "the next one draws" in caplog.text
+    with pytest.raises(BaseError):
+        updater.generate(two.home, "bar", 0, "full")  # who chose it gets no other
+    with serving(two) as client:
+        status, headers, _ = client.draw(caption="bar")
+        assert (status, headers["X-Ferry-Variant"]) == (200, "dev")
+
+
+def test_variant_that_is_stopped_lets_a_cheaper_one_draw_where_no_bundle_is_before(two, monkeypatch):
+    real, asked = child.run, []
+
+    def run(task: str, **request: Any) -> dict[str, Any]:
+        asked.append(request["variant"])
+        if request["variant"] == "full":
+            raise UnfinishedError("the generate process was killed")
+        return real(task, **request)
+
+    monkeypatch.setattr(child, "run", run)
+    assert updater.generate(two.home, "bar", 0)[0].startswith(PNG)
+    assert asked == ["full", "dev"]
+
+
+def test_endpoint_avoids_the_variant_that_a_worker_ended_with(two, monkeypatch):
+    draw, asked = child.Worker.draw, []
+
+    def dying(self: child.Worker, variant: Any, *wish: Any) -> dict[str, Any]:
+        asked.append(variant)
+        if variant == "full" and wish[0]:
+            os.kill(self.pid, signal.SIGKILL)
+        return draw(self, variant, *wish)
+
+    monkeypatch.setattr(child.Worker, "draw", dying)
+    with serving(two) as client:
+        for _ in range(3):
+            status, headers, _ = client.draw(caption="bar")
+            assert (status, headers["X-Ferry-Variant"]) == (200, "dev")
+    assert [variant for variant in asked if variant == "full"] == ["full"] * 2  # once to warm up, once for a caller
+
+
+def test_variant_that_a_caller_chose_puts_no_bundle_to_rest(two, monkeypatch):
+    draw = child.Worker.draw
+
+    def failing(self: child.Worker, variant: Any, *wish: Any) -> dict[str, Any]:
+        if variant == "full":
+            raise DeviceError("it fails")
+        return draw(self, variant, *wish)
+
+    monkeypatch.setattr(child.Worker, "draw", failing)
+    with serving(two) as client:
+        for _ in range(2 * serve.FAILURES):
+            assert client.draw(caption="bar", variant="full")[0] == 503
+        assert client.service._failures == {}
+        assert client.draw(caption="bar")[0] == 200
+
+
+def test_want_of_memory_in_a_worker_that_lives_on_is_counted(updated, monkeypatch):
+    draw, active = child.Worker.draw, updated.device.active
+
+    def wanting(self: child.Worker, variant: Any, caption: str, seed: int) -> dict[str, Any]:
+        if caption and self.digest == active:
+            raise UnfinishedError("the serve process has not enough memory; free some and try again")
+        return draw(self, variant, caption, seed)
+
+    monkeypatch.setattr(child.Worker, "draw", wanting)
+    monkeypatch.setattr(serve, "LONGEST_REST", 1e6)
+    monkeypatch.setattr(serve, "FAILURES", 2)
+    with serving(updated.device) as client:
+        assert client.draw(caption="bar")[0] == 503
+        until(lambda: client.status()["serving"] == updated.device.state.previous)
+        assert client.draw(caption="bar")[0] == 200
+
+
+@pytest.mark.parametrize(("took", "least"), [(0.0, 60.0), (300.0, 3000.0)])
+def test_rest_grows_and_ends(scene, took, least):
+    service = serve.Service(scene.device.home)
+    for _ in range(3000):
+        service._failed("x", took)
+    rest = service._rests["x"] - time.monotonic()
+    assert 0.9 * least < rest <= least
+
+
+@pytest.mark.parametrize(
+    "text", ["[ONNXRuntimeError] : 1 : FAIL : Failed to allocate memory for requested buffer of size 9", "std::bad_alloc"]
+)
+def test_want_of_memory_that_the_runtime_writes_of_is_no_fault_of_the_model(exported, text):
+    class Session:
+        def run(self, *_: Any) -> Any:
+            raise RuntimeError(text)
+
+    made = sampler.Model(Session(), SamplerTable.model_validate_json((exported.folder / "sampler.json").read_bytes()))
+    with pytest.raises(MemoryError):
+        made.generate(made.encode("bar"), [0])
+
+
 def test_wish_that_nothing_can_draw_is_not_asked_of_the_bundle_before(updated, monkeypatch):
     asked = []
     monkeypatch.setattr(child, "run", lambda *_, **request: asked.append(request["digest"]))
@@ -196,7 +313,7 @@ def test_wish_that_nothing_can_draw_is_not_asked_of_the_bundle_before(updated, m
     assert asked == []
 
 
-@pytest.mark.parametrize("turn", few([name for name in TURNS if TURNS[name][2]], 2))
+@pytest.mark.parametrize("turn", few(TURNS, 2))
 def test_bundle_that_is_bad_from_the_beginning_is_refused(scene, bundles, turn):
     output, change, _ = TURNS[turn]
     graph = turning(bundles["second"].path("graph").read_bytes(), output, lambda good, secret: [

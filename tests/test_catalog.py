@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import socket
+import sqlite3
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -452,3 +453,35 @@ def test_nothing_is_written_through_what_others_planted(catalog, checkpoint, exp
 
 def run_place(catalog: Catalog, run_id: str) -> str:
     return str(catalog._client.get_run(run_id).info.artifact_uri).removeprefix("file://")
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["{other}", "http://[", "file:///tmp/x%00/{run}/artifacts", "file:///a/../{run}/artifacts", "relative/{run}/artifacts", ""],
+)
+def test_folder_that_mlflow_names_for_a_run_is_the_runs_own(catalog, versions, checkpoint, exported, where, tmp_path):
+    """Who writes to MLflow's database could else have a registration overwrite the champion's files."""
+    subject = SUBJECT.model_copy(update={"line": "elsewhere"})
+    training = catalog.open_training(subject, tmp_path.name)
+    training.finish(checkpoint.lineage.sha256)
+    champion = Path(run_place(catalog, versions[0].run_id))
+    before = {path: path.read_bytes() for path in champion.rglob("*") if path.is_file()}
+    told = where.format(other=champion.as_uri(), run=training.run_id)
+    database = catalog._uri.removeprefix("sqlite:///")
+    with sqlite3.connect(database) as raw:
+        raw.execute("update runs set artifact_uri = ? where run_uuid = ?", [told, training.run_id])
+    one = card(11, checkpoint, exported)
+    with pytest.raises(StoreError):
+        catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+    assert {path: path.read_bytes() for path in champion.rglob("*") if path.is_file()} == before
+    catalog._client.delete_run(training.run_id)
+
+
+def test_run_that_has_a_version_is_not_written_to_again(catalog, checkpoint, exported):
+    subject = SUBJECT.model_copy(update={"line": "again"})
+    one, other = card(12, checkpoint, exported), card(13, checkpoint, exported)
+    made = catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+    catalog._client.delete_tag(made.run_id, "scorecard.sha256")  # what anybody can do
+    catalog._client.set_tag(made.run_id, "lineage.sha256", checkpoint.lineage.sha256)
+    again = catalog.register(subject, checkpoint.lineage, other, decision(other), checkpoint.folder, exported.folder, {}, [])
+    assert again.run_id != made.run_id

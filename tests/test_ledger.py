@@ -383,9 +383,10 @@ def test_unreachable_database_is_one_sentence(ring: KeyRing, tmp_path: Path):
         Ledger("sqlite:////nowhere/at/all/ferry.db", ring, tmp_path / "seen")
 
 
-def test_database_that_refuses_an_entry_is_said_to(ledger: Ledger, database: Path):
+@pytest.mark.parametrize(("said", "shown"), [("not today", "not today"), ("", "no reason given")])
+def test_database_that_refuses_an_entry_is_said_to(ledger: Ledger, database: Path, said: str, shown: str):
     three_entries(ledger)
-    edit(database, "create trigger no before insert on ledger_entries begin select raise(abort, 'not today'); end")
-    with pytest.raises(StoreError, match="the database refuses entry 4 of the ledger: not today"):
+    edit(database, f"create trigger no before insert on ledger_entries begin select raise(abort, '{said}'); end")
+    with pytest.raises(StoreError, match=f"the database refuses entry 4 of the ledger: {shown}"):
         three_entries(ledger)
     assert len(ledger.entries()) == 3

@@ -151,7 +151,14 @@ def test_release_number_that_no_ferry_gave_is_said(repository, bundles, number):
     assert first.seq == 1
 
 
-@pytest.mark.parametrize("custom", [{"ledger": "../x"}, {"version": "\x1b[2J"}, {"more": 1}, {"floor": []}])
+def test_floor_that_no_ferry_gave_is_not_signed_on(repository, bundles):
+    release(repository, bundles["first"])
+    name_manifest(repository, bundles["first"].manifest, 1, **{**TOLD, "floor": 2**53})
+    with pytest.raises(OperatorError, match="run `ferry trust rotate models`"):
+        release(repository, bundles["second"])
+
+
+@pytest.mark.parametrize("custom", [{"ledger": "../x"}, {"version": "\x1b[2J"}, {"more": 1}, {"floor": []}, {"floor": 2**53 + 1}])
 def test_release_that_no_ferry_wrote_is_said(repository, bundles, custom):
     release(repository, bundles["first"])
     name_manifest(repository, bundles["first"].manifest, 1, **{**TOLD, **custom})

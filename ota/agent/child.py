@@ -42,6 +42,7 @@ from ota.manifest import Role, VariantName
 MEMORY = 4 * 1024**3  # bytes of address space; ONNX Runtime maps far more than it uses
 SECONDS = {"apply": 600, "try": 300, "generate": 300}  # of wall time; twice that in CPU time, for two cores
 PR_SET_PDEATHSIG = 1
+MAX_ANSWER = 4 * 1024**2  # bytes, of which an image of the largest size has a twentieth
 GATE_IMAGES = 4  # drawn at once when a bundle is tried
 KNOWN: dict[str, type[OtaError]] = {
     kind.__name__: kind
@@ -139,7 +140,7 @@ class Worker:
 
     def _receive(self, deadline: float) -> bytes:
         """The next line; empty when the child died instead."""
-        line, pipe = b"", self._process.stdout
+        line, pipe = bytearray(), self._process.stdout
         if pipe is None:
             return b""
         poll = select.poll()
@@ -154,7 +155,10 @@ class Worker:
             if not piece:
                 return b""
             line += piece
-        return line
+            if len(line) > MAX_ANSWER:
+                self._process.kill()
+                raise DeviceError("the serve process answers without end and was stopped")
+        return bytes(line)
 
 
 def _words(task: str) -> list[str]:
@@ -294,6 +298,7 @@ def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
     reference = bundle.reference(variant)
     problem = rules.check_runtime(table.runtime.onnxruntime, onnxruntime.__version__)
     model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
+    model.experts = [len(row) for row in reference.load]
 
     try:
         with np.load(io.BytesIO(bundle.read("golden", variant)), allow_pickle=False) as file:
@@ -345,7 +350,9 @@ class Drawing:
         if variant not in self._models:
             bundle = Slot(Path(self._slot), self._digest)
             table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
-            self._models[variant] = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
+            model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
+            model.experts = [len(row) for row in bundle.reference(variant).load]
+            self._models[variant] = model
         model = self._models[variant]
         model.load_sum, model.evaluations = None, 0
         start = time.perf_counter()

@@ -26,7 +26,7 @@ def pause(every: float, failures: int, part: float) -> float:
         failures: of the link in a row.
         part: drawn from [0, 1): devices that looked together will not do so again.
     """
-    wanted = min(every, SOONER * 2.0 ** (failures - 1)) if failures else every
+    wanted = min(every, SOONER * 2.0 ** min(failures - 1, 20)) if failures else every
     return wanted * (0.75 + part / 2)
 
 

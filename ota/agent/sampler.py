@@ -22,6 +22,8 @@ from ota.agent.graph import check_graph
 from ota.errors import DeviceError, OperatorError
 from ota.manifest import WEIGHTS_LOCATION, SamplerTable
 
+NO_MEMORY = ("llocate memory", "bad_alloc", "bad allocation", "out of memory")  # in what ONNX Runtime writes
+
 Floats = npt.NDArray[np.float32]
 Velocity = Callable[[Floats, float, float], Floats]
 
@@ -34,6 +36,8 @@ class Model:
     table: SamplerTable
     load_sum: npt.NDArray[np.float64] | None = None
     evaluations: int = 0
+    experts: list[int] | None = None
+    """How many each block has by the bundle's own reference; None: any."""
 
     def velocity(self, x: Floats, t: float, r: float, ids: npt.NDArray[np.int64]) -> Floats:
         """The network at (x [B, C, R, R], t, r) for captions [B, L]; guided where the table says so."""
@@ -52,15 +56,15 @@ class Model:
         """
         try:
             v, load = self.session.run(["v", "load"], {"x": x, "t": t, "r": r, "ids": ids})
-        except MemoryError:
-            raise  # that is not the model's fault
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise DeviceError(f"ONNX Runtime {ort.__version__} does not run the model: {error}") from error
+            raise _of_the_runtime("does not run the model", error) from error
         # What a graph gives may depend on the caption, so it says nothing that the outputs were right in the trial.
         if not _is_floats(v) or v.dtype != np.float32 or v.shape != x.shape:
             raise DeviceError(f"the model gives {_form(v)} as velocity, not float32 {list(x.shape)}")
-        if not _is_floats(load) or load.ndim != 3:
-            raise DeviceError(f"the model gives {_form(load)} as load, not floats [images][blocks][experts]")
+        if not _is_floats(load) or load.ndim != 3 or len(load) != len(x):
+            raise DeviceError(f"the model gives {_form(load)} as load, not floats [{len(x)}][blocks][experts]")
+        if self.experts is not None and [load.shape[2]] * load.shape[1] != self.experts:
+            raise DeviceError("the model has other experts than its own reference lists")
         if not np.isfinite(load).all():
             raise DeviceError("the load of the model's experts is not finite")
         mean = load.mean(axis=0, dtype=np.float64)
@@ -119,10 +123,15 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
     )
     try:
         return Model(ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]), table)
-    except MemoryError:
-        raise  # that is not the model's fault
     except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise DeviceError(f"ONNX Runtime {ort.__version__} does not load the model: {error}") from error
+        raise _of_the_runtime("does not load the model", error) from error
+
+
+def _of_the_runtime(what: str, error: Exception) -> Exception:
+    """The error for one of ONNX Runtime's: want of memory, of which it only writes, is not the model's fault."""
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+        return MemoryError(str(error))
+    return DeviceError(f"ONNX Runtime {ort.__version__} {what}: {error}")
 
 
 def _is_floats(value: Any) -> bool:

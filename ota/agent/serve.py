@@ -14,6 +14,7 @@ served; the bundle before is. A worker that dies is replaced, and its request dr
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ota.agent import child, measured, reports, rules, variants
-from ota.agent.state import Home
+from ota.agent.state import Home, Slot
 from ota.agent.variants import Figures
 from ota.errors import (
     BaseError,
@@ -55,6 +56,8 @@ READY_WAIT = 20.0  # seconds that a request waits for a bundle to be loaded
 TRIES = 2  # workers that a request is given to before it fails: it may be its own fault that they died
 FAILURES = 3  # of one bundle, without an image between, after which it rests and the bundle before draws
 LONGEST_REST = 60.0  # seconds; the first rest is 2, each is twice as long as the one before
+DEAR = 10  # times what a failure took is the least that a bundle rests: what hangs shall cost a tenth of the time
+AVOIDED = 600.0  # seconds that a variant comes last after it was stopped for its time or memory
 KEPT = 200  # newest durations of a variant's images
 ENOUGH = 20  # of them that say more than a benchmark of once
 MAX_BODY = 4096  # bytes of a request
@@ -112,6 +115,10 @@ class Service:
         self._changed = threading.Condition()
         self._serving: Serving | None = None
         self._failures: dict[str, int] = {}
+        self._took: dict[str, float] = {}
+        """Seconds that a bundle's dearest failure took."""
+        self._avoided: dict[tuple[str, VariantName], float] = {}
+        """Until when variants come last that were stopped for their time or memory."""
         self._rests: dict[str, float] = {}
         """Until when bundles rest that were loaded in vain."""
         self._problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
@@ -129,15 +136,20 @@ class Service:
         rules.check_wish(caption, seed)
         problem: OtaError = self._problem
         for _ in range(TRIES):
-            serving = self._take()
+            serving, began = self._take(), time.monotonic()
             try:
                 return self._draw(serving, caption, seed, variant)
-            except (UnfinishedError, BaseError, StateError) as error:
+            except (DeviceError, ManifestError) as error:
+                # If that goes on, the bundle before draws; a dead worker is counted where it is replaced.
+                took = time.monotonic() - began
+                if not serving.worker.alive:
+                    self._took[serving.digest] = max(took, self._took.get(serving.digest, 0.0))
+                elif variant is None:
+                    self._failed(serving.digest, took)
+                if not isinstance(error, (UnfinishedError, BaseError, StateError)):
+                    raise
                 log.warning("%s", error)
                 problem = error
-            except (DeviceError, ManifestError):  # none of its variants draws this; if that goes on, the bundle before draws
-                self._failed(serving.digest)
-                raise
             finally:
                 self._give_back(serving)
         raise problem
@@ -146,14 +158,18 @@ class Service:
         if wanted and wanted not in serving.references:
             raise OperatorError(f"this bundle has no variant {wanted}; choose one of {', '.join(serving.references)}")
         problem: OtaError | None = None
-        for variant in [wanted] if wanted else serving.chain(self.home):
+        for variant in [wanted] if wanted else self._chain(serving):
             try:
                 answer = serving.worker.draw(variant, caption, seed)
-            except (OperatorError, UnfinishedError):
+            except OperatorError:
+                raise
+            except UnfinishedError:
+                self._avoid(serving, variant, wanted)
                 raise
             except (DeviceError, ManifestError) as error:  # this variant's own fault: the next one stands in
                 problem = error
                 if not serving.worker.alive:
+                    self._avoid(serving, variant, wanted)
                     raise UnfinishedError(str(error)) from error
                 continue
             if not answer["good"]:
@@ -161,16 +177,27 @@ class Service:
                 continue
             with self._changed:
                 self._failures.pop(serving.digest, None)
+                self._took.pop(serving.digest, None)
+                self._avoided.pop((serving.digest, variant), None)
                 if serving.saw(variant, answer["milliseconds"], answer.pop("load")):
                     self._unsaid.append((serving.digest, str(serving.strayed)))
             return base64.b64decode(answer.pop("png")), answer | {"bundle": serving.digest, "variant": variant}
         raise problem or DeviceError("no variant could be drawn; run `ferry-agent doctor`")
 
+    def _chain(self, serving: Serving) -> list[VariantName]:
+        """As `variants.chain`, but those that a worker ended with lately come last: another one may be cheap enough."""
+        now = time.monotonic()
+        return sorted(serving.chain(self.home), key=lambda variant: self._avoided.get((serving.digest, variant), 0.0) > now)
+
+    def _avoid(self, serving: Serving, variant: VariantName, wanted: VariantName | None = None) -> None:
+        if wanted is None:  # what a caller chose says nothing about what the others get
+            self._avoided[serving.digest, variant] = time.monotonic() + AVOIDED
+
     def _take(self) -> Serving:
         until = time.monotonic() + READY_WAIT
         with self._changed:
+            self._changed.notify_all()  # a dead worker is replaced at once
             while self._serving is None or not self._serving.worker.alive:
-                self._changed.notify_all()
                 left = until - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     raise self._problem
@@ -202,11 +229,12 @@ class Service:
     def keep(self, stopped: threading.Event) -> None:
         """See that the right bundle is loaded, until stopped."""
         while not stopped.is_set():
+            looked = True
             try:
                 with own_errors():
                     self._look()
             except OtaError as error:
-                self._problem = error
+                self._problem, looked = error, False
             try:
                 with own_errors():
                     self._say()
@@ -214,7 +242,7 @@ class Service:
                 log.warning("%s", error)
             with self._changed:
                 dead = self._serving is not None and not self._serving.worker.alive
-                if not dead:
+                if not dead or not looked:
                     self._changed.wait(LOOK_EVERY)
         with self._changed:
             if self._serving:
@@ -237,22 +265,26 @@ class Service:
                 continue
             if running and running.digest == digest:
                 return
+            began = time.monotonic()
             try:
                 self._replace(self._load(digest))
             except RoomError:
                 raise
             except (DeviceError, ManifestError) as error:
                 log.warning("bundle %s cannot be served: %s", digest[:12], error)
-                self._failed(digest)
+                self._failed(digest, time.monotonic() - began)
                 self._problem = error
             else:
                 return
 
-    def _failed(self, digest: str) -> None:
+    def _failed(self, digest: str, took: float = 0.0) -> None:
+        """Count a failure of a bundle, which took so many seconds; after some it rests, for longer the more and the dearer they were."""
         with self._changed:
             self._failures[digest] = failures = self._failures.get(digest, 0) + 1
+            self._took[digest] = took = max(took, self._took.get(digest, 0.0))
             if failures >= FAILURES:
-                self._rests[digest] = time.monotonic() + min(LONGEST_REST, 2.0 ** (failures - FAILURES + 1))
+                rest = min(LONGEST_REST, 2.0 ** min(failures - FAILURES + 1, 20))
+                self._rests[digest] = time.monotonic() + max(rest, DEAR * took)
             self._changed.notify_all()
 
     def _load(self, digest: str) -> Serving:
@@ -261,14 +293,28 @@ class Service:
         worker = child.Worker(str(slot.folder), digest)
         try:
             manifest = slot.manifest
-            serving = Serving(
-                digest, worker, manifest.default_variant, {v: slot.reference(v) for v in manifest.variants}, measured.read(self.home, digest)
-            )  # fmt: skip
-            worker.draw(serving.chain(self.home)[0], "", 0)
+            serving = Serving(digest, worker, manifest.default_variant, _references(slot), measured.read(self.home, digest))
+            self._warm(serving)
         except BaseException:
             worker.close()
             raise
         return serving
+
+    def _warm(self, serving: Serving) -> None:
+        problem: OtaError = DeviceError("none of its variants draws")
+        for variant in self._chain(serving):
+            try:
+                if serving.worker.draw(variant, "", 0)["good"]:
+                    return
+            except UnfinishedError:
+                self._avoid(serving, variant)
+                raise
+            except (DeviceError, ManifestError) as error:
+                problem = error
+                if not serving.worker.alive:
+                    self._avoid(serving, variant)
+                    break
+        raise problem
 
     def _replace(self, fresh: Serving | None) -> None:
         with self._changed:
@@ -296,6 +342,24 @@ class Service:
                 return
             except DeviceError as error:
                 log.warning("%s", error)
+
+
+def _references(slot: Slot) -> dict[VariantName, Reference]:
+    """Of the variants whose own can be read; the others are not served.
+
+    Raises:
+        BaseError, ManifestError: none can.
+    """
+    found: dict[VariantName, Reference] = {}
+    problem: OtaError | None = None
+    for variant in slot.manifest.variants:
+        try:
+            found[variant] = slot.reference(variant)
+        except (BaseError, ManifestError) as error:
+            problem = error
+    if problem and not found:
+        raise problem
+    return found
 
 
 # HTTP
@@ -348,10 +412,30 @@ class _Refusal(Exception):  # noqa: N818 - an answer, not a fault
         self.status = status
 
 
+class _Timely(io.RawIOBase):
+    """What a caller sends, until a moment: a byte now and then buys no more time."""
+
+    def __init__(self, connection: socket.socket, until: float) -> None:
+        self._connection, self._until = connection, until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = READ_TIMEOUT
     server_version, sys_version = "ferry-agent", ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_Timely(self.connection, time.monotonic() + READ_TIMEOUT))
 
     @property
     def _mine(self) -> _Server:
@@ -412,10 +496,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(HTTPStatus.MISDIRECTED_REQUEST, f"call this host {min(names)}")
 
     def _fail(self, status: HTTPStatus, sentence: str) -> None:
-        self.close_connection = True  # the rest of the request may still be on its way
         retry = {"Retry-After": "5"} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}
-        self._send(status, "application/json", json.dumps({"error": sentence}).encode(), retry | {"Connection": "close"})
-        self._hear_out()
+        self._send(status, "application/json", json.dumps({"error": sentence}).encode(), retry)
+        self._hear_out()  # the rest of the request may still be on its way
 
     def _hear_out(self) -> None:
         """Take what the caller still sends: closed at once, the connection would break before the answer is read."""
@@ -430,8 +513,11 @@ class _Handler(BaseHTTPRequestHandler):
                 left -= len(piece)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.close_connection = True  # a connection is a place, and each caller gets one for one request
+        self.connection.settimeout(READ_TIMEOUT)
         self.send_response(status)
         for name, value in {
+            "Connection": "close",
             "Content-Type": kind,
             "Content-Length": str(len(body)),
             "Cache-Control": "no-store",

@@ -507,13 +507,15 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
             problem = error
     before = None
     while (state := home.load()) != before:  # an update at work may switch, and take a bundle away that is being read
+        left: dict[str, list[VariantName]] = {}
         for digest in (None if state.trial else state.active, state.previous):
             if digest is None:
                 continue
             if digest != state.active:
                 log.warning("%s; the bundle before draws", problem)
             try:
-                return _draw_somehow(home, digest, caption, seed, variant)
+                left[digest] = _choices(home, digest, variant)
+                return _draw_first(home, digest, caption, seed, left[digest])
             except OperatorError as error:
                 if digest == state.active or state.trial:
                     raise
@@ -522,21 +524,34 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
                 raise
             except (DeviceError, ManifestError) as error:
                 problem = error
+        for digest, choices in left.items():
+            while choices:  # one was stopped for its time or memory, and no other bundle draws: perhaps a cheaper one does
+                log.warning("%s; variant %s draws", problem, choices[0])
+                try:
+                    return _draw_first(home, digest, caption, seed, choices)
+                except (DeviceError, ManifestError) as error:
+                    problem = error
         before = state
     raise problem
 
 
-def _draw_somehow(home: Home, digest: str, caption: str, seed: int, wanted: VariantName | None) -> Drawn:
-    """Draw with the first variant that can; one that was stopped for its time or memory says nothing good of those after it."""
-    *others, last = _choices(home, digest, wanted)
-    for variant in others:
+def _draw_first(home: Home, digest: str, caption: str, seed: int, choices: list[VariantName]) -> Drawn:
+    """Draw with the first variant that can; takes from the list what was tried.
+
+    Raises:
+        UnfinishedError: one was stopped for its time or memory; those after it are left in the list.
+        DeviceError, ManifestError: none can.
+    """
+    while True:
+        variant = choices.pop(0)
         try:
             return _draw(home, digest, caption, seed, variant)
-        except (StateError, BaseError, RoomError, UnfinishedError):
+        except (RoomError, UnfinishedError):
             raise
         except (DeviceError, ManifestError) as error:
+            if not choices:
+                raise
             log.warning("variant %s: %s; the next one draws", variant, error)
-    return _draw(home, digest, caption, seed, last)
 
 
 def _choices(home: Home, digest: str, wanted: VariantName | None) -> list[VariantName]:

@@ -69,7 +69,7 @@ class Release(Document):
     version: int
     full_bytes: int
     revertible: bool
-    floor: int = 0
+    floor: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Of its line and class when it was signed last: no release with a lower number may be installed."""
 
 
@@ -315,9 +315,9 @@ class Repository:
         for entry in manifest.files:
             self._add_object(files / entry.sha256, entry.sha256)
         seq = 1 + max((release.seq for release in known), default=0)
-        if seq > MAX_COUNT:
+        if seq > MAX_COUNT or self.floor(line, device_class) > seq:
             raise OperatorError(
-                f"{line}/{device_class} has a release number that leaves none after it, which no ferry gave; restore the repository, and run "
+                f"{line}/{device_class} has a release number or floor that leaves none after it, which no ferry gave; restore the repository, and run "
                 "`ferry trust rotate models`"
             )
         made = Release(
