@@ -327,7 +327,7 @@ def some(states: list[Any], count: int) -> list[Any]:
     return states if os.environ.get("CRASH") == "all" else random.Random(0).sample(states, min(count, len(states)))
 
 
-@pytest.mark.parametrize("scenario", few(NAMES, 2), indirect=True)
+@pytest.mark.parametrize("scenario", few(NAMES, 1), indirect=True)
 def test_cut_at_any_moment(scenario: Scenario):
     states = list(scenario.distinct(scenario.log, scenario.promised))
     assert len(states) > len(scenario.log.ops) / 2

@@ -177,6 +177,7 @@ def test_only_the_output_changes(patched, monkeypatch, command):
     assert made[2] == (patched / ("patch" if command == "build" else "new")).read_bytes()
 
 
+@pytest.mark.slow
 def test_new_file_has_the_bits_that_the_umask_leaves(patched, monkeypatch):
     monkeypatch.chdir(patched)
     before = os.umask(0o027)

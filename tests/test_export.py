@@ -102,7 +102,7 @@ def test_one_changed_expert_moves_its_range(checkpoint: Checkpoint) -> None:
     assert moved.max() < last.offset + last.length
 
 
-@pytest.mark.parametrize("precision", few(PRECISIONS, 2))
+@pytest.mark.parametrize("precision", few(PRECISIONS, 1))
 @pytest.mark.parametrize("configuration", ["I", "II"])
 @pytest.mark.parametrize(("channels", "router"), [(1, "expert-choice"), (3, "expert-choice"), (1, "token-choice")])
 def test_every_graph_computes_the_network(

@@ -108,7 +108,7 @@ def rename_hash(repository: Repository, role: str, value: str) -> None:
     change_role(repository, role, change)
 
 
-@pytest.mark.parametrize("value", few(SIGNED, 3), ids=named)
+@pytest.mark.parametrize("value", few(SIGNED, 2), ids=named)
 def test_hash_of_a_delta_is_no_path(offered, bundles, value):
     # The critical one: a thief of `deltas` named a path in place of a hash, and what lay there was removed or written to.
     rename_hash(offered.repository, "deltas", value)

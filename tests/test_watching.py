@@ -47,6 +47,7 @@ def run(workspace: Workspace, dataset: Dataset, on_step: Callable[[int], None] =
         return train(CONFIG, dataset, VERSION, OPTIONS, folder, watcher=watcher)
 
 
+@pytest.mark.slow
 def test_killed_training_goes_on_in_its_run_and_logs_nothing_twice(
     workspace: Workspace, dataset: Dataset, unwatched: Checkpoint
 ) -> None:
