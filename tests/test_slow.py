@@ -90,7 +90,7 @@ def test_killed_retraining_goes_on_and_ends_in_the_same_weights(tmp_path: Path):
     first, second = champion_of(killed, SUBJECT), champion_of(undisturbed, SUBJECT)
     assert first is not None
     assert second is not None
-    assert first.number == second.number == 1
+    assert first.version == second.version == 1
     assert first.weights == second.weights
 
 
