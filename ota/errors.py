@@ -10,6 +10,7 @@
     ├── TransferError        the link or the server failed; trying again later is right
     ├── DeviceError          this device cannot do it
     │   ├── RoomError        not enough disk or memory
+    │   │   └── SoftwareError a package that the agent needs is missing or cannot be read
     │   ├── UnfinishedError  a child process was killed, or ran out of time or memory; that proves nothing yet
     │   ├── StateError       the state directory is missing or foreign
     │   │   └── BusyError    another agent holds it
@@ -89,6 +90,10 @@ class DeviceError(OtaError):
 
 class RoomError(DeviceError):
     """Not enough room on the disk, or memory to start a process."""
+
+
+class SoftwareError(RoomError):
+    """The agent's own software could not be loaded, so what it was wanted for was not begun: no bundle is to blame."""
 
 
 class UnfinishedError(DeviceError):

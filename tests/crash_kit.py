@@ -368,10 +368,10 @@ class Recorder:
                 self._written.add(number)
             return descriptor
 
-        def moved(source: Any, target: Any) -> None:
+        def moved(source: Any, target: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
             self.look()
-            real["replace"](source, target)
-            if (parts := self.parts(source)) is not None and (to := self.parts(target)) is not None:
+            real["replace"](source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+            if (parts := self.parts(source, src_dir_fd)) is not None and (to := self.parts(target, dst_dir_fd)) is not None:
                 self.did("move", *self.place(parts), *self.place(to))
 
         def removed(path: Any, *, dir_fd: int | None = None, _call: str = "unlink") -> None:

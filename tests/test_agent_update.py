@@ -31,6 +31,7 @@ from ota.errors import (
     OperatorError,
     OtaError,
     RoomError,
+    SoftwareError,
     StateError,
     TransferError,
     UnfinishedError,
@@ -1225,8 +1226,25 @@ def test_end_of_child_is_told_apart(monkeypatch, fault, error, sentence):
 def test_child_without_memory_is_unfinished():
     code = "import sys; from ota.agent import child; child.TASKS['try'] = lambda slot: bytearray(1 << 62); child.main()"
     done = subprocess.run([sys.executable, "-c", code, "try", str(os.getpid())], input=b'{"slot": "."}', capture_output=True)
-    assert json.loads(done.stdout)["kind"] == "UnfinishedError"
+    assert json.loads(done.stdout.removeprefix(child.READY))["kind"] == "UnfinishedError"
     assert issubclass(child.KNOWN["UnfinishedError"], OtaError)
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "numpy", "pydantic"])
+@pytest.mark.parametrize(
+    "fault", ["raise ImportError('no such thing')", "import os; os._exit(3)", "raise OSError(5, 'Input/output error')"]
+)
+def test_software_that_cannot_be_loaded_condemns_no_bundle(offered, bundles, tmp_path, monkeypatch, package, fault):
+    # The package breaks before the trial: that says nothing about the bundle, and nothing is counted.
+    (tmp_path / "broken" / package).mkdir(parents=True)
+    (tmp_path / "broken" / package / "__init__.py").write_text(fault)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setenv("PYTHONPATH", str(tmp_path / "broken"))
+        with pytest.raises(SoftwareError, match="the agent's software cannot be loaded"):
+            offered.device.update()
+    assert (offered.device.active, offered.device.state.refused, offered.device.state.tries) == (digest(bundles["first"]), {}, {})
+    assert offered.device.update().changed
+    assert offered.device.active == digest(bundles["second"])
 
 
 # A process killed at each step

@@ -34,6 +34,7 @@ from ota.errors import (
     OperatorError,
     OtaError,
     RoomError,
+    SoftwareError,
     StateError,
     UnfinishedError,
 )
@@ -43,6 +44,7 @@ MEMORY = 4 * 1024**3  # bytes of address space; ONNX Runtime maps far more than 
 SECONDS = {"apply": 600, "try": 300, "generate": 300}  # of wall time; twice that in CPU time, for two cores
 PR_SET_PDEATHSIG = 1
 MAX_ANSWER = 4 * 1024**2  # bytes, of which an image of the largest size has a twentieth
+READY = b"ready\n"  # what a child says when all of its software is loaded, before it looks at anything of a stranger
 GATE_IMAGES = 4  # drawn at once when a bundle is tried
 KNOWN: dict[str, type[OtaError]] = {
     kind.__name__: kind
@@ -56,7 +58,7 @@ def run(task: str, **request: Any) -> dict[str, Any]:
     """Run a task in a child process and return its answer.
 
     Raises:
-        RoomError: no process can be started; the task was not begun.
+        RoomError: no process can be started, or its software cannot be loaded; the task was not begun.
         UnfinishedError: the child was killed, or ran out of time or memory, which may be the device's fault this once.
         OtaError: what the task raised; `DeviceError` when the child died in another way.
     """
@@ -90,6 +92,7 @@ class Worker:
         """
         self.digest = digest
         self._lock = threading.Lock()
+        self._ready = False
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child; a pipe that nobody reads would fill up
         try:
             self._process = subprocess.Popen(  # noqa: S603
@@ -119,11 +122,15 @@ class Worker:
         """
         with self._lock:
             self._send({"variant": variant, "caption": caption, "seed": seed})
-            line = self._receive(time.monotonic() + SECONDS["generate"])
+            until = time.monotonic() + SECONDS["generate"]
+            line = self._receive(until)
+            if not self._ready and line.startswith(READY):
+                self._ready = True
+                line = line.removeprefix(READY) or self._receive(until)
         if not line:
             self._said.seek(0)
-            return _answer("serve", self._process.wait(), b"", self._said.read())
-        return _answer("serve", 0, line, b"")
+            return _answer("serve", self._process.wait(), READY if self._ready else b"", self._said.read())
+        return _answer("serve", 0, READY + line, b"")
 
     def close(self) -> None:
         """End it, whatever it is doing."""
@@ -178,8 +185,12 @@ def _answer(task: str, code: int, stdout: bytes, stderr: bytes) -> dict[str, Any
     """What a child said, or the error that its end stands for."""
     if code == -signal.SIGKILL:  # the kernel's when memory or CPU time is short, or somebody else's
         raise UnfinishedError(f"the {task} process was killed, perhaps for want of memory or time; try again")
+    if not stdout.startswith(READY):
+        raise SoftwareError(
+            f"the agent's software cannot be loaded ({_ending(code)}: {_last_line(stderr)}); install deltaferry-agent anew, or check the disk"
+        )
     try:
-        answer: dict[str, Any] = json.loads(stdout)
+        answer: dict[str, Any] = json.loads(stdout.removeprefix(READY))
     except ValueError as error:
         raise DeviceError(f"the {task} process died ({_ending(code)}): {_last_line(stderr)}") from error
     if "error" in answer:
@@ -207,6 +218,9 @@ def main() -> None:
         os._exit(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _load(task)
+    sys.stdout.write(READY.decode())
+    sys.stdout.flush()
     if task == "serve":  # whose parent stops it where it takes too long
         bundle = Drawing(**_at_home(json.loads(sys.stdin.buffer.readline())))
         for line in iter(sys.stdin.buffer.readline, b""):
@@ -215,6 +229,18 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS[task], 2 * SECONDS[task]))
         _say(_done(task, lambda: TASKS[task](**_at_home(json.loads(sys.stdin.buffer.read())))))
     os._exit(0)  # ONNX Runtime's teardown is not worth waiting for, and has been seen to crash
+
+
+def _load(task: str) -> None:
+    """Load all that the task needs: a package that is missing or cannot be read is the device's fault, and shows before a bundle is touched."""
+    if task == "apply":
+        import ota.agent.disk
+        import ota.agent.state
+        import ota.delta
+    else:
+        import ota.agent.rules
+        import ota.agent.sampler
+        import ota.agent.state  # noqa: F401
 
 
 def _at_home(request: dict[str, Any]) -> dict[str, Any]:
@@ -234,6 +260,11 @@ def _done(task: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"kind": type(error).__name__, "error": str(error)}
     except MemoryError:
         return {"kind": "UnfinishedError", "error": f"the {task} process has not enough memory; free some and try again"}
+    except (OSError, ImportError) as error:  # a disk that fails under it, or a package that only now shows that it is damaged
+        return {
+            "kind": "UnfinishedError",
+            "error": f"the {task} process cannot read what it needs ({error}); check the disk and try again",
+        }
 
 
 def _say(answer: dict[str, Any]) -> None:

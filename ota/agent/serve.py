@@ -44,6 +44,7 @@ from ota.errors import (
     OperatorError,
     OtaError,
     RoomError,
+    SoftwareError,
     StateError,
     UnfinishedError,
     own_errors,
@@ -268,9 +269,9 @@ class Service:
             began = time.monotonic()
             try:
                 self._replace(self._load(digest))
-            except RoomError:
-                raise
             except (DeviceError, ManifestError) as error:
+                if isinstance(error, RoomError) and not isinstance(error, SoftwareError):
+                    raise
                 log.warning("bundle %s cannot be served: %s", digest[:12], error)
                 self._failed(digest, time.monotonic() - began)
                 self._problem = error
