@@ -447,7 +447,8 @@ def two_hosts(workspace: Workspace, subject: Subject, tmp_path: Path, database: 
     for root in roots:
         root.mkdir()
         stores = f'[stores]\ndatabase = "{database}"\nmlflow = "sqlite:///{workspace.root}/mlflow.db"\n'
-        shutil.copytree(workspace.root / "keys", root / "keys")  # hosts that share a ledger sign it with one key
+        # Hosts that share a ledger sign it with one key; what each has seen of it is its own.
+        shutil.copytree(workspace.root / "keys", root / "keys", ignore=shutil.ignore_patterns("ledger.seen"))
         (root / "ferry.toml").write_text(f'schema = 1\n{stores}[lines.{subject.line}]\ndata = "data"\n')
     return roots
 

@@ -150,7 +150,7 @@ def postgres() -> Iterator[str]:
     options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
     call("pg_ctl", "start", *place, "--wait", "--timeout", "300", "--log", str(folder / "server.log"), "-o", options)
     try:
-        for database in ("mlflow", "ferry"):
+        for database in ("mlflow", "ferry", "promotions"):  # a ledger is signed by one workspace
             call("createdb", "--host", "127.0.0.1", "--port", str(port), "--username", "ferry", database)
         yield f"postgresql://ferry@127.0.0.1:{port}"
     finally:
@@ -391,8 +391,8 @@ def test_of_two_promotions_at_the_same_moment_one_wins_on_postgres(postgres: str
     create_keys(root / "keys")
     workspace = Workspace(root)
     subject = test_promotion.registered(workspace, "line0")
-    ledger = Ledger(f"{postgres}/ferry", workspace.keys, tmp_path / "seen")
+    ledger = Ledger(f"{postgres}/promotions", workspace.keys, tmp_path / "seen")
     test_promotion.another_first(workspace, subject, ledger)
-    roots = test_promotion.two_hosts(workspace, subject, tmp_path, f"{postgres}/ferry")
+    roots = test_promotion.two_hosts(workspace, subject, tmp_path, f"{postgres}/promotions")
     test_promotion.held_against(workspace, subject, ledger, test_promotion.same_moment(roots, subject))
     ledger.close()
