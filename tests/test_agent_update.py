@@ -1207,9 +1207,10 @@ def test_child_error_keeps_its_kind(scene, tmp_path):
         (subprocess.TimeoutExpired("x", 1), UnfinishedError, "did not end within 300 s"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), RoomError, "cannot start the try process: Cannot allocate memory"),
         (subprocess.CompletedProcess("x", -9, b"", b""), UnfinishedError, "was killed"),
-        (subprocess.CompletedProcess("x", -11, b"", b"oh"), DeviceError, r"died \(signal 11\): oh"),
+        (subprocess.CompletedProcess("x", -11, child.READY, b"oh"), DeviceError, r"died \(signal 11\): oh"),
+        (subprocess.CompletedProcess("x", -11, b"", b"oh"), SoftwareError, r"cannot be loaded \(signal 11: oh\)"),
     ],
-    ids=["timeout", "no memory to fork", "killed", "crashed"],
+    ids=["timeout", "no memory to fork", "killed", "crashed", "crashed before it began"],
 )
 def test_end_of_child_is_told_apart(monkeypatch, fault, error, sentence):
     def run(*_: Any, **__: Any) -> Any:

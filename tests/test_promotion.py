@@ -31,9 +31,9 @@ from registry.seal import Seal
 from registry.selection import Decision, Limits
 from tests.test_slow import FERRY, clean_environment, wait_for
 
-LINES = [f"line{i}" for i in range(36)]  # one for each test that writes
+LINES = [f"line{i}" for i in range(48)]  # one for each test that writes
 SETTINGS = "schema = 1\n" + "".join(
-    f'\n[lines.{name}]\ndata = "data/{name}"\n{"require_approval = true" if i >= 26 else ""}\n' for i, name in enumerate(LINES)
+    f'\n[lines.{name}]\ndata = "data/{name}"\n{"require_approval = true" if i >= 38 else ""}\n' for i, name in enumerate(LINES)
 )
 
 
@@ -52,8 +52,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     made.ledger.close()
 
 
-_free = iter(LINES[:26])
-_approved = iter(LINES[26:])
+_free = iter(LINES[:38])
+_approved = iter(LINES[38:])
 
 
 @pytest.fixture
