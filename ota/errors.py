@@ -93,7 +93,7 @@ class RoomError(DeviceError):
 
 
 class SoftwareError(RoomError):
-    """The agent's own software could not be loaded, so what it was wanted for was not begun: no bundle is to blame."""
+    """The agent's own software cannot be loaded: the task did not begin, and no bundle is to blame."""
 
 
 class UnfinishedError(DeviceError):

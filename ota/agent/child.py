@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import importlib
 import io
 import json
 import os
@@ -43,9 +44,13 @@ from ota.manifest import Role, VariantName
 MEMORY = 4 * 1024**3  # bytes of address space; ONNX Runtime maps far more than it uses
 SECONDS = {"apply": 600, "try": 300, "generate": 300}  # of wall time; twice that in CPU time, for two cores
 PR_SET_PDEATHSIG = 1
-MAX_ANSWER = 4 * 1024**2  # bytes, of which an image of the largest size has a twentieth
+MAX_ANSWER = 4 * 1024**2  # bytes, of which an image of the largest size has a sixtieth
 READY = b"ready\n"  # what a child says when all of its software is loaded, before it looks at anything of a stranger
 GATE_IMAGES = 4  # drawn at once when a bundle is tried
+SOFTWARE = {
+    "apply": ("ota.agent.disk", "ota.agent.state", "ota.delta"),
+    "draw": ("numpy", "onnxruntime", "ota.agent.rules", "ota.agent.sampler", "ota.agent.state"),
+}
 KNOWN: dict[str, type[OtaError]] = {
     kind.__name__: kind
     for kind in (
@@ -232,15 +237,9 @@ def main() -> None:
 
 
 def _load(task: str) -> None:
-    """Load all that the task needs: a package that is missing or cannot be read is the device's fault, and shows before a bundle is touched."""
-    if task == "apply":
-        import ota.agent.disk
-        import ota.agent.state
-        import ota.delta
-    else:
-        import ota.agent.rules
-        import ota.agent.sampler
-        import ota.agent.state  # noqa: F401
+    """Load all that the task needs: a package that is missing or cannot be read shows before a bundle is touched."""
+    for name in SOFTWARE["apply" if task == "apply" else "draw"]:
+        importlib.import_module(name)
 
 
 def _at_home(request: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Model:
     load_sum: npt.NDArray[np.float64] | None = None
     evaluations: int = 0
     experts: list[int] | None = None
-    """How many each block has by the bundle's own reference; None: any."""
+    """Number of experts of each block, as the bundle's own reference lists them; None: not checked."""
 
     def velocity(self, x: Floats, t: float, r: float, ids: npt.NDArray[np.int64]) -> Floats:
         """The network at (x [B, C, R, R], t, r) for captions [B, L]; guided where the table says so."""
@@ -128,7 +128,7 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
 
 
 def _of_the_runtime(what: str, error: Exception) -> Exception:
-    """The error for one of ONNX Runtime's: want of memory, of which it only writes, is not the model's fault."""
+    """Make our error from one of ONNX Runtime's, which reports a lack of memory in its text only; that is not the model's fault."""
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
         return MemoryError(str(error))
     return DeviceError(f"ONNX Runtime {ort.__version__} {what}: {error}")

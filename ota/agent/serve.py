@@ -346,7 +346,7 @@ class Service:
 
 
 def _references(slot: Slot) -> dict[VariantName, Reference]:
-    """Of the variants whose own can be read; the others are not served.
+    """Read the references of a bundle's variants; a variant whose reference cannot be read is not served.
 
     Raises:
         BaseError, ManifestError: none can.
@@ -414,7 +414,7 @@ class _Refusal(Exception):  # noqa: N818 - an answer, not a fault
 
 
 class _Timely(io.RawIOBase):
-    """What a caller sends, until a moment: a byte now and then buys no more time."""
+    """Reads from a caller until a fixed moment, however slowly the bytes arrive."""
 
     def __init__(self, connection: socket.socket, until: float) -> None:
         self._connection, self._until = connection, until

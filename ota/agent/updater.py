@@ -555,7 +555,7 @@ def _draw_first(home: Home, digest: str, caption: str, seed: int, choices: list[
 
 
 def _choices(home: Home, digest: str, wanted: VariantName | None) -> list[VariantName]:
-    """The variants of a bundle in the order in which they are to be tried."""
+    """List the variants of a bundle in the order in which to try them."""
     manifest = home.slot(digest).manifest
     if wanted and wanted not in manifest.variants:
         raise OperatorError(f"this bundle has no variant {wanted}; choose one of {', '.join(manifest.variants)}")
