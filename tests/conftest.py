@@ -11,8 +11,9 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from typing import Any
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.pop("PREFECT_HOME", None)
+os.environ.pop("PREFECT_API_URL", None)
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")  # its 20 s are short on a busy machine
 # What is promised to the bit is promised on a CPU. `CUDA_VISIBLE_DEVICES=0` on the command line lets tests/test_hardware.py see a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -50,6 +53,23 @@ SAMPLER = Sampler(method="ab2", steps=4, guidance=2.0)
 VERSION = DataVersion(line="shapes", path="data/shapes", rev="0" * 40, md5="0" * 32 + ".dir", files=81, bytes=1)
 CAPTIONS = ("bar", "disc")
 LATENCY_MS = 10_000.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prefect_of_its_own() -> Iterator[None]:
+    """Take back what a file's workspaces told Prefect: the next file's would look for its database in a folder that is gone."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("PREFECT_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+    if "prefect" in sys.modules:
+        from prefect.context import refresh_global_settings_context
+        from prefect.server.api.server import SubprocessASGIServer
+
+        for server in [*SubprocessASGIServer._instances.values()]:
+            server.stop()
+        refresh_global_settings_context()
 
 
 def few(values: Iterable[Any], quick: int) -> list[Any]:

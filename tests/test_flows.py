@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sqlite3
@@ -76,8 +75,6 @@ SUBJECT = Subject(line="shapes", configuration="I", variant="full")
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A workspace with a first data revision."""
-    for name in ("PREFECT_HOME", "PREFECT_API_URL"):
-        os.environ.pop(name, None)
     made = create(tmp_path_factory.mktemp("factory") / "ws", [], SETTINGS)
     write_images(made.root / "data/shapes", 120)
     versions.add(made.root, "data/shapes", "shapes", "first")

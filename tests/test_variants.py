@@ -5,7 +5,6 @@ The tests of this file tell one story and run in order.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,8 +66,6 @@ variants = ["fast", "dev"]
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A workspace with a first data revision."""
-    for name in ("PREFECT_HOME", "PREFECT_API_URL"):
-        os.environ.pop(name, None)
     made = create(tmp_path_factory.mktemp("factory") / "ws", [], SETTINGS)
     write_images(made.root / "data/shapes", 120)
     versions.add(made.root, "data/shapes", "shapes", "first")
