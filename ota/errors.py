@@ -6,12 +6,15 @@
     │   │   ├── ExpiredError what was signed is too old to act on
     │   │   └── InvalidError what was signed is nonsense: a hash that is none, a number out of range
     │   ├── ManifestError    a manifest, policy or table that does not say what it must
+    │   │   └── AgentError   a document for a newer agent than this
     │   └── DeltaError       a delta that is damaged, foreign, or over a limit
     ├── TransferError        the link or the server failed; trying again later is right
     ├── DeviceError          this device cannot do it
     │   ├── RoomError        not enough disk or memory
-    │   │   └── SoftwareError a package that the agent needs is missing or cannot be read
+    │   │   └── SoftwareError a package that the agent needs is missing, broken or of another version
     │   ├── UnfinishedError  a child process was killed, or ran out of time or memory; that proves nothing yet
+    │   │   └── LateError    it did not end in time
+    │   ├── DiedError        a child process died and gave no answer: its bundle's fault, or the software's
     │   ├── StateError       the state directory is missing or foreign
     │   │   └── BusyError    another agent holds it
     │   └── BaseError        a bundle on disk is not the one that was installed
@@ -76,6 +79,10 @@ class ManifestError(RepositoryError):
     """A signed document that does not have the form or the content it must have."""
 
 
+class AgentError(ManifestError):
+    """A document made for a newer agent: this one cannot read it, and nothing is wrong with it."""
+
+
 class DeltaError(RepositoryError):
     """A delta that cannot be applied: damaged, for another base, of an unknown version, or over a limit."""
 
@@ -93,11 +100,19 @@ class RoomError(DeviceError):
 
 
 class SoftwareError(RoomError):
-    """The agent's own software cannot be loaded: the task did not begin, and no bundle is to blame."""
+    """The agent's own software cannot be loaded, does not compute, or is not of the version asked for: no bundle is to blame."""
 
 
 class UnfinishedError(DeviceError):
     """A child process was killed, or ran out of time or memory: it may go better next time, so tries are counted."""
+
+
+class LateError(UnfinishedError):
+    """A child process did not end in time and was stopped."""
+
+
+class DiedError(DeviceError):
+    """A child process died and gave no answer."""
 
 
 class StateError(DeviceError):

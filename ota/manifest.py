@@ -16,7 +16,8 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from ota.errors import ManifestError, printable
+import ota
+from ota.errors import AgentError, ManifestError, printable
 
 KiB, MiB = 1024, 1024 * 1024
 MAX_MANIFEST = 64 * KiB
@@ -29,6 +30,7 @@ MAX_WAVES = 16  # of a rollout
 MAX_NUMBER = 2**31 - 1  # of a report; what every database's integer column holds
 MAX_COUNT = 2**53
 MAX_TOLD = 500  # characters of a reason
+FORM = 1  # `schema_version` of every document that this agent knows
 
 # The strings that a stranger could send, each a type: none of them holds a separator of paths, URLs, headers or lines. The
 # patterns are matched by Rust's regular expressions, in which `$` is the end and nothing else.
@@ -52,6 +54,7 @@ SIZE_LIMITS: dict[str, int] = {
 }  # fmt: skip
 WEIGHTS_LOCATION = "weights.bin"  # how the graph names the file of its external weights
 
+AGENT_VERSION = r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$"
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
 
@@ -74,10 +77,21 @@ class Document(BaseModel):
 AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 
+def as_numbers(version: str) -> tuple[int, ...]:
+    """A version as numbers to compare, up to the first part that is not one."""
+    numbers: list[int] = []
+    for part in version.split("."):
+        if not (part.isascii() and part.isdigit()):
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
 def parse(kind: type[AnyDocument], data: bytes, limit: int) -> AnyDocument:
     """Read a document that came from outside.
 
     Raises:
+        AgentError: it is for a newer agent than this.
         ManifestError: it is too long, not JSON, or not of this form.
     """
     what = kind.__name__.lower()
@@ -86,11 +100,29 @@ def parse(kind: type[AnyDocument], data: bytes, limit: int) -> AnyDocument:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
+        if newer := _asks_for_newer(kind, data):
+            raise AgentError(f"the {what} {newer}, this is {ota.__version__}; update the agent first") from error
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
-        raise ManifestError(f"the {what} is not valid: {where}: {first['msg']}; this agent may be too old for it") from error
+        raise ManifestError(f"the {what} is not valid: {where}: {first['msg']}; it is not used") from error
     except RecursionError as error:
         raise ManifestError(f"the {what} is nested too deeply; do not use this repository") from error
+
+
+def _asks_for_newer(kind: type[Document], data: bytes) -> str:
+    """Read the two fields that say so, which every later form of a document keeps; empty: it does not ask for a newer agent."""
+    try:
+        said = json.loads(data)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(said, dict):
+        return ""
+    form, minimum = said.get("schema_version"), str(said.get("minimum_agent") if "minimum_agent" in kind.model_fields else "")
+    if re.fullmatch(AGENT_VERSION, minimum) and as_numbers(minimum) > as_numbers(ota.__version__):
+        return f"needs agent {minimum}"
+    if "schema_version" in kind.model_fields and isinstance(form, int) and form > FORM:
+        return f"has form {form} and needs an agent that knows it"
+    return ""
 
 
 class FileEntry(Document):
@@ -136,7 +168,7 @@ class Manifest(Document):
     default_variant: VariantName
     files: list[FileEntry] = Field(min_length=5, max_length=13)
     origin: Origin
-    minimum_agent: str = Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$")
+    minimum_agent: str = Field(pattern=AGENT_VERSION)
 
     @model_validator(mode="after")
     def _closed(self) -> Self:

@@ -48,6 +48,8 @@ from ota.release.repository import Repository
 
 torch.set_num_threads(1)  # two test processes share two cores
 
+PREFECT = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_")}
+
 CONFIG = ModelConfig(tier="test", configuration="I", image_size=16, channels=1, text_length=8)
 SAMPLER = Sampler(method="ab2", steps=4, guidance=2.0)
 VERSION = DataVersion(line="shapes", path="data/shapes", rev="0" * 40, md5="0" * 32 + ".dir", files=81, bytes=1)
@@ -55,14 +57,11 @@ CAPTIONS = ("bar", "disc")
 LATENCY_MS = 10_000.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _prefect_of_its_own() -> Iterator[None]:
-    """Take back what a file's workspaces told Prefect: the next file's would look for its database in a folder that is gone."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_")}
-    yield
-    for name in [name for name in os.environ if name.startswith("PREFECT_") and name not in before]:
+def _forget_prefect() -> None:
+    """Take back what workspaces told Prefect, which reads its home once."""
+    for name in [name for name in os.environ if name.startswith("PREFECT_") and name not in PREFECT]:
         del os.environ[name]
-    os.environ.update(before)
+    os.environ.update(PREFECT)
     if "prefect" in sys.modules:
         from prefect.context import refresh_global_settings_context
         from prefect.server.api.server import SubprocessASGIServer
@@ -70,6 +69,21 @@ def _prefect_of_its_own() -> Iterator[None]:
         for server in [*SubprocessASGIServer._instances.values()]:
             server.stop()
         refresh_global_settings_context()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prefect_of_its_own() -> Iterator[None]:
+    """Let no file's workspaces be the Prefect of the next file's."""
+    yield
+    _forget_prefect()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let no test look for Prefect's database in a folder that went with an earlier test."""
+    home = os.environ.get("PREFECT_HOME")
+    if home and not Path(home).is_dir():
+        _forget_prefect()
 
 
 def few(values: Iterable[Any], quick: int) -> list[Any]:

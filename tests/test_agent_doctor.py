@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ota.agent import bench, doctor, energy, measured, poll, updater, variants
+from ota.agent import bench, doctor, energy, measured, poll, reports, updater, variants
 from ota.errors import OtaError, TransferError
 from ota.release.bundle import Bundle
 from tests.fleet_kit import Device, Field, closed_port, expire, metadata_file, publish, sign_in_place
@@ -285,3 +288,39 @@ def test_command_ends_when_told_to(scene: Field):
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(30) == 0
     assert scene.device.sound
+
+
+def test_reports_that_cannot_be_delivered_are_seen_everywhere(scene: Field):
+    device = scene.device
+    inbox = Path(device.home.config().reports)
+    shutil.rmtree(inbox)
+    inbox.write_bytes(b"")  # something else in its place
+    reports.queue(device.home, "installed", None)
+    assert "1 reports are waiting: reports cannot be left in" in device.command("report", code=4)
+    assert '"waiting": 1, "problem": "reports cannot be left in' in device.command("report", "--json", code=4)
+    assert "1 reports wait to be delivered: reports cannot be left in" in device.command("status")
+    assert re.search(
+        "fail  reports .*1 wait; when last tried: reports cannot be left in", device.command("doctor", "--no-draw", code=3)
+    )
+    assert not device.update().changed  # which goes on all the same
+    inbox.unlink()
+    assert device.command("report") == "all reports are delivered\n"
+    assert "wait" not in device.command("status")
+    assert "fail" not in device.command("doctor", "--no-draw")
+
+
+def test_reports_without_a_folder_are_told_when_asked(scene: Field):
+    device = scene.device
+    device.home.disk.replace("config.json", device.home.config().model_copy(update={"reports": ""}).canonical())
+    assert device.command("report") == "all reports are delivered\n"
+    reports.queue(device.home, "installed", None)
+    assert "has no folder for them; give `ferry-agent init` one with --reports" in device.command("report", code=4)
+    assert "1 reports wait to be delivered\n" in device.command("status")
+
+
+def test_files_of_others_are_named(scene: Field, monkeypatch: pytest.MonkeyPatch):
+    look = Path.lstat
+    monkeypatch.setattr(Path, "lstat", lambda path: SimpleNamespace(st_uid=4711) if path.name == "lock" else look(path))
+    told = scene.device.command("doctor", "--no-draw", code=3)
+    assert "1 files in" in told
+    assert f"such as lock, so it cannot use them; `chown -R --reference={scene.device.root} {scene.device.root}`" in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -14,20 +15,23 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ota.agent import child, updater
+from ota.agent import child, rules, updater
 from ota.agent.disk import Disk
 from ota.agent.state import MAX_REFUSED, TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
 from ota.errors import (
     BaseError,
     BusyError,
     DeviceError,
+    DiedError,
     GateError,
+    LateError,
     OperatorError,
     OtaError,
     RoomError,
@@ -40,6 +44,7 @@ from ota.release.bundle import Bundle, assemble
 from ota.release.rollout import halt, start
 from tests.conftest import few, origin
 from tests.fleet_kit import CLASS, LINE, Cut, Device, Field, Request, WebServer, closed_port, everyone, publish, untouched
+from tests.test_slow import wait_for
 
 pytest_plugins = ("tests.fleet_kit",)
 
@@ -317,7 +322,7 @@ def test_full_download_needs_room_once(scene, bundles, monkeypatch):
 
 def test_room_is_made_before_it_is_asked_for(updated, bundles, monkeypatch):
     device = on_trial(updated, loads=0)
-    with pytest.raises(GateError):
+    with pytest.raises(StateError, match="taken back"):
         device.update()
     (device.root / "slots" / ("7" * 64)).mkdir()
     size = publish(updated.repository, bundles["garbage"]).full_bytes
@@ -401,13 +406,6 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "golden of another model": ("golden", None, "of its golden outputs come out right here"),
     "too slow": ("reference", lambda b: changed_json(b, "reference", latency_ms=0.001), "the budget is 0 ms"),
     "other experts": ("reference", lambda b: changed_json(b, "reference", load=[[1.0]]), "other experts"),
-    "runtime too new": (
-        "sampler",
-        lambda b: changed_json(
-            b, "sampler", runtime={"onnxruntime": [">=99", "<100"], "graph_optimization_level": "all", "config": {}}
-        ),
-        "it needs ONNX Runtime >=99",
-    ),
     "no weights": ("weights", lambda _: b"\0", "does not load the model"),
     "not finite": ("weights", lambda b: b"\xff\x7f" * (b.path("weights", "full").stat().st_size // 2), "not finite"),
     "no graph": ("graph", lambda _: b"\0", "is no ONNX file"),
@@ -443,20 +441,136 @@ def failing(monkeypatch: pytest.MonkeyPatch, task: str, error: BaseException) ->
     return monkeypatch
 
 
-def test_bundle_that_kills_machine_at_try_refused(offered, bundles, monkeypatch):
-    device = offered.device
+class Later:
+    """The agent's time, so many seconds from now."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0
+        monkeypatch.setattr(updater, "time", SimpleNamespace(time=lambda: time.time() + self.seconds))
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Later:
+    return Later(monkeypatch)
+
+
+NO_ANSWER = {
+    "machine": Cut(),
+    "killed": UnfinishedError("the try process was killed"),
+    "died": DiedError("the try process died (signal 11)"),
+}
+
+
+@pytest.mark.parametrize("how", NO_ANSWER)
+def test_bundle_whose_trying_gives_no_answer_rests_longer_each_time_and_is_not_condemned(offered, bundles, later, how):
+    device, second = offered.device, digest(bundles["second"])
     before = device.state
-    failing(monkeypatch, "try", Cut())
-    for tries in range(1, updater.MAX_TRIES + 1):
-        with pytest.raises(Cut):
-            device.update()
-        assert device.state == before.model_copy(update={"tries": {digest(bundles["second"]): tries}})
-    with pytest.raises(GateError, match=r"its trying began 3 times and never came to an answer; the running one is kept"):
-        device.update()
-    assert device.events()[3:] == ["refused"]
-    assert "was refused before: its trying began" in device.update().reason
-    assert (device.active, device.state.tries) == (digest(bundles["first"]), {})
-    stand_still(offered)
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch, "try", NO_ANSWER[how])
+        for tries in range(1, rules.MAX_TRIES + 1):
+            with pytest.raises(type(NO_ANSWER[how])):
+                device.update()
+            assert device.state == before.model_copy(update={"tries": {second: tries}})
+        for tries, hours in ((3, 1), (4, 2), (5, 4)):
+            events = len(device.events())
+            assert f"rests for {60 * hours} more minutes, its trying began {tries} times" in device.update().reason
+            told = device.reports()[-1]
+            assert (told.event, told.manifest) == ("refused", second)
+            assert f"began {tries} times and gave no answer; it is tried again in {hours} h" in told.reason
+            assert f"{second[:12]} is tried again after 20" in device.command("status")
+            later.seconds += hours * 3600 - 60
+            assert "rests for" in device.update().reason
+            assert len(device.events()) == events + 1  # told once
+            later.seconds += 61
+            with pytest.raises(type(NO_ANSWER[how])):
+                device.update()
+        assert (device.active, device.state.refused, device.state.tries) == (before.active, {}, {second: 6})
+        assert "rests for 480 more" in device.update().reason
+    later.seconds += 8 * 3600 + 1  # the device was mended meanwhile
+    assert device.update().way == "kept"
+    assert (device.active, device.state.refused, device.state.tries) == (second, {}, {})
+
+
+def test_rests_end_within_a_week_whatever_the_clock_says(offered, bundles, later):
+    assert [rules.rest(tries) for tries in (0, 2, 3, 4, 9, 10, 11, 2000)] == [
+        0, 0, 3600, 7200, 230_400, 460_800, 604_800, 604_800,
+    ]  # fmt: skip
+    device, second = offered.device, digest(bundles["second"])
+    device.home.save(device.state.model_copy(update={"tries": {second: 3}}))
+    later.seconds = 40 * 86_400
+    assert "rests for 60 more" in device.update().reason
+    later.seconds = 0  # the clock was ahead
+    assert "rests for 60 more" in device.update().reason
+    later.seconds = 3601
+    assert device.update().changed
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff", None])
+def test_lost_rest_begins_anew(offered, bundles, later, damage):
+    device = offered.device
+    device.home.save(device.state.model_copy(update={"tries": {digest(bundles["second"]): 4}}))
+    device.update()
+    later.seconds = 3600
+    if damage is None:
+        (device.root / "resting.json").unlink()
+    else:
+        (device.root / "resting.json").write_bytes(damage)
+    assert "rests for 120 more" in device.update().reason
+    assert device.state.refused == {}
+
+
+def test_wait_without_an_answer_is_no_try(offered, bundles, later):
+    device, before = offered.device, offered.device.state
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch, "try", LateError("the try process did not end within 300 s and was stopped; try again"))
+        for _ in range(rules.MAX_TRIES + 2):
+            with pytest.raises(LateError):
+                device.update()
+            assert device.state == before
+            assert "rests for 60 more minutes, its trying did not end in time" in device.update().reason
+            later.seconds += 3601
+    assert device.events()[3:] == []
+    assert device.update().changed
+    assert device.active == digest(bundles["second"])
+
+
+def test_forgetting_ends_a_rest(offered, bundles, later):
+    device, second = offered.device, digest(bundles["second"])
+    device.home.save(device.state.model_copy(update={"tries": {second: 3}}))
+    assert f"`ferry-agent forget {second[:12]}`" in device.update().reason
+    assert f"{second[:12]} is not refused any more" in device.command("forget", second[:12])
+    assert device.update().changed
+    assert "no bundle that begins" in device.command("forget", second[:12], code=3)
+
+
+def test_forgetting_lifts_a_refusal(offered, bundles):
+    device, second = offered.device, digest(bundles["second"])
+    device.home.save(device.state.model_copy(update={"refused": {second: "once", "ab" * 32: "other", "ac" * 32: "third"}}))
+    assert "was refused before: once" in device.update().reason
+    for wrong, sentence in (
+        ("", "no bundle"),
+        ("7" * 12, "no bundle"),
+        ("a", "2 bundles that are refused begin with 'a'"),
+        ("\x1b", "no bundle"),
+    ):
+        before = device.facts()
+        assert sentence in device.command("forget", wrong, code=3)
+        assert device.facts() == before
+    device.command("forget", second.upper())
+    assert list(device.state.refused) == ["ab" * 32, "ac" * 32]
+    assert device.update().changed
+    assert device.active == second
+
+
+def test_rollback_says_how_to_undo_itself(updated, bundles):
+    device, second = updated.device, digest(bundles["second"])
+    told = device.command("rollback")
+    assert f"{second[:12]} is refused from now on" in told
+    (undo,) = re.findall(r"`ferry-agent (forget [0-9a-f]+)`", told)
+    assert "was refused before: rolled back by the operator" in device.update().reason
+    device.command(*undo.split())
+    assert device.update().changed
+    assert device.active == second
 
 
 def test_killed_try_is_no_refusal(offered, bundles, monkeypatch):
@@ -476,7 +590,7 @@ def test_killed_try_is_no_refusal(offered, bundles, monkeypatch):
 def test_try_without_process_is_not_counted(offered, monkeypatch):
     before = offered.device.state
     failing(monkeypatch, "try", RoomError("cannot start the try process"))
-    for _ in range(updater.MAX_TRIES + 1):
+    for _ in range(rules.MAX_TRIES + 1):
         with pytest.raises(RoomError):
             offered.device.update()
     assert offered.device.state == before
@@ -537,17 +651,31 @@ def taken_back(field: Field, bundles: dict[str, Bundle], why: str) -> None:
     stand_still(field)
 
 
+def rests_after_trial(field: Field, bundles: dict[str, Bundle]) -> None:
+    """The bundle on trial is gone for now, nothing is held against it, and the one before runs and draws."""
+    device, second = field.device, digest(bundles["second"])
+    state = device.state
+    assert (state.active, state.previous, state.seq, state.trial) == (digest(bundles["first"]), None, 1, None)
+    assert (state.refused, state.tries) == ({}, {second: rules.MAX_TRIES})
+    assert device.events()[6:] == ["rolled_back"]
+    assert "rests for 60 more minutes" in device.update().reason
+    assert device.events()[7:] == ["refused"]
+    assert updater.generate(device.home, "", 0)[1]["good"]
+    device.command("forget", second[:12])
+    assert device.update().changed
+
+
 @pytest.mark.parametrize("how", few(["generate", "update"], 1))
 def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how, caplog):
     # That is the device's fault, so the bundle is not condemned for it.
     device = on_trial(updated)
     device.file("weights").unlink()
     if how == "update":
-        with pytest.raises(StateError, match=r"could not be read and was taken back: .*; the one before runs again"):
+        with pytest.raises(StateError, match=r"was taken back, and is tried again: .*; the one before runs again"):
             device.update()
     else:
         assert updater.generate(device.home, "", 0)[1]["good"]  # by the one before
-        assert "could not be read and was taken back" in caplog.text
+        assert "was taken back, and is tried again" in caplog.text
     assert (device.active, device.state.refused) == (digest(bundles["first"]), {})
     assert updater.generate(device.home, "", 0)[1]["good"]
     assert device.update().way == "delta"
@@ -590,20 +718,24 @@ def test_reads_that_fail_again_and_again_end_the_trial(updated, bundles, monkeyp
         with pytest.raises(type(error), match=str(error)):
             device.update()
         assert device.active == digest(bundles["second"])
-    with pytest.raises(StateError, match=r"taken back: .*; the one before runs again"):
+    with pytest.raises(StateError, match=r"taken back, and is tried again: .*; the one before"):
         device.update()
     assert (device.active, device.state.trial, device.state.refused) == (digest(bundles["first"]), None, {})
     assert device.events()[-1] == "rolled_back"
 
 
-def test_lost_measurements_stop_no_image(updated):
-    device = updated.device
-    (device.root / "measured.json").mkdir()  # as unreadable as somebody else's
+def test_lost_notes_stop_nothing(offered, bundles):
+    device = offered.device
+    for name in ("measured.json", "resting.json", "undelivered.txt"):
+        (device.root / name).mkdir()  # as unreadable as somebody else's
     assert updater.generate(device.home, "", 0)[1]["good"]
+    assert "runs release 1" in device.command("status")
+    assert device.update().changed
+    assert device.events()[3:] == ["starting", "installed", "confirmed"]
 
 
 @pytest.mark.slow
-def test_bundle_damaged_at_each_trial_is_refused_in_the_end(offered, bundles, monkeypatch):
+def test_bundle_damaged_at_each_trial_rests_in_the_end(offered, bundles, monkeypatch):
     real = Home.save
 
     def save(self: Home, state: State) -> None:
@@ -612,14 +744,12 @@ def test_bundle_damaged_at_each_trial_is_refused_in_the_end(offered, bundles, mo
             self.slot(str(state.active)).path("weights", "full").unlink(missing_ok=True)
 
     monkeypatch.setattr(Home, "save", save)
-    for _ in range(updater.MAX_TRIES):
+    for _ in range(rules.MAX_TRIES):
         with pytest.raises(StateError, match="taken back"):
             offered.device.update()
         assert offered.device.active == digest(bundles["first"])
-    with pytest.raises(GateError, match="never came to an answer"):
-        offered.device.update()
-    assert list(offered.device.state.refused) == [digest(bundles["second"])]
-    assert "was refused before" in offered.device.update().reason
+    assert "rests for 60 more minutes" in offered.device.update().reason
+    assert offered.device.state.refused == {}
 
 
 def test_images_of_nothing_on_trial_taken_back(updated, bundles):
@@ -637,9 +767,11 @@ def test_images_of_nothing_on_trial_taken_back(updated, bundles):
 def test_bundle_that_kills_machine_taken_back(updated, bundles):
     # Each load was counted before it happened, and none came back.
     device = on_trial(updated, loads=0)
-    with pytest.raises(GateError, match="did not get through its trial"):
+    with pytest.raises(
+        StateError, match=r"taken back, and is tried again: it did not get through its trial; the one before runs"
+    ):
         device.update()
-    taken_back(updated, bundles, "did not get through its trial")
+    rests_after_trial(updated, bundles)
 
 
 def test_failed_child_is_counted_first(updated, monkeypatch):
@@ -694,9 +826,9 @@ def test_killed_load_on_trial_is_counted_not_condemned(updated, bundles, monkeyp
                 device.update()
             assert device.state.trial == Trial(left=TRIAL_GOOD, loads=loads)
             assert device.state.refused == {}
-        with pytest.raises(GateError, match="did not get through its trial"):
+        with pytest.raises(StateError, match="did not get through its trial"):
             device.update()
-    taken_back(updated, bundles, "did not get through its trial")
+    rests_after_trial(updated, bundles)
 
 
 # Drawing goes on
@@ -1204,13 +1336,14 @@ def test_child_error_keeps_its_kind(scene, tmp_path):
 @pytest.mark.parametrize(
     ("fault", "error", "sentence"),
     [
-        (subprocess.TimeoutExpired("x", 1), UnfinishedError, "did not end within 300 s"),
+        (subprocess.TimeoutExpired("x", 1), LateError, "did not end within 300 s"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), RoomError, "cannot start the try process: Cannot allocate memory"),
         (subprocess.CompletedProcess("x", -9, b"", b""), UnfinishedError, "was killed"),
-        (subprocess.CompletedProcess("x", -11, child.READY, b"oh"), DeviceError, r"died \(signal 11\): oh"),
-        (subprocess.CompletedProcess("x", -11, b"", b"oh"), SoftwareError, r"cannot be loaded \(signal 11: oh\)"),
+        (subprocess.CompletedProcess("x", -15, child.READY, b""), UnfinishedError, "was killed"),
+        (subprocess.CompletedProcess("x", -11, child.READY, b"oh"), DiedError, r"died \(signal 11\): oh"),
+        (subprocess.CompletedProcess("x", -11, b"", b"oh"), SoftwareError, r"is broken \(signal 11: oh\)"),
     ],
-    ids=["timeout", "no memory to fork", "killed", "crashed", "crashed before it began"],
+    ids=["timeout", "no memory to fork", "killed", "ended", "crashed", "crashed before it began"],
 )
 def test_end_of_child_is_told_apart(monkeypatch, fault, error, sentence):
     def run(*_: Any, **__: Any) -> Any:
@@ -1229,23 +1362,6 @@ def test_child_without_memory_is_unfinished():
     done = subprocess.run([sys.executable, "-c", code, "try", str(os.getpid())], input=b'{"slot": "."}', capture_output=True)
     assert json.loads(done.stdout.removeprefix(child.READY))["kind"] == "UnfinishedError"
     assert issubclass(child.KNOWN["UnfinishedError"], OtaError)
-
-
-@pytest.mark.parametrize("package", ["onnxruntime", "numpy", "pydantic"])
-@pytest.mark.parametrize(
-    "fault", ["raise ImportError('no such thing')", "import os; os._exit(3)", "raise OSError(5, 'Input/output error')"]
-)
-def test_software_that_cannot_be_loaded_condemns_no_bundle(offered, bundles, tmp_path, monkeypatch, package, fault):
-    # The package breaks before the trial: that says nothing about the bundle, and nothing is counted.
-    (tmp_path / "broken" / package).mkdir(parents=True)
-    (tmp_path / "broken" / package / "__init__.py").write_text(fault)
-    with monkeypatch.context() as meanwhile:
-        meanwhile.setenv("PYTHONPATH", str(tmp_path / "broken"))
-        with pytest.raises(SoftwareError, match="the agent's software cannot be loaded"):
-            offered.device.update()
-    assert (offered.device.active, offered.device.state.refused, offered.device.state.tries) == (digest(bundles["first"]), {}, {})
-    assert offered.device.update().changed
-    assert offered.device.active == digest(bundles["second"])
 
 
 # A process killed at each step
@@ -1301,3 +1417,45 @@ def test_killed_agent_leaves_no_child(scene, bundles, tmp_path):
         signal.pidfd_send_signal(watched, signal.SIGKILL)
     os.close(watched)
     assert ended
+
+
+# Where nobody listens
+
+
+def told_to(device: Device, place: str, *words: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the real agent with its output led to a place by the shell."""
+    return subprocess.run(["bash", "-c", f'"$@" {place}', "bash", *device.words(*words)], capture_output=True)
+
+
+NOWHERE = {
+    "full disk": "2> /dev/full", "closed pipe": "2> >(true)", "closed": "2>&-", "all closed": "<&- >&- 2>&-",
+    "both full": "> /dev/full 2>&1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", NOWHERE)
+def test_log_that_cannot_be_written_ends_no_update(offered, bundles, place):
+    done = told_to(offered.device, NOWHERE[place], "update")
+    assert done.returncode == (3 if place == "both full" else 0)  # it was done, and could not be said
+    assert offered.device.active == digest(bundles["second"])
+    assert offered.device.state.trial is None
+    stand_still(offered)
+
+
+@pytest.mark.parametrize(("name", "place"), few(NOWHERE.items(), 2))
+def test_log_that_cannot_be_written_does_not_end_run(offered, name, place):
+    words = offered.device.words("run", "--every", "10", "--now")
+    with subprocess.Popen(["bash", "-c", f'exec "$@" {place}', "bash", *words], text=True) as process:
+        wait_for(lambda: "confirmed" in offered.device.events()[3:], process)
+        process.terminate()
+        assert process.wait() == 0
+    stand_still(offered)
+
+
+def test_answer_that_cannot_be_written_is_an_error_of_its_own(updated):
+    done = told_to(updated.device, "> /dev/full", "status")
+    assert done.returncode == 3
+    assert (
+        done.stderr
+        == b"ferry-agent: it was done, but the answer cannot be written: No space left on device; ask `ferry-agent status`\n"
+    )

@@ -429,7 +429,13 @@ def test_links_planted_where_reports_are_left_are_not_followed(home, tmp_path, v
     inbox = tmp_path / "inbox"
     inbox.mkdir()
     home.save(State(active="1" * 64))
-    before = {path.name: path.read_bytes() for path in home.root.iterdir() if path.is_file() and path.name != "number"}
+
+    def files() -> dict[str, bytes]:
+        return {
+            p.name: p.read_bytes() for p in home.root.iterdir() if p.is_file() and p.name not in ("number", "undelivered.txt")
+        }
+
+    before = files()
     for number in (1, 2):
         name = f"dev-1-{number:08d}.json"
         if planted == "folder of the report" and number == 1:
@@ -440,10 +446,12 @@ def test_links_planted_where_reports_are_left_are_not_followed(home, tmp_path, v
                 place.symlink_to(home.root / victim)
         reports.queue(home, "installed", None)
     left = reports.send(home)
-    assert {path.name: path.read_bytes() for path in home.root.iterdir() if path.is_file() and path.name != "number"} == before
+    assert files() == before
     # What cannot be left keeps nothing else back, and is not lost.
     assert left == (0 if planted == "temporary" else 1)
     assert len(list((home.root / "queue").iterdir())) == left
+    assert reports.problem(home).startswith("reports cannot be left in" if left else "")
+    assert bool(reports.problem(home)) == bool(left)
     assert (inbox / "dev-1-00000002.json").is_file()
     assert not (inbox / "dev-1-00000002.json").is_symlink()
 

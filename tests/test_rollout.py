@@ -264,7 +264,7 @@ def reference(low: float, high: float, latency: float = 100.0) -> Reference:
 def trying(**fields: Any) -> rules.Trying:
     base = {
         "golden_share": 1.0, "finite": True, "statistics": (("mean", 0.1),), "load": ((0.5, 0.5),), "milliseconds": 50.0,
-        "peak_mib": 200.0, "runtime_problem": None,
+        "peak_mib": 200.0,
     }  # fmt: skip
     return rules.Trying(**(base | fields))
 
@@ -287,7 +287,6 @@ def test_fit_bundle_has_no_reasons():
         ({"load": ()}, "other experts"),
         ({"milliseconds": 101.0}, "an image takes 101 ms, the budget is 100 ms"),
         ({"peak_mib": 1025.0}, "it takes 1025 MiB, 1024 are allowed"),
-        ({"runtime_problem": "it needs ONNX Runtime >=9"}, "it needs ONNX Runtime >=9"),
         ({"statistics": (("mean", float("nan")),)}, "the images' mean is nan"),
         ({"statistics": (("mean", 0.26),)}, "the images' mean is 0.26, the running model's lies between 0.05 and 0.15"),
     ],

@@ -360,7 +360,7 @@ def test_mount_that_hangs_holds_no_report_and_no_lock(offered: Field, monkeypatc
     assert ends(offered.device.update) is None
     with offered.device.home.locked():
         assert len(list((offered.device.root / "queue").iterdir())) == 3  # starting, installed, confirmed
-    assert "still does not answer; check what is mounted there" in offered.device.command("doctor", "--no-draw")
+    assert "still does not answer; check what is mounted there" in offered.device.command("doctor", "--no-draw", code=3)
     os.close(writing)
 
 

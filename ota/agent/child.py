@@ -19,7 +19,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zipfile
@@ -28,9 +27,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ota.errors import (
+    AgentError,
     BaseError,
     DeltaError,
     DeviceError,
+    DiedError,
+    LateError,
     ManifestError,
     OperatorError,
     OtaError,
@@ -39,22 +41,26 @@ from ota.errors import (
     StateError,
     UnfinishedError,
 )
-from ota.manifest import Role, VariantName
+from ota.manifest import Role, SamplerTable, VariantName
 
 MEMORY = 4 * 1024**3  # bytes of address space; ONNX Runtime maps far more than it uses
-SECONDS = {"apply": 600, "try": 300, "generate": 300}  # of wall time; twice that in CPU time, for two cores
+SECONDS = {"apply": 600, "check": 60, "try": 300, "generate": 300}  # of wall time; twice that in CPU time, for two cores
 PR_SET_PDEATHSIG = 1
+MAX_SAID = 1024**2  # bytes of what a child that keeps its bundle loaded says besides its answers
 MAX_ANSWER = 4 * 1024**2  # bytes, of which an image of the largest size has a sixtieth
-READY = b"ready\n"  # what a child says when all of its software is loaded, before it looks at anything of a stranger
+READY = b"ready\n"  # what a child says when its software is loaded and computes, before it looks at anything of a stranger
+# Signals by which a process is ended from outside: the kernel's when memory or CPU time is short, and those of people and systemd.
+ASKED = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU}
 GATE_IMAGES = 4  # drawn at once when a bundle is tried
 SOFTWARE = {
     "apply": ("ota.agent.disk", "ota.agent.state", "ota.delta"),
-    "draw": ("numpy", "onnxruntime", "ota.agent.rules", "ota.agent.sampler", "ota.agent.state"),
+    "draw": ("numpy", "onnxruntime", "ota.agent.rules", "ota.agent.runtime", "ota.agent.sampler", "ota.agent.state"),
 }
 KNOWN: dict[str, type[OtaError]] = {
     kind.__name__: kind
     for kind in (
-        BaseError, DeltaError, DeviceError, ManifestError, OperatorError, RoomError, StateError, UnfinishedError,
+        AgentError, BaseError, DeltaError, DeviceError, ManifestError, OperatorError, RoomError, SoftwareError, StateError,
+        UnfinishedError,
     )
 }  # fmt: skip
 
@@ -63,9 +69,11 @@ def run(task: str, **request: Any) -> dict[str, Any]:
     """Run a task in a child process and return its answer.
 
     Raises:
-        RoomError: no process can be started, or its software cannot be loaded; the task was not begun.
+        RoomError: no process can be started; the task was not begun.
+        SoftwareError: its software cannot be loaded or does not compute, or the bundle asks for another version of it.
         UnfinishedError: the child was killed, or ran out of time or memory, which may be the device's fault this once.
-        OtaError: what the task raised; `DeviceError` when the child died in another way.
+        DiedError: it died in another way.
+        OtaError: what the task raised.
     """
     try:
         done = subprocess.run(  # noqa: S603
@@ -77,7 +85,7 @@ def run(task: str, **request: Any) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise UnfinishedError(f"the {task} process did not end within {SECONDS[task]} s and was stopped; try again") from error
+        raise LateError(f"the {task} process did not end within {SECONDS[task]} s and was stopped; try again") from error
     except OSError as error:
         raise _not_started(task, error) from error
     return _answer(task, done.returncode, done.stdout, done.stderr)
@@ -98,7 +106,8 @@ class Worker:
         self.digest = digest
         self._lock = threading.Lock()
         self._ready = False
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child; a pipe that nobody reads would fill up
+        # A pipe that nobody reads would fill up, and a temporary folder may be full: in memory, where the child may write MAX_SAID.
+        self._said = os.fdopen(os.memfd_create("said"), "w+b")
         try:
             self._process = subprocess.Popen(  # noqa: S603
                 _words("serve"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=_environment(), bufsize=0
@@ -123,7 +132,8 @@ class Worker:
 
         Raises:
             UnfinishedError: it was killed, or did not answer in time; it is dead then.
-            OtaError: what the task raised; `DeviceError` when the child died in another way.
+            DiedError: it died in another way.
+            OtaError: what the task raised.
         """
         with self._lock:
             self._send({"variant": variant, "caption": caption, "seed": seed})
@@ -160,9 +170,7 @@ class Worker:
         while not line.endswith(b"\n"):
             if not poll.poll(1000 * max(0.0, deadline - time.monotonic())):
                 self._process.kill()
-                raise UnfinishedError(
-                    f"the serve process did not answer within {SECONDS['generate']} s and was stopped; try again"
-                )
+                raise LateError(f"the serve process did not answer within {SECONDS['generate']} s and was stopped; try again")
             piece = os.read(pipe.fileno(), 1 << 16)
             if not piece:
                 return b""
@@ -188,16 +196,16 @@ def _not_started(task: str, error: OSError) -> RoomError:
 
 def _answer(task: str, code: int, stdout: bytes, stderr: bytes) -> dict[str, Any]:
     """What a child said, or the error that its end stands for."""
-    if code == -signal.SIGKILL:  # the kernel's when memory or CPU time is short, or somebody else's
+    if -code in ASKED:
         raise UnfinishedError(f"the {task} process was killed, perhaps for want of memory or time; try again")
     if not stdout.startswith(READY):
         raise SoftwareError(
-            f"the agent's software cannot be loaded ({_ending(code)}: {_last_line(stderr)}); install deltaferry-agent anew, or check the disk"
+            f"the agent's software is broken ({_ending(code)}: {_last_line(stderr)}); install deltaferry-agent anew, or check the disk"
         )
     try:
         answer: dict[str, Any] = json.loads(stdout.removeprefix(READY))
     except ValueError as error:
-        raise DeviceError(f"the {task} process died ({_ending(code)}): {_last_line(stderr)}") from error
+        raise DiedError(f"the {task} process died ({_ending(code)}): {_last_line(stderr)}") from error
     if "error" in answer:
         raise KNOWN.get(answer["kind"], DeviceError)(answer["error"])
     return answer
@@ -227,6 +235,7 @@ def main() -> None:
     sys.stdout.write(READY.decode())
     sys.stdout.flush()
     if task == "serve":  # whose parent stops it where it takes too long
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_SAID, MAX_SAID))
         bundle = Drawing(**_at_home(json.loads(sys.stdin.buffer.readline())))
         for line in iter(sys.stdin.buffer.readline, b""):
             _say(_done(task, lambda line=line: bundle.draw(**json.loads(line))))  # type: ignore[misc]
@@ -237,14 +246,20 @@ def main() -> None:
 
 
 def _load(task: str) -> None:
-    """Load all that the task needs: a package that is missing or cannot be read shows before a bundle is touched."""
+    """Load and try all that the task needs: a package that is missing or broken shows before a bundle is touched."""
     for name in SOFTWARE["apply" if task == "apply" else "draw"]:
         importlib.import_module(name)
+    if task != "apply":
+        from ota.agent import runtime
+
+        runtime.check()
 
 
 def _at_home(request: dict[str, Any]) -> dict[str, Any]:
     """Work in the folder of the bundle: if a runtime opened a file by a name from it after all, it would find only the bundle's own."""
     if "root" in request:  # applying, which knows its folders by it
+        return request
+    if "slot" not in request:
         return request
     slot = os.path.abspath(request["slot"])  # noqa: PTH100 - a link stays one
     with contextlib.suppress(FileNotFoundError):  # then the slot is missed where it is opened
@@ -317,16 +332,15 @@ def peak_mib() -> float:
 def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
     """Load a bundle's variant, compare its golden outputs, draw images; returns the fields of `rules.Trying`."""
     import numpy as np
-    import onnxruntime
 
-    from ota.agent import rules, sampler
+    from ota.agent import sampler
     from ota.agent.state import Slot
     from ota.manifest import MAX_TABLE, SamplerTable, parse
 
     bundle = Slot(Path(slot), digest)
     table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
     reference = bundle.reference(variant)
-    problem = rules.check_runtime(table.runtime.onnxruntime, onnxruntime.__version__)
+    _check_version(table)
     model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
     model.experts = [len(row) for row in reference.load]
 
@@ -358,15 +372,28 @@ def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
         "load": load,
         "milliseconds": 1000 * sorted(took)[1],
         "peak_mib": peak_mib(),
-        "runtime_problem": problem,
     }
+
+
+def _check_version(table: SamplerTable) -> None:
+    """Refuse to judge a bundle by a runtime that it was not made for.
+
+    Raises:
+        SoftwareError: this one is not.
+    """
+    import onnxruntime
+
+    from ota.agent import rules
+
+    if problem := rules.check_runtime(table.runtime.onnxruntime, onnxruntime.__version__):
+        raise SoftwareError(f"{problem}; install that version, and the next update goes on")
 
 
 class Drawing:
     """A bundle that draws; each variant is loaded when it is first asked for, and kept."""
 
-    def __init__(self, slot: str, digest: str) -> None:
-        self._slot, self._digest = slot, digest
+    def __init__(self, slot: str, digest: str, on_trial: bool = False) -> None:
+        self._slot, self._digest, self._on_trial = slot, digest, on_trial
         self._models: dict[VariantName, Any] = {}
 
     def draw(self, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
@@ -380,6 +407,8 @@ class Drawing:
         if variant not in self._models:
             bundle = Slot(Path(self._slot), self._digest)
             table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
+            if self._on_trial:  # one that is trusted goes on drawing with any runtime that can
+                _check_version(table)
             model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
             model.experts = [len(row) for row in bundle.reference(variant).load]
             self._models[variant] = model
@@ -397,12 +426,13 @@ class Drawing:
         }
 
 
-def generate(slot: str, digest: str, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
+def generate(slot: str, digest: str, variant: VariantName, caption: str, seed: int, on_trial: bool = False) -> dict[str, Any]:
     """Draw one image; see `Drawing.draw`."""
-    return Drawing(slot, digest).draw(variant, caption, seed)
+    return Drawing(slot, digest, on_trial).draw(variant, caption, seed)
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"apply": apply, "try": try_bundle, "generate": generate}
+# What is to be checked was, before the task began.
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"apply": apply, "check": dict, "try": try_bundle, "generate": generate}
 
 if __name__ == "__main__":
     main()

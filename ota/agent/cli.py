@@ -15,7 +15,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ from ota.errors import DeviceError, GateError, OperatorError, OtaError, Reposito
 ABOUT = """Keep the model of this device fresh: verify, apply, try out and, if need be, take back updates.
 
 Exit codes: 0 done, or nothing to do · 1 a fault of the agent itself · 2 wrong usage · 3 this device cannot (disk, state,
-name given) · 4 the repository cannot be reached, try later · 5 what is published does not hold and was not installed ·
-6 the new bundle was tried on this device and refused.
+software, name given) · 4 the repository, or the place of reports, cannot be reached, try later · 5 what is published does
+not hold and was not installed · 6 the new bundle was tried on this device and refused.
 """
 
 DEFAULT_DIR = Path("/var/lib/deltaferry")
@@ -106,6 +108,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variant", default="", help="full, dev or fast; the bundle's default when not given")
 
     command(rollback)
+
+    made = command(forget)
+    made.add_argument("bundle", metavar="HASH", help="its hash, or the digits of it that `ferry-agent status` shows")
+
     command(report)
 
     made = command(run, answers=False)
@@ -170,6 +176,7 @@ def init(given: Arguments) -> None:
         raise OperatorError(f"--{str(first['loc'][0]).replace('_', '-')} is not valid: {first['msg']}") from error
     report_queue.folder_of(config.reports)
     home = Home(given.dir)
+    home.check_owner()
     home.check_same(config)
     home.disk.make_folder("slots")
     report_queue.make_key(home)
@@ -202,6 +209,7 @@ def status(given: Arguments) -> None:
     from ota.agent import updater
 
     found = updater.status(Home(given.dir))
+    waiting, why = found["waiting_reports"], found["reports_problem"]
     text = f"{found['device']} runs nothing yet; run `ferry-agent update`"
     if found["active"]:
         sound = "sound" if found["sound"] else "DAMAGED, run `ferry-agent update`"
@@ -210,6 +218,11 @@ def status(given: Arguments) -> None:
         text = f"{found['device']} runs {release} of {found['line']} ({found['active'][:12]}), {sound}{trial}"
     for digest, why in found["refused"].items():
         text += f"\nrefused {digest[:12]}: {printable(why)}"
+    if rest := found["rests"]:
+        until = datetime.fromtimestamp(rest["until"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+        text += f"\n{rest['bundle'][:12]} is tried again after {until}: its trying gave no answer"
+    if waiting:
+        text += f"\n{waiting} reports wait to be delivered{f': {why}' if why else ''}"
     _answer(given.json, found, text)
 
 
@@ -228,23 +241,47 @@ def generate(given: Arguments) -> None:
 
 
 def rollback(given: Arguments) -> None:
-    """Go back to the bundle before; the present one is refused from now on."""
+    """Go back to the bundle before; the present one is refused until it is forgotten."""
     from ota.agent import updater
 
     home = Home(given.dir)
     with home.locked():
-        active = updater.rollback(home)
-    _answer(given.json, {"active": active}, f"{active[:12]} runs again")
+        active, refused = updater.rollback(home)
+    _answer(
+        given.json,
+        {"active": active, "refused": refused},
+        f"{active[:12]} runs again, and {refused[:12]} is refused from now on\n"
+        f"to undo this, run `ferry-agent forget {refused[:12]}`; then the next update installs what the factory offers",
+    )
+
+
+def forget(given: Arguments) -> None:
+    """Forget that a bundle was refused; the next update tries it again if it is still offered."""
+    from ota.agent import updater
+
+    home = Home(given.dir)
+    with home.locked():
+        digest = updater.forget(home, given.bundle)
+    _answer(
+        given.json,
+        {"forgotten": digest},
+        f"{digest[:12]} is not refused any more; `ferry-agent update` tries it if it is offered",
+    )
 
 
 def report(given: Arguments) -> None:
-    """Deliver reports that are still waiting."""
+    """Deliver reports that are still waiting; exit code 4 if some cannot be delivered."""
     from ota.agent import reports
 
     home = Home(given.dir)
     with home.locked():
         left = reports.send(home)
-    _answer(given.json, {"waiting": left}, f"{left} reports are waiting" if left else "all reports are delivered")
+        why = reports.problem(home) or "this device has no folder for them; give `ferry-agent init` one with --reports"
+    if not left:
+        return _answer(given.json, {"waiting": 0}, "all reports are delivered")
+    if given.json:
+        _answer(True, {"waiting": left, "problem": why}, "")
+    raise TransferError(f"{left} reports are waiting: {why}")
 
 
 def run(given: Arguments) -> None:
@@ -269,6 +306,7 @@ def serve(given: Arguments) -> None:
 
     home = Home(given.dir)
     home.config()
+    home.check_owner()
     stopped = _stop_signal()
     listening = (
         endpoint.listening_socket(given.socket, _group(given.group))
@@ -346,7 +384,9 @@ def _log(level: int) -> None:
 
 
 def _tell(text: str) -> None:
-    sys.stderr.write(f"{printable(text)}\n")
+    with suppress(OSError):  # a log that is full, or that nobody reads any more, is no reason to end an update
+        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.flush()
 
 
 def _show_step(number: int, name: str) -> None:
@@ -359,7 +399,13 @@ def _shown(given: Arguments) -> Callable[[int, str], None] | None:
 
 def _answer(as_json: bool, value: dict[str, Any], text: str) -> None:
     shown = json.dumps(value) if as_json else printable(text, limit=100_000, keep="\n")
-    sys.stdout.write(f"{shown}\n")
+    try:
+        sys.stdout.write(f"{shown}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        raise OperatorError(
+            f"it was done, but the answer cannot be written: {error.strerror}; ask `ferry-agent status`"
+        ) from error
 
 
 def _exit_code(error: OtaError) -> int:
@@ -402,10 +448,21 @@ def call(words: list[str]) -> int:
 def main() -> None:
     """Entry point."""
     os.umask(0o077)
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # it was closed: a file of ours must not become the place of what is told
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
     try:
         sys.exit(call(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # it was said already; at its end Python would try again and change the exit code
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Disk:
             if error.errno == errno.EIO:
                 return b""
             raise StateError(
-                f"cannot read {self.root / name}: {error.strerror}; run the agent as the directory's owner"
+                f"cannot read {self.root / name}: {error.strerror}; run the agent as the directory's owner, who must own all in it"
             ) from error
 
     def replace(self, name: str, data: bytes, durable: bool = True) -> None:

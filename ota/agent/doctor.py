@@ -63,6 +63,13 @@ def _directory(home: Home) -> Iterator[Finding]:
     yield Finding("directory", "ok", f"{home.root}: {config.device}, {config.line}/{config.device_class}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         yield Finding("directory", "fail", f"others than its owner may write {home.root}; `chmod 700 {home.root}`")
+    others = [path for path in sorted(home.root.rglob("*")) if path.lstat().st_uid != found.st_uid]
+    if others:
+        yield Finding(
+            "directory", "fail",
+            f"{len(others)} files in {home.root} are not its owner's, such as {others[0].relative_to(home.root)}, so it cannot use them; "
+            f"`chown -R --reference={home.root} {home.root}`",
+        )  # fmt: skip
     if not os.access(home.root, os.W_OK | os.X_OK):
         yield Finding("directory", "fail", f"this user may not write {home.root}; run the agent as its owner")
 
@@ -159,10 +166,12 @@ def _reports(home: Home) -> Iterator[Finding]:
         try:
             writable = within(reports.MOUNT_SECONDS, folder, lambda: os.access(folder, os.W_OK | os.X_OK))
             if not writable:
-                yield Finding("reports", "warn", f"{folder} cannot be written; {kept}")
+                yield Finding("reports", "fail", f"{folder} cannot be written; {kept}")
         except TransferError as error:
-            yield Finding("reports", "warn", f"{error}; {kept}")
-    if waiting:
+            yield Finding("reports", "fail", f"{error}; {kept}")
+    if waiting and (why := reports.problem(home)):
+        yield Finding("reports", "fail", f"{waiting} wait; when last tried: {why}")
+    elif waiting:
         yield Finding("reports", "warn" if waiting > MANY_WAITING else "ok", f"{waiting} wait to be delivered")
 
 

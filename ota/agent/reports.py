@@ -6,10 +6,12 @@ leave a gap in the numbers, which means nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from ota import output
 from ota.agent.state import Home
 from ota.agent.transport import HungError, within
-from ota.errors import OperatorError, StateError, TransferError
+from ota.errors import DeviceError, OperatorError, StateError, TransferError
 from ota.manifest import MAX_NUMBER, DeviceReport, Event, SignedReport
 
 MOUNT_SECONDS = 30.0  # that a report waits for the folder in which it is left
@@ -99,30 +101,56 @@ def folder_of(address: str) -> Path:
     return Path(parts.path)
 
 
+def problem(home: Home) -> str:
+    """Why reports wait that could not be delivered when it was last tried; empty: none was undeliverable."""
+    try:
+        return (home.disk.read("undelivered.txt") or b"").decode(errors="replace")
+    except StateError:
+        return ""
+
+
+def _note(home: Home, problem_now: str) -> None:
+    """Keep it for `status`: who asks may be another user than who tried, and not shut in as a service is."""
+    if problem_now == problem(home):
+        return
+    with suppress(DeviceError):  # a full disk must not end an update for this
+        if problem_now:
+            home.disk.replace("undelivered.txt", problem_now.encode(), durable=False)
+        else:
+            home.disk.remove("undelivered.txt")
+
+
 def send(home: Home) -> int:
-    """Deliver what is queued; what cannot be delivered stays. Returns how many reports are left.
+    """Deliver what is queued; what cannot be delivered stays, and `problem` says why. Returns how many reports are left.
 
     A report is a file in a folder, named by device and number: dropping it twice is the same as once.
     """
     config = home.config()
     waiting = sorted(home.disk.path("queue").glob("*.json"))
     if not config.reports:
+        _note(home, "")
         return len(waiting)
-    folder, left, problem = folder_of(config.reports), 0, ""
+    left, why = _deliver(home, folder_of(config.reports), waiting)
+    if why:
+        log.warning("%s", why)
+    _note(home, why)
+    return left
+
+
+def _deliver(home: Home, folder: Path, waiting: list[Path]) -> tuple[int, str]:
+    """How many are left, and why."""
+    left, why = 0, ""
     for done, path in enumerate(waiting):
-        data, name = path.read_bytes(), f"{config.device}-{path.name}"
+        data, name = path.read_bytes(), f"{home.config().device}-{path.name}"
         try:
             within(MOUNT_SECONDS, folder, lambda data=data, name=name: _drop(data, folder, name))  # type: ignore[misc]
         except HungError as error:  # the next ones would, too, and a lock is held meanwhile
-            log.warning("%s; reports are kept and tried again", error)
-            return left + len(waiting) - done
+            return left + len(waiting) - done, f"{error}; reports are kept and tried again"
         except TransferError as error:  # somebody else may have put something in the place of this one, and not of the next
-            left, problem = left + 1, problem or str(error)
+            left, why = left + 1, why or str(error)
         else:
             home.disk.remove(f"queue/{path.name}")
-    if problem:
-        log.warning("%s", problem)
-    return left
+    return left, why
 
 
 def _drop(data: bytes, folder: Path, name: str) -> None:
@@ -133,5 +161,7 @@ def _drop(data: bytes, folder: Path, name: str) -> None:
             os.fchmod(file.fileno(), 0o644)  # whatever the agent's umask: another user collects it
             file.write(data)
     except (OSError, OperatorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = str(error.strerror if isinstance(error, OSError) else error)
+        if os.strerror(errno.EROFS) in reason:
+            reason += " (systemd lets a service write what its unit names in ReadWritePaths)"
         raise TransferError(f"reports cannot be left in {folder}: {reason}; they are kept and tried again") from error

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ota.agent.state import Config, HighWater, State
-from ota.errors import ManifestError, OperatorError, TrustError
-from ota.manifest import MAX_COUNT, Manifest, Policy, Reference
+from ota.errors import AgentError, ManifestError, OperatorError, TrustError
+from ota.manifest import MAX_COUNT, Manifest, Policy, Reference, as_numbers
 
 BUCKETS = 10_000
 CLOCK_SLACK = 24 * 3600  # seconds that a clock may run behind the latest time seen
 STATISTIC_FLOOR = 0.02  # of the grey range of 2; the least width that a reference range is taken for
 MAX_DEAD_LOAD = 0.1  # of its reference share; an expert with less is not used on this device
 SEEDS = 2**128  # numbers that Philox takes as a key
+MAX_TRIES = 3  # times in a row that the trying of a bundle may begin and give no answer before it rests
+FIRST_REST = 3600  # seconds; each rest is twice as long as the one before
+LONGEST_REST = 7 * 86_400
 MEMORY_LIMIT = 1024  # MiB that trying or running a bundle may take at its peak
 
 
@@ -147,6 +150,15 @@ def want(policy: Policy, config: Config, state: State, revertible: bool, now: in
     return Wanted(True, f"release {policy.seq} is open to this device")
 
 
+def rest(tries: int) -> int:
+    """Seconds that a bundle rests after so many tries that gave no answer; it is never condemned for them.
+
+    Perhaps it kills the process or the machine, perhaps the device lacks memory until somebody mends it: nobody can tell from here.
+    Twice as long each time, up to a week, costs the device little if it is the bundle, and loses no good release if it is not.
+    """
+    return min(FIRST_REST * 2 ** min(tries - MAX_TRIES, 20), LONGEST_REST) if tries >= MAX_TRIES else 0
+
+
 def in_window(window: str, now: int) -> bool:
     """Whether the time of day (UTC) lies in a window such as 22:00-05:00."""
     start, stop = (int(part[:2]) * 60 + int(part[3:5]) for part in window.split("-"))
@@ -158,22 +170,13 @@ def check_fits(manifest: Manifest, config: Config, agent: str) -> None:
     """Refuse a bundle that was not made for this device, before anything of it is fetched.
 
     Raises:
-        ManifestError: another line or class, or it needs a newer agent.
+        ManifestError: another line or class.
+        AgentError: it needs a newer agent.
     """
     if (manifest.line, manifest.device_class) != (config.line, config.device_class):
         raise ManifestError(f"the bundle is for {manifest.line}/{manifest.device_class}, not for this device")
     if as_numbers(manifest.minimum_agent) > as_numbers(agent):
-        raise ManifestError(f"the bundle needs agent {manifest.minimum_agent}, this is {agent}; update the agent first")
-
-
-def as_numbers(version: str) -> tuple[int, ...]:
-    """A version as numbers to compare, up to the first part that is not one."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not (part.isascii() and part.isdigit()):
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+        raise AgentError(f"the bundle needs agent {manifest.minimum_agent}, this is {agent}; update the agent first")
 
 
 def check_runtime(bounds: Sequence[str], version: str) -> str | None:
@@ -216,7 +219,6 @@ class Trying:
     """Mean gate mass [M][E]."""
     milliseconds: float
     peak_mib: float
-    runtime_problem: str | None
 
 
 def judge(trying: Trying, own: Reference, running: Reference | None) -> list[str]:
@@ -229,8 +231,6 @@ def judge(trying: Trying, own: Reference, running: Reference | None) -> list[str
             outputs, so its images are also held against the images of the one it would replace.
     """
     reasons = []
-    if trying.runtime_problem:
-        return [trying.runtime_problem]
     if not trying.finite:
         reasons.append("it makes images that are not finite")
     if trying.golden_share < own.golden.share:

@@ -5,11 +5,13 @@ root.json        the trust anchor, given at `init` with its hash
 device.key       Ed25519 private key for reports
 state.json       what runs, what ran before, what is on trial; replacing it is the only commit point
 state.prev.json  the state before, for a disk that damages files
+resting.json     how long the bundle rests whose trying gave no answer; may be lost
 highwater.json   the newest metadata versions ever accepted, under which keys, and the latest time seen
 metadata/        python-tuf's cache; can be lost at any moment
 slots/<sha256>/  bundles by their manifest's hash, files by their own
 incoming/        downloads that are under way
 queue/           reports that were not delivered yet
+undelivered.txt  why, when it was last tried; may be lost
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -97,6 +100,14 @@ class State(Document):
         return dict([*others, (digest, why[:500])][-MAX_REFUSED:])
 
 
+class Rest(Document):
+    """A bundle whose trying gave no answer; it is tried again after a while."""
+
+    bundle: Sha256
+    tries: int = Field(ge=0, description="how many had given none")
+    until: int = Field(ge=0, le=2**35, description="seconds since 1970")
+
+
 class HighWater(Document):
     """What must never go back: metadata versions by role, and time; `rules.binding` says which of them still hold."""
 
@@ -144,15 +155,34 @@ class Home:
             if before != now:
                 raise OperatorError(f"{self.root} is set up for {what} {before}; use another folder, or remove this one first")
 
+    def check_owner(self) -> None:
+        """Refuse to write in another user's directory: its owner could not read what root left there, and would neither draw nor update.
+
+        Raises:
+            StateError: it is another user's.
+        """
+        try:
+            owner = self.root.stat().st_uid
+        except FileNotFoundError:  # it is made by `init`
+            return
+        except OSError as error:
+            raise StateError(f"cannot look at {self.root}: {error.strerror}; run the agent as its owner") from error
+        if owner != os.geteuid():
+            name = _user(owner)
+            raise StateError(
+                f"{self.root} belongs to {name}, and this is {_user(os.geteuid())}; run `sudo -u {name} ferry-agent …` instead"
+            )
+
     @contextmanager
     def locked(self, wait: float = 0) -> Iterator[None]:
         """Hold the directory against a second agent; waits for it for at most so many seconds.
 
         Raises:
             BusyError: another agent holds it.
-            StateError: the lock file cannot be opened.
+            StateError: the lock file cannot be opened, or another user owns the directory.
         """
         self.config()
+        self.check_owner()
         try:
             descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -245,6 +275,13 @@ class Home:
         except ManifestError as error:
             raise StateError(f"{self.root / 'highwater.json'} is damaged; restore it, or set the device up anew") from error
 
+    def rest(self) -> Rest | None:
+        """The bundle that rests, if one does; a file that is lost, damaged or unreadable stands for none."""
+        try:
+            return parse(Rest, self.disk.read("resting.json") or b"", MAX_STATE)
+        except (ManifestError, StateError):
+            return None
+
     def raise_high_water(self, marks: HighWater) -> None:
         """Set the marks; durable on return."""
         if marks != self.high_water():
@@ -267,7 +304,8 @@ class Home:
             wanted: slots and downloads to keep besides, by hash.
         """
         state, before = self.load(), opened(self.disk.read("state.prev.json")) or State()
-        if {before.active, before.previous} & state.refused.keys():  # it goes, so the copy may not name it any more
+        gone = {*state.refused, *state.tries} - {state.active, state.previous}
+        if gone & {before.active, before.previous}:  # it goes, so the copy may not name it any more
             self.disk.replace("state.prev.json", _enveloped(state))
             before = state
         named = {state.active, state.previous, before.active, before.previous, *wanted}
@@ -318,6 +356,13 @@ class Slot:
     def reference(self, variant: VariantName) -> Reference:
         """What the bundle looked like in the factory."""
         return parse(Reference, self.read("reference", variant), MAX_TABLE)
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"#{number}"  # as sudo takes it
 
 
 def opened(data: bytes | None) -> State | None:

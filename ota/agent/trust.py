@@ -253,6 +253,15 @@ class _Fetcher(FetcherInterface):
             raise DownloadHTTPError(str(error), 404) from error
         return self._rest(first, pieces)
 
+    def download_bytes(self, url: str, max_length: int) -> bytes:
+        """As python-tuf's own, but in memory: that one needs a temporary folder that has room."""
+        data = bytearray()
+        for piece in self.fetch(url):
+            data += piece
+            if len(data) > max_length:
+                raise DownloadLengthMismatchError(f"{url} is longer than the {max_length} bytes that are allowed")
+        return bytes(data)
+
     @staticmethod
     def _rest(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
         length = 0

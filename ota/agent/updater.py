@@ -2,14 +2,14 @@
 
      1  refresh the metadata, check them against the durable high-water mark
      2  read the policy and decide
-     3  choose a delta whose base is what runs now, else the full bundle
+     3  check this device's software; choose a delta whose base is what runs now, else the full bundle
      4  check that there is room
      5  download, resuming, against a deadline
      6  verify length and hash
      7  apply into a new slot, in a process with limits
      8  verify every file of the slot, read back from the disk
      9  refresh again: a halt must reach us before the switch
-    10  try the bundle on this device; report that it is starting
+    10  try the bundle on this device, unless it rests; report that it is starting
     11  switch: replace the state file, the only commit point
     12  probation: it is trusted after some good inferences, else taken back and refused from then on
 
@@ -34,28 +34,32 @@ from typing import Any, NoReturn
 import ota
 from ota.agent import measured, reports, rules, variants
 from ota.agent.disk import read_uncached
-from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, Slot, State, Trial
+from ota.agent.rules import MAX_TRIES
+from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, Rest, Slot, State, Trial
 from ota.agent.transport import Deadline, NotFoundError, Transport, at_most, connect, download
 from ota.agent.trust import Target, Trust
 from ota.errors import (
+    AgentError,
     BaseError,
     DeltaError,
     DeviceError,
+    DiedError,
     ExpiredError,
     GateError,
     InvalidError,
+    LateError,
     ManifestError,
     OperatorError,
     OtaError,
     RepositoryError,
     RoomError,
+    SoftwareError,
     StateError,
     UnfinishedError,
     own_errors,
 )
 from ota.manifest import MAX_MANIFEST, MAX_POLICY, FileEntry, Manifest, Policy, Reference, VariantName, parse
 
-MAX_TRIES = 3  # times step 10 may begin without coming to an answer before a bundle is refused
 FETCH_SECONDS = 3600.0  # that the downloads of one update may take; the next update resumes them
 TRIAL_WAIT = 5.0  # seconds that an image waits for an update at work, before the bundle before draws it
 
@@ -102,7 +106,8 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         TrustError, ManifestError, DeltaError, RepositoryError: what is published is wrong; nothing was changed.
         TransferError: the repository cannot be reached; nothing was changed.
         RoomError, StateError, DeviceError: this device cannot; nothing was changed, or the bundle on trial was taken back.
-        UnfinishedError: the trying was killed or ran out of time or memory; the next call tries again, a few times.
+        SoftwareError: ONNX Runtime or another package is missing, broken, or not of the version that the bundle needs.
+        UnfinishedError, DiedError: the trying gave no answer; later calls try again, a few times at once, then after a rest.
         FaultError: a fault of the agent's own; what runs is kept.
     """
     with own_errors():
@@ -138,11 +143,16 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
         return Outcome(repaired, state.active, reason, "full" if repaired else "", transport.received)
 
     digest = plan.manifest.digest
+    if resting := _resting(home, plan):
+        if problem:
+            raise problem
+        return Outcome(damaged, state.active, resting, "full" if damaged else "", transport.received)
     way = "full"
     if _is_complete(home, digest, plan):  # installed before, or cut after step 8
         way = "kept"
     else:
-        step(3, "choose a way")
+        step(3, "check the software, choose a way")
+        _check_software()
         latest = at_most(FETCH_SECONDS)
         delta = _find_delta(trust, state.active, plan)
         home.collect_garbage({digest, *plan.manifest.objects, *([delta.sha256] if delta else [])})
@@ -154,7 +164,7 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
                 log.warning("%s", error)
                 reports.queue(home, "base_corrupt", state.active, str(error))
             except (DeltaError, DeviceError, RepositoryError, NotFoundError) as error:
-                if isinstance(error, (RoomError, StateError)):
+                if isinstance(error, (RoomError, StateError)) and not isinstance(error, SoftwareError):
                     raise
                 log.warning("%s; fetching the full bundle", error)
                 home.disk.remove(f"incoming/{delta.sha256}")
@@ -276,10 +286,21 @@ def _find_delta(trust: Trust, active: str | None, plan: _Plan) -> Target | None:
 # Steps 4 to 8
 
 
+def _check_software() -> None:
+    """See that what tries a bundle can be loaded and computes, before anything is fetched for it.
+
+    Raises:
+        SoftwareError: it cannot.
+    """
+    from ota.agent import child  # imported where a process is started: a look that finds nothing new does without it
+
+    child.run("check")
+
+
 def _fetch_delta(
     home: Home, transport: Transport, active: str, plan: _Plan, delta: Target, step: OnStep, latest: Deadline
 ) -> None:
-    from ota.agent import child  # imported where a process is started: a look that finds nothing new does without it
+    from ota.agent import child
 
     part, fresh = f"incoming/{delta.sha256}", _prepare_slot(home, plan)
     step(4, "check room")
@@ -389,14 +410,49 @@ def _is_complete(home: Home, digest: str, plan: _Plan) -> bool:
 # Step 10
 
 
+def _resting(home: Home, plan: _Plan) -> str:
+    """Why the bundle is not tried now, because earlier tries gave no answer; empty: it may be. A new rest is reported."""
+    digest, now = plan.manifest.digest, int(time.time())
+    tries, rest = home.load().tries.get(digest, 0), home.rest()
+    length = max(rules.rest(tries), rules.FIRST_REST)
+    if rest is None or (rest.bundle, rest.tries) != (digest, tries):
+        if tries < MAX_TRIES:
+            return ""
+        told = f"its trying began {tries} times and gave no answer; it is tried again in {length // 3600} h"
+        reports.queue(home, "refused", digest, told)
+        reports.send(home)
+        rest = _rest(home, digest, tries, now + length)
+    if rest.until > now + length:  # the clock was set back
+        rest = _rest(home, digest, tries, now + length)
+    if rest.until <= now:
+        return ""
+    why = f"its trying began {tries} times and gave no answer" if tries >= MAX_TRIES else "its trying did not end in time"
+    return (
+        f"release {plan.policy.seq} rests for {(rest.until - now + 59) // 60} more minutes, {why}; mend what this device lacks, "
+        f"then run `ferry-agent forget {digest[:12]}` to have it tried at once"
+    )
+
+
+def _rest(home: Home, digest: str, tries: int, until: int) -> Rest:
+    rest = Rest(bundle=digest, tries=tries, until=until)
+    home.disk.replace("resting.json", rest.canonical())
+    return rest
+
+
 def _try_counted(home: Home, plan: _Plan, state: State, received: int) -> float:
     """Try a bundle, counting before it what may crash the machine; returns the milliseconds of an image."""
     manifest = plan.manifest
     tries = state.tries.get(manifest.digest, 0)
-    if tries >= MAX_TRIES:
-        _refuse(home, manifest.digest, f"its trying began {tries} times and never came to an answer", state, received)
     home.save(state.model_copy(update={"tries": {manifest.digest: tries + 1}}))
-    return _try(home, manifest, state, received, plan.floor)
+    try:
+        return _try(home, manifest, state, received, plan.floor)
+    except (RoomError, AgentError):
+        home.save(state)  # it was not tried
+        raise
+    except LateError:  # a wait without an answer is no try; but it may hold a processor for minutes, so the next is not at once
+        _rest(home, manifest.digest, tries, int(time.time()) + rules.FIRST_REST)
+        home.save(state)
+        raise
 
 
 def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int) -> float:
@@ -412,11 +468,8 @@ def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int
             answer = child.run("try", slot=str(slot.folder), digest=slot.digest, variant=variant)
             trying = _trying(answer)
             reasons = rules.judge(trying, slot.reference(variant), running)
-        except RoomError:
-            home.save(state)  # no process could be started, so it was not tried
-            raise
-        except (StateError, BaseError, UnfinishedError):
-            raise  # this device's fault, or nobody's
+        except (RoomError, AgentError, StateError, BaseError, UnfinishedError, DiedError):
+            raise  # this device's fault, its software's, or nobody can tell whose
         except (DeviceError, ManifestError) as error:
             reasons = [str(error)]
         if reasons:
@@ -431,7 +484,7 @@ def _trying(answer: dict[str, Any]) -> rules.Trying:
         golden_share=answer["golden_share"], finite=answer["finite"],
         statistics=tuple((name, value) for name, value in answer["statistics"]),
         load=tuple(tuple(row) for row in answer["load"]), milliseconds=answer["milliseconds"],
-        peak_mib=answer["peak_mib"], runtime_problem=answer["runtime_problem"],
+        peak_mib=answer["peak_mib"],
     )  # fmt: skip
 
 
@@ -470,7 +523,7 @@ def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
     Raises:
         GateError: the bundle on trial failed and was taken back.
         StateError, BaseError: something cannot be read; it was taken back if it is damaged, or if that goes on.
-        UnfinishedError: it was killed, or ran out of time or memory; the next call goes on, a few times.
+        UnfinishedError, DiedError: it gave no answer; the next call goes on, a few times.
     """
     seed = 0
     while (state := home.load()).trial is not None:
@@ -502,7 +555,7 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
                 state = home.load()
                 if state.trial is not None:
                     return _generate_on_trial(home, state, caption, seed, variant)
-        except (StateError, BaseError, RoomError, UnfinishedError) as error:
+        except (StateError, BaseError, RoomError, UnfinishedError, DiedError) as error:
             log.warning("%s", error)  # perhaps it was taken back, which nobody else would be told
             problem = error
     before = None
@@ -564,11 +617,11 @@ def _choices(home: Home, digest: str, wanted: VariantName | None) -> list[Varian
     return variants.chain(manifest.variants, manifest.default_variant, measured.read(home, digest), home.config())
 
 
-def _draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName) -> Drawn:
+def _draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName, **how: bool) -> Drawn:
     from ota.agent import child
 
     slot = home.slot(digest)
-    answer = child.run("generate", slot=str(slot.folder), digest=digest, variant=variant, caption=caption, seed=seed)
+    answer = child.run("generate", slot=str(slot.folder), digest=digest, variant=variant, caption=caption, seed=seed, **how)
     if not answer["good"]:
         raise DeviceError("it made an image that is constant or not finite")
     return base64.b64decode(answer["png"]), answer
@@ -582,16 +635,17 @@ def _generate_on_trial(home: Home, state: State, caption: str, seed: int, varian
     active, trial = state.active, state.trial
     if active is None or trial is None:
         raise StateError(f"nothing is on trial in {home.root}; run `ferry-agent update`")
-    if trial.loads == 0:
-        _take_back(home, state, active, "it did not get through its trial")
+    if trial.loads == 0:  # perhaps it kills the machine, so it rests at once
+        tried = state.model_copy(update={"tries": {active: max(MAX_TRIES, state.tries.get(active, 0))}})
+        _take_back(home, tried, active, "it did not get through its trial", refuse=False)
     counted = state.model_copy(update={"trial": trial.model_copy(update={"loads": trial.loads - 1})})
     home.save(counted)
     try:
-        drawn = _draw(home, active, caption, seed, _choices(home, active, variant)[0])
-    except (OperatorError, RoomError):  # a wrong wish, or no process to be had: that says nothing about the bundle
+        drawn = _draw(home, active, caption, seed, _choices(home, active, variant)[0], on_trial=True)
+    except (OperatorError, RoomError, AgentError):  # a wrong wish, no process, software that is broken: nothing about the bundle
         home.save(state)
         raise
-    except UnfinishedError:
+    except (UnfinishedError, DiedError):
         raise  # perhaps its fault, perhaps the device's; it was counted
     except (StateError, BaseError) as error:  # this device's fault: the bundle is not refused for it, but tried again a few times
         if counted.trial and counted.trial.loads and is_sound(home, active):
@@ -620,12 +674,15 @@ def _take_back(home: Home, state: State, failed: str, why: str, refuse: bool = T
     reports.send(home)
     now = "the one before runs again" if state.previous else "none is left, run `ferry-agent update`"
     if not refuse:
-        raise StateError(f"the bundle on trial could not be read and was taken back: {why}; {now}")
+        raise StateError(f"the bundle on trial was taken back, and is tried again: {why}; {now}")
     raise GateError(f"the bundle on trial was taken back: {why}; {now}")
 
 
-def rollback(home: Home) -> str:
-    """Go back to the bundle before, by hand; the present one is refused from now on.
+def rollback(home: Home) -> tuple[str, str]:
+    """Go back to the bundle before, by hand; the present one is refused until it is forgotten.
+
+    Returns:
+        The bundle that runs now, and the one that is refused.
 
     Raises:
         OperatorError: there is none to go back to.
@@ -643,7 +700,34 @@ def rollback(home: Home) -> str:
     home.save(State(active=state.previous, seq=state.previous_seq, refused=refused))
     reports.queue(home, "rolled_back", state.active, "by the operator")
     reports.send(home)
-    return state.previous
+    return state.previous, state.active
+
+
+def forget(home: Home, start: str) -> str:
+    """Forget that a bundle was refused, or how often its trying gave no answer: the next update treats it as new.
+
+    Args:
+        home: the agent's directory, locked by the caller.
+        start: the first digits of its hash.
+
+    Returns:
+        Its whole hash.
+
+    Raises:
+        OperatorError: no such bundle is refused or rests, or several begin like this.
+    """
+    state = home.load()
+    known = {*state.refused, *state.tries, *([rest.bundle] if (rest := home.rest()) else [])}
+    found = sorted(digest for digest in known if start and digest.startswith(start.lower()))
+    if not found:
+        raise OperatorError(f"no bundle that begins with '{start}' is refused here; `ferry-agent status` lists those that are")
+    if len(found) > 1:
+        raise OperatorError(f"{len(found)} bundles that are refused begin with '{start}'; give more digits")
+    (digest,) = found
+    home.disk.remove("resting.json")
+    refused, tries = ({d: was for d, was in old.items() if d != digest} for old in (state.refused, state.tries))
+    home.save(state.model_copy(update={"refused": refused, "tries": tries}))
+    return digest
 
 
 def status(home: Home) -> dict[str, Any]:
@@ -660,7 +744,9 @@ def status(home: Home) -> dict[str, Any]:
         "sound": sound,
         "trial": state.trial.model_dump() if state.trial else None,
         "refused": state.refused,
+        "rests": rest.model_dump() if (rest := home.rest()) and rest.until > time.time() else None,
         "waiting_reports": len(list(home.disk.path("queue").glob("*.json"))),
+        "reports_problem": reports.problem(home),
     }
 
 
