@@ -118,6 +118,10 @@ $(VENV)/.bench: $(VENV)/.installed
 bench-timer: install ## which timer lets devices look that are on for an hour a day; seconds; figures to build/bench/timer.json
 	$(BIN)/python -m tests.bench.timer
 
+.PHONY: bench-commands
+bench-commands: install ## processor time of the emergency stop and of refusals; a minute; figures to build/bench/commands.json
+	$(BIN)/python -m tests.bench.commands
+
 .PHONY: bench-model
 bench-model: $(VENV)/.bench ## the network beside its peers: two hours of one core; table to tests/bench/results/, figures to build/bench/bench-model.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.model

@@ -106,6 +106,8 @@ def retrain(
         from model import versions
 
         settings = workspace.line(line)
+        with workspace.locked("retraining"):  # so that who comes too late is told before anything large is loaded
+            pass
         versions.resolve(workspace.root, settings.data, line, data or "HEAD")
         if not data:
             versions.check_clean(workspace.root, settings.data, line)
@@ -194,10 +196,14 @@ def release(
     """Publish a line's champions: bundle, deltas from what is fielded, signatures, then to where devices fetch it."""
     with told_errors():
         workspace = open_workspace()
-        from flows.promote import champions, check_ledger
         from flows.workspace import line_and_class
 
         line, device_class = line_and_class(target, workspace)
+        with workspace.locked("release"):  # so that who comes too late is told before anything large is loaded
+            pass
+        from flows import policies
+        from flows.promote import champions, check_ledger
+
         check_ledger(workspace)
         champions(workspace, line, device_class)
         from flows.release import release as flow
@@ -210,7 +216,7 @@ def release(
         answer(
             as_json, made,
             f"{line}/{device_class} release {made['release']}: {made['full_bytes']:,} bytes in full"
-            f"{f'; as a delta {deltas}' if deltas else ''}\nno device installs it yet: `ferry rollout start {line}/{device_class}`",
+            f"{f'; as a delta {deltas}' if deltas else ''}\n{policies.next_step(workspace, line, device_class, made['release'])}",
         )  # fmt: skip
 
 
@@ -254,6 +260,10 @@ def serve(
         for line in chosen:
             workspace.line(line)
         from flows import serve as schedule
+
+        schedule.check_cron(cron)
+        with workspace.locked("serving"):
+            pass
         from flows import webhook
 
         at = webhook.address_of(webhooks) if webhooks else None

@@ -182,15 +182,12 @@ class Demo:
             raise DemoError(f"{SECOND} was trained again although its data did not change")
 
     def _release(self, lines: list[str]) -> None:
-        from flows.release import publish, release
-        from ota.release import rollout
+        from flows import policies
+        from flows.release import release
 
         for line in lines:
             made = release(str(self.root), line, CLASS)
-            published = next(r for r in self.workspace.repository.releases(line, CLASS) if r.seq == made["release"])
-            self.workspace.repository.set_policy(rollout.start(published, [100], soak=0))
-            self.workspace.ledger.append("rollout", f"{line}/{CLASS}", "to all devices at once", {"release": published.seq})
-        publish.fn(str(self.root))
+            policies.start(self.workspace, line, CLASS, [100], soak=0, number=made["release"], why="to all devices at once")
 
     def _update(self, act: str, captions: dict[str, str], refuses: bool = False) -> None:
         """Every device updates, in processes of their own, at the same time; then its folder is read."""
@@ -255,23 +252,18 @@ class Demo:
         promote(self.workspace, self._subject(), row["version"], "drill: would the devices notice?", overrule=True)
 
     def _recover(self) -> None:
+        from flows import policies
         from flows.promote import promote, promotions
-        from flows.release import publish, release
-        from ota.release import rollout
+        from flows.release import release
 
-        repository, ledger, subject = self.workspace.repository, self.workspace.ledger, self._subject()
-        broken = repository.policy(LINE, CLASS)
-        if broken is None:
-            raise DemoError(f"nothing of {LINE}/{CLASS} is rolled out")
-        repository.set_policy(rollout.halt(broken))
-        ledger.append("halt", f"{LINE}/{CLASS}", "every device refused it", {"release": broken.seq})
+        subject = self._subject()
+        policies.halt(self.workspace, LINE, CLASS, "every device refused it")
         good = promotions(self.workspace, subject, overruled=False)[-1]
         promote(self.workspace, subject, good.facts["version"], "drill ended")
         made = release(str(self.root), LINE, CLASS)
-        again = next(r for r in repository.releases(LINE, CLASS) if r.seq == made["release"])
-        repository.set_policy(rollout.start(again, [100], soak=0, revert=True))
-        ledger.append("rollout", f"{LINE}/{CLASS}", "back to the release before", {"release": again.seq})
-        publish.fn(str(self.root))
+        policies.start(
+            self.workspace, LINE, CLASS, [100], soak=0, number=made["release"], revert=True, why="back to the release before"
+        )
 
     def _report(self) -> None:
         from flows.report import write

@@ -8,14 +8,14 @@ from typing import Any
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 
-from flows import progress
+from flows import policies, progress
 from flows.promote import champions, check_ledger, promotions
 from flows.retrain import RETRIES, champion_files
 from flows.workspace import Workspace
 from model.scorecard import Frozen
 from model.train import load_checkpoint
 from ota.manifest import Origin
-from ota.release import bundle, store
+from ota.release import bundle
 from ota.release.bundle import Bundle, Delta
 from ota.release.repository import Release
 from registry.catalog import Subject
@@ -118,20 +118,7 @@ def sign(root: str, folder: str, deltas: list[Delta]) -> Release:
 @task(name="publish", **RETRIES)
 def publish(root: str) -> int:
     """Copy what is new in the repository to where devices fetch it; returns the number of files."""
-    workspace = Workspace(Path(root))
-    stores = workspace.settings.stores
-    with workspace.locked("records"):
-        files = list(workspace.repository.files())
-        copied: list[str] = []
-
-        def show(name: str) -> None:
-            copied.append(name)
-            progress.advance("publish", len(copied), len(files))
-
-        count = store.publish(files, stores.publish, workspace.root, stores.s3_endpoint or None, show)
-    if copied:
-        progress.advance("publish", len(files), len(files))  # the others were there
-    return count
+    return policies.publish(Workspace(Path(root)))
 
 
 @flow(name="release", persist_result=False)

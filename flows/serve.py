@@ -19,9 +19,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 from urllib.parse import urlsplit
+
+from cronsim import CronSim, CronSimError
 
 from flows.errors import ServerError, WorkspaceError
 from flows.workspace import Workspace
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 START_SECONDS = 300.0
+NO_CRON = "{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 1' for Mondays at 3"
 
 
 @contextmanager
@@ -202,6 +206,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def check_cron(cron: str) -> None:
+    """Refuse early what is certainly no schedule; what only Prefect knows (`@daily`, `?`, ranges that wrap) is left to it, which takes seconds to load.
+
+    Raises:
+        WorkspaceError: it is none, or its moment never comes.
+    """
+    if set("@?-R") & set(cron):
+        return
+    try:
+        CronSim(cron, datetime.now(UTC))
+    except CronSimError as error:
+        raise WorkspaceError(NO_CRON.format(cron=cron)) from error
+
+
 def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> None:
     """Run `retrain` for lines by a cron schedule, for new data and for events, until interrupted. One run at a time.
 
@@ -234,9 +252,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
         ]  # fmt: skip
         deployments.append(approval.to_deployment(name=name_of(workspace), entrypoint_type=EntrypointType.MODULE_PATH))
     except ValueError as error:
-        raise WorkspaceError(
-            f"{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 1' for Mondays at 3"
-        ) from error
+        raise WorkspaceError(NO_CRON.format(cron=cron)) from error
     again = triggers.take_up(workspace, lines)
     if again:
         sys.stderr.write(f"ferry: {again} retrainings that were cut are begun again\n")

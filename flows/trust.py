@@ -10,6 +10,7 @@ from typing import Any
 
 from securesystemslib.signer import CryptoSigner, Signer
 
+from flows import policies
 from flows.workspace import Workspace
 from ota.errors import OperatorError
 from ota.release import keys
@@ -273,15 +274,13 @@ def put_in_force(workspace: Workspace, waiting: Waiting) -> None:
     Raises:
         OperatorError: signatures are missing, or something newer is in force.
     """
-    from flows.release import publish
-
     with workspace.locked("records"):
         smooth = workspace.repository.lay_ground(waiting)
     if smooth:
-        publish.fn(str(workspace.root))
+        policies.publish(workspace)
     with workspace.locked("records"):
         workspace.repository.put_in_force(waiting)
-    publish.fn(str(workspace.root))
+    policies.publish(workspace)
     _journal(workspace).unlink(missing_ok=True)
 
 

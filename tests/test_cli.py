@@ -138,7 +138,7 @@ def test_outside_a_workspace_everything_says_so(arguments: tuple[str, ...], tmp_
         (("approve", "shapes/I/slow", "1", "--reason", "x"), "is not LINE/CONFIG/VARIANT"),
         (("release", "shapes/huge"), "line shapes has no device class 'huge'"),
         (("rollout", "start", "shapes"), "has no release"),
-        (("rollout", "start", "shapes", "--waves", "ten"), "has no release"),
+        (("rollout", "start", "shapes", "--waves", "ten"), "are not shares in percent; write them as 1,10,100"),
         (("rollout", "halt", "shapes"), "nothing of shapes/edge is rolled out"),
         (("rollout", "renew", "shapes"), "nothing of shapes/edge is rolled out"),
         (("trust", "renew", "rollout"), "rollout is not renewed by itself"),

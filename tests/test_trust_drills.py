@@ -105,10 +105,15 @@ class Plant:
         found = {role["role"]: role["keys"] for role in self.status()["roles"]}
         return [key["keyid"] for role in roles for key in found[role]]
 
+    def start(self, *words: str, code: int = 0) -> str:
+        """Roll the newest release out, unless another is named; no champion was promoted here."""
+        newest = str(self.repository.releases(LINE, CLASS)[-1].seq)
+        return self.ferry("rollout", "start", LINE, *words, *(() if "--release" in words else ("--release", newest)), code=code)
+
     def release(self, bundle: Bundle) -> None:
         """Publish a bundle and open it to everyone."""
         self.repository.publish_release(bundle.manifest, bundle.folder, "0" * 64, [])
-        self.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
+        self.start("--waves", "100", "--soak", "0")
 
     def thief(self) -> Repository:
         """A copy of the repository in the hands of somebody with a copy of all online keys, and of nothing else."""
@@ -776,7 +781,7 @@ def test_key_moves_to_a_vault(plant, vault, bundles):
 
 
 def test_ledger_key_moves_to_a_vault_and_signs_from_there_on(plant, vault):
-    plant.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
+    plant.start("--waves", "100", "--soak", "0")
     (old,) = plant.status()["ledger"]
     public = vault("ledger")
     for words in (("ledger", "models"), ("ledger", "--stolen", old["keyid"]), ("ledger", "--new", "2")):
@@ -790,7 +795,7 @@ def test_ledger_key_moves_to_a_vault_and_signs_from_there_on(plant, vault):
     plant.ferry("rollout", "halt", LINE, "--reason", "a drill")
     assert f"{entries + 1} of them are signed by the ledger's key" in plant.ferry("history", "--verify")
     vault("ledger")  # somebody made another key under its name
-    told = plant.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0", code=3)
+    told = plant.start("--waves", "100", "--soak", "0", code=3)
     assert "the ledger's key vault:ledger cannot sign" in told
     before = plant.repository.policy(LINE, CLASS)
     assert before is not None
@@ -808,7 +813,7 @@ def test_halt_reaches_devices_also_where_it_cannot_be_recorded(plant, bundles):
     assert "release 2 is halted, and that is published, but it could not be recorded:\nferry: " in told
     assert "is not signed by a key of this workspace" in told
     assert visit_reason(plant.near, plant.ws / "published") == "release 2 is halted"
-    assert "is not signed" in plant.ferry("rollout", "start", LINE, code=6)
+    assert "is not signed" in plant.start(code=6)
     assert visit_reason(plant.near, plant.ws / "published") == "release 2 is halted"
 
 
@@ -923,11 +928,11 @@ def test_floor_holds_against_the_rollout_key(plant, bundles, tmp_path):
     shutil.rmtree(thief.folder.parent)
 
     assert "release 1 of shapes/edge is being rolled out" in plant.ferry("trust", "floor", LINE, "3", code=3)
-    plant.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
+    plant.start("--waves", "100", "--soak", "0")
     assert "has no release 9 to be the floor" in plant.ferry("trust", "floor", LINE, "9", code=3)
     plant.ferry("trust", "floor", LINE, "3")
-    assert "lies below the floor, 3" in plant.ferry("rollout", "start", LINE, "--release", "2", code=3)
-    assert "lies below the floor, 3" in plant.ferry("rollout", "start", LINE, "--release", "1", "--revert", code=3)
+    assert "lies below the floor, 3" in plant.start("--release", "2", code=3)
+    assert "lies below the floor, 3" in plant.start("--release", "1", "--revert", code=3)
     thief = plant.thief()
     (tmp_path / "new").mkdir()
     new = Device.init(tmp_path / "new" / "device", thief)  # on which nothing runs, so that no release is older
@@ -946,7 +951,7 @@ def test_floor_holds_against_the_rollout_key(plant, bundles, tmp_path):
 
 def test_running_release_below_the_floor_can_be_repaired(plant, bundles):
     plant.repository.publish_release(bundles["second"].manifest, bundles["second"].folder, "0" * 64, [])
-    plant.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "86400")
+    plant.start("--waves", "100", "--soak", "86400")
     plant.ferry("rollout", "halt", LINE)
     plant.ferry("trust", "floor", LINE, "2")
     (plant.near.root / "slots" / str(plant.near.active) / "manifest.json").unlink()

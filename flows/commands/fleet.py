@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, open_workspace, showing_progress, told_errors
-
-if TYPE_CHECKING:
-    from flows.workspace import Workspace
-    from ota.manifest import Policy
+from flows.commands.shared import Json, answer, fail, open_workspace, showing_progress, told_errors
 
 rollout_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may install a release, and when.")
 fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and what they reported.")
@@ -19,7 +15,10 @@ fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devic
 @rollout_app.command("start")
 def rollout_start(
     target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")],
-    number: Annotated[int, typer.Option("--release", help="Release number; the newest by default.")] = 0,
+    number: Annotated[
+        int | None,
+        typer.Option("--release", min=1, show_default=False, help="Release number; that of the present champions by default."),
+    ] = None,
     waves: Annotated[str, typer.Option(help="Rising shares of the fleet in percent.")] = "1,10,100",
     soak: Annotated[int, typer.Option(min=0, help="Seconds between two waves.")] = 86_400,
     revert: Annotated[bool, typer.Option("--revert", help="The release is older than what runs, on purpose.")] = False,
@@ -27,40 +26,25 @@ def rollout_start(
 ) -> None:
     """Sign the policy that opens a release to the fleet, wave by wave; devices obey it by themselves."""
     with told_errors():
-        workspace = open_workspace()
-        from flows.release import publish
-        from flows.workspace import line_and_class
-        from ota.errors import OperatorError
-        from ota.release import rollout
-
-        line, device_class = line_and_class(target, workspace)
-        releases = workspace.repository.releases(line, device_class)
-        chosen = [r for r in releases if number in (0, r.seq)]
-        if not chosen:
-            raise OperatorError(f"{line}/{device_class} has no release {number or ''}; publish one with `ferry release {target}`")
         try:
             shares = [float(part) for part in waves.split(",")]
         except ValueError:
-            raise OperatorError(f"{waves!r} are not shares in percent; write them as 1,10,100") from None
-        with workspace.locked("records"):
-            policy = rollout.start(chosen[-1], shares, soak, revert=revert)
-            workspace.ledger.check_ready()
-            workspace.repository.set_policy(policy)
-            workspace.ledger.append(
-                "rollout", f"{line}/{device_class}", f"waves {waves} %", {"release": policy.seq, "soak": soak}
-            )
+            fail(f"{waves!r} are not shares in percent; write them as 1,10,100", 3)
+        workspace = open_workspace()
+        from flows import policies
+        from flows.workspace import line_and_class
+        from ota.release import rollout
+
+        line, device_class = line_and_class(target, workspace)
+        first = workspace.repository.policy(line, device_class) is None
         with showing_progress():
-            publish.fn(str(workspace.root))
+            policy = policies.start(workspace, line, device_class, shares, soak, number or 0, revert)
+        if first and (len(policy.waves) > 1 or policy.waves[0].bps < rollout.FULL):
+            typer.echo(
+                f"this is the first rollout of {line}/{device_class}: devices have nothing to run before their wave opens; "
+                "`--waves 100` opens it to all at once", err=True,
+            )  # fmt: skip
         answer(as_json, policy.model_dump(), rollout.describe(policy))
-
-
-def _rolled_out(workspace: Workspace, line: str, device_class: str, doing: str) -> Policy:
-    from ota.errors import OperatorError
-
-    policy = workspace.repository.policy(line, device_class)
-    if policy is None:
-        raise OperatorError(f"nothing of {line}/{device_class} is rolled out, so there is nothing to {doing}")
-    return policy
 
 
 @rollout_app.command("halt")
@@ -72,28 +56,18 @@ def rollout_halt(
     """Sign a policy that lets no further device install the release; it goes out also where it cannot be recorded."""
     with told_errors():
         workspace = open_workspace()
-        from flows.release import publish
+        from flows import policies
         from flows.workspace import line_and_class
-        from ota.errors import OtaError
         from ota.release import rollout
-        from registry.errors import RegistryError
 
         line, device_class = line_and_class(target, workspace)
-        unrecorded: RegistryError | OtaError | None = None
-        with workspace.locked("records"):
-            policy = _rolled_out(workspace, line, device_class, "halt")
-            halted = rollout.halt(policy)
-            workspace.repository.set_policy(halted)
-            try:
-                workspace.ledger.append("halt", f"{line}/{device_class}", reason, {"release": policy.seq})
-            except (RegistryError, OtaError) as error:  # a damaged record must not keep a bad release going
-                unrecorded = error
         with showing_progress():
-            publish.fn(str(workspace.root))
-        if unrecorded:
-            typer.echo(f"{rollout.describe(halted)}, and that is published, but it could not be recorded:", err=True)
-            raise unrecorded
-        answer(as_json, halted.model_dump(), rollout.describe(halted))
+            halted = policies.halt(workspace, line, device_class, reason)
+        told = rollout.describe(halted.policy)
+        if halted.unrecorded:
+            typer.echo(f"{told}, and that is published, but it could not be recorded:", err=True)
+            raise halted.unrecorded
+        answer(as_json, halted.policy.model_dump(), told)
 
 
 @rollout_app.command("renew")
@@ -103,17 +77,13 @@ def rollout_renew(
     """Sign the present policy anew, its waves unchanged, before its signature ends after 14 days."""
     with told_errors():
         workspace = open_workspace()
-        from flows.release import publish
+        from flows import policies
         from flows.workspace import line_and_class
         from ota.release import rollout
 
         line, device_class = line_and_class(target, workspace)
-        with workspace.locked("records"):
-            policy = _rolled_out(workspace, line, device_class, "renew")
-            workspace.repository.set_policy(policy)
         with showing_progress():
-            publish.fn(str(workspace.root))
-        ends = workspace.repository.expiries()["rollout"].isoformat()
+            policy, ends = policies.renew(workspace, line, device_class)
         answer(as_json, policy.model_dump() | {"expires": ends}, f"{rollout.describe(policy)}; signed until {ends}")
 
 

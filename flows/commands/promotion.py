@@ -10,6 +10,7 @@ import typer
 from flows.commands.shared import Json, answer, open_workspace, told_errors
 
 if TYPE_CHECKING:
+    from flows.workspace import Workspace
     from registry.ledger import Entry
 
 SubjectName = Annotated[str, typer.Argument(metavar="SUBJECT", help="LINE/CONFIG/VARIANT, such as surfaces/I/full.")]
@@ -35,7 +36,9 @@ def promote(
 
         entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule)
         answer(
-            as_json, _plain(entry), f"{subject} version {version} is champion (ledger entry {entry.number}); {_publish(subject)}"
+            as_json,
+            _plain(entry),
+            f"{subject} version {version} is champion (ledger entry {entry.number}); {_next(workspace, subject)}",
         )
 
 
@@ -60,7 +63,7 @@ def rollback(
         answer(
             as_json, _plain(entry),
             f"{subject} version {entry.facts['version']} is champion again, in place of {entry.facts['from']} (ledger entry {entry.number}); "
-            f"{_publish(subject)} and `ferry rollout start`",
+            f"{_next(workspace, subject)}",
         )  # fmt: skip
 
 
@@ -94,7 +97,7 @@ def approve(
 
             close(workspace, entry, not refuse)
         said = "is refused" if refuse else "is champion"
-        after = "" if refuse else f"; {_publish(subject)}"
+        after = "" if refuse else f"; {_next(workspace, subject)}"
         answer(as_json, _plain(entry), f"{subject} version {version} {said} (ledger entry {entry.number}, by {entry.who}){after}")
 
 
@@ -193,5 +196,13 @@ def _plain(entry: Entry) -> dict[str, Any]:
     return entry.model_dump(mode="json") | {"sha256": entry.sha256}
 
 
-def _publish(subject: str) -> str:
-    return f"publish it with `ferry release {subject.split('/', maxsplit=1)[0]}`"
+def _next(workspace: Workspace, subject: str) -> str:
+    """Say how the champion gets to devices; what is wrong with the repository must not make a promotion look undone."""
+    from flows import policies
+    from ota.errors import OtaError
+
+    line, configuration, variant = subject.split("/")
+    try:
+        return policies.after_promotion(workspace, line, configuration, variant)
+    except OtaError as error:
+        return f"publish it with `ferry release {line}`, once this is mended: {error}"

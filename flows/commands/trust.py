@@ -54,12 +54,12 @@ def trust_refresh(as_json: Json = False) -> None:
     """Sign snapshot and timestamp anew and publish them, so that devices do not find expired metadata. Run it daily."""
     with told_errors():
         workspace = open_workspace()
-        from flows.release import publish
+        from flows import policies
 
         with workspace.locked("records"):
             workspace.repository.refresh()
         with showing_progress():
-            publish.fn(str(workspace.root))
+            policies.publish(workspace)
         expiries = {role: when.isoformat() for role, when in workspace.repository.expiries().items()}
         answer(as_json, {"expires": expiries}, f"signed; the next refresh is due before {expiries['timestamp']}")
 
@@ -72,14 +72,14 @@ def trust_renew(
     """Sign roles anew before their signatures end; models and deltas unless others are named."""
     with told_errors():
         workspace = open_workspace()
-        from flows.release import publish
+        from flows import policies
         from flows.trust import check_finished
 
         with workspace.locked("records"):
             check_finished(workspace)
             expiries = workspace.repository.renew(roles or ["models", "deltas"])
         with showing_progress():
-            publish.fn(str(workspace.root))
+            policies.publish(workspace)
         ends = {role: when.isoformat() for role, when in sorted(expiries.items())}
         answer(as_json, {"expires": ends}, "\n".join(f"{role:10} {when}" for role, when in ends.items()))
 
@@ -185,14 +185,10 @@ def trust_floor(
     """Let no device install a release with a lower number any more, whatever a rollout says; the models key signs it."""
     with told_errors():
         workspace = open_workspace()
-        from flows.release import publish
+        from flows import policies
         from flows.workspace import line_and_class
 
         line, device_class = line_and_class(target, workspace)
-        with workspace.locked("records"):
-            workspace.ledger.check_ready()
-            workspace.repository.set_floor(line, device_class, number)
-            workspace.ledger.append("rollout", f"{line}/{device_class}", f"floor {number}", {"floor": number})
         with showing_progress():
-            publish.fn(str(workspace.root))
+            policies.floor(workspace, line, device_class, number)
         answer(as_json, {"floor": number}, f"no release of {line}/{device_class} below {number} is installed any more")

@@ -31,17 +31,26 @@ def start(release: Release, shares: Sequence[float], soak: int, now: int | None 
     Raises:
         OperatorError: the shares do not rise, or do not lie between 0 and 100.
     """
-    begin = int(time.time()) if now is None else now
-    limits = [round(share * 100) if math.isfinite(share) else 0 for share in shares]
-    if not limits or any(not 0 < bps <= FULL for bps in limits) or any(a >= b for a, b in pairwise(limits)):
-        raise OperatorError(f"waves must be rising shares of the fleet between 0 and 100 percent, not {list(shares)}")
-    if len(limits) > MAX_WAVES:
-        raise OperatorError(f"a rollout has at most {MAX_WAVES} waves, not {len(limits)}; name fewer shares")
+    begin, limits = int(time.time()) if now is None else now, check_shares(shares)
     return Policy(
         line=release.line, device_class=release.device_class, seq=release.seq, manifest=release.manifest,
         salt=f"{release.seq}-{release.manifest[:16]}",
         waves=[Wave(bps=bps, not_before=begin + i * soak) for i, bps in enumerate(limits)], revert=revert,
     )  # fmt: skip
+
+
+def check_shares(shares: Sequence[float]) -> list[int]:
+    """Shares of the fleet in basis points.
+
+    Raises:
+        OperatorError: they do not rise, do not lie between 0 and 100 percent, or are too many.
+    """
+    limits = [round(share * 100) if math.isfinite(share) else 0 for share in shares]
+    if not limits or any(not 0 < bps <= FULL for bps in limits) or any(a >= b for a, b in pairwise(limits)):
+        raise OperatorError(f"waves must be rising shares of the fleet between 0 and 100 percent, not {list(shares)}")
+    if len(limits) > MAX_WAVES:
+        raise OperatorError(f"a rollout has at most {MAX_WAVES} waves, not {len(limits)}; name fewer shares")
+    return limits
 
 
 def halt(policy: Policy) -> Policy:

@@ -1,0 +1,295 @@
+"""Rollouts as an operator makes them: what is refused, what is printed, and what a halt must not wait for."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from typer.testing import CliRunner
+
+from flows import policies
+from flows.cli import app
+from flows.errors import BusyError
+from flows.workspace import Workspace, create
+from ota.errors import OperatorError
+from ota.release.bundle import Bundle
+from registry.errors import LedgerError
+from tests.fleet_kit import CLASS, LINE, Device
+
+pytest_plugins = ("tests.fleet_kit",)
+
+SUBJECT = "shapes/I/full"
+HEAVY = ("prefect", "mlflow", "torch", "dvc", "onnx", "matplotlib", "pandas")  # boto3 comes with securesystemslib's signers
+
+
+class Factory:
+    """A workspace in which champions are made and released; only what a rollout needs of it."""
+
+    def __init__(self, workspace: Workspace, bundles: dict[str, Bundle]) -> None:
+        self.workspace, self.bundles, self.versions = workspace, bundles, dict[str, int]()
+
+    def promote(self, name: str) -> None:
+        """Make the model of a bundle champion, as `ferry promote` writes it into the ledger."""
+        version = self.versions.setdefault(name, len(self.versions) + 1)
+        weights = self.bundles[name].manifest.entry("weights", "full").sha256
+        facts = {
+            "version": version,
+            "from": None,
+            "weights": weights,
+            "overruled": False,
+            "how": "command",
+            "gate": "promote",
+            "decision": "",
+        }
+        self.workspace.ledger.append("promotion", SUBJECT, "a test", facts | {"becomes_anchor": False})
+
+    def release(self, name: str) -> int:
+        made = self.bundles[name]
+        return self.workspace.repository.publish_release(made.manifest, made.folder, self.workspace.ledger.head(), []).seq
+
+    def ferry(self, *words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, ["--quiet", "-w", str(self.workspace.root), *words])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    def facts(self) -> dict[str, bytes]:
+        """All that a rollout may change."""
+        places = [self.workspace.root / name for name in ("repository", "published")]
+        files = {str(path): path.read_bytes() for place in places for path in sorted(place.rglob("*")) if path.is_file()}
+        return files | {"ledger": self.workspace.ledger.head().encode()}
+
+    def device(self, folder: Path, seq: int) -> Device:
+        made = Device.init(folder / "device", self.workspace.repository, address=str(self.workspace.root / "published"))
+        made.configure(reports=str(self.workspace.inbox))
+        self.ferry("fleet", "enroll", "dev-1", re.findall(r"enroll dev-1 ([0-9a-f]{64})", made.command(*self._again(made)))[0])
+        made.update()
+        assert made.state.seq == seq
+        return made
+
+    def _again(self, device: Device) -> tuple[str, ...]:
+        config, anchor = device.home.config(), device.root.parent / "root.json"
+        return (
+            "init", "--device", config.device, "--line", config.line, "--class", config.device_class, "--repository", config.repository,
+            "--reports", config.reports, "--root", str(anchor), "--root-sha256", config.root_sha256,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def factory(tmp_path: Path, bundles: dict[str, Bundle]) -> Iterator[Factory]:
+    workspace = create(tmp_path / "ws", [LINE])
+    yield Factory(workspace, bundles)
+    workspace.ledger.close()
+    workspace.fleet.close()
+
+
+@pytest.fixture
+def two(factory: Factory) -> Factory:
+    """Two releases; the second, of the present champion, is rolled out."""
+    for name in ("first", "second"):
+        factory.promote(name)
+        factory.release(name)
+        factory.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
+    return factory
+
+
+def refused(factory: Factory, sentence: str, *words: str, code: int = 3) -> str:
+    before = factory.facts()
+    told = factory.ferry(*words, code=code)
+    assert re.search(sentence, told), told
+    assert factory.facts() == before
+    return told
+
+
+def test_start_takes_the_release_of_the_present_champion(two: Factory):
+    two.release("garbage")  # newer, and of no champion
+    two.ferry("rollout", "start", LINE)
+    policy = two.workspace.repository.policy(LINE, CLASS)
+    assert policy is not None
+    assert policy.seq == 2
+
+
+def test_start_without_a_release_of_the_champion_is_refused(factory: Factory):
+    refused(factory, "has no release; publish one with `ferry release shapes/edge`", "rollout", "start", LINE)
+    factory.release("first")
+    refused(
+        factory,
+        r"no release of shapes/edge holds its present champions; publish one .* --release \(1\)",
+        "rollout",
+        "start",
+        LINE,
+    )
+    factory.promote("second")
+    refused(factory, "no release of shapes/edge holds its present champions", "rollout", "start", LINE)
+    factory.ferry("rollout", "start", LINE, "--release", "1")
+
+
+def test_older_release_is_not_signed_without_revert(two: Factory):
+    told = refused(two, "release 1 is older than 2", "rollout", "start", LINE, "--release", "1")
+    (words,) = re.findall(r"`ferry (rollout start .*?)`", told)
+    assert words == "rollout start shapes/edge --release 1 --revert"
+    two.ferry(*words.split())
+
+
+def test_older_release_is_not_signed_while_a_device_runs_a_newer_one(factory: Factory, tmp_path: Path):
+    for name in ("first", "second"):
+        factory.promote(name)
+        factory.release(name)
+    factory.ferry("rollout", "start", LINE, "--release", "2", "--waves", "100", "--soak", "0")
+    factory.device(tmp_path, seq=2)
+    factory.ferry("fleet", "status")
+    factory.ferry("rollout", "start", LINE, "--release", "1", "--revert", "--waves", "0.01")
+    refused(
+        factory, "release 1 is older than 2, which was rolled out or runs on devices", "rollout", "start", LINE, "--release", "1"
+    )
+
+
+def test_printed_commands_take_a_device_back(two: Factory, tmp_path: Path):
+    """After a rollback nothing that is printed leads to the version just taken back."""
+    device = two.device(tmp_path, seq=2)
+    two.promote("first")  # what `ferry rollback` writes
+    hint = policies.after_promotion(two.workspace, LINE, "I", "full")
+    assert hint == "devices go back to it with `ferry rollout start shapes/edge --release 1 --revert`"
+    (words,) = re.findall(r"`ferry (.*?)`", hint)
+    refused(two, "release 1 is older than 2.*--release 1 --revert", "rollout", "start", LINE)
+    two.ferry(*words.split(), "--waves", "100", "--soak", "0")
+    device.update()
+    assert (device.state.seq, device.active) == (1, two.bundles["first"].manifest.digest)
+
+
+def test_next_step_is_what_is_true(factory: Factory):
+    factory.promote("first")
+    assert policies.after_promotion(factory.workspace, LINE, "I", "full") == "publish it with `ferry release shapes/edge`"
+    assert policies.after_promotion(factory.workspace, LINE, "I", "dev") == "no device class of shapes runs it"
+    factory.release("first")
+    step = lambda number: policies.next_step(factory.workspace, LINE, CLASS, number)  # noqa: E731
+    assert step(1) == "no device installs it yet: `ferry rollout start shapes/edge`"
+    factory.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
+    assert step(1) == "release 1 is open to 100 % of the fleet"
+    factory.promote("second")
+    factory.release("second")
+    assert step(2) == "no device installs it yet: `ferry rollout start shapes/edge`"
+    factory.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
+    assert step(1) == "devices go back to it with `ferry rollout start shapes/edge --release 1 --revert`"
+    factory.ferry("rollout", "halt", LINE)
+    assert step(2) == "release 2 is halted"
+
+
+def test_first_rollout_in_waves_warns(factory: Factory):
+    factory.promote("first")
+    factory.release("first")
+    told = factory.ferry("rollout", "start", LINE, "--waves", "1,100")
+    assert "this is the first rollout of shapes/edge: devices have nothing to run before their wave opens; `--waves 100`" in told
+    assert "first rollout" not in factory.ferry("rollout", "start", LINE, "--waves", "1,100")
+
+
+def test_whole_first_rollout_does_not_warn(factory: Factory):
+    factory.promote("first")
+    factory.release("first")
+    assert "first rollout" not in factory.ferry("rollout", "start", LINE, "--waves", "100")
+
+
+@pytest.mark.parametrize(
+    ("words", "why", "facts"),
+    [
+        (("rollout", "start", LINE, "--waves", "50,100", "--soak", "9"), "waves 50,100 %", {"release": 2, "soak": 9}),
+        (("rollout", "halt", LINE, "--reason", "blurred"), "blurred", {"release": 2}),
+        (("rollout", "renew", LINE), "signed anew, waves unchanged", {"release": 2}),
+        (("trust", "floor", LINE, "2"), "floor 2", {"floor": 2}),
+    ],
+)
+def test_each_change_is_recorded_and_published(two: Factory, words: tuple[str, ...], why: str, facts: dict[str, Any]):
+    before = two.facts()
+    two.ferry(*words)
+    entry = two.workspace.ledger.entries()[-1]
+    assert (entry.subject, entry.why) == ("shapes/edge", why)
+    assert entry.facts.items() >= facts.items()
+    for name in ("repository", "published"):
+        stamp = str(two.workspace.root / name / "metadata/timestamp.json")
+        assert two.facts()[stamp] != before[stamp]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: policies.start(w, LINE, CLASS, [100], 0, 2), lambda w: policies.halt(w, LINE, CLASS, "x"),
+        lambda w: policies.renew(w, LINE, CLASS), lambda w: policies.floor(w, LINE, CLASS, 2), policies.publish,
+    ],
+    ids=["start", "halt", "renew", "floor", "publish"],
+)  # fmt: skip
+def test_each_change_holds_the_lock(two: Factory, monkeypatch: pytest.MonkeyPatch, change: Any):
+    monkeypatch.setattr("flows.workspace.LOCK_SECONDS", 0.0)
+    before = two.facts()
+    with FileLock(two.workspace.work / "records.lock"), pytest.raises(BusyError):
+        change(two.workspace)
+    assert two.facts() == before
+
+
+@pytest.mark.parametrize("change", ["start", "renew", "floor"])
+def test_nothing_but_a_halt_is_signed_that_cannot_be_recorded(two: Factory, monkeypatch: pytest.MonkeyPatch, change: str):
+    def damaged() -> None:
+        raise LedgerError("damaged")
+
+    monkeypatch.setattr(two.workspace.ledger, "check_ready", damaged)
+    before = two.facts()
+    given = {"start": ([100], 0, 2), "renew": (), "floor": (2,)}[change]
+    with pytest.raises(LedgerError):
+        getattr(policies, change)(two.workspace, LINE, CLASS, *given)
+    assert two.facts() == before
+
+
+LIGHT = {
+    "halt": (("rollout", "halt", LINE), 0),
+    "start": (("rollout", "start", LINE), 0),
+    "renew": (("rollout", "renew", LINE), 0),
+    "status": (("rollout", "status", LINE), 0),
+    "refresh": (("trust", "refresh"), 0),
+    "wrong waves": (("rollout", "start", LINE, "--waves", "ten"), 3),
+    "falling waves": (("rollout", "start", LINE, "--waves", "10,1"), 3),
+    "wrong release": (("rollout", "start", LINE, "--release", "9"), 3),
+    "wrong line": (("release", "nosuch"), 3),
+    "wrong line to retrain": (("retrain", "nosuch"), 3),
+    "wrong cron": (("serve", "--cron", "every monday"), 3),
+    "release held": (("release", LINE), 4),
+    "retraining held": (("retrain", LINE), 4),
+    "serving held": (("serve",), 4),
+}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_must_be_quick_loads_nothing_large(two: Factory, name: str):
+    words, code = LIGHT[name]
+    program = (
+        "import json, sys; from flows.cli import app\n"
+        "try: app(sys.argv[1:])\nexcept SystemExit as end: print(json.dumps([end.code, sorted(sys.modules)]))"
+    )
+    locks = [FileLock(two.workspace.work / f"{part}.lock") for part in ("release", "retraining", "serving")]
+    for lock in locks if name.endswith("held") else ():
+        lock.acquire()
+    told = subprocess.run([sys.executable, "-c", program, "-w", str(two.workspace.root), *words], capture_output=True, text=True)
+    for lock in locks:
+        lock.release(force=True)
+    ended, modules = json.loads(told.stdout.splitlines()[-1])
+    assert ended == code, told.stderr
+    assert [heavy for heavy in HEAVY if heavy in modules] == []
+
+
+@pytest.mark.parametrize("cron", ["@daily", "0 22-4 * * *", "0 0 ? * *", "0 3 * * 1", "*/5 * * * *"])
+def test_schedules_that_prefect_knows_are_left_to_it(cron: str):
+    from flows.serve import check_cron
+
+    check_cron(cron)
+
+
+@pytest.mark.parametrize("shares", [[], [0], [10, 10], [101], [float("nan")], list(range(1, 18))])
+def test_shares_that_do_not_rise_are_refused_before_anything_is_read(two: Factory, shares: list[float]):
+    before = two.facts()
+    with pytest.raises(OperatorError):
+        policies.start(two.workspace, "nosuch", "nosuch", shares, 0)
+    assert two.facts() == before
