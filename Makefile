@@ -90,6 +90,10 @@ fuzz: $(VENV)/.fuzz ## made-up documents, deltas and requests, five minutes (FUZ
 conformance: install ## the agent's metadata layer under the TUF conformance suite (TUF_CONFORMANCE=its checkout, with a venv of its own)
 	$(BIN)/python -m tests.conformance "$(TUF_CONFORMANCE)"
 
+.PHONY: mutants
+mutants: install wheelhouse ## mistakes in the code that a test must notice, an hour and a half (MUTANTS_SECONDS=n, MUTANTS=word of a file or harm); table to build/bench/mutants.json
+	$(BIN)/python -m tests.bench.mutants
+
 .PHONY: test-offline
 test-offline: install wheelhouse ## the quick suite again with the network cut off (Linux, needs user namespaces or root)
 	$(BIN)/python -m tests.offline $(PYTEST) $(TESTS)

@@ -137,7 +137,7 @@ def test_rollback_makes_the_champion_before_champion_and_says_how_to_release_it(
     result = ferry(workspace, "rollback", str(subject), "--reason", "customers complain")
     assert result.exit_code == 0, result.output
     assert f"{subject} version 1 is champion again, in place of 2" in result.stdout
-    assert f"`ferry release {subject.line}` and `ferry rollout start`" in result.stdout
+    assert f"publish it with `ferry release {subject.line}/edge`" in result.stdout
     assert champion(workspace, subject) == 1
     last = entries(workspace, subject)[-1]
     assert (last.kind, last.why, last.facts["how"], last.facts["from"]) == ("promotion", "customers complain", "rollback", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -348,3 +349,66 @@ def test_models_that_were_not_compared_are_not_tied():
     first, second = candidate("1", 1000), candidate("2", 10)
     assert choose([first, second], {}) == first  # no evidence that the second is as good
     assert choose([candidate("1", None), second], {("1" * 64, "2" * 64): between(0.0, 0.01)}) == second
+
+
+# Places that differ: what the gate looks at is looked at in each of them
+
+SPACES, SPLITS = ("trained", "random"), ("new", "old")
+PLACES = [(space, split) for split in SPLITS for space in SPACES]
+
+
+def only(rows: Sequence[Any], space: str, split: str | None, **fields: Any) -> list[Any]:
+    """Rows of which one place's has other values."""
+    return [
+        row.model_copy(update=fields) if row.space == space and split in (None, getattr(row, "split", None)) else row
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize(("space", "split"), PLACES)
+def test_worse_in_one_place_is_not_better(space: str, split: str):
+    made = card()
+    rows = only(made.comparisons, space, split, delta=0.2, se=0.005)
+    decision = judged(made.model_copy(update={"comparisons": rows}))
+    assert decision.outcome == "refuse"
+    assert decision.reason.count("features") == 1
+    assert f"on the {split} data, {space} features" in decision.reason
+
+
+@pytest.mark.parametrize(("space", "split"), PLACES)
+def test_noise_is_that_of_the_same_place(space: str, split: str):
+    """The margin is a share of noise's distance: where that is small, little may be lost, and nowhere else."""
+    made = card(new=(0.03, 0.005), old=(0.03, 0.005))
+    near = made.model_copy(update={"quality": only(made.quality, space, split, noise_kd=0.1)})
+    assert judged(made).outcome == "promote if reasoned"
+    failed = [check.name for check in judged(near).checks if not check.passed and "non-inferiority" in check.name]
+    assert failed == [f"non-inferiority on the {split} data ({space})"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_comparison_on_one_split_only_is_none(split: str):
+    made = card()
+    rows = [row for row in made.comparisons if row.split == split]
+    decision = judged(made.model_copy(update={"comparisons": rows}))
+    assert decision.outcome == "refuse"
+    assert "it was not compared with the present champion" in decision.reason
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_coverage_counts_where_it_is_least_on_the_new_data(space: str):
+    made = card()
+    low = made.model_copy(update={"quality": only(made.quality, space, "new", coverage=0.2)})
+    assert "coverage is 0.20, the floor is 0.30" in judged(low).reason
+    old = made.model_copy(update={"quality": only(made.quality, space, "old", coverage=0.2)})
+    assert judged(old).outcome == "promote"
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_copying_in_one_space_is_refused(space: str):
+    (row,) = copying(0.5, 0.01).memorisation
+    rows = [row.model_copy(update={"space": each}) for each in SPACES]
+    made = card().model_copy(update={"memorisation": rows})
+    assert judged(made).outcome == "promote"
+    copies = made.model_copy(update={"memorisation": only(rows, space, None, probability=0.95)})
+    assert f"copying, {space} features" in judged(copies).reason
+    assert judged(copies).outcome == "refuse"

@@ -1,0 +1,534 @@
+"""`make mutants`: does a test notice when the code is wrong? Changes it in one place at a time, and runs the tests that concern it.
+
+The list is by hand: each entry is a mistake that would harm somebody, and most tests of a file run in seconds. A mutant is killed when a test
+fails. Those that survive are equivalent to the code, which `EXPLAINED` then says, or the tests have a gap. Prints a table and writes
+build/bench/mutants.json; what is not reached in MUTANTS_SECONDS is counted as not run. `MUTANTS=word` runs those whose file or harm holds the
+word. Each runs in a copy of the project, so the working tree is never changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "build/bench/mutants.json"
+SECONDS = float(os.environ.get("MUTANTS_SECONDS", "5400"))
+WANTED = os.environ.get("MUTANTS", "")
+WORKERS = int(os.environ.get("MUTANTS_WORKERS", "2"))
+PATIENCE = 600.0  # seconds for the tests of one mutant; what hangs is killed by that
+LEAST = 0.95  # of those that ran
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake in one place."""
+
+    file: str
+    old: str
+    new: str
+    harm: str
+
+
+UPDATE, ATTACKS, TRUST = "tests/test_agent_update.py", "tests/test_agent_attacks.py", "tests/test_trust_drills.py"
+# The tests that concern a file, quick ones first; the first that fails ends it.
+CONCERNED = {
+    "ota/agent/rules.py": ["tests/test_rollout.py", UPDATE, TRUST, "tests/test_agent_turns.py"],
+    "ota/agent/trust.py": [TRUST, ATTACKS, UPDATE],
+    "ota/agent/updater.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
+    "ota/agent/transport.py": ["tests/test_transport.py", UPDATE],
+    "ota/agent/state.py": [UPDATE, "tests/test_agent_doctor.py", ATTACKS],
+    "ota/agent/child.py": ["tests/test_agent_software.py", UPDATE, "tests/test_agent_graph.py"],
+    "ota/release/repository.py": ["tests/test_release.py", TRUST, "tests/test_policies.py"],
+    "ota/release/keys.py": ["tests/test_release.py", TRUST, "tests/test_ledger.py"],
+    "registry/selection.py": ["tests/test_selection.py", "tests/test_gate.py"],
+    "registry/promotion.py": ["tests/test_promotion.py"],
+    "registry/ledger.py": ["tests/test_ledger.py", "tests/test_promotion.py"],
+    "flows/promote.py": ["tests/test_promotion.py", "tests/test_flows.py"],
+    "flows/policies.py": ["tests/test_policies.py"],
+    "flows/triggers.py": ["tests/test_watching.py", "tests/test_webhook.py", "tests/test_flows.py"],
+    "ota/delta/format.py": ["tests/test_delta.py", "tests/test_formats.py", "tests/test_delta_safety.py"],
+    "ota/delta/numbers.py": ["tests/test_delta.py", "tests/test_formats.py"],
+    "model/evaluate.py": ["tests/test_evaluate.py", "tests/test_gate.py"],
+    "model/train.py": ["tests/test_train.py"],
+    "model/diffusion.py": ["tests/test_diffusion.py", "tests/test_sampler.py"],
+}
+
+# fmt: off
+MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "ota/agent/rules.py": [
+        ("CLOCK_SLACK = 24 * 3600", "CLOCK_SLACK = 24 * 3600 * 365", "a clock a year behind makes expired metadata look fresh"),
+        ("if now < floor - CLOCK_SLACK:", "if now < floor - 2 * CLOCK_SLACK:", "a clock two days behind is believed"),
+        (">= trusted[role].threshold\n", "> trusted[role].threshold\n", "marks under keys that still hold are forgotten"),
+        ("        if role not in trusted\n", "        if role in trusted\n", "marks of untrusted roles are forgotten"),
+        ("if seq is not None and seq < floor:", "if seq is not None and seq <= floor:", "the floor itself cannot be installed"),
+        ("if seq is not None and seq < floor:", "if seq is not None and seq < floor - 1:", "a release below the floor is installed"),
+        ("        if version > MAX_COUNT:", "        if version > MAX_COUNT + 1:", "a version that no device can remember is accepted"),
+        ("        if version < marks.get(role, 0):", "        if version + 1 < marks.get(role, 0):", "a role goes back by one"),
+        ("    if policy.manifest in state.refused:", "    if policy.manifest in ():", "a refused bundle is fetched and tried again and again"),
+        ("    if policy.halt:", "    if policy.halt and policy.revert:", "a halt stops nothing"),
+        ("    if policy.seq < state.seq:", "    if policy.seq < state.seq - 1:", "a policy goes back by one without saying so"),
+        ("        if not policy.revert:", "        if not policy.revert and policy.seq == 0:", "a policy goes back without saying so"),
+        ("        if not revertible:", "        if not revertible and not policy.revert:", "a release goes back that may not"),
+        ("if mine < wave.bps]", "if mine <= wave.bps]", "one device too many is in a wave"),
+        ("    if min(opening) > now:", "    if max(opening) > now:", "a device waits for the last wave"),
+        ("    if config.window and not in_window", "    if config.window and in_window", "devices switch outside their hours"),
+        ("return start <= minute < stop if start <= stop", "return start <= minute <= stop if start <= stop", "a window is a minute too long"),
+        ("else minute >= start or minute < stop", "else minute >= start and minute < stop", "a window over midnight never opens"),
+        ("if (manifest.line, manifest.device_class) != (config.line, config.device_class):", "if manifest.line != config.line:", "another class's bundle is installed"),
+        ("if as_numbers(manifest.minimum_agent) > as_numbers(agent):", "if as_numbers(manifest.minimum_agent) >= as_numbers(agent):", "a bundle for this agent is refused"),
+        ("    if low <= as_numbers(version) < high:", "    if low <= as_numbers(version) <= high:", "a runtime at the upper bound is taken"),
+        ("    if low <= as_numbers(version) < high:", "    if low < as_numbers(version) < high:", "a runtime at the lower bound is refused"),
+        ("max(bundle // 10, 8 * 1024 * 1024)", "max(bundle // 100, 0)", "an update fills the disk"),
+        ("    if not 0 <= seed < SEEDS:", "    if not 0 <= seed <= SEEDS:", "a seed beyond the range blames the bundle"),
+        ("FIRST_REST * 2 ** min(tries - MAX_TRIES, 20)", "FIRST_REST * min(tries, 20)", "a bundle that kills the machine is tried too often"),
+        ("if tries >= MAX_TRIES else 0", "if tries > MAX_TRIES else 0", "a bundle that kills the machine has a fourth try"),
+        ("    if trying.golden_share < own.golden.share:", "    if trying.golden_share < 0.5 * own.golden.share:", "half of the golden outputs may be wrong"),
+        ("    if not trying.finite:", "    if not trying.finite and not trying.load:", "images that are not finite pass"),
+        ("    if running:\n", "    if running and not own:\n", "garbage that agrees with itself passes"),
+        ("        if mass < MAX_DEAD_LOAD * expected", "        if mass < 0 * expected", "experts without load pass"),
+        ("    if trying.milliseconds > own.latency_ms:", "    if trying.milliseconds > 2 * own.latency_ms:", "a model twice too slow passes"),
+        ("    if trying.peak_mib > MEMORY_LIMIT:", "    if trying.peak_mib > 2 * MEMORY_LIMIT:", "a model twice too large passes"),
+        ("        if not expected.low - width <= value <= expected.high + width:", "        if not value <= expected.high + width:", "images that are too dark pass"),
+        ("        if not expected.low - width <= value <= expected.high + width:", "        if not expected.low - width <= value:", "images that are too bright pass"),
+        ("max(expected.high - expected.low, STATISTIC_FLOOR)", "10 * max(expected.high - expected.low, STATISTIC_FLOOR)", "images far from the reference pass"),
+    ],
+    "ota/agent/trust.py": [
+        ("        self._remember(TOP_ROLES, now)\n", "        self._remember(TOP_ROLES)\n", "the latest time is never remembered"),
+        ("max(marks.time, now - now % 3600)", "now - now % 3600", "the remembered time falls"),
+        ("versions=marks.versions | seen,", "versions=seen | marks.versions,", "marks never rise"),
+        ("            self._check_chain(marks)\n", "            pass\n", "a stranger's chain of roots is followed"),
+        ("        if target.size > limit:", "        if target.size > 2 * limit:", "a document twice too long is read"),
+        ('TargetFile(target.size, {"sha256": target.sha256}, target.name).verify_length_and_hashes(data)', "pass", "a document is not held against its hash"),
+        ("            rules.check_floor(target.custom.seq, target.custom.floor)\n", "            pass\n", "releases below the floor are installed"),
+        ("        rules.check_clock(now, home.high_water().time)\n", "", "a clock that runs behind is believed"),
+        ('self._home.save(state.model_copy(update={"seq": 0, "refused": {}}))', 'self._home.save(state.model_copy(update={"seq": 0}))', "what a thief's release had refused stays refused"),
+        ("        if result.verified:", "        if result:", "marks are kept under keys that signed nothing"),
+        ("            if wrong := [keyid for keyid in keys if not KEYID.fullmatch(keyid)]:", "            if wrong := [keyid for keyid in keys if len(keyid) > 4096]:", "key ids of any content are written to the disk"),
+        ("            if length > LONGEST:", "            if length > 1000 * LONGEST:", "endless metadata fill the memory"),
+        ("            if len(data) > max_length:", "            if len(data) > 2 * max_length:", "metadata twice too long are read"),
+    ],
+    "ota/agent/updater.py": [
+        ("    if fresh is None or fresh.manifest != plan.manifest:", "    if fresh is None:", "another bundle than the one that was checked is switched to"),
+        ("    fresh, wanted = _decide(home, Trust(home, transport))\n", "    fresh, wanted = plan, wanted\n", "a halt during the download is not seen"),
+        ("            refused=state.refused,\n            tries=home.load().tries,", "            refused={},\n            tries=home.load().tries,", "refused bundles are forgotten at the next install"),
+        ("            trial=Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS),", "            trial=None,", "a new bundle is trusted at once"),
+        ("            previous=state.active,\n            seq=plan", "            previous=state.previous,\n            seq=plan", "after a bad bundle there is none to go back to"),
+        ("    milliseconds = _try_counted(home, plan, state, transport.received)\n", "    milliseconds = 0.0\n", "a bundle is not tried"),
+        ("    return found if found and found.size < m.size else None", "    return found", "a delta larger than the bundle is fetched"),
+        ("    _verify(home, part, delta.size, delta.sha256)\n", "", "a delta is not held against its hash"),
+        ('        _verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)\n    step(7', "        pass\n    step(7", "a file is not held against its hash"),
+        ("        if size != entry.size or digest.hexdigest() != entry.sha256:", "        if size != entry.size:", "a damaged file of the new slot is installed"),
+        ("    if path.stat().st_size != size or found != sha256:", "    if path.stat().st_size != size:", "a damaged download is taken"),
+        ("    if needed > free:", "    if needed > 2 * free:", "an update fills the disk"),
+        ("    if signed is None or signed.custom.seq != policy.seq:", "    if signed is None:", "a policy gives a bundle any number"),
+        ("    if signed.sha256 != policy.manifest or manifest.digest != policy.manifest:", "    if manifest.digest != manifest.digest:", "another manifest than the policy's is installed"),
+        ("    rules.check_fits(manifest, config, ota.__version__)\n", "", "another class's bundle is installed"),
+        ('update={"tries": {manifest.digest: tries + 1}}', 'update={"tries": {manifest.digest: tries}}', "a bundle that kills the machine is tried for ever"),
+        ("        home.save(state)  # it was not tried\n", "", "broken software counts against a bundle"),
+        ("        _rest(home, manifest.digest, tries, int(time.time()) + rules.FIRST_REST)\n", "", "a bundle that hangs holds a processor at each look"),
+        ("    for variant in manifest.variants:\n        try:", "    for variant in manifest.variants[:1]:\n        try:", "only the first variant is tried"),
+        ("if state.seq >= max(1, floor) else None", "if state.seq >= 0 else None", "a thief's bundle keeps good ones out"),
+        ('    home.disk.remove(f"slots/{digest}")\n    reports.queue(home, "refused"', '    reports.queue(home, "refused"', "refused bundles fill the disk"),
+        ('update={"loads": trial.loads - 1}', 'update={"loads": trial.loads}', "a bundle that kills the machine on trial is loaded for ever"),
+        ("    if trial.loads == 0:  #", "    if trial.loads < 0:  #", "a trial does not end"),
+        ("    if state.trial and state.trial.left > 1:", "    if state.trial and state.trial.left > 2:", "two good images are enough"),
+        ('    if not answer["good"]:', "    if not answer:", "a constant image is handed out"),
+        ("        home.save(state)\n        raise\n    except (UnfinishedError, DiedError):", "        raise\n    except (UnfinishedError, DiedError):", "a wrong wish costs a trial its loads"),
+        ("    if state.previous is None or state.active is None:", "    if state.active is None:", "a rollback leaves nothing that runs"),
+        ("    if not is_sound(home, state.previous):", "    if is_sound(home, state.previous) is None:", "a rollback goes to a damaged bundle"),
+        ('refused = state.refusing(state.active, "rolled back by the operator")', "refused = state.refused", "the next update installs again what was rolled back"),
+        ("        return all(_file_is(slot, entry) for entry in slot.manifest.objects.values())", "        return any(_file_is(slot, entry) for entry in slot.manifest.objects.values())", "a damaged bundle counts as sound"),
+        ("            finish_probation(home, on_step or _silent)  # what", "            pass  # what", "an idle device never comes to an answer"),
+        ("    if len(found) > 1:", "    if len(found) > 2:", "forget takes one of two bundles"),
+        ("    if rest.until > now + length:  # the clock", "    if rest.until < 0:  # the clock", "a clock that was ahead keeps a bundle out for years"),
+        ("    if wanted.settled and not check_only:", "    if wanted.settled and check_only:", "withdrawn downloads fill the disk"),
+        ("        if isinstance(error, (RoomError, StateError)) and not isinstance(error, SoftwareError):\n                    raise", "        if False:\n                    raise", "a full disk fetches the bundle in full"),
+    ],
+    "ota/agent/transport.py": [
+        ("MINIMUM_RATE = 512", "MINIMUM_RATE = 0.001", "a server that drips holds the agent"),
+        ("begun + DEADLINE_FLOOR + (transport.received - before) / MINIMUM_RATE", "begun + DEADLINE_FLOOR + size / MINIMUM_RATE", "the size that is signed buys a stalling server time"),
+        ("return min(latest(), begun", "return max(latest(), begun", "a download may take longer than all downloads of an update"),
+        ('            if len(data) > limit:\n                raise RepositoryError(f"{name} is longer', '            if len(data) > 2 * limit:\n                raise RepositoryError(f"{name} is longer', "a document twice too long is read"),
+        ("                    if have > size:\n                        raise RepositoryError(", "                    if have > 2 * size:\n                        raise RepositoryError(", "a download longer than signed fills the disk"),
+        ("                    if have < size:\n                        raise TransferError", "                    if have < 0:\n                        raise TransferError", "a download that broke off is not resumed"),
+        ("skip = offset if response.status == 200 else 0", "skip = 0", "a server that ignores ranges damages every resumed download"),
+        ("            if 400 <= response.status < 500 and response.status not in PASSING:", "            if 400 <= response.status < 500:", "a busy server counts as one that lacks the file"),
+        ("            if response.status not in (200, 206):", "            if response.status >= 600:", "an error page is taken for the file"),
+        ("        except NotFoundError:\n            raise\n", "", "a file that is not there is asked for five times"),
+        ("ATTEMPTS = 5", "ATTEMPTS = 1", "a link that fails once ends an update"),
+        ("    if waits and waits.is_alive():", "    if waits and not waits.is_alive():", "each look leaves another thread behind"),
+        ("        if stat.S_ISREG(found.st_mode):\n            descriptor", "        if not stat.S_ISDIR(found.st_mode):\n            descriptor", "a pipe in place of a file is opened"),
+        ("        if have > size:\n            disk.remove(place)", "        if have > 2 * size:\n            disk.remove(place)", "a longer file of an earlier call stays in the way"),
+        ("    except RepositoryError:\n        disk.remove(place)\n        raise\n", "    except RepositoryError:\n        raise\n", "a wrong download is resumed for ever"),
+    ],
+    "ota/agent/state.py": [
+        ("MAX_REFUSED = 64", "MAX_REFUSED = 4096", "refusals fill the state until it cannot be read"),
+        ("[-MAX_REFUSED:])", "[:MAX_REFUSED])", "the newest refusal is the one that is forgotten"),
+        ('return state if envelope["sha256"] == state.digest else None', "return state", "a damaged state is believed"),
+        ("        if current:  # a damaged", "        if not current:  # a damaged", "there is no copy of the state"),
+        ("        if hashlib.sha256(data).hexdigest() != self.config().root_sha256:", "        if not data:", "another trust anchor is taken"),
+        ('        if hashlib.sha256(data).hexdigest() != digest:\n            raise StateError(f"the manifest in', '        if not data:\n            raise StateError(f"the manifest in', "a damaged manifest is believed"),
+        ("        if hashlib.sha256(data).hexdigest() != entry.sha256:\n            raise BaseError", "        if not data:\n            raise BaseError", "damaged weights draw"),
+        ('            ("root", old.root_sha256, config.root_sha256),\n', "", "init moves a device to another factory"),
+        ("        if owner != os.geteuid():", "        if owner > os.geteuid() + 10**6:", "root leaves files that the service cannot read"),
+        ("named = {state.active, state.previous, before.active, before.previous, *wanted}", "named = {state.active, *wanted}", "the bundle to go back to is removed"),
+        ("        if len(_enveloped(state)) > MAX_STATE:", "        if len(_enveloped(state)) > 100 * MAX_STATE:", "a state is written that cannot be read again"),
+    ],
+    "ota/agent/child.py": [
+        ("        runtime.check()\n", "", "a broken runtime condemns a release"),
+        ("    _check_version(table)\n    model = sampler", "    model = sampler", "a release for another runtime is refused for good"),
+        ("    if -code in ASKED:", "    if code == 4711:", "a killed process condemns a release"),
+        ("    if not stdout.startswith(READY):", "    if stdout.startswith(b'nothing'):", "a missing package condemns a release"),
+        ("share = float(close.mean()) if np.isfinite(velocity).all() else 0.0", "share = float(close.mean())", "golden outputs that are not finite pass"),
+        ("        if (header.base, header.target) != (base_digest, target_digest):", "        if header.base != base_digest:", "a delta for another bundle is applied"),
+    ],
+    "ota/release/repository.py": [
+        ("        if release is None or release.seq != policy.seq:", "        if release is None:", "a policy is signed that no device accepts"),
+        ("        if policy.revert and not release.revertible:", "        if policy.revert and release is None:", "a revert is signed that no device accepts"),
+        ("        if release.seq < release.floor:", "        if release.seq < release.floor - 1:", "a rollout below the floor is signed"),
+        ("        if policy and policy.seq < seq:", "        if policy and policy.seq < seq - 1:", "the floor rises above what is rolled out"),
+        ("            kept.add(policy.manifest)", "            pass", "what devices are told to install is not listed any more"),
+        ("seq = 1 + max((release.seq for release in known), default=0)", "seq = 1 + len(known)", "a release number comes twice"),
+        ("            if release.manifest == manifest.digest:  #", "            if release.manifest == manifest.line:  #", "the same bundle gets a new number"),
+        ('            if hashlib.file_digest(file, "sha256").hexdigest() != digest:', "            if not digest:", "an altered file is published"),
+        ('        while (self.metadata / f"{version}.{role}.json").exists():', "        while False:", "a killed run's metadata are overwritten under the same name"),
+        ("self.expires - datetime.now(UTC) < LIFETIMES[self.role] / 2", "self.expires - datetime.now(UTC) < LIFETIMES[self.role] / 200", "nobody is told that signatures end"),
+        ("return sum(key.usable for key in self.keys) >= self.threshold", "return any(key.usable for key in self.keys)", "it is said that a role can be signed that cannot"),
+        ("            if version <= present.signed.version:", "            if version < 0:", "an older version waits and is put in force"),
+        ("            self.keys.signers(role, trusted[role].keyids, trusted[role].threshold)\n", "", "half of the roles are renewed"),
+        ("        return max((release.floor for release in self.releases(line, device_class)), default=0)", "        return 0", "a new release has no floor"),
+    ],
+    "ota/release/keys.py": [
+        ("        if len(found) < count:", "        if not found:", "a role is signed by too few keys"),
+        ("            key.verify_signature(made, data)  # a KMS", "            pass  # a KMS", "the ledger is signed by another key"),
+        ("        if not in_use or in_use[0].key.keyid != keyid:", "        if not in_use:", "an entry by another key is accepted"),
+        ("if known.since <= number][-1:]", "if known.since <= number][:1]", "a key that was replaced goes on signing the ledger"),
+        ("            in_use[0].key.verify_signature(Signature(keyid, signature), data)\n", "            pass\n", "a forged entry is accepted"),
+        ("        return min((known.since for known in self.ledger), default=1)", "        return max((known.since for known in self.ledger), default=1)", "older entries need no signature"),
+        ("    _write_durably(path, signer.private_bytes, 0o600)", "    _write_durably(path, signer.private_bytes, 0o644)", "others read private keys"),
+        ("        signer.public_key.verify_signature(made, metadata.signed_bytes)\n", "", "metadata are signed by another key"),
+        ("            if any(entry[0].keyid == known.key.keyid for known in self.ledger):", "            if False:", "a stolen key of the ledger is used again"),
+        ('    if (folder / "keys.json").is_file():\n        return KeyRing(folder)', "    if False:\n        return KeyRing(folder)", "keys are overwritten"),
+    ],
+    "registry/selection.py": [
+        ('rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion]', 'rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion][:2]', "the gate looks at one feature space only"),
+        ("and c.against_sha256 == champion]\n        if", "]\n        if", "a comparison with another champion counts"),
+        ('        if not {"new", "old"} <= {c.split for c in rows}:\n            found.append(_missing("it was not compared with the present', '        if not {"new"} <= {c.split for c in rows}:\n            found.append(_missing("it was not compared with the present', "old data are not compared"),
+        ("superior.append(_below(row, 0.0,", "superior.append(_below(row, within,", "a model that is worse by less than the margin counts as better"),
+        ('                found.append(_below(row, within, "non-inferiority on the old data", alpha))', '                harmless.append(_below(row, within, "non-inferiority on the old data", alpha))', "a model that forgot the old data is promoted"),
+        ("within = limits.margin * _noise(card, row)", "within = limits.decay * _noise(card, row)", "the margin is twice as wide"),
+        ("    alpha = limits.alpha if level is None else level", "    alpha = limits.alpha", "many decisions of a run are wrong more often than promised"),
+        ("*(_copies(row, limits.copying, groups, alpha) for row in card.memorisation)]", "*(_copies(row, limits.copying, groups, alpha) for row in card.memorisation[:1])]", "copying is looked for in one space only"),
+        ('coverage = min(q.coverage for q in card.quality if q.split == "new")', 'coverage = max(q.coverage for q in card.quality if q.split == "new")', "coverage in the better space counts"),
+        ("passed=coverage >= limits.coverage,", "passed=coverage > 0,", "a model that draws one thing passes"),
+        ("passed=card.bad_images <= limits.bad_images,", "passed=True,", "broken images pass"),
+        ("passed=card.usage.dead <= limits.dead_experts,", "passed=True,", "dead experts pass"),
+        ("passed=card.cost.milliseconds <= budgets.latency_ms,", "passed=card.cost.milliseconds <= 2 * budgets.latency_ms,", "a model twice too slow passes"),
+        ("passed=memory <= budgets.memory_mib,", "passed=True,", "a model that takes too much memory passes"),
+        ("memory = card.cost.peak_mib - card.cost.bare_mib", "memory = card.cost.peak_mib", "the interpreter counts as the model's memory"),
+        ("upper = row.delta + reach", "upper = row.delta", "an estimate without its error decides"),
+        ("upper = row.probability + times * row.se if row.se else row.probability", "upper = row.probability", "copying is ruled out without its error"),
+        ("float(stats.t.ppf(1 - alpha, groups - 1))", "float(stats.norm.ppf(1 - alpha))", "few groups count as many"),
+        ("    elif not failed:\n", "    elif not [f for f in found if not f.check.passed]:\n", "a model that is not better is promoted"),
+        ("    if too_few:\n        outcome", "    if too_few and failed:\n        outcome", "too few images decide"),
+        ("    if limits.beat_solver and card.variant in TEACHERS:", "    if limits.beat_solver and card.variant not in TEACHERS:", "a student worse than a solver passes"),
+        ("    if anchor is not None and (anchor != champion or limits.decay < limits.margin):", "    if anchor is not None and anchor == champion:", "quality slips away step by step"),
+        ("    everywhere = bool(best) and all(", "    everywhere = bool(best) and any(", "a model that is better in one place is the best ever"),
+        ('before.level if before and before.outcome == "promote" else 0.0', "before.level if before else 0.0", "a lost decision hands on its chance"),
+        ("    return alpha / tests + (", "    return alpha + (", "each decision takes the whole chance"),
+        ('    if decision.outcome != "promote if reasoned":', '    if decision.outcome == "promote":', "a reason promotes what the gate refused"),
+        ("    if not reason.strip():", "    if not reason:", "a blank reason promotes"),
+        ('d.outcome == "promote" and d.challenger != d.champion]', 'd.outcome == "promote"]', "the champion wins against its challengers"),
+        ("if (q.space, q.split) == (row.space, row.split))", "if q.split == row.split)", "the margin is taken from another space"),
+        ("    if held_out < needed:", "    if held_out < 0:", "too few held-out images decide"),
+    ],
+    "registry/promotion.py": [
+        ("    if tagged != weights:", "    if not tagged:", "a version whose tag was edited is promoted"),
+        ("    if version in now.passed:\n        return", "    if version in now.judged:\n        return", "what the gate refused is promoted"),
+        ('    if gate.facts["outcome"] == "promote if reasoned" and not reason.strip():', '    if gate.facts["outcome"] == "promote if reasoned" and reason is None:', "what is not better is promoted without a reason"),
+        ('    if gate.facts.get("champion") != now.weights:', '    if gate.facts.get("champion") is None:', "a version judged against another champion is promoted"),
+        ('            if not entry.facts["overruled"]:\n                passed', "            if True:\n                passed", "what overruled the gate counts as passed"),
+        ("line = [*line[: line.index(version)], version] if version in line else [*line, version]", "line = [*line, version]", "a rollback after a rollback goes forward"),
+        ("            waiting = {version: entry}\n", "            waiting[version] = entry\n", "an older version waits on beside the newer"),
+        ('            refused.pop(version, None)\n        elif entry.kind == "refusal"', '        elif entry.kind == "refusal"', "a version that is asked about again stays refused"),
+        ('if "seal" in entry.facts and version not in seals:', 'if "seal" in entry.facts:', "a later seal replaces what the gate saw"),
+        ("    if alias.follows != now.number:", "    if alias.follows == now.number:", "a promotion that was cut off counts as somebody's wish"),
+        ('    if approval:\n        return "refused"', '    if not approval:\n        return "refused"', "an alias promotes where a person must approve"),
+        ("        if now.champion and alias.weights != now.weights:", "        if now.champion and not alias.weights:", "a champion with altered weights is agreed with"),
+        ('return version if facts.get("becomes_anchor") else anchor or left', "return version", "every champion is the best model ever"),
+        ('    return not (facts["overruled"] or', "    return not (", "a promotion against the gate makes the best model ever"),
+        ("found = [version for version in now.line[:-1] if version in now.passed]", "found = [version for version in now.line[:-1]]", "a rollback leads to what the gate had refused"),
+    ],
+    "registry/ledger.py": [
+        ("(row.number, entry.number, entry.previous) != (expected, expected, previous)", "(row.number, entry.number) != (expected, expected)", "an entry is exchanged and the chain goes on"),
+        ("whole = isinstance(row.body, str) and row.sha256 == _hash(row.body)", "whole = isinstance(row.body, str)", "an altered entry is believed"),
+        ("            if not self._signing.holds(row.number, str(row.keyid), str(row.signature), _signed(row.sha256)):", "            if False:", "an entry that nobody signed is believed"),
+        ("        self._check_seen(hashes, *noted)\n", "", "a ledger that was cut off goes unnoticed"),
+        ("        if number >= len(hashes):", "        if number > len(hashes):", "a ledger that was emptied goes unnoticed"),
+        ("        if hashes[number] != digest:", "        if not hashes[number]:", "a ledger that was rewritten goes unnoticed"),
+        ("            self._note(entry.number, digest)\n            return entry", "            return entry", "a cut after the newest entry goes unnoticed"),
+        ("                if guard:\n", "                if guard and not chain:\n", "two promotions at the same moment both win"),
+        ('        self._signing.sign(b"DeltaFerry ledger, a trial")\n', "", "a rollout is signed that cannot be recorded"),
+        ("        if number <= self._noted()[0]:", "        if False:", "the note of the newest entry goes back"),
+        ("        return pwd.getpwuid(os.getuid()).pw_name", '        return os.environ.get("LOGNAME", "")', "anybody records a decision as somebody else's"),
+        ("        return digest == START or known is not None", "        return True", "a truncated ledger holds every head"),
+        ("subject is None or entry.subject == subject]", "subject is None or entry.subject.startswith(subject)]", "another subject's decisions count"),
+        ('os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w"', 'os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644), "w"', "others read and plant the note"),
+    ],
+    "flows/promote.py": [
+        ("now.weights != alias.tagged_weights:", "now.weights is None:", "a champion with altered weights is released"),
+        ("if now.version is None or alias is None or now.version != alias.number or", "if now.version is None or alias is None or", "another version than the ledger's champion is released"),
+        ("                if release.ledger not in numbers and release.ledger != START:", "                if release.ledger not in numbers and not numbers:", "a ledger that was cut off is released from"),
+        ("        _check_unmoved(subject, expected, now)\n        if not overrule:", "        if not overrule:", "two promotions at the same moment both win"),
+        ('            check(str(subject), number, version.tagged_weights, now, "" if how == "alias" else reason)', "            pass", "what the gate refused is promoted"),
+        ('"" if how == "alias" else reason)', "reason)", "an alias promotes what needs a reason"),
+        ("        if number not in expected.passed:", "        if number not in expected.judged:", "a rollback leads to what never was champion"),
+        ("        if number == expected.version:", "        if number is None:", "a rollback to the champion is recorded"),
+        ("    if number not in expected.waiting:", "    if number not in expected.judged:", "what does not wait is approved"),
+        ("        if number in now.refused:\n            return now.refused[number]\n", "", "a refused version is asked about again"),
+        ('    if not refuse and asked.facts["weights"] != expected.weights_of(str(subject), number):', '    if not refuse and not asked.facts["weights"]:', "other weights than were asked about are approved"),
+        ('            if number not in now.waiting:\n                raise PromotionError(f"somebody refused', '            if number in now.passed:\n                raise PromotionError(f"somebody refused', "two answers to one question are recorded"),
+        ("if last and cut and to in (None, expected.version):", "if last and cut and to == 0:", "a rollback that was cut goes back twice"),
+    ],
+    "flows/policies.py": [
+        ("        if release.floor <= release.seq < newest and not revert:", "        if release.floor > release.seq:", "a release is signed that every device refuses"),
+        ("    return max([policy.seq if policy else 0, *numbers])", "    return policy.seq if policy else 0", "what devices run is not looked at"),
+        ("        if recorded:\n            workspace.ledger.check_ready()\n", "", "a rollout is signed that cannot be recorded"),
+        ("            if recorded:\n                raise\n", "            raise\n", "a damaged record keeps a bad release going"),
+        ('    with workspace.locked("records"):\n        if recorded:', "    if True:\n        if recorded:", "two commands at once sign over each other"),
+        ("        _copy(workspace)\n    return problem", "    return problem", "a halt stays in the factory"),
+        ("    for release in reversed(workspace.repository.releases(line, device_class)):", "    for release in []:", "no release of the champion is found"),
+        ("manifest.configuration == settings.configuration and held == wanted", "manifest.configuration == settings.configuration", "the version just taken back is rolled out"),
+        ("    if number < newest_fielded(workspace, line, device_class):", "    if number < 0:", "the printed command is refused"),
+    ],
+    "flows/triggers.py": [
+        ("    if not path.is_file():\n        path.parent.mkdir", "    if True:\n        path.parent.mkdir", "the same event asks twice"),
+        ("    workspace.line(line)\n    event", "    event", "an event of no line is left"),
+        ("[data.line, data.md5, code_sha256(),", "[data.line, code_sha256(),", "new data make no new run"),
+        ('workspace.line(data.line).model_dump(mode="json"), event])', 'workspace.line(data.line).model_dump(mode="json")])', "an event makes no run where data did"),
+        ("        except ValidationError:\n            sys.stderr", "        except ZeroDivisionError:\n            sys.stderr", "one damaged event ends the service"),
+    ],
+    "ota/delta/format.py": [
+        ("    if version != VERSION:", "    if version > VERSION:", "a delta of another version is read"),
+        ("    if length > MAX_HEADER:", "    if length > 1000 * MAX_HEADER:", "a header of any length is read"),
+        ("    if header.canonical() != data:", "    if not data:", "two readers read two headers"),
+        ("            if hashlib.blake2b(new, digest_size=16).digest() != check:", "            if not check:", "a damaged record is written"),
+        ("    if written != file.target.size or digest.hexdigest() != file.target.sha256:", "    if written != file.target.size:", "a wrong file counts as made"),
+        ("    if digest.hexdigest() != file.base:", "    if not digest:", "a delta is applied to another file"),
+        ("            if count > MAX_RECORDS:", "            if count > 10**9:", "records without end hold the device"),
+        ("            if not new_length:  # costs", "            if new_length < 0:  # costs", "empty records hold the device"),
+        ("if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:", "if new_length > limit or payload_length > new_length + 64 * KiB:", "a record writes past the file"),
+        ("if new_length > limit or written", "if written", "a record of any length takes all memory"),
+        ("    if base is None or offset + length > file.base_size:", "    if base is None:", "a record reads past its base"),
+        ("                if known > MAX_RANGE:", "                if known > 1000 * MAX_RANGE:", "a record takes all memory for its base"),
+        ("    if segments_count > MAX_SEGMENTS:", "    if segments_count > 10**6:", "segments without end hold the device"),
+        ("        if not 0 < row <= segment.count:", "        if not 0 < row:", "a row of any length takes all memory"),
+        ("sum(s.length for s in segments) != length or", "", "segments make other bytes than the record"),
+        ("product.rank * (segment.table_rows + segment.row) <= segment.count", "product.rank > 0", "a product that is not thin takes all memory"),
+        ("    if int(np.abs(found.astype(np.int64)).max()) > MAX_FACTOR:", "    if int(found.max()) > MAX_FACTOR:", "a large negative factor is rounded differently on each machine"),
+        ("        if step is not None and not (segment.kind.mantissa and 0 < step < np.inf):", "        if step is not None and not segment.kind.mantissa:", "steps that are not finite are taken"),
+        ('    if magic != b"BSDIFF40" or new_size != length or', '    if magic != b"BSDIFF40" or', "bsdiff makes a file of any length"),
+        ("            if made > limit:\n", "            if made > 1000 * limit:\n", "a bzip bomb takes all memory"),
+        ("        if unpacker.unused_data:", "        if False:", "a second bzip stream is unpacked unchecked"),
+        ("    if patch.read(1):", "    if False:", "bytes after the last record are not noticed"),
+    ],
+    "ota/delta/numbers.py": [
+        ("(wide + np.uint32(0x7FFF) + (wide >> np.uint32(16) & np.uint32(1)))", "(wide + np.uint32(0x8000))", "ties of bfloat16 are rounded up"),
+        ("(wide + np.uint32(0x7FFF) + (wide >> np.uint32(16) & np.uint32(1)))", "(wide + np.uint32(0x7FFF))", "ties of bfloat16 are rounded down"),
+        ("    plain = np.logical_and.reduce([(exponent != 0) & (exponent != top) for exponent in exponents])", "    plain = np.logical_and.reduce([(exponent != top) for exponent in exponents])", "denormals are left to the machine"),
+        ("    plain = np.logical_and.reduce([(exponent != 0) & (exponent != top) for exponent in exponents])", "    plain = np.logical_and.reduce([(exponent != 0) for exponent in exponents])", "infinities are left to the machine"),
+        ("MAX_FACTOR = 2**24", "MAX_FACTOR = 2**30", "products are rounded differently on each machine"),
+        ("np.clip(np.rint(product) + values(old, kind), low, high)", "np.clip(np.floor(product) + values(old, kind), low, high)", "integers are rounded down"),
+        ("(-8, 7) if kind.packed else (-128, 127)", "(-8, 7) if kind.packed else (-127, 127)", "the least integer cannot be reached"),
+        ("np.stack((found & 15, found >> 4), axis=1)", "np.stack((found >> 4, found & 15), axis=1)", "the halves of a byte are exchanged: old agents make other files"),
+        ("    negative = found.view(_SIGNED[kind.width]) >> (8 * kind.width - 1)  #", "    negative = found.view(_SIGNED[kind.width]) >> (8 * kind.width - 2)  #", "floats are ordered wrongly"),
+        ("        by = by << 4 >> 4  # sixteen", "        by = by  # sixteen", "steps of int4 are not the nearest"),
+        ("np.maximum(exponent, 1, out=exponent)", "np.maximum(exponent, 2, out=exponent)", "old agents put numbers into other streams"),
+        ("_ZERO_CONTEXT = 14", "_ZERO_CONTEXT = 15", "old agents put numbers into other streams"),
+        ("        found[whole:] += columns[: len(old) - whole]\n", "", "the last row is in other streams than old agents say"),
+        ("- 2 * exponent\n", "- exponent\n", "old agents put numbers into other streams"),
+        ("made = _as_float32(before, kind) + steps[at].astype(np.float32) * size", "made = (_as_float32(before, kind).astype(np.float64) + steps[at] * float(size)).astype(np.float32)", "product and sum are rounded once"),
+    ],
+    "model/evaluate.py": [
+        ("xx = np.where(groups[:, None] == groups[None], 0, xx)", "np.fill_diagonal(xx, 0)", "crops of one photograph count as independent"),
+        ("u_xx, u_yy = xx.sum() / pairs.sum(), (yy.sum() - np.trace(yy)) / (n * (n - 1))", "u_xx, u_yy = xx.sum() / pairs.sum(), yy.sum() / n**2", "the distance is biased"),
+        ("return float(u_xx + u_yy - 2 * xy.mean())", "return float(u_xx + u_yy - xy.mean())", "the distance is another"),
+        ("np.var(psi_y, ddof=1) / n + held_out))", "np.var(psi_y, ddof=1) / n))", "the error of the held-out images is left out"),
+        ("delta = u_cc - u_hh - 2 * (xc.mean() - xh.mean())", "delta = u_hh - u_cc - 2 * (xh.mean() - xc.mean())", "the better model counts as the worse"),
+        ("variance = np.var(psi_c - psi_h, ddof=1) / n + held_out", "variance = (np.var(psi_c, ddof=1) + np.var(psi_h, ddof=1)) / n + held_out", "pairing is lost"),
+        ("np.bincount(groups, weights=psi_x - psi_x.mean())", "np.bincount(np.arange(m), weights=psi_x - psi_x.mean())", "crops of one photograph count as independent"),
+        ("    return float(delta), float(np.sqrt(max(variance / 2, variance - twice)))", "    return float(delta), float(np.sqrt(variance / 2))", "the error is too small"),
+        ("float((~finite.numpy() | blank).mean())", "float((~finite.numpy() & blank).mean())", "blank images are not bad"),
+        ("weights=[len(part) for part in images]", "weights=[1 for part in images]", "the last batch's load counts too much"),
+        ("(cdist(reference, generated) <= radius[:, None]).any(axis=0).mean())", "(cdist(reference, generated) <= radius[:, None]).any(axis=1).mean())", "precision is another figure"),
+        ("(cdist(reference, generated).min(axis=1) <= radii(reference)[0]).mean())", "(cdist(reference, generated).min(axis=0) <= radii(reference)[0][: generated.shape[0]]).mean())", "coverage is another figure"),
+        ("    return np.sort(cdist(x, x), axis=1)[:, k], k", "    return np.sort(cdist(x, x), axis=1)[:, k - 1], k", "the balls are too small"),
+        (".sum(axis=0).mean() / k)", ".sum(axis=0).mean())", "density is five times too large"),
+        ("shift + np.trace(a) + np.trace(b) - 2 * roots.sum()", "shift + np.trace(a) + np.trace(b) - roots.sum()", "the Fréchet distance is another"),
+        ("        variance += (count - 1) * float(np.var(", "        variance += float(np.var(", "the error of the Fréchet distance is too small"),
+        ("precision=precision(x, y),", "precision=precision(y, x),", "precision and recall are exchanged"),
+        ("    order = np.random.Generator(np.random.Philox(key=mix(n, 5))).permutation(len(reference))", "    order = np.arange(len(reference))", "captions follow the order of the files"),
+    ],
+    "model/train.py": [
+        ("generator=generator) < o.caption_dropout] = 0", "generator=generator) > o.caption_dropout] = 0", "nine of ten captions are hidden"),
+        ("generator=generator) < o.caption_dropout] = 0", "generator=generator) < 0] = 0", "no caption is ever hidden: guidance learns nothing"),
+        ("    return options.learning_rate * rise * min(1.0, left)", "    return options.learning_rate * rise", "the rate does not fall"),
+        ("rise = min(1.0, (step + 1) / (options.warmup + 1))", "rise = 1.0", "training begins at the full rate"),
+        ("loss = (v - target).square().mean()", "loss = (v - target).abs().mean()", "another objective is trained"),
+        ("        torch.nn.utils.clip_grad_norm_(self.parameters, o.clip)\n", "", "one bad batch ruins the weights"),
+        ("decay = min(o.ema, (step + 1) / (step + 10))", "decay = o.ema", "a short run averages in its own beginning"),
+        ("list(self.network.parameters()), 1 - decay)", "list(self.network.parameters()), decay)", "the average is the last step's"),
+        ("ours.copy_(theirs + torch.round(change / step) * step)", "ours.copy_(theirs + torch.floor(change / step) * step)", "rounding pulls all weights down"),
+        ("step = grid * change.square().mean().sqrt()", "step = grid * change.abs().max()", "most of an update is rounded away"),
+        ("    if parent and options.update_grid:\n", "    if options.update_grid and not parent:\n", "updates are not rounded"),
+        ("    round_to_stored(average, options.stored)\n", "", "devices start from other weights than the factory"),
+        ("    if not all(weight.isfinite().all() for weight in average.parameters()):", "    if not any(weight.isfinite().all() for weight in average.parameters()):", "weights that are not finite are written"),
+        ('            if meta.get("identity") != identity:\n                return 0\n', "", "another run's state is resumed"),
+        ("return means[-1] > max(2.0, 3 * min(means))", "return means[-1] > 3 * max(means)", "a run that diverged goes on"),
+        ("        if not math.isfinite(figures.loss):", "        if figures.loss < 0:", "a loss that is not finite goes on"),
+        ('{"params": [p for p in self.parameters if id(p) not in ids], "weight_decay": 0.0}', '{"params": [p for p in self.parameters if id(p) not in ids], "weight_decay": options.weight_decay}', "gains and biases are pulled towards zero"),
+        ("        if done.lineage == lineage:", "        if done.lineage.config == lineage.config:", "old weights stand for new data"),
+        ("    if parent:\n        load_weights", "    if parent and teacher:\n        load_weights", "a retraining starts from noise"),
+        ("return rows[self.rank :: self.world]", "return rows[: len(rows) // self.world]", "all processes train on the same rows"),
+        ("        (out / RESUME).unlink(missing_ok=True)\n", "", "states of finished runs fill the disk"),
+    ],
+    "model/diffusion.py": [
+        ("return (1 - t) * x0 + t * noise, noise - x0", "return (1 - t) * x0 + t * noise, x0 - noise", "the velocity points the other way"),
+        ("return (1 - t) * x0 + t * noise, noise - x0", "return t * x0 + (1 - t) * noise, noise - x0", "time runs the other way"),
+        ("return torch.sigmoid(torch.randn(size, generator=generator))", "return torch.rand(size, generator=generator)", "times are drawn evenly"),
+        ("return without + guidance * (with_caption - without)", "return with_caption + guidance * (with_caption - without)", "guidance is too strong"),
+        ("return without + guidance * (with_caption - without)", "return with_caption", "guidance does nothing"),
+        ("        if guidance == 1:", "        if guidance >= 1:", "guidance does nothing"),
+        ("torch.cat((ids, torch.zeros_like(ids)))", "torch.cat((ids, ids))", "guidance does nothing"),
+        ("x = x + (s - t) * (v + velocity(guess, s, s)) / 2", "x = x + (s - t) * velocity(guess, s, s)", "Heun's method is of first order"),
+        ("x = x + h * ((1 + ratio) * v - ratio * before[0])", "x = x + h * ((1 - ratio) * v + ratio * before[0])", "Adams and Bashforth extrapolate backwards"),
+        ("ratio = h / (2 * before[1])", "ratio = 0.5", "unequal steps are weighted as equal ones"),
+        ("x = x + (s - t) * velocity(x, t, s)", "x = x + (s - t) * velocity(x, t, t)", "a distilled network is asked for the wrong mean"),
+        ("return [1 - i / steps for i in range(steps)] + [0.0]", "return [1 - i / steps for i in range(steps)] + [0.001]", "images stop short of their end"),
+        ("x = x + (s - t) * velocity(x, t, t)\n    return x\n\n\ndef sample_heun", "x = x - (s - t) * velocity(x, t, t)\n    return x\n\n\ndef sample_heun", "Euler's method walks away from the image"),
+    ],
+}
+# fmt: on
+
+# Survivors that are no gap, by file and harm, and why.
+EXPLAINED: dict[tuple[str, str], str] = {}
+
+
+def mutants() -> Iterator[Mutant]:
+    """All that are wanted, in the list's order."""
+    for file, changes in MUTATIONS.items():
+        for old, new, harm in changes:
+            if WANTED in file or WANTED in harm:
+                yield Mutant(file, old, new, harm)
+
+
+def check() -> None:
+    """See that each old text is in its file exactly once; code that moved takes its mutants along.
+
+    Raises:
+        SystemExit: one is not.
+    """
+    wrong = [
+        f"{m.file}: {m.harm!r}: {(ROOT / m.file).read_text().count(m.old)} times: {m.old!r}"
+        for m in mutants()
+        if (ROOT / m.file).read_text().count(m.old) != 1
+    ]
+    if wrong:
+        raise SystemExit("mutants that fit no more, or more than once:\n" + "\n".join(wrong))
+
+
+def run(mutant: Mutant, place: Path) -> str:
+    """What became of a mutant in a copy of the project: the test that killed it, "time", or "" where it survived."""
+    path = place / mutant.file
+    whole = path.read_text()
+    path.write_text(whole.replace(mutant.old, mutant.new))
+    environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-p", "no:randomly"]
+    try:
+        for tests in CONCERNED[mutant.file]:
+            try:
+                done = subprocess.run(
+                    [*words, tests], cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE
+                )
+            except subprocess.TimeoutExpired:
+                return "time"
+            if done.returncode not in (0, 5):
+                failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                return (failed or [done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "it does not start"])[0][:200]
+        return ""
+    finally:
+        path.write_text(whole)
+
+
+def main() -> None:
+    """Entry point."""
+    check()
+    began, rows, free = time.monotonic(), list[dict[str, object]](), SimpleQueue[Path]()
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(WORKERS):
+            place = Path(folder) / str(i)
+            tracked = (
+                subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+            )
+            for name in filter(None, tracked):
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, place / name)
+            free.put(place)
+
+        def one(mutant: Mutant) -> None:
+            place = free.get()
+            try:
+                if time.monotonic() - began > SECONDS:
+                    result, killer = "not run", ""
+                else:
+                    killer = run(mutant, place)
+                    result = "killed" if killer else "survived"
+            finally:
+                free.put(place)
+            rows.append(asdict(mutant) | {"result": result, "by": killer})
+            print(f"{result:9} {mutant.file:28} {mutant.harm}", flush=True)
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(one, mutants()))
+    report(rows)
+
+
+def report(rows: list[dict[str, object]]) -> None:
+    """Print what there is by file, and the survivors with why; write all.
+
+    Raises:
+        SystemExit: too many survived, or one that nobody explained.
+    """
+    print(f"\n{'file':30} {'killed':>7} {'survived':>9} {'not run':>8}")
+    for file in MUTATIONS:
+        of = [row["result"] for row in rows if row["file"] == file]
+        if of:
+            print(f"{file:30} {of.count('killed'):7} {of.count('survived'):9} {of.count('not run'):8}")
+    survivors = [row for row in rows if row["result"] == "survived"]
+    ran = sum(row["result"] != "not run" for row in rows)
+    share = 1 - len(survivors) / max(ran, 1)
+    print(f"\n{ran} of {len(rows)} ran, {share:.1%} killed")
+    unexplained = []
+    for row in survivors:
+        why = EXPLAINED.get((str(row["file"]), str(row["harm"])), "")
+        unexplained += [] if why else [row]
+        print(f"survived: {row['file']}: {row['harm']}: {why or 'a gap in the tests'}\n    {row['old']!r}\n    {row['new']!r}")
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps({"share": share, "ran": ran, "rows": rows}, indent=1))
+    if share < LEAST or unexplained:
+        raise SystemExit(f"{len(unexplained)} survived that nobody explains; {share:.1%} killed, {LEAST:.0%} must be")
+
+
+if __name__ == "__main__":
+    main()
