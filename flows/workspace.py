@@ -338,10 +338,12 @@ class Workspace:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """MLflow."""
+        """MLflow. One process at a time opens it: MLflow sets a new database up step by step, and two that do so together fail."""
         from registry.catalog import Catalog
 
-        return Catalog(self._sqlite(self.settings.stores.mlflow), self.root / "mlartifacts")
+        self.work.mkdir(exist_ok=True)
+        with FileLock(self.work / "mlflow.lock"):
+            return Catalog(self._sqlite(self.settings.stores.mlflow), self.root / "mlartifacts")
 
     @cached_property
     def ledger(self) -> Ledger:

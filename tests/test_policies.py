@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from typer.testing import CliRunner
 
 from flows import policies
@@ -293,3 +293,20 @@ def test_shares_that_do_not_rise_are_refused_before_anything_is_read(two: Factor
     with pytest.raises(OperatorError):
         policies.start(two.workspace, "nosuch", "nosuch", shares, 0)
     assert two.facts() == before
+
+
+def test_one_process_at_a_time_opens_mlflow(factory: Factory, monkeypatch: pytest.MonkeyPatch):
+    """MLflow sets a new database up step by step; two processes that did so together failed with "duplicate column name"."""
+    lock, opened = FileLock(factory.workspace.work / "mlflow.lock"), []
+
+    def catalog(*given: object) -> object:
+        with pytest.raises(Timeout):
+            FileLock(lock.lock_file).acquire(timeout=0)
+        opened.append(given)
+        return object()
+
+    monkeypatch.setattr("registry.catalog.Catalog", catalog)
+    assert Workspace(factory.workspace.root).catalog
+    assert len(opened) == 1
+    lock.acquire(timeout=0)
+    lock.release()
