@@ -1,4 +1,4 @@
-"""What is rolled out, and how each change of it takes effect: signed, written into the ledger and published under one lock.
+"""Change what is rolled out: sign it, write it into the ledger and publish it, all under one lock.
 
 Prefect is not needed for that and takes seconds to load, so nothing here imports it: a halt is an emergency stop.
 """
@@ -21,7 +21,7 @@ from registry.promotion import standing
 
 @dataclass(frozen=True)
 class Halted:
-    """A rollout that was stopped."""
+    """Hold a rollout that was stopped."""
 
     policy: Policy
     unrecorded: RegistryError | OtaError | None
@@ -142,7 +142,7 @@ def _chosen(workspace: Workspace, line: str, device_class: str, number: int) -> 
 
 
 def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Release | None:
-    """The newest release that holds the weights of exactly the champions that the ledger names; None: there is none."""
+    """Find the newest release that holds the weights of exactly the champions that the ledger names; None: there is none."""
     settings = workspace.device_class(line, device_class)
     wanted = {
         variant: standing(workspace.ledger.entries(f"{line}/{settings.configuration}/{variant}")).weights
@@ -157,7 +157,7 @@ def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Rele
 
 
 def newest_fielded(workspace: Workspace, line: str, device_class: str) -> int:
-    """The highest number of a release that is rolled out now, or that a device of the class reported as running; 0: none."""
+    """Find the highest number of a release that is rolled out now, or that a device of the class reported as running; 0: none."""
     policy = workspace.repository.policy(line, device_class)
     reports = [report for report in workspace.fleet.devices().values() if report and report.device_class == device_class]
     running = {report.active for report in reports if report.line == line}

@@ -168,7 +168,10 @@ def test_next_step_is_what_is_true(factory: Factory):
     assert policies.after_promotion(factory.workspace, LINE, "I", "full") == "publish it with `ferry release shapes/edge`"
     assert policies.after_promotion(factory.workspace, LINE, "I", "dev") == "no device class of shapes runs it"
     factory.release("first")
-    step = lambda number: policies.next_step(factory.workspace, LINE, CLASS, number)  # noqa: E731
+
+    def step(number: int) -> str:
+        return policies.next_step(factory.workspace, LINE, CLASS, number)
+
     assert step(1) == "no device installs it yet: `ferry rollout start shapes/edge`"
     factory.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
     assert step(1) == "release 1 is open to 100 % of the fleet"

@@ -222,6 +222,7 @@ def test_root_leaves_nothing_that_the_service_cannot_use(scene: Field, tmp_path:
     )
     assert told[0] == told[-1] == "look success 0"
     assert told[1:-1].count(refused) >= 4
+    assert not [line for line in told if line.startswith("/var/lib/deltaferry")]  # what `find` found
     assert told[1:9] == [refused, "code 3"] * 4
 
 

@@ -138,7 +138,7 @@ def send(home: Home) -> int:
 
 
 def _deliver(home: Home, folder: Path, waiting: list[Path]) -> tuple[int, str]:
-    """How many are left, and why."""
+    """Leave reports in the folder; returns how many are left, and why."""
     left, why = 0, ""
     for done, path in enumerate(waiting):
         data, name = path.read_bytes(), f"{home.config().device}-{path.name}"

@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime computes at all on this device, shown with a graph of our own: whoever fails at that is not a bundle."""
+"""Show with a graph of our own whether ONNX Runtime computes on this device at all; where it does not, no bundle is to blame."""
 
 from __future__ import annotations
 
