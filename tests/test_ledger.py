@@ -55,8 +55,7 @@ def three_entries(ledger: Ledger) -> None:
 
 def edit(database: Path, statement: str) -> None:
     connection = sqlite3.connect(database)
-    with connection:
-        connection.execute(statement)
+    connection.executescript(statement)
     connection.close()
 
 
@@ -115,8 +114,7 @@ INSERT INTO ledger_entries SELECT CASE number WHEN 2 THEN 3 WHEN 3 THEN 2 ELSE n
 @pytest.mark.parametrize("attack", [*ATTACKS, SWAP])
 def test_edited_ledger_is_found_out(ledger: Ledger, database: Path, attack: str):
     three_entries(ledger)
-    for statement in attack.split(";"):
-        edit(database, statement)
+    edit(database, attack)
     for look in (ledger.entries, ledger.hashes, lambda: ledger.append("gate", "shapes/I/full", "goes on", {})):
         with pytest.raises(LedgerError, match="was changed after it was written"):
             look()
@@ -237,6 +235,40 @@ def test_other_history_under_the_same_key_is_found_out(ledger: Ledger, opened, d
     (tmp_path / "other.db").replace(database)
     with pytest.raises(LedgerError, match="entry 3 of the ledger is another than this workspace has seen"):
         opened().entries()
+
+
+@pytest.mark.parametrize("row", [1, 2])
+@pytest.mark.parametrize("common", [0, 1])
+def test_signed_entry_of_another_history_is_found_out(
+    ledger: Ledger, opened, database: Path, tmp_path: Path, row: int, common: int
+):
+    # Signed by the key of this workspace, under the same number, so only the chain tells; what was seen here is the third, which stays.
+    if common:
+        ledger.append("promotion", "shapes/I/full", "reason 1", {"version": 1})
+        source, target = sqlite3.connect(database), sqlite3.connect(tmp_path / "other.db")
+        source.backup(target)
+        source.close()
+        target.close()
+    other = Ledger(f"sqlite:///{tmp_path / 'other.db'}", ledger._signing, tmp_path / "other.seen")
+    while len(ledger.entries()) < 3:
+        ledger.append("promotion", "shapes/I/full", "here", {"version": 2})
+        other.append("promotion", "shapes/I/full", "elsewhere", {"version": 3})
+    other.close()
+    edit(
+        database,
+        f"ATTACH '{tmp_path / 'other.db'}' AS other; "
+        + "".join(
+            f"DELETE FROM main.{table} WHERE number = {row}; INSERT INTO main.{table} SELECT * FROM other.{table} WHERE number = {row}; "
+            for table in ("ledger_entries", "ledger_signatures")
+        ),
+    )
+    changed = row > common  # the first is the same where both began with it
+    for look in (ledger, opened(), opened(seen="of another host")):
+        if changed:
+            with pytest.raises(LedgerError, match=r"entry \d of the ledger was changed after it was written"):
+                look.entries()
+        else:
+            assert len(look.entries()) == 3
 
 
 def test_note_of_what_was_seen_is_needed_only_where_it_was_made(ledger: Ledger, opened, database: Path):

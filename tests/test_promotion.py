@@ -686,6 +686,61 @@ def test_alias_without_any_promotion(alias: Alias, answer: str):
     assert settle("shapes/I/full", alias, Standing(), approval=False)[0] == answer
 
 
+def history(*rows: tuple[str, int, dict[str, Any]]) -> list[Entry]:
+    """Entries of one subject: kind, version and further facts."""
+    return [
+        Entry(
+            number=number, previous="0" * 64, kind=kind, subject="shapes/I/full", who="ada", when="2026-11-28T10:00:00+00:00", why="why",
+            facts={"version": version, **facts},
+        )
+        for number, (kind, version, facts) in enumerate(rows, start=1)
+    ]  # fmt: skip
+
+
+def promotion(version: int, left: int | None, **facts: Any) -> tuple[str, int, dict[str, Any]]:
+    return "promotion", version, {"weights": weights(version), "from": left, "overruled": False, **facts}
+
+
+def seal_of(version: int, scorecard: str) -> dict[str, Any]:
+    """The facts of a seal of version 1, whose weights are those of `version`."""
+    made = Seal(
+        subject="shapes/I/full", version=1, weights=weights(version), lineage="d" * 64, scorecard=scorecard, data_rev="0" * 40,
+        data_md5="0" * 32 + ".dir", code="1" * 64, parent=None, teacher=None, files={},
+    )  # fmt: skip
+    return made.facts
+
+
+def test_version_that_waits_gives_way_to_the_one_asked_about_after_it():
+    assert set(standing(history(("pending", 2, {}), ("pending", 3, {}))).waiting) == {3}
+
+
+def test_version_that_is_asked_about_again_waits_and_is_refused_no_more():
+    refused = history(("pending", 2, {}), ("refusal", 2, {"how": "approval"}))
+    assert (set(standing(refused).waiting), set(standing(refused).refused)) == (set(), {2})
+    again = history(("pending", 2, {}), ("refusal", 2, {"how": "approval"}), ("pending", 2, {}))
+    assert (set(standing(again).waiting), set(standing(again).refused)) == ({2}, set())
+
+
+def test_first_seal_of_a_version_is_the_one_that_counts():
+    now = standing(history(("gate", 1, {"seal": seal_of(1, "a" * 64)}), ("gate", 1, {"seal": seal_of(2, "b" * 64)})))
+    assert now.seals[1].weights == weights(1)
+    assert now.weights_of("shapes/I/full", 1) == weights(1)
+
+
+def test_champion_with_other_weights_in_mlflow_is_refused():
+    now = standing(history(promotion(1, None)))
+    assert settle("shapes/I/full", Alias(1, weights(1), 1), now, approval=False)[0] == "agrees"
+    for other in (weights(2), ""):
+        answer, why = settle("shapes/I/full", Alias(1, other, 1), now, approval=False)
+        assert (answer, "other weights than the ledger" in why) == ("refused", True)
+
+
+def test_promotion_against_the_gate_does_not_make_the_best_model_ever():
+    first = promotion(1, None, becomes_anchor=True)
+    assert standing(history(first, promotion(2, 1, becomes_anchor=True))).anchor == 2
+    assert standing(history(first, promotion(2, 1, becomes_anchor=True, overruled=True))).anchor == 1
+
+
 # Approval in Prefect's page
 
 

@@ -448,25 +448,27 @@ def check() -> None:
         raise SystemExit("mutants that fit no more, or more than once:\n" + "\n".join(wrong))
 
 
+def failure(tests: str, place: Path) -> str:
+    """Run a file of tests in a copy of the project: the first that fails, "time", or "" where all pass."""
+    environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-p", "no:randomly", tests]
+    try:
+        done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return "time"
+    if done.returncode in (0, 5):
+        return ""
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return (failed or [done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "it does not start"])[0][:200]
+
+
 def run(mutant: Mutant, place: Path) -> str:
     """What became of a mutant in a copy of the project: the test that killed it, "time", or "" where it survived."""
     path = place / mutant.file
     whole = path.read_text()
     path.write_text(whole.replace(mutant.old, mutant.new))
-    environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-p", "no:randomly"]
     try:
-        for tests in CONCERNED[mutant.file]:
-            try:
-                done = subprocess.run(
-                    [*words, tests], cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE
-                )
-            except subprocess.TimeoutExpired:
-                return "time"
-            if done.returncode not in (0, 5):
-                failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-                return (failed or [done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "it does not start"])[0][:200]
-        return ""
+        return next(filter(None, (failure(tests, place) for tests in CONCERNED[mutant.file])), "")
     finally:
         path.write_text(whole)
 
@@ -474,7 +476,7 @@ def run(mutant: Mutant, place: Path) -> str:
 def main() -> None:
     """Entry point."""
     check()
-    began, rows, free = time.monotonic(), list[dict[str, object]](), SimpleQueue[Path]()
+    rows, free = list[dict[str, object]](), SimpleQueue[Path]()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(WORKERS):
             place = Path(folder) / str(i)
@@ -499,7 +501,20 @@ def main() -> None:
             rows.append(asdict(mutant) | {"result": result, "by": killer})
             print(f"{result:9} {mutant.file:28} {mutant.harm}", flush=True)
 
+        def unchanged(tests: str) -> str:
+            place = free.get()
+            try:
+                return failure(tests, place)
+            finally:
+                free.put(place)
+
         with ThreadPoolExecutor(WORKERS) as pool:
+            # A test that fails on the code as it is would kill every mutant.
+            concerned = list(dict.fromkeys(tests for mutant in mutants() for tests in CONCERNED[mutant.file]))
+            red = list(filter(None, pool.map(unchanged, concerned)))
+            if red:
+                raise SystemExit("these fail without any change; mend them first:\n" + "\n".join(red))
+            began = time.monotonic()
             list(pool.map(one, mutants()))
     report(rows)
 
