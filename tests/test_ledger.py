@@ -79,8 +79,11 @@ def test_entries_survive_reopening(ledger: Ledger, opened: Callable[..., Ledger]
 def test_only_the_asked_subject_is_shown(ledger: Ledger):
     three_entries(ledger)
     ledger.append("gate", "digits/I/full", "other", {})
+    for name in ("shapes/edge-2", "shapes/edge"):
+        ledger.append("rollout", name, "other", {})
     assert len(ledger.entries("shapes/I/full")) == 3
-    assert len(ledger.entries()) == 4
+    assert [e.subject for e in ledger.entries("shapes/edge")] == ["shapes/edge"]  # not that of a name that begins alike
+    assert len(ledger.entries()) == 6
 
 
 EDITS = {
@@ -348,8 +351,9 @@ def test_unusable_key_records_nothing(ledger: Ledger, ring: KeyRing, tmp_path: P
     broken.ledger = [broken.ledger[0]._replace(uri="file2:gone.pem")]
     reading = Ledger(f"sqlite:///{database}", broken, tmp_path / "seen")
     assert len(reading.entries()) == 3
-    with pytest.raises(OperatorError, match=r"the ledger's key file2:gone\.pem cannot sign"):
-        reading.append("gate", "shapes/I/full", "a fourth", {})
+    for record in (lambda: reading.append("gate", "shapes/I/full", "a fourth", {}), reading.check_ready):
+        with pytest.raises(OperatorError, match=r"the ledger's key file2:gone\.pem cannot sign"):
+            record()
     other = create(tmp_path / "other")  # a KMS that has another key under that name
     broken.ledger = [broken.ledger[0]._replace(uri=f"file2:{other.folder / 'online' / 'ledger.pem'}")]
     with pytest.raises(OperatorError, match="cannot sign"):
@@ -379,7 +383,9 @@ def test_recording_beside_others_never_loses_an_entry_nor_breaks_the_chain(opene
     assert [len(ledger.entries(f"line{name}/I/full")) for name in range(4)] == [10] * 4
 
 
-def test_entry_that_another_process_adds_while_the_ledger_is_read_is_not_missed(ledger: Ledger, opened, monkeypatch):
+def test_entry_that_another_process_adds_while_the_ledger_is_read_is_not_missed(
+    ledger: Ledger, opened, database: Path, monkeypatch
+):
     three_entries(ledger)
     parsed, other = Entry.model_validate_json, opened()
 
@@ -390,6 +396,7 @@ def test_entry_that_another_process_adds_while_the_ledger_is_read_is_not_missed(
 
     monkeypatch.setattr(Entry, "model_validate_json", parse)
     assert len(ledger.entries()) == 3
+    assert (database.parent / "ledger.seen").read_text().startswith("4 ")  # the slower one does not take the note back
     assert len(ledger.entries()) == 4
 
 
@@ -408,6 +415,23 @@ def test_guard_sees_what_was_recorded_meanwhile_and_forbids(ledger: Ledger, open
         ledger.append("promotion", "shapes/I/full", "slower", {}, guard)
     assert seen == [3, 4]
     assert [e.why for e in ledger.entries()][3:] == ["faster"]
+
+
+def test_guard_is_asked_about_its_own_subject_only(ledger: Ledger):
+    three_entries(ledger)
+    ledger.append("gate", "digits/I/full", "of another", {})
+    seen: list[str] = []
+    ledger.append("promotion", "shapes/I/full", "r", {}, lambda entries: seen.extend(e.subject for e in entries))
+    assert seen == ["shapes/I/full"] * 3
+
+
+def test_only_heads_of_this_ledger_are_held(ledger: Ledger, database: Path):
+    assert ledger.holds(START)  # a release that was signed before the first decision
+    three_entries(ledger)
+    heads = ledger.hashes()
+    assert [ledger.holds(head) for head in [*heads, "f" * 64, ""]] == [True, True, True, False, False]
+    edit(database, "DELETE FROM ledger_entries WHERE number = 3")
+    assert [ledger.holds(head) for head in heads] == [True, True, False]
 
 
 def test_unreachable_database_is_one_sentence(ring: KeyRing, tmp_path: Path):
