@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import bz2
 import hashlib
 import io
+import json
 import math
 import struct
 import threading
@@ -33,6 +35,7 @@ from ota.delta.format import BESIDE, BSDIFF, NUMBERS, SAME, ZSTD, Product, Segme
 from ota.delta.numbers import KINDS, KindName
 from ota.errors import BaseError, DeltaError
 from ota.manifest import MAX_WEIGHTS, FileEntry, KiB, MiB
+from tests import golden_kit
 
 BASE, TARGET = "a" * 64, "b" * 64
 FLOATS: dict[KindName, Any] = {"float16": np.float16, "float32": np.float32}
@@ -109,6 +112,18 @@ def round_trip(cases: Sequence[Case], folder: Path) -> bytes:
     patch = build(cases, folder)
     assert apply(patch, cases) == [case.new for case in cases]
     return patch
+
+
+# What was published once is read for ever
+
+
+@pytest.mark.parametrize("name", golden_kit.NAMES)
+def test_published_delta_is_read(name):
+    """Encoder and decoder share their rules, so a round trip does not notice when those change; fielded agents would."""
+    old, new = golden_kit.files(name)
+    patch = base64.b64decode(json.loads(golden_kit.DELTAS.read_bytes())[name])
+    assert apply(patch, [Case(new, old)]) == [new]
+    assert golden_kit.ways(patch)[0] == {name.split()[1]}
 
 
 # What goes in comes out
@@ -240,6 +255,49 @@ def test_any_steps_are_undone(kind, data):
     assert (numbers.moved(there, numbers.difference(new, there, KINDS[kind]), KINDS[kind]) == new).all()
     special = numbers.values(old, KINDS[kind])
     assert (there == old)[~np.isfinite(special)].all()
+
+
+def stored_by_torch(values: Any, kind: KindName) -> Any:
+    """float32 values as bit patterns of a kind, rounded by torch."""
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    as_integers = {4: torch.int32, 2: torch.int16}[KINDS[kind].width]
+    return torch.from_numpy(values).to(names[kind]).view(as_integers).numpy().view(KINDS[kind].dtype)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_numbers_are_rounded_as_torch_rounds_them(kind):
+    every = np.arange(2**16, dtype=np.uint16)
+    exact = numbers.values(every, KINDS[kind])
+    words = exact[np.isfinite(exact)].view(np.uint32)
+    half = np.uint32(1) << np.uint32(22 - KINDS[kind].mantissa)  # of the last place
+    for by in (half - 1, half, half + 1, 3 * half - 1, 3 * half, 3 * half + 1):  # below, at and above a tie, of even and odd ones
+        found = (words + np.uint32(by)).view(np.float32)
+        plain = np.isfinite(found) & (np.abs(found) >= np.finfo(np.float16).smallest_normal) & (np.abs(found) < 65000)
+        assert (numbers._rounded(found[plain], KINDS[kind]) == stored_by_torch(found[plain], kind)).all()
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("way", ["steps", "product"])
+def test_only_normal_numbers_are_moved_by_rules(kind, way):
+    """Of denormals, infinities and NaNs machines have views of their own."""
+    mantissa, top = KINDS[kind].mantissa, 1 << (8 * KINDS[kind].width - 1)
+    smallest, infinity = 1 << mantissa, (top - 1) >> mantissa << mantissa
+    codes = [0, 1, smallest - 1, smallest, smallest + 1, infinity, infinity + 1, top, top | 1]
+    old = np.array(codes, KINDS[kind].dtype)
+    exponent = KINDS[kind].mantissa + KINDS[kind].bias - 1  # one step is the distance between the smallest normal numbers
+    if way == "steps":
+        found = numbers.stepped(old, np.full(9, -1, np.int32), np.float32(2.0**-exponent), KINDS[kind])
+    else:  # by as much, in two factors
+        left, right = np.full((3, 1), -(2**12), np.int32), np.full((1, 3), 2**12, np.int32)
+        reach = min(exponent + 24, container.MAX_EXPONENT)
+        found = numbers.predicted(old, left, right, -reach, KINDS[kind])
+        if reach != exponent + 24:  # such products are too large for anything but a normal number far from the smallest
+            assert (found[:3] == old[:3]).all()
+            assert (found[5:] == old[5:]).all()
+            return
+    wanted = old.copy()
+    wanted[4] = smallest  # the only one that is normal before and after
+    assert found.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
@@ -594,6 +652,14 @@ def test_wrong_base_is_noticed(patch, cases, keep, add):
         apply(patch, others)
 
 
+@pytest.mark.parametrize("version", [0, 255])
+def test_delta_of_another_format_is_not_read(patch, cases, version):
+    other = bytearray(patch)
+    other[len(container.MAGIC)] = version
+    with pytest.raises(DeltaError, match=f"format version {version}, this agent reads 1"):
+        apply(bytes(other), cases)
+
+
 def test_newer_format_asks_for_newer_agent(patch, cases):
     newer = bytearray(patch)
     newer[len(container.MAGIC)] += 1
@@ -611,9 +677,10 @@ class Unread(io.BytesIO):
         return super().read(size)
 
 
-def test_header_length_checked_before_reading(patch):
-    stream = Unread(container.PREFIX.pack(container.MAGIC, container.VERSION, 2**32 - 1) + patch)
-    with pytest.raises(DeltaError, match="header claims 4294967295 bytes"):
+@pytest.mark.parametrize("length", [65_537, 2**32 - 1])
+def test_header_length_checked_before_reading(patch, length):
+    stream = Unread(container.PREFIX.pack(b"DFDELTA", 1, length) + patch)
+    with pytest.raises(DeltaError, match=f"header claims {length} bytes, more than 65536"):
         delta.read_header(stream)
     assert stream.most <= container.PREFIX.size
 
@@ -845,7 +912,7 @@ EMPTY_AND_MORE = (
 )  # a reader that stops at the first frame would not see it
 
 
-LARGE, WIDEST = (streams.encode(np.full(20, factor, np.uint32)) for factor in (2 * numbers.MAX_FACTOR + 2, 2**32 - 1))
+LARGE, WIDEST = (streams.encode(np.full(20, factor, np.uint32)) for factor in (2 * 2**24 + 2, 2**32 - 1))
 
 
 def gap(zeros: int) -> bytes:

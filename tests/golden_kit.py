@@ -1,0 +1,131 @@
+"""Deltas as they were once published, in tests/golden/deltas.json, and the files that they were made from.
+
+A round trip says nothing of a fault that encoder and decoder share; these say whether a fielded agent and a new one read the same. They
+are never made anew: where a test of them fails, the format has changed. `python -m tests.golden_kit` adds those that are missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ota import delta
+from ota.delta import encode
+from ota.delta import format as container
+from ota.delta.encode import Elements, Pair
+from ota.delta.numbers import KINDS, KindName
+from ota.manifest import FileEntry
+from registry.lineage import file_sha256
+
+DELTAS = Path(__file__).parent / "golden/deltas.json"
+ROWS, COLUMNS = 48, 64
+BASE, TARGET = "a" * 64, "b" * 64
+NAMES = [
+    *(f"{kind} each" for kind in ("float32", "float16", "bfloat16", "int8", "int4")),
+    *(f"{kind} steps" for kind in ("float32", "float16", "bfloat16")),
+    *(f"{kind} product" for kind in ("float32", "float16", "bfloat16", "int8", "int4")),
+]  # fmt: skip
+
+
+def drawn(seed: int, *shape: int) -> npt.NDArray[np.float64]:
+    """About normal numbers, the same on every machine and with every library: sums of twelve draws of a congruential generator."""
+    state, found = seed * 7919 + 1, []
+    for _ in range(int(np.prod(shape))):
+        total = 0
+        for _ in range(12):
+            state = (1103515245 * state + 12345) % 2**31
+            total += state >> 7
+        found.append(total / 2**24 - 6)
+    return np.array(found).reshape(shape)
+
+
+def stored(values: npt.NDArray[np.float64], kind: KindName) -> bytes:
+    """Values as bytes of a kind, rounded by torch and numpy."""
+    if kind == "bfloat16":
+        made: bytes = torch.from_numpy(values.astype(np.float32)).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+        return made
+    if kind in ("float32", "float16"):
+        return values.astype(kind).tobytes()
+    low, high = (-8, 7) if kind == "int4" else (-128, 127)
+    whole = np.clip(np.rint(values * (3 if kind == "int4" else 40)), low, high).astype(np.int8).view(np.uint8).reshape(-1)
+    return (whole[0::2] & 15 | (whole[1::2] & 15) << 4).tobytes() if kind == "int4" else whole.tobytes()
+
+
+def files(name: str) -> tuple[bytes, bytes]:
+    """The old and the new file of a golden delta.
+
+    Weights move more in some rows and columns than in others, and hold zeros, denormals, infinities and NaNs.
+    """
+    kind, way = name.split()
+    seed = NAMES.index(name)
+    old = drawn(seed, ROWS, COLUMNS) * 0.25
+    by = drawn(100 + seed, ROWS, COLUMNS)
+    if way == "each":
+        by *= 2.0 ** -(np.arange(ROWS)[:, None] % 5) * 2.0 ** -(np.arange(COLUMNS) % 3) * (0.02 if KINDS[kind].mantissa else 0.6)
+    elif way == "steps":
+        by = np.rint(by * 0.7).astype(np.float32) * np.float32(0.0078125 if kind == "float16" else 0.01171875)
+    else:
+        by = np.rint(drawn(200 + seed, ROWS, 1) * 40) @ np.rint(drawn(300 + seed, 1, COLUMNS) * 40) * 2.0**-13
+    before = bytearray(stored(old, kind))
+    width, mantissa = KINDS[kind].width, KINDS[kind].mantissa
+    values = old if not mantissa else _values(bytes(before), kind)
+    after = bytearray(stored(values + by, kind))
+    if mantissa:
+        top = 1 << (8 * width - 1)
+        infinity = (top - 1) >> mantissa << mantissa
+        special = [0, 1, (1 << mantissa) - 1, 1 << mantissa, top, top | 1]
+        if way != "product":  # whose rank they would raise
+            special += [infinity - 1, infinity, infinity + 1, top | infinity]
+        for i, code in enumerate(special):
+            at = (i * 97 + 5) * width
+            before[at : at + width] = after[at : at + width] = code.to_bytes(width, "little")
+    return bytes(before), bytes(after)
+
+
+def _values(data: bytes, kind: str) -> npt.NDArray[np.float64]:
+    if kind == "bfloat16":
+        return torch.frombuffer(bytearray(data), dtype=torch.bfloat16).double().numpy().reshape(ROWS, COLUMNS)
+    return np.frombuffer(data, kind).astype(np.float64).reshape(ROWS, COLUMNS)
+
+
+def make(name: str) -> bytes:
+    """A delta as the encoder makes it today."""
+    old, new = files(name)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "old").write_bytes(old)
+        (folder / "new").write_bytes(new)
+        entry = FileEntry(role="weights", variant="full", size=len(new), sha256=file_sha256(folder / "new"))
+        elements = [Elements(0, len(new), name.split(maxsplit=1)[0], COLUMNS, 0)]
+        encode.build([Pair(entry, folder / "new", folder / "old", elements)], BASE, TARGET, folder / "patch")
+        return (folder / "patch").read_bytes()
+
+
+def ways(patch: bytes) -> tuple[set[str], int]:
+    """How the numbers of a delta are said to move, and in how many streams."""
+    stream = io.BytesIO(patch)
+    header = delta.read_header(stream)
+    found = list(container.records(stream, header.files[0]))
+    return {segment.way for record in found for segment in record.segments}, max(record.streams for record in found)
+
+
+def main() -> None:
+    """Entry point."""
+    there: dict[str, Any] = json.loads(DELTAS.read_bytes()) if DELTAS.is_file() else {}
+    for name in NAMES:
+        if name not in there:
+            there[name] = base64.b64encode(make(name)).decode()
+    DELTAS.parent.mkdir(exist_ok=True)
+    DELTAS.write_text(json.dumps(there, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
