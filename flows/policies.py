@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from flows import progress
+from flows.errors import BusyError
 from flows.workspace import Workspace
 from ota.errors import OperatorError, OtaError
 from ota.manifest import Policy
@@ -18,13 +20,15 @@ from ota.release.repository import Release
 from registry.errors import RegistryError
 from registry.promotion import standing
 
+HALT_SECONDS = 5.0  # that a halt which has gone out waits to be recorded
+
 
 @dataclass(frozen=True)
 class Halted:
     """Hold a rollout that was stopped."""
 
     policy: Policy
-    unrecorded: RegistryError | OtaError | None
+    unrecorded: RegistryError | OtaError | BusyError | None
     """Why the ledger does not say so; a damaged record must not keep a bad release going."""
 
 
@@ -39,50 +43,53 @@ def publish(workspace: Workspace) -> int:
         return _copy(workspace)
 
 
-def _copy(workspace: Workspace) -> int:
-    stores, files = workspace.settings.stores, list(workspace.repository.files())
+def _copy(workspace: Workspace, urgent: bool = False) -> int:
+    """Copy objects and targets first, which may take long; then, while nobody signs, the metadata that lead to them.
+
+    Args:
+        workspace: whose.
+        urgent: copy only what a policy needs. The files of a release that another process is just uploading may take minutes, and no policy
+            names them yet.
+    """
+    stores, repository = workspace.settings.stores, workspace.repository
     copied: list[str] = []
+    total = 0
+
+    def put(files: list[tuple[str, Path]]) -> int:
+        nonlocal total
+        total += len(files)
+        return store.publish(files, stores.publish, workspace.root, stores.s3_endpoint or None, show)
 
     def show(name: str) -> None:
         copied.append(name)
-        progress.advance("publish", len(copied), len(files))
+        progress.advance("publish", len(copied), total)
 
-    count = store.publish(files, stores.publish, workspace.root, stores.s3_endpoint or None, show)
+    large = [] if urgent else [file for file in repository.files() if not file[0].startswith("metadata/")]
+    count = put(large)
+    with repository.held():
+        there = {name for name, _ in large}
+        urgently = ("metadata/", "targets/rollout/") if urgent else ""
+        count += put([file for file in repository.files() if file[0] not in there and file[0].startswith(urgently)])
     if copied:
-        progress.advance("publish", len(files), len(files))  # the others were there
+        progress.advance("publish", total, total)  # the others were there
     return count
 
 
-def _change(
-    workspace: Workspace, target: str, kind: Literal["rollout", "halt"], why: str, sign: Callable[[], dict[str, Any]],
-    recorded: bool = True,
-) -> RegistryError | OtaError | None:  # fmt: skip
-    """Sign a change, write it into the ledger and publish it, all under one lock.
+def _change(workspace: Workspace, target: str, why: str, sign: Callable[[], dict[str, Any]]) -> None:
+    """Sign a change, write it into the ledger and publish it, all under one lock; nothing is signed that the ledger cannot take.
 
     Args:
         workspace: whose.
         target: LINE/CLASS, the ledger's subject.
-        kind: of entry.
         why: in words.
         sign: signs, and returns what the ledger is to keep of it.
-        recorded: whether nothing may be signed that the ledger cannot take.
-
-    Returns:
-        Why it was not recorded, where that does not matter so much.
     """
-    problem: RegistryError | OtaError | None = None
     with workspace.locked("records"):
-        if recorded:
-            workspace.ledger.check_ready()
-        facts = sign()
-        try:
-            workspace.ledger.append(kind, target, why, facts)
-        except (RegistryError, OtaError) as error:
-            if recorded:
-                raise
-            problem = error
+        workspace.ledger.check_ready()
+        with workspace.repository.held():
+            facts = sign()
+        workspace.ledger.append("rollout", target, why, facts)
         _copy(workspace)
-    return problem
 
 
 def start(
@@ -119,7 +126,7 @@ def start(
         workspace.repository.set_policy(policy)
         return {"release": release.seq, "soak": soak}
 
-    _change(workspace, f"{line}/{device_class}", "rollout", why or f"waves {','.join(f'{share:g}' for share in shares)} %", sign)
+    _change(workspace, f"{line}/{device_class}", why or f"waves {','.join(f'{share:g}' for share in shares)} %", sign)
     return policy
 
 
@@ -166,20 +173,26 @@ def newest_fielded(workspace: Workspace, line: str, device_class: str) -> int:
 
 
 def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Halted:
-    """Let no further device install the release that is rolled out; it goes out also where it cannot be recorded.
+    """Let no further device install the release that is rolled out.
+
+    It goes out first and is recorded afterwards: neither a damaged ledger nor another ferry that holds the records, perhaps for ever, may keep a
+    bad release going.
 
     Raises:
-        OperatorError: nothing is rolled out.
+        OperatorError: nothing is rolled out, or another process does not end its signing.
+        TransferError: it cannot be written where devices fetch it.
     """
-    made: list[Policy] = []
-
-    def sign() -> dict[str, Any]:
-        made.append(rollout.halt(_rolled_out(workspace, line, device_class, "halt")))
-        workspace.repository.set_policy(made[0])
-        return {"release": made[0].seq}
-
-    unrecorded = _change(workspace, f"{line}/{device_class}", "halt", reason, sign, recorded=False)
-    return Halted(made[0], unrecorded)
+    with workspace.repository.held():
+        policy = rollout.halt(_rolled_out(workspace, line, device_class, "halt"))
+        workspace.repository.set_policy(policy)
+        _copy(workspace, urgent=True)
+    unrecorded: RegistryError | OtaError | BusyError | None = None
+    try:
+        with workspace.locked("records", HALT_SECONDS):
+            workspace.ledger.append("halt", f"{line}/{device_class}", reason, {"release": policy.seq})
+    except (RegistryError, OtaError, BusyError) as error:
+        unrecorded = error
+    return Halted(policy, unrecorded)
 
 
 def renew(workspace: Workspace, line: str, device_class: str) -> tuple[Policy, str]:
@@ -197,7 +210,7 @@ def renew(workspace: Workspace, line: str, device_class: str) -> tuple[Policy, s
         made.append((policy, workspace.repository.expiries()["rollout"].isoformat()))
         return {"release": policy.seq, "until": made[0][1]}
 
-    _change(workspace, f"{line}/{device_class}", "rollout", "signed anew, waves unchanged", sign)
+    _change(workspace, f"{line}/{device_class}", "signed anew, waves unchanged", sign)
     return made[0]
 
 
@@ -213,7 +226,7 @@ def floor(workspace: Workspace, line: str, device_class: str, number: int) -> No
         workspace.repository.set_floor(line, device_class, number)
         return {"floor": number}
 
-    _change(workspace, f"{line}/{device_class}", "rollout", f"floor {number}", sign)
+    _change(workspace, f"{line}/{device_class}", f"floor {number}", sign)
 
 
 def _rolled_out(workspace: Workspace, line: str, device_class: str, doing: str) -> Policy:
@@ -229,7 +242,7 @@ def next_step(workspace: Workspace, line: str, device_class: str, number: int) -
     if policy and policy.seq == number:
         return rollout.describe(policy)
     if number < newest_fielded(workspace, line, device_class):
-        return f"devices go back to it with `ferry rollout start {target} --release {number} --revert`"
+        return f"devices go back to it, all at once, with `ferry rollout start {target} --release {number} --revert`"
     return f"no device installs it yet: `ferry rollout start {target}`"
 
 

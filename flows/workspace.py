@@ -388,11 +388,17 @@ class Workspace:
         return self.root / self.settings.stores.reports
 
     @contextmanager
-    def locked(self, part: Literal["retraining", "release", "data", "records", "serving"]) -> Iterator[None]:
+    def locked(
+        self, part: Literal["retraining", "release", "data", "records", "serving"], patience: float | None = None
+    ) -> Iterator[None]:
         """Hold a part of the workspace against a second process that would change it.
 
         `records` (ledger, aliases, signed repository) and `data` are held for moments and waited for; so a rollout can be
         halted while a model is trained.
+
+        Args:
+            part: of the workspace.
+            patience: seconds to wait for it; None: as is usual for the part.
 
         Raises:
             BusyError: another one holds it.
@@ -400,7 +406,8 @@ class Workspace:
         self.work.mkdir(exist_ok=True)
         lock = FileLock(self.work / f"{part}.lock")
         try:
-            lock.acquire(timeout=LOCK_SECONDS if part in ("data", "records") else 0)
+            usual = LOCK_SECONDS if part in ("data", "records") else 0
+            lock.acquire(timeout=usual if patience is None else patience)
         except Timeout as error:
             raise BusyError(f"another ferry holds the {part} of {self.root}; wait for it to finish") from error
         try:

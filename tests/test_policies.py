@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from flows.errors import BusyError
 from flows.workspace import Workspace, create
 from ota.errors import OperatorError
 from ota.release.bundle import Bundle
+from ota.release.keys import KeyRing
+from ota.release.repository import Repository
 from registry.errors import LedgerError
 from tests.fleet_kit import CLASS, LINE, Device
 
@@ -155,10 +158,10 @@ def test_printed_commands_take_a_device_back(two: Factory, tmp_path: Path):
     device = two.device(tmp_path, seq=2)
     two.promote("first")  # what `ferry rollback` writes
     hint = policies.after_promotion(two.workspace, LINE, "I", "full")
-    assert hint == "devices go back to it with `ferry rollout start shapes/edge --release 1 --revert`"
+    assert hint == "devices go back to it, all at once, with `ferry rollout start shapes/edge --release 1 --revert`"
     (words,) = re.findall(r"`ferry (.*?)`", hint)
     refused(two, "release 1 is older than 2.*--release 1 --revert", "rollout", "start", LINE)
-    two.ferry(*words.split(), "--waves", "100", "--soak", "0")
+    two.ferry(*words.split())
     device.update()
     assert (device.state.seq, device.active) == (1, two.bundles["first"].manifest.digest)
 
@@ -179,7 +182,7 @@ def test_next_step_is_what_is_true(factory: Factory):
     factory.release("second")
     assert step(2) == "no device installs it yet: `ferry rollout start shapes/edge`"
     factory.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
-    assert step(1) == "devices go back to it with `ferry rollout start shapes/edge --release 1 --revert`"
+    assert step(1) == "devices go back to it, all at once, with `ferry rollout start shapes/edge --release 1 --revert`"
     factory.ferry("rollout", "halt", LINE)
     assert step(2) == "release 2 is halted"
 
@@ -221,10 +224,10 @@ def test_each_change_is_recorded_and_published(two: Factory, words: tuple[str, .
 @pytest.mark.parametrize(
     "change",
     [
-        lambda w: policies.start(w, LINE, CLASS, [100], 0, 2), lambda w: policies.halt(w, LINE, CLASS, "x"),
-        lambda w: policies.renew(w, LINE, CLASS), lambda w: policies.floor(w, LINE, CLASS, 2), policies.publish,
+        lambda w: policies.start(w, LINE, CLASS, [100], 0, 2), lambda w: policies.renew(w, LINE, CLASS),
+        lambda w: policies.floor(w, LINE, CLASS, 2), policies.publish,
     ],
-    ids=["start", "halt", "renew", "floor", "publish"],
+    ids=["start", "renew", "floor", "publish"],
 )  # fmt: skip
 def test_each_change_holds_the_lock(two: Factory, monkeypatch: pytest.MonkeyPatch, change: Any):
     monkeypatch.setattr("flows.workspace.LOCK_SECONDS", 0.0)
@@ -232,6 +235,80 @@ def test_each_change_holds_the_lock(two: Factory, monkeypatch: pytest.MonkeyPatc
     with FileLock(two.workspace.work / "records.lock"), pytest.raises(BusyError):
         change(two.workspace)
     assert two.facts() == before
+
+
+def test_halt_goes_out_while_another_ferry_holds_the_records(two: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whoever holds them may have been suspended, and an emergency stop waits for nobody."""
+    monkeypatch.setattr(policies, "HALT_SECONDS", 0.0)
+    entries = two.workspace.ledger.head()
+    device = Device.init(tmp_path / "device", two.workspace.repository, address=str(two.workspace.root / "published"))
+    with FileLock(two.workspace.work / "records.lock"):
+        told = two.ferry("rollout", "halt", LINE, code=4)
+        assert "release 2 is halted, and that is published, but it could not be recorded" in told
+        assert "another ferry holds the records" in told
+        outcome = device.update()
+    assert (outcome.changed, outcome.reason) == (False, "release 2 is halted")
+    assert two.workspace.ledger.head() == entries
+    two.ferry("rollout", "halt", LINE, "--reason", "")  # and is recorded once they are free
+    assert [(e.kind, e.why) for e in two.workspace.ledger.entries()][-1] == ("halt", "halted by hand")
+
+
+def test_halt_does_not_wait_for_the_files_of_a_release_that_is_being_published(two: Factory):
+    """They may take minutes, and no policy names them yet; the command that publishes them copies them all."""
+    large = two.workspace.repository.objects / ("e" * 64)
+    large.write_bytes(b"large")
+    published = two.workspace.root / "published"
+    two.ferry("rollout", "halt", LINE)
+    assert json.loads((published / "metadata/timestamp.json").read_bytes()) == json.loads(
+        (two.workspace.repository.metadata / "timestamp.json").read_bytes()
+    )
+    assert not (published / "objects" / large.name).exists()
+    policies.publish(two.workspace)
+    assert (published / "objects" / large.name).read_bytes() == b"large"
+
+
+def test_process_that_never_ends_its_signing_is_named(two: Factory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ota.release.repository.SIGNING_SECONDS", 0.0)
+    before = two.facts()
+    with FileLock(two.workspace.repository.folder / ".signing.lock"):
+        told = two.ferry("rollout", "halt", LINE, code=3)
+    assert re.search(r"another process has been signing .*end the one that holds .*\.signing\.lock", told)
+    assert two.facts() == before
+
+
+def test_changes_at_the_same_moment_are_all_signed(two: Factory):
+    """Of processes that share no lock but the repository's own, such as a halt beside a release."""
+    folder, keys = two.workspace.repository.folder, two.workspace.keys
+    first = json.loads((folder / "metadata/timestamp.json").read_bytes())["signed"]["version"]
+
+    def renew(_: int) -> None:
+        own = Repository(folder, KeyRing(keys.folder))
+        for _ in range(5):
+            own.refresh()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(renew, range(4)))
+    assert json.loads((folder / "metadata/timestamp.json").read_bytes())["signed"]["version"] == first + 20
+    assert two.workspace.repository.policy(LINE, CLASS)
+
+
+def test_rollout_that_changes_one_of_the_same_release_says_what_was(two: Factory):
+    two.ferry("rollout", "halt", LINE)
+    assert "before, release 2 is halted" in two.ferry("rollout", "start", LINE)
+    assert "before, release 2 is open to 1 % of the fleet" in two.ferry("rollout", "start", LINE, "--waves", "50")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("rollout", "start", LINE, "--soak", "99999999999999999"), 2), (("rollout", "start", LINE, "--soak", "-1"), 2),
+        (("trigger", LINE, "--reason", ""), 3), (("trigger", LINE, "--reason", "x" * 100_000), 3),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_are_told_in_a_sentence(two: Factory, words: tuple[str, ...], code: int):
+    told = refused(two, r"(Invalid value|ferry: ).*", *words, code=code)
+    assert "Traceback" not in told
+    assert "pydantic" not in told
 
 
 @pytest.mark.parametrize("change", ["start", "renew", "floor"])

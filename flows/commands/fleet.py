@@ -9,6 +9,7 @@ import typer
 from flows.commands.shared import Json, answer, fail, open_workspace, showing_progress, told_errors
 
 rollout_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may install a release, and when.")
+MAX_SOAK = 365 * 86_400  # seconds; a longer one is a slip
 fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and what they reported.")
 
 
@@ -19,13 +20,20 @@ def rollout_start(
         int | None,
         typer.Option("--release", min=1, show_default=False, help="Release number; that of the present champions by default."),
     ] = None,
-    waves: Annotated[str, typer.Option(help="Rising shares of the fleet in percent.")] = "1,10,100",
-    soak: Annotated[int, typer.Option(min=0, help="Seconds between two waves.")] = 86_400,
-    revert: Annotated[bool, typer.Option("--revert", help="The release is older than what runs, on purpose.")] = False,
+    waves: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="Rising shares of the fleet in percent; 1,10,100 by default, 100 with --revert."),
+    ] = None,
+    soak: Annotated[int, typer.Option(min=0, max=MAX_SOAK, help="Seconds between two waves.")] = 86_400,
+    revert: Annotated[
+        bool, typer.Option("--revert", help="The release is older than what runs, on purpose; all devices go back at once.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Sign the policy that opens a release to the fleet, wave by wave; devices obey it by themselves."""
     with told_errors():
+        # What is gone back from harms whoever runs it, and what is gone back to has run on devices before.
+        waves = waves if waves is not None else "100" if revert else "1,10,100"
         try:
             shares = [float(part) for part in waves.split(",")]
         except ValueError:
@@ -36,10 +44,12 @@ def rollout_start(
         from ota.release import rollout
 
         line, device_class = line_and_class(target, workspace)
-        first = workspace.repository.policy(line, device_class) is None
+        before = workspace.repository.policy(line, device_class)
         with showing_progress():
             policy = policies.start(workspace, line, device_class, shares, soak, number or 0, revert)
-        if first and (len(policy.waves) > 1 or policy.waves[0].bps < rollout.FULL):
+        if before and before.manifest == policy.manifest:
+            typer.echo(f"before, {rollout.describe(before)}", err=True)  # perhaps it was halted, or open to more devices
+        if before is None and (len(policy.waves) > 1 or policy.waves[0].bps < rollout.FULL):
             typer.echo(
                 f"this is the first rollout of {line}/{device_class}: devices have nothing to run before their wave opens; "
                 "`--waves 100` opens it to all at once", err=True,
@@ -62,7 +72,7 @@ def rollout_halt(
 
         line, device_class = line_and_class(target, workspace)
         with showing_progress():
-            halted = policies.halt(workspace, line, device_class, reason)
+            halted = policies.halt(workspace, line, device_class, reason.strip() or "halted by hand")
         told = rollout.describe(halted.policy)
         if halted.unrecorded:
             typer.echo(f"{told}, and that is published, but it could not be recorded:", err=True)

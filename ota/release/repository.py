@@ -17,12 +17,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 from tuf.api.exceptions import StorageError
 from tuf.api.metadata import (
@@ -56,6 +58,22 @@ RENEWED = ("root", "targets", "models", "deltas")  # what `Repository.renew` sig
 TOP = ("root", "targets", "snapshot", "timestamp")  # whose keys root names; those of the others are named by targets
 KEPT_RELEASES = 8  # of one line and class in `models`
 KEPT_DELTAS_TO = 2  # newest releases to which deltas are kept
+LOCK = ".signing.lock"  # in the folder, and never published
+SIGNING_SECONDS = 60.0  # that one process waits for another to end its change
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(change: Callable[Concatenate[Repository, P], R]) -> Callable[Concatenate[Repository, P], R]:
+    """Let a method that reads, signs and writes do so while nobody else does."""
+
+    @wraps(change)
+    def held(self: Repository, /, *given: P.args, **more: P.kwargs) -> R:
+        with self.held():
+            return change(self, *given, **more)
+
+    return held
 
 
 class Release(Document):
@@ -144,6 +162,26 @@ class Repository:
         self.metadata, self.target_files, self.objects = folder / "metadata", folder / "targets", folder / "objects"
         if not (self.metadata / "timestamp.json").is_file():
             raise OperatorError(f"there is no repository in {folder}; `ferry init` makes one")
+        self._lock = FileLock(folder / LOCK)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from signing here; for moments only, because an emergency stop waits for it. It may be nested.
+
+        Raises:
+            OperatorError: another process does not end its change.
+        """
+        try:
+            self._lock.acquire(timeout=SIGNING_SECONDS)
+        except Timeout:
+            raise OperatorError(
+                f"another process has been signing in {self.folder} for {SIGNING_SECONDS:.0f} s; end the one that holds "
+                f"{self._lock.lock_file} (`fuser` names it) and try again"
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     @classmethod
     def create(cls, folder: Path, keys: KeyRing) -> Repository:
@@ -152,6 +190,7 @@ class Repository:
             return cls(folder, keys)
         for name in ("metadata", "targets", "objects"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
         root = Root(expires=_expiry("root"), consistent_snapshot=True)
         for role in ("root", "targets", "snapshot", "timestamp"):
             for key, _ in keys.keys[role]:
@@ -276,6 +315,7 @@ class Repository:
 
     # Changes
 
+    @_alone
     def publish_release(
         self, manifest: Manifest, files: Path, ledger: str, deltas: list[tuple[str, Path]], revertible: bool = True
     ) -> Release:
@@ -343,6 +383,7 @@ class Repository:
         self._commit({"models": change_models, "deltas": change_deltas})
         return made
 
+    @_alone
     def set_policy(self, policy: Policy) -> None:
         """Sign a policy; it replaces the one of its line and class.
 
@@ -369,6 +410,7 @@ class Repository:
 
         self._commit({"rollout": change})
 
+    @_alone
     def set_floor(self, line: str, device_class: str, seq: int) -> None:
         """Let no device install a release with a lower number any more, whatever a policy says.
 
@@ -392,10 +434,12 @@ class Repository:
 
         self._commit({"models": change})
 
+    @_alone
     def refresh(self) -> None:
         """Sign snapshot and timestamp anew, and nothing else: a rollout that nobody renews is meant to expire."""
         self._commit({})
 
+    @_alone
     def renew(self, roles: Collection[str] = RENEWED) -> dict[str, datetime]:
         """Sign roles anew, with nothing changed but their expiry, and snapshot and timestamp with them.
 
@@ -465,6 +509,7 @@ class Repository:
                 needs[role] = [Need.of("new" if role in fresh else "present", delegations.roles[role], delegations.keys)]
         return Waiting.of(documents, needs, fresh)
 
+    @_alone
     def lay_ground(self, waiting: Waiting) -> bool:
         """Bring all below the root to where it holds under the root that waits too, the timestamp last.
 
@@ -490,6 +535,7 @@ class Repository:
             self._commit({role: resign(role) for role in again}, root, ready)
         return all(_holds(present, role, self._in_force(role)) for role in TOP[1:])
 
+    @_alone
     def put_in_force(self, waiting: Waiting) -> None:
         """Make what waited count, the root last; killed and repeated, it goes on.
 
