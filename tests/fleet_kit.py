@@ -132,6 +132,7 @@ class Device:
     def init(cls, root: Path, repository: Repository, *, address: str = "", name: str = "dev-1", window: str = "") -> Device:
         """Set a device up against a repository's folder, or against the address where that is served."""
         (root.parent / "root.json").write_bytes(repository.root_bytes())
+        (root.parent / "reports").mkdir(exist_ok=True)
         device = cls(root)
         device.command(
             "init", "--device", name, "--line", LINE, "--class", CLASS, "--window", window,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,9 +21,11 @@ from typing import Any
 
 import pytest
 
-from ota.agent import bench, doctor, energy, measured, poll, reports, updater, variants
-from ota.errors import OtaError, TransferError
+from ota.agent import bench, child, doctor, energy, measured, poll, reports, updater, variants
+from ota.agent.state import Rest, State
+from ota.errors import OperatorError, OtaError, StateError, TransferError
 from ota.release.bundle import Bundle
+from tests.conftest import agent
 from tests.fleet_kit import Device, Field, closed_port, expire, metadata_file, publish, sign_in_place
 
 pytest_plugins = ["tests.fleet_kit"]
@@ -118,7 +124,7 @@ def harm_trial(field: Field) -> None:
         (harm_clock, "clock", "fail", "hours behind"), (harm_copy, "state", "warn", "state.prev.json is damaged"),
         (harm_states, "state", "fail", "both state files"), (harm_key, "reports", "fail", "enroll anew"),
         (harm_link, "repository", "warn", "what runs goes on"), (harm_signature, "signatures", "fail", "timestamp ended"),
-        (harm_outbox, "reports", "warn", "reports go nowhere"), (harm_trial, "state", "warn", "2 good images to go"),
+        (harm_outbox, "reports", "warn", "no folder for reports"), (harm_trial, "state", "warn", "2 good images to go"),
     ],
 )  # fmt: skip
 def test_harm_is_found(updated: Field, harm: Callable[[Field], None], about, level, sentence):
@@ -186,7 +192,9 @@ def test_bench_without_a_sensor_tells_no_joules(updated: Field):
 
 def test_bench_of_few_images_or_on_trial_refused(updated: Field):
     before = updated.device.facts()
-    assert "give at least 20" in updated.device.command("bench", "--images", "19", "--no-joules", code=3)
+    with pytest.raises(OperatorError, match="give at least 20"):
+        bench.run(updated.device.home, 19, False, lambda _: None)
+    assert "19 is not 20 or more, up to 10000" in updated.device.command("bench", "--images", "19", "--no-joules", code=2)
     harm_trial(updated)
     assert "installed and confirmed" in updated.device.command("bench", "--no-joules", code=3)
     assert updated.device.state.trial
@@ -261,6 +269,42 @@ def test_dead_link_is_tried_sooner_then_less_and_less(scene: Field, monkeypatch)
         assert 0.75 * min(3600, 60 * 2 ** (failures - 1)) <= wait <= 1.25 * min(3600, 60 * 2 ** (failures - 1))
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (None, "Connection refused"),
+        (b"", "the connection was closed"),
+        (b"nonsense\r\n\r\n", "what answers there is no web server"),
+    ],
+)
+def test_fault_of_the_link_is_told_in_a_sentence_without_a_password(scene: Field, monkeypatch, answer, says):
+    """An older agent's `init` took addresses with a password."""
+    monkeypatch.setattr("ota.agent.transport.ATTEMPTS", 1)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        if answer is not None:
+            server.listen()
+        scene.device.configure(repository=f"http://user:secret@{place}")
+
+        def serve() -> None:
+            for _ in range(2):
+                link = server.accept()[0]
+                with link:
+                    link.recv(4096)
+                    link.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        if answer is not None:
+            thread.start()
+        told = scene.device.command("update", code=4)
+        assert told.splitlines()[-1] == f"ferry-agent: cannot reach http://{place}: {says}; it will be tried again"
+        told = scene.device.command("doctor", "--no-draw")
+        assert f"warn  repository    cannot reach http://{place}: {says}; it will be tried again; what runs goes on" in told
+        if answer is not None:
+            thread.join()
+
+
 def test_what_is_refused_is_told_and_asked_again_later(offered: Field, monkeypatch):
     sign_in_place(metadata_file(offered.repository, "timestamp"), offered.repository.keys, "timestamp", expire)
     told, waits = looked(offered.device, 2, at_once=True)
@@ -294,17 +338,21 @@ def test_reports_that_cannot_be_delivered_are_seen_everywhere(scene: Field):
     device = scene.device
     inbox = Path(device.home.config().reports)
     shutil.rmtree(inbox)
-    inbox.write_bytes(b"")  # something else in its place
+    device.configure(reports=str(inbox / "far/down"))
+    why = f"there is no folder {inbox}/far/down; mount it or make it"
+    assert f"fail  reports       {why}" in device.command("doctor", "--no-draw", code=3)  # before any waits
     reports.queue(device.home, "installed", None)
-    assert "1 reports are waiting: reports cannot be left in" in device.command("report", code=4)
-    assert '"waiting": 1, "problem": "reports cannot be left in' in device.command("report", "--json", code=4)
-    assert "1 reports wait to be delivered: reports cannot be left in" in device.command("status")
-    assert re.search(
-        "fail  reports .*1 wait; when last tried: reports cannot be left in", device.command("doctor", "--no-draw", code=3)
-    )
+    device.home.save(device.state.model_copy(update={"refused": {"7" * 64: "full: it is bad"}}))
+    assert f"1 reports are waiting: {why}" in device.command("report", code=4)
+    assert f'"waiting": 1, "problem": "{why}' in device.command("report", "--json", code=4)
+    assert f"1 reports wait to be delivered: {why}" in device.command("status")
+    assert json.loads(device.command("status", "--json"))["reports_problem"].startswith(why)
+    assert f"1 wait; when last tried: {why}" in device.command("doctor", "--no-draw", code=3)
     assert not device.update().changed  # which goes on all the same
-    inbox.unlink()
+    assert not inbox.exists()  # made there, it would lie below what is mounted later
+    (inbox / "far/down").mkdir(parents=True)
     assert device.command("report") == "all reports are delivered\n"
+    assert len(list((inbox / "far/down").iterdir())) == 1
     assert "wait" not in device.command("status")
     assert "fail" not in device.command("doctor", "--no-draw")
 
@@ -314,8 +362,79 @@ def test_reports_without_a_folder_are_told_when_asked(scene: Field):
     device.home.disk.replace("config.json", device.home.config().model_copy(update={"reports": ""}).canonical())
     assert device.command("report") == "all reports are delivered\n"
     reports.queue(device.home, "installed", None)
-    assert "has no folder for them; give `ferry-agent init` one with --reports" in device.command("report", code=4)
-    assert "1 reports wait to be delivered\n" in device.command("status")
+    assert f"1 reports are waiting: {reports.NO_FOLDER}\n" in device.command("report", code=4)
+    assert f"1 reports wait to be delivered: {reports.NO_FOLDER}\n" in device.command("status")
+    assert json.loads(device.command("status", "--json"))["reports_problem"] == reports.NO_FOLDER
+    assert f"warn  reports       1 wait; {reports.NO_FOLDER}\n" in device.command("doctor", "--no-draw")
+
+
+def test_folder_that_takes_no_files_is_not_called_missing(scene: Field):
+    scene.device.configure(reports="/proc")
+    reports.queue(scene.device.home, "installed", None)
+    told = scene.device.command("report", code=4)
+    assert "reports cannot be left in /proc: no file can be made there, name another folder" in told
+
+
+@pytest.mark.parametrize("how", ["refused", "rests"])
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_is_not_installed_says_how_it_may_be(scene: Field, how, installed):
+    device, digest = scene.device, "7" * 64
+    state = device.state if installed else State()
+    device.home.save(state.model_copy(update={"refused": {digest: "full: it is bad"} if how == "refused" else {}}))
+    if how == "rests":
+        rest = Rest(bundle=digest, tries=3, until=int(time.time()) + 3600)
+        device.home.disk.replace("resting.json", rest.canonical())
+    said = "was refused: full: it is bad; `ferry" if how == "refused" else "is tried again after"
+    for told in (device.command("status"), device.command("doctor", "--no-draw", code=0 if installed else 3)):
+        (line,) = [line for line in told.splitlines() if digest[:12] in line]
+        assert said.replace("was refused: ", "") in line
+        assert f"`ferry-agent forget {digest[:12]}`" in line
+    device.command("forget", digest[:12])
+    assert "fail" not in device.command("doctor", "--no-draw")
+
+
+# Another user
+
+
+def as_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the agent take this user for another than the owner of all directories here."""
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["update"], ["--quiet", "update", "--check"], ["rollback"], ["forget", "a b"], ["report"], ["run", "--now"], ["serve"],
+        ["bench", "--no-joules"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+@pytest.mark.parametrize("where", [["--dir", "device"], ["--dir=device"], []], ids=str)
+def test_another_user_is_told_a_command_to_copy(
+    scene: Field, monkeypatch: pytest.MonkeyPatch, words: list[str], where: list[str]
+):
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    as_somebody_else(monkeypatch)
+    monkeypatch.chdir(scene.folder)
+    monkeypatch.setenv("FERRY_AGENT_DIR", "device")
+    monkeypatch.setattr(sys, "argv", ["bin/ferry-agent"])
+    monkeypatch.setattr(child, "Worker", None)  # nothing is drawn first
+    told = agent(*words, *where)
+    assert told.exit_code == 3
+    (command,) = re.findall("^ferry-agent: device belongs to .* with `([^`]*)`$", told.stderr, re.MULTILINE)
+    at = 1 + next(i for i, word in enumerate(words) if not word.startswith("--"))
+    assert shlex.split(command) == [
+        "sudo", "-u", owner, f"{scene.folder}/bin/ferry-agent", *words[:at], "--dir", str(scene.device.root), *words[at:],
+    ]  # fmt: skip
+
+
+def test_who_may_not_read_is_told_whom_it_belongs_to(scene: Field, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise StateError("cannot read it: Permission denied")
+
+    as_somebody_else(monkeypatch)
+    monkeypatch.setattr(type(scene.device.home.disk), "read", refuse)
+    assert f"-m ota.agent.cli status --dir {scene.device.root}`" in scene.device.command("status", code=3)
 
 
 def test_files_of_others_are_named(scene: Field, monkeypatch: pytest.MonkeyPatch):

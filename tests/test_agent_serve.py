@@ -232,7 +232,7 @@ def test_other_paths_and_methods_refused(client, method, path, status):
 @pytest.mark.parametrize("data", [b"\r\n\r\n", b"GET", b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"A" * 70_000 + b"\r\n\r\n",
                                   b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"])  # fmt: skip
 def test_what_is_no_request_is_harmless(client, data, monkeypatch):
-    monkeypatch.setattr(serve._Handler, "timeout", 0.2)
+    monkeypatch.setattr(serve, "READ_TIMEOUT", 0.2)
     client.raw(data)
     assert client.draw()[0] == 200
 
@@ -250,7 +250,7 @@ def test_more_at_once_than_allowed_are_sent_away(client):
 
 
 def test_silent_caller_is_given_up(client, monkeypatch):
-    monkeypatch.setattr(serve._Handler, "timeout", 0.1)
+    monkeypatch.setattr(serve, "READ_TIMEOUT", 0.1)
     port = client._connect().port
     with socket.create_connection(("127.0.0.1", port)) as link:
         link.sendall(b"POST /generate HTTP/1.1\r\n")
@@ -398,6 +398,18 @@ def test_file_in_the_way_is_not_removed(tmp_path):
     assert path.read_bytes() == b"precious"
     with pytest.raises(OperatorError, match="make its folder"), serve.listening_socket(tmp_path / "no" / "agent.sock"):
         pass
+
+
+@pytest.mark.parametrize("length", [108, 200])
+def test_name_that_is_too_long_for_a_socket_is_said_to_be(length, tmp_path):
+    path = tmp_path / ("a" * (length - len(str(tmp_path)) - 1))
+    with (
+        pytest.raises(OperatorError, match=r"is longer than 107 bytes; name another with --socket$"),
+        serve.listening_socket(path),
+    ):
+        pass
+    with serve.listening_socket(path.with_name(path.name[: 107 - length])):
+        assert path.with_name(path.name[: 107 - length]).is_socket()
 
 
 def test_port_is_on_the_loopback_only():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import subprocess
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -14,8 +16,9 @@ import onnx
 import pytest
 
 from ota.agent import child, runtime, updater
+from ota.agent.rules import MAX_TRIES
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Trial
-from ota.errors import AgentError, ManifestError, SoftwareError
+from ota.errors import AgentError, GateError, ManifestError, SoftwareError, UnfinishedError
 from ota.manifest import Manifest, Policy, Reference, SamplerTable, parse
 from ota.release.bundle import Bundle
 from tests.conftest import few
@@ -108,20 +111,45 @@ def test_runtime_that_does_not_compute_condemns_no_bundle(offered, bundles, tmp_
 
 
 def test_probe_is_what_its_comment_says():
-    w, b = np.array([[1, 2], [3, -4]], np.float32), np.array([0.5, -0.5], np.float32)
+    def value(name: str, *shape: Any) -> Any:
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
     nodes = [
         onnx.helper.make_node("MatMul", ["x", "w"], ["m"]),
         onnx.helper.make_node("Add", ["m", "b"], ["a"]),
         onnx.helper.make_node("Softmax", ["a"], ["y"], axis=-1),
+        onnx.helper.make_node("Conv", ["i", "k"], ["c"]),
     ]
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 2]) for name in "xy")
-    graph = onnx.helper.make_graph(
-        nodes, "p", [x], [y], [onnx.numpy_helper.from_array(w, "w"), onnx.numpy_helper.from_array(b, "b")]
-    )
+    given = [value("x", "n", "d"), value("w", "d", "e"), value("b", "e"), value("i", "f", 1, "g", "h"), value("k", 1, 1, 3, 3)]
+    graph = onnx.helper.make_graph(nodes, "p", given, [value("y", "n", "e"), value("c", "f", 1, "o", "p")])
     opsets = [onnx.helper.make_opsetid("", 17)]
     assert onnx.load_from_string(runtime.PROBE) == onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    a = np.array(runtime.GIVEN) @ w + b
-    assert np.allclose(np.exp(a) / np.exp(a).sum(), runtime.EXPECTED, atol=1e-7)
+    runtime.check()
+
+
+def wrong_by_a_thousandth(found: list[Any]) -> list[Any]:
+    return [found[0], found[1] + 0.01 * (np.arange(found[1].size).reshape(found[1].shape) == found[1].size - 1)]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda found: [np.full_like(y, np.nan) if y.size >= 256 else y for y in found],
+        lambda found: [found[0][::-1], found[1]],
+        lambda found: [found[0], -found[1]],
+        wrong_by_a_thousandth,
+        lambda found: [y[:1] for y in found],
+    ],
+    ids=["only large ones", "rows turned round", "sign", "one number", "too few"],
+)
+def test_probe_notices_what_a_runtime_computes_wrongly(monkeypatch, fault):
+    class Faulty(runtime.ort.InferenceSession):
+        def run(self, *given: Any, **more: Any) -> Any:
+            return fault(super().run(*given, **more))
+
+    monkeypatch.setattr(runtime.ort, "InferenceSession", Faulty)
+    with pytest.raises(RuntimeError, match="computes a wrong"):
+        runtime.check()
 
 
 WITHIN = {"graph_optimization_level": "all", "config": {}}
@@ -242,3 +270,94 @@ def test_table_for_a_newer_agent_condemns_no_bundle(scene, bundles, tmp_path, mo
             scene.device.update()
         assert scene.device.state == before
     assert "update the agent first" in scene.device.command("--quiet", "update", code=5)
+
+
+# What the probe does not notice
+
+BEYOND = {
+    "is not finite": "[y * float('nan') for y in made]",
+    "computes something else": "[y * 1.3 + 0.2 for y in made]",
+    "gives other shapes": "[y[:, :1] for y in made]",
+}
+
+
+@pytest.mark.parametrize(("fault", "when"), few(product(BEYOND, ["try", "generate"]), 2))
+def test_bundle_is_not_condemned_where_the_one_that_runs_fails_too(offered, bundles, tmp_path, monkeypatch, fault, when):
+    """A runtime that computes the probe and no bundle; on probation only what makes no image shows."""
+    device, first, second, real = offered.device, digest(bundles["first"]), digest(bundles["second"]), child.run
+    code = (
+        BEHIND
+        + "    def run(self, names, feed, *more):\n        made = super().run(names, feed, *more)\n        "
+        + f"return made if 'k' in feed else {BEYOND[fault] if when == 'try' else BEYOND['is not finite']}"
+    )
+    with pytest.MonkeyPatch.context() as meanwhile:
+
+        def run(task: str, **request: Any) -> dict[str, Any]:
+            if task == when and not (tmp_path / "broken").exists():
+                broken(tmp_path / "broken", "onnxruntime", code, meanwhile)
+            return real(task, **request)
+
+        monkeypatch.setattr(child, "run", run)
+        for tries in (1, 2):
+            with pytest.raises(UnfinishedError, match="but the one that runs does not pass here any more either"):
+                device.update()
+            assert device.state.refused == {}
+            assert (device.active, device.state.tries.get(second)) == ((first, tries) if when == "try" else (second, 1))
+    device.update()
+    assert (device.active, device.state.trial, device.state.refused, device.state.tries) == (second, None, {}, {})
+
+
+def test_bundle_that_fails_where_the_one_that_runs_passes_is_condemned(scene, bundles, tmp_path):
+    """The benefit of the doubt is for the device's faults only."""
+    data = changed_json(bundles["second"], "reference", latency_ms=0.001)
+    made = variation(bundles["second"], tmp_path / "other", "reference", data)
+    publish(scene.repository, made)
+    with pytest.raises(GateError, match="ms of computing, the budget is 0 ms"):
+        scene.device.update()
+    assert list(scene.device.state.refused) == [made.manifest.digest]
+
+
+def test_bundle_that_was_tried_on_a_busy_device_is_tried_again(offered, bundles, monkeypatch):
+    """The clock went on while other processes computed."""
+    device, second, real = offered.device, digest(bundles["second"]), child.run
+    with pytest.MonkeyPatch.context() as meanwhile:
+
+        def run(task: str, **request: Any) -> dict[str, Any]:
+            answer = real(task, **request)
+            return answer | ({"milliseconds": 1e6} if task == "try" else {})
+
+        meanwhile.setattr(child, "run", run)
+        for tries in range(1, MAX_TRIES + 1):
+            with pytest.raises(UnfinishedError, match=r"an image took 1000000 ms here, of which it computed .* busy"):
+                device.update()
+            assert (device.state.refused, device.state.tries) == ({}, {second: tries})
+        assert "rests for" in device.update().reason
+    assert updater.forget(device.home, second[:12]) == second
+    assert device.update().changed
+    assert (device.active, device.state.refused) == (second, {})
+
+
+def test_limits_that_the_caller_set_lower_stay(monkeypatch):
+    """Whoever started the agent allowed less than a child asks for; nobody may raise that."""
+    told = {
+        resource.RLIMIT_AS: (8 << 30, 5 << 30),
+        resource.RLIMIT_FSIZE: (10, 10),
+        resource.RLIMIT_CPU: (1, resource.RLIM_INFINITY),
+    }
+    made: dict[int, tuple[int, int]] = {}
+    monkeypatch.setattr(resource, "getrlimit", told.__getitem__)
+    monkeypatch.setattr(resource, "setrlimit", made.__setitem__)
+    child._limit(resource.RLIMIT_AS, 4 << 30)
+    child._limit(resource.RLIMIT_FSIZE, 1 << 20)
+    child._limit(resource.RLIMIT_CPU, 600)
+    assert made == {resource.RLIMIT_AS: (4 << 30, 4 << 30), resource.RLIMIT_FSIZE: (10, 10), resource.RLIMIT_CPU: (600, 600)}
+
+
+def test_agent_works_where_its_address_space_is_limited(offered, bundles):
+    """As by `ulimit -v` or LimitAS=; where that is too little to load ONNX Runtime, the sentence says so."""
+    device = offered.device
+    for mib, code, said in ((150, 3, "allow this process more than 150 MiB of address space"), (3000, 0, "is installed")):
+        words = ["prlimit", f"--as={mib * 1024**2}", *device.words("update")]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
+        assert device.state.refused == {}

@@ -1003,7 +1003,7 @@ def test_rollback_goes_one_back(updated, bundles):
     assert device.events()[6:] == ["rolled_back"]
     assert "refused before: rolled back by the operator" in device.update().reason
     before = device.facts()
-    assert "only one was ever installed" in device.command("rollback", code=3)
+    assert "no bundle before this one is kept; `ferry-agent status` lists what was refused" in device.command("rollback", code=3)
     assert device.facts() == before
     stand_still(updated)
 
@@ -1433,7 +1433,7 @@ NOWHERE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("place", NOWHERE)
+@pytest.mark.parametrize("place", few(NOWHERE, 1))
 def test_log_that_cannot_be_written_ends_no_update(offered, bundles, place):
     done = told_to(offered.device, NOWHERE[place], "update")
     assert done.returncode == (3 if place == "both full" else 0)  # it was done, and could not be said
@@ -1442,7 +1442,7 @@ def test_log_that_cannot_be_written_ends_no_update(offered, bundles, place):
     stand_still(offered)
 
 
-@pytest.mark.parametrize(("name", "place"), few(NOWHERE.items(), 2))
+@pytest.mark.parametrize(("name", "place"), few(NOWHERE.items(), 1))
 def test_log_that_cannot_be_written_does_not_end_run(offered, name, place):
     words = offered.device.words("run", "--every", "10", "--now")
     with subprocess.Popen(["bash", "-c", f'exec "$@" {place}', "bash", *words], text=True) as process:

@@ -84,6 +84,7 @@ class Bench:
     def device(self, name: str) -> Device:
         root = self.folder / name / "device"
         shutil.copytree(self.offered.device.root, root)
+        (root.parent / "reports").mkdir()
         device = Device(root)
         device.configure(reports=str(root.parent / "reports"))
         return device

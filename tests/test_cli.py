@@ -90,6 +90,10 @@ def test_agent_without_a_command_shows_them_all():
         (["updat"], "invalid choice: 'updat'"),
         (["update", "--chek"], "unrecognized arguments: --chek"),
         (["run", "--every", "5"], "5 is not 10 or more"),
+        (["run", "--every", "9" * 20], "is not 10 or more, up to 2592000"),
+        (["bench", "--images", "3"], "argument --images: 3 is not 20 or more, up to 10000"),
+        (["bench", "--images", "99999"], "argument --images: 99999 is not 20 or more, up to 10000"),
+        (["status", "--dir", ""], "argument --dir: it is empty; give the agent's directory, here or as FERRY_AGENT_DIR"),
         (["serve", "--port", "70000"], "70000 is not 0 or more, up to 65535"),
         (["generate", "--seed", "many"], "invalid number value: 'many'"),
         (["init", "--device", "press-01"], "the following arguments are required: --line, --class"),
@@ -518,11 +522,31 @@ def test_agent_without_a_directory_says_so(arguments: tuple[str, ...], tmp_path:
     [
         ({"--root-sha256": "0" * 64}, "does not have the sha256 that was given; do not trust it"),
         ({"--root": "/nowhere/root.json"}, "cannot read /nowhere/root.json"),
-        ({"--device": "Press 1"}, "--device is not valid"),
-        ({"--line": "../x"}, "--line is not valid"),
-        ({"--window": "at night please"}, "--window is not valid"),
+        ({"--device": "Press 1"}, "--device is not valid; give 1 to 40 lower-case letters"),
+        ({"--line": "../x"}, "--line is not valid; give"),
+        ({"--class": ""}, "--class is not valid; give"),
+        ({"--window": "at night please"}, "--window is not valid; give hours of UTC, as 22:00-05:00"),
+        ({"--watts": "0.5,0"}, "--watts is not valid; give the watts at rest"),
+        ({"--watts": "nan,1"}, "--watts is not valid; give"),
+        ({"--watts": "2"}, "--watts is not valid; give"),
+        ({"--latency-ms": "0"}, "--latency-ms is not valid; give a number above 0"),
+        ({"--joules": "inf"}, "--joules is not valid; give"),
+        ({"--safe": "best"}, "--safe is not valid; choose full, dev or fast"),
+        ({"--prefer": "best"}, "--prefer is not valid; choose default"),
+        ({"--repository": "https://user:secret@127.0.0.1:9/f"}, "--repository holds a name or password"),
+        ({"--repository": "http://user:sec/ret@127.0.0.1:9/f"}, "--repository is not valid; give"),
+        ({"--repository": "/etc/passwd"}, "--repository is not valid: /etc/passwd is not a folder"),
+        ({"--reports": "/etc/passwd"}, "--reports is not valid: /etc/passwd is not a folder"),
+        ({"--reports": "/etc/passwd/inbox"}, "--reports is not valid: /etc/passwd is not a folder"),
+        ({"--reports": "https://user:secret@x/"}, "give --reports a folder"),
+        ({"--dir": "/etc/passwd"}, "/etc/passwd is not a folder; give the agent's directory with --dir"),
+        *(
+            ({"--repository": place}, "--repository is not valid; give an http(s) address or a folder")
+            for place in ("", " ", "ftp://x/y", "http://", "https://:1/", "http:/x", "http://127.0.0.1:99999/", "http://x:0/",
+                          "http://[::1/", "http://a b/", "http://a..b/", "http://x/?a=b", "http://x/#a", "file://other/x", "file://")
+        ),
     ],
-)
+)  # fmt: skip
 def test_agent_init_refuses_what_does_not_fit(change: dict[str, str], says: str, prepared: Path, tmp_path: Path):
     import hashlib
 
@@ -531,10 +555,51 @@ def test_agent_init_refuses_what_does_not_fit(change: dict[str, str], says: str,
         "--device": "press-01", "--line": "shapes", "--class": "edge", "--repository": str(prepared / "published"),
         "--root": str(anchor), "--root-sha256": hashlib.sha256(anchor.read_bytes()).hexdigest(),
     } | change  # fmt: skip
-    result = agent("init", *(word for pair in options.items() for word in pair), "--dir", str(tmp_path / "device"))
-    assert result.exit_code == 3
-    assert says in result.stderr
-    assert not (tmp_path / "device" / "config.json").exists()
+    given = {"--dir": str(tmp_path / "device")} | options
+    result = agent("init", *(word for pair in given.items() for word in pair))
+    refused(result, 3, says)
+    assert "secret" not in result.stderr
+    assert not (tmp_path / "device").exists()
+
+
+@pytest.mark.parametrize("place", ["https://updates.example.com:8443/f", "HTTP://10.0.0.1", "http://[::1]:80/f", "file:///srv/a b",
+                                   "/srv/not mounted yet", "rel#ative?"])  # fmt: skip
+def test_agent_init_takes_what_may_work_later(place: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import hashlib
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ota.agent.transport.BACKOFF", 0)
+    anchor = prepared / "root.json"
+    result = agent(
+        "init", "--device", "press-01", "--line", "shapes", "--class", "edge", "--repository", place, "--reports", "not#there/yet",
+        "--root", str(anchor), "--root-sha256", hashlib.sha256(anchor.read_bytes()).hexdigest(), "--dir", "device",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["device"]
+    config = json.loads((tmp_path / "device" / "config.json").read_bytes())
+    assert config["repository"] == (place if ":/" in place else str(tmp_path / place))
+    if not place.lower().startswith("http"):
+        told = agent("doctor", "--no-draw", "--dir", "device").stdout
+        assert f"there is no repository in {tmp_path / place.removeprefix('file://')};" in told
+        assert f"there is no folder {tmp_path / 'not#there/yet'}; mount it or make it" in told
+
+
+def test_empty_variable_makes_no_device_of_the_present_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FERRY_AGENT_DIR", "")
+    assert "argument --dir: it is empty" in agent("status").stderr
+    assert agent("--version").exit_code == 0
+    assert agent("status", "--dir", ".").exit_code == 3
+
+
+@pytest.mark.parametrize("below", ["", "/x"])
+def test_file_in_place_of_the_agents_directory_is_said(below: str, tmp_path: Path):
+    place = tmp_path / "file"
+    place.write_bytes(b"")
+    for command in ("status", "update", "doctor", "run", "serve"):
+        result = agent(command, "--dir", f"{place}{below}")
+        assert result.exit_code == 3
+        assert f"{place}{below} is not a folder; give the agent's directory with --dir" in result.output
 
 
 def test_agent_without_a_repository_can_try_later(prepared: Path, tmp_path: Path):

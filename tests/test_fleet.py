@@ -57,6 +57,7 @@ def fleet(database: str) -> Iterator[Fleet]:
 def home(tmp_path: Path) -> Home:
     """A device's directory as `init` leaves it, so far as reports need it."""
     made = Home(tmp_path / "device")
+    (tmp_path / "inbox").mkdir()
     made.disk.make_folder("slots")
     reports.make_key(made)
     config = Config(
@@ -364,11 +365,14 @@ def test_report_is_durable_before_its_copy_goes(home, tmp_path, monkeypatch):
 
 
 def test_undeliverable_reports_are_kept(home, tmp_path):
+    (tmp_path / "inbox").rmdir()
     (tmp_path / "inbox").write_text("a file, not a folder")
     reports.queue(home, "installed", None)
     reports.queue(home, "confirmed", None)
     assert reports.send(home) == 2
     (tmp_path / "inbox").unlink()
+    assert reports.send(home) == 2
+    (tmp_path / "inbox").mkdir()
     assert reports.send(home) == 0
     assert sorted(path.name for path in (tmp_path / "inbox").iterdir()) == ["dev-1-00000001.json", "dev-1-00000002.json"]
 
@@ -427,7 +431,6 @@ def test_damaged_key_signs_nothing(home, damage):
 def test_links_planted_where_reports_are_left_are_not_followed(home, tmp_path, victim, planted):
     # Others may write there: a name that can be guessed must not lead what is written to a file of the agent's own.
     inbox = tmp_path / "inbox"
-    inbox.mkdir()
     home.save(State(active="1" * 64))
 
     def files() -> dict[str, bytes]:
@@ -458,7 +461,6 @@ def test_links_planted_where_reports_are_left_are_not_followed(home, tmp_path, v
 
 def test_report_takes_the_place_of_no_hard_link(home, tmp_path):
     inbox = tmp_path / "inbox"
-    inbox.mkdir()
     (tmp_path / "precious").write_bytes(b"precious")
     os.link(tmp_path / "precious", inbox / "dev-1-00000001.json")
     reports.queue(home, "installed", None)

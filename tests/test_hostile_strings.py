@@ -434,7 +434,7 @@ def test_init_takes_no_control_characters(scene, tmp_path, option, value):
     output = Device(tmp_path / "new").command(
         "init", *words, "--root", str(scene.device.root / "root.json"), "--root-sha256", sha256, code=3
     )
-    assert output.startswith(f"ferry-agent: {option.replace('--class', '--device-class')} is not valid")
+    assert output.startswith(f"ferry-agent: {option} is not valid; ")
     assert output.rstrip("\n").isprintable()
     assert not (tmp_path / "new").exists()
 

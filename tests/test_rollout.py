@@ -134,7 +134,10 @@ def test_halt_takes_nothing_back():
     ("state", "reason"),
     [
         (State(active=NEW, seq=5), "release 5 is installed"),
-        (State(active=CURRENT, seq=4, refused={NEW: "full: too slow"}), "release 5 was refused before: full: too slow"),
+        (
+            State(active=CURRENT, seq=4, refused={NEW: "full: too slow"}),
+            f"release 5 was refused before: full: too slow; `ferry-agent forget {NEW[:12]}` lifts this",
+        ),
     ],
 )
 def test_same_bundle_not_wanted_again(state, reason):
@@ -264,7 +267,7 @@ def reference(low: float, high: float, latency: float = 100.0) -> Reference:
 def trying(**fields: Any) -> rules.Trying:
     base = {
         "golden_share": 1.0, "finite": True, "statistics": (("mean", 0.1),), "load": ((0.5, 0.5),), "milliseconds": 50.0,
-        "peak_mib": 200.0,
+        "computing": 40.0, "peak_mib": 200.0,
     }  # fmt: skip
     return rules.Trying(**(base | fields))
 
@@ -285,7 +288,7 @@ def test_fit_bundle_has_no_reasons():
         ({"load": ((0.96, 0.04),)}, "expert 1 of block 0 carry no load here as they did in the factory"),
         ({"load": ((1.0,),)}, "other experts"),
         ({"load": ()}, "other experts"),
-        ({"milliseconds": 101.0}, "an image takes 101 ms, the budget is 100 ms"),
+        ({"milliseconds": 150.0, "computing": 101.0}, "an image takes 101 ms of computing, the budget is 100 ms"),
         ({"peak_mib": 1025.0}, "it takes 1025 MiB, 1024 are allowed"),
         ({"statistics": (("mean", float("nan")),)}, "the images' mean is nan"),
         ({"statistics": (("mean", 0.26),)}, "the images' mean is 0.26, the running model's lies between 0.05 and 0.15"),
@@ -295,6 +298,13 @@ def test_unfit_bundle_refused_with_reason(fields, reason):
     reasons = rules.judge(trying(**fields), OWN, BEFORE)
     assert reason in reasons[-1]
     assert len(reasons) == 1 or "nan" in reason
+
+
+def test_time_that_a_busy_device_took_is_not_held_against_a_bundle():
+    slow = trying(milliseconds=101.0, computing=99.0)
+    assert rules.judge(slow, OWN, BEFORE) == []
+    assert "took 101 ms here, of which it computed 99 ms; the budget is 100 ms" in rules.hurried(slow, OWN)
+    assert not rules.hurried(trying(milliseconds=100.0, computing=100.0), OWN)
 
 
 def test_bundle_unlike_itself_refused():

@@ -9,12 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ota.agent import child, energy, measured
+from ota.agent import child, energy, measured, rules
 from ota.agent.state import Config, Home
 from ota.errors import OperatorError, StateError
 from ota.manifest import VariantName
-
-LEAST_IMAGES = 20  # for a figure that 95 of 100 do not exceed
 
 Energy = Callable[[Callable[[], Any], energy.Found], energy.Reading]
 
@@ -35,12 +33,13 @@ def run(
         The bundle's hash, and a row for each variant.
 
     Raises:
-        OperatorError: fewer images than `LEAST_IMAGES`, or the table of watts is incomplete.
-        StateError: nothing is installed, or it is still on trial.
+        OperatorError: fewer images than `rules.LEAST_IMAGES`, or the table of watts is incomplete.
+        StateError: nothing is installed, or it is still on trial, or the directory is another user's.
         DeviceError: a variant does not draw.
     """
-    if images < LEAST_IMAGES:
-        raise OperatorError(f"{images} images say too little; give at least {LEAST_IMAGES}")
+    if images < rules.LEAST_IMAGES:
+        raise OperatorError(f"{images} images say too little; give at least {rules.LEAST_IMAGES}")
+    home.check_owner()  # before the minutes that it takes
     state, config = home.load(), home.config()
     if state.active is None or state.trial:
         raise StateError("there is nothing to measure before a bundle is installed and confirmed; run `ferry-agent update`")

@@ -199,9 +199,10 @@ def _answer(task: str, code: int, stdout: bytes, stderr: bytes) -> dict[str, Any
     if -code in ASKED:
         raise UnfinishedError(f"the {task} process was killed, perhaps for want of memory or time; try again")
     if not stdout.startswith(READY):
-        raise SoftwareError(
-            f"the agent's software is broken ({_ending(code)}: {_last_line(stderr)}); install deltaferry-agent anew, or check the disk"
-        )
+        hard, remedy = resource.getrlimit(resource.RLIMIT_AS)[1], "install deltaferry-agent anew, or check the disk"
+        if hard != resource.RLIM_INFINITY and hard < MEMORY:
+            remedy = f"allow this process more than {hard // 1024**2} MiB of address space (ulimit -v, or LimitAS= in a unit), or {remedy}"
+        raise SoftwareError(f"the agent's software is broken ({_ending(code)}: {_last_line(stderr)}); {remedy}")
     try:
         answer: dict[str, Any] = json.loads(stdout.removeprefix(READY))
     except ValueError as error:
@@ -229,20 +230,27 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed agent's child must not write beside the next one's
     if os.getppid() != parent:
         os._exit(1)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_AS, MEMORY)
+    _limit(resource.RLIMIT_CORE, 0)
     _load(task)
     sys.stdout.write(READY.decode())
     sys.stdout.flush()
     if task == "serve":  # whose parent stops it where it takes too long
-        resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_SAID, MAX_SAID))
+        _limit(resource.RLIMIT_FSIZE, MAX_SAID)
         bundle = Drawing(**_at_home(json.loads(sys.stdin.buffer.readline())))
         for line in iter(sys.stdin.buffer.readline, b""):
             _say(_done(task, lambda line=line: bundle.draw(**json.loads(line))))  # type: ignore[misc]
     else:
-        resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS[task], 2 * SECONDS[task]))
+        _limit(resource.RLIMIT_CPU, 2 * SECONDS[task])
         _say(_done(task, lambda: TASKS[task](**_at_home(json.loads(sys.stdin.buffer.read())))))
     os._exit(0)  # ONNX Runtime's teardown is not worth waiting for, and has been seen to crash
+
+
+def _limit(kind: int, most: int) -> None:
+    """Set a limit of this process; one that its caller set lower stays, as nobody may raise it."""
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
 
 
 def _load(task: str) -> None:
@@ -329,8 +337,11 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # a kernel without it
 
 
-def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
-    """Load a bundle's variant, compare its golden outputs, draw images; returns the fields of `rules.Trying`."""
+def try_bundle(slot: str, digest: str, variant: VariantName, trusted: bool = False) -> dict[str, Any]:
+    """Load a bundle's variant, compare its golden outputs, draw images; returns the fields of `rules.Trying`.
+
+    One that is trusted is tried with any runtime that there is, as it draws with any.
+    """
     import numpy as np
 
     from ota.agent import sampler
@@ -340,7 +351,8 @@ def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
     bundle = Slot(Path(slot), digest)
     table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
     reference = bundle.reference(variant)
-    _check_version(table)
+    if not trusted:
+        _check_version(table)
     model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
     model.experts = [len(row) for row in reference.load]
 
@@ -359,11 +371,12 @@ def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
     parts = [slice(first, first + GATE_IMAGES) for first in range(0, len(ids), GATE_IMAGES)]
     images = np.concatenate([model.generate(ids[part], [int(seed) for seed in seeds[part]]) for part in parts])
     load = model.load()
-    took = []
+    took, computed = [], []
     for i in range(3):
-        start = time.perf_counter()
+        start, computing = time.perf_counter(), time.process_time()
         model.generate(ids[:1], [i])
         took.append(time.perf_counter() - start)
+        computed.append(time.process_time() - computing)
     finite = bool(np.isfinite(images).all())
     return {
         "golden_share": share,
@@ -371,6 +384,7 @@ def try_bundle(slot: str, digest: str, variant: VariantName) -> dict[str, Any]:
         "statistics": sampler.statistics(np.nan_to_num(images)),
         "load": load,
         "milliseconds": 1000 * sorted(took)[1],
+        "computing": 1000 * sorted(computed)[1],
         "peak_mib": peak_mib(),
     }
 

@@ -11,13 +11,14 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from pydantic import ValidationError
 
 import ota
 from ota import output
-from ota.agent.state import Config, Home
+from ota.agent import rules
+from ota.agent.state import Config, Home, OwnerError, Rest
 from ota.errors import DeviceError, GateError, OperatorError, OtaError, RepositoryError, TransferError, own_errors, printable
 
 ABOUT = """Keep the model of this device fresh: verify, apply, try out and, if need be, take back updates.
@@ -38,6 +40,19 @@ not hold and was not installed · 6 the new bundle was tried on this device and 
 DEFAULT_DIR = Path("/var/lib/deltaferry")
 DEFAULT_SOCKET = Path("/run/deltaferry/agent.sock")
 Arguments = argparse.Namespace
+
+_NAME = "give 1 to 40 lower-case letters, digits and '-', and begin with a letter or digit"
+_NUMBER = "give a number above 0, 1000000 at most"
+_PLACE = "of 500 characters at most, none of them a control character"
+_WATTS = "give the watts at rest, from 0, and those of a busy core besides, above 0, both 10000 at most, as 2.1,3.5"
+WRITTEN = {
+    "device": ("device", _NAME), "line": ("line", _NAME), "device_class": ("class", _NAME),
+    "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "reports": ("reports", f"give a folder, {_PLACE}"),
+    "window": ("window", "give hours of UTC, as 22:00-05:00"), "prefer": ("prefer", "choose default, quality, latency or energy"),
+    "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev or fast"),
+    "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
+}  # fmt: skip
+"""The option of `init` for each field of the configuration, and how its value is written."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         made.set_defaults(does=does)
         made.add_argument(
-            "--dir", type=Path, metavar="FOLDER", default=Path(os.environ.get("FERRY_AGENT_DIR", DEFAULT_DIR)),
+            "--dir", type=_folder, metavar="FOLDER", default=os.environ.get("FERRY_AGENT_DIR", str(DEFAULT_DIR)),
             help="the agent's directory, also as FERRY_AGENT_DIR (%(default)s)",
         )  # fmt: skip
         if answers:
@@ -79,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--root-sha256", required=True, metavar="HEX", help="its sha256, told over another way (never trusted on first use)"
     )
-    made.add_argument("--reports", default="", metavar="FOLDER", help="folder in which reports are left")
+    made.add_argument("--reports", default="", metavar="FOLDER", help="folder in which reports are left; it is never made here")
     made.add_argument("--window", default="", metavar="HOURS", help="hours of UTC in which it may switch, as 22:00-05:00")
     made.add_argument(
         "--prefer", default="default", help="which variant draws: default, quality, latency or energy (%(default)s)"
@@ -117,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     made = command(run, answers=False)
     made.add_argument(
         "--every",
-        type=_at_least(10),
+        type=_at_least(10, 30 * 86_400),
         default=3600,
         metavar="N",
         help="seconds between two looks; each device varies them (%(default)s)",
@@ -134,13 +149,23 @@ def parser() -> argparse.ArgumentParser:
 
     made = command(bench)
     made.add_argument(
-        "--images", type=_at_least(1), default=40, metavar="N", help="images to draw with each variant (%(default)s)"
+        "--images",
+        type=_at_least(rules.LEAST_IMAGES, rules.MOST_IMAGES),
+        default=40,
+        metavar="N",
+        help=f"images to draw with each variant, {rules.LEAST_IMAGES} to {rules.MOST_IMAGES} (%(default)s)",
     )
     made.add_argument("--no-joules", dest="joules", action="store_false", help="do not measure joules, which takes minutes")
 
     made = command(doctor)
     made.add_argument("--no-draw", dest="draw", action="store_false", help="do not draw an image with each variant")
     return root
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():  # it would be the folder that one happens to work in
+        raise argparse.ArgumentTypeError("it is empty; give the agent's directory, here or as FERRY_AGENT_DIR")
+    return Path(text)
 
 
 def _at_least(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -158,6 +183,7 @@ def init(given: Arguments) -> None:
     Run again, it changes the addresses and the window, and keeps what is installed.
     """
     from ota.agent import reports as report_queue
+    from ota.agent.transport import Folder, bare, connect
 
     try:
         data = given.root.read_bytes()
@@ -168,13 +194,21 @@ def init(given: Arguments) -> None:
     try:
         config = Config.model_validate({
             "device": given.device, "line": given.line, "device_class": given.device_class, "repository": _absolute(given.repository),
-            "root_sha256": given.root_sha256.lower(), "reports": _absolute(given.reports), "window": given.window, "prefer": given.prefer,
-            "latency_ms": given.latency_ms, "joules": given.joules, "safe": given.safe, **_watts(given.watts),
+            "root_sha256": given.root_sha256.lower(), "reports": _absolute(given.reports.strip()), "window": given.window,
+            "prefer": given.prefer, "latency_ms": given.latency_ms, "joules": given.joules, "safe": given.safe, **_watts(given.watts),
         })  # fmt: skip
     except ValidationError as error:
-        first = error.errors()[0]
-        raise OperatorError(f"--{str(first['loc'][0]).replace('_', '-')} is not valid: {first['msg']}") from error
-    report_queue.folder_of(config.reports)
+        raise OperatorError(_not_valid(str(error.errors()[0]["loc"][0]))) from error
+    try:
+        place = connect(config.repository)
+    except TransferError as error:
+        raise OperatorError(_not_valid("repository")) from error
+    if bare(config.repository) != config.repository:
+        raise OperatorError("--repository holds a name or password, which the agent does not send; give the address without them")
+    if isinstance(place, Folder):
+        _check_folder("repository", place.folder)
+    if config.reports:
+        _check_folder("reports", report_queue.folder_of(config.reports))
     home = Home(given.dir)
     home.check_owner()
     home.check_same(config)
@@ -209,7 +243,6 @@ def status(given: Arguments) -> None:
     from ota.agent import updater
 
     found = updater.status(Home(given.dir))
-    waiting, why = found["waiting_reports"], found["reports_problem"]
     text = f"{found['device']} runs nothing yet; run `ferry-agent update`"
     if found["active"]:
         sound = "sound" if found["sound"] else "DAMAGED, run `ferry-agent update`"
@@ -217,12 +250,11 @@ def status(given: Arguments) -> None:
         release = f"release {found['release']}" if found["release"] else "a release that the factory's present keys do not name"
         text = f"{found['device']} runs {release} of {found['line']} ({found['active'][:12]}), {sound}{trial}"
     for digest, why in found["refused"].items():
-        text += f"\nrefused {digest[:12]}: {printable(why)}"
-    if rest := found["rests"]:
-        until = datetime.fromtimestamp(rest["until"], UTC).strftime("%Y-%m-%d %H:%M UTC")
-        text += f"\n{rest['bundle'][:12]} is tried again after {until}: its trying gave no answer"
-    if waiting:
-        text += f"\n{waiting} reports wait to be delivered{f': {why}' if why else ''}"
+        text += f"\nrefused {digest[:12]}: {printable(why)}; {rules.lifting(digest)}"
+    if found["rests"]:
+        text += f"\n{rules.resting(Rest(**found['rests']))}"
+    if waiting := found["waiting_reports"]:
+        text += f"\n{waiting} reports wait to be delivered{f': {problem}' if (problem := found['reports_problem']) else ''}"
     _answer(given.json, found, text)
 
 
@@ -276,7 +308,7 @@ def report(given: Arguments) -> None:
     home = Home(given.dir)
     with home.locked():
         left = reports.send(home)
-        why = reports.problem(home) or "this device has no folder for them; give `ferry-agent init` one with --reports"
+        why = reports.problem(home)
     if not left:
         return _answer(given.json, {"waiting": 0}, "all reports are delivered")
     if given.json:
@@ -305,8 +337,8 @@ def serve(given: Arguments) -> None:
     from ota.agent import serve as endpoint
 
     home = Home(given.dir)
-    home.config()
     home.check_owner()
+    home.config()
     stopped = _stop_signal()
     listening = (
         endpoint.listening_socket(given.socket, _group(given.group))
@@ -359,14 +391,42 @@ def _watts(words: str) -> dict[str, float]:
     try:
         idle, core = (float(word) for word in words.split(","))
     except ValueError as error:
-        raise OperatorError(
-            f"--watts {words!r} is not two numbers; give what the device takes at rest and a busy core besides, as 2.1,3.5"
-        ) from error
+        raise OperatorError(_not_valid("idle_watts")) from error
     return {"idle_watts": idle, "core_watts": core}
 
 
 def _absolute(place: str) -> str:
-    return str(Path(place).absolute()) if place and "://" not in place else place
+    address = "://" in place or place.lower().startswith(("http:", "https:", "file:"))
+    return str(Path(place).absolute()) if place.strip() and not address else place
+
+
+def _not_valid(field: str) -> str:
+    option, written = WRITTEN[field]
+    return f"--{option} is not valid; {written}"
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """Refuse what lies in a folder's place. A folder may still be missing: it may be mounted later."""
+    from ota.agent.reports import MOUNT_SECONDS
+    from ota.agent.transport import within
+
+    def in_its_place() -> Path | None:
+        return next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+
+    with suppress(OSError, TransferError):  # perhaps it may be read, or answers, when it is needed
+        if found := within(MOUNT_SECONDS, folder, in_its_place):
+            raise OperatorError(f"--{option} is not valid: {found} is not a folder; give one")
+
+
+def _as_owner(owner: str, words: list[str], given: Arguments) -> str:
+    """The same command as the directory's owner, to be copied: sudo keeps neither PATH nor variables."""
+    program = Path(sys.argv[0]).absolute()
+    start = [str(program)] if program.name == "ferry-agent" else [sys.executable, "-m", "ota.agent.cli"]
+    at = words.index(given.does.__name__) + 1
+    rest = [
+        word for before, word in pairwise(["", *words[at:]]) if "--dir" not in (before, word) and not word.startswith("--dir=")
+    ]
+    return shlex.join(["sudo", "-u", owner, *start, *words[:at], "--dir", str(given.dir.absolute()), *rest])
 
 
 class _OneLine(logging.Formatter):
@@ -441,7 +501,8 @@ def call(words: list[str]) -> int:
     except OtaError as error:
         if given.debug:
             raise
-        _tell(f"ferry-agent: {error}")
+        how = f", with `{_as_owner(error.owner, words, given)}`" if isinstance(error, OwnerError) else ""
+        _tell(f"ferry-agent: {error}{how}")
         return _exit_code(error)
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ota.agent import child, energy, reports, rules
 from ota.agent.state import Home, opened
-from ota.agent.transport import connect, read_small, within
+from ota.agent.transport import bare, connect, read_small, within
 from ota.agent.updater import is_sound
 from ota.errors import DeviceError, OtaError, TransferError, printable
 from ota.manifest import MAX_TABLE, KiB, SamplerTable, parse
@@ -91,8 +91,14 @@ def _clock(home: Home) -> Iterator[Finding]:
 
 def _state(home: Home) -> Iterator[Finding]:
     state = home.load()
-    text = f"release {state.seq} runs" if state.active else "nothing is installed yet; run `ferry-agent update`"
-    yield Finding("state", "ok" if state.active else "warn", text)
+    rest = home.rest()
+    rests = rest is not None and rest.until > time.time()
+    if state.active:
+        yield Finding("state", "ok", f"release {state.seq} runs")
+    elif state.refused or rests:  # an update would change nothing
+        yield Finding("state", "fail", "nothing is installed, because what was offered did not get through its trial")
+    else:
+        yield Finding("state", "warn", "nothing is installed yet; run `ferry-agent update`")
     for name in ("state.json", "state.prev.json"):
         data = home.disk.read(name)
         if data is not None and opened(data) is None:
@@ -100,7 +106,9 @@ def _state(home: Home) -> Iterator[Finding]:
     if state.trial:
         yield Finding("state", "warn", f"a bundle is on trial, {state.trial.left} good images to go; run `ferry-agent update`")
     for digest, why in list(state.refused.items())[-3:]:
-        yield Finding("state", "warn", f"{digest[:12]} was refused: {printable(why)}")
+        yield Finding("state", "warn", f"{digest[:12]} was refused: {printable(why)}; {rules.lifting(digest)}")
+    if rest and rests:
+        yield Finding("state", "warn", rules.resting(rest))
 
 
 def _bundles(home: Home) -> Iterator[Finding]:
@@ -152,23 +160,29 @@ def _repository(home: Home) -> Iterator[Finding]:
     except TransferError as error:
         yield Finding("repository", "warn", f"{error}; what runs goes on")
     else:
-        yield Finding("repository", "ok", f"{address} answers in {1000 * (time.perf_counter() - start):.0f} ms")
+        yield Finding("repository", "ok", f"{bare(address)} answers in {1000 * (time.perf_counter() - start):.0f} ms")
 
 
 def _reports(home: Home) -> Iterator[Finding]:
     config, waiting = home.config(), len(list(home.disk.path("queue").glob("*.json")))
     yield Finding("reports", "ok", f"the key to enroll is {reports.public_key(home)}")
     if not config.reports:
-        yield Finding("reports", "warn", "reports go nowhere; give `ferry-agent init` a folder with --reports")
-    else:
-        folder = reports.folder_of(config.reports)
-        kept = f"reports are kept, at most {reports.MAX_QUEUE}"
-        try:
-            writable = within(reports.MOUNT_SECONDS, folder, lambda: os.access(folder, os.W_OK | os.X_OK))
-            if not writable:
-                yield Finding("reports", "fail", f"{folder} cannot be written; {kept}")
-        except TransferError as error:
-            yield Finding("reports", "fail", f"{error}; {kept}")
+        wait = f"{waiting} wait; " if waiting else ""
+        yield Finding("reports", "warn", f"{wait}{reports.NO_FOLDER}")
+        return
+    folder = reports.folder_of(config.reports)
+    kept = f"reports are kept, at most {reports.MAX_QUEUE}"
+
+    def look() -> str:
+        if not folder.is_dir():
+            return reports.missing(folder)
+        return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
+
+    try:
+        if problem := within(reports.MOUNT_SECONDS, folder, look):
+            yield Finding("reports", "fail", f"{problem}; {kept}")
+    except TransferError as error:
+        yield Finding("reports", "fail", f"{error}; {kept}")
     if waiting and (why := reports.problem(home)):
         yield Finding("reports", "fail", f"{waiting} wait; when last tried: {why}")
     elif waiting:

@@ -47,7 +47,11 @@ def run(
         tell: called with how each look ended.
         on_step: as for `updater.update`.
         at_once: do not wait before the first look.
+
+    Raises:
+        OwnerError: the directory is another user's; that does not heal by itself.
     """
+    home.check_owner()
     failures = 0
     if not at_once and stopped.wait(min(every, FIRST_WITHIN) * random.random()):  # noqa: S311
         return

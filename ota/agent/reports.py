@@ -27,6 +27,7 @@ from ota.manifest import MAX_NUMBER, DeviceReport, Event, SignedReport
 MOUNT_SECONDS = 30.0  # that a report waits for the folder in which it is left
 MAX_QUEUE = 200  # reports; the oldest go first
 EPOCH = 1_700_000_000  # seconds since 1970; where numbers start that replace lost ones
+NO_FOLDER = "this device has no folder for reports; run `ferry-agent init` again, with --reports FOLDER"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 log = logging.getLogger(__name__)
@@ -95,15 +96,22 @@ def folder_of(address: str) -> Path:
     try:
         parts = urlsplit(address)
     except ValueError as error:
-        raise OperatorError(f"--reports is not valid ({error}); give a folder") from error
+        raise OperatorError("--reports is not valid; give a folder") from error  # the address may hold a password
     if parts.scheme not in ("", "file") or parts.netloc:
-        raise OperatorError(f"reports cannot be left at {address!r}; give --reports a folder")
-    return Path(parts.path)
+        raise OperatorError("reports cannot be left at an address; give --reports a folder")
+    return Path(parts.path if parts.scheme else address)
+
+
+def missing(folder: Path) -> str:
+    """Say that a folder is not there. The agent does not make it: below the place of a mount nobody would find what it holds."""
+    return f"there is no folder {folder}; mount it or make it"
 
 
 def problem(home: Home) -> str:
-    """Why reports wait that could not be delivered when it was last tried; empty: none was undeliverable."""
+    """Why reports wait: there is no folder for them, or the last try failed; empty: neither."""
     try:
+        if not home.config().reports:
+            return NO_FOLDER
         return (home.disk.read("undelivered.txt") or b"").decode(errors="replace")
     except StateError:
         return ""
@@ -111,9 +119,9 @@ def problem(home: Home) -> str:
 
 def _note(home: Home, problem_now: str) -> None:
     """Keep it for `status`: who asks may be another user than who tried, and not shut in as a service is."""
-    if problem_now == problem(home):
-        return
     with suppress(DeviceError):  # a full disk must not end an update for this
+        if problem_now.encode() == (home.disk.read("undelivered.txt") or b""):
+            return
         if problem_now:
             home.disk.replace("undelivered.txt", problem_now.encode(), durable=False)
         else:
@@ -156,12 +164,15 @@ def _deliver(home: Home, folder: Path, waiting: list[Path]) -> tuple[int, str]:
 def _drop(data: bytes, folder: Path, name: str) -> None:
     """Leave a file in a folder where others may write, too; durable on return, because the only other copy is removed next."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            raise TransferError(f"{missing(folder)}, reports are kept and tried again")
         with output.fresh(folder / name) as file:
             os.fchmod(file.fileno(), 0o644)  # whatever the agent's umask: another user collects it
             file.write(data)
     except (OSError, OperatorError) as error:
-        reason = str(error.strerror if isinstance(error, OSError) else error)
+        reason = str((error.strerror if isinstance(error, OSError) else "") or error)
+        if isinstance(error.__cause__, FileNotFoundError):  # the folder is there, as in /proc
+            reason = "no file can be made there, name another folder with `ferry-agent init`"
         if os.strerror(errno.EROFS) in reason:
             reason += " (systemd lets a service write what its unit names in ReadWritePaths)"
         raise TransferError(f"reports cannot be left in {folder}: {reason}; they are kept and tried again") from error

@@ -6,8 +6,9 @@ import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from ota.agent.state import Config, HighWater, State
+from ota.agent.state import Config, HighWater, Rest, State
 from ota.errors import AgentError, ManifestError, OperatorError, TrustError
 from ota.manifest import MAX_COUNT, Manifest, Policy, Reference, as_numbers
 
@@ -19,6 +20,8 @@ SEEDS = 2**128  # numbers that Philox takes as a key
 MAX_TRIES = 3  # times in a row that the trying of a bundle may begin and give no answer before it rests
 FIRST_REST = 3600  # seconds; each rest is twice as long as the one before
 LONGEST_REST = 7 * 86_400
+LEAST_IMAGES = 20  # of a benchmark: for a figure that 95 of 100 do not exceed
+MOST_IMAGES = 10_000
 MEMORY_LIMIT = 1024  # MiB that trying or running a bundle may take at its peak
 
 
@@ -131,7 +134,8 @@ def want(policy: Policy, config: Config, state: State, revertible: bool, now: in
     if policy.manifest == state.active:
         return Wanted(False, f"release {policy.seq} is installed", settled=True)
     if policy.manifest in state.refused:
-        return Wanted(False, f"release {policy.seq} was refused before: {state.refused[policy.manifest]}", settled=True)
+        why = f"release {policy.seq} was refused before: {state.refused[policy.manifest]}; {lifting(policy.manifest)}"
+        return Wanted(False, why, settled=True)
     if policy.halt:
         return Wanted(False, f"release {policy.seq} is halted", settled=True)
     if policy.seq < state.seq:
@@ -148,6 +152,20 @@ def want(policy: Policy, config: Config, state: State, revertible: bool, now: in
     if config.window and not in_window(config.window, now):
         return Wanted(False, f"release {policy.seq} waits for the maintenance window {config.window} UTC")
     return Wanted(True, f"release {policy.seq} is open to this device")
+
+
+def lifting(digest: str) -> str:
+    """Say how a refusal is lifted."""
+    return f"`ferry-agent forget {digest[:12]}` lifts this"
+
+
+def resting(found: Rest) -> str:
+    """Say how long a bundle rests, and how that is ended."""
+    until = datetime.fromtimestamp(found.until, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f"{found.bundle[:12]} is tried again after {until}: its trying gave no answer; `ferry-agent forget {found.bundle[:12]}` "
+        "has it tried at once"
+    )
 
 
 def rest(tries: int) -> int:
@@ -218,6 +236,9 @@ class Trying:
     load: tuple[tuple[float, ...], ...]
     """Mean gate mass [M][E]."""
     milliseconds: float
+    """Of an image, by the clock."""
+    computing: float
+    """Milliseconds of processor time of an image, which a busy device hardly changes."""
     peak_mib: float
 
 
@@ -251,11 +272,21 @@ def judge(trying: Trying, own: Reference, running: Reference | None) -> list[str
     ]
     if idle:
         reasons.append(f"{', '.join(idle[:3])} carry no load here as they did in the factory")
-    if trying.milliseconds > own.latency_ms:
-        reasons.append(f"an image takes {trying.milliseconds:.0f} ms, the budget is {own.latency_ms:.0f} ms")
+    if trying.computing > own.latency_ms:
+        reasons.append(f"an image takes {trying.computing:.0f} ms of computing, the budget is {own.latency_ms:.0f} ms")
     if trying.peak_mib > MEMORY_LIMIT:
         reasons.append(f"it takes {trying.peak_mib:.0f} MiB, {MEMORY_LIMIT} are allowed")
     return reasons
+
+
+def hurried(trying: Trying, own: Reference) -> str:
+    """Why a trial says nothing, although nothing is wrong with the bundle: the device was busy or asleep; empty: it does say something."""
+    if trying.milliseconds <= own.latency_ms:
+        return ""
+    return (
+        f"an image took {trying.milliseconds:.0f} ms here, of which it computed {trying.computing:.0f} ms; the budget is {own.latency_ms:.0f} ms, "
+        "so this device was busy with other things"
+    )
 
 
 def unlike(statistics: Sequence[tuple[str, float]], reference: Reference, whose: str) -> list[str]:

@@ -65,6 +65,7 @@ MAX_BODY = 4096  # bytes of a request
 MAX_AT_ONCE = 16  # requests; one draws, the others wait
 READ_TIMEOUT = 10.0  # seconds for a request to arrive
 LAST_WORDS = 1.0  # seconds for the rest of one that is refused
+LONGEST_SOCKET = 107  # bytes of a Unix socket's name (unix(7))
 LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 log = logging.getLogger(__name__)
@@ -560,14 +561,17 @@ def listening_socket(path: Path, group: int | None = None) -> Iterator[_Server]:
     Raises:
         OperatorError: somebody listens there already, or it cannot be made.
     """
+    if len(os.fsencode(path)) > LONGEST_SOCKET:
+        raise OperatorError(
+            f"cannot listen on {path}: its name is longer than {LONGEST_SOCKET} bytes; name another with --socket"
+        )
     _remove_stale(path)
     before = os.umask(0o117)  # so it never exists with other rights than 0660
     try:
         server = _UnixServer(str(path), _Handler)
     except OSError as error:
-        raise OperatorError(
-            f"cannot listen on {path}: {error.strerror}; make its folder, or name another with --socket"
-        ) from error
+        remedy = "make its folder, or " if isinstance(error, FileNotFoundError) else ""
+        raise OperatorError(f"cannot listen on {path}: {error.strerror or error}; {remedy}name another with --socket") from error
     finally:
         os.umask(before)
     try:

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import pwd
+import stat
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -117,6 +118,15 @@ class HighWater(Document):
     time: int = 0
 
 
+class OwnerError(StateError):
+    """The directory is another user's."""
+
+    def __init__(self, message: str, owner: str) -> None:
+        """Take the sentence, and whom the directory belongs to."""
+        super().__init__(message)
+        self.owner = owner
+
+
 class Home:
     """An agent's directory."""
 
@@ -128,9 +138,13 @@ class Home:
         """The configuration.
 
         Raises:
-            StateError: the directory was never initialised, or is damaged.
+            StateError: the directory was never initialised, or is damaged, or is another user's who lets nobody read it.
         """
-        data = self.disk.read("config.json")
+        try:
+            data = self.disk.read("config.json")
+        except StateError:
+            self.check_owner()  # which says more
+            raise
         if data is None:
             raise StateError(f"{self.root} is not an agent's directory; make it one with `ferry-agent init`")
         try:
@@ -159,19 +173,22 @@ class Home:
         """Refuse to write in another user's directory: its owner could not read what root left there, and would neither draw nor update.
 
         Raises:
-            StateError: it is another user's.
+            OwnerError: it is another user's.
+            StateError: there is a file in its place.
         """
         try:
-            owner = self.root.stat().st_uid
+            found = self.root.stat()
         except FileNotFoundError:  # it is made by `init`
             return
+        except NotADirectoryError:
+            found = None
         except OSError as error:
             raise StateError(f"cannot look at {self.root}: {error.strerror}; run the agent as its owner") from error
-        if owner != os.geteuid():
-            name = _user(owner)
-            raise StateError(
-                f"{self.root} belongs to {name}, and this is {_user(os.geteuid())}; run `sudo -u {name} ferry-agent …` instead"
-            )
+        if found is None or not stat.S_ISDIR(found.st_mode):
+            raise StateError(f"{self.root} is not a folder; give the agent's directory with --dir")
+        if found.st_uid != os.geteuid():
+            name = _user(found.st_uid)
+            raise OwnerError(f"{self.root} belongs to {name}, and this is {_user(os.geteuid())}; run the agent as {name}", name)
 
     @contextmanager
     def locked(self, wait: float = 0) -> Iterator[None]:
@@ -181,8 +198,8 @@ class Home:
             BusyError: another agent holds it.
             StateError: the lock file cannot be opened, or another user owns the directory.
         """
-        self.config()
         self.check_owner()
+        self.config()
         try:
             descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:

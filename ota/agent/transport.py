@@ -8,9 +8,11 @@ never with the size that somebody signed.
 
 from __future__ import annotations
 
+import http.client
 import os
 import queue
 import random
+import re
 import socket
 import stat
 import threading
@@ -85,15 +87,23 @@ def connect(repository: str) -> Transport:
     Raises:
         TransferError: it is of another kind.
     """
+    wrong = "what was given as the repository is not an address to fetch from; give an http(s) address or a folder"
     try:
         parts = urlsplit(repository)
-    except ValueError as error:
-        raise TransferError(f"{repository!r} is not an address ({error}); give an http(s) address or a folder") from error
-    if parts.scheme in ("http", "https"):
-        return Web(repository)
-    if parts.scheme in ("", "file"):
-        return Folder(Path(parts.path))
-    raise TransferError(f"cannot fetch from {repository!r}; give an http(s) address or a folder")
+        if parts.scheme in ("http", "https"):
+            url = urllib3.util.parse_url(repository)
+            if (url.host or "").encode("idna") and url.port != 0 and url.query is None and url.fragment is None:
+                return Web(repository)
+    except ValueError as error:  # its text may quote a password
+        raise TransferError(wrong) from error
+    if parts.scheme in ("", "file") and parts.netloc in ("", "localhost") and parts.path:
+        return Folder(Path(parts.path if parts.scheme else repository))
+    raise TransferError(wrong)
+
+
+def bare(address: str) -> str:
+    """An address as it may be shown: without the name and the password in it."""
+    return re.sub(r"(?<=//)[^/?#]*@", "", address)
 
 
 class Folder:
@@ -163,7 +173,7 @@ class Web:
                 "GET", f"{self.address}/{name}", headers=headers, preload_content=False, decode_content=False
             )
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # ValueError: no address, or not a header
-            raise TransferError(f"cannot reach {self.address}: {error}; it will be tried again") from error
+            raise TransferError(f"cannot reach {bare(self.address)}: {_why(error)}; it will be tried again") from error
         try:
             if 400 <= response.status < 500 and response.status not in PASSING:
                 raise NotFoundError(f"the repository has no {name} for this device (status {response.status})")
@@ -176,9 +186,23 @@ class Web:
                 if rest:
                     yield rest
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise TransferError(f"the transfer of {name} broke off: {error}; it will be resumed") from error
+            raise TransferError(f"the transfer of {name} broke off: {_why(error)}; it will be resumed") from error
         finally:
             response.close()
+
+
+def _why(error: BaseException) -> str:
+    """Say what went wrong on the line; the texts of urllib3 name its own objects."""
+    found: BaseException | None = error
+    while found:
+        if isinstance(found, OSError) and found.strerror:
+            return str(getattr(found, "verify_message", "") or found.strerror)
+        if isinstance(found, TimeoutError):
+            return "no answer in time"
+        if isinstance(found, (ConnectionError, http.client.IncompleteRead)):
+            return "the connection was closed"
+        found = found.__cause__ or found.__context__
+    return "what answers there is no web server"
 
 
 class _Line:

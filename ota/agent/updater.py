@@ -418,7 +418,7 @@ def _resting(home: Home, plan: _Plan) -> str:
     if rest is None or (rest.bundle, rest.tries) != (digest, tries):
         if tries < MAX_TRIES:
             return ""
-        told = f"its trying began {tries} times and gave no answer; it is tried again in {length // 3600} h"
+        told = f"not condemned, it only rests: its trying began {tries} times and gave no answer; it is tried again in {length // 3600} h"
         reports.queue(home, "refused", digest, told)
         reports.send(home)
         rest = _rest(home, digest, tries, now + length)
@@ -468,12 +468,16 @@ def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int
             answer = child.run("try", slot=str(slot.folder), digest=slot.digest, variant=variant)
             trying = _trying(answer)
             reasons = rules.judge(trying, slot.reference(variant), running)
+            if not reasons and (why := rules.hurried(trying, slot.reference(variant))):
+                raise UnfinishedError(f"{variant}: {why}; it is tried again")
         except (RoomError, AgentError, StateError, BaseError, UnfinishedError, DiedError):
             raise  # this device's fault, its software's, or nobody can tell whose
         except (DeviceError, ManifestError) as error:
             reasons = [str(error)]
         if reasons:
-            _refuse(home, manifest.digest, f"{variant}: {'; '.join(reasons)}", state, received)
+            why = f"{variant}: {'; '.join(reasons)}"
+            _compare(home, state.active, variant, why)
+            _refuse(home, manifest.digest, why, state, received)
         if variant == manifest.default_variant:
             milliseconds = trying.milliseconds
     return milliseconds
@@ -483,9 +487,42 @@ def _trying(answer: dict[str, Any]) -> rules.Trying:
     return rules.Trying(
         golden_share=answer["golden_share"], finite=answer["finite"],
         statistics=tuple((name, value) for name, value in answer["statistics"]),
-        load=tuple(tuple(row) for row in answer["load"]), milliseconds=answer["milliseconds"],
+        load=tuple(tuple(row) for row in answer["load"]), milliseconds=answer["milliseconds"], computing=answer["computing"],
         peak_mib=answer["peak_mib"],
     )  # fmt: skip
+
+
+def _compare(home: Home, trusted: str | None, variant: VariantName, why: str) -> None:
+    """Give a bundle that failed the benefit of the doubt where one that has long been trusted fails here, too.
+
+    Raises:
+        UnfinishedError: it does; so this device is to blame, its software or its load, and nothing is remembered of the bundle.
+        RoomError, SoftwareError, DiedError: there is no answer.
+    """
+    from ota.agent import child
+
+    if trusted is None:
+        return
+    try:
+        slot = home.slot(trusted)
+        same = variant if variant in slot.manifest.variants else slot.manifest.default_variant
+        reference = slot.reference(same)
+    except (StateError, BaseError, ManifestError):
+        return  # it is damaged, so it says nothing of this device
+    try:
+        answer = child.run("try", slot=str(slot.folder), digest=trusted, variant=same, trusted=True)
+        theirs = rules.judge(_trying(answer), reference, None) or [rules.hurried(_trying(answer), reference)]
+    except (RoomError, AgentError, UnfinishedError, DiedError):
+        raise
+    except (StateError, BaseError):
+        return
+    except (DeviceError, ManifestError) as error:
+        theirs = [str(error)]
+    if any(theirs):
+        raise UnfinishedError(
+            f"the bundle did not pass ({why}), but the one that runs does not pass here any more either ({'; '.join(theirs)}); check this "
+            "device's ONNX Runtime, memory and load"
+        )
 
 
 def _running_reference(home: Home, state: State, variant: VariantName) -> Reference | None:
@@ -506,7 +543,8 @@ def _refuse(home: Home, digest: str, why: str, state: State, received: int) -> N
     home.disk.remove(f"slots/{digest}")
     reports.queue(home, "refused", digest, why, received)
     reports.send(home)
-    raise GateError(f"the bundle was tried and refused, {why}; the running one is kept")
+    now = "the running one is kept" if state.active else "nothing runs yet"
+    raise GateError(f"the bundle was tried and refused, {why}; {now}, and {rules.lifting(digest)}")
 
 
 # Step 12, and serving
@@ -652,6 +690,7 @@ def _generate_on_trial(home: Home, state: State, caption: str, seed: int, varian
             raise  # a read that failed; perhaps it will not the next time
         _take_back(home, state, active, str(error), refuse=False)  # the next update fetches what is damaged
     except (DeviceError, ManifestError) as error:
+        _compare(home, state.previous, home.slot(active).manifest.default_variant, str(error))
         _take_back(home, state, active, str(error))
     _count_good(home, counted, drawn[1]["milliseconds"])
     return drawn
@@ -675,7 +714,7 @@ def _take_back(home: Home, state: State, failed: str, why: str, refuse: bool = T
     now = "the one before runs again" if state.previous else "none is left, run `ferry-agent update`"
     if not refuse:
         raise StateError(f"the bundle on trial was taken back, and is tried again: {why}; {now}")
-    raise GateError(f"the bundle on trial was taken back: {why}; {now}")
+    raise GateError(f"the bundle on trial was taken back: {why}; {now}; {rules.lifting(failed)}")
 
 
 def rollback(home: Home) -> tuple[str, str]:
@@ -690,7 +729,12 @@ def rollback(home: Home) -> tuple[str, str]:
     """
     state = home.load()
     if state.previous is None or state.active is None:
-        raise OperatorError("there is no bundle to go back to; only one was ever installed")
+        if state.active is None:
+            raise OperatorError("nothing is installed; run `ferry-agent update`")
+        raise OperatorError(
+            "no bundle before this one is kept; `ferry-agent status` lists what was refused, and `ferry-agent forget HASH` lets the next update "
+            "have it again"
+        )
     home.slot(state.previous)
     if not is_sound(home, state.previous):
         raise StateError(
