@@ -7,6 +7,7 @@ import hashlib
 import resource
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -398,6 +399,10 @@ def test_captions_follow_held_out_proportions(tmp_path: Path) -> None:
     assert Counter(held_out_captions(data, 3 * n)) == {caption: 3 * count for caption, count in own.items()}
     few = Counter(held_out_captions(data, n))
     assert few == own
+    # A part of them is drawn from all over the data, not from the first files.
+    in_order = replace(data, captions=sorted(data.captions))
+    assert len(set(held_out_captions(in_order, n // 4))) > 1
+    assert len({in_order.captions[i] for i in in_order.reference()[: n // 4]}) == 1
 
 
 @pytest.mark.parametrize("n", [2, 7, 50])

@@ -109,6 +109,42 @@ def test_two_of_three_offline_keys_suffice(own_keys, tmp_path):
     assert versions(repository)["targets"] == 1
 
 
+def test_one_of_two_offline_keys_does_not_suffice(own_keys, tmp_path):
+    repository = Repository.create(tmp_path / "repository", own_keys)
+    by_role = {state.role: state for state in repository.states()}
+    assert all(state.signs_here for state in by_role.values())
+    for name in ("root-1", "root-2", "targets-1"):
+        (own_keys.folder / "offline" / f"{name}.pem").unlink()
+    by_role = {state.role: state for state in repository.states()}
+    assert (by_role["root"].signs_here, by_role["targets"].signs_here) == (False, True)
+    with pytest.raises(OperatorError, match="role root needs 2 signatures but 1 of its keys"):
+        own_keys.signers("root")
+    with pytest.raises(OperatorError, match="role root needs 2 signatures but 1 of its keys"):
+        Repository.create(tmp_path / "another", own_keys)
+
+
+def test_nothing_is_renewed_where_one_of_the_roles_cannot_be(own_keys, tmp_path):
+    repository = Repository.create(tmp_path / "repository", own_keys)
+    (own_keys.folder / "online" / "models.pem").unlink()
+    files = {path: path.read_bytes() for path in repository.folder.rglob("*") if path.is_file()}
+    with pytest.raises(OperatorError, match="role models needs 1 signatures but 0"):
+        repository.renew(["root", "models"])
+    assert {path: path.read_bytes() for path in repository.folder.rglob("*") if path.is_file()} == files
+
+
+def test_floor_does_not_rise_above_what_is_rolled_out(repository, bundles):
+    first = publish(repository, bundles["first"])
+    second = release(repository, bundles["second"])
+    before = versions(repository)
+    with pytest.raises(OperatorError, match="release 1 of shapes/edge is being rolled out; start a rollout of 2"):
+        repository.set_floor(LINE, CLASS, second.seq)
+    assert (versions(repository), repository.floor(LINE, CLASS)) == (before, 0)
+    repository.set_floor(LINE, CLASS, first.seq)
+    repository.set_policy(everyone(second))
+    repository.set_floor(LINE, CLASS, second.seq)
+    assert repository.floor(LINE, CLASS) == 2
+
+
 @pytest.mark.parametrize("role", ["models", "deltas", "snapshot", "timestamp"])
 def test_missing_online_key_named(own_keys, tmp_path, bundles, role):
     repository = Repository.create(tmp_path / "repository", own_keys)

@@ -27,6 +27,8 @@ from model.train import (
     RESUME,
     WEIGHTS,
     Checkpoint,
+    FlowMatching,
+    Ranks,
     TrainOptions,
     diverged,
     learning_rate,
@@ -79,6 +81,105 @@ def test_every_option_changes_weights(undisturbed: Checkpoint, dataset: Dataset,
     changed = train(CONFIG, dataset, VERSION, OPTIONS.model_copy(update=other), tmp_path)
     assert changed.weights_sha256 != undisturbed.weights_sha256
     assert changed.lineage.training_sha256 != undisturbed.lineage.training_sha256
+
+
+class Recording(FlowMatching):
+    """The usual objective; keeps what it was given, and what the network was to answer."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale, self.ids, self.targets = scale, list[torch.Tensor](), list[torch.Tensor]()
+
+    def aim(self, images: torch.Tensor, ids: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, target = super().aim(images, ids, *rest)
+        self.ids.append(ids.clone())
+        self.targets.append(self.scale * target)
+        return x, self.targets[-1]
+
+
+@pytest.mark.parametrize(("dropout", "least", "most"), [(0.0, 0.0, 0.0), (0.1, 0.04, 0.18), (0.9, 0.82, 0.96), (1.0, 1.0, 1.0)])
+def test_so_many_captions_are_hidden_as_asked_for(
+    dataset: Dataset, tmp_path: Path, dropout: float, least: float, most: float
+) -> None:
+    seen = Recording()
+    options = FRESH.model_copy(update={"steps": 4, "batch": 64, "caption_dropout": dropout})
+    train(CONFIG, dataset, VERSION, options, tmp_path, objective=seen)
+    hidden = torch.cat(seen.ids).eq(0).all(dim=1).float().mean().item()
+    assert least <= hidden <= most
+
+
+def test_loss_is_the_mean_square_of_what_is_missed(dataset: Dataset, tmp_path: Path) -> None:
+    seen, losses = Recording(), list[float]()
+    options = FRESH.model_copy(update={"batch": 16})
+    train(
+        CONFIG,
+        dataset,
+        VERSION,
+        options,
+        tmp_path,
+        objective=seen,
+        watcher=Watcher(lambda _, figures: losses.append(figures.loss)),
+    )
+    missed = torch.cat(seen.targets)  # a new network answers 0
+    assert losses == [pytest.approx(float(missed.square().mean()), rel=1e-3)]
+
+
+def test_gradient_of_a_bad_batch_is_clipped(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *given: object) -> object:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))))
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    options = FRESH.model_copy(update={"batch": 4, "clip": 0.5})
+    train(CONFIG, dataset, VERSION, options, tmp_path, objective=Recording(1e4))
+    assert norms == [pytest.approx(0.5, rel=1e-3)]
+
+
+def test_weights_decay_and_gains_and_biases_do_not(dataset: Dataset, tmp_path: Path) -> None:
+    """A network that answers 0 where 0 is asked for has no gradient, so only the decay moves it."""
+    before, after = (
+        train(CONFIG, dataset, VERSION, FRESH.model_copy(update=more), tmp_path / name, objective=Recording(0.0)).network()
+        for name, more in (("before", {}), ("after", {"learning_rate": 0.1, "weight_decay": 1.0}))
+    )
+    shrunk = dict[str, bool]()
+    for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        if float(old.norm()):
+            shrunk[name] = float(new.norm()) < 0.999 * float(old.norm())
+    assert {name for name, found in shrunk.items() if found and name.endswith(("bias", "gain", "mod"))} == set()
+    assert sum(shrunk.values()) > len(shrunk) / 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_the_rows_of_a_batch(world: int) -> None:
+    rows = torch.arange(10)
+    found = torch.cat([Ranks(rank, world).share(rows) for rank in range(world)])
+    assert sorted(found.tolist()) == rows.tolist()
+
+
+@pytest.mark.parametrize(
+    ("ema", "decays"), [(0.9999, (1 / 10, 2 / 11, 3 / 12)), (0.15, (1 / 10, 0.15, 0.15)), (0.0, (0.0, 0.0, 0.0))]
+)
+def test_average_follows_the_weights(dataset: Dataset, tmp_path: Path, ema: float, decays: tuple[float, ...]) -> None:
+    """It forgets its beginning at first, so that a short run is not averaged with noise."""
+    options, average = OPTIONS.model_copy(update={"ema": ema, "save_every": 1}), dict[str, torch.Tensor]()
+    for step, decay in enumerate(decays, start=1):
+        with pytest.raises(PowerCut):
+            train(CONFIG, dataset, VERSION, options, tmp_path, watcher=cut_after(step))
+        kept = load_file(tmp_path / RESUME)
+        network = {name.removeprefix("network."): value for name, value in kept.items() if name.startswith("network.")}
+        found = {name.removeprefix("average."): value for name, value in kept.items() if name.startswith("average.")}
+        moved = 0
+        for name, value in found.items():
+            if not value.is_floating_point():
+                continue
+            if average:
+                assert torch.allclose(value, average[name] * decay + network[name] * (1 - decay), rtol=1e-4, atol=1e-7), name
+            moved += int(not torch.equal(value, network[name]))
+        assert (moved > 0) == (decay > 0)
+        average = found
 
 
 @pytest.mark.parametrize("step", [1, 5, 7, 15])

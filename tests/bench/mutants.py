@@ -56,7 +56,7 @@ CONCERNED = {
     "registry/ledger.py": ["tests/test_ledger.py", "tests/test_promotion.py"],
     "flows/promote.py": ["tests/test_promotion.py", "tests/test_flows.py"],
     "flows/policies.py": ["tests/test_policies.py"],
-    "flows/triggers.py": ["tests/test_watching.py", "tests/test_webhook.py", "tests/test_flows.py"],
+    "flows/triggers.py": ["tests/test_triggers.py", "tests/test_webhook.py", "tests/test_flows.py"],
     "ota/delta/format.py": ["tests/test_delta.py", "tests/test_formats.py", "tests/test_delta_safety.py"],
     "ota/delta/numbers.py": ["tests/test_delta.py", "tests/test_formats.py"],
     "model/evaluate.py": ["tests/test_evaluate.py", "tests/test_gate.py"],
@@ -97,7 +97,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    if not trying.finite:", "    if not trying.finite and not trying.load:", "images that are not finite pass"),
         ("    if running:\n", "    if running and not own:\n", "garbage that agrees with itself passes"),
         ("        if mass < MAX_DEAD_LOAD * expected", "        if mass < 0 * expected", "experts without load pass"),
-        ("    if trying.milliseconds > own.latency_ms:", "    if trying.milliseconds > 2 * own.latency_ms:", "a model twice too slow passes"),
+        ("    if trying.computing > own.latency_ms:", "    if trying.computing > 2 * own.latency_ms:", "a model twice too slow passes"),
+        ("    if trying.milliseconds <= own.latency_ms:", "    if True:", "what a busy device measured counts as passed"),
         ("    if trying.peak_mib > MEMORY_LIMIT:", "    if trying.peak_mib > 2 * MEMORY_LIMIT:", "a model twice too large passes"),
         ("        if not expected.low - width <= value <= expected.high + width:", "        if not value <= expected.high + width:", "images that are too dark pass"),
         ("        if not expected.low - width <= value <= expected.high + width:", "        if not expected.low - width <= value:", "images that are too bright pass"),
@@ -119,6 +120,10 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("            if len(data) > max_length:", "            if len(data) > 2 * max_length:", "metadata twice too long are read"),
     ],
     "ota/agent/updater.py": [
+        ("    if any(theirs):", "    if len(theirs) > 99:", "a device that computes wrongly condemns a release"),
+        ("            _compare(home, state.active, variant, why)\n", "", "a device that computes wrongly condemns a release in its trial"),
+        ("        _compare(home, state.previous, home.slot(active).manifest.default_variant, str(error))\n", "", "a device that computes wrongly condemns a release on probation"),
+        ("            if not reasons and (why := rules.hurried(trying, slot.reference(variant))):", "            if False:", "a trial on a busy device says nothing and counts"),
         ("    if fresh is None or fresh.manifest != plan.manifest:", "    if fresh is None:", "another bundle than the one that was checked is switched to"),
         ("    fresh, wanted = _decide(home, Trust(home, transport))\n", "    fresh, wanted = plan, wanted\n", "a halt during the download is not seen"),
         ("            refused=state.refused,\n            tries=home.load().tries,", "            refused={},\n            tries=home.load().tries,", "refused bundles are forgotten at the next install"),
@@ -181,13 +186,14 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ('        if hashlib.sha256(data).hexdigest() != digest:\n            raise StateError(f"the manifest in', '        if not data:\n            raise StateError(f"the manifest in', "a damaged manifest is believed"),
         ("        if hashlib.sha256(data).hexdigest() != entry.sha256:\n            raise BaseError", "        if not data:\n            raise BaseError", "damaged weights draw"),
         ('            ("root", old.root_sha256, config.root_sha256),\n', "", "init moves a device to another factory"),
-        ("        if owner != os.geteuid():", "        if owner > os.geteuid() + 10**6:", "root leaves files that the service cannot read"),
+        ("        if found.st_uid != os.geteuid():", "        if found.st_uid > os.geteuid() + 10**6:", "root leaves files that the service cannot read"),
         ("named = {state.active, state.previous, before.active, before.previous, *wanted}", "named = {state.active, *wanted}", "the bundle to go back to is removed"),
         ("        if len(_enveloped(state)) > MAX_STATE:", "        if len(_enveloped(state)) > 100 * MAX_STATE:", "a state is written that cannot be read again"),
     ],
     "ota/agent/child.py": [
         ("        runtime.check()\n", "", "a broken runtime condemns a release"),
-        ("    _check_version(table)\n    model = sampler", "    model = sampler", "a release for another runtime is refused for good"),
+        ("        _check_version(table)\n    model = sampler", "        pass\n    model = sampler", "a release for another runtime is refused for good"),
+        ("    most = most if hard == resource.RLIM_INFINITY else min(most, hard)\n", "", "a limit of the caller's stops every image"),
         ("    if -code in ASKED:", "    if code == 4711:", "a killed process condemns a release"),
         ("    if not stdout.startswith(READY):", "    if stdout.startswith(b'nothing'):", "a missing package condemns a release"),
         ("share = float(close.mean()) if np.isfinite(velocity).all() else 0.0", "share = float(close.mean())", "golden outputs that are not finite pass"),
@@ -304,10 +310,13 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "flows/policies.py": [
         ("        if release.floor <= release.seq < newest and not revert:", "        if release.floor > release.seq:", "a release is signed that every device refuses"),
         ("    return max([policy.seq if policy else 0, *numbers])", "    return policy.seq if policy else 0", "what devices run is not looked at"),
-        ("        if recorded:\n            workspace.ledger.check_ready()\n", "", "a rollout is signed that cannot be recorded"),
-        ("            if recorded:\n                raise\n", "            raise\n", "a damaged record keeps a bad release going"),
-        ('    with workspace.locked("records"):\n        if recorded:', "    if True:\n        if recorded:", "two commands at once sign over each other"),
-        ("        _copy(workspace)\n    return problem", "    return problem", "a halt stays in the factory"),
+        ("        workspace.ledger.check_ready()\n", "", "a rollout is signed that cannot be recorded"),
+        ("    except (RegistryError, OtaError, BusyError) as error:\n        unrecorded", "    except ZeroDivisionError as error:\n        unrecorded", "a damaged record keeps a bad release going"),
+        ('    with workspace.locked("records"):\n        workspace.ledger.check_ready()', "    if True:\n        workspace.ledger.check_ready()", "two commands at once sign over each other"),
+        ("        _copy(workspace, urgent=True)\n", "", "a halt stays in the factory"),
+        ("        _copy(workspace, urgent=True)\n", "        _copy(workspace)\n", "a halt waits for a release that is being published"),
+        ('workspace.locked("records", HALT_SECONDS)', 'workspace.locked("records", 3600)', "a halt waits for whoever holds the records"),
+        ("        with workspace.repository.held():\n            facts", "        if True:\n            facts", "a renewal revives what is just halted"),
         ("    for release in reversed(workspace.repository.releases(line, device_class)):", "    for release in []:", "no release of the champion is found"),
         ("manifest.configuration == settings.configuration and held == wanted", "manifest.configuration == settings.configuration", "the version just taken back is rolled out"),
         ("    if number < newest_fielded(workspace, line, device_class):", "    if number < 0:", "the printed command is refused"),
@@ -422,7 +431,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
 # fmt: on
 
 # Survivors that are no gap, by file and harm, and why.
-EXPLAINED: dict[tuple[str, str], str] = {}
+EXPLAINED: dict[tuple[str, str], str] = {
+    ("ota/release/keys.py", "an entry by another key is accepted"): (
+        "the same: the signature is checked with the key that was in use, whatever id stands beside it; the id is compared to refuse before that"
+    ),
+}
 
 
 def mutants() -> Iterator[Mutant]:
