@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner, Result
@@ -756,10 +756,13 @@ sys.exit(not ask_in_prefect(Workspace(Path(sys.argv[1])), Subject.parse(sys.argv
 
 def prefect(address: str, secret: str, path: str, body: dict[str, object]) -> Any:
     """What Prefect's page asks of its server."""
-    headers = {"Content-Type": "application/json", "Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
-    request = urllib.request.Request(f"{address}/api{path}", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read() or b"null")
+    headers = {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
+    for _ in range(20):  # its database may be locked for longer than it waits; its page and client ask again, too
+        answer = httpx.post(f"{address}/api{path}", json=body, headers=headers, timeout=60)
+        if answer.status_code != 503:
+            break
+    answer.raise_for_status()
+    return answer.json() if answer.content else None
 
 
 @pytest.mark.slow
