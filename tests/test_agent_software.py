@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -43,7 +44,7 @@ BROKEN = {
 BEHIND = """
 import os, signal, sys
 me = sys.modules["onnxruntime"]
-sys.path.remove(os.environ["PYTHONPATH"])
+sys.path.remove(os.environ["PYTHONPATH"].split(os.pathsep)[0])
 for name in [name for name in sys.modules if name.startswith("onnxruntime")]: del sys.modules[name]
 from onnxruntime import *
 import onnxruntime
@@ -63,7 +64,7 @@ def broken(folder: Path, package: str, code: str, patch: pytest.MonkeyPatch) -> 
     """Put something in the place of a package, for every process that is started from now on."""
     (folder / package).mkdir(parents=True)
     (folder / package / "__init__.py").write_text(code)
-    patch.setenv("PYTHONPATH", str(folder))
+    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
 
 
 def mended_later(offered: Field, bundles: dict[str, Bundle], sentence: str) -> None:
