@@ -43,7 +43,7 @@ class Mutant:
 UPDATE, ATTACKS, TRUST = "tests/test_agent_update.py", "tests/test_agent_attacks.py", "tests/test_trust_drills.py"
 # The tests that concern a file, quick ones first; the first that fails ends it.
 CONCERNED = {
-    "ota/agent/rules.py": ["tests/test_rollout.py", UPDATE, TRUST, "tests/test_agent_turns.py"],
+    "ota/agent/rules.py": ["tests/test_rollout.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
     "ota/agent/trust.py": [TRUST, ATTACKS, UPDATE],
     "ota/agent/updater.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
     "ota/agent/transport.py": ["tests/test_transport.py", UPDATE],
