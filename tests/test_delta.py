@@ -301,6 +301,16 @@ def test_only_normal_numbers_are_moved_by_rules(kind, way):
     assert found.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize(("kind", "first"), [("float16", 42), ("bfloat16", 42), ("float32", 42)])
+def test_denormals_share_the_scale_of_the_smallest_exponent(kind, first):
+    """The classes are part of the format: half octaves, fourteen for numbers that are expected to move by one."""
+    mantissa = KINDS[kind].mantissa
+    old = np.array([0, 1, 1 << mantissa, 2 << mantissa, 3 << mantissa, 3 << mantissa | 1], KINDS[kind].dtype)
+    scale = first + 2 - 14 - 2 * (KINDS[kind].bias + mantissa)
+    found = numbers.contexts(old, KINDS[kind], scale, None, None, 3)
+    assert found.tolist() == [first, first, first, first - 2, first - 4, first - 4]
+
+
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 def test_update_on_a_grid_costs_what_its_steps_tell(tmp_path, kind):
     rng = np.random.default_rng(0)
