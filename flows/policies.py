@@ -65,7 +65,7 @@ def _copy(workspace: Workspace, urgent: bool = False) -> int:
         progress.advance("publish", len(copied), total)
 
     large = [] if urgent else [file for file in repository.files() if not file[0].startswith("metadata/")]
-    count = put(large)
+    count = put(large) if large else 0  # a bucket is listed even for nothing
     with repository.held():
         there = {name for name, _ in large}
         urgently = ("metadata/", "targets/rollout/") if urgent else ""

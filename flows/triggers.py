@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, ValidationError
 
+from flows.errors import WorkspaceError
 from flows.workspace import Workspace
 from model import versions
 from model.config import canonical_sha256
@@ -40,10 +41,13 @@ def leave(workspace: Workspace, line: str, name: str, reason: str) -> Path:
     """Leave an event for `ferry serve`, which may be down just now; the same name again changes nothing.
 
     Raises:
-        WorkspaceError: there is no such line.
+        WorkspaceError: there is no such line, or name or reason are empty or too long.
     """
     workspace.line(line)
-    event = Event(name=name, line=line, reason=reason, when=datetime.now(UTC).isoformat(timespec="seconds"))
+    try:
+        event = Event(name=name, line=line, reason=reason, when=datetime.now(UTC).isoformat(timespec="seconds"))
+    except ValidationError as error:
+        raise WorkspaceError("an event has a name of 1 to 200 characters and a reason of 1 to 500; write it again") from error
     path = workspace.root / EVENTS / f"{canonical_sha256([line, name])[:32]}.json"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)

@@ -60,7 +60,7 @@ def stored(values: npt.NDArray[np.float64], kind: KindName) -> bytes:
 
 
 def files(name: str) -> tuple[bytes, bytes]:
-    """The old and the new file of a golden delta.
+    """Make the old and the new file of a golden delta.
 
     Weights move more in some rows and columns than in others, and hold zeros, denormals, infinities and NaNs.
     """

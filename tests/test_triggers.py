@@ -45,6 +45,15 @@ def test_event_of_no_line_is_not_left(workspace: Workspace):
     assert not list((workspace.root / triggers.EVENTS).glob("*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"), [("", "new lamp"), ("delivery 7", ""), ("x" * 201, "new lamp"), ("delivery 7", "x" * 501)]
+)
+def test_event_without_a_name_or_reason_is_not_left(workspace: Workspace, name: str, reason: str):
+    with pytest.raises(WorkspaceError, match="an event has a name of 1 to 200 characters and a reason of 1 to 500"):
+        triggers.leave(workspace, "shapes", name, reason)
+    assert not list((workspace.root / triggers.EVENTS).glob("*"))
+
+
 def test_file_that_is_no_event_stops_no_other(workspace: Workspace, capfd: pytest.CaptureFixture[str]):
     path = triggers.leave(workspace, "shapes", "delivery 7", "new lamp")
     for name, content in (("0" * 32, b"{}"), ("f" * 32, b"\xff not JSON")):

@@ -9,8 +9,8 @@ import typer
 from flows.commands.shared import Json, answer, fail, open_workspace, showing_progress, told_errors
 
 rollout_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may install a release, and when.")
-MAX_SOAK = 365 * 86_400  # seconds; a longer one is a slip
 fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and what they reported.")
+MAX_SOAK = 365 * 86_400  # seconds; a longer one is a slip
 
 
 @rollout_app.command("start")

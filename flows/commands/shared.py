@@ -73,12 +73,6 @@ def told_errors(after_interrupt: str = "repeat the command to go on") -> Iterato
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}; check the path and who may write there", 3)
     except Exception as error:
-        if (
-            not Options.debug and type(error).__name__ == "ValidationError" and hasattr(error, "errors")
-        ):  # pydantic's, of a value that was given
-            found = error.errors()[0]
-            where = ".".join(map(str, found["loc"])) or "a value"
-            fail(f"{where}: {found['msg']}, not {found['input']!r}; correct it", 3)
         server = f"Prefect's server at {os.environ.get('PREFECT_API_URL')}"
         if not Options.debug and _is_refused(error):
             fail(f"{server} refuses us; set PREFECT_API_AUTH_STRING (that of `ferry serve` is in work/prefect/credentials)", 4)

@@ -52,7 +52,7 @@ WRITTEN = {
     "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev or fast"),
     "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
 }  # fmt: skip
-"""The option of `init` for each field of the configuration, and how its value is written."""
+"""Name the option of `init` for each field of the configuration, and say how its value is written."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -419,7 +419,7 @@ def _check_folder(option: str, folder: Path) -> None:
 
 
 def _as_owner(owner: str, words: list[str], given: Arguments) -> str:
-    """The same command as the directory's owner, to be copied: sudo keeps neither PATH nor variables."""
+    """Write the same command for the directory's owner, to be copied; sudo keeps neither PATH nor variables."""
     program = Path(sys.argv[0]).absolute()
     start = [str(program)] if program.name == "ferry-agent" else [sys.executable, "-m", "ota.agent.cli"]
     at = words.index(given.does.__name__) + 1

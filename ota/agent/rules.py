@@ -236,9 +236,9 @@ class Trying:
     load: tuple[tuple[float, ...], ...]
     """Mean gate mass [M][E]."""
     milliseconds: float
-    """Of an image, by the clock."""
+    """Count the time of an image by the clock."""
     computing: float
-    """Milliseconds of processor time of an image, which a busy device hardly changes."""
+    """Count the processor time of an image in milliseconds; a busy device hardly changes it."""
     peak_mib: float
 
 

@@ -119,7 +119,7 @@ class HighWater(Document):
 
 
 class OwnerError(StateError):
-    """The directory is another user's."""
+    """Refuse a directory that belongs to another user."""
 
     def __init__(self, message: str, owner: str) -> None:
         """Take the sentence, and whom the directory belongs to."""

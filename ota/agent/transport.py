@@ -102,7 +102,7 @@ def connect(repository: str) -> Transport:
 
 
 def bare(address: str) -> str:
-    """An address as it may be shown: without the name and the password in it."""
+    """Leave out of an address what must not be shown: a name and a password."""
     return re.sub(r"(?<=//)[^/?#]*@", "", address)
 
 

@@ -492,8 +492,14 @@ def _trying(answer: dict[str, Any]) -> rules.Trying:
     )  # fmt: skip
 
 
-def _compare(home: Home, trusted: str | None, variant: VariantName, why: str) -> None:
+def _compare(home: Home, trusted: str | None, variant: VariantName | None, why: str) -> None:
     """Give a bundle that failed the benefit of the doubt where one that has long been trusted fails here, too.
+
+    Args:
+        home: the agent's directory.
+        trusted: bundle to compare with; None: there is none.
+        variant: to try; None, or one that it does not have: its default one.
+        why: the bundle failed.
 
     Raises:
         UnfinishedError: it does; so this device is to blame, its software or its load, and nothing is remembered of the bundle.
@@ -504,9 +510,7 @@ def _compare(home: Home, trusted: str | None, variant: VariantName, why: str) ->
     if trusted is None:
         return
     try:
-        slot = home.slot(trusted)
-        same = variant if variant in slot.manifest.variants else slot.manifest.default_variant
-        reference = slot.reference(same)
+        slot, same, reference = _in_variant(home, trusted, variant)
     except (StateError, BaseError, ManifestError):
         return  # it is damaged, so it says nothing of this device
     try:
@@ -525,14 +529,19 @@ def _compare(home: Home, trusted: str | None, variant: VariantName, why: str) ->
         )
 
 
+def _in_variant(home: Home, digest: str, variant: VariantName | None) -> tuple[Slot, VariantName, Reference]:
+    """Open a bundle; choose the same variant or its default one, and read what it claims of that."""
+    slot = home.slot(digest)
+    same = variant if variant and variant in slot.manifest.variants else slot.manifest.default_variant
+    return slot, same, slot.reference(same)
+
+
 def _running_reference(home: Home, state: State, variant: VariantName) -> Reference | None:
     """What the running bundle looks like, in the same variant or its default one."""
     if state.active is None:
         return None
     try:
-        running = home.slot(state.active)
-        same = variant if variant in running.manifest.variants else running.manifest.default_variant
-        return running.reference(same)
+        return _in_variant(home, state.active, variant)[2]
     except (StateError, BaseError, ManifestError):
         return None  # the running bundle is damaged; the new one must not be kept out by that
 
@@ -690,7 +699,7 @@ def _generate_on_trial(home: Home, state: State, caption: str, seed: int, varian
             raise  # a read that failed; perhaps it will not the next time
         _take_back(home, state, active, str(error), refuse=False)  # the next update fetches what is damaged
     except (DeviceError, ManifestError) as error:
-        _compare(home, state.previous, home.slot(active).manifest.default_variant, str(error))
+        _compare(home, state.previous, None, str(error))
         _take_back(home, state, active, str(error))
     _count_good(home, counted, drawn[1]["milliseconds"])
     return drawn

@@ -122,7 +122,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "ota/agent/updater.py": [
         ("    if any(theirs):", "    if len(theirs) > 99:", "a device that computes wrongly condemns a release"),
         ("            _compare(home, state.active, variant, why)\n", "", "a device that computes wrongly condemns a release in its trial"),
-        ("        _compare(home, state.previous, home.slot(active).manifest.default_variant, str(error))\n", "", "a device that computes wrongly condemns a release on probation"),
+        ("        _compare(home, state.previous, None, str(error))\n", "", "a device that computes wrongly condemns a release on probation"),
         ("            if not reasons and (why := rules.hurried(trying, slot.reference(variant))):", "            if False:", "a trial on a busy device says nothing and counts"),
         ("    if fresh is None or fresh.manifest != plan.manifest:", "    if fresh is None:", "another bundle than the one that was checked is switched to"),
         ("    fresh, wanted = _decide(home, Trust(home, transport))\n", "    fresh, wanted = plan, wanted\n", "a halt during the download is not seen"),
@@ -323,7 +323,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "flows/triggers.py": [
         ("    if not path.is_file():\n        path.parent.mkdir", "    if True:\n        path.parent.mkdir", "the same event asks twice"),
-        ("    workspace.line(line)\n    event", "    event", "an event of no line is left"),
+        ("    workspace.line(line)\n    try:", "    try:", "an event of no line is left"),
         ("[data.line, data.md5, code_sha256(),", "[data.line, code_sha256(),", "new data make no new run"),
         ('workspace.line(data.line).model_dump(mode="json"), event])', 'workspace.line(data.line).model_dump(mode="json")])', "an event makes no run where data did"),
         ("        except ValidationError:\n            sys.stderr", "        except ZeroDivisionError:\n            sys.stderr", "one damaged event ends the service"),
