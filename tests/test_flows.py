@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.errors import BusyError, WorkspaceError
 from flows.promote import anchor_of, champion_of, judged, sealed, verdict
-from flows.workspace import Workspace, create
+from flows.workspace import SEEN, Workspace, create
 from model import versions
 from model.errors import CheckpointError, RevisionError
 from ota.release.keys import KeyRing
@@ -468,6 +468,12 @@ def test_alias_set_by_hand_is_neither_trusted_nor_built_on(workspace: Workspace)
     workspace.catalog.promote(SUBJECT, 2)  # as somebody might in MLflow's page
     with pytest.raises(CatalogError, match="MLflow says shapes/I/full 2 is champion, the ledger does not"):
         champions(workspace, "shapes", "edge")
+    weights = workspace.catalog.version(SUBJECT, 1).tagged_weights
+    with (
+        Stranger(workspace, 2).tagging({"weights.sha256": weights}),
+        pytest.raises(CatalogError, match="2 is champion, the ledger does not"),
+    ):
+        champions(workspace, "shapes", "edge")  # nor where it is made to look like the one that is meant
     workspace.catalog.promote(SUBJECT, 1)
     assert kinds(workspace) == before
 
@@ -679,10 +685,16 @@ def test_ledger_that_was_cut_off_shows(workspace: Workspace):
     whole = database.read_bytes()
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("DELETE FROM ledger_entries WHERE number > 1")
-    for command in (["history"], ["release", "shapes"]):
-        told = ferry(workspace, *command)
-        assert told.exit_code == 6
-        assert "entries were cut off" in told.stderr
+    seen = workspace.root / "keys" / SEEN
+    noted = seen.read_bytes()
+    for says in ("this workspace has seen entry", "the ledger lacks what shapes/edge release 1 was signed with"):
+        for command in (["history"], ["release", "shapes"]):
+            told = ferry(workspace, *command)
+            assert told.exit_code == 6
+            assert "entries were cut off" in told.stderr
+            assert says in told.stderr
+        seen.unlink()  # as whoever cuts the ledger may; what was released still tells
+    seen.write_bytes(noted)
     database.write_bytes(whole)
     assert ferry(workspace, "history").exit_code == 0
 

@@ -31,7 +31,7 @@ from registry.seal import Seal
 from registry.selection import Decision, Limits
 from tests.test_slow import FERRY, clean_environment, wait_for
 
-LINES = [f"line{i}" for i in range(48)]  # one for each test that writes
+LINES = [f"line{i}" for i in range(51)]  # one for each test that writes
 SETTINGS = "schema = 1\n" + "".join(
     f'\n[lines.{name}]\ndata = "data/{name}"\n{"require_approval = true" if i >= 38 else ""}\n' for i, name in enumerate(LINES)
 )
@@ -541,6 +541,28 @@ def test_alias_that_the_gate_refuses_is_put_back_and_the_refusal_is_kept(
     assert ferry(workspace, "reconcile").exit_code == 0
 
 
+def test_alias_is_put_back_where_the_gate_changes_its_word_meanwhile(
+    workspace: Workspace, subject: Subject, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    rules.promote(workspace, subject, 1, "first")
+    append = Ledger.append
+
+    def overtaken(ledger: Ledger, *arguments: Any) -> Entry:
+        monkeypatch.setattr(Ledger, "append", append)
+        other = Ledger(workspace.database, workspace.keys, tmp_path / "seen there")
+        again = rules.verdict(workspace, subject, 2)
+        assert again is not None
+        gate(other, subject, 2, again.model_copy(update={"outcome": "promote if reasoned"}))
+        other.close()
+        return append(ledger, *arguments)
+
+    client.set_registered_model_alias(subject.model, "champion", "2")
+    monkeypatch.setattr(Ledger, "append", overtaken)
+    (row,) = rules.reconcile(workspace, [subject.line])
+    assert (row.answer, champion(workspace, subject)) == ("refused", 1)
+    assert "harmless and no better" in row.text
+
+
 def test_alias_set_first_to_what_was_refused_is_taken_away(workspace: Workspace, subject: Subject, client: MlflowClient):
     client.set_registered_model_alias(subject.model, "champion", "3")
     assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["refused"]
@@ -642,6 +664,33 @@ def test_refused_version_is_remembered(workspace: Workspace, approved: Subject):
     assert refused.why == "too dark"
     assert champion(workspace, approved) is None
     assert [e.kind for e in entries(workspace, approved)] == ["pending", "refusal"]
+
+
+def test_question_about_other_weights_than_the_gate_saw_is_not_answered(workspace: Workspace, approved: Subject):
+    workspace.ledger.append("pending", str(approved), "it passed", {"version": 1, "weights": weights(9)})
+    with pytest.raises(PromotionError, match=rf"asks about other weights of {approved} 1 than the gate saw"):
+        rules.approve(workspace, approved, 1, "looks good")
+    assert [e.kind for e in entries(workspace, approved)] == ["pending"]
+
+
+def test_of_two_answers_at_the_same_moment_one_counts(
+    workspace: Workspace, approved: Subject, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    waiting_version(workspace, approved, 1)
+    append = Ledger.append
+
+    def overtaken(ledger: Ledger, *arguments: Any) -> Entry:
+        monkeypatch.setattr(Ledger, "append", append)
+        # of another host, which the file lock does not stop
+        other = Ledger(workspace.database, workspace.keys, tmp_path / "seen there")
+        other.append("refusal", str(approved), "too dark", {"how": "approval", "version": 1}, who="anna")
+        other.close()
+        return append(ledger, *arguments)
+
+    monkeypatch.setattr(Ledger, "append", overtaken)
+    with pytest.raises(PromotionError, match="at the same moment; nothing was changed"):
+        rules.approve(workspace, approved, 1, "blurred", refuse=True)
+    assert [(e.kind, e.why) for e in entries(workspace, approved)][1:] == [("refusal", "too dark")]
 
 
 def test_approval_asks_for_a_version_and_a_reason(workspace: Workspace, approved: Subject):
