@@ -26,6 +26,8 @@ from tests.conftest import few
 from tests.fleet_kit import Field, publish
 from tests.test_agent_update import changed_json, digest, on_trial, variation
 
+pytestmark = pytest.mark.slow  # minutes in all; `make test-slow` and `make attacks` run it
+
 pytest_plugins = ("tests.fleet_kit",)
 
 

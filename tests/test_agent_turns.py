@@ -25,6 +25,8 @@ from tests.conftest import few, origin
 from tests.fleet_kit import CLASS, LINE, Device, Field, everyone, name_manifest, name_policy, publish
 from tests.test_agent_serve import PNG, serving, until
 
+pytestmark = pytest.mark.slow  # minutes in all; `make test-slow` and `make attacks` run it
+
 pytest_plugins = ("tests.fleet_kit",)
 
 SECRET = "Z"  # a caption that begins with it is no golden one

@@ -46,6 +46,8 @@ from tests.fleet_kit import (
     sign_in_place,
 )
 
+pytestmark = pytest.mark.slow  # minutes in all; `make test-slow` and `make attacks` run it
+
 pytest_plugins = ("tests.fleet_kit",)
 
 HOSTILE = [

@@ -289,6 +289,19 @@ def anchor(workspace: Workspace, subject: Subject) -> int | None:
     return seen.number if seen else None
 
 
+def test_rollback_that_was_cut_is_completed_by_repeating_it_and_goes_back_once(workspace: Workspace, subject: Subject):
+    for number in (1, 2):
+        rules.promote(workspace, subject, number, "as it comes")
+    judged(workspace, workspace.ledger, subject, 4, "promote", weights(2))
+    rules.promote(workspace, subject, 4, "better still")
+    with mlflow_lost_after_the_ledger():
+        rules.rollback(workspace, subject, "back")
+    made = entries(workspace, subject)
+    assert rules.rollback(workspace, subject, "back") == made[-1]
+    assert (champion(workspace, subject), entries(workspace, subject)) == (2, made)
+    assert rules.rollback(workspace, subject, "and further back").facts["version"] == 1
+
+
 def test_reconcile_also_completes_who_is_the_best_model_ever(workspace: Workspace, subject: Subject):
     judged(workspace, workspace.ledger, subject, 4, "promote", weights(2), best=True)
     rules.promote(workspace, subject, 1, "first")

@@ -52,6 +52,8 @@ from tests.fleet_kit import (
 )
 from tests.test_agent_attacks import raise_in_snapshot
 
+pytestmark = pytest.mark.slow  # minutes in all; `make test-slow` and `make attacks` run it
+
 pytest_plugins = ("tests.fleet_kit",)
 
 
@@ -554,7 +556,6 @@ def test_no_device_ever_finds_half_a_rotation(plant, monkeypatch):
     assert {plant.role(role)["version"] for role in ("root", "targets")} == {2}
 
 
-@pytest.mark.slow
 def test_killed_rotation_is_repeated(plant, tmp_path, monkeypatch):
     # The process dies at each of its writes in turn: private keys, what waits, the ring, metadata, the published copy.
     roles = ("root", "timestamp", "models")
