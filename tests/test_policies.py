@@ -20,6 +20,7 @@ from flows.cli import app
 from flows.errors import BusyError
 from flows.workspace import Workspace, create
 from ota.errors import OperatorError
+from ota.manifest import Policy
 from ota.release.bundle import Bundle
 from ota.release.keys import KeyRing
 from ota.release.repository import Repository
@@ -235,6 +236,31 @@ def test_each_change_holds_the_lock(two: Factory, monkeypatch: pytest.MonkeyPatc
     with FileLock(two.workspace.work / "records.lock"), pytest.raises(BusyError):
         change(two.workspace)
     assert two.facts() == before
+
+
+@pytest.mark.parametrize("change", ["renew", "floor"])
+def test_nothing_is_halted_between_reading_a_policy_and_signing_it_anew(
+    two: Factory, monkeypatch: pytest.MonkeyPatch, change: str
+):
+    """A halt that came in between would be undone by what was read before it."""
+    read, lock = Repository.policy, two.workspace.repository._lock.lock_file
+    free = list[bool]()
+
+    def reading(repository: Repository, line: str, device_class: str) -> Policy | None:
+        try:
+            with FileLock(lock, timeout=0):
+                free.append(True)
+        except Timeout:
+            free.append(False)
+        return read(repository, line, device_class)
+
+    monkeypatch.setattr(Repository, "policy", reading)
+    if change == "renew":
+        policies.renew(two.workspace, LINE, CLASS)
+    else:
+        policies.floor(two.workspace, LINE, CLASS, 2)
+    assert free
+    assert not any(free)
 
 
 def test_halt_goes_out_while_another_ferry_holds_the_records(two: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
