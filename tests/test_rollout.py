@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from ota.agent import rules
 from ota.agent.state import Config, State
-from ota.errors import ManifestError, OperatorError, TrustError
-from ota.manifest import Policy, Reference, Wave
+from ota.errors import AgentError, ManifestError, OperatorError, TrustError
+from ota.manifest import Manifest, Policy, Reference, Wave
 from ota.release import rollout
 from ota.release.repository import Release
+from tests.test_manifest import manifest
 
 OLD, CURRENT, NEW = "0" * 64, "1" * 64, "2" * 64
 NOON = int(datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp())
@@ -220,6 +221,32 @@ def test_versions_may_not_go_back(found, marks):
         rules.check_versions(found, marks)
 
 
+@pytest.mark.parametrize("role", ["timestamp", "models"])
+def test_version_beyond_the_largest_count_is_refused(role):
+    rules.check_versions({"root": 1, role: 9_007_199_254_740_992}, {"root": 1})
+    with pytest.raises(TrustError, match=f"a version of {role} beyond 9007199254740992; it is an attack, nothing is installed"):
+        rules.check_versions({"root": 1, role: 9_007_199_254_740_993}, {"root": 1})
+
+
+# What a bundle was made for
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "sentence"),
+    [
+        ({"device_class": "other"}, ManifestError, "the bundle is for shapes/other, not for this device"),
+        ({"line": "other"}, ManifestError, "the bundle is for other/edge, not for this device"),
+        ({"minimum_agent": "0.2.1"}, AgentError, "the bundle needs agent 0.2.1, this is 0.2.0; update the agent first"),
+        ({"minimum_agent": "0.10.0"}, AgentError, "the bundle needs agent 0.10.0, this is 0.2.0; update the agent first"),
+    ],
+)
+def test_bundle_made_for_another_device_or_agent_is_refused(fields, error, sentence):
+    offered = Manifest.model_validate(manifest(minimum_agent="0.2.0"))
+    rules.check_fits(offered, config(), agent="0.2.0")
+    with pytest.raises(error, match=f"^{sentence}$"):
+        rules.check_fits(offered.model_copy(update=fields), config(), agent="0.2.0")
+
+
 # What the operator asks for
 
 
@@ -292,6 +319,7 @@ def test_fit_bundle_has_no_reasons():
         ({"peak_mib": 1025.0}, "it takes 1025 MiB, 1024 are allowed"),
         ({"statistics": (("mean", float("nan")),)}, "the images' mean is nan"),
         ({"statistics": (("mean", 0.26),)}, "the images' mean is 0.26, the running model's lies between 0.05 and 0.15"),
+        ({"statistics": (("mean", -0.06),)}, "the images' mean is -0.06, the running model's lies between 0.05 and 0.15"),
     ],
 )
 def test_unfit_bundle_refused_with_reason(fields, reason):
@@ -307,9 +335,10 @@ def test_time_that_a_busy_device_took_is_not_held_against_a_bundle():
     assert not rules.hurried(trying(milliseconds=100.0, computing=100.0), OWN)
 
 
-def test_bundle_unlike_itself_refused():
-    reasons = rules.judge(trying(statistics=(("mean", 0.41),)), OWN, None)
-    assert reasons == ["the images' mean is 0.41, its own reference lies between 0.00 and 0.20"]
+@pytest.mark.parametrize("mean", ["0.41", "-0.21"])
+def test_bundle_unlike_itself_refused(mean):
+    reasons = rules.judge(trying(statistics=(("mean", float(mean)),)), OWN, None)
+    assert reasons == [f"the images' mean is {mean}, its own reference lies between 0.00 and 0.20"]
 
 
 @pytest.mark.parametrize(
@@ -317,3 +346,9 @@ def test_bundle_unlike_itself_refused():
 )
 def test_runtime_bounds_are_numeric(version, fits):
     assert (rules.check_runtime([">=1.20", "<2"], version) is None) == fits
+
+
+def test_runtime_at_the_upper_bound_is_refused():
+    bounds = [">=1.20", "<1.24.1"]
+    assert rules.check_runtime(bounds, "1.24.0") is None
+    assert rules.check_runtime(bounds, "1.24.1") == "it needs ONNX Runtime >=1.20, <1.24.1, this device has 1.24.1"
