@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -376,6 +377,35 @@ def test_time_seen_is_remembered(scene):
     scene.device.home.raise_high_water(marks.model_copy(update={"time": marks.time - 7200}))
     scene.device.update()
     assert scene.device.home.high_water().time >= marks.time
+
+
+def set_clock_back(monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    """Let the agent's clock run behind by so many hours."""
+    behind = SimpleNamespace(time=lambda: time.time() - 3600 * hours, monotonic=time.monotonic)
+    monkeypatch.setattr("ota.agent.trust.time", behind)
+
+
+def test_clock_that_goes_back_bit_by_bit_is_noticed(scene, monkeypatch):
+    # Each step is one that a poor clock may make; together they go back to where expired metadata look fresh.
+    seen = scene.device.home.high_water().time
+    set_clock_back(monkeypatch, hours=20)
+    assert scene.device.update().reason == "release 1 is installed"
+    assert scene.device.home.high_water().time == seen
+    set_clock_back(monkeypatch, hours=40)
+    with untouched(scene.device, TrustError, "hours behind the last time seen; set it"):
+        scene.device.update()
+
+
+def test_time_is_remembered_where_the_policy_has_expired(offered, keys, monkeypatch):
+    # Else a clock that is set back after that makes the policy look fresh.
+    marks = offered.device.home.high_water()
+    offered.device.home.raise_high_water(marks.model_copy(update={"time": marks.time - 3 * 86_400}))
+    sign_in_place(metadata_file(offered.repository, "rollout"), keys, "rollout", expire)
+    forget_cache(offered.device)
+    assert "the rollout policy has expired" in offered.device.update().reason
+    set_clock_back(monkeypatch, hours=48)
+    with untouched(offered.device, TrustError, "hours behind the last time seen; set it"):
+        offered.device.update()
 
 
 # 7 Mix-and-match
