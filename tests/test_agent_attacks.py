@@ -670,6 +670,18 @@ def sign_bytes_as_policy(repository: Repository, data: bytes) -> None:
     change_role(repository, "rollout", change)
 
 
+def test_document_that_is_signed_as_too_long_is_not_fetched(offered, web):
+    longest = everyone(offered.release).canonical().ljust(16_384)
+    sign_bytes_as_policy(offered.repository, longest)
+    assert offered.device.update(check_only=True).reason == "release 2 is open to this device"
+    sign_bytes_as_policy(offered.repository, longest + b" ")
+    web.requests.clear()
+    with untouched(offered.device, RepositoryError, "signed with 16385 bytes, more than 16384; nothing of it", marks=False):
+        offered.device.update()
+    assert web.asked(".rollout.json")
+    assert not web.asked(f".{CLASS}.json")
+
+
 @pytest.mark.parametrize(
     ("thief", "path"), [("rollout", "models"), ("deltas", "models"), ("deltas", "rollout"), ("models", "rollout")]
 )
