@@ -17,7 +17,7 @@ import pytest
 from ota.agent import doctor, reports, transport, updater
 from ota.agent.disk import Disk
 from ota.agent.transport import Folder, NotFoundError, Web, at_most, connect, download, read_small
-from ota.errors import TransferError, TrustError
+from ota.errors import RepositoryError, TransferError, TrustError
 from tests.conftest import few
 from tests.fleet_kit import Field
 
@@ -308,6 +308,28 @@ def test_what_is_no_file_is_not_read(folder, name):
 def test_file_behind_a_link_is_read(folder, name):
     # Web servers and rsync publish by links; what is fetched is verified in any case.
     assert read_small(Folder(folder), name, 100) == b"content"
+
+
+def test_document_one_byte_longer_than_signed_is_not_used(folder, monkeypatch):
+    monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
+    assert read_small(Folder(folder), "file", 7) == b"content"
+    with pytest.raises(RepositoryError, match="file is longer than the 6 bytes that are signed for it; nothing of it is used"):
+        read_small(Folder(folder), "file", 6)
+
+
+def test_download_one_byte_longer_than_signed_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
+    with pytest.raises(RepositoryError, match="file is longer than the 6 bytes that are signed for it; nothing of it is used"):
+        download(Folder(folder), "file", 6, Disk(folder), "part", at_most(PATIENCE))
+    assert not (folder / "part").exists()
+
+
+@pytest.mark.parametrize("part", [b"contents", b"x" * 100])
+def test_part_longer_than_signed_is_fetched_anew(folder, monkeypatch, part):
+    monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
+    (folder / "part").write_bytes(part)
+    download(Folder(folder), "file", 7, Disk(folder), "part", at_most(PATIENCE))
+    assert (folder / "part").read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\udcff", "", "."])
