@@ -43,7 +43,20 @@ from ota.errors import (
 from ota.release.bundle import Bundle, assemble
 from ota.release.rollout import halt, start
 from tests.conftest import few, origin
-from tests.fleet_kit import CLASS, LINE, Cut, Device, Field, Request, WebServer, closed_port, everyone, publish, untouched
+from tests.fleet_kit import (
+    CLASS,
+    LINE,
+    Cut,
+    Device,
+    Field,
+    Request,
+    WebServer,
+    closed_port,
+    everyone,
+    name_delta,
+    publish,
+    untouched,
+)
 from tests.test_slow import wait_for
 
 pytest_plugins = ("tests.fleet_kit",)
@@ -188,6 +201,27 @@ def test_damaged_delta_falls_back(offered, bundles, damage):
 def test_unpublished_delta_falls_back(scene, bundles):
     publish(scene.repository, bundles["second"])
     assert made_by(scene, bundles["second"]) == "full"
+
+
+def test_delta_that_is_not_what_is_signed_is_not_opened(offered, bundles, monkeypatch):
+    path, asked, real = delta_file(offered), [], child.run
+
+    def run(task: str, **request: Any) -> dict[str, Any]:
+        asked.append(task)
+        return real(task, **request)
+
+    monkeypatch.setattr(child, "run", run)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert made_by(offered, bundles["second"]) == "full"
+    assert "apply" not in asked
+
+
+def test_delta_as_large_as_the_bundle_is_not_fetched(scene, bundles):
+    size = publish(scene.repository, bundles["second"]).full_bytes
+    name_delta(scene.repository, digest(bundles["first"]), digest(bundles["second"]), bytes(size))
+    names = scene.device.update_until(10)
+    assert [name for name in names if name.startswith("download")] == [f"download the full bundle, {size:,} bytes"]
 
 
 def test_base_damaged_meanwhile_falls_back(offered, bundles):
@@ -428,6 +462,45 @@ def test_unfit_bundle_refused_on_device(scene, bundles, tmp_path, name):
     stand_still(scene)
 
 
+def test_every_variant_is_tried(scene, exported, tmp_path):
+    # `dev` is `full` with another name in its table, and with a budget that nothing keeps.
+    dev = shutil.copytree(exported.folder, tmp_path / "dev")
+    for name, fields in (("sampler.json", {"variant": "dev"}), ("reference.json", {"latency_ms": 0.001})):
+        (dev / name).write_text(json.dumps(json.loads((dev / name).read_bytes()) | fields))
+    given = {"line": LINE, "device_class": CLASS, "tier": "test", "configuration": "I", "precision": "bfloat16"}
+    both = assemble({"full": exported.folder, "dev": dev}, **given, origin=origin(5), out=tmp_path / "out")
+    publish(scene.repository, both)
+    with pytest.raises(GateError, match=r"tried and refused, dev: an image takes .* the budget is 0 ms"):
+        scene.device.update()
+    assert list(scene.device.state.refused) == [digest(both)]
+    stand_still(scene)
+
+
+def running_garbage(field: Field, bundles: dict[str, Bundle], seq: int) -> Device:
+    """Let the device run what makes noise, and agrees with what it says of itself; the next release is open to it."""
+    garbage, device = bundles["garbage"], field.device
+    shutil.copytree(garbage.folder, device.root / "slots" / digest(garbage))
+    device.home.save(State(active=digest(garbage), seq=seq))
+    publish(field.repository, bundles["second"])
+    return device
+
+
+def test_bundle_below_the_floor_has_no_say_in_what_comes_after_it(scene, bundles):
+    device, second = running_garbage(scene, bundles, seq=1), digest(bundles["second"])
+    with pytest.raises(GateError, match="the running model's"):
+        device.update()
+    device.command("forget", second)
+    scene.repository.set_floor(LINE, CLASS, 2)
+    assert device.update().changed
+    assert device.active == second
+
+
+def test_bundle_that_no_key_vouches_for_has_no_say_in_what_comes_after_it(scene, bundles):
+    device = running_garbage(scene, bundles, seq=0)  # as after the keys of `models` were replaced
+    assert device.update().changed
+    assert device.active == digest(bundles["second"])
+
+
 def failing(monkeypatch: pytest.MonkeyPatch, task: str, error: BaseException) -> pytest.MonkeyPatch:
     """Let one task of the child fail."""
     real = child.run
@@ -560,6 +633,13 @@ def test_forgetting_lifts_a_refusal(offered, bundles):
     assert list(device.state.refused) == ["ab" * 32, "ac" * 32]
     assert device.update().changed
     assert device.active == second
+
+
+def test_refusals_outlast_the_next_install(offered, bundles):
+    device, others = offered.device, {"ab" * 32: "other", "ac" * 32: "third"}
+    device.home.save(device.state.model_copy(update={"refused": others}))
+    assert device.update().changed
+    assert (device.active, device.state.refused) == (digest(bundles["second"]), others)
 
 
 def test_rollback_says_how_to_undo_itself(updated, bundles):
@@ -1172,6 +1252,18 @@ def test_download_resumed_by_next_agent(offered, web, bundles, step, monkeypatch
     assert made_by(offered, bundles["second"]) == "delta"
     assert [request.first for request in web.asked(f".{digest(bundles['second'])}")] == [0, 20_000]
     assert web.bytes_sent(f".{digest(bundles['second'])}") == step.stat().st_size
+
+
+def test_download_of_a_release_that_is_halted_is_removed(offered, web, bundles, monkeypatch):
+    monkeypatch.setattr("ota.agent.transport.ATTEMPTS", 1)
+    web.faults.cut_after = {f".{digest(bundles['second'])}": 20_000}
+    with pytest.raises(TransferError, match="will be resumed"):
+        offered.device.update()
+    offered.repository.set_policy(everyone(offered.release, halt=True))
+    assert offered.device.update(check_only=True).reason == "release 2 is halted"
+    assert [path.stat().st_size for path in (offered.device.root / "incoming").iterdir()] == [20_000]
+    assert offered.device.update().reason == "release 2 is halted"
+    assert offered.device.leftovers() == []
 
 
 def test_server_without_ranges_works(offered, web, bundles, step):
