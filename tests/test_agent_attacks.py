@@ -171,6 +171,15 @@ def test_endless_metadata_cut_off(offered, web, name):
     not_installed(offered.device)
 
 
+def test_metadata_one_byte_longer_than_allowed_are_not_read(offered):
+    path = metadata_file(offered.repository, "timestamp")
+    path.write_bytes(path.read_bytes().ljust(16_384))
+    assert offered.device.update(check_only=True).reason == "release 2 is open to this device"
+    path.write_bytes(path.read_bytes() + b" ")
+    with untouched(offered.device, TransferError, "timestamp.json is longer than the 16384 bytes that are allowed"):
+        offered.device.update()
+
+
 def test_endless_manifest_cut_off(offered, web):
     web.faults.endless = {f".{offered.release.manifest}.json"}
     with untouched(offered.device, RepositoryError, "longer than the .* bytes that are signed", marks=False):
