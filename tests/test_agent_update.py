@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ota.agent import child, rules, updater
+from ota.agent import child, rules, sampler, updater
 from ota.agent.disk import Disk
-from ota.agent.state import MAX_REFUSED, TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
+from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
 from ota.errors import (
     BaseError,
     BusyError,
@@ -57,6 +57,7 @@ from tests.fleet_kit import (
     publish,
     untouched,
 )
+from tests.test_agent_attacks import with_header
 from tests.test_slow import wait_for
 
 pytest_plugins = ("tests.fleet_kit",)
@@ -222,6 +223,14 @@ def test_delta_as_large_as_the_bundle_is_not_fetched(scene, bundles):
     name_delta(scene.repository, digest(bundles["first"]), digest(bundles["second"]), bytes(size))
     names = scene.device.update_until(10)
     assert [name for name in names if name.startswith("download")] == [f"download the full bundle, {size:,} bytes"]
+
+
+def test_delta_that_names_another_bundle_is_not_applied(scene, bundles, step):
+    # It makes the right files, but its name is not what it says of itself.
+    publish(scene.repository, bundles["second"])
+    other = with_header(step.read_bytes(), target="7" * 64)
+    name_delta(scene.repository, digest(bundles["first"]), digest(bundles["second"]), other)
+    assert made_by(scene, bundles["second"]) == "full"
 
 
 def test_base_damaged_meanwhile_falls_back(offered, bundles):
@@ -476,6 +485,22 @@ def test_every_variant_is_tried(scene, exported, tmp_path):
     stand_still(scene)
 
 
+def test_one_golden_output_that_is_not_finite_is_as_bad_as_all(scene, monkeypatch):
+    slot, real, runs = scene.device.home.slot(scene.device.active), sampler.Model.run, []
+
+    def run(self: sampler.Model, *given: Any) -> Any:
+        velocity = real(self, *given)
+        if not runs:  # the golden outputs come first
+            velocity[0, 0, 0, 0] = np.nan
+        runs.append(given)
+        return velocity
+
+    assert child.try_bundle(str(slot.folder), slot.digest, "full")["golden_share"] == 1.0
+    monkeypatch.setattr(sampler.Model, "run", run)
+    answer = child.try_bundle(str(slot.folder), slot.digest, "full")
+    assert (answer["golden_share"], answer["finite"]) == (0.0, True)
+
+
 def running_garbage(field: Field, bundles: dict[str, Bundle], seq: int) -> Device:
     """Let the device run what makes noise, and agrees with what it says of itself; the next release is open to it."""
     garbage, device = bundles["garbage"], field.device
@@ -678,13 +703,21 @@ def test_try_without_process_is_not_counted(offered, monkeypatch):
 
 def test_refusals_are_bounded():
     state = State()
-    for i in range(MAX_REFUSED + 3):
+    for i in range(67):
         state = state.model_copy(update={"refused": state.refusing(f"{i:064x}", "x" * 600)})
     state = state.model_copy(update={"refused": state.refusing(f"{5:064x}", "again")})
-    assert len(state.refused) == MAX_REFUSED
+    assert len(state.refused) == 64
     assert next(iter(state.refused)) == f"{3:064x}"
     assert list(state.refused)[-1] == f"{5:064x}"
     assert max(map(len, state.refused.values())) == 500
+
+
+def test_state_too_large_to_be_read_again_is_not_written(updated):
+    before = updated.device.state
+    large = before.model_copy(update={"refused": {f"{i:064x}": "x" * 20_000 for i in range(60)}})
+    with pytest.raises(StateError, match="would have more than 1048576 bytes; report it, what runs is kept"):
+        updated.device.home.save(large)
+    assert updated.device.state == before
 
 
 # Probation

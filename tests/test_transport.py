@@ -304,6 +304,24 @@ def test_what_is_no_file_is_not_read(folder, name):
     assert not isinstance(error, NotFoundError)
 
 
+@pytest.mark.parametrize("name", ["folder", "pipe", "zero", "socket"])
+def test_what_is_no_file_is_not_even_opened(folder, name, monkeypatch):
+    # A pipe wakes whoever waits to write into it, and some devices begin to do something.
+    monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
+    opened, real = [], os.open
+
+    def record(path: Any, *rest: Any, **named: Any) -> int:
+        opened.append(path)
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", record)
+    with pytest.raises(TransferError, match=f"{name} is not a regular file; check the repository's folder"):
+        read_small(Folder(folder), name, 100)
+    assert folder / name not in opened
+    assert read_small(Folder(folder), "file", 100) == b"content"
+    assert folder / "file" in opened
+
+
 @pytest.mark.parametrize("name", ["file", "link"])
 def test_file_behind_a_link_is_read(folder, name):
     # Web servers and rsync publish by links; what is fetched is verified in any case.
