@@ -85,6 +85,7 @@ guidance = 2.0
 [lines.digits.gate]
 images = 128
 coverage = 0.1
+implausible = 0.7                  # so small a model, so short a training: many of its digits are unlike all real ones
 
 [lines.digits.classes.edge]
 configuration = "I"

@@ -146,7 +146,9 @@ def check_ledger(workspace: Workspace) -> dict[str, int]:
     return signed
 
 
-def promote(workspace: Workspace, subject: Subject, number: int, reason: str, overrule: bool = False) -> Entry:
+def promote(
+    workspace: Workspace, subject: Subject, number: int, reason: str, overrule: bool = False, accept_worse: bool = False
+) -> Entry:
     """Point `champion` at a version and record why.
 
     A version that became champion through the gate may always be gone back to. Any other must have passed the gate against the present
@@ -161,7 +163,7 @@ def promote(workspace: Workspace, subject: Subject, number: int, reason: str, ov
     """
     expected = _standing(workspace, subject)  # before waiting for the lock: who waits must not overwrite what it has not seen
     with workspace.locked("records"):
-        return _promote(workspace, subject, number, reason, expected, "command", overrule)
+        return _promote(workspace, subject, number, reason, expected, "command", overrule, accept_worse=accept_worse)
 
 
 def rollback(workspace: Workspace, subject: Subject, reason: str, to: int | None = None) -> Entry:
@@ -200,6 +202,7 @@ def _promote(
     how: How,
     overrule: bool = False,
     who: str | None = None,
+    accept_worse: bool = False,
 ) -> Entry:
     version = workspace.catalog.version(subject, number)
     weights = expected.weights_of(str(subject), number)
@@ -223,7 +226,7 @@ def _promote(
         found = expected.verdict(number) if goes_on(facts, expected) else None
         decision = Decision.model_validate(found) if found else None
         if decision and decision.outcome == "promote if reasoned" and reason.strip():  # without one `check` says what to do
-            reason = reasoned(decision, reason).reason
+            reason = reasoned(decision, reason, accept_worse or overrule).reason
         facts["becomes_anchor"] = decision is not None and decision.becomes_anchor
         entry = workspace.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
     try:

@@ -129,6 +129,7 @@ def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> re
         train_seconds=c.train_seconds,
         samples=samples,
         captions=captions,
+        worst=report.worst(card.asked),
         ratings=[v.text for v in verdicts(workspace, str(subject)) if v.challenger == c.version.version],
     )
 

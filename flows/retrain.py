@@ -31,13 +31,13 @@ from model.config import TEACHERS, ConfigurationName, ModelConfig, PrecisionName
 from model.data import Dataset, prepare
 from model.errors import CheckpointError
 from model.evaluate import Drawn
-from model.scorecard import Comparison, DataVersion, Frozen, Lineage, Quality, Sampler, Scorecard
+from model.scorecard import Comparison, DataVersion, Following, Frozen, Lineage, Quality, Sampler, Scorecard
 from ota.delta import files
 from registry.catalog import Subject, card_text
 from registry.errors import SealError
 from registry.lineage import file_sha256
 from registry.seal import SCORECARD, Part, Seal, files_of, sealed_bytes
-from registry.selection import Budgets, Decision, Limits, decide, level
+from registry.selection import Budgets, Decision, Limits, decide, level, spent
 
 RETRIES: dict[str, Any] = {
     "retries": 2,
@@ -157,14 +157,20 @@ def evaluate_model(
     qualities: list[Quality] = []
     comparisons: list[Comparison] = []
     drawn: dict[str, Drawn] = {}
+    follows: list[Following] = []
+    n, captions = line.gate.images, evaluate.held_out_captions(dataset, line.gate.images)
+    more = [dataset.captions[i] for i in evaluate.further_items(dataset, n)]  # of captions that are looked at one by one
     for split, data in splits.items():
-        captions = evaluate.held_out_captions(data, line.gate.images)
-        drawn[split] = challenger.draw(captions)
+        asked = [*captions, *more] if split == "new" else evaluate.held_out_captions(data, n)
+        whole = challenger.draw(asked)
+        drawn[split] = whole.first(n)
         qualities += evaluate.quality(spaces, data, drawn[split], split)
+        follows += evaluate.following(spaces, data, drawn[split], split)
         for against, other in others:
-            images = other.draw(captions)
-            comparisons += evaluate.compare(spaces, data, drawn[split], images, split, other.weights_sha256, against)
-    captions = evaluate.held_out_captions(dataset, line.gate.images)
+            images = other.draw(asked)
+            comparisons += evaluate.compare(spaces, data, drawn[split], images.first(n), split, other.weights_sha256, against)
+    beside = others[0][1].draw([*captions, *more]) if champion else None
+    one_by_one = evaluate.asked_for(spaces, dataset, challenger.draw([*captions, *more]), beside, n)
     solver = None
     if full:
         solver = distill.solver(lineage.variant, line.sampler.guidance)
@@ -176,12 +182,13 @@ def evaluate_model(
     cost = evaluate.measure_cost(Path(exported), dataset.captions[0], sampler)
     card = evaluate.scorecard(
         lineage, lineage.config, challenger.weights_sha256, sampler, line.precision(lineage.config.configuration), drawn["new"],
-        qualities, comparisons, memories, by_caption, cost, solver,
+        qualities, comparisons, memories, by_caption, cost, solver, follows, one_by_one,
+        evaluate.plausibility(spaces, dataset, drawn["new"]), evaluate.group_hashes(dataset),
     )  # fmt: skip
     out = workspace.work / "evaluations" / key
     out.mkdir(parents=True, exist_ok=True)
     (out / "scorecard.json").write_text(card.model_dump_json(indent=1))
-    picture(challenger.by_caption(captions), out / "samples.png")
+    picture(challenger.by_caption([*captions, *more]), out / "samples.png")
     return {"scorecard": str(out / "scorecard.json"), "samples": str(out / "samples.png")}
 
 
@@ -541,7 +548,7 @@ def judge_and_register(
         checkpoint: folder.
         theirs: the champion's files.
         champion: the present one, if any.
-        allowed: chance of a wrong promotion; None: `gate.alpha`.
+        allowed: chance of a wrong promotion, before what earlier attempts on these held-out images took of it; None: `gate.alpha`.
         winners: promote what the gate lets through.
         full: bundle of the `full` that a student is compared with at equal network evaluations.
     """
@@ -569,9 +576,11 @@ def judge_and_register(
         latency_ms=line.latency_ms(configuration, opened.lineage.variant),
         memory_mib=line.memory_mib(configuration, opened.lineage.variant),
     )
+    earlier = [verdict(workspace, subject, number) for number in sorted(judged(workspace, subject))]
+    looks = spent(1.0, card.held_out, card.weights_sha256, [made for made in earlier if made])
     decision = decide(
         card, limits, budgets, champion.weights if champion else None,
-        anchor=anchor.weights if anchor else None, level=allowed,
+        anchor=anchor.weights if anchor else None, level=looks * (line.gate.alpha if allowed is None else allowed),
         update_bytes=_update_bytes(Path(theirs["bundle"]), Path(exported)) if theirs else None,
     )  # fmt: skip
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -133,16 +133,37 @@ class Training(Section):
         return TrainOptions(stored=stored, **self.model_dump())
 
 
+SUCCESSORS = {  # keys of [lines.*.gate] that are no more, because they were shares of pure noise's distance
+    "margin": "tolerance (a share of the champion's own distance; 0.5 unless given)",
+    "decay": "total_tolerance (how many such losses in all; 2.0 unless given)",
+}
+
+
 class Gate(Section):
     """What promotion asks for; see `registry.selection.Limits`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _successors(cls, given: Any) -> Any:
+        for name in SUCCESSORS.keys() & (given if isinstance(given, dict) else {}).keys():
+            raise PydanticCustomError(
+                "successor", "{name} was a share of pure noise's distance and is no more; remove it, its successor is {successor}",
+                {"name": name, "successor": SUCCESSORS[name]},
+            )  # fmt: skip
+        return given
+
     images: int = Field(default=256, ge=8, description="generated images for each evaluation")
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    margin: float = Field(default=0.1, gt=0, le=1)
-    decay: float = Field(default=0.2, gt=0, le=1)
+    tolerance: float = Field(default=0.5, gt=0, le=2)
+    tolerance_bands: float = Field(default=1.5, ge=0, le=10)
+    total_tolerance: float = Field(default=2.0, gt=0, le=10)
     minimum_images: int = Field(default=96, ge=8)
     coverage: float = Field(default=0.3, ge=0, le=1)
     copying: float = Field(default=0.8, gt=0.5, le=1)
+    copies: float = Field(default=0.1, gt=0, le=1)
+    implausible: float = Field(default=0.4, gt=0, le=1)
+    duplicates: float = Field(default=0.3, gt=0, le=1)
+    captions: bool = Field(default=True, description="images must go with their captions, and each caption be drawn")
     beat_solver: bool = Field(default=True, description="of dev and fast: better than full, drawn with as many evaluations")
 
 
@@ -651,11 +672,16 @@ guidance = 2.0                     # 1 is unguided
 [lines.{name}.gate]
 images = 256                       # generated for each evaluation
 alpha = 0.05                       # chance of promoting a worse model
-margin = 0.1                       # tolerated on old data, as a share of pure noise's distance
-decay = 0.2                        # tolerated in all against the best version ever, as such a share
+tolerance = 0.5                    # tolerated loss, as a share of the champion's own distance from real images,
+tolerance_bands = 1.5              # or as so many distances between two sets of 25 groups of real images, if that is more
+total_tolerance = 2.0              # tolerated in all against the best version ever, in such losses
 minimum_images = 96                # below this, nothing is decided
 coverage = 0.3
 copying = 0.8                      # chance that a generated image lies nearer to training images than held-out ones do; 0.5 is none
+copies = 0.1                       # share of images nearer to training images than any held-out one, to stay below
+implausible = 0.4                  # share of images unlike all real ones, to stay below
+duplicates = 0.3                   # share of images like another generated one, to stay below
+captions = true                    # images must go with their captions, and each caption must be drawn
 
 [lines.{name}.classes.edge]        # a kind of device
 configuration = "I"                # I: stride 2, II: stride 1

@@ -6,6 +6,8 @@ on the same noise and the same captions; what they share cancels.
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import json
 import platform
 import subprocess
@@ -13,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,18 +26,24 @@ from PIL import Image
 from scipy import stats
 from scipy.spatial.distance import cdist
 
-from model import footprint
+from model import distances, footprint
 from model.config import ModelConfig, PrecisionName
 from model.data import Dataset, decode, mix, to_bytes
+from model.distances import ASPECTS, Groups, Sample
 from model.errors import DataError, ExportError
-from model.features import SPACES, Features, FeatureSpaces, published_features
+from model.features import Features, FeatureSpaces, published_features
 from model.graph import WEIGHTS_FILE
 from model.scorecard import (
+    FOLLOW,
+    HASHES,
+    CaptionCheck,
     CaptionRow,
     Comparison,
     Cost,
+    Following,
     Lineage,
     Memorisation,
+    Plausibility,
     PublishedFid,
     Quality,
     Sampler,
@@ -48,20 +56,21 @@ from model.session import load as load_session
 
 NEIGHBOURS = 5
 BLOCKS = 10  # of the jackknife
-WIDTHS = (0.25, 0.5, 1.0, 2.0)  # of the Gaussian kernels, in median distances; each twice the one before
 YARDSTICK_SEED = 6
 LATENCY_IMAGES = 5
 EVALUATION_SEED = 1_000_000
 MEMORY_SEED = 7
 MEMORY_IMAGES = 2000  # training images that are searched for copies; the others go unseen
 CAPTION_ROWS = 12
+JUDGED_DRAWS = 32  # generated images of a caption that is judged, at least
+JUDGED_CAPTIONS = 64  # at most, and as many words
+IMPLAUSIBLE, DUPLICATE = 0.995, 0.01  # quantiles of real images' distance to the nearest of other groups
 PUBLISHED_BATCH = 256  # decoded images of a folder that are held at a time
 BLANK_DEVIATION = 2.0  # grey levels; an image with less is constant
 DEAD_SHARE = 0.1  # of an even share
 
 Images = npt.NDArray[np.uint8]  # [n, C, R, R]
 Distances = npt.NDArray[np.float64]
-Groups = npt.NDArray[np.intp]  # [m], numbered from 0
 OnBatch = Callable[[int, int], None]
 """Called with (images made, images to make)."""
 
@@ -74,9 +83,13 @@ class Drawn:
     load: npt.NDArray[np.float32]  # [S, M, E], by sampling step
     bad: float  # share of images that are constant or not finite
 
+    def first(self, n: int) -> Drawn:
+        """The first n of them; the load stays that of all."""
+        return Drawn(self.images[:n], self.load, self.bad)
 
-def held_out_captions(dataset: Dataset, n: int) -> list[str]:
-    """N captions in the proportions of the held-out items; the same for every model.
+
+def held_out_items(dataset: Dataset, n: int) -> npt.NDArray[np.intp]:
+    """The held-out items whose captions n images are drawn for: all alike, in an order that is the same for every model.
 
     Raises:
         DataError: fewer than 2 are asked for.
@@ -85,7 +98,52 @@ def held_out_captions(dataset: Dataset, n: int) -> list[str]:
         raise DataError(f"an evaluation of {n} images says nothing; ask for at least 2")
     reference = dataset.reference()
     order = np.random.Generator(np.random.Philox(key=mix(n, 5))).permutation(len(reference))
-    return [dataset.captions[reference[order[i % len(order)]]] for i in range(n)]
+    return np.asarray(reference[np.resize(order, n)])
+
+
+def held_out_captions(dataset: Dataset, n: int) -> list[str]:
+    """N captions in the proportions of the held-out items; the same for every model.
+
+    Raises:
+        DataError: fewer than 2 are asked for.
+    """
+    return [dataset.captions[i] for i in held_out_items(dataset, n)]
+
+
+def further_items(dataset: Dataset, n: int) -> npt.NDArray[np.intp]:
+    """Held-out items that are drawn once more, so that each caption that is looked at gets JUDGED_DRAWS; n / 2 items at most.
+
+    The caption with the fewest images is next, so that where not all can have as many, they have about equally many.
+    """
+    counts = Counter(dataset.captions[i] for i in held_out_items(dataset, n))
+    own: dict[str, list[int]] = {caption: [] for caption in _judged(dataset)[0]}
+    for i in dataset.reference():
+        if dataset.captions[i] in own:
+            own[dataset.captions[i]].append(int(i))
+    more: list[int] = []
+    waiting = [(counts[caption], caption) for caption in own]
+    heapq.heapify(waiting)
+    while waiting and len(more) < n // 2 and waiting[0][0] < JUDGED_DRAWS:
+        count, caption = heapq.heappop(waiting)
+        more.append(own[caption][count % len(own[caption])])
+        heapq.heappush(waiting, (count + 1, caption))
+    return np.array(more, dtype=np.intp)
+
+
+def _judged(dataset: Dataset) -> tuple[list[str], list[str]]:
+    """Captions and words of the held-out items that are looked at one by one, the most frequent ones first.
+
+    A word is looked at where several captions have it, and some do not.
+    """
+    own = Counter(dataset.captions[i] for i in dataset.reference())
+    of: dict[str, set[str]] = {}
+    for caption in own:
+        for word in distances.words(caption):
+            of.setdefault(word, set()).add(caption)
+    ranked = sorted(own, key=lambda caption: (-own[caption], caption))
+    several = [word for word, captions in of.items() if 1 < len(captions) < len(own)]
+    by_count = sorted(several, key=lambda word: (-sum(own[c] for c in of[word]), word))
+    return ranked[:JUDGED_CAPTIONS] if len(own) > 1 else [], by_count[:JUDGED_CAPTIONS]
 
 
 def draw(session: Session, captions: list[str], sampler: Sampler, on_batch: OnBatch | None = None) -> Drawn:
@@ -102,54 +160,6 @@ def draw(session: Session, captions: list[str], sampler: Sampler, on_batch: OnBa
     blank = pixels.reshape(len(pixels), -1).std(axis=1) < BLANK_DEVIATION
     load = np.average(loads, axis=0, weights=[len(part) for part in images]).astype(np.float32)
     return Drawn(pixels, load, float((~finite.numpy() | blank).mean()))
-
-
-def kernel(x: Features, y: Features, scale: float) -> npt.NDArray[np.float64]:
-    """Mean of four Gaussian kernels around a scale, [n, m] (Gretton et al. 2012; widths as in Li et al. 2015).
-
-    Bounded, unlike the cubic kernel that KID uses: new data may lie far outside what the features were standardised on, and
-    a few such images would otherwise decide alone.
-    """
-    power: npt.NDArray[np.float64] = np.exp(cdist(x, y, "sqeuclidean") * (-0.5 / (max(WIDTHS) * scale) ** 2))
-    result = power / len(WIDTHS)
-    for _ in WIDTHS[1:]:  # half the width is the fourth power, and two squares cost a tenth of an exponential
-        np.square(np.square(power, out=power), out=power)
-        result += power / len(WIDTHS)
-    return result
-
-
-def kernel_distance(x: Features, y: Features, scale: float, groups: Groups | None = None) -> float:
-    """Squared maximum mean discrepancy, unbiased: 0 on average when both come from one distribution, below 2 always."""
-    return kernel_interval(x, y, scale, groups)[0]
-
-
-def kernel_interval(x: Features, y: Features, scale: float, groups: Groups | None = None) -> tuple[float, float]:
-    """The kernel distance and its standard error, from the influence functions of its three means.
-
-    A mean over pairs varies as the sum of the influences 2 h₁ of single images (Hoeffding 1948; for this distance Gretton et
-    al. 2012, theorem 8). Estimated from the same pairs, their variance also holds what the pairs add at small n, so that the
-    interval stays honest, a little wide, where the distance is near zero and h₁ vanishes.
-
-    Args:
-        x: [m, d] held-out images.
-        y: [n, d] generated ones.
-        scale: of the kernel.
-        groups: [m] group of each held-out image, as in `relative_distance`. Pairs within a group tell nothing about
-            pairs of independent images: they are left out, and influences are summed by group. None, or all in one group:
-            every image is its own.
-    """
-    n, m = len(y), len(x)
-    groups = np.arange(m) if groups is None or len(np.unique(groups)) == 1 else groups
-    xx, yy, xy = kernel(x, x, scale), kernel(y, y, scale), kernel(x, y, scale)
-    xx = np.where(groups[:, None] == groups[None], 0, xx)
-    size = np.bincount(groups)  # [G]
-    pairs = size * (m - size)  # [G] ordered pairs that start in a group
-    u_xx, u_yy = xx.sum() / pairs.sum(), (yy.sum() - np.trace(yy)) / (n * (n - 1))
-    psi_y = 2 * ((yy.sum(axis=1) - np.diag(yy)) / (n - 1) - xy.mean(axis=0))
-    psi_x = 2 * (np.bincount(groups, weights=xx.sum(axis=1)) - u_xx * pairs) / pairs.sum()
-    psi_x -= 2 * np.bincount(groups, weights=xy.mean(axis=1) - xy.mean()) / m
-    held_out = np.sum(psi_x**2) * len(size) / (len(size) - 1)
-    return float(u_xx + u_yy - 2 * xy.mean()), float(np.sqrt(np.var(psi_y, ddof=1) / n + held_out))
 
 
 def frechet_distance(x: Features, y: Features) -> float:
@@ -219,64 +229,29 @@ def coverage(reference: Features, generated: Features) -> float:
     return float((cdist(reference, generated).min(axis=1) <= radii(reference)[0]).mean())
 
 
-def relative_distance(
-    reference: Features, challenger: Features, champion: Features, scale: float, groups: Groups | None = None
-) -> tuple[float, float]:
-    """MMD²(reference, challenger) - MMD²(reference, champion) and its standard error.
-
-    The relative similarity test of Bounliphone et al. 2016 with the variance of the paired design: challenger i and
-    champion i started from the same noise, so their influence functions are subtracted before their variance is taken.
-
-    Args:
-        reference: [m, d] held-out images.
-        challenger: [n, d].
-        champion: [n, d], row i from the same seed and caption as the challenger's.
-        scale: of the kernel.
-        groups: [m] group of each held-out image; images of one group (crops of one photograph) are not independent, so their
-            influences are summed before the variance is taken (the cluster-robust estimator of Liang and Zeger 1986). None:
-            every image is its own.
-    """
-    n, m = len(challenger), len(reference)
-    cc, hh = kernel(challenger, challenger, scale), kernel(champion, champion, scale)
-    xc, xh = kernel(reference, challenger, scale), kernel(reference, champion, scale)
-    u_cc = (cc.sum() - np.trace(cc)) / (n * (n - 1))
-    u_hh = (hh.sum() - np.trace(hh)) / (n * (n - 1))
-    delta = u_cc - u_hh - 2 * (xc.mean() - xh.mean())
-    psi_c = 2 * ((cc.sum(axis=1) - np.diag(cc)) / (n - 1) - xc.mean(axis=0))
-    psi_h = 2 * ((hh.sum(axis=1) - np.diag(hh)) / (n - 1) - xh.mean(axis=0))
-    psi_x = -2 * (xc.mean(axis=1) - xh.mean(axis=1))
-    groups = np.arange(m) if groups is None else groups
-    clusters = np.bincount(groups, weights=psi_x - psi_x.mean())  # sums, [G]
-    count = len(clusters)
-    held_out = np.sum(clusters**2) / m**2 * count / max(1, count - 1)
-    variance = np.var(psi_c - psi_h, ddof=1) / n + held_out
-    # What pairs add beyond single images is in the influences of both of a pair, so it was counted twice.
-    among, between = _centred(cc - hh), _centred(xc - xh)
-    np.fill_diagonal(among, 0)
-    by_group = between if count == m else np.array([between[groups == g].sum(axis=0) for g in range(count)])  # [G, n]
-    twice = 2 * np.sum(among**2) / (n * (n - 1)) ** 2 + 4 * np.sum(by_group**2) / (m * n) ** 2
-    return float(delta), float(np.sqrt(max(variance / 2, variance - twice)))
-
-
-def _centred(pairs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Without what a row or a column has in common: what only the pair has."""
-    centred: npt.NDArray[np.float64] = pairs - pairs.mean(axis=0) - pairs.mean(axis=1, keepdims=True) + pairs.mean()
-    return centred
-
-
 def pure_noise(like: Images) -> Images:
     """As many images of uniform noise: what a model draws that has learned nothing, a fixed yardstick of harm."""
     return np.random.Generator(np.random.Philox(key=YARDSTICK_SEED)).integers(0, 256, like.shape, dtype=np.uint8)
 
 
+def sample(spaces: FeatureSpaces, space: str, dataset: Dataset, items: npt.NDArray[np.intp], images: Images) -> Sample:
+    """Images by their features, with the captions and the groups of held-out items."""
+    numbers = dict(zip(dataset.reference().tolist(), dataset.reference_groups().tolist(), strict=True))
+    groups = np.array([numbers[int(i)] for i in items], dtype=np.intp)
+    return Sample(spaces(space, images), [dataset.captions[i] for i in items], groups)
+
+
 def quality(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, split: str) -> list[Quality]:
-    """The distances of one model's images to one split's held-out images, in both spaces."""
+    """The distances of one model's images to one split's held-out images, in each space."""
     rows = []
-    reference, groups = dataset.images[dataset.reference()], dataset.reference_groups()
-    noise = pure_noise(reference)
-    for space in SPACES:
-        x, y, scale = spaces(space, reference), spaces(space, drawn.images), spaces.scale(space)
-        kd, kd_se = kernel_interval(x, y, scale, groups)
+    reference = dataset.reference()
+    items, noise = held_out_items(dataset, len(drawn.images)), pure_noise(dataset.images[reference])
+    for space in spaces.names:
+        real = sample(spaces, space, dataset, reference, dataset.images[reference])
+        made, scale = sample(spaces, space, dataset, items, drawn.images), spaces.scale(space)
+        x, y = real.features, made.features
+        alone, pairs = (distances.distance(real, made, scale, aspect) for aspect in ASPECTS)
+        band, captions_band = (distances.band(real, scale, aspect) for aspect in ASPECTS)
         rows.append(
             Quality(
                 space=space,
@@ -284,16 +259,20 @@ def quality(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, split: str) -
                 split=split,
                 n=len(y),
                 reference=len(x),
-                groups=int(groups.max()) + 1,
+                groups=int(real.groups.max()) + 1,
                 fd=frechet_distance(x, y),
-                fd_se=frechet_error(x, y, groups),
-                kd=kd,
-                kd_se=kd_se,
-                noise_kd=kernel_distance(x, spaces(space, noise), scale, groups),
+                fd_se=frechet_error(x, y, real.groups),
+                kd=alone.value,
+                kd_se=alone.se,
+                noise_kd=distances.distance(real, replace(real, features=spaces(space, noise)), scale, "images").value,
                 precision=precision(x, y),
                 recall=precision(y, x),
                 density=density(x, y),
                 coverage=coverage(x, y),
+                band=band if np.isfinite(band) else None,
+                captions_kd=pairs.value,
+                captions_se=pairs.se,
+                captions_band=captions_band if np.isfinite(captions_band) else None,
             )
         )
     return rows
@@ -308,34 +287,164 @@ def compare(
     champion_sha256: Sha256,
     against: Literal["champion", "anchor", "solver"] = "champion",
 ) -> list[Comparison]:
-    """The challenger against champion or anchor, or a student against its solver, on one split, in both spaces."""
+    """The challenger against champion or anchor, or a student against its solver, on one split, in each space, alone and with captions."""
     rows = []
-    reference, groups = dataset.images[dataset.reference()], dataset.reference_groups()
-    for space in SPACES:
-        x, h, scale = spaces(space, reference), spaces(space, champion.images), spaces.scale(space)
-        delta, se = relative_distance(x, spaces(space, challenger.images), h, scale, groups)
-        rows.append(
-            Comparison(
-                against=against,
-                against_sha256=champion_sha256,
-                space=space,
-                split=split,
-                n=len(h),
-                groups=int(groups.max()) + 1,
-                delta=delta,
-                se=se,
-                champion_kd=kernel_distance(x, h, scale, groups),
+    reference, items = dataset.reference(), held_out_items(dataset, len(challenger.images))
+    for space in spaces.names:
+        real = sample(spaces, space, dataset, reference, dataset.images[reference])
+        ours = sample(spaces, space, dataset, items, challenger.images)
+        theirs, scale = sample(spaces, space, dataset, items, champion.images), spaces.scale(space)
+        for aspect in ASPECTS:
+            figure, drawn_se = distances.difference(real, ours, theirs, scale, aspect)
+            band = distances.band(real, scale, aspect)
+            rows.append(
+                Comparison(
+                    against=against,
+                    against_sha256=champion_sha256,
+                    space=space,
+                    split=split,
+                    n=len(ours),
+                    groups=int(real.groups.max()) + 1,
+                    delta=figure.value,
+                    se=figure.se,
+                    champion_kd=distances.distance(real, theirs, scale, aspect).value,
+                    aspect=aspect,
+                    band=band if np.isfinite(band) else None,
+                    drawn_se=drawn_se,
+                )
             )
-        )
     return rows
 
 
-def memorisation(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> list[Memorisation]:
-    """Whether generated images lie nearer to training images than held-out ones do, in both spaces."""
-    order = np.random.Generator(np.random.Philox(key=MEMORY_SEED)).permutation(dataset.training())
-    training, reference = dataset.images[np.sort(order[:MEMORY_IMAGES])], dataset.images[dataset.reference()]
+def following(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, split: str) -> list[Following]:
+    """How far a model's images go with their captions, in each space; nothing where the held-out images have one caption."""
+    reference, items, rows = dataset.reference(), held_out_items(dataset, len(drawn.images)), []
+    if len({dataset.captions[i] for i in reference}) < 2:
+        return []
+    for space in spaces.names:
+        real = sample(spaces, space, dataset, reference, dataset.images[reference])
+        made, scale = sample(spaces, space, dataset, items, drawn.images), spaces.scale(space)
+        best, all_of_it, excess = (
+            distances.following(real, of, scale, least) for of, least in ((None, 0.0), (made, 0.0), (made, FOLLOW))
+        )
+        rows.append(
+            Following(
+                space=space, split=split, groups=int(real.groups.max()) + 1, real=best.value, real_se=best.se,
+                share=all_of_it.value / best.value if best.value > 0 else 0.0, excess=excess.value, excess_se=excess.se,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def asked_for(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, champion: Drawn | None, n: int) -> list[CaptionCheck]:
+    """Whether a model draws each caption, and each word of captions, over all spaces together.
+
+    Args:
+        spaces: whose kernels are averaged.
+        dataset: gives the held-out images.
+        drawn: images for `held_out_items` and then `further_items`.
+        champion: the champion's for the same.
+        n: how many of them are for `held_out_items`.
+    """
+    reference = dataset.reference()
+    items = np.concatenate((held_out_items(dataset, n), further_items(dataset, n)))
+    scales = [spaces.scale(space) for space in spaces.names]
+
+    def side_by_side(of: npt.NDArray[np.intp], images: Images) -> Sample:
+        parts = [sample(spaces, space, dataset, of, images) for space in spaces.names]
+        return replace(parts[0], features=np.concatenate([part.features for part in parts], axis=1))
+
+    real, made = side_by_side(reference, dataset.images[reference]), side_by_side(items, drawn.images)
+    before = side_by_side(items, champion.images) if champion else None
+    captions, several = _judged(dataset)
     rows = []
-    for space in SPACES:
+    for name, word in [(caption, False) for caption in captions] + [(word, True) for word in several]:
+        asked, others = _asked(real, name, word)
+        if min(len(asked), len(others)) < 2 or len(np.unique(asked.groups)) < 2:
+            continue
+        chosen = np.array([_has(caption, name, word) for caption in made.captions])
+        ours, theirs = made.only(chosen), before.only(chosen) if before else None
+        apart = distances.told_apart(asked, others, scales)
+        shown = distances.drawn_share(asked, others, ours, scales)
+        was = distances.drawn_share(asked, others, theirs, scales) if theirs else None
+        told = apart.value > 0
+        rows.append(
+            CaptionCheck(
+                caption=name, word=word, n=len(ours), reference=len(asked), groups=len(np.unique(asked.groups)), apart=apart.value,
+                apart_se=apart.se, share=shown.value / apart.value if told else None, drawn=shown.value, drawn_se=shown.se,
+                champion_share=was.value / apart.value if was and told else None,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _has(caption: str, name: str, word: bool) -> bool:
+    return name in distances.words(caption) if word else caption == name
+
+
+def _asked(real: Sample, name: str, word: bool) -> tuple[Sample, Sample]:
+    """Real images of a caption or word, and those that a model would draw in their place.
+
+    The second are images of the same captions less the word, or less one word of the caption, weighted so that these captions are as
+    frequent as on the first side; where there are none, all others.
+    """
+    own = np.array([_has(caption, name, word) for caption in real.captions])
+    sets = [distances.words(caption) for caption in real.captions]
+    less: Counter[frozenset[str]] = Counter()
+    for words, mine in zip(sets, own, strict=True):
+        if mine:
+            for left_out in (name,) if word else words:
+                less[words - {left_out}] += 1
+    there = Counter(words for words, mine in zip(sets, own, strict=True) if not mine and words in less)
+    if not there:
+        return real.only(own), real.only(~own)
+    weights = np.array([less[words] / there[words] if words in there else 0.0 for words in sets])
+    return real.only(own), replace(real, weights=weights).only(~own & (weights > 0))
+
+
+def plausibility(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> Plausibility | None:
+    """Count images that are unlike all real ones, and those that are like each other; None where all real images are of one group."""
+    known = _known(dataset)
+    names = np.unique([dataset.groups[i] for i in known], return_inverse=True)[1]
+    reference = dataset.reference()
+    if names.max() == 0:
+        return None
+    odd, odd_real = np.zeros(len(drawn.images), np.bool_), np.zeros(len(reference), np.bool_)
+    among, within = np.zeros((len(drawn.images),) * 2), np.zeros((len(known),) * 2)
+    for space in spaces.names:
+        x, y, z = (spaces(space, images) for images in (dataset.images[known], drawn.images, dataset.images[reference]))
+        own = cdist(x, x)
+        within += (own / spaces.scale(space)) ** 2
+        among += (cdist(y, y) / spaces.scale(space)) ** 2
+        own[names[:, None] == names[None]] = np.inf
+        limit = np.quantile(own.min(axis=1), IMPLAUSIBLE)
+        odd |= cdist(y, x).min(axis=1) > limit
+        odd_real |= cdist(z, x).min(axis=1) > limit
+    within[names[:, None] == names[None]] = np.inf
+    np.fill_diagonal(among, np.inf)
+    same = among.min(axis=1) < np.quantile(within.min(axis=1), DUPLICATE)
+    return Plausibility(
+        n=len(y), training=len(known), implausible=int(odd.sum()), held_out=float(odd_real.mean()), duplicates=int(same.sum()),
+    )  # fmt: skip
+
+
+def _known(dataset: Dataset) -> npt.NDArray[np.intp]:
+    """Training images that others are held against: a fixed choice of 2,000 at most."""
+    order = np.random.Generator(np.random.Philox(key=MEMORY_SEED)).permutation(dataset.training())
+    return np.sort(order[:MEMORY_IMAGES])
+
+
+def group_hashes(dataset: Dataset) -> list[str]:
+    """Hashes of the held-out groups, the smallest ones: two sets' overlap can be told from them (Broder 1997)."""
+    names = {dataset.groups[i] for i in dataset.reference()}
+    return sorted(hashlib.sha256(name.encode()).hexdigest()[:16] for name in names)[:HASHES]
+
+
+def memorisation(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> list[Memorisation]:
+    """Whether generated images lie nearer to training images than held-out ones do, in each space."""
+    training, reference = dataset.images[_known(dataset)], dataset.images[dataset.reference()]
+    rows = []
+    for space in spaces.names:
         known = spaces(space, training)
         generated = cdist(spaces(space, drawn.images), known).min(axis=1)
         held_out = cdist(spaces(space, reference), known).min(axis=1)
@@ -360,8 +469,8 @@ def copying(generated: Distances, held_out: Distances, groups: Groups | None = N
     """P(a generated image is nearer to its nearest training image than a held-out one is), its error, and z of this being 1/2.
 
     The Mann-Whitney test of Meehan et al. 2020 over the whole space (they also cut it into cells), with the sign turned: a
-    large z says that images are copied. Ties count one half. In the variance the held-out images enter by group, as in
-    `relative_distance`, through their ranks among themselves; for images that are each their own it is the test's usual one. That
+    large z says that images are copied. Ties count one half. In the variance the held-out images enter by group, by group,
+    through their ranks among themselves; for images that are each their own it is the test's usual one. That
     holds at 1/2; the error of any other probability is DeLong's (1988), again by group.
 
     Args:
@@ -530,6 +639,10 @@ def scorecard(
     captions: list[CaptionRow],
     cost: Cost,
     solver: Sampler | None = None,
+    follows: list[Following] | None = None,
+    asked: list[CaptionCheck] | None = None,
+    plausible: Plausibility | None = None,
+    held_out: list[str] | None = None,
 ) -> Scorecard:
     """Put the figures of one model together; `solver` is how `full` was drawn beside a student."""
     beside = [row.delta for row in comparisons if row.against == "solver"]
@@ -538,4 +651,5 @@ def scorecard(
         weights_sha256=weights_sha256, lineage_sha256=lineage.sha256, sampler=sampler, precision=precision, seed=EVALUATION_SEED,
         quality=qualities, comparisons=comparisons, memorisation=memories, captions=captions, bad_images=drawn.bad,
         usage=usage(drawn.load), cost=cost, solver=solver if beside else None, beats_solver=max(beside) < 0 if beside else None,
+        following=follows or [], asked=asked or [], plausibility=plausible, held_out=held_out or [],
     )  # fmt: skip

@@ -1,12 +1,14 @@
-"""Two unrelated, frozen feature spaces in which images are compared.
+"""Three unrelated, frozen feature spaces in which images are compared.
 
 - `trained`: the last hidden layer of a small classifier of captions, trained once on a line's first data revision.
 - `random`: responses of fixed random convolutions; no training, sees texture and noise, blind to meaning.
+- `scattering`: energies of wavelets at several scales and directions, and of how those energies vary (Bruna and Mallat 2013). No
+  training; sees blur, compression and a training that was cut short, which the other two do not (tests/bench/results/spaces.md).
 
-Both are standardised by the first revision and kept in one file; its hash is part of every figure, and figures with
-different hashes are never compared. Distances in them are named `fd` and `kd`, never "FID": that name belongs to
-Inception features. They can be had too, from a file of the user's own (`published_features`), for figures that are to
-be compared with those of papers.
+All are standardised by the first revision and kept in one file; its hash is part of every figure, and figures with
+different hashes are never compared. A file that an older ferry wrote holds the first two. Distances in them are named `fd` and `kd`,
+never "FID": that name belongs to Inception features. They can be had too, from a file of the user's own (`published_features`), for
+figures that are to be compared with those of papers.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ from model.scorecard import Sha256
 from model.train import write_safely
 
 DIMENSIONS = 64
-SPACES = ("trained", "random")
+SPACES = ("trained", "random", "scattering")
+DIRECTIONS = 6
+OCTAVES = 4  # at most; an image of 16 pixels has three
+WAVELET = 7  # side of a wavelet, pixels of its scale
 TRAINING_STEPS = 300
 INCEPTION_SIZE = 299  # pixels
 INCEPTION_BATCH = 32
+BATCH = 256  # images whose responses are held at a time
 Features = npt.NDArray[np.float64]  # [n, DIMENSIONS]
 
 
@@ -60,17 +66,22 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class FeatureSpaces:
-    """The two spaces of one line."""
+    """The spaces of one line."""
 
     tensors: dict[str, Tensor]
     sha256: Sha256
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Which there are: all of SPACES, or what an older ferry knew."""
+        return tuple(space for space in SPACES if f"{space}.scale" in self.tensors)
+
     def __call__(self, space: str, images: npt.NDArray[np.uint8]) -> Features:
         """Features of uint8 images [n, C, R, R]: float64 [n, DIMENSIONS]."""
         with torch.inference_mode():
-            raw = self.raw(space, to_unit(images)).double()
+            raw = torch.cat([self.raw(space, part).double() for part in to_unit(images).split(BATCH)])
         standard = (raw - self.tensors[f"{space}.mean"]) / self.tensors[f"{space}.deviation"]
-        result: Features = standard.numpy()
+        result: Features = (standard @ self.tensors[f"{space}.axes"] if f"{space}.axes" in self.tensors else standard).numpy()
         return result
 
     def scale(self, space: str) -> float:
@@ -78,7 +89,9 @@ class FeatureSpaces:
         return float(self.tensors[f"{space}.scale"])
 
     def raw(self, space: str, x: Tensor) -> Tensor:
-        """Features before they are standardised, [B, C, R, R] -> [B, DIMENSIONS]."""
+        """Features before they are standardised, [B, C, R, R] -> [B, DIMENSIONS], or more where `axes` chooses among them."""
+        if space == "scattering":
+            return scattering(x)
         if space == "random":
             return random_features(x, self.tensors["random.first"], self.tensors["random.second"])
         classifier = Classifier(x.shape[1], len(self.tensors["trained.last.bias"]))
@@ -93,6 +106,54 @@ def random_features(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     h = F.avg_pool2d(F.relu(F.conv2d(x, first, padding=1)), 2)
     h = F.relu(F.conv2d(h, second, padding=1)).flatten(2)
     return torch.cat((h.mean(dim=2), h.std(dim=2)), dim=1)
+
+
+def wavelets() -> tuple[Tensor, Tensor]:
+    """Real and imaginary parts of Morlet wavelets, [DIRECTIONS, 1, WAVELET, WAVELET] each, at the finest scale."""
+    half = WAVELET // 2
+    y, x = np.mgrid[-half : half + 1, -half : half + 1]
+    made = []
+    for direction in range(DIRECTIONS):
+        angle = np.pi * direction / DIRECTIONS
+        along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        envelope = np.exp(-(along**2 + (0.5 * across) ** 2) / (2 * 0.8**2))
+        wave = envelope * np.exp(0.75j * np.pi * along)
+        wave -= envelope * wave.sum() / envelope.sum()  # blind to the mean
+        made.append(wave / np.abs(wave).sum())
+    stacked = torch.from_numpy(np.stack(made)[:, None])
+    return stacked.real.float(), stacked.imag.float()
+
+
+def scattering(x: Tensor) -> Tensor:
+    """Logarithms of a scattering transform of two layers, averaged over the image, [B, C, R, R] -> [B, ...].
+
+    Each octave halves the image and uses the same wavelets.
+    """
+    real, imaginary = wavelets()
+
+    def energies(h: Tensor) -> Tensor:
+        """[B, 1, S, S] -> [B, DIRECTIONS, S, S], smooth at 0."""
+        h = F.pad(h, (WAVELET // 2,) * 4, mode="reflect")
+        return torch.sqrt(F.conv2d(h, real) ** 2 + F.conv2d(h, imaginary) ** 2 + 1e-8)
+
+    octaves = max(1, min(OCTAVES, int(np.log2(x.shape[2])) - 1))
+    found = []
+    for channel in x.split(1, dim=1):
+        found += [
+            torch.log(channel.flatten(1).mean(dim=1, keepdim=True) + 2),
+            torch.log(channel.flatten(1).std(dim=1, keepdim=True) + 0.02),
+        ]
+        h = channel
+        for octave in range(octaves):
+            first = energies(h)  # [B, D, S, S]
+            found += [torch.log(first.flatten(2).mean(dim=2) + 1e-3), torch.log(first.flatten(2).std(dim=2) + 1e-3)]
+            for direction in first.split(1, dim=1):
+                coarse = direction
+                for _ in range(octave + 1, octaves):
+                    coarse = F.avg_pool2d(coarse, 2)
+                    found.append(torch.log(energies(coarse).flatten(2).mean(dim=2) + 1e-3))
+            h = F.avg_pool2d(h, 2) if octave + 1 < octaves else h
+    return torch.cat(found, dim=1)
 
 
 def fit(dataset: Dataset, path: Path, seed: int = 0) -> FeatureSpaces:
@@ -122,10 +183,14 @@ def fit(dataset: Dataset, path: Path, seed: int = 0) -> FeatureSpaces:
     x = to_unit(dataset.images[training[:2000]])
     for space in SPACES:
         with torch.inference_mode():
-            raw = spaces.raw(space, x).double()
+            raw = torch.cat([spaces.raw(space, part).double() for part in x.split(BATCH)])
         tensors[f"{space}.mean"] = raw.mean(dim=0)
         tensors[f"{space}.deviation"] = raw.std(dim=0).clamp(min=1e-6)
         standard = (raw - tensors[f"{space}.mean"]) / tensors[f"{space}.deviation"]
+        if standard.shape[1] != DIMENSIONS:  # the main axes; where there are fewer, the rest is 0
+            axes = torch.linalg.svd(standard, full_matrices=False).Vh[:DIMENSIONS].T
+            tensors[f"{space}.axes"] = F.pad(axes, (0, DIMENSIONS - axes.shape[1])).contiguous()
+            standard = standard @ tensors[f"{space}.axes"]
         tensors[f"{space}.scale"] = torch.pdist(standard[:1000]).median()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safely(path, tensors)
@@ -143,7 +208,7 @@ def load(path: Path) -> FeatureSpaces:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read; restore it from a backup, past figures depend on it") from error
-    if not {f"{space}.scale" for space in SPACES} <= set(tensors):
+    if not {f"{space}.scale" for space in ("trained", "random")} <= set(tensors):
         raise CheckpointError(f"{path} holds no feature spaces; restore it from a backup, past figures depend on it")
     return FeatureSpaces(tensors, digest)
 

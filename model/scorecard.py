@@ -26,6 +26,8 @@ def _below(path: str) -> str:
     return path
 
 
+FOLLOW = 1 / 3  # least share of what real images reach, of going with captions and of drawing one
+HASHES = 256  # of a held-out set's groups that are kept
 RelativePath = Annotated[str, AfterValidator(_below)]
 
 
@@ -85,6 +87,11 @@ class Sampler(Frozen):
         return self.steps * (2 if self.method == "heun" else 1) * (2 if self.guidance != 1 else 1)
 
 
+def _absent(value: object) -> bool:
+    """Whether a figure is left out, so that a scorecard of an older ferry keeps its hash."""
+    return value is None or value in ([], "images")
+
+
 class Quality(Frozen):
     """Distances of n generated images to the held-out images, in one feature space; smaller is better."""
 
@@ -103,6 +110,16 @@ class Quality(Frozen):
     recall: float = Field(description="share of held-out images among the 5 nearest of some generated one")
     density: float = Field(description="held-out neighbourhoods around a generated image, over 5; about 1 is right")
     coverage: float = Field(description="share of held-out images with a generated one among their 5 nearest")
+    band: float | None = Field(
+        default=None,
+        exclude_if=_absent,
+        description="distance between two sets of 25 groups of real images (model.distances.band)",
+    )
+    captions_kd: float | None = Field(
+        default=None, exclude_if=_absent, description="the kernel distance between pairs of image and caption, not images alone"
+    )
+    captions_se: float | None = Field(default=None, exclude_if=_absent, description="its standard error")
+    captions_band: float | None = Field(default=None, exclude_if=_absent, description="as band, of pairs of image and caption")
 
 
 class PublishedFid(Frozen):
@@ -129,6 +146,58 @@ class Comparison(Frozen):
     delta: float = Field(description="difference of the squared kernel distances")
     se: float = Field(description="its standard error, from the influence functions")
     champion_kd: float = Field(description="the other model's distance")
+    aspect: Literal["images", "captions"] = Field(
+        default="images", exclude_if=_absent, description="captions: of pairs of image and caption"
+    )
+    band: float | None = Field(
+        default=None, exclude_if=_absent, description="distance between two sets of 25 groups of real images"
+    )
+    drawn_se: float | None = Field(
+        default=None, exclude_if=_absent, description="the part of the error that more drawn images would remove"
+    )
+
+
+class Following(Frozen):
+    """How far images go with their captions, in one feature space: the covariance of both being alike, over pairs."""
+
+    space: str
+    split: str
+    groups: int
+    real: float = Field(description="of real images with real ones: what a perfect model reaches")
+    real_se: float
+    share: float = Field(description="what the model reaches of that; 0 for one that ignores its captions")
+    excess: float = Field(description="covariance beyond the share that is asked for")
+    excess_se: float
+
+
+class CaptionCheck(Frozen):
+    """Whether a model draws what a caption, or a word of captions, asks for: how much of what tells its real images from others."""
+
+    caption: str
+    word: bool = Field(description="all captions that have this word, taken together")
+    n: int = Field(description="generated images")
+    reference: int = Field(description="held-out images")
+    groups: int = Field(description="of these")
+    apart: float = Field(description="squared kernel distance of its real images from real images without it, over all spaces")
+    apart_se: float
+    share: float | None = Field(
+        description="of that, what the model draws: 1 as real images do, 0 as if it were not asked; null: not told apart"
+    )
+    drawn: float = Field(description="the same as a part of the distance, not of one")
+    drawn_se: float
+    champion_share: float | None = Field(default=None, description="the champion's")
+
+
+class Plausibility(Frozen):
+    """How many generated images are unlike all real ones, or like each other."""
+
+    n: int
+    training: int = Field(description="real images that were looked at")
+    implausible: int = Field(
+        description="further from any real image than 199 of 200 real ones are from those of other groups, in some space"
+    )
+    held_out: float = Field(description="share of held-out images of which that is true")
+    duplicates: int = Field(description="nearer to another generated image than 99 of 100 real ones are to those of other groups")
 
 
 class Memorisation(Frozen):
@@ -196,6 +265,14 @@ class Scorecard(Frozen):
     beats_solver: bool | None = Field(default=None, description="of a student: whether its estimates are better in both spaces")
     memorisation: list[Memorisation]
     captions: list[CaptionRow] = Field(description="the most frequent captions of the held-out images")
+    following: list[Following] = Field(default=[], exclude_if=_absent)
+    asked: list[CaptionCheck] = Field(default=[], exclude_if=_absent, description="captions and words, one by one")
+    plausibility: Plausibility | None = Field(default=None, exclude_if=_absent)
+    held_out: list[str] = Field(
+        default=[],
+        exclude_if=_absent,
+        description="hashes of the new data's held-out groups, the 256 smallest: tells whether sets overlap",
+    )
     bad_images: float = Field(description="share of generated images that are constant or not finite")
     usage: Usage
     cost: Cost

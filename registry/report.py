@@ -15,18 +15,18 @@ from datetime import datetime
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from model.scorecard import Comparison, Quality
+from model.scorecard import CaptionCheck, Comparison, Quality
 from registry.cost import Prices, Row, Side, energy, images, total
 from registry.selection import quantile
 
 LEVEL = 0.95
-WORDS = ((0.2, "very close"), (0.35, "close"), (0.55, "recognisable"), (math.inf, "far off"))
+WORST_SHOWN = 3  # captions that a model draws worst
 BAD_EVENTS = ("refused", "rolled_back", "failed", "base_corrupt", "strayed")
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far generated images are from real ones: 0 as alike as real ones are, 1 as far as pure noise."""
+    """How far generated images are from real ones, on a line from 0, no distance, to 1, as far as pure noise."""
 
     share: float
     low: float
@@ -35,11 +35,17 @@ class Distance:
     kd: dict[str, float]
     """Squared kernel distance by feature space."""
     n: int
+    real: float | None = None
+    """How far two sets of 25 groups of real images lie apart, on the same line; None where an older ferry did not measure it."""
 
     @property
     def word(self) -> str:
-        """In plain words."""
-        return next(word for limit, word in WORDS if self.share <= limit)
+        """In plain words: what the interval shows, never what one figure looks like."""
+        if self.low <= 0:
+            return f"cannot be told from real images by this measure (n = {self.n})"
+        if not self.real:
+            return "measurably different from real images"
+        return f"measurably different: {self.share / self.real:.1f} times as far from real images as two sets of real images are from each other"
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ class ModelColumn:
     captions: list[str]
     ratings: list[str]
     """What people said who compared images blind."""
+    worst: list[str] = field(default_factory=list)
+    """Captions and words that it draws worst, and how far."""
 
 
 @dataclass(frozen=True)
@@ -181,13 +189,20 @@ def distance(qualities: Iterable[Quality]) -> Distance:
     worse = max(found, key=lambda q: q.kd / q.noise_kd)
     half = quantile(worse.groups, (1 - LEVEL) / 2) * worse.kd_se
     share, low, high = (_share(kd, worse.noise_kd) for kd in (worse.kd, worse.kd - half, worse.kd + half))
-    return Distance(share, low, high, {q.space: q.kd for q in found}, worse.n)
+    real = _share(worse.band, worse.noise_kd) if worse.band is not None else None
+    return Distance(share, low, high, {q.space: q.kd for q in found}, worse.n, real)
+
+
+def worst(rows: Iterable[CaptionCheck]) -> list[str]:
+    """Captions and words of which a model draws least, in words; those that no feature space tells apart are left out."""
+    known = sorted((row.share, row.caption) for row in rows if row.share is not None and row.apart > 2 * row.apart_se)
+    return [f"{caption}: {100 * max(share, 0.0):.0f} %" for share, caption in known[:WORST_SHOWN]]
 
 
 def change(qualities: Iterable[Quality], comparisons: Iterable[Comparison]) -> Change | None:
     """What is known against the version before, in the feature space in which it is less favourable; None: no comparison."""
     noise = {q.space: q for q in qualities}
-    found = [c for c in comparisons if c.space in noise]
+    found = [c for c in comparisons if c.space in noise and c.aspect == "images"]
     if not found:
         return None
 
@@ -239,11 +254,14 @@ def grouped(devices: list[DeviceRow]) -> list[_DeviceGroup]:
 def bar(d: Distance) -> Markup:
     """The distance on a line from real (left) to noise (right), its interval as the thick part."""
     at, low, high = (100 * min(value, 1.0) for value in (d.share, d.low, d.high))
-    says = f"distance {100 * d.share:.0f} %, 95 % interval {100 * d.low:.0f} to {100 * d.high:.0f} %, on a line from 0 % (real) to 100 % (noise)"
+    says = f"distance {100 * d.share:.0f} %, 95 % interval {100 * d.low:.0f} to {100 * d.high:.0f} %, on a line from 0 % (none) to 100 % (noise)"
+    if d.real is not None:
+        says += f"; real images from each other {100 * d.real:.0f} %"
     return Markup(
-        '<svg class="bar" viewBox="-2 0 104 12" preserveAspectRatio="none" role="img" aria-label="{}"><line x1="0" x2="100" y1="6" y2="6" stroke="#8893a0"/>'
+        '<svg class="bar" viewBox="-2 0 104 12" preserveAspectRatio="none" role="img" aria-label="{}"><rect x="0" y="1" width="{}" height="10" fill="#d5dbe1"/>'
+        '<line x1="0" x2="100" y1="6" y2="6" stroke="#8893a0"/>'
         '<rect x="{}" y="3" width="{}" height="6" fill="#7da7d9"/><rect x="{}" y="0" width="2" height="12" fill="#1b2430"/></svg>'
-    ).format(says, f"{low:.1f}", f"{max(high - low, 0.5):.1f}", f"{at - 1:.1f}")
+    ).format(says, f"{100 * min(d.real or 0.0, 1.0):.1f}", f"{low:.1f}", f"{max(high - low, 0.5):.1f}", f"{at - 1:.1f}")
 
 
 def human_size(size: int) -> str:
@@ -328,6 +346,8 @@ and {{ "{:,}".format(r.prices.fleet) }} devices cost <b>{{ here | money }} {{ r.
 <span class="soft">distance {{ m.distance.share | share }} ({{ m.distance.low | share }} to {{ m.distance.high | share }}), {{ m.distance.n }} images</span></td>{% endfor %}</tr>
 <tr><th scope="row">What it draws</th>{% for m in r.models %}<td><img class="samples" alt="samples drawn by {{ m.subject }} for: {{ m.captions | join(', ') }}" src="data:image/png;base64,{{ m.samples | image }}">
 <span class="soft">{{ m.captions | join(" · ") }}</span></td>{% endfor %}</tr>
+{% if r.models | selectattr("worst") | list %}<tr><th scope="row">What it draws worst</th>{% for m in r.models %}<td>{{ m.worst | join(" · ") or "not measured" }}</td>{% endfor %}</tr>
+{% endif %}
 <tr><th scope="row">Steps for an image</th>{% for m in r.models %}<td>{{ m.steps }} <span class="soft">({{ m.evaluations }} runs of the network)</span></td>{% endfor %}</tr>
 <tr><th scope="row">Time for an image</th>{% for m in r.models %}<td>{{ m.milliseconds | seconds }} <span class="soft">in the factory, one core</span>
 {% if m.on_devices %}<br>{{ m.on_devices[0] | seconds }} <span class="soft">on {{ m.on_devices[1] }} device{{ "s" if m.on_devices[1] > 1 else "" }} that reported it</span>{% endif %}</td>{% endfor %}</tr>
@@ -340,8 +360,10 @@ and {{ "{:,}".format(r.prices.fleet) }} devices cost <b>{{ here | money }} {{ r.
 <br><span class="soft">Data: {{ m.data_message | truncate(60) }} ({{ m.data_rev[:8] }}). Decided: {{ m.reason | truncate(150) }}</span></td>{% endfor %}</tr>
 <tr><th scope="row">What people say</th>{% for m in r.models %}<td>{% for text in m.ratings %}{{ text }}{{ "<br>" | safe if not loop.last }}{% else %}<span class="soft">nobody has compared images blind (<code>ferry rate {{ m.subject }}</code>)</span>{% endfor %}</td>{% endfor %}</tr>
 </tbody></table></div>
-<p class="soft">Likeness: 0 % is as alike as real images are to each other, 100 % is pure noise; the true figure lies within the blue part of the bar
-with 95 % certainty. (Root of a kernel distance, MMD, over that of noise, in the worse of two feature spaces; no FID, compare within this page only.)
+<p class="soft">Likeness: 100 % is pure noise. The true figure lies within the blue part of the bar with 95 % certainty; the grey part is how far two
+sets of real images, of 25 photographs or parts each, lie from each other. It says how like the images are as a whole; whether one can be used, look at them and
+let people compare them. (Root of a kernel distance, MMD, over that of noise, in the worst feature space; no FID, compare within this page only.)
+{% if r.models | selectattr("worst") | list %}Drawn worst: 100 % is as real images of the caption, 0 % as if it had not been asked for.{% endif %}
 {% if r.models | rejectattr("energy") | list %}Energy: measure it with <code>ferry-agent bench</code> on a device, and enter the figure with its source in ferry.toml under [energy.LINE.CLASS.VARIANT].{% endif %}</p>
 
 {% if r.releases %}{% set alone = r.releases | length == 1 %}

@@ -1,21 +1,24 @@
 """The gate: may this challenger replace the champion? Pure functions of scorecards; no number without its n and its error.
 
-Promotion needs, in both feature spaces,
+Promotion needs
 
-- *superiority* on the held-out items of the new data revision: the upper confidence bound of challenger minus champion
-  lies below zero;
-- *non-inferiority* on the champion's own held-out items: the upper bound lies below a margin, which is a share of the
-  distance at which pure noise lies, a model that learned nothing;
+- *superiority* on the held-out items of the new data revision, in the one feature space that sees most of what separates models
+  (`PRIMARY`): of images alone, or of pairs of image and caption. Two tests, so each takes half of the chance of an error;
+- *non-inferiority* on the new data and on the champion's own, in every feature space, of images and of pairs: the upper bound of
+  challenger minus champion lies below a margin. The margin is a share of the champion's own distance from the data, or some times the
+  distance between two sets of 25 groups of real images, whichever is more;
 - *no slow decay*: many small steps, each within the margin, must not add up. The upper bound of challenger minus anchor, the best model
-  ever, lies below a budget on both;
+  ever, lies below some margins;
 
-and floors for coverage, copying, bad images, unused experts, latency and memory. A distilled variant must also be better than `full`
-drawn by a second-order solver with as many network evaluations, which costs a device no second set of weights. With too few images the
-answer is not "no" but "more data", and how much.
+and floors that hold without a champion too: images go with their captions; each caption, and each word of captions, is drawn; few
+images are unlike all real ones or like each other; coverage, copying, bad images, unused experts, latency and memory. A distilled variant
+must also be better than `full` drawn by a second-order solver with as many network evaluations, which costs a device no second set of
+weights. With too few images the answer is not "no" but "more data", and how much.
 
-A challenger that misses only superiority, and is not worse on the new data either, may be promoted for a recorded reason other than
-quality ("promote if reasoned", then `reasoned`). All tests of one challenger must pass, so they need no correction for each other
-(Berger 1982). Those of one run do, see `level`.
+A challenger that misses only superiority, and is not worse beyond the margin on the new data either, may be promoted for a recorded
+reason other than quality ("promote if reasoned", then `reasoned`). Where it is shown to be worse within the margin, that has to be
+accepted in so many words. All tests of one challenger must pass, so they need no correction for each other (Berger 1982). Those of one
+run do, see `level`, and those of one held-out set, see `spent`.
 """
 
 from __future__ import annotations
@@ -29,18 +32,35 @@ from pydantic import Field
 from scipy import stats
 
 from model.config import HELD_OUT_PERMILLE, TEACHERS
-from model.scorecard import Comparison, Frozen, Memorisation, Quality, Scorecard, Sha256
+from model.scorecard import FOLLOW, HASHES, CaptionCheck, Comparison, Following, Frozen, Memorisation, Quality, Scorecard, Sha256
 from registry.errors import PromotionError
 
 Outcome = Literal["promote", "promote if reasoned", "more data", "refuse"]
+PRIMARY = ("scattering", "trained")  # the first that a scorecard has
+JUDGED_IMAGES, JUDGED_GROUPS = 10, 4  # held-out images and groups of a caption below which it cannot be judged
+INHERITED = 0.5  # share of its groups with which a held-out set inherits another's attempts
 
 
 class Limits(Frozen):
     """What the gate asks for."""
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5, description="chance of one wrong promotion of a worse model")
-    margin: float = Field(default=0.1, gt=0, le=1, description="tolerated on old data, as a share of pure noise's distance")
-    decay: float = Field(default=0.2, gt=0, le=1, description="tolerated in all against the anchor, as such a share")
+    tolerance: float = Field(
+        default=0.5, gt=0, le=2, description="tolerated loss, as a share of the champion's distance from the data"
+    )
+    tolerance_bands: float = Field(
+        default=1.5,
+        ge=0,
+        le=10,
+        description="or as so many distances between two sets of 25 groups of real images, if that is more",
+    )
+    total_tolerance: float = Field(default=2.0, gt=0, le=10, description="tolerated in all against the anchor, in such losses")
+    margin: float | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="of an older ferry; a share of noise"
+    )
+    decay: float | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="of an older ferry; a share of noise"
+    )
     minimum_images: int = Field(default=96, ge=8, description="generated and held-out images below which nothing is decided")
     coverage: float = Field(default=0.3, ge=0, le=1, description="least share of held-out images with a generated neighbour")
     copying: float = Field(
@@ -49,6 +69,12 @@ class Limits(Frozen):
         le=1,
         description="chance below which a generated image must be nearer to training than a held-out one",
     )
+    copies: float = Field(
+        default=0.1, gt=0, le=1, description="share of images nearer to training than any held-out image, to stay below"
+    )
+    implausible: float = Field(default=0.4, gt=0, le=1, description="share of images unlike all real ones, to stay below")
+    duplicates: float = Field(default=0.3, gt=0, le=1, description="share of images like another generated one, to stay below")
+    captions: bool = Field(default=True, description="whether images must go with their captions, and each caption be drawn")
     bad_images: float = Field(default=0.01, ge=0, le=1, description="largest share of constant or non-finite images")
     dead_experts: int = Field(default=2, ge=0, description="most routed experts that may carry next to nothing")
     beat_solver: bool = Field(default=True, description="whether a student must be better than full at as many evaluations")
@@ -85,6 +111,10 @@ class Decision(Frozen):
     becomes_anchor: bool = Field(default=False, description="whether it is the best model ever, once promoted")
     other_reason: str | None = Field(default=None, description="why it is promoted, where that is not its quality")
     update_bytes: int | None = Field(default=None, description="expected size of the delta from the champion's weights")
+    worse: str | None = Field(
+        default=None, description="where it is shown to be worse, though within the margin: how much at most"
+    )
+    held_out: list[str] = Field(default=[], description="hashes of the held-out groups that it was judged on")
 
 
 def level(alpha: float, tests: float, before: Decision | None) -> float:
@@ -102,6 +132,36 @@ def level(alpha: float, tests: float, before: Decision | None) -> float:
         before: the run's last decision, if any.
     """
     return alpha / tests + (before.level if before and before.outcome == "promote" else 0.0)
+
+
+def spent(alpha: float, held_out: Sequence[str], challenger: Sha256, before: Sequence[Decision]) -> float:
+    """The chance of a wrong promotion that a decision may take on a held-out set that was looked at before.
+
+    Attempt k gets alpha 6 / (pi k)², so that all attempts there will ever be take alpha together. A set that shares half of its groups with
+    an earlier one inherits its attempts. Earlier decisions on the same weights are the same attempt; first versions take no chance.
+
+    Args:
+        alpha: for all attempts on this set.
+        held_out: hashes of its groups, the smallest ones.
+        challenger: weights that are decided on.
+        before: earlier decisions of the line, configuration and variant, the oldest first.
+    """
+    seen: list[Sha256] = []
+    for decision in before:
+        if decision.challenger == challenger:
+            break
+        if decision.champion and decision.challenger not in seen and _overlap(held_out, decision.held_out) >= INHERITED:
+            seen.append(decision.challenger)
+    return alpha * 6 / (math.pi * (len(seen) + 1)) ** 2
+
+
+def _overlap(a: Sequence[str], b: Sequence[str]) -> float:
+    """Share of the first set that is in the second, told from the smallest hashes of both (Broder 1997); 0 for nothing."""
+    if not a or not b:
+        return 0.0
+    known = min(max(a), max(b)) if max(len(a), len(b)) >= HASHES else max(*a, *b)
+    mine, theirs = ({h for h in of if h <= known} for of in (a, b))
+    return len(mine & theirs) / len(mine) if mine else 0.0
 
 
 def decide(
@@ -129,63 +189,103 @@ def decide(
     n = min(q.n for q in card.quality)
     alpha = limits.alpha if level is None else level
     too_few = _too_few(card.quality, limits)
-    found = [*floors(card, limits, budgets, alpha)]
+    found = [*floors(card, limits, budgets, alpha, champion is not None)]
     superior: list[_Finding] = []
     harmless: list[_Finding] = []  # enough where a reason other than quality is given
+    worse: list[str] = []
     if champion is not None:
         rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion]
         if not {"new", "old"} <= {c.split for c in rows}:
             found.append(_missing("it was not compared with the present champion"))
+        superior = [_superior(rows, alpha)] if any(row.split == "new" for row in rows) else []
         for row in rows:
-            within = limits.margin * _noise(card, row)
-            if row.split == "new":
-                superior.append(_below(row, 0.0, "superiority on the new data", alpha))
-                harmless.append(_below(row, within, "non-inferiority on the new data", alpha))
-            else:
-                found.append(_below(row, within, "non-inferiority on the old data", alpha))
+            finding = _below(row, _margin(row, limits), f"non-inferiority on the {row.split} data", alpha)
+            (harmless if row.split == "new" else found).append(finding)
+            if row.delta - quantile(row.groups, limits.alpha) * row.se > 0:
+                worse.append(_worse(row, alpha))
     if limits.beat_solver and card.variant in TEACHERS:
-        beside = [c for c in card.comparisons if c.against == "solver"]
+        beside = [c for c in card.comparisons if c.against == "solver" and c.aspect == "images"]
         if not beside:
             found.append(_missing("it was not compared with full, drawn by a solver"))
         what = f"superiority over full in {card.solver.steps if card.solver else '?'} steps of a second-order solver"
         found += [_below(row, 0.0, what, alpha) for row in beside]
     best = [c for c in card.comparisons if c.against in ("champion", "anchor") and c.against_sha256 == anchor]
-    if anchor is not None and (anchor != champion or limits.decay < limits.margin):
+    if anchor is not None and (anchor != champion or limits.total_tolerance < 1):
         if not {"new", "old"} <= {c.split for c in best}:
             found.append(_missing("it was not compared with the anchor, the best model ever"))
         for row in best:
-            what = f"total decay against the anchor on the {row.split} data"
-            found.append(_below(row, limits.decay * _noise(card, row), what, alpha))
+            what = f"total loss against the anchor on the {row.split} data"
+            found.append(_below(row, limits.total_tolerance * _margin(row, limits), what, alpha))
 
-    failed = [f for f in [*found, *superior] if not f.check.passed]
+    failed = [f for f in [*found, *superior, *harmless] if not f.check.passed]
     outcome: Outcome
     if too_few:
         outcome, reason = "more data", too_few
     elif not failed:
         outcome = "promote"
         reason = "first version, all floors are met" if champion is None else "better on the new data, not worse on the old"
-    elif all(f.check.passed for f in [*harmless, *found]):
+    elif all(f.check.passed or f.waivable for f in [*harmless, *found]):
         outcome = "promote if reasoned"
         reason = "; ".join(f.needed or f.check.text for f in failed)
-        reason += "; it is not worse anywhere by more than the margin, so it may be promoted for a reason other than quality"
+        reason += f"; {'; '.join(worse)}" if worse else ""
+        reason += (
+            "; it is not worse anywhere by more than the margin, so it may be promoted for a reason other than quality"
+            if champion
+            else "; a first version may be promoted without this for a reason that is recorded"
+        )
     elif all(f.needed for f in failed):
         outcome, reason = "more data", "; ".join(f.needed for f in failed if f.needed)
     else:
         outcome, reason = "refuse", "; ".join(f.check.text for f in failed)
     first = champion is None and anchor is None
-    everywhere = bool(best) and all(_below(row, 0.0, "", alpha).check.passed for row in best)
+    everywhere = bool(best) and not any(row.delta + quantile(row.groups, alpha) * row.se >= 0 for row in _primary(best))
     return Decision(
         outcome=outcome, reason=f"{reason} (n = {n})", checks=[f.check for f in [*found, *superior, *harmless]], n=n,
         champion=champion, challenger=card.weights_sha256, limits=limits, scorecard=card.sha256, level=alpha, anchor=anchor,
         becomes_anchor=outcome in ("promote", "promote if reasoned") and (first or everywhere), update_bytes=update_bytes,
+        worse="; ".join(worse) if worse and outcome == "promote if reasoned" else None, held_out=card.held_out,
     )  # fmt: skip
 
 
-def reasoned(decision: Decision, reason: str) -> Decision:
+def _primary(rows: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons in the space that sees most."""
+    named = next((space for space in PRIMARY if any(row.space == space for row in rows)), None)
+    return [row for row in rows if named in (None, row.space)]
+
+
+def _superior(rows: Sequence[Comparison], alpha: float) -> _Finding:
+    """Whether a challenger is shown to be better on the new data: in the primary space, in one of the aspects (Bonferroni)."""
+    tested = [row for row in _primary(rows) if row.split == "new"]
+    each = [_below(row, 0.0, "superiority on the new data", alpha / len(tested)) for row in tested]
+    passed = [finding for finding in each if finding.check.passed]
+    likely = min(
+        range(len(tested)),
+        key=lambda i: tested[i].delta / tested[i].se if tested[i].se else math.copysign(math.inf, tested[i].delta),
+    )
+    return passed[0] if passed else each[likely]
+
+
+def _margin(row: Comparison, limits: Limits) -> float:
+    """How much worse a challenger may be, in one space and aspect: what somebody can see in the data, never a share of noise."""
+    own = limits.tolerance * max(row.champion_kd, 0.0)
+    return max(own, limits.tolerance_bands * row.band) if row.band is not None else own
+
+
+def _worse(row: Comparison, alpha: float) -> str:
+    """In words, that a challenger is shown to be worse."""
+    most = row.delta + quantile(row.groups, alpha) * row.se
+    return f"worse on the {row.split} data in {row.space} features, {_of(row)}, by at most {most:.4f}"
+
+
+def _of(row: Comparison) -> str:
+    return "images with their captions" if row.aspect == "captions" else "images alone"
+
+
+def reasoned(decision: Decision, reason: str, accept_worse: bool = False) -> Decision:
     """The decision to promote for a reason other than quality, such as a mended fault, a format or a licence.
 
     Raises:
-        PromotionError: the gate did not find that it does no harm, or there is no reason.
+        PromotionError: the gate did not find that it does no harm, there is no reason, or it is worse and nobody accepts that.
     """
     if decision.outcome != "promote if reasoned":
         raise PromotionError(
@@ -194,7 +294,10 @@ def reasoned(decision: Decision, reason: str) -> Decision:
         )
     if not reason.strip():
         raise PromotionError("a promotion that is not for quality needs its reason; give it with --reason")
-    text = f"not for its quality, but: {reason.strip()}; not worse anywhere by more than the margin (n = {decision.n})"
+    if decision.worse and not accept_worse:
+        raise PromotionError(f"the gate found it {decision.worse}; add --accept-worse if it is to be promoted all the same")
+    found = f"accepted as {decision.worse}" if decision.worse else "not worse anywhere by more than the margin"
+    text = f"not for its quality, but: {reason.strip()}; {found} (n = {decision.n})"
     return decision.model_copy(update={"outcome": "promote", "reason": text, "other_reason": reason.strip()})
 
 
@@ -241,6 +344,8 @@ class _Finding:
 
     check: Check
     needed: str | None = None
+    waivable: bool = False
+    """Whether a person may promote against it for a reason."""
 
 
 def _missing(text: str) -> _Finding:
@@ -260,8 +365,8 @@ def _too_few(qualities: list[Quality], limits: Limits) -> str | None:
     return None
 
 
-def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float) -> list[_Finding]:
-    """What every model must meet, with or without a champion."""
+def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float, champion: bool) -> list[_Finding]:
+    """What every model must meet, with or without a champion; those of a first version may be waived for a reason."""
     coverage = min(q.coverage for q in card.quality if q.split == "new")
     groups = min(q.groups for q in card.quality if q.split == "new")
     memory = card.cost.peak_mib - card.cost.bare_mib
@@ -286,7 +391,82 @@ def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float) -> l
     if budgets.memory_mib is not None:
         text = f"the model takes {memory:.0f} MiB of memory, the budget is {budgets.memory_mib:.0f} MiB"
         checks.append(Check(name="memory", passed=memory <= budgets.memory_mib, text=text))
-    return [*map(_Finding, checks), *(_copies(row, limits.copying, groups, alpha) for row in card.memorisation)]
+    return [
+        *map(_Finding, checks), *(_copies(row, limits.copying, groups, alpha) for row in card.memorisation),
+        *_odd(card, limits, champion),
+        *(_follows(row, limits.alpha, champion) for row in card.following if limits.captions),
+        *(_draws(row, limits.alpha) for row in card.asked if limits.captions),
+    ]  # fmt: skip
+
+
+def _odd(card: Scorecard, limits: Limits, champion: bool) -> list[_Finding]:
+    """Whether few images are unlike all real ones, like each other, or copies: exact bounds of shares (Clopper and Pearson 1934)."""
+    rows = []
+    if card.plausibility:
+        n, odd, same = card.plausibility.n, card.plausibility.implausible, card.plausibility.duplicates
+        rows += [("implausible images", "are unlike all real ones", odd, n, limits.implausible)]
+        rows += [("duplicates", "are like another generated one", same, n, limits.duplicates)]
+    if card.plausibility:  # older scorecards were judged without these floors
+        for row in card.memorisation:
+            near = round(row.nearer_than_any * row.n)
+            rows.append(
+                (
+                    f"copies ({row.space})",
+                    f"are nearer to training images than any held-out one, {row.space} features,",
+                    near,
+                    row.n,
+                    limits.copies,
+                )
+            )
+    found = []
+    for name, what, count, n, limit in rows:
+        upper = float(stats.beta.ppf(1 - limits.alpha, count + 1, n - count)) if count < n else 1.0
+        text = f"{count / n:.1%} of the images {what} (upper bound {upper:.1%} at n = {n}), must be below {limit:.0%}"
+        found.append(_Finding(Check(name=name, passed=upper < limit or limit == 1, text=text), waivable=not champion))
+    return found
+
+
+def _follows(row: Following, alpha: float, champion: bool) -> _Finding:
+    """Whether images are shown to go with their captions, wherever real ones do."""
+    times = quantile(row.groups, alpha)
+    if row.real - times * row.real_se <= 0:
+        text = f"captions, {row.space} features: real images cannot be shown to go with theirs, so this is not asked"
+        return _Finding(Check(name=f"captions ({row.space}, {row.split})", passed=True, text=text))
+    least = row.excess - times * row.excess_se
+    text = (
+        f"images go with their captions on the {row.split} data, {row.space} features, by {row.share:.2f} of what real ones do, must be shown to "
+        f"exceed 0.33 (at {row.groups} held-out groups)"
+    )
+    needed = f"{text}: undecided" if least <= 0 < row.excess else None
+    return _Finding(
+        Check(name=f"captions ({row.space}, {row.split})", passed=least > 0, text=text), needed, waivable=not champion
+    )
+
+
+def _draws(row: CaptionCheck, alpha: float) -> _Finding:
+    """Whether a caption is drawn, where that can be judged; what the champion does not draw either is no new harm.
+
+    That a model draws nothing of it is rejected by a test, so that one which does is let through with a chance of alpha at most; how
+    much of it is drawn is an estimate.
+    """
+    name = f"{'word' if row.word else 'caption'} {row.caption!r}"
+    times = quantile(row.groups, alpha)
+    enough = row.reference >= JUDGED_IMAGES and row.groups >= JUDGED_GROUPS and row.apart - times * row.apart_se > 0
+    if row.share is None or (row.champion_share is not None and row.champion_share <= FOLLOW):
+        text = f"{name}: " + (
+            "no feature space tells its images from others" if row.share is None else "the champion does not draw it either"
+        )
+        return _Finding(Check(name=name, passed=True, text=text))
+    share = f"{row.share:.2f} of what tells its real images from others"
+    at = f"{row.reference} held-out images in {row.groups} groups"
+    if not enough:
+        passed = row.share > FOLLOW
+        text = f"{name}: it seems that {share} is drawn; with {at} this cannot be judged"
+        return _Finding(Check(name=name, passed=passed, text=text), waivable=True)
+    shown = row.drawn - times * row.drawn_se > 0
+    text = f"{name}: {share} is drawn, must exceed {FOLLOW:.2f} and be shown to exceed 0 ({at})"
+    needed = f"{text}: undecided" if row.share > FOLLOW and not shown else None
+    return _Finding(Check(name=name, passed=row.share > FOLLOW and shown, text=text), needed, waivable=row.champion_share is None)
 
 
 def _copies(row: Memorisation, bound: float, groups: int, alpha: float) -> _Finding:
@@ -299,7 +479,7 @@ def _copies(row: Memorisation, bound: float, groups: int, alpha: float) -> _Find
     )
     needed = None
     if upper >= bound > row.probability:
-        needed = f"copying is undecided in {row.space} features, {_more(row.n, groups, times * row.se, bound - row.probability)}"
+        needed = f"copying is undecided in {row.space} features, {_few(row.n, groups, times * row.se, bound - row.probability)}"
     return _Finding(Check(name=f"copying ({row.space})", passed=upper < bound, text=text), needed)
 
 
@@ -308,26 +488,33 @@ def quantile(groups: int, alpha: float) -> float:
     return float(stats.t.ppf(1 - alpha, groups - 1)) if groups > 1 else math.inf
 
 
-def _noise(card: Scorecard, row: Comparison) -> float:
-    """The distance of pure noise where a comparison was made."""
-    return next(q.noise_kd for q in card.quality if (q.space, q.split) == (row.space, row.split))
-
-
 def _below(row: Comparison, bound: float, what: str, alpha: float) -> _Finding:
     """Whether a difference is shown to lie below a bound, in one space."""
     reach = quantile(row.groups, alpha) * row.se
     upper = row.delta + reach
     text = (
-        f"{what}, {row.space} features: difference {row.delta:+.4f} (upper bound {upper:+.4f} at n = {row.n} and {row.groups} "
+        f"{what}, {row.space} features, {_of(row)}: difference {row.delta:+.4f} (upper bound {upper:+.4f} at n = {row.n} and {row.groups} "
         f"held-out groups), must be below {bound:.4f}"
     )
     needed = None
     if upper >= bound > row.delta:
-        needed = f"{what} is undecided at n = {row.n} and {row.groups} held-out groups, {_more(row.n, row.groups, reach, bound - row.delta)}"
-    return _Finding(Check(name=f"{what} ({row.space})", passed=upper < bound, text=text), needed)
+        needed = f"{what} is undecided at n = {row.n} and {row.groups} held-out groups, {_more(row, reach, bound - row.delta)}"
+    return _Finding(Check(name=f"{what} ({row.space}, {row.aspect})", passed=upper < bound, text=text), needed)
 
 
-def _more(n: int, groups: int, reach: float, room: float) -> str:
-    """How many images and groups would bring an interval's reach down to the room that there is."""
+def _more(row: Comparison, reach: float, room: float) -> str:
+    """How many images and groups would bring an interval's reach down to the room that there is, and which of the two it lacks."""
+    times = (reach / room) ** 2 if row.groups > 1 else 8.0
+    needed = f"about {math.ceil(row.n * times)} and {math.ceil(row.groups * times)} are needed"
+    if row.drawn_se is None or row.groups < 2:
+        return needed
+    drawn = row.drawn_se**2 > row.se**2 / 2
+    return f"{needed}; " + (
+        "drawing more would do (gate.images)" if drawn else "the held-out groups limit it, drawing more would not do"
+    )
+
+
+def _few(n: int, groups: int, reach: float, room: float) -> str:
+    """The same for a share that no comparison gave."""
     times = (reach / room) ** 2 if groups > 1 else 8.0
     return f"about {math.ceil(n * times)} and {math.ceil(groups * times)} are needed"

@@ -83,6 +83,19 @@ def test_unknown_tier(root: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "successor"),
+    [
+        ("margin = 0.1", "tolerance (a share of the champion's own distance; 0.5 unless given)"),
+        ("decay = 0.2", "total_tolerance (how many such losses in all; 2.0 unless given)"),
+    ],
+)
+def test_keys_of_an_older_gate_are_refused_with_their_successors(root: Path, key: str, successor: str) -> None:
+    assert setting(root, "tolerance_bands = 1.5", f"{key}\ntolerance_bands = 1.5") == (
+        f"lines.shapes.gate: {key.split(maxsplit=1)[0]} was a share of pure noise's distance and is no more; remove it, its successor is {successor}"
+    )
+
+
 NO_DATA_FOLDERS = {
     "is no folder below the workspace; name one, such as data/surfaces": [
         "", ".", "./", "/", "..", "../x", "data/../../x", "data/..", "/data/shapes", "//data", "s3://bucket/x", "file:///data",

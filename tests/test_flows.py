@@ -65,8 +65,11 @@ steps = 6
 [lines.shapes.gate]
 images = 64
 alpha = 0.1
-margin = 0.2
+tolerance = 1.0
 minimum_images = 8
+captions = false
+implausible = 1.0
+duplicates = 1.0
 coverage = 0.0
 """
 SUBJECT = Subject(line="shapes", configuration="I", variant="full")

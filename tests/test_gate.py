@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from model.evaluate import kernel_distance
+from model.distances import Sample
+from model.distances import distance as measured
 from registry.selection import level
 from tests.bench.gate import FAR, GROUPS, SCALE, D, distance, family, single, slide
 from tests.test_selection import card, judged
@@ -24,7 +25,8 @@ def test_true_distances_of_the_simulation_are_true(shift: float):
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(900, D)), rng.normal(size=(900, D))
     y[:, 0] += shift
-    assert kernel_distance(x, y, SCALE) == pytest.approx(distance(shift), rel=0.03, abs=0.002)
+    found = measured(*(Sample(points, [""] * 900, np.arange(900)) for points in (x, y)), SCALE, "images")
+    assert found.value == pytest.approx(distance(shift), rel=0.03, abs=0.002)
 
 
 @pytest.mark.parametrize("groups", GROUPS[1:])

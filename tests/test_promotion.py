@@ -62,7 +62,14 @@ def client(workspace: Workspace) -> MlflowClient:
 
 
 def judged(
-    workspace: Workspace, ledger: Ledger, subject: Subject, number: int, outcome: str, against: str, best: bool = False
+    workspace: Workspace,
+    ledger: Ledger,
+    subject: Subject,
+    number: int,
+    outcome: str,
+    against: str,
+    best: bool = False,
+    worse: str | None = None,
 ) -> None:
     """A version in MLflow, as it is registered but without a model, and what the gate said of it in the ledger."""
     client = workspace.catalog._client
@@ -70,7 +77,7 @@ def judged(
     why = "because" if outcome == "promote" else "coverage is 0.1"
     made = Decision(
         outcome=outcome, reason=why, checks=[], n=9, champion=against or None, challenger=weights(number), limits=Limits(),
-        scorecard="c" * 64, becomes_anchor=best,
+        scorecard="c" * 64, becomes_anchor=best, worse=worse,
     )  # fmt: skip
     client.log_text(run.run_id, made.model_dump_json(), "decision.json")
     tags = {"weights.sha256": weights(number), "gate.outcome": outcome, "gate.decision": made.sha256}
@@ -191,6 +198,22 @@ def test_what_is_harmless_and_no_better_needs_a_reason_and_a_person(workspace: W
     assert champion(workspace, subject) == 4
     assert entries(workspace, subject)[-1].why == (
         "not for its quality, but: the licence of the old data ended; not worse anywhere by more than the margin (n = 9)"
+    )
+
+
+def test_what_is_worse_within_the_margin_has_to_be_accepted_in_so_many_words(workspace: Workspace, subject: Subject):
+    rules.promote(workspace, subject, 1, "first")
+    judged(
+        workspace, workspace.ledger, subject, 4, "promote if reasoned", weights(1), worse="worse on the new data, by at most 0.04"
+    )
+    result = ferry(workspace, "promote", str(subject), "4", "--reason", "a licence ended")
+    assert result.exit_code == 5
+    assert "the gate found it worse on the new data, by at most 0.04; add --accept-worse" in result.stderr
+    assert champion(workspace, subject) == 1
+    assert ferry(workspace, "promote", str(subject), "4", "--reason", "a licence ended", "--accept-worse").exit_code == 0
+    assert champion(workspace, subject) == 4
+    assert entries(workspace, subject)[-1].why == (
+        "not for its quality, but: a licence ended; accepted as worse on the new data, by at most 0.04 (n = 9)"
     )
 
 

@@ -31,8 +31,9 @@ from registry.report import (
     human_seconds,
     human_size,
     render,
+    worst,
 )
-from tests.test_selection import card
+from tests.test_selection import asked, card
 
 PRICES = Prices(
     currency="EUR", megabyte=0.5, training_hour=0.1, fleet=1000, device=40, device_years=5, images_per_day=100,
@@ -109,7 +110,16 @@ def test_page_begins_with_the_three_numbers_that_matter():
 
 
 @pytest.mark.parametrize(
-    "shown", ["0.21 s", "on 3 devices", "61 MiB", "closer to real", "very close", "ferry promote shapes/I/full 1", "lamp moved"]
+    "shown",
+    [
+        "0.21 s",
+        "on 3 devices",
+        "61 MiB",
+        "closer to real",
+        "measurably different from real images",
+        "ferry promote shapes/I/full 1",
+        "lamp moved",
+    ],
 )
 def test_page_shows_figures_and_way_back(shown: str):
     assert shown in render(REPORT)
@@ -170,13 +180,33 @@ def test_distance_is_the_worse_space_with_its_interval():
     found = distance([quality[0], worse])
     assert found.share == pytest.approx(0.3)  # the root of 0.045 / 0.5
     assert found.high == pytest.approx(((0.045 + 2.776 * 0.01) / 0.5) ** 0.5, rel=1e-3)  # Student's t with 4 degrees
-    assert found.word == "close"
+    assert found.real == pytest.approx(0.2)  # two sets of real images lie 0.02 apart
+    assert found.word == "measurably different: 1.5 times as far from real images as two sets of real images are from each other"
+    near = distance([quality[0].model_copy(update={"kd": 0.01})])
+    assert near.low == 0
+    assert near.word == "cannot be told from real images by this measure (n = 100)"
+    assert distance([quality[0].model_copy(update={"band": None})]).word == "measurably different from real images"
     assert distance([quality[0].model_copy(update={"kd": -0.001})]).share == 0
+
+
+def test_captions_that_are_drawn_worst_are_named():
+    rows = [
+        asked(share, caption=caption)
+        for caption, share in (("brick", 0.9), ("hole", 0.12), ("stain", -0.2), ("mesh", 0.8), ("new", None))
+    ]
+    assert worst(rows) == ["stain: 0 %", "hole: 12 %", "mesh: 80 %"]
+    assert worst([asked(0.1, apart_se=0.2)]) == []  # no feature space tells it apart, so how far it is drawn is not known
+    page = render(replace(REPORT, models=[replace(REPORT.models[0], worst=worst(rows)), *REPORT.models[1:]]))
+    assert "stain: 0 % · hole: 12 % · mesh: 80 %" in page
+    assert "What it draws worst" not in render(REPORT)
 
 
 def test_change_is_certain_only_where_its_interval_says_so():
     made = card(new=(-0.1, 0.01))
-    quality, rows = [q for q in made.quality if q.split == "new"], [c for c in made.comparisons if c.split == "new"]
+    quality, rows = (
+        [q for q in made.quality if q.split == "new"],
+        [c for c in made.comparisons if (c.split, c.aspect) == ("new", "images")],
+    )
     found = change(quality, rows)
     assert found is not None
     assert (found.word, found.n) == ("closer to real", 100)

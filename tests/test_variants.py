@@ -55,6 +55,9 @@ steps = 6
 [lines.shapes.gate]
 images = 32
 minimum_images = 8
+captions = false
+implausible = 1.0
+duplicates = 1.0
 coverage = 1.0
 beat_solver = false
 

@@ -23,6 +23,10 @@ def promote(
         str, typer.Option(show_default=False, help="Why; recorded in the ledger. Needed where the gate found no gain in quality.")
     ] = "",
     overrule: Annotated[bool, typer.Option("--overrule", help="Although the gate did not let it through.")] = False,
+    accept_worse: Annotated[
+        bool,
+        typer.Option("--accept-worse", help="Although the gate found it worse, by less than the margin; needs a reason too."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a version champion: an entry in the ledger, and MLflow's alias.
@@ -34,7 +38,7 @@ def promote(
         from flows.promote import promote as make_champion
         from registry.catalog import Subject
 
-        entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule)
+        entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule, accept_worse)
         answer(
             as_json,
             _plain(entry),

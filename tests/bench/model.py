@@ -34,10 +34,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import evaluate, features, photographs
+from model import distances, evaluate, features, photographs
 from model.config import TIERS, ModelConfig, Tier
 from model.data import Dataset, mix, prepare, to_bytes, to_unit
 from model.diffusion import add_noise, guided, logit_normal, sample
+from model.distances import Sample
 from model.distill import Teaching
 from model.export import pack
 from model.graph import build
@@ -218,7 +219,15 @@ def judge(
     row_of: dict[str, float] = {"loss": float(torch.cat(losses).mean())}
     for space in features.SPACES:
         x, y, scale = spaces(space, real), spaces(space, drawn), spaces.scale(space)
-        row_of[f"kd_{space}"], row_of[f"kd_{space}_se"] = evaluate.kernel_interval(x, y, scale, groups)
+        group_of = dict(zip(reference.tolist(), groups.tolist(), strict=True))
+        owners = np.array([group_of[i] for i in chosen.tolist()])
+        found = distances.distance(
+            Sample(x, [data.captions[i] for i in reference], groups),
+            Sample(y, [data.captions[i] for i in chosen], owners),
+            scale,
+            "images",
+        )
+        row_of[f"kd_{space}"], row_of[f"kd_{space}_se"] = found.value, found.se
         row_of[f"fd_{space}"] = evaluate.frechet_distance(x, y)
         row_of[f"coverage_{space}"] = evaluate.coverage(x, y)
     return row_of
