@@ -90,6 +90,11 @@ fuzz: $(VENV)/.fuzz ## made-up documents, deltas and requests, five minutes (FUZ
 conformance: install ## the agent's metadata layer under the TUF conformance suite (TUF_CONFORMANCE=its checkout, with a venv of its own)
 	$(BIN)/python -m tests.conformance "$(TUF_CONFORMANCE)"
 
+.PHONY: bench-gate
+bench-gate: install ## how often the gate is wrong, and good and bad models before it, 20 minutes (FULL=1: all rows, hours; goes on where it was cut); tables to tests/bench/results
+	$(BIN)/python -m tests.bench.gate
+	$(BIN)/python -m tests.bench.library
+
 .PHONY: mutants
 mutants: install wheelhouse ## mistakes in the code that a test must notice, an hour and a half (MUTANTS_SECONDS=n, MUTANTS=word of a file or harm); table to build/bench/mutants.json
 	$(BIN)/python -m tests.bench.mutants

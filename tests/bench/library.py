@@ -1,0 +1,322 @@
+"""`make bench-gate`, second part: models with one fault each, and good ones, before the gate; table to tests/bench/results/library.md.
+
+Each model is really trained (the `test` tier, a minute at most) on made-up photographs (tests/bench/world.py) and draws a pool of images. A run
+takes held-out photographs that no other run saw, draws for their captions from the pools, scores as the flow does, and asks the gate whether the
+challenger may replace the champion. `FULL=1`: three models of each kind and 1,000 runs a row, instead of one and as many as fit in
+GATE_SECONDS. What was trained and drawn, and the runs that were made, stay in build/bench/gate/, so a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+
+from model import evaluate, features
+from model.data import caption_ids, to_bytes
+from model.diffusion import guided, sample
+from model.evaluate import Drawn, Images
+from model.features import Features, FeatureSpaces
+from model.scorecard import DataVersion, Sampler
+from model.session import noise
+from model.train import TrainOptions, train
+from registry.selection import Budgets, Decision, Limits, decide
+from tests.bench import world
+from tests.bench.gate import rate
+from tests.test_selection import CHAMPION, card
+
+BUILD, RESULTS = Path("build/bench/gate"), Path("tests/bench/results/library.md")
+FULL = bool(os.environ.get("FULL"))
+SECONDS = float(os.environ.get("GATE_SECONDS", "14400" if FULL else "900"))
+MODELS, RUNS = (3, 1000) if FULL else (1, 1000)
+PHOTOGRAPHS, PATCHES = 9, 9  # of each surface, of each photograph: what a run holds out, 243 images in 27 groups
+POOL = 1536
+SAMPLER = Sampler(steps=10)
+LIMITS = Limits()
+VERSION = DataVersion(line="plates", path="data/plates", rev="0" * 40, md5="0" * 32 + ".dir", files=1, bytes=1)
+BAD, GOOD, EQUAL = "must not be promoted", "should be promoted", "must pass as no worse"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to make a model: how its data, its training or its images differ from the champion's."""
+
+    name: str
+    wanted: str
+    steps: int = 400
+    dropout: float = 0.1
+    first: bool = False
+    """Judged as a first version, without a champion."""
+
+
+KINDS = (
+    Kind("equal", EQUAL),
+    Kind("trained twice as long", GOOD, steps=800),
+    Kind("dim, champion never saw dim", GOOD),
+    Kind("permuted captions", BAD),
+    Kind("caption-blind", BAD, dropout=1.0),
+    Kind("without holes", BAD),
+    Kind("without defects", BAD),
+    Kind("without one caption", BAD),
+    Kind("blurred", BAD),
+    Kind("shifted in brightness", BAD),
+    Kind("negative", BAD),
+    Kind("collapsed", BAD),
+    Kind("half copies", BAD),
+    Kind("10 % noise", BAD),
+    Kind("trained half as long", BAD, steps=200),
+    Kind("first: negative", BAD, first=True),
+    Kind("first: 30 % noise", BAD, first=True),
+    Kind("first: half copies", BAD, first=True),
+    Kind("first: as good as the champion", GOOD, first=True),
+)
+DROPPED = "grain, hole"
+
+
+def training() -> tuple[Images, list[str], list[str]]:
+    """What the champion was trained on."""
+    return world.collect(np.random.default_rng(1), 40, 12)
+
+
+def pool_captions() -> list[str]:
+    """In the world's proportions."""
+    return world.collect(np.random.default_rng(5), POOL // 3, 1)[1]
+
+
+def taught(kind: Kind, seed: int) -> tuple[Images, list[str], list[str]]:
+    """A kind's training data."""
+    images, captions, groups = training()
+    if kind.name == "dim, champion never saw dim":
+        dim = world.collect(np.random.default_rng(2), 40, 12, dim=0.5)
+        return np.concatenate((images, dim[0])), captions + dim[1], groups + dim[2]
+    if kind.name == "permuted captions":
+        captions = [captions[i] for i in np.random.default_rng(seed).permutation(len(captions))]
+    if kind.name == "blurred":
+        images = np.stack([gaussian_filter(image[0].astype(float), 0.8)[None] for image in images]).round().astype(np.uint8)
+    if kind.name == "shifted in brightness":
+        images = np.clip(images.astype(int) + 15, 0, 255).astype(np.uint8)
+    if kind.name in ("negative", "first: negative"):
+        images = 255 - images
+    kept = range(len(captions))
+    if kind.name == "without holes":
+        kept = [i for i in kept if "hole" not in captions[i]]  # type: ignore[assignment]
+    if kind.name == "without defects":
+        kept = [i for i in kept if "," not in captions[i]]  # type: ignore[assignment]
+    if kind.name == "without one caption":
+        kept = [i for i in kept if captions[i] != DROPPED]  # type: ignore[assignment]
+    if kind.name == "collapsed":
+        kept = [captions.index(caption) for caption in world.CAPTIONS]  # type: ignore[assignment]
+    return images[list(kept)], [captions[i] for i in kept], [groups[i] for i in kept]
+
+
+def pool(kind: Kind, seed: int) -> Images:
+    """Images that a model of a kind draws for `pool_captions`; trained once."""
+    own = (
+        "champion"
+        if kind.name in ("equal", "first: as good as the champion") or "noise" in kind.name or "copies" in kind.name
+        else kind.name
+    )
+    path = BUILD / f"{own.replace(' ', '-').replace(',', '').replace(':', '')}-{seed}.npy"
+    if not path.is_file():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        images, captions, groups = taught(kind, seed)
+        data = world.dataset(images, captions, groups, np.zeros(len(images)))
+        options = TrainOptions(steps=kind.steps, batch=32, learning_rate=8e-3, seed=seed, caption_dropout=kind.dropout)
+        made = draw(train(world.CONFIG, data, VERSION, options, path.with_suffix("")).network(), pool_captions())
+        fresh = path.with_suffix(".tmp.npy")
+        np.save(fresh, made)
+        fresh.replace(path)
+    return np.asarray(np.load(path))
+
+
+def draw(network: torch.nn.Module, captions: list[str]) -> Images:
+    """Images for captions, from seeds that are the same for every model."""
+    made = []
+    with torch.inference_mode():
+        for first in range(0, len(captions), 64):
+            part = captions[first : first + 64]
+            ids = torch.tensor([caption_ids(caption, world.CONFIG.text_length) for caption in part])
+            start = torch.from_numpy(
+                np.stack([noise(1_000_000 + first + i, (1, world.SIDE, world.SIDE)) for i in range(len(part))])
+            )
+            velocity = guided(lambda x, t, r, text: network(x, t, r, text)[0], ids, SAMPLER.guidance)
+            made.append(to_bytes(sample(velocity, start, SAMPLER)))
+    return np.concatenate(made)
+
+
+@dataclass
+class Remembered:
+    """Feature spaces that compute each image once."""
+
+    spaces: FeatureSpaces
+    known: dict[tuple[str, bytes], Features] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the real ones."""
+        return self.spaces.names
+
+    @property
+    def sha256(self) -> str:
+        """Of the real ones."""
+        return self.spaces.sha256
+
+    def scale(self, space: str) -> float:
+        """Of the real ones."""
+        return self.spaces.scale(space)
+
+    def __call__(self, space: str, images: Images) -> Features:
+        """As the real ones."""
+        keys = [(space, hashlib.blake2b(image.tobytes(), digest_size=16).digest()) for image in images]
+        new = [i for i, key in enumerate(keys) if key not in self.known]
+        if new:
+            self.known |= dict(zip([keys[i] for i in new], self.spaces(space, images[new]), strict=True))
+        return np.stack([self.known[key] for key in keys])
+
+
+class Judge:
+    """Asks the gate about one kind; holds what its runs share."""
+
+    def __init__(self, kind: Kind) -> None:
+        torch.set_num_threads(1)
+        self.kind = kind
+        images, captions, groups = training()
+        spaces = features.fit(world.dataset(images, captions, groups, np.zeros(len(images))), BUILD / "features.safetensors")
+        self.spaces = Remembered(spaces)
+        self.training, asked = (images, captions, groups), pool_captions()
+        self.of = {caption: np.array([i for i, other in enumerate(asked) if other == caption]) for caption in world.CAPTIONS}
+        self.champion = pool(Kind("champion", EQUAL), 1)
+
+    def run(self, number: int) -> Decision:
+        """One decision; a function of the kind and the number."""
+        seed = number % MODELS + 1
+        challenger = pool(
+            self.kind,
+            seed + 1 if self.kind.name == "first: as good as the champion" else seed if self.kind.name != "equal" else 1,
+        )
+        rng = np.random.default_rng([17, number])
+        dim = 0.5 if self.kind.name.startswith("dim") else 0.0
+        held = world.collect(rng, PHOTOGRAPHS, PATCHES, dim)
+        images, captions, groups = self.training
+        data = world.dataset(
+            np.concatenate((images, held[0])),
+            captions + held[1],
+            groups + held[2],
+            np.arange(len(images) + len(held[0])) >= len(images),
+        )
+        n = len(held[0])
+        asked = [data.captions[i] for i in (*evaluate.held_out_items(data, n), *evaluate.further_items(data, n))]
+        picks = np.array([rng.choice(self.of[caption]) for caption in asked])
+        others = np.array([rng.choice(self.of[caption]) for caption in asked]) if self.kind.name == "equal" else picks
+        made = challenger[picks].copy()
+        if "noise" in self.kind.name:
+            odd = rng.random(len(made)) < (0.3 if "30" in self.kind.name else 0.1)
+            made[odd] = rng.integers(0, 256, made[odd].shape)
+        if "copies" in self.kind.name:
+            same = {caption: np.array([i for i, other in enumerate(captions) if other == caption]) for caption in world.CAPTIONS}
+            for i in np.flatnonzero(rng.random(len(made)) < 0.5):
+                made[i] = images[rng.choice(same[asked[i]])]
+        return self.judged(data, made, None if self.kind.first else self.champion[others], n)
+
+    def judged(self, data: Any, images: Images, champion: Images | None, n: int) -> Decision:
+        """What the gate says, with all that does not depend on the images met."""
+        load = np.zeros((1, 1, 1), np.float32)
+        ours, theirs, spaces = (
+            Drawn(images, load, 0.0),
+            Drawn(champion, load, 0.0) if champion is not None else None,
+            cast("FeatureSpaces", self.spaces),
+        )
+        rows = evaluate.compare(spaces, data, ours.first(n), theirs.first(n), "new", CHAMPION) if theirs else []
+        splits: tuple[Literal["new", "old"], ...] = ("new", "old")
+        scored = card().model_copy(
+            update={
+                "quality": [row for split in splits for row in evaluate.quality(spaces, data, ours.first(n), split)],
+                "comparisons": [row.model_copy(update={"split": split}) for row in rows for split in splits],
+                "memorisation": evaluate.memorisation(spaces, data, ours.first(n)),
+                "following": evaluate.following(spaces, data, ours.first(n), "new"),
+                "asked": evaluate.asked_for(spaces, data, ours, theirs, n),
+                "plausibility": evaluate.plausibility(spaces, data, ours.first(n)),
+            }
+        )
+        return decide(scored, LIMITS, Budgets(latency_ms=1000), CHAMPION if theirs else None)
+
+
+def series(kind: Kind, seconds: float) -> list[dict[str, Any]]:
+    """A kind's runs: those that were kept, and more until the time is over."""
+    path, began = BUILD / f"runs-{kind.name.replace(' ', '-').replace(',', '').replace(':', '')}.jsonl", time.monotonic()
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    done = [row for row in done if row["models"] == MODELS]
+    if len(done) < RUNS:
+        judge = Judge(kind)
+        with path.open("a") as file:
+            while len(done) < RUNS and (time.monotonic() - began < seconds or not done):
+                decision = judge.run(len(done))
+                failed = [check.name for check in decision.checks if not check.passed]
+                done.append(
+                    {"models": MODELS, "outcome": decision.outcome, "worse": decision.worse is not None, "failed": failed}
+                )
+                file.write(json.dumps(done[-1]) + "\n")
+                file.flush()
+    print(f"{kind.name}: {Counter(row['outcome'] for row in done)}", flush=True)
+    return done
+
+
+def shown(kind: Kind, runs: list[dict[str, Any]]) -> str:
+    """A row of the table."""
+    outcomes = Counter(row["outcome"] for row in runs)
+    why = Counter(name for row in runs for name in row["failed"] if row["outcome"] != "promote")
+    passed = outcomes["promote"] + (outcomes["promote if reasoned"] if kind.wanted == EQUAL else 0)
+    cells = [
+        kind.name, kind.wanted, str(len(runs)), rate(passed, len(runs)), *(f"{100 * outcomes[name] / len(runs):.0f}" for name in ("promote if reasoned", "more data", "refuse")),
+        ", ".join(f"{name} {100 * count / len(runs):.0f} %" for name, count in why.most_common(3)) or "–",
+    ]  # fmt: skip
+    return " | ".join(cells)
+
+
+def main() -> None:
+    """Train, judge, print, and keep."""
+    began, said = (
+        time.monotonic(),
+        subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True),
+    )
+    wanted = [kind for kind in KINDS if os.environ.get("KIND", "") in kind.name]
+    with ProcessPoolExecutor(2) as workers:
+        list(workers.map(pool, [Kind("champion", EQUAL)] * (MODELS + 1), range(1, MODELS + 2)))
+        jobs = [(kind, seed) for kind in wanted for seed in range(1, MODELS + 1)]
+        list(workers.map(pool, *zip(*jobs, strict=True)))
+        Judge(wanted[0])  # fits the feature spaces before two processes would
+        left = max(60.0, SECONDS - (time.monotonic() - began))
+        found = list(workers.map(series, wanted, [2 * left / len(wanted)] * len(wanted)))
+    lines = [
+        "# Good and bad models before the gate", "",
+        (f"`make bench-gate`{' with FULL=1' if FULL else ''}, commit {said.stdout.strip() or 'unknown'}, {time.monotonic() - began:.0f} s on a shared machine; seeded. "
+        f"{MODELS} trained model{'s' if MODELS > 1 else ''} of each kind; each run holds out {3 * PHOTOGRAPHS} new photographs, {3 * PHOTOGRAPHS * PATCHES} images. "
+        "Passed: promoted, or for the equal model also promoted for a reason; in brackets exact 95 % bounds."), "",
+        "challenger | wanted | runs | passed % | with a reason % | more data % | refused % | what failed most", "---|---|---|---|---|---|---|---",
+        *map(shown, wanted, found), "",
+    ]  # fmt: skip
+    print("\n".join(lines))
+    RESULTS.write_text("\n".join(lines))
+    (BUILD.parent / "bench-gate.json").write_text(
+        json.dumps(
+            [
+                {"kind": kind.name, "wanted": kind.wanted, "runs": len(runs), "outcomes": Counter(row["outcome"] for row in runs)}
+                for kind, runs in zip(wanted, found, strict=True)
+            ]
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
