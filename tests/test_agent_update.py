@@ -1027,6 +1027,22 @@ def test_killed_load_on_trial_stops_no_image(updated, first_image, monkeypatch):
     assert device.state.trial == Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS - 1)
 
 
+@pytest.mark.parametrize("grey", [0.5, float("nan")])
+def test_image_of_nothing_is_not_handed_out(updated, first_image, monkeypatch, caplog, grey):
+    device, real, drawn = updated.device, child.run, sampler.Model.generate
+
+    def run(task: str, **request: Any) -> dict[str, Any]:
+        if request["digest"] != device.active:
+            return real(task, **request)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampler.Model, "generate", lambda *given: np.full_like(drawn(*given), grey))
+            return child.TASKS[task](**request)
+
+    monkeypatch.setattr(child, "run", run)
+    assert updater.generate(device.home, "disc", 3)[0] == first_image
+    assert "it made an image that is constant or not finite; the bundle before draws" in caplog.text
+
+
 @pytest.mark.parametrize("role", few(["graph", "weights", "sampler", "manifest"], 2))
 @pytest.mark.parametrize("damage", ["altered", "missing"])
 def test_damaged_bundle_lets_bundle_before_draw(updated, first_image, role, damage, caplog):
