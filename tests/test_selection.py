@@ -514,9 +514,13 @@ def test_caption_that_is_dropped_is_refused():
     dropped = judged(made.model_copy(update={"asked": [asked(0.9), asked(0.1)]}))
     assert dropped.outcome == "refuse"
     assert (
-        "caption 'brick, hole': 0.10 of what tells its real images from others is drawn, must exceed 0.33 and be shown to exceed 0 (12 "
+        "caption 'brick, hole': 0.10 of what tells its real images from others is drawn, must exceed 0.30 and be shown to exceed 0 (12 "
         "held-out images in 6 groups)"
     ) in dropped.reason
+    assert (
+        judged(made.model_copy(update={"asked": [asked(0.2, champion_share=0.5)]})).outcome == "promote"
+    )  # more than a third of that
+    assert judged(made.model_copy(update={"asked": [asked(0.2, champion_share=0.7)]})).outcome == "refuse"
     assert "word 'hole'" in judged(made.model_copy(update={"asked": [asked(0.1, word=True, caption="hole")]})).reason
     assert judged(made.model_copy(update={"asked": [asked(0.5, se=0.06)]})).outcome == "more data"
 
@@ -526,10 +530,11 @@ def test_rare_caption_that_seems_dropped_cannot_be_judged_and_needs_a_reason(few
     decision = judged(card().model_copy(update={"asked": [asked(0.1, **few)]}))
     assert decision.outcome == "promote if reasoned"
     assert "this cannot be judged" in decision.reason
-    assert judged(card().model_copy(update={"asked": [asked(0.9, **few)]})).outcome == "promote"
+    for share, se in ((0.9, 0.01), (0.3, 0.02), (0.1, 0.1)):  # drawn, or not shown to be drawn too little
+        assert judged(card().model_copy(update={"asked": [asked(share, se=se, **few)]})).outcome == "promote"
 
 
-@pytest.mark.parametrize("row", [asked(0.1, champion_share=0.2), asked(None)])
+@pytest.mark.parametrize("row", [asked(0.1, champion_share=0.15), asked(None)])
 def test_caption_that_the_champion_does_not_draw_either_is_no_new_harm(row: CaptionCheck):
     assert judged(card().model_copy(update={"asked": [row]})).outcome == "promote"
 
