@@ -451,7 +451,8 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
     """
     name = f"{'word' if row.word else 'caption'} {row.caption!r}"
     times = quantile(row.groups, alpha)
-    enough = row.reference >= JUDGED_IMAGES and row.groups >= JUDGED_GROUPS and row.apart - times * row.apart_se > 0
+    # Told apart at twice the bound: else the share's error is so large that all could not be told from a third.
+    enough = row.reference >= JUDGED_IMAGES and row.groups >= JUDGED_GROUPS and row.apart > 2 * times * row.apart_se
     if row.share is None or (row.champion_share is not None and row.champion_share <= FOLLOW / 2):
         text = f"{name}: " + (
             "no feature space tells its images from others" if row.share is None else "the champion does not draw it either"
