@@ -645,7 +645,7 @@ def scorecard(
     held_out: list[str] | None = None,
 ) -> Scorecard:
     """Put the figures of one model together; `solver` is how `full` was drawn beside a student."""
-    beside = [row.delta for row in comparisons if row.against == "solver"]
+    beside = [row.delta for row in comparisons if row.against == "solver" and row.aspect == "images"]
     return Scorecard(
         line=lineage.data.line, tier=config.tier, configuration=config.configuration, variant=lineage.variant,
         weights_sha256=weights_sha256, lineage_sha256=lineage.sha256, sampler=sampler, precision=precision, seed=EVALUATION_SEED,

@@ -3,7 +3,7 @@
 - `trained`: the last hidden layer of a small classifier of captions, trained once on a line's first data revision.
 - `random`: responses of fixed random convolutions; no training, sees texture and noise, blind to meaning.
 - `scattering`: energies of wavelets at several scales and directions, and of how those energies vary (Bruna and Mallat 2013). No
-  training; sees blur, compression and a training that was cut short, which the other two do not (tests/bench/results/spaces.md).
+  training; sees blur, compression and a training that was cut short, which the other two do not (measured in infra/DECISIONS.md).
 
 All are standardised by the first revision and kept in one file; its hash is part of every figure, and figures with
 different hashes are never compared. A file that an older ferry wrote holds the first two. Distances in them are named `fd` and `kd`,

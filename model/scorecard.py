@@ -262,7 +262,9 @@ class Scorecard(Frozen):
     solver: Sampler | None = Field(
         default=None, description="of a student: how `full` was drawn beside it, at as many evaluations"
     )
-    beats_solver: bool | None = Field(default=None, description="of a student: whether its estimates are better in both spaces")
+    beats_solver: bool | None = Field(
+        default=None, description="of a student: whether its images are nearer to the data in every space, by the estimates"
+    )
     memorisation: list[Memorisation]
     captions: list[CaptionRow] = Field(description="the most frequent captions of the held-out images")
     following: list[Following] = Field(default=[], exclude_if=_absent)
