@@ -120,14 +120,14 @@ def test_floors_hold_with_and_without_a_champion(champion: str | None):
 def test_better_point_value_with_wide_interval_is_not_promoted():
     decision = judged(card(new=(-0.01, 0.04)))
     assert decision.outcome == "more data"
-    # 100 * (1.960 * 0.04 / 0.01)²; generating more alone would not do, so the groups are named too
-    assert "is undecided at n = 100 and 10000 held-out groups, about 6148 and 614783 are needed" in decision.reason
+    # 100 * (2.394 * 0.04 / 0.01)²; generating more alone would not do, so the groups are named too
+    assert "is undecided at n = 100 and 10000 held-out groups, about 9173 and 917292 are needed" in decision.reason
 
 
 def test_few_groups_of_held_out_images_ask_for_more_evidence():
-    close = (-0.0205, 0.01)  # two aspects, each at half of alpha: 1.96 standard errors
+    close = (-0.025, 0.01)  # six tests, each at a sixth of alpha: 2.39 standard errors
     assert judged(card(new=close)).outcome == "promote"
-    assert judged(card(new=close, groups=6)).outcome == "promote if reasoned"  # Student's t with 5 degrees of freedom is 2.57
+    assert judged(card(new=close, groups=6)).outcome == "promote if reasoned"  # Student's t with 5 degrees of freedom is 3.53
 
 
 def test_one_group_decides_nothing_against_a_champion():
@@ -152,7 +152,7 @@ def test_hopeless_and_undecided_together_is_a_refusal():
 
 
 def test_many_variants_decided_together_need_more_evidence():
-    close = card(new=(-0.0205, 0.01))
+    close = card(new=(-0.025, 0.01))
     assert judged(close, together=1).outcome == "promote"
     assert judged(close, together=3).outcome == "promote if reasoned"
 

@@ -99,7 +99,8 @@ def test_small_demo_killed_twice_still_tells_the_whole_story(tmp_path: Path, mon
 
     small = demo.SETTINGS.replace('tier = "nano"', 'tier = "test"')
     for old, new in (("steps = 420", "steps = 250"), ("steps = 310", "steps = 400"), ("update_grid = 3.0", "update_grid = 1.0"), ("learning_rate = 1.5e-3", "learning_rate = 8e-3"),
-                     ("learning_rate = 7e-4", "learning_rate = 4e-3"), ("steps = 300", "steps = 200"), ("batch = 8", "batch = 32")):  # fmt: skip
+                     ("learning_rate = 7e-4", "learning_rate = 4e-3"), ("steps = 300", "steps = 200"), ("batch = 8", "batch = 32"),
+                     ("implausible = 0.7 ", "# implausible = 0.7 "), ("coverage = 0.1", "coverage = 0.1\ncaptions = false\nimplausible = 1.0\nduplicates = 1.0")):  # fmt: skip
         assert old in small
         small = small.replace(old, new)
     monkeypatch.setattr(demo, "SETTINGS", small)
