@@ -237,7 +237,7 @@ def decide(
     else:
         outcome, reason = "refuse", "; ".join(f.check.text for f in failed)
     first = champion is None and anchor is None
-    everywhere = bool(best) and all(_superior(best, split, alpha).check.passed for split in sorted({row.split for row in best}))
+    everywhere = bool(best) and all(_below(row, 0.0, "", alpha).check.passed for row in best)
     return Decision(
         outcome=outcome, reason=f"{reason} (n = {n})", checks=[f.check for f in [*found, *superior, *harmless]], n=n,
         champion=champion, challenger=card.weights_sha256, limits=limits, scorecard=card.sha256, level=alpha, anchor=anchor,

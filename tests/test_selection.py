@@ -270,6 +270,17 @@ def test_anchor_moves_only_to_what_is_better_everywhere(new: tuple[float, float]
     assert (decision.outcome, decision.becomes_anchor, decision.anchor) == ("promote", moves, ANCHOR)
 
 
+def test_anchor_stays_where_one_place_is_only_not_worse():
+    """Else the best model ever could lose in one feature space, step by step, what it gains in another."""
+    made = card()
+    for place in range(len(made.comparisons)):
+        rows = [
+            row.model_copy(update={"delta": 0.0 if i == place else -0.1, "se": 0.005}) for i, row in enumerate(made.comparisons)
+        ]
+        decision = decide(made.model_copy(update={"comparisons": rows}), LIMITS, BUDGETS, CHAMPION, anchor=CHAMPION)
+        assert (decision.outcome, decision.becomes_anchor) == ("promote", False)
+
+
 def test_refused_challenger_is_no_anchor_however_good():
     assert not anchored((-0.1, 0.01), (-0.1, 0.01), card(coverage=0.1)).becomes_anchor
 

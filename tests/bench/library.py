@@ -108,16 +108,16 @@ def taught(kind: Kind, seed: int) -> tuple[Images, list[str], list[str]]:
         images = np.clip(images.astype(int) + 15, 0, 255).astype(np.uint8)
     if kind.name in ("negative", "first: negative"):
         images = 255 - images
-    kept = range(len(captions))
+    kept = list(range(len(captions)))
     if kind.name == "without holes":
-        kept = [i for i in kept if "hole" not in captions[i]]  # type: ignore[assignment]
+        kept = [i for i in kept if "hole" not in captions[i]]
     if kind.name == "without defects":
-        kept = [i for i in kept if "," not in captions[i]]  # type: ignore[assignment]
+        kept = [i for i in kept if "," not in captions[i]]
     if kind.name == "without one caption":
-        kept = [i for i in kept if captions[i] != DROPPED]  # type: ignore[assignment]
+        kept = [i for i in kept if captions[i] != DROPPED]
     if kind.name == "collapsed":
-        kept = [captions.index(caption) for caption in world.CAPTIONS]  # type: ignore[assignment]
-    return images[list(kept)], [captions[i] for i in kept], [groups[i] for i in kept]
+        kept = [captions.index(caption) for caption in world.CAPTIONS]
+    return images[kept], [captions[i] for i in kept], [groups[i] for i in kept]
 
 
 def pool(kind: Kind, seed: int) -> Images:
