@@ -1,4 +1,4 @@
-"""How far a model's images lie from real ones, and how sure that is: pure functions of features, captions and groups.
+"""Measure how far a model's images lie from real ones, with errors: pure functions of features, captions and groups.
 
 Held-out images come in groups, such as the patches of one photograph; only groups are independent of each other. A generated image
 belongs to the group of the held-out image whose caption it was drawn for. Each figure is a signed sum of means over pairs of images
@@ -42,13 +42,13 @@ class Sample:
     captions: Sequence[str]
     groups: Groups
     weights: npt.NDArray[np.float64] | None = None
-    """What each counts; None: all alike."""
+    """Weigh each image; None: all alike."""
 
     def __len__(self) -> int:
         return len(self.features)
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> Sample:
-        """A part of them; groups keep their numbers."""
+        """Take a part of them; groups keep their numbers."""
         weights = None if self.weights is None else self.weights[chosen]
         return Sample(
             self.features[chosen],
@@ -60,7 +60,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Figure:
-    """An estimate with its standard error, over so many independent groups."""
+    """Hold an estimate with its standard error, over so many independent groups."""
 
     value: float
     se: float
@@ -69,7 +69,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Mean:
-    """A mean over pairs of different groups, by group: sums and counts [G, G], symmetric, zero within a group."""
+    """Hold a mean over pairs of different groups, by group: sums and counts [G, G], symmetric, zero within a group."""
 
     total: Matrix
     count: Matrix
@@ -94,12 +94,12 @@ def kernel(x: Features, y: Features, scale: float) -> Matrix:
 
 
 def words(caption: str) -> frozenset[str]:
-    """The parts of a caption: "brick, scratch" has two."""
+    """Split a caption into its words: "brick, scratch" has two."""
     return frozenset(caption.replace(",", " ").casefold().split())
 
 
 def caption_kernel(a: Sequence[str], b: Sequence[str]) -> Matrix:
-    """How alike captions are, from 0 to 1, [n, m]: half for being the same, half for the words that they share.
+    """Compute how alike captions are, from 0 to 1, [n, m]: half for being the same, half for the words that they share.
 
     The second half is the cosine of the two sets of words, so "brick, scratch" is nearer to "brick" than to "mesh", and a caption
     that is new is near to those with its words. A mean of two kernels that are positive definite is one.
@@ -122,13 +122,13 @@ def caption_kernel(a: Sequence[str], b: Sequence[str]) -> Matrix:
 
 
 def alike(a: Sample, b: Sample, scale: float, aspect: Aspect) -> Matrix:
-    """The kernel of an aspect between two samples, [n, m]."""
+    """Compute the kernel of an aspect between two samples, [n, m]."""
     images = kernel(a.features, b.features, scale)
     return images if aspect == "images" else images * caption_kernel(a.captions, b.captions)
 
 
 def distance(real: Sample, drawn: Sample, scale: float, aspect: Aspect) -> Figure:
-    """The squared kernel distance (maximum mean discrepancy) of a model's images to real ones, unbiased: 0 on average for real images.
+    """Estimate the squared kernel distance (maximum mean discrepancy) of a model's images to real ones; 0 on average for real images.
 
     Args:
         real: held-out images.
@@ -144,7 +144,7 @@ def distance(real: Sample, drawn: Sample, scale: float, aspect: Aspect) -> Figur
 
 
 def difference(real: Sample, challenger: Sample, champion: Sample, scale: float, aspect: Aspect) -> tuple[Figure, float]:
-    """The challenger's squared kernel distance minus the champion's, and the part of its error that more drawing would remove.
+    """Estimate the challenger's squared kernel distance minus the champion's, and the part of its error that more drawing would remove.
 
     The relative similarity test of Bounliphone et al. 2016 in its paired form: image i of both models starts from the same noise and
     caption, so what they share cancels before the variance is taken.
@@ -171,7 +171,7 @@ def difference(real: Sample, challenger: Sample, champion: Sample, scale: float,
 
 
 def band(real: Sample, scale: float, aspect: Aspect) -> float:
-    """How far apart two sets of 25 groups of real images lie: the root mean square of their distance.
+    """Estimate how far apart two sets of 25 groups of real images lie: the root mean square of their distance.
 
     Each such distance is unbiased, so 0 on average; this is its spread, by random halves of the groups that are there. The spread falls
     as one over the groups of a set (the distance is a degenerate U-statistic between equals), so that it can be told for 25 groups
@@ -197,7 +197,7 @@ def band(real: Sample, scale: float, aspect: Aspect) -> float:
 
 
 def following(real: Sample, drawn: Sample | None, scale: float, least: float = 0.0) -> Figure:
-    """How far images go with their captions: the covariance, over pairs, of being alike in the image and alike in the caption.
+    """Estimate how far images go with their captions: the covariance, over pairs, of being alike in the image and in the caption.
 
     Args:
         real: held-out images.
@@ -214,7 +214,7 @@ def following(real: Sample, drawn: Sample | None, scale: float, least: float = 0
 
 
 def told_apart(asked: Sample, others: Sample, scales: Sequence[float]) -> Figure:
-    """The squared kernel distance between real images of a caption and those of others: 0 where no feature space tells them apart.
+    """Estimate the squared kernel distance between real images of a caption and others: 0 where no feature space tells them apart.
 
     Args:
         asked: real images of the caption; their features are those of all spaces side by side.
@@ -229,7 +229,7 @@ def told_apart(asked: Sample, others: Sample, scales: Sequence[float]) -> Figure
 
 
 def drawn_share(asked: Sample, others: Sample, drawn: Sample, scales: Sequence[float]) -> Figure:
-    """How much of what tells a caption's real images from others a model draws, times their distance.
+    """Estimate how much of what tells a caption's real images from others a model draws, times their distance.
 
     The position of the model's images on the line between the two kinds of real ones, in the space of the kernel: with m for the mean
     embedding, <m(drawn) - m(others), m(asked) - m(others)>. Divided by `told_apart` it is 1 for a model as good as the data, and 0 for

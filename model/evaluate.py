@@ -296,7 +296,6 @@ def compare(
         theirs, scale = sample(spaces, space, dataset, items, champion.images), spaces.scale(space)
         for aspect in ASPECTS:
             figure, drawn_se = distances.difference(real, ours, theirs, scale, aspect)
-            band = distances.band(real, scale, aspect)
             rows.append(
                 Comparison(
                     against=against,
@@ -309,7 +308,6 @@ def compare(
                     se=figure.se,
                     champion_kd=distances.distance(real, theirs, scale, aspect).value,
                     aspect=aspect,
-                    band=band if np.isfinite(band) else None,
                     drawn_se=drawn_se,
                 )
             )

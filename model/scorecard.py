@@ -149,9 +149,6 @@ class Comparison(Frozen):
     aspect: Literal["images", "captions"] = Field(
         default="images", exclude_if=_absent, description="captions: of pairs of image and caption"
     )
-    band: float | None = Field(
-        default=None, exclude_if=_absent, description="distance between two sets of 25 groups of real images"
-    )
     drawn_se: float | None = Field(
         default=None, exclude_if=_absent, description="the part of the error that more drawn images would remove"
     )

@@ -198,7 +198,7 @@ def decide(
             found.append(_missing("it was not compared with the present champion"))
         superior = [_superior(rows, "new", alpha)] if any(row.split == "new" for row in rows) else []
         for row in rows:
-            finding = _below(row, _margin(row, limits), f"non-inferiority on the {row.split} data", alpha)
+            finding = _below(row, _margin(card, row, limits), f"non-inferiority on the {row.split} data", alpha)
             (harmless if row.split == "new" else found).append(finding)
             if row.delta - quantile(row.groups, limits.alpha) * row.se > 0:
                 worse.append(_worse(row, alpha))
@@ -214,7 +214,7 @@ def decide(
             found.append(_missing("it was not compared with the anchor, the best model ever"))
         for row in best:
             what = f"total loss against the anchor on the {row.split} data"
-            found.append(_below(row, limits.total_tolerance * _margin(row, limits), what, alpha))
+            found.append(_below(row, limits.total_tolerance * _margin(card, row, limits), what, alpha))
 
     failed = [f for f in [*found, *superior, *harmless] if not f.check.passed]
     outcome: Outcome
@@ -258,10 +258,11 @@ def _superior(rows: Sequence[Comparison], split: str, alpha: float) -> _Finding:
     return passed[0] if passed else each[likely]
 
 
-def _margin(row: Comparison, limits: Limits) -> float:
+def _margin(card: Scorecard, row: Comparison, limits: Limits) -> float:
     """How much worse a challenger may be, in one space and aspect: what somebody can see in the data, never a share of noise."""
-    own = limits.tolerance * max(row.champion_kd, 0.0)
-    return max(own, limits.tolerance_bands * row.band) if row.band is not None else own
+    place = next(q for q in card.quality if (q.space, q.split) == (row.space, row.split))
+    band = place.band if row.aspect == "images" else place.captions_band
+    return max(limits.tolerance * row.champion_kd, limits.tolerance_bands * (band or 0.0))
 
 
 def _worse(row: Comparison, alpha: float) -> str:
@@ -475,7 +476,7 @@ def _copies(row: Memorisation, bound: float, groups: int, alpha: float) -> _Find
     )
     needed = None
     if upper >= bound > row.probability:
-        needed = f"copying is undecided in {row.space} features, {_few(row.n, groups, times * row.se, bound - row.probability)}"
+        needed = f"copying is undecided in {row.space} features, {_more(row.n, groups, times * row.se, bound - row.probability)}"
     return _Finding(Check(name=f"copying ({row.space})", passed=upper < bound, text=text), needed)
 
 
@@ -494,23 +495,21 @@ def _below(row: Comparison, bound: float, what: str, alpha: float) -> _Finding:
     )
     needed = None
     if upper >= bound > row.delta:
-        needed = f"{what} is undecided at n = {row.n} and {row.groups} held-out groups, {_more(row, reach, bound - row.delta)}"
+        needed = f"{what} is undecided at n = {row.n} and {row.groups} held-out groups, "
+        needed += _more(row.n, row.groups, reach, bound - row.delta) + _lacking(row)
     return _Finding(Check(name=f"{what} ({row.space}, {row.aspect})", passed=upper < bound, text=text), needed)
 
 
-def _more(row: Comparison, reach: float, room: float) -> str:
-    """How many images and groups would bring an interval's reach down to the room that there is, and which of the two it lacks."""
-    times = (reach / room) ** 2 if row.groups > 1 else 8.0
-    needed = f"about {math.ceil(row.n * times)} and {math.ceil(row.groups * times)} are needed"
-    if row.drawn_se is None or row.groups < 2:
-        return needed
-    drawn = row.drawn_se**2 > row.se**2 / 2
-    return f"{needed}; " + (
-        "drawing more would do (gate.images)" if drawn else "the held-out groups limit it, drawing more would not do"
-    )
-
-
-def _few(n: int, groups: int, reach: float, room: float) -> str:
-    """The same for a share that no comparison gave."""
+def _more(n: int, groups: int, reach: float, room: float) -> str:
+    """How many images and groups would bring an interval's reach down to the room that there is."""
     times = (reach / room) ** 2 if groups > 1 else 8.0
     return f"about {math.ceil(n * times)} and {math.ceil(groups * times)} are needed"
+
+
+def _lacking(row: Comparison) -> str:
+    """Which of the two an interval lacks, as far as that was measured."""
+    if row.drawn_se is None or row.groups < 2:
+        return ""
+    if row.drawn_se**2 > row.se**2 / 2:
+        return "; drawing more would do (gate.images)"
+    return "; the held-out groups limit it, drawing more would not do"

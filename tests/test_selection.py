@@ -48,7 +48,7 @@ def card(
     quality = [
         Quality(
             space=space, space_sha256="f" * 64, split=split, n=n, reference=reference, groups=groups, fd=1, fd_se=0.1, kd=0.02,
-            kd_se=0.01, noise_kd=0.5, precision=0.8, recall=0.7, density=0.9, coverage=coverage, band=0.02,
+            kd_se=0.01, noise_kd=0.5, precision=0.8, recall=0.7, density=0.9, coverage=coverage, band=0.02, captions_band=0.02,
         )
         for split in SPLITS
         for space in SPACES
@@ -65,7 +65,6 @@ def card(
             se=se,
             champion_kd=0.1,
             aspect=aspect,
-            band=0.02,
         )
         for split, (delta, se) in (("new", new), ("old", old))
         for space in SPACES
@@ -201,9 +200,11 @@ def test_margin_is_a_share_of_the_champions_distance_or_of_what_real_images_lie_
     assert judged(card(old=(0.04, 0.005))).outcome == "promote"  # upper bound 0.048 of 0.05
     assert judged(card(old=(0.045, 0.005))).outcome == "more data"
     made = card(old=(0.045, 0.005))
-    apart = [row.model_copy(update={"band": 0.04}) for row in made.comparisons]  # 1.5 of these are 0.06
-    assert judged(made.model_copy(update={"comparisons": apart})).outcome == "promote"
-    best = [row.model_copy(update={"champion_kd": -0.01, "band": 0.02}) for row in card(old=(0.02, 0.005)).comparisons]
+    apart = [row.model_copy(update={"band": 0.04, "captions_band": 0.04}) for row in made.quality]  # 1.5 of these are 0.06
+    assert judged(made.model_copy(update={"quality": apart})).outcome == "promote"
+    mixed = [row.model_copy(update={"band": 0.04}) for row in made.quality]  # of pairs with captions they are still 0.03
+    assert judged(made.model_copy(update={"quality": mixed})).outcome == "more data"
+    best = [row.model_copy(update={"champion_kd": -0.01}) for row in card(old=(0.02, 0.005)).comparisons]
     assert (
         judged(made.model_copy(update={"comparisons": best})).outcome == "promote"
     )  # a champion that cannot be told from real images
@@ -430,9 +431,7 @@ def test_margin_is_that_of_the_same_place(space: str, split: str, aspect: str):
     """Where the champion is near to the data, little may be lost, and nowhere else."""
     made = card(new=(0.03, 0.005), old=(0.03, 0.005))
     near = [
-        row.model_copy(update={"champion_kd": 0.01, "band": 0.01})
-        if (row.space, row.split, row.aspect) == (space, split, aspect)
-        else row
+        row.model_copy(update={"champion_kd": 0.01}) if (row.space, row.split, row.aspect) == (space, split, aspect) else row
         for row in made.comparisons
     ]
     assert judged(made).outcome == "promote if reasoned"
@@ -655,10 +654,8 @@ def test_overlap_of_large_sets_is_told_from_their_smallest_hashes():
 
 def test_scorecard_of_an_older_ferry_keeps_its_hash():
     made = card(new=(-0.1, 0.01))
-    rows = [
-        row.model_copy(update={"band": None}) for row in made.comparisons if row.aspect == "images" and row.space != "scattering"
-    ]
-    quality = [row.model_copy(update={"band": None}) for row in made.quality if row.space != "scattering"]
+    rows = [row for row in made.comparisons if row.aspect == "images" and row.space != "scattering"]
+    quality = [row.model_copy(update={"band": None, "captions_band": None}) for row in made.quality if row.space != "scattering"]
     old = made.model_copy(update={"comparisons": rows, "quality": quality})
     assert old.sha256 == "b61d94cbef111584eb357e7bfd20b5def7638f70cebf259a066a90bba1b45124"
     assert Scorecard.model_validate_json(old.model_dump_json()).sha256 == old.sha256
@@ -673,3 +670,13 @@ def test_decision_of_an_older_ferry_is_read():
         "dead_experts": 2, "beat_solver": True,
     }  # fmt: skip
     assert Decision.model_validate(old).limits.margin == 0.1
+
+
+def test_need_says_whether_drawing_more_would_do():
+    made = card(new=(-0.01, 0.04))
+    for drawn_se, says in (
+        (0.035, "drawing more would do (gate.images)"),
+        (0.01, "the held-out groups limit it, drawing more would not do"),
+    ):
+        rows = [row.model_copy(update={"drawn_se": drawn_se}) for row in made.comparisons]
+        assert f"are needed; {says}" in judged(made.model_copy(update={"comparisons": rows})).reason

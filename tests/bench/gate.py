@@ -142,9 +142,10 @@ def deciding(
 
 def decided(rows: list[Comparison], allowed: float = LIMITS.alpha, anchor: str | None = None) -> Decision:
     """What the gate says to such comparisons, all floors met."""
-    quality = [q.model_copy(update={"n": N, "reference": N, "noise_kd": NOISE}) for q in card().quality]
+    alone = {"n": N, "reference": N, "noise_kd": NOISE, "band": None, "captions_band": None}
+    quality = [q.model_copy(update=alone) for q in card().quality]
     # What may be lost is fixed here, so that the truth of "worse by a margin" is known.
-    fixed = [row.model_copy(update={"champion_kd": MARGIN / LIMITS.tolerance, "band": None}) for row in rows]
+    fixed = [row.model_copy(update={"champion_kd": MARGIN / LIMITS.tolerance}) for row in rows]
     made = card().model_copy(update={"comparisons": fixed, "quality": quality})
     return decide(made, LIMITS, Budgets(latency_ms=1000), CHAMPION, anchor=anchor, level=allowed)
 
