@@ -38,7 +38,7 @@ from tests.test_selection import CHAMPION, card
 
 BUILD, RESULTS = Path("build/bench/gate"), Path("tests/bench/results/library.md")
 FULL = bool(os.environ.get("FULL"))
-SECONDS = float(os.environ.get("GATE_SECONDS", "14400" if FULL else "900"))
+SECONDS = float(os.environ.get("GATE_SECONDS", "14400" if FULL else "780"))
 MODELS, RUNS = (3, 1000) if FULL else (1, 1000)
 PHOTOGRAPHS, PATCHES = 9, 9  # of each surface, of each photograph: what a run holds out, 243 images in 27 groups
 POOL = 1536
