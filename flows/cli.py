@@ -181,6 +181,36 @@ def evaluate(
         answer(as_json, measured.model_dump(mode="json"), measure.text(measured))
 
 
+@app.command()
+def remeasure(
+    line: Annotated[str, typer.Argument(help="Whose models to measure anew.")],
+    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Git revision of the data to fit the feature spaces on; the present one by default.")
+    ] = "HEAD",
+    as_json: Json = False,
+) -> None:
+    """Fit new feature spaces for a line and measure its champions and best versions in them.
+
+    Use it when a newer ferry measures in more feature spaces, or when captions have come that the old ones never saw. The gate compares in the
+    new spaces from then on. Rerun a killed command; it resumes.
+    """
+    with told_errors():
+        workspace = open_workspace()
+        workspace.line(line)
+        if not reason.strip():
+            from model.errors import ConfigError
+
+            raise ConfigError("new feature spaces need their reason; give it with --reason")
+        with workspace.locked("retraining"):  # so that who comes too late is told before anything large is loaded
+            pass
+        from flows import remeasure as measuring
+
+        with showing_progress():
+            made = measuring.remeasure(workspace, line, reason, data)
+        answer(as_json, made.model_dump(mode="json"), measuring.text_of(made))
+
+
 app.command()(promotion.promote)
 app.command()(promotion.rollback)
 app.command()(promotion.approve)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flows import progress
 from flows.promote import champion_of, judged, sealed
+from flows.remeasure import Figures, figures
 from flows.workspace import Workspace
 from model.errors import ConfigError, DataError
 from model.scorecard import Frozen, PublishedFid, Scorecard
@@ -25,6 +26,8 @@ class Measured(Frozen):
     outcome: str
     reason: str
     scorecard: Scorecard
+    anew: Figures | None = None
+    """What `ferry remeasure` found, in the line's present feature spaces."""
     fid: PublishedFid | None = None
     images: str | None = None
     """The folder that the FID compares with."""
@@ -87,6 +90,7 @@ def measure(
     known = Measured(
         subject=version.subject, version=version.version, champion=champion is not None and champion.version == version.version,
         outcome=said.facts["outcome"], reason=said.why, scorecard=card,
+        anew=figures(workspace, subject, version.version),
     )  # fmt: skip
     if file is None:
         return known
@@ -131,8 +135,9 @@ def text(measured: Measured) -> str:
         f"{'held-out':10}{'features':10}{'n':>6}{'kd':>10}{'± se':>9}{'fd':>9}{'coverage':>10}{'precision':>11}{'recall':>8}",
         *(
             f"{q.split:10}{q.space:10}{q.n:6d}{q.kd:10.4f}{q.kd_se:9.4f}{q.fd:9.2f}{q.coverage:10.2f}{q.precision:11.2f}{q.recall:8.2f}"
-            for q in card.quality
+            for q in (measured.anew.quality if measured.anew else card.quality)
         ),
+        *(["measured anew (`ferry remeasure`), other than when the gate decided"] if measured.anew else []),
         "",
         f"experts   {usage.dead} dead of {sum(map(len, usage.load))}",
         f"time      {cost.milliseconds:.1f} ms for an image, one thread, {cost.machine}",

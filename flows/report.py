@@ -14,6 +14,7 @@ from PIL import Image
 
 from flows.promote import champion_of, promotions, seals
 from flows.rate import verdicts
+from flows.remeasure import figures
 from flows.retrain import GRID_COLUMNS, champion_files
 from flows.workspace import Workspace
 from model import versions
@@ -31,6 +32,7 @@ from registry.seal import Seal
 
 DECISIONS_SHOWN = 6
 SAMPLE_ROWS, SAMPLE_COLUMNS = 3, 5  # captions of a line, and images for each
+REAL = "pictures/real.png"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class _Champion:
     card: Scorecard
     train_seconds: float
     grid: bytes
+    real: bytes | None
     captions: list[str]
 
 
@@ -97,6 +100,7 @@ def _champions(workspace: Workspace, line: str) -> list[_Champion]:
                 card=workspace.catalog.card(version),
                 train_seconds=json.loads((Path(files["checkpoint"]) / CURVE).read_bytes())[-1]["seconds"],
                 grid=workspace.catalog.data(version, "pictures/samples.png"),
+                real=workspace.catalog.data(version, REAL) if REAL in version.files else None,
                 captions=json.loads(workspace.catalog.data(version, "pictures/samples.json")),
             )
         )
@@ -105,10 +109,10 @@ def _champions(workspace: Workspace, line: str) -> list[_Champion]:
 
 def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> report.ModelColumn:
     card, subject = c.card, c.subject
-    new = [q for q in card.quality if q.split == "new"]
+    new, anew = [q for q in card.quality if q.split == "new"], figures(workspace, subject, c.version.version)
     compared = [row for row in card.comparisons if row.split == "new" and row.against == "champion"]
     weights = {s.weights: s.version for s in seals(workspace, subject)}
-    samples, captions = _samples(c, [other for other in champions if other.subject.line == subject.line])
+    samples, real, captions = _samples(c, [other for other in champions if other.subject.line == subject.line])
     return report.ModelColumn(
         subject=str(subject),
         variant=subject.variant,
@@ -116,7 +120,7 @@ def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> re
         tier=card.tier,
         data_rev=c.version.data_rev,
         data_message=_message(workspace, c.version.data_rev),
-        distance=report.distance(new),
+        distance=report.distance(anew.quality if anew else new),
         change=report.change(new, compared),
         replaced=weights.get(compared[0].against_sha256) if compared else None,
         reason=_why(workspace, c.version),
@@ -128,25 +132,31 @@ def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> re
         energy=_energy(workspace, subject),
         train_seconds=c.train_seconds,
         samples=samples,
+        real=real,
         captions=captions,
-        worst=report.worst(card.asked),
+        worst=report.worst(anew.asked if anew else card.asked),
         ratings=[v.text for v in verdicts(workspace, str(subject)) if v.challenger == c.version.version],
     )
 
 
-def _samples(c: _Champion, same_line: list[_Champion]) -> tuple[bytes, list[str]]:
-    """A champion's images of captions that all variants of its line drew; of its own, if they share none."""
+def _samples(c: _Champion, same_line: list[_Champion]) -> tuple[bytes, bytes | None, list[str]]:
+    """A champion's images, and real ones, of captions that all variants of its line drew; of its own, if they share none."""
     shared = reduce(lambda known, other: [caption for caption in known if caption in other.captions], same_line, c.captions)
     rows = (shared or c.captions)[:SAMPLE_ROWS]
-    with Image.open(BytesIO(c.grid)) as grid:
+    chosen = [c.captions.index(caption) for caption in rows]
+    return _rows(c.grid, chosen), _rows(c.real, chosen) if c.real else None, rows
+
+
+def _rows(picture: bytes, chosen: list[int]) -> bytes:
+    """Some rows of a grid of images, and its first columns."""
+    with Image.open(BytesIO(picture)) as grid:
         cell = grid.width // GRID_COLUMNS
-        sheet = Image.new(grid.mode, (SAMPLE_COLUMNS * cell, len(rows) * cell))
-        for y, caption in enumerate(rows):
-            top = c.captions.index(caption) * cell
-            sheet.paste(grid.crop((0, top, sheet.width, top + cell)), (0, y * cell))
+        sheet = Image.new(grid.mode, (SAMPLE_COLUMNS * cell, len(chosen) * cell))
+        for y, row in enumerate(chosen):
+            sheet.paste(grid.crop((0, row * cell, sheet.width, (row + 1) * cell)), (0, y * cell))
     made = BytesIO()
     sheet.save(made, "PNG", optimize=True)
-    return made.getvalue(), rows
+    return made.getvalue()
 
 
 def _message(workspace: Workspace, rev: str) -> str:

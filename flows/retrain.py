@@ -137,19 +137,19 @@ def evaluate_model(
     lineage = opened.lineage
     line = workspace.line(lineage.data.line)
     dataset = open_dataset(workspace, line, lineage.config.configuration, lineage.data)
-    frozen = workspace.root / "features" / f"{lineage.data.line}.safetensors"
+    frozen = workspace.feature_spaces(lineage.data.line)
     if champion and not frozen.is_file():  # fitted anew, they would be other spaces, and past figures would mean nothing
         raise CheckpointError(f"{frozen} is missing; restore it from a backup, past figures depend on it")
     spaces = features.fit(dataset, frozen)
     sampler = line.sampler_of(lineage.variant)
-    challenger = _Contender(Path(exported), workspace.work / "draws", lineage.data.line, sampler)
+    challenger = Contender(Path(exported), workspace.work / "draws", lineage.data.line, sampler)
     splits: dict[str, Dataset] = {"new": dataset}
-    others: list[tuple[Literal["champion", "anchor"], _Contender]] = []
+    others: list[tuple[Literal["champion", "anchor"], Contender]] = []
     if champion:
         theirs = Path(champion["bundle"])
-        others.append(("champion", _Contender(theirs, workspace.work / "draws", lineage.data.line, _drawn_as(theirs))))
+        others.append(("champion", Contender(theirs, workspace.work / "draws", lineage.data.line, drawn_as(theirs))))
         if anchor:
-            best = _Contender(Path(anchor), workspace.work / "draws", lineage.data.line, _drawn_as(Path(anchor)))
+            best = Contender(Path(anchor), workspace.work / "draws", lineage.data.line, drawn_as(Path(anchor)))
             others.append(("anchor", best))
         old = train.load_checkpoint(Path(champion["checkpoint"])).lineage.data
         folder = pull_data.fn(root, old.model_dump())
@@ -174,7 +174,7 @@ def evaluate_model(
     solver = None
     if full:
         solver = distill.solver(lineage.variant, line.sampler.guidance)
-        baseline = _Contender(Path(full), workspace.work / "draws", lineage.data.line, solver)
+        baseline = Contender(Path(full), workspace.work / "draws", lineage.data.line, solver)
         images = baseline.draw(captions)
         comparisons += evaluate.compare(spaces, dataset, drawn["new"], images, "new", baseline.weights_sha256, "solver")
     memories = evaluate.memorisation(spaces, dataset, drawn["new"])
@@ -188,7 +188,8 @@ def evaluate_model(
     out = workspace.work / "evaluations" / key
     out.mkdir(parents=True, exist_ok=True)
     (out / "scorecard.json").write_text(card.model_dump_json(indent=1))
-    picture(challenger.by_caption([*captions, *more]), out / "samples.png")
+    shown = picture(challenger.by_caption([*captions, *more]), out / "samples.png")
+    picture({caption: evaluate.real_images(dataset, caption, GRID_COLUMNS) for caption in shown}, out / "real.png")
     return {"scorecard": str(out / "scorecard.json"), "samples": str(out / "samples.png")}
 
 
@@ -212,7 +213,7 @@ def register_model(root: str, checkpoint: str, exported: str, evaluated: dict[st
     }  # fmt: skip
     version = workspace.catalog.register(
         subject, opened.lineage, card, made, opened.folder, Path(exported),
-        {"samples": samples, "captions": samples.with_suffix(".json")},
+        {"samples": samples, "captions": samples.with_suffix(".json"), "real": samples.with_name("real.png")},
         watch.points(json.loads((opened.folder / train.CURVE).read_bytes())),
         watch.retraining(workspace, opened.lineage.data),
         {number: str(entry.facts["scorecard"]) for number, entry in judged(workspace, subject).items()},
@@ -565,9 +566,12 @@ def judge_and_register(
     # The best model ever; the champion where a workspace has none yet.
     anchor = (anchor_of(workspace, subject) or champion) if champion else None
     scored = anchor if anchor and champion and anchor.weights != champion.weights else None
-    key = canonical_sha256([key, champion.weights if champion else None, scored.weights if scored else None, beside])[:32]
+    frozen = workspace.feature_spaces(data.line)
+    # Others after `ferry remeasure`; a first evaluation makes the file, and must have the same key when it is repeated.
+    spaces = file_sha256(frozen) if champion and frozen.is_file() else None
+    key = canonical_sha256([key, champion.weights if champion else None, scored.weights if scored else None, beside, spaces])[:32]
     best = str(workspace.catalog.files(scored, "bundle", workspace.work / "champions")) if scored else None
-    evaluated = _cached(evaluate_model, workspace.work / "evaluations" / key / "samples.png")(
+    evaluated = _cached(evaluate_model, workspace.work / "evaluations" / key / "real.png")(
         root, checkpoint, exported, theirs, best, full, key
     )
     card = Scorecard.model_validate_json(Path(evaluated["scorecard"]).read_bytes())
@@ -642,7 +646,7 @@ def open_dataset(workspace: Workspace, line: Line, configuration: ConfigurationN
 
 
 @dataclass
-class _Contender:
+class Contender:
     """A model in an evaluation; what it draws for given captions is kept, keyed by its weights."""
 
     folder: Path
@@ -683,14 +687,14 @@ class _Contender:
         return groups
 
 
-def _drawn_as(bundle: Path) -> Sampler:
+def drawn_as(bundle: Path) -> Sampler:
     """How a bundle says that it is drawn."""
     table = json.loads((bundle / "sampler.json").read_bytes())
     return Sampler(method=table["method"], steps=len(table["times"]) - 1, guidance=table["guidance"])
 
 
-def picture(groups: dict[str, list[Any]], path: Path, scale: int = 4) -> None:
-    """A grid of samples, a row for each of the most frequent captions; captions in `<path>.json`."""
+def picture(groups: dict[str, list[Any]], path: Path, scale: int = 4) -> list[str]:
+    """A grid of images, a row for each of the most frequent captions, which are returned; also in `<path>.json`."""
     rows = sorted(groups, key=lambda caption: (-len(groups[caption]), caption))[:GRID_ROWS]
     size, channels = groups[rows[0]][0].shape[1], groups[rows[0]][0].shape[0]
     cell = size * scale + 2
@@ -701,3 +705,4 @@ def picture(groups: dict[str, list[Any]], path: Path, scale: int = 4) -> None:
             sheet[y * cell + 1 : y * cell + 1 + len(large), x * cell + 1 : x * cell + 1 + len(large)] = large
     Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet).save(path)
     path.with_suffix(".json").write_text(json.dumps(sorted(rows)))
+    return sorted(rows)

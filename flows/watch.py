@@ -25,7 +25,7 @@ from registry.catalog import Retraining, Subject, Training
 from registry.errors import StoreError
 
 SAMPLES = "samples"  # folder of the pictures, inside the checkpoint's
-Picture = Callable[[dict[str, list[Any]], Path], None]
+Picture = Callable[[dict[str, list[Any]], Path], object]
 """(images by caption, the file to write)"""
 
 

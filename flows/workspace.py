@@ -316,6 +316,10 @@ class Workspace:
         self.work = self.root / "work"
         configure_environment(self.root)
 
+    def feature_spaces(self, line: str) -> Path:
+        """The file of the feature spaces in which a line's images are compared; its first evaluation makes it."""
+        return self.root / "features" / f"{line}.safetensors"
+
     def line(self, name: str) -> Line:
         """A line's settings.
 

@@ -426,6 +426,17 @@ def plausibility(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> Plaus
     )  # fmt: skip
 
 
+def real_images(dataset: Dataset, caption: str, n: int) -> list[Images]:
+    """Up to n held-out images of a caption [C, R, R], to be looked at beside generated ones: from as many groups as there are."""
+    groups = dict(zip(dataset.reference().tolist(), dataset.reference_groups().tolist(), strict=True))
+    own: Counter[int] = Counter()
+    ranked = []
+    for i in (i for i in groups if dataset.captions[i] == caption):
+        ranked.append((own[groups[i]], i))  # the first of each group, then the second of each
+        own[groups[i]] += 1
+    return [dataset.images[i] for _, i in sorted(ranked)[:n]]
+
+
 def _known(dataset: Dataset) -> npt.NDArray[np.intp]:
     """Training images that others are held against: a fixed choice of 2,000 at most."""
     order = np.random.Generator(np.random.Philox(key=MEMORY_SEED)).permutation(dataset.training())

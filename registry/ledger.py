@@ -31,7 +31,7 @@ from model.scorecard import Frozen, Sha256
 from registry.errors import LedgerError, StoreError
 
 START: Sha256 = "0" * 64
-Kind = Literal["gate", "seal", "promotion", "pending", "refusal", "rating", "release", "rollout", "halt", "trigger"]
+Kind = Literal["gate", "seal", "promotion", "pending", "refusal", "rating", "release", "rollout", "halt", "trigger", "measured"]
 ATTEMPTS = 100  # of recording; each that fails was lost to somebody who recorded something
 
 _metadata = MetaData()

@@ -104,6 +104,8 @@ class ModelColumn:
     train_seconds: float
     samples: bytes
     """PNG: a row for each caption."""
+    real: bytes | None
+    """The same of held-out real images; None where an older ferry kept none."""
     captions: list[str]
     ratings: list[str]
     """What people said who compared images blind."""
@@ -307,6 +309,7 @@ PAGE = """<!doctype html>
   .narrow { display: none } .last { min-width: 38rem } .last th:last-child { width: 55% }
   td.n, th.n { text-align: right } tfoot td, tfoot th { font-weight: 700; color: var(--ink) }
   .bar { display: block; width: 100%; max-width: 13rem; height: 12px; margin: .15rem 0 }
+  .pair { display: flex; gap: .6rem } .pair figure { margin: 0; flex: 0 1 15rem } .pair figcaption { color: var(--soft); font-size: .86rem }
   .samples { image-rendering: pixelated; width: 100%; max-width: 15rem; display: block; border: 1px solid var(--line) }
   code { background: var(--tint); padding: .1rem .3rem; border-radius: .25rem; overflow-wrap: anywhere }
   @media screen and (max-width: 40rem) {
@@ -317,7 +320,7 @@ PAGE = """<!doctype html>
     body { padding: 0; max-width: none; font-size: 9.1px; line-height: 1.25 } h1 { font-size: 14px } h2 { margin: 4px 0 0; font-size: 10.5px }
     p { margin: 2px 0 } .lead { font-size: 10px; padding: 2px 8px; margin: 3px 0 } .lead b { font-size: 11.5px } .soft { font-size: 8.1px }
     table { font-size: 8.8px } .last { min-width: 0 } .last tr:nth-child(n+6) { display: none } th, td { padding: 1px 6px 1px 0 } .scroll { overflow: visible } .bar { height: 7px; max-width: 40mm; margin: 1px 0 }
-    .samples { max-width: 28mm } .side td { min-width: 0 } .side th[scope=row] { width: 31mm; min-width: 0 }
+    .pair { gap: 2mm } .pair figcaption { font-size: 8.1px } .samples { max-width: 28mm } .side td { min-width: 0 } .side th[scope=row] { width: 31mm; min-width: 0 }
     * { print-color-adjust: exact; -webkit-print-color-adjust: exact } tr, .lead { break-inside: avoid }
   }
 </style>
@@ -344,7 +347,8 @@ and {{ "{:,}".format(r.prices.fleet) }} devices cost <b>{{ here | money }} {{ r.
 <tbody>
 <tr><th scope="row">Likeness to real images</th>{% for m in r.models %}<td><b>{{ m.distance.word }}</b>{{ m.distance | bar }}
 <span class="soft">distance {{ m.distance.share | share }} ({{ m.distance.low | share }} to {{ m.distance.high | share }}), {{ m.distance.n }} images</span></td>{% endfor %}</tr>
-<tr><th scope="row">What it draws</th>{% for m in r.models %}<td><img class="samples" alt="samples drawn by {{ m.subject }} for: {{ m.captions | join(', ') }}" src="data:image/png;base64,{{ m.samples | image }}">
+<tr><th scope="row">What it draws</th>{% for m in r.models %}<td><div class="pair"><figure><img class="samples" alt="samples drawn by {{ m.subject }} for: {{ m.captions | join(', ') }}" src="data:image/png;base64,{{ m.samples | image }}"><figcaption>drawn</figcaption></figure>
+{% if m.real %}<figure><img class="samples" alt="real images that the model never saw, of: {{ m.captions | join(', ') }}" src="data:image/png;base64,{{ m.real | image }}"><figcaption>real, never seen by the model</figcaption></figure>{% endif %}</div>
 <span class="soft">{{ m.captions | join(" · ") }}</span></td>{% endfor %}</tr>
 {% if r.models | selectattr("worst") | list %}<tr><th scope="row">What it draws worst</th>{% for m in r.models %}<td>{{ m.worst | join(" · ") or "not measured" }}</td>{% endfor %}</tr>
 {% endif %}

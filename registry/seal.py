@@ -22,7 +22,7 @@ SCORECARD = "scorecard.json"
 PARTS: dict[Part, tuple[str, ...]] = {
     "bundle": ("graph.onnx", "weights.bin", "sampler.json", "golden.npz", "reference.json"),
     "checkpoint": ("weights.safetensors", "lineage.json", "curve.json"),
-    "pictures": ("samples.png", "samples.json"),
+    "pictures": ("samples.png", "samples.json", "real.png"),
 }
 """The files of a version that are ever read back, by the folder of its run; others are for people who look into MLflow."""
 

@@ -42,6 +42,7 @@ from model.evaluate import (
     published_fid,
     pure_noise,
     quality,
+    real_images,
     scorecard,
     usage,
 )
@@ -284,6 +285,24 @@ def test_captions_are_same_for_every_model(dataset: Dataset, n: int) -> None:
 def test_evaluation_of_nothing_is_refused(dataset: Dataset, n: int) -> None:
     with pytest.raises(DataError, match=f"an evaluation of {n} images says nothing; ask for at least 2"):
         held_out_captions(dataset, n)
+
+
+def test_real_images_to_look_at_are_held_out_and_of_many_groups(tmp_path: Path) -> None:
+    pixels = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones(
+        (1, 1, 4, 4), np.uint8
+    )  # the number of each image is its grey
+    captions = ["brick"] * 9 + ["mesh"] * 3
+    groups = ["a", "a", "a", "b", "b", "c", "c", "d", "d", "e", "f", "f"]
+    held_out = np.array([True] * 7 + [False] * 2 + [True] * 3)
+    data = Dataset(pixels, captions, np.zeros((12, 4), np.int64), held_out, groups, {})
+
+    def shown(caption: str, n: int) -> list[int]:
+        return [int(image[0, 0, 0]) for image in real_images(data, caption, n)]
+
+    assert shown("brick", 5) == [0, 3, 5, 1, 4]  # one of each photograph, then the next of each; d is not held out
+    assert shown("brick", 99) == [0, 3, 5, 1, 4, 6, 2]
+    assert shown("mesh", 2) == [9, 10]
+    assert shown("rope", 2) == []
 
 
 def test_quality_ranks_data_model_noise(spaces: FeatureSpaces, dataset: Dataset, session: Session) -> None:

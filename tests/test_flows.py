@@ -34,6 +34,7 @@ from ota.release.keys import KeyRing
 from registry.catalog import Catalog, Subject
 from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import START
+from registry.lineage import file_sha256
 from registry.seal import PARTS
 from tests.conftest import in_run, write_images
 from tests.test_catalog import metrics
@@ -612,6 +613,21 @@ def test_changed_sampler_is_judged_without_training(workspace: Workspace, monkey
     known = {against: sealed(workspace, SUBJECT, n).weights for against, n in (("champion", 2), ("anchor", 1))}
     assert beside == {(against, known[against], split) for against in known for split in ("new", "old")}
     assert sorted(path.name for path in (workspace.work / "runs").iterdir()) == trained
+    assert champion_number(workspace) == 2
+
+
+def test_new_feature_spaces_are_what_the_gate_compares_in_from_then_on(workspace: Workspace):
+    from flows.retrain import retrain
+
+    before = file_sha256(workspace.feature_spaces("shapes"))
+    told = ferry(workspace, "remeasure", "shapes", "--reason", "captions have come since")
+    assert told.exit_code == 0, told.output
+    present = file_sha256(workspace.feature_spaces("shapes"))
+    with settings(workspace, "steps = 6\n", "steps = 5\n"):  # as was evaluated in the spaces from before
+        (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
+    made = workspace.catalog.card(sealed(workspace, SUBJECT, row["version"]))
+    assert {q.space_sha256 for q in made.quality} == {present} != {before}
+    assert {c.against_sha256 for c in made.comparisons if c.against == "champion"} == {sealed(workspace, SUBJECT, 2).weights}
     assert champion_number(workspace) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import tomllib
 from dataclasses import replace
@@ -59,7 +60,7 @@ def column(variant: str, version: int, share: float, steps: int, joules: Energy 
         distance=Distance(share, share - 0.05, share + 0.06, {"trained": 0.02, "random": 0.03}, 128),
         change=Change(0.41, share, -0.031, -0.044, -0.018, 128), replaced=version - 1,
         reason="better on the new data, not worse on the old (n = 128)", steps=steps, evaluations=2 * steps, milliseconds=76,
-        on_devices=(210, 3), peak_mib=61.2, energy=joules, train_seconds=32, samples=samples(),
+        on_devices=(210, 3), peak_mib=61.2, energy=joules, train_seconds=32, samples=samples(), real=samples(),
         captions=["bricks, dim", "coins", "gravel"], ratings=["people prefer version 2: they preferred version 2 over 1"],
     )  # fmt: skip
 
@@ -123,6 +124,24 @@ def test_page_begins_with_the_three_numbers_that_matter():
 )
 def test_page_shows_figures_and_way_back(shown: str):
     assert shown in render(REPORT)
+
+
+def test_real_images_stand_beside_what_is_drawn():
+    drawn, real = samples(), samples(2)
+    beside = replace(REPORT.models[0], samples=drawn, real=real)
+    alone = replace(beside, real=None)  # of a version that an older ferry registered
+    shown = [base64.b64encode(picture).decode() for picture in (drawn, real)]
+    page = render(replace(REPORT, models=[beside]))
+    assert [page.count(picture) for picture in shown] == [1, 1]
+    assert (
+        page.index(shown[0])
+        < page.index("<figcaption>drawn<")
+        < page.index(shown[1])
+        < page.index("<figcaption>real, never seen")
+    )
+    page = render(replace(REPORT, models=[alone]))
+    assert [page.count(picture) for picture in shown] == [1, 0]
+    assert "<figcaption>real" not in page
 
 
 def test_energy_says_where_it_is_from_or_that_there_is_none():

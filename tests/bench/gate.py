@@ -143,7 +143,15 @@ def deciding(
             found, _ = difference(*(Sample(points, held.captions, held.groups) for points in (x, c, h)), SCALE, "images")
             value, se, count = found.value, found.se, found.groups
         row = Comparison(
-            against=against, against_sha256=sha256, space=space, split="old", n=N, groups=count, delta=value, se=se, champion_kd=0.0
+            against=against,
+            against_sha256=sha256,
+            space=space,
+            split="old",
+            n=N,
+            groups=count,
+            delta=value,
+            se=se,
+            champion_kd=0.0,
         )
         rows += [row.model_copy(update={"split": split}) for split in ("old", "new")]
     return rows

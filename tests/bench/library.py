@@ -129,6 +129,7 @@ def pool(kind: Kind, seed: int) -> Images:
     )
     path = BUILD / f"{own.replace(' ', '-').replace(',', '').replace(':', '')}-{seed}.npy"
     if not path.is_file():
+        torch.set_num_threads(1)  # two processes share two cores
         BUILD.mkdir(parents=True, exist_ok=True)
         images, captions, groups = taught(kind, seed)
         data = world.dataset(images, captions, groups, np.zeros(len(images)))
@@ -238,10 +239,11 @@ class Judge:
             cast("FeatureSpaces", self.spaces),
         )
         rows = evaluate.compare(spaces, data, ours.first(n), theirs.first(n), "new", CHAMPION) if theirs else []
-        splits: tuple[Literal["new", "old"], ...] = ("new", "old")
+        splits: tuple[Literal["new", "old"], ...] = ("new", "old")  # which are one: the data did not change
+        quality = evaluate.quality(spaces, data, ours.first(n), "new")
         scored = card().model_copy(
             update={
-                "quality": [row for split in splits for row in evaluate.quality(spaces, data, ours.first(n), split)],
+                "quality": [row.model_copy(update={"split": split}) for split in splits for row in quality],
                 "comparisons": [row.model_copy(update={"split": split}) for row in rows for split in splits],
                 "memorisation": evaluate.memorisation(spaces, data, ours.first(n)),
                 "following": evaluate.following(spaces, data, ours.first(n), "new"),

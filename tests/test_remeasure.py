@@ -1,0 +1,164 @@
+"""`ferry remeasure`: new feature spaces for a line, its champion and best version measured in them, and nothing else changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import Result
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from flows import remeasure, report
+from flows.cli import app
+from flows.promote import promote, sealed
+from flows.workspace import Workspace, create
+from model import features, versions
+from model.data import prepare
+from model.export import Export
+from model.train import Checkpoint
+from registry.catalog import Subject
+
+from .conftest import CONFIG, write_images
+from .test_measure import SETTINGS, register
+
+SUBJECT = Subject(line="shapes", configuration="I", variant="full")
+GATE = "\n[lines.shapes.gate]\nimages = 24\n"
+
+
+@pytest.fixture
+def workspace(checkpoint: Checkpoint, exported: Export, tmp_path: Path) -> Iterator[Workspace]:
+    """As an older ferry left it: a champion, and feature spaces of which there are two."""
+    made = create(tmp_path / "ws", [], SETTINGS.replace("\n[lines.empty]", f"{GATE}\n[lines.empty]"))
+    write_images(made.root / "data/shapes")
+    versions.add(made.root, "data/shapes", "shapes", "first")
+    register(made, checkpoint, exported, tmp_path / "first")
+    promote(made, SUBJECT, 1, "first")
+    whole = tmp_path / "whole.safetensors"
+    features.fit(prepare(made.root / "data/shapes", CONFIG, tmp_path / "cache"), whole, seed=1)
+    kept = {name: tensor for name, tensor in load_file(whole).items() if not name.startswith("scattering.")}
+    made.feature_spaces("shapes").parent.mkdir(exist_ok=True)
+    save_file(kept, made.feature_spaces("shapes"))
+    yield made
+    made.ledger.close()
+    made.fleet.close()
+
+
+def ferry(workspace: Workspace, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["--quiet", "-w", str(workspace.root), "remeasure", *arguments])
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def measured(workspace: Workspace) -> list[dict[str, Any]]:
+    return [entry.facts for entry in workspace.ledger.entries() if entry.kind == "measured"]
+
+
+def test_line_of_an_older_ferry_gets_the_new_space_by_one_command(workspace: Workspace):
+    before, card = digest(workspace.feature_spaces("shapes")), workspace.catalog.card(sealed(workspace, SUBJECT, 1))
+    assert features.load(workspace.feature_spaces("shapes")).names == ("trained", "random")
+    told = ferry(workspace, "shapes", "--reason", "the new ferry sees blur", "--json")
+    assert told.exit_code == 0, told.output
+    spaces = features.load(workspace.feature_spaces("shapes"))
+    assert spaces.names == ("trained", "random", "scattering")
+    made = json.loads(told.stdout)
+    assert (made["spaces_sha256"], made["before"], made["versions"]) == (spaces.sha256, before, ["shapes/I/full 1"])
+    assert digest(workspace.root / "features" / f"shapes.{before[:16]}.safetensors") == before  # past figures can be had again
+    (facts,) = measured(workspace)
+    assert (facts["version"], facts["spaces"], facts["before"]) == (1, spaces.sha256, before)
+    assert [(q["space"], q["space_sha256"], q["n"]) for q in facts["quality"]] == [(s, spaces.sha256, 24) for s in spaces.names]
+    assert workspace.catalog.card(sealed(workspace, SUBJECT, 1)) == card  # what the gate saw stays
+    assert len(list((workspace.root / "features").iterdir())) == 2
+
+
+def test_report_and_figures_are_those_of_the_present_spaces(workspace: Workspace):
+    remeasure.remeasure(workspace, "shapes", "for a test")
+    anew = remeasure.figures(workspace, SUBJECT, 1)
+    assert anew
+    told = CliRunner().invoke(app, ["--quiet", "-w", str(workspace.root), "evaluate", "shapes/I/full"])
+    rows = [line.split() for line in told.stdout.splitlines() if line.startswith("new")]
+    assert [(row[1], row[3]) for row in rows] == [(q.space, f"{q.kd:.4f}") for q in anew.quality]
+    assert "measured anew" in told.stdout
+    champion = report._Champion(
+        SUBJECT, sealed(workspace, SUBJECT, 1), workspace.catalog.card(sealed(workspace, SUBJECT, 1)), 1.0, b"", None, []
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_samples", lambda *_: (b"", None, []))
+        column = report._model(workspace, champion, [champion])
+    assert column.distance.kd == {q.space: q.kd for q in anew.quality}
+
+
+@pytest.mark.parametrize("cut", ["before the ledger", "after the ledger", "before the new spaces are in place"])
+def test_killed_call_is_rerun_and_records_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, cut: str):
+    before, entries = digest(workspace.feature_spaces("shapes")), len(workspace.ledger.entries())
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if cut == "before the ledger":
+            patch.setattr(remeasure, "_record", killed)
+        elif cut == "after the ledger":
+            patch.setattr(remeasure, "os", SimpleNamespace(link=killed))
+        else:
+            patch.setattr(
+                Path, "replace", lambda path, to: killed() if to == workspace.feature_spaces("shapes") else path.rename(to)
+            )
+        with pytest.raises(KeyboardInterrupt):
+            remeasure.remeasure(workspace, "shapes", "for a test")
+    assert digest(workspace.feature_spaces("shapes")) == before
+    assert len(workspace.ledger.entries()) == entries + (cut != "before the ledger")
+    made = remeasure.remeasure(workspace, "shapes", "for a test")
+    assert made.versions == ["shapes/I/full 1"]
+    assert digest(workspace.feature_spaces("shapes")) == made.spaces_sha256 != before
+    assert len(workspace.ledger.entries()) == entries + 1
+
+
+def test_spaces_that_would_be_the_same_change_nothing(workspace: Workspace):
+    remeasure.remeasure(workspace, "shapes", "for a test")
+    present, entries = digest(workspace.feature_spaces("shapes")), workspace.ledger.entries()
+    told = ferry(workspace, "shapes", "--reason", "again")
+    assert (told.exit_code, told.stdout) == (
+        0,
+        "shapes already measures in these feature spaces (trained, random, scattering); nothing was changed\n",
+    )
+    assert digest(workspace.feature_spaces("shapes")) == present
+    assert workspace.ledger.entries() == entries
+    assert len(list((workspace.root / "features").iterdir())) == 2
+
+
+REFUSED = (
+    (("nothing", "--reason", "x"), "there is no line 'nothing'"),
+    (("empty", "--reason", "x"), "empty has no champion, so nothing was measured yet; run `ferry retrain empty`"),
+    (("shapes", "--reason", " "), "new feature spaces need their reason; give it with --reason"),
+    (("shapes", "--reason", "x", "--data", "nowhere"), "nowhere"),
+)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(workspace: Workspace):
+    before, entries = digest(workspace.feature_spaces("shapes")), workspace.ledger.entries()
+    for arguments, says in REFUSED:
+        told = ferry(workspace, *arguments)
+        assert told.exit_code == 3, told.output
+        assert says in told.stderr
+        assert told.stderr.startswith("ferry: ")
+    assert digest(workspace.feature_spaces("shapes")) == before
+    assert workspace.ledger.entries() == entries
+    workspace.feature_spaces("shapes").write_bytes(b"torn")
+    told = ferry(workspace, "shapes", "--reason", "x")
+    assert told.exit_code == 3
+    assert "restore it from a backup" in told.stderr
+    assert workspace.feature_spaces("shapes").read_bytes() == b"torn"
+    with FileLock(workspace.work / "retraining.lock"):
+        told = ferry(workspace, "shapes", "--reason", "x")
+    assert told.exit_code == 4
+    assert "another ferry holds the retraining" in told.stderr
+    assert measured(workspace) == []
