@@ -581,10 +581,12 @@ def judge_and_register(
         memory_mib=line.memory_mib(configuration, opened.lineage.variant),
     )
     earlier = [verdict(workspace, subject, number) for number in sorted(judged(workspace, subject))]
-    looks = spent(1.0, card.held_out, card.weights_sha256, [made for made in earlier if made])
+    share = line.gate.alpha if allowed is None else allowed
+    before = [made for made in earlier if made]
+    looks, next_looks = (spent(share, card.held_out, card.weights_sha256, before, ahead) for ahead in (0, 1))
     decision = decide(
         card, limits, budgets, champion.weights if champion else None,
-        anchor=anchor.weights if anchor else None, level=looks * (line.gate.alpha if allowed is None else allowed),
+        anchor=anchor.weights if anchor else None, level=looks, again=next_looks,
         update_bytes=_update_bytes(Path(theirs["bundle"]), Path(exported)) if theirs else None,
     )  # fmt: skip
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))

@@ -133,7 +133,7 @@ def level(alpha: float, tests: float, before: Decision | None) -> float:
     return alpha / tests + (before.level if before and before.outcome == "promote" else 0.0)
 
 
-def spent(alpha: float, held_out: Sequence[str], challenger: Sha256, before: Sequence[Decision]) -> float:
+def spent(alpha: float, held_out: Sequence[str], challenger: Sha256, before: Sequence[Decision], ahead: int = 0) -> float:
     """The chance of a wrong promotion that a decision may take on a held-out set that was looked at before.
 
     Attempt k gets alpha 6 / (pi k)², so that all attempts there will ever be take alpha together. A set that shares half of its groups with
@@ -144,6 +144,7 @@ def spent(alpha: float, held_out: Sequence[str], challenger: Sha256, before: Seq
         held_out: hashes of its groups, the smallest ones.
         challenger: weights that are decided on.
         before: earlier decisions of the line, configuration and variant, the oldest first.
+        ahead: so many attempts after this one.
     """
     seen: list[Sha256] = []
     for decision in before:
@@ -151,7 +152,7 @@ def spent(alpha: float, held_out: Sequence[str], challenger: Sha256, before: Seq
             break
         if decision.champion and decision.challenger not in seen and _overlap(held_out, decision.held_out) >= INHERITED:
             seen.append(decision.challenger)
-    return alpha * 6 / (math.pi * (len(seen) + 1)) ** 2
+    return alpha * 6 / (math.pi * (len(seen) + 1 + ahead)) ** 2
 
 
 def _overlap(a: Sequence[str], b: Sequence[str]) -> float:
@@ -171,6 +172,7 @@ def decide(
     *,
     anchor: Sha256 | None = None,
     level: float | None = None,
+    again: float | None = None,
     update_bytes: int | None = None,
 ) -> Decision:
     """Decide on one challenger.
@@ -183,12 +185,14 @@ def decide(
         champion: weights of the present champion; None when there is none, then only the floors count.
         anchor: weights of the best model ever.
         level: chance of a wrong promotion; None: `limits.alpha`, for a single decision.
+        again: the same of the next attempt, for which the decision says how many images are needed; None: as much.
         update_bytes: expected size of the delta from the champion's weights; `choose` looks at it.
     """
     n = min(q.n for q in card.quality)
     alpha = limits.alpha if level is None else level
+    again = alpha if again is None else again
     too_few = _too_few(card.quality, limits)
-    found = [*floors(card, limits, budgets, alpha, champion is not None)]
+    found = [*floors(card, limits, budgets, alpha, again, champion is not None)]
     superior: list[_Finding] = []
     harmless: list[_Finding] = []  # enough where a reason other than quality is given
     worse: list[str] = []
@@ -196,9 +200,9 @@ def decide(
         rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion]
         if not {"new", "old"} <= {c.split for c in rows}:
             found.append(_missing("it was not compared with the present champion"))
-        superior = [_superior(rows, "new", alpha)] if any(row.split == "new" for row in rows) else []
+        superior = [_superior(rows, "new", alpha, again)] if any(row.split == "new" for row in rows) else []
         for row in rows:
-            finding = _below(row, _margin(card, row, limits), f"non-inferiority on the {row.split} data", alpha)
+            finding = _below(row, _margin(card, row, limits), f"non-inferiority on the {row.split} data", alpha, again)
             (harmless if row.split == "new" else found).append(finding)
             if row.delta - quantile(row.groups, limits.alpha) * row.se > 0:
                 worse.append(_worse(row, alpha))
@@ -207,14 +211,14 @@ def decide(
         if not beside:
             found.append(_missing("it was not compared with full, drawn by a solver"))
         what = f"superiority over full in {card.solver.steps if card.solver else '?'} steps of a second-order solver"
-        found += [_below(row, 0.0, what, alpha) for row in beside]
+        found += [_below(row, 0.0, what, alpha, again) for row in beside]
     best = [c for c in card.comparisons if c.against in ("champion", "anchor") and c.against_sha256 == anchor]
     if anchor is not None and (anchor != champion or limits.total_tolerance < 1):
         if not {"new", "old"} <= {c.split for c in best}:
             found.append(_missing("it was not compared with the anchor, the best model ever"))
         for row in best:
             what = f"total loss against the anchor on the {row.split} data"
-            found.append(_below(row, limits.total_tolerance * _margin(card, row, limits), what, alpha))
+            found.append(_below(row, limits.total_tolerance * _margin(card, row, limits), what, alpha, again))
 
     failed = [f for f in [*found, *superior, *harmless] if not f.check.passed]
     outcome: Outcome
@@ -237,7 +241,7 @@ def decide(
     else:
         outcome, reason = "refuse", "; ".join(f.check.text for f in failed)
     first = champion is None and anchor is None
-    everywhere = bool(best) and all(_below(row, 0.0, "", alpha).check.passed for row in best)
+    everywhere = bool(best) and all(_below(row, 0.0, "", alpha, again).check.passed for row in best)
     return Decision(
         outcome=outcome, reason=f"{reason} (n = {n})", checks=[f.check for f in [*found, *superior, *harmless]], n=n,
         champion=champion, challenger=card.weights_sha256, limits=limits, scorecard=card.sha256, level=alpha, anchor=anchor,
@@ -246,10 +250,11 @@ def decide(
     )  # fmt: skip
 
 
-def _superior(rows: Sequence[Comparison], split: str, alpha: float) -> _Finding:
+def _superior(rows: Sequence[Comparison], split: str, alpha: float, again: float) -> _Finding:
     """Whether a challenger is shown to be better on a split: in one of the spaces and aspects, each at its part of alpha (Bonferroni)."""
     tested = [row for row in rows if row.split == split]
-    each = [_below(row, 0.0, f"superiority on the {split} data", alpha / len(tested)) for row in tested]
+    what, tests = f"superiority on the {split} data", len(tested)
+    each = [_below(row, 0.0, what, alpha / tests, again / tests) for row in tested]
     passed = [finding for finding in each if finding.check.passed]
     likely = min(
         range(len(tested)),
@@ -359,7 +364,7 @@ def _too_few(qualities: list[Quality], limits: Limits) -> str | None:
     return None
 
 
-def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float, champion: bool) -> list[_Finding]:
+def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float, again: float, champion: bool) -> list[_Finding]:
     """What every model must meet, with or without a champion; those of a first version may be waived for a reason."""
     coverage = min(q.coverage for q in card.quality if q.split == "new")
     groups = min(q.groups for q in card.quality if q.split == "new")
@@ -386,7 +391,7 @@ def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float, cham
         text = f"the model takes {memory:.0f} MiB of memory, the budget is {budgets.memory_mib:.0f} MiB"
         checks.append(Check(name="memory", passed=memory <= budgets.memory_mib, text=text))
     return [
-        *map(_Finding, checks), *(_copies(row, limits.copying, groups, alpha) for row in card.memorisation),
+        *map(_Finding, checks), *(_copies(row, limits.copying, groups, alpha, again) for row in card.memorisation),
         *_odd(card, limits, champion),
         *(_follows(row, limits.alpha, champion) for row in card.following if limits.captions),
         *(_draws(row, limits.alpha) for row in card.asked if limits.captions),
@@ -466,7 +471,7 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
     return _Finding(Check(name=name, passed=row.share > least and shown, text=text), needed, waivable=row.champion_share is None)
 
 
-def _copies(row: Memorisation, bound: float, groups: int, alpha: float) -> _Finding:
+def _copies(row: Memorisation, bound: float, groups: int, alpha: float, again: float) -> _Finding:
     """Whether copying of training images can be ruled out, in one space."""
     times = quantile(groups, alpha)
     upper = row.probability + times * row.se if row.se else row.probability
@@ -476,7 +481,8 @@ def _copies(row: Memorisation, bound: float, groups: int, alpha: float) -> _Find
     )
     needed = None
     if upper >= bound > row.probability:
-        needed = f"copying is undecided in {row.space} features, {_more(row.n, groups, times * row.se, bound - row.probability)}"
+        reach = quantile(groups, again) * row.se
+        needed = f"copying is undecided in {row.space} features, {_more(row.n, groups, reach, bound - row.probability)}"
     return _Finding(Check(name=f"copying ({row.space})", passed=upper < bound, text=text), needed)
 
 
@@ -485,10 +491,9 @@ def quantile(groups: int, alpha: float) -> float:
     return float(stats.t.ppf(1 - alpha, groups - 1)) if groups > 1 else math.inf
 
 
-def _below(row: Comparison, bound: float, what: str, alpha: float) -> _Finding:
-    """Whether a difference is shown to lie below a bound, in one space."""
-    reach = quantile(row.groups, alpha) * row.se
-    upper = row.delta + reach
+def _below(row: Comparison, bound: float, what: str, alpha: float, again: float) -> _Finding:
+    """Whether a difference is shown to lie below a bound, in one space; else what the next attempt, at `again`, needs."""
+    upper = row.delta + quantile(row.groups, alpha) * row.se
     text = (
         f"{what}, {row.space} features, {_of(row)}: difference {row.delta:+.4f} (upper bound {upper:+.4f} at n = {row.n} and {row.groups} "
         f"held-out groups), must be below {bound:.4f}"
@@ -496,14 +501,14 @@ def _below(row: Comparison, bound: float, what: str, alpha: float) -> _Finding:
     needed = None
     if upper >= bound > row.delta:
         needed = f"{what} is undecided at n = {row.n} and {row.groups} held-out groups, "
-        needed += _more(row.n, row.groups, reach, bound - row.delta) + _lacking(row)
+        needed += _more(row.n, row.groups, quantile(row.groups, again) * row.se, bound - row.delta) + _lacking(row)
     return _Finding(Check(name=f"{what} ({row.space}, {row.aspect})", passed=upper < bound, text=text), needed)
 
 
 def _more(n: int, groups: int, reach: float, room: float) -> str:
     """How many images and groups would bring an interval's reach down to the room that there is."""
     times = (reach / room) ** 2 if groups > 1 else 8.0
-    return f"about {math.ceil(n * times)} and {math.ceil(groups * times)} are needed"
+    return f"about {math.ceil(n * times)} and {math.ceil(groups * times)} are needed next time"
 
 
 def _lacking(row: Comparison) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from model.scorecard import (
     FOLLOW,
@@ -120,7 +122,7 @@ def test_better_point_value_with_wide_interval_is_not_promoted():
     decision = judged(card(new=(-0.01, 0.04)))
     assert decision.outcome == "more data"
     # 100 * (2.394 * 0.04 / 0.01)²; generating more alone would not do, so the groups are named too
-    assert "is undecided at n = 100 and 10000 held-out groups, about 9173 and 917292 are needed" in decision.reason
+    assert "is undecided at n = 100 and 10000 held-out groups, about 9173 and 917292 are needed next time" in decision.reason
 
 
 def test_few_groups_of_held_out_images_ask_for_more_evidence():
@@ -248,7 +250,7 @@ def test_undecided_decay_says_how_much_data_would_settle_it():
     decision = anchored((0.09, 0.01), (0.0, 0.005))
     assert decision.outcome == "more data"
     assert "total loss against the anchor on the new data is undecided at n = 100 and 10000 held-out groups" in decision.reason
-    assert "about 271 and 27061 are needed" in decision.reason  # 100 * (1.645 * 0.01 / 0.01)²
+    assert "about 271 and 27061 are needed next time" in decision.reason  # 100 * (1.645 * 0.01 / 0.01)²
 
 
 def test_missing_comparison_with_the_anchor_is_a_refusal():
@@ -322,7 +324,7 @@ def test_copying_is_decided_by_its_bound():
     assert judged(close).outcome == "promote"  # 0.7 + 1.645 * 0.055 = 0.79
     decision = judged(close, together=3)  # 0.7 + 2.128 * 0.055 = 0.82
     assert decision.outcome == "more data"
-    assert "copying is undecided in trained features, about 138 and 13703 are needed" in decision.reason
+    assert "copying is undecided in trained features, about 138 and 13703 are needed next time" in decision.reason
     assert judged(copying(0.7, 0.055, groups=6)).outcome == "more data"
 
 
@@ -672,6 +674,21 @@ def test_decision_of_an_older_ferry_is_read():
     assert Decision.model_validate(old).limits.margin == 0.1
 
 
+def test_undecided_attempt_says_what_the_next_one_needs_which_may_take_less_of_alpha():
+    made = card(new=(-0.01, 0.04))
+    reasons = [decide(made, LIMITS, BUDGETS, CHAMPION, level=0.03, again=again).reason for again in (None, 0.03, 0.0075)]
+    assert reasons[0] == reasons[1]
+    needs = [int(re.findall(r"about (\d+) and", reason)[0]) for reason in reasons[1:]]
+    tests = len([row for row in made.comparisons if row.split == "new"])
+    for alpha, need in zip((0.03, 0.0075), needs, strict=True):  # the same n times the square of what the interval must shrink by
+        assert need == pytest.approx(100 * (stats.t.ppf(1 - alpha / tests, 9999) * 0.04 / 0.01) ** 2, abs=1)
+
+
+def test_next_attempt_counts_the_present_one():
+    held_out = [f"{i:016x}" for i in range(40)]
+    assert spent(0.05, held_out, "a" * 64, [], ahead=1) == pytest.approx(spent(0.05, held_out, "a" * 64, []) / 4)
+
+
 def test_need_says_whether_drawing_more_would_do():
     made = card(new=(-0.01, 0.04))
     for drawn_se, says in (
@@ -679,4 +696,4 @@ def test_need_says_whether_drawing_more_would_do():
         (0.01, "the held-out groups limit it, drawing more would not do"),
     ):
         rows = [row.model_copy(update={"drawn_se": drawn_se}) for row in made.comparisons]
-        assert f"are needed; {says}" in judged(made.model_copy(update={"comparisons": rows})).reason
+        assert f"are needed next time; {says}" in judged(made.model_copy(update={"comparisons": rows})).reason
