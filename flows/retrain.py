@@ -183,7 +183,7 @@ def evaluate_model(
     card = evaluate.scorecard(
         lineage, lineage.config, challenger.weights_sha256, sampler, line.precision(lineage.config.configuration), drawn["new"],
         qualities, comparisons, memories, by_caption, cost, solver, follows, one_by_one,
-        evaluate.plausibility(spaces, dataset, drawn["new"]), evaluate.group_hashes(dataset),
+        evaluate.plausibility(spaces, dataset, challenger.draw([*captions, *more]), beside, n), evaluate.group_hashes(dataset),
     )  # fmt: skip
     out = workspace.work / "evaluations" / key
     out.mkdir(parents=True, exist_ok=True)

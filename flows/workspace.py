@@ -161,7 +161,8 @@ class Gate(Section):
     coverage: float = Field(default=0.3, ge=0, le=1)
     copying: float = Field(default=0.8, gt=0.5, le=1)
     copies: float = Field(default=0.1, gt=0, le=1)
-    implausible: float = Field(default=0.4, gt=0, le=1)
+    implausible: float = Field(default=0.3, gt=0, le=1)
+    implausible_more: float = Field(default=0.08, gt=0, le=1)
     duplicates: float = Field(default=0.3, gt=0, le=1)
     captions: bool = Field(default=True, description="images must go with their captions, and each caption be drawn")
     beat_solver: bool = Field(default=True, description="of dev and fast: better than full, drawn with as many evaluations")
@@ -683,7 +684,8 @@ minimum_images = 96                # below this, nothing is decided
 coverage = 0.3
 copying = 0.8                      # chance that a generated image lies nearer to training images than held-out ones do; 0.5 is none
 copies = 0.1                       # share of images nearer to training images than any held-out one, to stay below
-implausible = 0.4                  # share of images unlike all real ones, to stay below
+implausible = 0.3                  # share of images unlike all real ones, to stay below
+implausible_more = 0.08            # by so much it may exceed the champion's, or by `tolerance` of that if that is more
 duplicates = 0.3                   # share of images like another generated one, to stay below
 captions = true                    # images must go with their captions, and each caption must be drawn
 

@@ -400,30 +400,53 @@ def _asked(real: Sample, name: str, word: bool) -> tuple[Sample, Sample]:
     return real.only(own), replace(real, weights=weights).only(~own & (weights > 0))
 
 
-def plausibility(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> Plausibility | None:
-    """Count images that are unlike all real ones, and those that are like each other; None where all real images are of one group."""
+def plausibility(
+    spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, champion: Drawn | None = None, n: int | None = None
+) -> Plausibility | None:
+    """Count images that are unlike all real ones, and those that are like each other; None where all real images are of one group.
+
+    Args:
+        spaces: an image is unlike all real ones where it is so in any of them.
+        dataset: gives the real images.
+        drawn: images of a model.
+        champion: images of the champion for the same captions and seeds; the difference is taken over all pairs.
+        n: how many of the model's first ones are counted; None: all.
+    """
     known = _known(dataset)
     names = np.unique([dataset.groups[i] for i in known], return_inverse=True)[1]
     reference = dataset.reference()
     if names.max() == 0:
         return None
-    odd, odd_real = np.zeros(len(drawn.images), np.bool_), np.zeros(len(reference), np.bool_)
-    among, within = np.zeros((len(drawn.images),) * 2), np.zeros((len(known),) * 2)
+    counted = drawn.first(n or len(drawn.images)).images
+    theirs = champion.images if champion else drawn.images[:0]
+    odd, odd_theirs = np.zeros(len(drawn.images), np.bool_), np.zeros(len(theirs), np.bool_)
+    odd_real = np.zeros(len(reference), np.bool_)
+    among, within = np.zeros((len(counted),) * 2), np.zeros((len(known),) * 2)
     for space in spaces.names:
         x, y, z = (spaces(space, images) for images in (dataset.images[known], drawn.images, dataset.images[reference]))
         own = cdist(x, x)
         within += (own / spaces.scale(space)) ** 2
-        among += (cdist(y, y) / spaces.scale(space)) ** 2
+        among += (cdist(y[: len(counted)], y[: len(counted)]) / spaces.scale(space)) ** 2
         own[names[:, None] == names[None]] = np.inf
         limit = np.quantile(own.min(axis=1), IMPLAUSIBLE)
         odd |= cdist(y, x).min(axis=1) > limit
         odd_real |= cdist(z, x).min(axis=1) > limit
+        odd_theirs |= cdist(spaces(space, theirs), x).min(axis=1) > limit if len(theirs) else False
     within[names[:, None] == names[None]] = np.inf
     np.fill_diagonal(among, np.inf)
     same = among.min(axis=1) < np.quantile(within.min(axis=1), DUPLICATE)
-    return Plausibility(
-        n=len(y), training=len(known), implausible=int(odd.sum()), held_out=float(odd_real.mean()), duplicates=int(same.sum()),
+    found = Plausibility(
+        n=len(counted), training=len(known), implausible=int(odd[: len(counted)].sum()), held_out=float(odd_real.mean()),
+        duplicates=int(same.sum()),
     )  # fmt: skip
+    if not len(theirs):
+        return found
+    more = odd.astype(float) - odd_theirs
+    beside = {
+        "champion": float(odd_theirs.mean()), "more": float(more.mean()), "more_se": float(more.std(ddof=1) / len(more) ** 0.5),
+        "pairs": len(more),
+    }  # fmt: skip
+    return found.model_copy(update=beside)
 
 
 def real_images(dataset: Dataset, caption: str, n: int) -> list[Images]:

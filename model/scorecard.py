@@ -195,6 +195,14 @@ class Plausibility(Frozen):
     )
     held_out: float = Field(description="share of held-out images of which that is true")
     duplicates: int = Field(description="nearer to another generated image than 99 of 100 real ones are to those of other groups")
+    champion: float | None = Field(default=None, exclude_if=_absent, description="the champion's share of implausible images")
+    more: float | None = Field(
+        default=None,
+        exclude_if=_absent,
+        description="share minus the champion's, over `pairs` images of the same captions and seeds",
+    )
+    more_se: float | None = Field(default=None, exclude_if=_absent, description="its standard error")
+    pairs: int | None = Field(default=None, exclude_if=_absent)
 
 
 class Memorisation(Frozen):

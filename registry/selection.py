@@ -32,7 +32,19 @@ from pydantic import Field
 from scipy import stats
 
 from model.config import HELD_OUT_PERMILLE, TEACHERS
-from model.scorecard import FOLLOW, HASHES, CaptionCheck, Comparison, Following, Frozen, Memorisation, Quality, Scorecard, Sha256
+from model.scorecard import (
+    FOLLOW,
+    HASHES,
+    CaptionCheck,
+    Comparison,
+    Following,
+    Frozen,
+    Memorisation,
+    Plausibility,
+    Quality,
+    Scorecard,
+    Sha256,
+)
 from registry.errors import PromotionError
 
 Outcome = Literal["promote", "promote if reasoned", "more data", "refuse"]
@@ -71,7 +83,10 @@ class Limits(Frozen):
     copies: float = Field(
         default=0.1, gt=0, le=1, description="share of images nearer to training than any held-out image, to stay below"
     )
-    implausible: float = Field(default=0.4, gt=0, le=1, description="share of images unlike all real ones, to stay below")
+    implausible: float = Field(default=0.3, gt=0, le=1, description="share of images unlike all real ones, to stay below")
+    implausible_more: float = Field(
+        default=0.08, gt=0, le=1, description="by so much it may exceed the champion's, or by `tolerance` of that if that is more"
+    )
     duplicates: float = Field(default=0.3, gt=0, le=1, description="share of images like another generated one, to stay below")
     captions: bool = Field(default=True, description="whether images must go with their captions, and each caption be drawn")
     bad_images: float = Field(default=0.01, ge=0, le=1, description="largest share of constant or non-finite images")
@@ -422,7 +437,31 @@ def _odd(card: Scorecard, limits: Limits, champion: bool) -> list[_Finding]:
         upper = float(stats.beta.ppf(1 - limits.alpha, count + 1, n - count)) if count < n else 1.0
         text = f"{count / n:.1%} of the images {what} (upper bound {upper:.1%} at n = {n}), must be below {limit:.0%}"
         found.append(_Finding(Check(name=name, passed=upper < limit or limit == 1, text=text), waivable=not champion))
+    if champion and card.plausibility and card.plausibility.more is not None:
+        found.append(_odder(card.plausibility, limits))
     return found
+
+
+def _odder(row: Plausibility, limits: Limits) -> _Finding:
+    """Whether images unlike all real ones are shown to be not much more frequent than the champion's.
+
+    A distance does not see this: a few images of noise among those of a model with a bias move their mean towards the data.
+    """
+    pairs, more, champion = row.pairs or 0, row.more or 0.0, row.champion or 0.0
+    reach = quantile(pairs, limits.alpha) * (row.more_se or 0.0)
+    bound = max(limits.implausible_more, limits.tolerance * champion)
+    text = (
+        f"the share of images unlike all real ones differs from the champion's, {champion:.1%}, by {more:+.1%} (upper bound {more + reach:+.1%} at "
+        f"{pairs} pairs), must be below {bound:.1%}"
+    )
+    needed = f"{text}: undecided, {_pairs(pairs, reach, bound - more)}" if more < bound <= more + reach else None
+    passed = more + reach < bound or limits.implausible == 1
+    return _Finding(Check(name="implausible images beside the champion's", passed=passed, text=text), needed)
+
+
+def _pairs(pairs: int, reach: float, room: float) -> str:
+    """How many images would bring an interval's reach down to the room that there is."""
+    return f"about {math.ceil(pairs * (reach / room) ** 2)} are needed (gate.images)"
 
 
 def _follows(row: Following, alpha: float, champion: bool) -> _Finding:

@@ -71,7 +71,7 @@ def judged(dataset: Dataset, spaces: FeatureSpaces, images: Images, champion: Im
     whole, before = made(images), made(champion) if champion is not None else None
     fields: dict[str, Any] = {
         "following": evaluate.following(spaces, dataset, whole.first(N), "new"), "asked": evaluate.asked_for(spaces, dataset, whole, before, N),
-        "plausibility": evaluate.plausibility(spaces, dataset, whole.first(N)), "held_out": evaluate.group_hashes(dataset),
+        "plausibility": evaluate.plausibility(spaces, dataset, whole, before, N), "held_out": evaluate.group_hashes(dataset),
         "memorisation": evaluate.memorisation(spaces, dataset, whole.first(N)),
     }  # fmt: skip
     scored = card().model_copy(update=fields)
@@ -157,6 +157,25 @@ def test_noise_among_the_images_is_counted(dataset: Dataset, spaces: FeatureSpac
     assert scored.plausibility.implausible > 0.7 * some
     assert "of the images are unlike all real ones" in decision.reason
     assert decision.outcome == "promote if reasoned"
+
+
+def test_some_noise_is_seen_beside_the_champion(dataset: Dataset, spaces: FeatureSpaces):
+    champion = perfect(captions_of(dataset), 2)
+    images = champion.copy()
+    some = np.random.default_rng(4).random(len(images)) < 0.2
+    images[some] = np.random.default_rng(5).integers(0, 256, images[some].shape)
+    scored, decision = judged(dataset, spaces, images, champion)
+    odd = scored.plausibility
+    assert odd is not None
+    assert odd.pairs == len(images) > N
+    assert odd.n == N
+    assert odd.champion is not None
+    assert odd.more is not None
+    assert 0.6 * some.mean() < odd.more < some.mean()
+    assert odd.more_se == pytest.approx((odd.more * (1 - odd.more) / len(images)) ** 0.5, rel=0.05)
+    assert decision.outcome == "refuse"
+    assert "differs from the champion's" in decision.reason
+    assert "unlike all real ones differs" not in judged(dataset, spaces, perfect(captions_of(dataset), 3), champion)[1].reason
 
 
 def test_images_that_repeat_are_counted(dataset: Dataset, spaces: FeatureSpaces):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -562,7 +563,7 @@ def test_first_version_that_drops_a_caption_needs_a_reason():
 @pytest.mark.parametrize(
     ("counts", "says"),
     [
-        ({"implausible": 50}, "50.0% of the images are unlike all real ones (upper bound 58.6% at n = 100), must be below 40%"),
+        ({"implausible": 50}, "50.0% of the images are unlike all real ones (upper bound 58.6% at n = 100), must be below 30%"),
         (
             {"duplicates": 40},
             "40.0% of the images are like another generated one (upper bound 48.7% at n = 100), must be below 30%",
@@ -578,6 +579,32 @@ def test_model_of_odd_images_is_refused(counts: dict[str, int], says: str):
     assert judged(odd).outcome == "refuse"
     assert says in judged(odd).reason
     assert judged(odd, None).outcome == "promote if reasoned"
+
+
+@pytest.mark.parametrize(
+    ("more", "se", "champion", "outcome"),
+    [
+        (0.0, 0.03, 0.1, "promote"),
+        (0.04, 0.02, 0.1, "promote"),
+        (0.04, 0.03, 0.1, "more data"),
+        (0.085, 0.02, 0.1, "refuse"),
+        (0.085, 0.02, 0.3, "promote"),  # half of what the champion has, if that is more
+        (0.16, 0.02, 0.3, "refuse"),
+        (-0.2, 0.02, 0.3, "promote"),
+    ],
+)
+def test_images_unlike_all_real_ones_may_not_become_much_more_frequent(more: float, se: float, champion: float, outcome: str):
+    some = Plausibility(
+        n=100, training=500, implausible=5, held_out=0.02, duplicates=0, champion=champion, more=more, more_se=se, pairs=150
+    )
+    made = card().model_copy(update={"plausibility": some})
+    decision = judged(made)
+    assert decision.outcome == outcome
+    if outcome == "more data":
+        assert f"about {math.ceil(150 * (stats.t.ppf(0.95, 149) * 0.03 / 0.04) ** 2)} are needed (gate.images)" in decision.reason
+    unlimited = decide(made, LIMITS.model_copy(update={"implausible": 1.0}), BUDGETS, CHAMPION)
+    assert unlimited.outcome == "promote"
+    assert judged(made, None).outcome == "promote"  # a first version has nothing beside it
 
 
 def test_copies_are_counted_by_the_images_nearer_than_any_held_out_one():

@@ -31,7 +31,7 @@ from model.features import Features, FeatureSpaces
 from model.scorecard import DataVersion, Sampler
 from model.session import noise
 from model.train import TrainOptions, train
-from registry.selection import Budgets, Decision, Limits, decide
+from registry.selection import JUDGED_GROUPS, JUDGED_IMAGES, Budgets, Decision, Limits, decide
 from tests.bench import world
 from tests.bench.gate import rate
 from tests.test_selection import CHAMPION, card
@@ -77,7 +77,7 @@ KINDS = (
     Kind("caption-blind", BAD, dropout=1.0),
     Kind("without holes", BAD),
     Kind("without defects", BAD),
-    Kind("without one caption", BAD),
+    Kind("one caption not drawn", BAD, photographs=14),
     Kind("blurred", BAD),
     Kind("shifted in brightness", BAD),
     Kind("negative", BAD),
@@ -130,8 +130,11 @@ def taught(kind: Kind, seed: int) -> tuple[Images, list[str], list[str]]:
         kept = [i for i in kept if "hole" not in captions[i]]
     if kind.name == "without defects":
         kept = [i for i in kept if "," not in captions[i]]
-    if kind.name == "without one caption":
-        kept = [i for i in kept if captions[i] != DROPPED]
+    if kind.name == "one caption not drawn":
+        # Left out of training it is drawn all the same, made up of its words (0.9 of what real images show); so plain images stand in its place.
+        plain, own = (np.array([i for i in kept if captions[i] == caption]) for caption in (DROPPED.partition(",")[0], DROPPED))
+        images = images.copy()
+        images[own] = images[np.random.default_rng(seed).choice(plain, len(own))]
     if kind.name == "collapsed":
         kept = [captions.index(caption) for caption in world.CAPTIONS]
     return images[kept], [captions[i] for i in kept], [groups[i] for i in kept]
@@ -223,6 +226,8 @@ class Judge:
         rng = np.random.default_rng([17, number])
         dim = 0.5 if self.kind.name.startswith("dim") else 0.0
         held = world.collect(rng, self.kind.photographs, PATCHES, dim)
+        while self.kind.name == "one caption not drawn" and not judgeable(held):
+            held = world.collect(rng, self.kind.photographs, PATCHES, dim)
         images, captions, groups = self.training
         data = world.dataset(
             np.concatenate((images, held[0])),
@@ -262,10 +267,16 @@ class Judge:
                 "memorisation": evaluate.memorisation(spaces, data, ours.first(n)),
                 "following": evaluate.following(spaces, data, ours.first(n), "new"),
                 "asked": evaluate.asked_for(spaces, data, ours, theirs, n),
-                "plausibility": evaluate.plausibility(spaces, data, ours.first(n)),
+                "plausibility": evaluate.plausibility(spaces, data, ours, theirs, n),
             }
         )
         return decide(scored, LIMITS, Budgets(latency_ms=1000), CHAMPION if theirs else None)
+
+
+def judgeable(held: tuple[Images, list[str], list[str]]) -> bool:
+    """Whether the gate says that it can judge the caption that is not drawn."""
+    groups = [group for caption, group in zip(*held[1:], strict=True) if caption == DROPPED]
+    return len(groups) >= JUDGED_IMAGES and len(set(groups)) >= JUDGED_GROUPS
 
 
 def series(kind: Kind, seconds: float) -> list[dict[str, Any]]:

@@ -232,6 +232,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ('rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion]', 'rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion][:2]', "the gate looks at one feature space only"),
         ("and c.against_sha256 == champion]\n        if", "]\n        if", "a comparison with another champion counts"),
         ('        if not {"new", "old"} <= {c.split for c in rows}:\n            found.append(_missing("it was not compared with the present', '        if not {"new"} <= {c.split for c in rows}:\n            found.append(_missing("it was not compared with the present', "old data are not compared"),
+        ("passed = more + reach < bound or", "passed = more < bound or", "noise among the images is an estimate without its error"),
+        ("bound = max(limits.implausible_more, limits.tolerance * champion)", "bound = limits.implausible_more + limits.tolerance * champion", "twice as much noise passes"),
         ("what, alpha / tests, again / tests) for", "what, alpha, again) for", "six chances of being better count as one"),
         ("        for row in rows:\n            finding =", '        for row in [row for row in rows if row.split == "new"]:\n            finding =', "a model that forgot the old data is promoted"),
         ("if (q.space, q.split) == (row.space, row.split))", "if q.split == row.split)", "the margin is taken from another space"),
