@@ -45,7 +45,8 @@ $(WHEELHOUSE)/.filled: ota/pyproject.toml constraints.txt | $(VENV)/.installed
 .PHONY: wheelhouse
 wheelhouse: $(WHEELHOUSE)/.filled ## fetch what the device's wheel needs, for the test that installs it alone
 
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# One thread for each of the two workers: more would wait for each other, and take twice the processor time.
+PYTEST := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 TESTS ?= tests
 
 .PHONY: test
@@ -72,7 +73,7 @@ attacks: install wheelhouse ## the threat list with all its inputs: a test for e
 
 .PHONY: crash-states
 crash-states: install ## every state that a power cut can leave of an agent's directory, ten minutes (CRASH=all goes on from each)
-	$(BIN)/python -m pytest --numprocesses 2 -m crash tests/test_agent_crash.py
+	env OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m crash tests/test_agent_crash.py
 
 .PHONY: chaos
 chaos: install ## the real agent killed before, or failed at, its file calls, ten minutes (needs strace; CHAOS_SECONDS=n, CHAOS=all for every call)

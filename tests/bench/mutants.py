@@ -491,7 +491,7 @@ def check() -> None:
 
 def failure(tests: str, place: Path) -> str:
     """Run a file of tests in a copy of the project: the first that fails, "time", or "" where all pass."""
-    environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-p", "no:randomly", tests]
     if "\npytestmark = pytest.mark.slow" in (place / tests).read_text():
         words += ["-m", "not servers and not chaos and not crash"]
