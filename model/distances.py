@@ -228,26 +228,29 @@ def told_apart(asked: Sample, others: Sample, scales: Sequence[float]) -> Figure
     )  # fmt: skip
 
 
-def drawn_share(asked: Sample, others: Sample, drawn: Sample, scales: Sequence[float]) -> Figure:
+def drawn_share(asked: Sample, others: Sample, drawn: Sample, without: Sample, scales: Sequence[float]) -> Figure:
     """Estimate how much of what tells a caption's real images from others a model draws, times their distance.
 
-    The position of the model's images on the line between the two kinds of real ones, in the space of the kernel: with m for the mean
-    embedding, <m(drawn) - m(others), m(asked) - m(others)>. Divided by `told_apart` it is 1 for a model as good as the data, and 0 for
-    one that draws the others in its place.
+    How far the model's images move, when the caption is asked for, along the line from the others to real images of the caption in the
+    space of the kernel: with m for the mean embedding, <m(drawn) - m(without), m(asked) - m(others)>. Divided by `told_apart` it is 1 for a
+    model as good as the data, and 0 for one that draws the same whether it is asked or not, wherever on the line that lies: a model whose
+    plain surfaces are blotchy must not seem to draw stains.
 
     Args:
         asked: real images of a caption.
         others: real images without it.
         drawn: images that were generated for the caption, with the groups of the real ones.
+        without: images that were generated for the others' captions; the others themselves where there are none.
         scales: of each space, whose kernels are averaged.
     """
-    index = _joined(asked, others, drawn)
+    samples = (asked, others, drawn, without)
+    index = _joined(*samples)
     count = int(max(groups.max() for groups in index)) + 1
-    asked, others, drawn = (replace(of, groups=groups) for of, groups in zip((asked, others, drawn), index, strict=True))
+    asked, others, drawn, without = (replace(of, groups=groups) for of, groups in zip(samples, index, strict=True))
     near = _mean(_averaged(drawn, asked, scales), drawn, asked, count)
     far = _mean(_averaged(drawn, others, scales), drawn, others, count)
-    among = _mean(_averaged(others, others, scales), others, others, count)
-    between = _mean(_averaged(asked, others, scales), asked, others, count)
+    among = _mean(_averaged(without, others, scales), without, others, count)
+    between = _mean(_averaged(without, asked, scales), without, asked, count)
     return _sum((1, near), (-1, far), (1, among), (-1, between))
 
 

@@ -360,11 +360,10 @@ def asked_for(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, champion: D
         asked, others = _asked(real, name, word)
         if min(len(asked), len(others)) < 2 or len(np.unique(asked.groups)) < 2:
             continue
-        chosen = np.array([_has(caption, name, word) for caption in made.captions])
-        ours, theirs = made.only(chosen), before.only(chosen) if before else None
+        (ours, without), theirs = _asked(made, name, word), _asked(before, name, word) if before else None
         apart = distances.told_apart(asked, others, scales)
-        shown = distances.drawn_share(asked, others, ours, scales)
-        was = distances.drawn_share(asked, others, theirs, scales) if theirs else None
+        shown = distances.drawn_share(asked, others, ours, without if len(without) else others, scales)
+        was = distances.drawn_share(asked, others, theirs[0], theirs[1] if len(theirs[1]) else others, scales) if theirs else None
         told = apart.value > 0
         rows.append(
             CaptionCheck(
@@ -381,7 +380,7 @@ def _has(caption: str, name: str, word: bool) -> bool:
 
 
 def _asked(real: Sample, name: str, word: bool) -> tuple[Sample, Sample]:
-    """Real images of a caption or word, and those that a model would draw in their place.
+    """Images of a caption or word, and those that a model would draw in their place.
 
     The second are images of the same captions less the word, or less one word of the caption, weighted so that these captions are as
     frequent as on the first side; where there are none, all others.

@@ -178,7 +178,7 @@ class CaptionCheck(Frozen):
     apart: float = Field(description="squared kernel distance of its real images from real images without it, over all spaces")
     apart_se: float
     share: float | None = Field(
-        description="of that, what the model draws: 1 as real images do, 0 as if it were not asked; null: not told apart"
+        description="of that, what asking for it changes in what the model draws: 1 as in real images, 0 nothing; null: not told apart"
     )
     drawn: float = Field(description="the same as a part of the distance, not of one")
     drawn_se: float

@@ -48,6 +48,7 @@ from model.scorecard import (
 from registry.errors import PromotionError
 
 Outcome = Literal["promote", "promote if reasoned", "more data", "refuse"]
+KEPT = 0.5  # least share of what the champion draws of a caption
 JUDGED_IMAGES, JUDGED_GROUPS = 10, 4  # held-out images and groups of a caption below which it cannot be judged
 INHERITED = 0.5  # share of its groups with which a held-out set inherits another's attempts
 
@@ -485,7 +486,7 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
     """Whether a caption is drawn, where that can be judged; what the champion does not draw either is no new harm.
 
     That a model draws nothing of it has to be rejected by a test, so one that drops it is let through with a chance of alpha at most. How
-    much of it is drawn is an estimate: more than a third of what real images show, or of what the champion draws.
+    much of it is drawn is an estimate: more than a third of what real images show, or than half of what the champion draws if that is less.
     """
     name = f"{'word' if row.word else 'caption'} {row.caption!r}"
     times = quantile(row.groups, alpha)
@@ -498,12 +499,14 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
         return _Finding(Check(name=name, passed=True, text=text))
     share = f"{row.share:.2f} of what tells its real images from others"
     at = f"{row.reference} held-out images in {row.groups} groups"
+    least = FOLLOW if row.champion_share is None else min(FOLLOW, KEPT * row.champion_share)
     if not enough:
-        # Captions as rare as this may be many; only one that is shown to be drawn too little needs a person.
-        dropped = row.drawn + times * row.drawn_se < FOLLOW * row.apart
+        # Held against the champion's on the same real images an estimate is steady even then; alone, it has to be shown.
+        shown = row.drawn + times * row.drawn_se < least * row.apart
+        seems = row.share <= least and row.apart > 2 * row.apart_se
+        dropped = seems if row.champion_share is not None else shown
         text = f"{name}: it seems that {share} is drawn; with {at} this cannot be judged"
         return _Finding(Check(name=name, passed=not dropped, text=text), waivable=True)
-    least = FOLLOW * min(1.0, row.champion_share) if row.champion_share is not None else FOLLOW
     shown = row.drawn - times * row.drawn_se > 0
     text = f"{name}: {share} is drawn, must exceed {least:.2f} and be shown to exceed 0 ({at})"
     needed = f"{text}: undecided" if row.share > least and not shown else None

@@ -278,13 +278,28 @@ def test_share_of_a_caption_says_how_far_it_is_drawn(shown: float, share: float)
         real = surfaces(rng, 24, 6)
         own = np.array(["hole" in caption for caption in real.captions])
         asked, others = real.only(own), real.only(~own)
-        made = drawn_for(rng, asked, 3.0, shown)
+        made, without = drawn_for(rng, asked, 3.0, shown), drawn_for(rng, others, 3.0, 0.0)
         apart = distances.told_apart(asked, others, [SCALE])
-        figure = distances.drawn_share(asked, others, made, [SCALE])
+        figure = distances.drawn_share(asked, others, made, without, [SCALE])
         covered += abs(figure.value - share * apart.value) <= stats.t.ppf(0.975, 23) * figure.se
         found.append(figure.value / apart.value)
     assert np.mean(found) == pytest.approx(share, abs=0.06)
     assert covered >= 50
+
+
+def test_share_is_what_asking_changes_not_where_the_images_lie() -> None:
+    """A model all of whose images look half as if they had a hole does not draw the hole."""
+    rng = np.random.default_rng(57)
+    real = surfaces(rng, 60, 6)
+    own = np.array(["hole" in caption for caption in real.captions])
+    asked, others = real.only(own), real.only(~own)
+    apart = distances.told_apart(asked, others, [SCALE]).value
+    made, without = drawn_for(rng, asked, 3.0, 0.0), drawn_for(rng, others, 3.0, 0.0)
+    made.features[:, 1] += 1.5
+    without.features[:, 1] += 1.5
+    by_place = distances.drawn_share(asked, others, made, others, [SCALE]).value / apart
+    assert by_place > 0.4
+    assert distances.drawn_share(asked, others, made, without, [SCALE]).value / apart == pytest.approx(0, abs=0.1)
 
 
 def test_weights_make_others_as_mixed_as_the_caption() -> None:
@@ -297,7 +312,7 @@ def test_weights_make_others_as_mixed_as_the_caption() -> None:
     without = drawn_for(rng, real.only(holes), 3.0, 0.0)
     others = Sample(real.features, real.captions, real.groups, weights).only(clean)
     fair, unfair = (
-        distances.drawn_share(real.only(holes), of, without, [SCALE]).value
+        distances.drawn_share(real.only(holes), of, without, of, [SCALE]).value
         / distances.told_apart(real.only(holes), of, [SCALE]).value
         for of in (others, real.only(clean))
     )

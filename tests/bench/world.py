@@ -19,7 +19,7 @@ SURFACES = ("brick", "mesh", "grain")
 DEFECTS = ("scratch", "stain", "hole")
 DEFECT_SHARE = 1 / 3
 SIDE = 16
-CONFIG = ModelConfig(tier="test", configuration="I", image_size=SIDE, channels=1, text_length=16)
+CONFIG = ModelConfig(tier="test", configuration="I", image_size=SIDE, channels=1, text_length=20)
 CAPTIONS = tuple(f"{s}{d}" for s in SURFACES for d in ("", *(f", {d}" for d in DEFECTS)))
 
 Plane = npt.NDArray[np.float64]  # [SIDE, SIDE], 0 is black and 1 is white
