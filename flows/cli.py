@@ -113,9 +113,10 @@ def retrain(
             versions.check_clean(workspace.root, settings.data, line)
         from flows import retrain as flow
         from flows import serve as schedule
+        from registry.lineage import shortened
 
         def tell(rows: list[dict[str, Any]]) -> None:
-            text = "\n".join(f"{r['subject']} version {r['version']}: {r['outcome']}, {r['reason']}" for r in rows)
+            text = "\n".join(f"{r['subject']} version {r['version']}: {r['outcome']}, {shortened(r['reason'])}" for r in rows)
             answer(as_json, {"models": rows}, text)
 
         try:

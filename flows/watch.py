@@ -23,6 +23,7 @@ from model.train import code_sha256, load_checkpoint
 from model.watch import Figures, Watcher, recorded_after
 from registry.catalog import Retraining, Subject, Training
 from registry.errors import StoreError
+from registry.lineage import shortened
 
 SAMPLES = "samples"  # folder of the pictures, inside the checkpoint's
 Picture = Callable[[dict[str, list[Any]], Path], object]
@@ -57,7 +58,7 @@ def ending(workspace: Workspace, data: DataVersion) -> Iterator[Callable[[list[d
     def tell(rows: list[dict[str, Any]]) -> None:
         nonlocal told
         lines = [
-            f"| {r['subject']} | {r['version']} | {r['outcome']} | {'yes' if r['promoted'] else 'no'} | {r['reason']} |"
+            f"| {r['subject']} | {r['version']} | {r['outcome']} | {'yes' if r['promoted'] else 'no'} | {shortened(r['reason'], 300)} |"
             for r in rows
         ]
         head = ["| model | version | outcome | promoted | reason |", "|---|---|---|---|---|"]

@@ -246,7 +246,9 @@ class Catalog:
             run_id = self._begun(experiment, card, lineage) or self._create_run(experiment, subject, {})
             try:
                 commit = {COMMIT: tags["code.rev"]} if "code.rev" in tags else {}
-                self._reopen(run_id, tags | commit | {NOTE: decision.reason} | ({PARENT_RUN: within.run_id} if within else {}))
+                self._reopen(
+                    run_id, tags | commit | {NOTE: tags["gate.reason"]} | ({PARENT_RUN: within.run_id} if within else {})
+                )
                 used = [dataset_input(lineage.data, self._repository, context) for context in ("training", "evaluation")]
                 self._client.log_inputs(run_id, used)
                 self._log(run_id, subject, lineage, card)
@@ -271,7 +273,12 @@ class Catalog:
                 self._client.create_registered_model(subject.model, description=f"{subject}, made by DeltaFerry")
             made = (
                 self._client.create_model_version(  # a server, other than a database, asks for the view's id beside its address
-                    subject.model, source=f"models:/{view}", run_id=run_id, tags=tags, description=decision.reason, model_id=view
+                    subject.model,
+                    source=f"models:/{view}",
+                    run_id=run_id,
+                    tags=tags,
+                    description=tags["gate.reason"],
+                    model_id=view,
                 )
             )
             # A server that answered too late was asked twice: of those that were made for this run now, the first stays.

@@ -57,9 +57,14 @@ def version_tags(
         "training.steps": str(lineage.steps), **trained, "hardware": lineage.hardware, "parent.sha256": lineage.parent or "",
         **taught, "lineage.sha256": lineage.sha256, "checkpoint.sha256": file_sha256(checkpoint / WEIGHTS),
         "weights.sha256": card.weights_sha256, "scorecard.sha256": card.sha256, **spaces, "evaluation.n": str(max((q.n for q in card.quality), default=0)),
-        "evaluation.seed": str(card.seed), "gate.outcome": decision.outcome, "gate.reason": decision.reason[:4900], "gate.n": str(decision.n),
+        "evaluation.seed": str(card.seed), "gate.outcome": decision.outcome, "gate.reason": shortened(decision.reason), "gate.n": str(decision.n),
         "gate.decision": decision.sha256, "gate.champion": decision.champion or "",
     }  # fmt: skip
+
+
+def shortened(reason: str, most: int = 2000) -> str:
+    """Cut a reason that is too long for a page; a bad model fails in a hundred ways, and decision.json has them all."""
+    return reason if len(reason) <= most else f"{reason[:most]} … (the rest is in decision.json)"
 
 
 @cache

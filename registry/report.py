@@ -367,7 +367,7 @@ and {{ "{:,}".format(r.prices.fleet) }} devices cost <b>{{ here | money }} {{ r.
 <p class="soft">Likeness: 100 % is pure noise. The true figure lies within the blue part of the bar with 95 % certainty; the grey part is how far two
 sets of real images, of 25 photographs or parts each, lie from each other. It says how like the images are as a whole; whether one can be used, look at them and
 let people compare them. (Root of a kernel distance, MMD, over that of noise, in the worst feature space; no FID, compare within this page only.)
-{% if r.models | selectattr("worst") | list %}Drawn worst: 100 % is as real images of the caption, 0 % as if it had not been asked for.{% endif %}
+{% if r.models | selectattr("worst") | list %}Drawn worst: 100 % is as real images of the caption, 0 % as if it had not been asked for. {% endif %}
 {% if r.models | rejectattr("energy") | list %}Energy: measure it with <code>ferry-agent bench</code> on a device, and enter the figure with its source in ferry.toml under [energy.LINE.CLASS.VARIANT].{% endif %}</p>
 
 {% if r.releases %}{% set alone = r.releases | length == 1 %}

@@ -193,6 +193,20 @@ def test_hashes_in_tags_are_those_of_the_files(
     assert f"onnxruntime=={onnxruntime.__version__}" in locked.decode().splitlines()
 
 
+def test_reason_that_is_too_long_for_a_page_is_cut_and_kept_whole_beside_it(
+    catalog: Catalog, checkpoint: Checkpoint, exported: Export, caplog: pytest.LogCaptureFixture
+):
+    other = SUBJECT.model_copy(update={"configuration": "II"})
+    one = card(1, checkpoint, exported)
+    said = decision(one).model_copy(update={"outcome": "refuse", "reason": "coverage is 0.00; " * 1000})
+    made = catalog.register(other, checkpoint.lineage, one, said, checkpoint.folder, exported.folder, {}, [])
+    shown = f"{said.reason[:2000]} … (the rest is in decision.json)"
+    assert made.tags["gate.reason"] == shown
+    assert run_of(catalog, made).data.tags["mlflow.note.content"] == shown
+    assert Decision.model_validate_json(in_run(catalog, made.run_id, "decision.json")) == said
+    assert "truncated" not in caplog.text  # as MLflow says of what it cuts
+
+
 def test_run_has_every_tag_of_its_version(versions: list[Version], catalog: Catalog):
     of_run = run_of(catalog, versions[0]).data.tags
     assert catalog.version(SUBJECT, 1).tags.items() <= of_run.items()
