@@ -188,7 +188,7 @@ def remeasure(
     reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")],
     data: Annotated[
         str, typer.Option("--data", help="Git revision of the data to fit the feature spaces on; the present one by default.")
-    ] = "HEAD",
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Fit new feature spaces for a line and measure its champions and best versions in them.

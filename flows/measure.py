@@ -137,7 +137,13 @@ def text(measured: Measured) -> str:
             f"{q.split:10}{q.space:10}{q.n:6d}{q.kd:10.4f}{q.kd_se:9.4f}{q.fd:9.2f}{q.coverage:10.2f}{q.precision:11.2f}{q.recall:8.2f}"
             for q in (measured.anew.quality if measured.anew else card.quality)
         ),
-        *(["measured anew by `ferry remeasure`; the gate decided by the figures of the scorecard"] if measured.anew else []),
+        *(
+            [
+                f"measured anew by `ferry remeasure` on data revision {measured.anew.data_rev[:12]}; the gate decided by the figures of the scorecard"
+            ]
+            if measured.anew
+            else []
+        ),
         "",
         f"experts   {usage.dead} dead of {sum(map(len, usage.load))}",
         f"time      {cost.milliseconds:.1f} ms for an image, one thread, {cost.machine}",

@@ -7,66 +7,86 @@ ones. Scorecards stay as they are; the ledger holds the new figures of the versi
 
 from __future__ import annotations
 
-import os
+import json
+import shutil
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from flows.errors import WorkspaceError
 from flows.promote import anchor_of, champion_of
 from flows.workspace import Workspace
+from model.config import canonical_sha256
 from model.scorecard import CaptionCheck, Frozen, Quality, Sha256
 from registry.catalog import Subject
-from registry.errors import CatalogError
+from registry.errors import CatalogError, LedgerError
+from registry.lineage import file_sha256
 from registry.seal import Seal
 
 
 class Figures(Frozen):
-    """What the ledger holds of a version that was measured anew."""
+    """Hold what the ledger has of a version that was measured anew."""
 
     version: int
     weights: Sha256
     spaces: Sha256 = Field(description="hash of the feature spaces")
     before: Sha256 = Field(description="of those that the line had until then")
+    data_rev: str = Field(description="revision on which the spaces were fitted and whose held-out images were compared with")
+    data_md5: str
     quality: list[Quality]
     asked: list[CaptionCheck]
 
 
 class Remeasured(Frozen):
-    """What came of it."""
+    """Hold what came of a call."""
 
     line: str
     spaces: list[str]
     spaces_sha256: Sha256
     before: Sha256
     data_rev: str
-    versions: list[str] = Field(description="measured anew; empty: the spaces stay as they are")
+    versions: list[str] = Field(description="measured anew; empty: all were measured in these spaces already")
 
 
-def figures(workspace: Workspace, subject: Subject, version: int) -> Figures | None:
-    """The last figures of a version that was measured anew; None where its scorecard holds the only ones."""
-    found = [e for e in workspace.ledger.entries(str(subject)) if e.kind == "measured" and e.facts["version"] == version]
-    return Figures.model_validate(found[-1].facts) if found else None
+def figures(workspace: Workspace, subject: Subject, version: int, spaces: Sha256 | None = None) -> Figures | None:
+    """Find the figures of a version in feature spaces, the line's present ones by default; None where only its scorecard has figures.
+
+    Raises:
+        LedgerError: a newer ferry measured it.
+    """
+    entries = [e for e in workspace.ledger.entries(str(subject)) if e.kind == "measured" and e.facts["version"] == version]
+    if not entries:
+        return None
+    present = workspace.feature_spaces(subject.line)
+    wanted = spaces or (file_sha256(present) if present.is_file() else None)
+    try:
+        found = [Figures.model_validate(e.facts) for e in entries if e.facts["spaces"] == wanted]
+    except ValidationError as error:
+        raise LedgerError(f"a newer ferry measured {subject} version {version}; update ferry") from error
+    return found[-1] if found else None
 
 
-def remeasure(workspace: Workspace, line: str, why: str, rev: str = "HEAD") -> Remeasured:
+def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remeasured:
     """Fit new feature spaces on a data revision, measure in them, then let the line use them. Rerun a killed call; it resumes.
+
+    Where the line has these spaces already, champions that were not measured in them are, such as one that somebody went back to.
 
     Args:
         workspace: where.
         line: whose spaces.
         why: the reason given.
-        rev: Git revision of the data.
+        rev: Git revision of the data; the present one by default, whose folder must be as it was recorded.
 
     Raises:
-        WorkspaceError: there is no such line.
+        WorkspaceError: there is no such line, or its pictures have another format now than those of its champions.
         CatalogError: no model of the line is champion yet, so that it has no figures.
-        RevisionError: there is no such revision.
+        RevisionError: there is no such revision, or the folder was changed since.
         CheckpointError: the present spaces are missing or damaged.
         BusyError: a retraining runs.
     """
-    from flows.retrain import Contender, champion_files, drawn_as, open_dataset, pull_data
+    from flows.retrain import Contender, drawn_as, open_dataset, pull_data
     from model import evaluate, features, versions
+    from model.train import code_sha256
 
     settings, present = workspace.line(line), workspace.feature_spaces(line)
     with workspace.locked("retraining"):
@@ -81,56 +101,83 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "HEAD") -> R
             )
         before = features.load(present)
         workspace.ledger.check_ready()
-        data = versions.resolve(workspace.root, settings.data, line, rev)
+        if not rev:
+            versions.check_clean(workspace.root, settings.data, line)
+        data = versions.resolve(workspace.root, settings.data, line, rev or "HEAD")
+        measured = [
+            (subject, version, workspace.catalog.files(version, "bundle", workspace.work / "champions"))
+            for subject, champion in found
+            for version in {seal.version: seal for seal in (champion, anchor_of(workspace, subject)) if seal}.values()
+        ]
+        config = settings.config(found[0][0].configuration)
+        for _, version, bundle in measured:
+            table = json.loads((bundle / "sampler.json").read_bytes())["image"]
+            if (table["size"], table["channels"]) != (config.image_size, config.channels):
+                raise WorkspaceError(
+                    f"{version.name} draws {table['size']} pixels in {table['channels']} channels, ferry.toml asks for "
+                    f"{config.image_size} in {config.channels}; pictures of another format are another product, give them a line of their own"
+                )
         pull_data.fn(str(workspace.root), data.model_dump())
         dataset = open_dataset(workspace, settings, found[0][0].configuration, data)
-        coming = present.with_name(f".{line}.{data.md5[:16]}.safetensors")
-        spaces = features.fit(dataset, coming)
-        made = Remeasured(
-            line=line,
-            spaces=list(spaces.names),
-            spaces_sha256=spaces.sha256,
-            before=before.sha256,
-            data_rev=data.rev,
-            versions=[],
-        )
-        if spaces.sha256 == before.sha256:
-            coming.unlink()
-            return made
-        n, names = settings.gate.images, []
+        key = canonical_sha256([data.md5, config.sha256, code_sha256()])[:16]
+        fresh = present.with_name(f".{line}.{key}.safetensors")  # kept by a killed call
+        for other in present.parent.glob(f".{line}.{'[0-9a-f]' * 16}.safetensors"):
+            if other != fresh or not _is_whole(other):
+                other.unlink()
+        spaces = features.fit(dataset, fresh)
+        n, new = settings.gate.images, list[tuple[Seal, Figures]]()
         asked = [dataset.captions[i] for i in (*evaluate.held_out_items(dataset, n), *evaluate.further_items(dataset, n))]
-        for subject, champion in found:
-            best = anchor_of(workspace, subject)
-            for version in {seal.version: seal for seal in (champion, best) if seal}.values():
-                bundle = Path(champion_files(workspace, version)["bundle"])
-                drawn = Contender(bundle, workspace.work / "draws", line, drawn_as(bundle)).draw(asked)
-                new = Figures(
-                    version=version.version, weights=version.weights, spaces=spaces.sha256, before=before.sha256,
-                    quality=evaluate.quality(spaces, dataset, drawn.first(n), "new"),
-                    asked=evaluate.asked_for(spaces, dataset, drawn, None, n),
-                )  # fmt: skip
-                _record(workspace, version, new, why)
-                names.append(version.name)
-        kept = present.with_name(f"{line}.{before.sha256[:16]}.safetensors")
-        if not kept.exists():
-            os.link(present, kept)  # past scorecards name its hash
-        coming.replace(present)
-        return made.model_copy(update={"versions": names})
+        for subject, version, bundle in measured:
+            own = {q.space_sha256 for q in workspace.catalog.card(version).quality}
+            if spaces.sha256 in own or figures(workspace, subject, version.version, spaces.sha256):
+                continue
+            drawn = Contender(bundle, workspace.work / "draws", line, drawn_as(bundle)).draw(asked)
+            made = Figures(
+                version=version.version, weights=version.weights, spaces=spaces.sha256, before=before.sha256, data_rev=data.rev, data_md5=data.md5,
+                quality=evaluate.quality(spaces, dataset, drawn.first(n), "new"), asked=evaluate.asked_for(spaces, dataset, drawn, None, n),
+            )  # fmt: skip
+            new.append((version, made))
+        with workspace.locked("records"):
+            for version, made in new:
+                workspace.ledger.append("measured", version.subject, why, made.model_dump(mode="json"))
+        _put_in_place(fresh, present, before.sha256)
+        return Remeasured(
+            line=line, spaces=list(spaces.names), spaces_sha256=spaces.sha256, before=before.sha256, data_rev=data.rev,
+            versions=[version.name for version, _ in new],
+        )  # fmt: skip
 
 
-def _record(workspace: Workspace, version: Seal, new: Figures, why: str) -> None:
-    facts: dict[str, Any] = new.model_dump(mode="json")
-    with workspace.locked("records"):
-        known = figures(workspace, Subject.parse(version.subject), version.version)
-        if known is None or known.spaces != new.spaces:  # else a call that was killed had recorded it
-            workspace.ledger.append("measured", version.subject, why, facts)
+def _is_whole(path: Path) -> bool:
+    """Say whether a killed call left spaces that can be used."""
+    from model import features
+    from model.errors import CheckpointError
+
+    try:
+        features.load(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _put_in_place(fresh: Path, present: Path, before: Sha256) -> None:
+    """Make new spaces the present ones, and keep those from before, which past scorecards name."""
+    if file_sha256(fresh) == before:
+        fresh.unlink()
+        return
+    kept = present.with_name(f"{present.stem}.{before[:16]}.safetensors")
+    if not kept.exists():
+        copy = kept.with_name(f".{kept.name}.tmp")
+        shutil.copyfile(present, copy)  # no link: not every file system has them
+        copy.replace(kept)
+    fresh.replace(present)
 
 
 def text_of(made: Remeasured) -> str:
-    """What came of it, for people."""
+    """Say what came of it, for people."""
+    spaces = f"{', '.join(made.spaces)} features"
     if not made.versions:
-        return f"{made.line} already measures in these feature spaces ({', '.join(made.spaces)}); nothing was changed"
+        return f"{made.line} already measures in these {spaces}; nothing was changed"
     return (
-        f"{made.line} now measures in {', '.join(made.spaces)} features of data revision {made.data_rev[:12]}; measured anew: "
-        f"{', '.join(made.versions)}. Figures from before stay in their scorecards and are not compared with new ones."
+        f"{made.line} now measures in {spaces} of data revision {made.data_rev[:12]}; measured anew: {', '.join(made.versions)}. Figures from "
+        "before stay in their scorecards and are not compared with new ones."
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import reduce
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -121,7 +122,7 @@ def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> re
         data_rev=c.version.data_rev,
         data_message=_message(workspace, c.version.data_rev),
         distance=report.distance(anew.quality if anew else new),
-        change=report.change(new, compared),
+        change=None if anew else report.change(new, compared),  # which was measured in the spaces from before
         replaced=weights.get(compared[0].against_sha256) if compared else None,
         reason=_why(workspace, c.version),
         steps=card.sampler.steps,
@@ -251,6 +252,8 @@ def _devices(workspace: Workspace, lines: list[str]) -> list[report.DeviceRow]:
 
 def _decisions(workspace: Workspace, line: str | None) -> list[report.DecisionRow]:
     entries = [e for e in workspace.ledger.entries() if line is None or e.subject.split("/")[0] == line]
+    # One command measures many versions, for one reason.
+    entries = [e for e, after in zip_longest(entries, entries[1:]) if e.kind != "measured" or after is None or after.why != e.why]
     return [
         report.DecisionRow(number=e.number, when=e.when, who=e.who, kind=e.kind, subject=e.subject, why=e.why)
         for e in reversed(entries[-DECISIONS_SHOWN:])

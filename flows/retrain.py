@@ -567,8 +567,9 @@ def judge_and_register(
     anchor = (anchor_of(workspace, subject) or champion) if champion else None
     scored = anchor if anchor and champion and anchor.weights != champion.weights else None
     frozen = workspace.feature_spaces(data.line)
-    # Others after `ferry remeasure`; a first evaluation makes the file, and must have the same key when it is repeated.
-    spaces = file_sha256(frozen) if champion and frozen.is_file() else None
+    # `ferry remeasure` changes the spaces. A line's first evaluation makes them, and must have the same key when it is repeated.
+    known = champion is not None or workspace.former_feature_spaces(data.line)
+    spaces = file_sha256(frozen) if known and frozen.is_file() else None
     key = canonical_sha256([key, champion.weights if champion else None, scored.weights if scored else None, beside, spaces])[:32]
     best = str(workspace.catalog.files(scored, "bundle", workspace.work / "champions")) if scored else None
     evaluated = _cached(evaluate_model, workspace.work / "evaluations" / key / "real.png")(
@@ -583,7 +584,7 @@ def judge_and_register(
     earlier = [verdict(workspace, subject, number) for number in sorted(judged(workspace, subject))]
     share = line.gate.alpha if allowed is None else allowed
     before = [made for made in earlier if made]
-    looks, next_looks = (spent(share, card.held_out, card.weights_sha256, before, ahead) for ahead in (0, 1))
+    looks, next_looks = (spent(share, card.held_out, card.sha256, before, ahead) for ahead in (0, 1 if champion else 0))
     decision = decide(
         card, limits, budgets, champion.weights if champion else None,
         anchor=anchor.weights if anchor else None, level=looks, again=next_looks,

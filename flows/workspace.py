@@ -321,6 +321,10 @@ class Workspace:
         """The file of the feature spaces in which a line's images are compared; its first evaluation makes it."""
         return self.root / "features" / f"{line}.safetensors"
 
+    def former_feature_spaces(self, line: str) -> list[Path]:
+        """The files of the feature spaces that a line had before, each under the beginning of its hash."""
+        return sorted((self.root / "features").glob(f"{line}.{'[0-9a-f]' * 16}.safetensors"))
+
     def line(self, name: str) -> Line:
         """A line's settings.
 

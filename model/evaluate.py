@@ -352,15 +352,21 @@ def asked_for(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, champion: D
         parts = [sample(spaces, space, dataset, of, images) for space in spaces.names]
         return replace(parts[0], features=np.concatenate([part.features for part in parts], axis=1))
 
-    real, made = side_by_side(reference, dataset.images[reference]), side_by_side(items, drawn.images)
-    before = side_by_side(items, champion.images) if champion else None
+    real = side_by_side(reference, dataset.images[reference])
+    # Rare captions were drawn more often than they are; weighed, the drawn images are as mixed as the real ones.
+    real_counts, counts = Counter(real.captions), Counter(dataset.captions[i] for i in items)
+    weights = np.array([real_counts[dataset.captions[i]] / counts[dataset.captions[i]] for i in items])
+    made = replace(side_by_side(items, drawn.images), weights=weights)
+    before = replace(side_by_side(items, champion.images), weights=weights) if champion else None
     captions, several = _judged(dataset)
     rows = []
     for name, word in [(caption, False) for caption in captions] + [(word, True) for word in several]:
         asked, others = _asked(real, name, word)
-        if min(len(asked), len(others)) < 2 or len(np.unique(asked.groups)) < 2:
+        if min(len(np.unique(of.groups)) for of in (asked, others)) < 2:
             continue
         (ours, without), theirs = _asked(made, name, word), _asked(before, name, word) if before else None
+        if not len(ours):  # too rare among too few images
+            continue
         apart = distances.told_apart(asked, others, scales)
         shown = distances.drawn_share(asked, others, ours, without if len(without) else others, scales)
         was = distances.drawn_share(asked, others, theirs[0], theirs[1] if len(theirs[1]) else others, scales) if theirs else None
@@ -380,22 +386,25 @@ def _has(caption: str, name: str, word: bool) -> bool:
 
 
 def _asked(real: Sample, name: str, word: bool) -> tuple[Sample, Sample]:
-    """Images of a caption or word, and those that a model would draw in their place.
+    """Take the images of a caption or word, and those that a model would draw in their place.
 
     The second are images of the same captions less the word, or less one word of the caption, weighted so that these captions are as
     frequent as on the first side; where there are none, all others.
     """
     own = np.array([_has(caption, name, word) for caption in real.captions])
     sets = [distances.words(caption) for caption in real.captions]
-    less: Counter[frozenset[str]] = Counter()
-    for words, mine in zip(sets, own, strict=True):
-        if mine:
-            for left_out in (name,) if word else words:
-                less[words - {left_out}] += 1
-    there = Counter(words for words, mine in zip(sets, own, strict=True) if not mine and words in less)
+    each = np.ones(len(real)) if real.weights is None else real.weights
+    less: dict[frozenset[str], float] = {}
+    there: dict[frozenset[str], float] = {}
+    for words, mine, weight in zip(sets, own, each, strict=True):
+        for left_out in ((name,) if word else words) if mine else ():
+            less[words - {left_out}] = less.get(words - {left_out}, 0.0) + weight
+    for words, mine, weight in zip(sets, own, each, strict=True):
+        if not mine and words in less:
+            there[words] = there.get(words, 0.0) + weight
     if not there:
         return real.only(own), real.only(~own)
-    weights = np.array([less[words] / there[words] if words in there else 0.0 for words in sets])
+    weights = np.array([less[words] / there[words] if words in there else 0.0 for words in sets]) * each
     return real.only(own), replace(real, weights=weights).only(~own & (weights > 0))
 
 
@@ -438,7 +447,7 @@ def plausibility(
         n=len(counted), training=len(known), implausible=int(odd[: len(counted)].sum()), held_out=float(odd_real.mean()),
         duplicates=int(same.sum()),
     )  # fmt: skip
-    if not len(theirs):
+    if len(theirs) < 2:
         return found
     more = odd.astype(float) - odd_theirs
     beside = {
@@ -449,7 +458,7 @@ def plausibility(
 
 
 def real_images(dataset: Dataset, caption: str, n: int) -> list[Images]:
-    """Up to n held-out images of a caption [C, R, R], to be looked at beside generated ones: from as many groups as there are."""
+    """Choose up to n held-out images of a caption [C, R, R], to be looked at beside generated ones: from as many groups as there are."""
     groups = dict(zip(dataset.reference().tolist(), dataset.reference_groups().tolist(), strict=True))
     own: Counter[int] = Counter()
     ranked = []

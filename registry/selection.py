@@ -149,25 +149,26 @@ def level(alpha: float, tests: float, before: Decision | None) -> float:
     return alpha / tests + (before.level if before and before.outcome == "promote" else 0.0)
 
 
-def spent(alpha: float, held_out: Sequence[str], challenger: Sha256, before: Sequence[Decision], ahead: int = 0) -> float:
+def spent(alpha: float, held_out: Sequence[str], scorecard: Sha256, before: Sequence[Decision], ahead: int = 0) -> float:
     """The chance of a wrong promotion that a decision may take on a held-out set that was looked at before.
 
     Attempt k gets alpha 6 / (pi k)², so that all attempts there will ever be take alpha together. A set that shares half of its groups with
-    an earlier one inherits its attempts. Earlier decisions on the same weights are the same attempt; first versions take no chance.
+    an earlier one inherits its attempts. A decision that is made again on the same scorecard is the same attempt; the same weights drawn
+    otherwise, or measured in other feature spaces, are another one. First versions take no chance.
 
     Args:
         alpha: for all attempts on this set.
         held_out: hashes of its groups, the smallest ones.
-        challenger: weights that are decided on.
+        scorecard: hash of the one that is decided on.
         before: earlier decisions of the line, configuration and variant, the oldest first.
         ahead: so many attempts after this one.
     """
     seen: list[Sha256] = []
     for decision in before:
-        if decision.challenger == challenger:
+        if decision.scorecard == scorecard:
             break
-        if decision.champion and decision.challenger not in seen and _overlap(held_out, decision.held_out) >= INHERITED:
-            seen.append(decision.challenger)
+        if decision.champion and decision.scorecard not in seen and _overlap(held_out, decision.held_out) >= INHERITED:
+            seen.append(decision.scorecard)
     return alpha * 6 / (math.pi * (len(seen) + 1 + ahead)) ** 2
 
 
@@ -252,10 +253,10 @@ def decide(
             if champion
             else "; a first version may be promoted without this for a reason that is recorded"
         )
-    elif all(f.needed for f in failed):
-        outcome, reason = "more data", "; ".join(f.needed for f in failed if f.needed)
+    elif all(f.needed or f.waivable for f in failed):
+        outcome, reason = "more data", "; ".join(f.needed or f.check.text for f in failed)
     else:
-        outcome, reason = "refuse", "; ".join(f.check.text for f in failed)
+        outcome, reason = "refuse", "; ".join(f.needed or f.check.text for f in failed)
     first = champion is None and anchor is None
     everywhere = bool(best) and all(_below(row, 0.0, "", alpha, again).check.passed for row in best)
     return Decision(
@@ -438,13 +439,13 @@ def _odd(card: Scorecard, limits: Limits, champion: bool) -> list[_Finding]:
         upper = float(stats.beta.ppf(1 - limits.alpha, count + 1, n - count)) if count < n else 1.0
         text = f"{count / n:.1%} of the images {what} (upper bound {upper:.1%} at n = {n}), must be below {limit:.0%}"
         found.append(_Finding(Check(name=name, passed=upper < limit or limit == 1, text=text), waivable=not champion))
-    if champion and card.plausibility and card.plausibility.more is not None:
+    if champion and card.plausibility and card.plausibility.more is not None and (card.plausibility.pairs or 0) > 1:
         found.append(_odder(card.plausibility, limits))
     return found
 
 
 def _odder(row: Plausibility, limits: Limits) -> _Finding:
-    """Whether images unlike all real ones are shown to be not much more frequent than the champion's.
+    """Test whether images unlike all real ones are not much more frequent than the champion's.
 
     A distance does not see this: a few images of noise among those of a model with a bias move their mean towards the data.
     """
@@ -452,17 +453,17 @@ def _odder(row: Plausibility, limits: Limits) -> _Finding:
     reach = quantile(pairs, limits.alpha) * (row.more_se or 0.0)
     bound = max(limits.implausible_more, limits.tolerance * champion)
     text = (
-        f"the share of images unlike all real ones differs from the champion's, {champion:.1%}, by {more:+.1%} (upper bound {more + reach:+.1%} at "
-        f"{pairs} pairs), must be below {bound:.1%}"
+        f"the share of images unlike all real ones exceeds the champion's, {champion:.1%}, by {100 * more:+.1f} percentage points (upper bound "
+        f"{100 * (more + reach):+.1f} at {pairs} pairs of images), must be below {100 * bound:.1f}"
     )
-    needed = f"{text}: undecided, {_pairs(pairs, reach, bound - more)}" if more < bound <= more + reach else None
-    passed = more + reach < bound or limits.implausible == 1
+    needed = f"{text}: undecided, {_images(row.n, reach, bound - more)}" if more < bound <= more + reach else None
+    passed = more + reach < bound or 1 in (limits.implausible, limits.implausible_more)
     return _Finding(Check(name="implausible images beside the champion's", passed=passed, text=text), needed)
 
 
-def _pairs(pairs: int, reach: float, room: float) -> str:
-    """How many images would bring an interval's reach down to the room that there is."""
-    return f"about {math.ceil(pairs * (reach / room) ** 2)} are needed (gate.images)"
+def _images(n: int, reach: float, room: float) -> str:
+    """Say how many images would bring an interval's reach down to the room that there is."""
+    return f"about {math.ceil(n * (reach / room) ** 2)} images are needed (gate.images)"
 
 
 def _follows(row: Following, alpha: float, champion: bool) -> _Finding:
@@ -505,7 +506,9 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
         shown = row.drawn + times * row.drawn_se < least * row.apart
         seems = row.share <= least and row.apart > 2 * row.apart_se
         dropped = seems if row.champion_share is not None else shown
-        text = f"{name}: it seems that {share} is drawn; with {at} this cannot be judged"
+        few = row.reference < JUDGED_IMAGES or row.groups < JUDGED_GROUPS
+        why = f"with {at}" if few else f"with {at}, which no feature space tells clearly from others,"
+        text = f"{name}: it seems that {share} is drawn; {why} this cannot be judged"
         return _Finding(Check(name=name, passed=not dropped, text=text), waivable=True)
     shown = row.drawn - times * row.drawn_se > 0
     text = f"{name}: {share} is drawn, must exceed {least:.2f} and be shown to exceed 0 ({at})"

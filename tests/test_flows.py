@@ -620,11 +620,20 @@ def test_new_feature_spaces_are_what_the_gate_compares_in_from_then_on(workspace
     from flows.retrain import retrain
 
     before = file_sha256(workspace.feature_spaces("shapes"))
+    with settings(workspace, "steps = 6\n", "steps = 5\n"):
+        (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
+        (again,) = retrain(str(workspace.root), "shapes", promote_winners=False)
+    assert row["version"] == again["version"]  # it is evaluated once
+    attempts = verdict(workspace, SUBJECT, row["version"])
     told = ferry(workspace, "remeasure", "shapes", "--reason", "captions have come since")
     assert told.exit_code == 0, told.output
     present = file_sha256(workspace.feature_spaces("shapes"))
-    with settings(workspace, "steps = 6\n", "steps = 5\n"):  # as was evaluated in the spaces from before
+    with settings(workspace, "steps = 6\n", "steps = 5\n"):
         (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
+    decided = verdict(workspace, SUBJECT, row["version"])
+    assert attempts
+    assert decided
+    assert decided.level < attempts.level  # new spaces are no new chance
     made = workspace.catalog.card(sealed(workspace, SUBJECT, row["version"]))
     assert {q.space_sha256 for q in made.quality} == {present} != {before}
     assert {c.against_sha256 for c in made.comparisons if c.against == "champion"} == {sealed(workspace, SUBJECT, 2).weights}

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from model.data import prepare
 from model.export import Export
 from model.train import Checkpoint
 from registry.catalog import Subject
+from registry.ledger import Ledger
 
 from .conftest import CONFIG, few, write_images
 from .test_measure import SETTINGS, register
@@ -94,7 +94,7 @@ def test_line_of_an_older_ferry_gets_the_new_space_by_one_command(workspace: Wor
     told = ferry(workspace, "shapes", "--reason", "again")  # the spaces would be the same
     assert (told.exit_code, told.stdout) == (
         0,
-        "shapes already measures in these feature spaces (trained, random, scattering); nothing was changed\n",
+        "shapes already measures in these trained, random, scattering features; nothing was changed\n",
     )
     assert digest(workspace.feature_spaces("shapes")) == spaces.sha256
     assert workspace.ledger.entries() == entries
@@ -110,9 +110,9 @@ def test_killed_call_is_rerun_and_records_once(workspace: Workspace, monkeypatch
 
     with monkeypatch.context() as patch:
         if cut == "before the ledger":
-            patch.setattr(remeasure, "_record", killed)
+            patch.setattr(Ledger, "append", killed)
         elif cut == "after the ledger":
-            patch.setattr(remeasure, "os", SimpleNamespace(link=killed))
+            patch.setattr(remeasure, "_put_in_place", killed)
         else:
             patch.setattr(
                 Path, "replace", lambda path, to: killed() if to == workspace.feature_spaces("shapes") else path.rename(to)
@@ -121,10 +121,28 @@ def test_killed_call_is_rerun_and_records_once(workspace: Workspace, monkeypatch
             remeasure.remeasure(workspace, "shapes", "for a test")
     assert digest(workspace.feature_spaces("shapes")) == before
     assert len(workspace.ledger.entries()) == entries + (cut != "before the ledger")
+    assert remeasure.figures(workspace, SUBJECT, 1) is None  # what was measured in spaces that are not in use is not shown
     made = remeasure.remeasure(workspace, "shapes", "for a test")
-    assert made.versions == ["shapes/I/full 1"]
+    assert made.versions == ([] if cut != "before the ledger" else ["shapes/I/full 1"])
     assert digest(workspace.feature_spaces("shapes")) == made.spaces_sha256 != before
+    assert remeasure.figures(workspace, SUBJECT, 1) is not None
     assert len(workspace.ledger.entries()) == entries + 1
+
+
+def test_champion_that_was_never_measured_in_the_present_spaces_is_measured_by_the_same_command(
+    workspace: Workspace, checkpoint: Checkpoint, exported: Export, tmp_path: Path
+):
+    remeasure.remeasure(workspace, "shapes", "for a test")
+    present, revision = digest(workspace.feature_spaces("shapes")), measured(workspace)[0]["data_rev"]
+    write_images(workspace.root / "data/shapes", 90)
+    versions.add(workspace.root, "data/shapes", "shapes", "second")
+    register(workspace, checkpoint, exported, tmp_path / "second")
+    promote(workspace, SUBJECT, 2, "second", overrule=True)
+    made = remeasure.remeasure(workspace, "shapes", "somebody went back to it", revision)
+    assert made.versions == ["shapes/I/full 2"]  # the first is measured already
+    assert [facts["version"] for facts in measured(workspace)] == [1, 2]
+    assert digest(workspace.feature_spaces("shapes")) == present
+    assert len(list((workspace.root / "features").iterdir())) == 2
 
 
 REFUSED = (
@@ -144,6 +162,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(workspace: Workspace):
         assert told.stderr.startswith("ferry: ")
     assert digest(workspace.feature_spaces("shapes")) == before
     assert workspace.ledger.entries() == entries
+    settings = workspace.root / "ferry.toml"
+    whole = settings.read_text()
+    settings.write_text(whole.replace('tier = "test"', 'tier = "test"\nimage_size = 8'))
+    assert (
+        "shapes/I/full 1 draws 16 pixels in 1 channels, ferry.toml asks for 8 in 1"
+        in ferry(workspace, "shapes", "--reason", "x").stderr
+    )
+    settings.write_text(whole)
+    write_images(workspace.root / "data/shapes", 9)  # which nobody recorded
+    assert "data/shapes" in ferry(workspace, "shapes", "--reason", "x").stderr
+    assert digest(workspace.feature_spaces("shapes")) == before
     workspace.feature_spaces("shapes").write_bytes(b"torn")
     told = ferry(workspace, "shapes", "--reason", "x")
     assert told.exit_code == 3

@@ -566,6 +566,27 @@ def test_caption_that_the_champion_does_not_draw_either_is_no_new_harm(row: Capt
     assert judged(card().model_copy(update={"asked": [row]})).outcome == "promote"
 
 
+def test_what_a_person_may_waive_does_not_turn_a_doubt_into_a_refusal():
+    doubtful, rare = card(old=(0.03, 0.02)), asked(0.1, reference=9)
+    assert judged(doubtful).outcome == "more data"
+    assert judged(card().model_copy(update={"asked": [rare]})).outcome == "promote if reasoned"
+    both = judged(doubtful.model_copy(update={"asked": [rare]}))
+    assert both.outcome == "more data"
+    assert "groups are needed" in both.reason or "are needed next time" in both.reason
+    assert "this cannot be judged" in both.reason
+    worse = judged(doubtful.model_copy(update={"asked": [asked(0.1)]}))  # a caption that can be judged, and is dropped
+    assert worse.outcome == "refuse"
+    assert "are needed next time" in worse.reason
+
+
+def test_caption_that_is_not_told_apart_clearly_is_said_to_be_so():
+    vague = asked(0.1, apart_se=0.06)
+    assert (
+        "which no feature space tells clearly from others, this cannot be judged"
+        in judged(card().model_copy(update={"asked": [vague]})).reason
+    )
+
+
 def test_first_version_that_drops_a_caption_needs_a_reason():
     first = asked(0.1, champion_share=None)
     decision = judged(card().model_copy(update={"asked": [first]}), None)
@@ -615,9 +636,15 @@ def test_images_unlike_all_real_ones_may_not_become_much_more_frequent(more: flo
     decision = judged(made)
     assert decision.outcome == outcome
     if outcome == "more data":
-        assert f"about {math.ceil(150 * (stats.t.ppf(0.95, 149) * 0.03 / 0.04) ** 2)} are needed (gate.images)" in decision.reason
-    unlimited = decide(made, LIMITS.model_copy(update={"implausible": 1.0}), BUDGETS, CHAMPION)
-    assert unlimited.outcome == "promote"
+        assert (
+            f"about {math.ceil(100 * (stats.t.ppf(0.95, 149) * 0.03 / 0.04) ** 2)} images are needed (gate.images)"
+            in decision.reason
+        )
+    for name in ("implausible", "implausible_more"):
+        assert decide(made, LIMITS.model_copy(update={name: 1.0}), BUDGETS, CHAMPION).outcome == "promote"
+    for pairs in (None, 0, 1):
+        alone = made.model_copy(update={"plausibility": some.model_copy(update={"pairs": pairs})})
+        assert judged(alone).outcome == "promote"
     assert judged(made, None).outcome == "promote"  # a first version has nothing beside it
 
 
@@ -652,15 +679,15 @@ def test_what_is_shown_to_be_worse_has_to_be_accepted_in_so_many_words():
 GROUPS = [f"{i:016x}" for i in range(0, 4000, 100)]
 
 
-def looked(challenger: str, held_out: Sequence[str] = GROUPS, champion: str | None = CHAMPION) -> Decision:
-    return judged(card()).model_copy(update={"challenger": challenger, "held_out": list(held_out), "champion": champion})
+def looked(scorecard: str, held_out: Sequence[str] = GROUPS, champion: str | None = CHAMPION) -> Decision:
+    return judged(card()).model_copy(update={"scorecard": scorecard, "held_out": list(held_out), "champion": champion})
 
 
 def test_attempts_on_one_set_never_take_more_than_alpha_together():
     before = [looked(f"{i}" * 64) for i in range(9)]
     shares = [spent(0.05, GROUPS, "f" * 64, before[:k]) for k in range(10)]
     assert shares == pytest.approx([0.05 * 6 / (np.pi * k) ** 2 for k in range(1, 11)])
-    many = [before[0].model_copy(update={"challenger": f"{i:064}"}) for i in range(200)]
+    many = [before[0].model_copy(update={"scorecard": f"{i:064}"}) for i in range(200)]
     assert 0.049 < sum(spent(0.05, GROUPS, "f" * 64, many[:k]) for k in range(200)) < 0.05
 
 
@@ -668,6 +695,12 @@ def test_attempt_that_is_repeated_is_the_same_one():
     before = [looked("1" * 64), looked("2" * 64), looked("3" * 64)]
     assert spent(0.05, GROUPS, "2" * 64, before) == spent(0.05, GROUPS, "2" * 64, before[:1])
     assert spent(0.05, GROUPS, "f" * 64, [before[0], before[0]]) == spent(0.05, GROUPS, "f" * 64, before[:1])
+
+
+def test_same_weights_measured_otherwise_are_another_attempt():
+    before = [looked("1" * 64), looked("2" * 64)]
+    assert before[0].challenger == before[1].challenger
+    assert spent(0.05, GROUPS, "3" * 64, before) == pytest.approx(0.05 * 6 / (np.pi * 3) ** 2)
 
 
 def test_set_that_shares_half_of_its_groups_inherits_attempts():

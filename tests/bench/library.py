@@ -288,10 +288,11 @@ def series(kind: Kind, seconds: float) -> list[dict[str, Any]]:
     path, began = BUILD / f"runs-{kind.file}.jsonl", time.monotonic()
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     done = [row for row in done if row["models"] == MODELS]
-    if len(done) < RUNS:
+    runs = RUNS if kind in KINDS else 3 * RUNS // 10  # of the table of power
+    if len(done) < runs:
         judge = Judge(kind)
         with path.open("a") as file:
-            while len(done) < RUNS and (time.monotonic() - began < seconds or not done):
+            while len(done) < runs and (time.monotonic() - began < seconds or not done):
                 decision = judge.run(len(done))
                 failed = [check.name for check in decision.checks if not check.passed]
                 done.append(
