@@ -453,6 +453,12 @@ def test_owners_event_makes_a_run(served: Served):
     wait_for(lambda: len(served.state()["runs"]) == before + 1, served.process)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether every thread of a process is: a signal reaches them one after another."""
+    states = [task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
+
+
 @pytest.mark.slow
 def test_server_that_dies_ends_ferry_serve_and_gives_its_port_to_nobody(tmp_path: Path):
     workspace = prepared(tmp_path / "ws")
@@ -464,6 +470,7 @@ def test_server_that_dies_ends_ferry_serve_and_gives_its_port_to_nobody(tmp_path
         address = process.stderr.readline().rsplit(" ", 1)[1].strip()
         (server,) = [child for child in psutil.Process(process.pid).children() if "flows.serve:app" in child.cmdline()]
         process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: is_stopped(process.pid), process)  # else one of its threads may still see the server die
         server.kill()
         wait_for(lambda: server.status() == psutil.STATUS_ZOMBIE, process)  # its files are closed
         with pytest.raises(OSError, match="in use"):

@@ -613,6 +613,7 @@ def test_first_version_that_drops_a_caption_needs_a_reason():
     ("counts", "says"),
     [
         ({"implausible": 50}, "50.0% of the images are unlike all real ones (upper bound 58.6% at n = 100), must be below 30%"),
+        ({"implausible": 25}, "25.0% of the images are unlike all real ones (upper bound 33.1% at n = 100), must be below 30%"),
         (
             {"duplicates": 40},
             "40.0% of the images are like another generated one (upper bound 48.7% at n = 100), must be below 30%",
