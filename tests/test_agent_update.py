@@ -255,14 +255,20 @@ def test_base_that_cannot_be_repaired_falls_back(offered, bundles):
     assert made_by(offered, bundles["second"]) == "full"
 
 
-@pytest.mark.parametrize("damage", ["altered", "shortened", "missing", "manifest altered", "manifest missing"])
+@pytest.mark.parametrize(
+    "damage", ["altered", "shortened", "missing", "manifest altered", "manifest that can still be read", "manifest missing"]
+)
 def test_damaged_base_is_repaired_first(offered, bundles, damage):
     path = offered.device.file("weights")
     if damage.startswith("manifest"):
         path = path.with_name("manifest.json")
     data = path.read_bytes()
     path.unlink()
-    if not damage.endswith("missing"):
+    if damage.endswith("still be read"):
+        other = data.replace(b'"tier":"test"', b'"tier":"best"')
+        assert other != data
+        path.write_bytes(other)
+    elif not damage.endswith("missing"):
         path.write_bytes(data[:-1] if damage == "shortened" else b"\1" + data[1:])
     assert offered.device.sound is False
     assert "DAMAGED" in offered.device.command("status")
