@@ -372,3 +372,11 @@ def test_alike_is_a_product_of_both_kernels() -> None:
         distances.kernel(real.features, real.features, SCALE) * caption_kernel(real.captions, real.captions)
     )
     assert np.diag(matrix) == pytest.approx(1)
+
+
+def test_error_of_drawing_holds_where_each_caption_was_drawn_twice() -> None:
+    influence = np.random.default_rng(58).normal(size=400) + np.repeat(np.random.default_rng(59).normal(size=200), 2)
+    captions = [f"{i // 2}" for i in range(400)]
+    assert distances._spread(influence, captions) == pytest.approx(
+        400**0.5, rel=0.1
+    )  # what captions have in common is no error of drawing
