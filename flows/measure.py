@@ -27,7 +27,7 @@ class Measured(Frozen):
     reason: str
     scorecard: Scorecard
     anew: Figures | None = None
-    """What `ferry remeasure` found, in the line's present feature spaces."""
+    """Hold what `ferry remeasure` found in the line's present feature spaces; None where it was not called."""
     fid: PublishedFid | None = None
     images: str | None = None
     """The folder that the FID compares with."""

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from flows.errors import WorkspaceError
 from flows.promote import anchor_of, champion_of
 from flows.workspace import Workspace
 from model.config import canonical_sha256
@@ -45,7 +44,7 @@ class Remeasured(Frozen):
     spaces_sha256: Sha256
     before: Sha256
     data_rev: str
-    versions: list[str] = Field(description="measured anew; empty: all were measured in these spaces already")
+    versions: list[str] = Field(description="measured by this call; a killed one before it may have measured others")
 
 
 def figures(workspace: Workspace, subject: Subject, version: int, spaces: Sha256 | None = None) -> Figures | None:
@@ -84,7 +83,7 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remea
         CheckpointError: the present spaces are missing or damaged.
         BusyError: a retraining runs.
     """
-    from flows.retrain import Contender, drawn_as, open_dataset, pull_data
+    from flows.retrain import Contender, check_same_pictures, drawn_as, open_dataset, pull_data
     from model import evaluate, features, versions
     from model.train import code_sha256
 
@@ -112,11 +111,7 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remea
         config = settings.config(found[0][0].configuration)
         for _, version, bundle in measured:
             table = json.loads((bundle / "sampler.json").read_bytes())["image"]
-            if (table["size"], table["channels"]) != (config.image_size, config.channels):
-                raise WorkspaceError(
-                    f"{version.name} draws {table['size']} pixels in {table['channels']} channels, ferry.toml asks for "
-                    f"{config.image_size} in {config.channels}; pictures of another format are another product, give them a line of their own"
-                )
+            check_same_pictures(version.name, (table["size"], table["channels"]), config)
         pull_data.fn(str(workspace.root), data.model_dump())
         dataset = open_dataset(workspace, settings, found[0][0].configuration, data)
         key = canonical_sha256([data.md5, config.sha256, code_sha256()])[:16]
@@ -175,9 +170,10 @@ def _put_in_place(fresh: Path, present: Path, before: Sha256) -> None:
 def text_of(made: Remeasured) -> str:
     """Say what came of it, for people."""
     spaces = f"{', '.join(made.spaces)} features"
-    if not made.versions:
+    if not made.versions and made.spaces_sha256 == made.before:
         return f"{made.line} already measures in these {spaces}; nothing was changed"
     return (
-        f"{made.line} now measures in {spaces} of data revision {made.data_rev[:12]}; measured anew: {', '.join(made.versions)}. Figures from "
-        "before stay in their scorecards and are not compared with new ones."
+        f"{made.line} now measures in {spaces} of data revision {made.data_rev[:12]}; this call measured "
+        f"{', '.join(made.versions) or 'nothing that a call before it had not'}. Figures from before stay in their scorecards and are not "
+        "compared with new ones."
     )

@@ -141,7 +141,7 @@ def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> re
 
 
 def _samples(c: _Champion, same_line: list[_Champion]) -> tuple[bytes, bytes | None, list[str]]:
-    """A champion's images, and real ones, of captions that all variants of its line drew; of its own, if they share none."""
+    """Choose a champion's images and real ones of captions that all variants of its line drew; of its own, if they share none."""
     shared = reduce(lambda known, other: [caption for caption in known if caption in other.captions], same_line, c.captions)
     rows = (shared or c.captions)[:SAMPLE_ROWS]
     chosen = [c.captions.index(caption) for caption in rows]
@@ -149,7 +149,7 @@ def _samples(c: _Champion, same_line: list[_Champion]) -> tuple[bytes, bytes | N
 
 
 def _rows(picture: bytes, chosen: list[int]) -> bytes:
-    """Some rows of a grid of images, and its first columns."""
+    """Cut some rows out of a grid of images, and its first columns."""
     with Image.open(BytesIO(picture)) as grid:
         cell = grid.width // GRID_COLUMNS
         sheet = Image.new(grid.mode, (SAMPLE_COLUMNS * cell, len(chosen) * cell))

@@ -423,7 +423,7 @@ def _retrain_one(
     config, starts = line.config(configuration), [teacher["checkpoint"] if teacher else None]
     if champion and theirs:
         before = train.load_checkpoint(Path(theirs["checkpoint"]))
-        check_same_pictures(before.lineage.config, config)
+        check_same_pictures("the champion", (before.lineage.config.image_size, before.lineage.config.channels), config)
         if before.lineage.config == config:
             run.files[configuration, variant] = theirs
         if _is_current(before.lineage, line, data, taught_sha256):
@@ -510,15 +510,15 @@ def _is_exported_so(workspace: Workspace, champion: Seal, bundle: Path, line: Li
     return (card.sampler, card.precision, latency) == wanted
 
 
-def check_same_pictures(champion: ModelConfig, wanted: ModelConfig) -> None:
+def check_same_pictures(who: str, drawn: tuple[int, int], wanted: ModelConfig) -> None:
     """Refuse to judge pictures of one format by those of another.
 
     Raises:
         WorkspaceError: size or channels are not the champion's.
     """
-    if (champion.image_size, champion.channels) != (wanted.image_size, wanted.channels):
+    if drawn != (wanted.image_size, wanted.channels):
         raise WorkspaceError(
-            f"the champion draws {champion.image_size} pixels in {champion.channels} channels, ferry.toml asks for "
+            f"{who} draws {drawn[0]} pixels in {drawn[1]} channels, ferry.toml asks for "
             f"{wanted.image_size} in {wanted.channels}; pictures of another format are another product, give them a line of their own"
         )
 
@@ -697,7 +697,7 @@ def drawn_as(bundle: Path) -> Sampler:
 
 
 def picture(groups: dict[str, list[Any]], path: Path, scale: int = 4) -> list[str]:
-    """A grid of images, a row for each of the most frequent captions, which are returned; also in `<path>.json`."""
+    """Write a grid of images, a row for each of the most frequent captions; return these, which also go into `<path>.json`."""
     rows = sorted(groups, key=lambda caption: (-len(groups[caption]), caption))[:GRID_ROWS]
     size, channels = groups[rows[0]][0].shape[1], groups[rows[0]][0].shape[0]
     cell = size * scale + 2

@@ -318,11 +318,11 @@ class Workspace:
         configure_environment(self.root)
 
     def feature_spaces(self, line: str) -> Path:
-        """The file of the feature spaces in which a line's images are compared; its first evaluation makes it."""
+        """Name the file of the feature spaces in which a line's images are compared; the first evaluation makes it."""
         return self.root / "features" / f"{line}.safetensors"
 
     def former_feature_spaces(self, line: str) -> list[Path]:
-        """The files of the feature spaces that a line had before, each under the beginning of its hash."""
+        """List the files of the feature spaces that a line had before, each under the beginning of its hash."""
         return sorted((self.root / "features").glob(f"{line}.{'[0-9a-f]' * 16}.safetensors"))
 
     def line(self, name: str) -> Line:

@@ -105,7 +105,7 @@ class ModelColumn:
     samples: bytes
     """PNG: a row for each caption."""
     real: bytes | None
-    """The same of held-out real images; None where an older ferry kept none."""
+    """Show held-out real images of the same captions; None where an older ferry kept none."""
     captions: list[str]
     ratings: list[str]
     """What people said who compared images blind."""

@@ -537,7 +537,7 @@ def quantile(groups: int, alpha: float) -> float:
 
 
 def _below(row: Comparison, bound: float, what: str, alpha: float, again: float) -> _Finding:
-    """Whether a difference is shown to lie below a bound, in one space; else what the next attempt, at `again`, needs."""
+    """Test whether a difference lies below a bound, in one space; say what the next attempt, at level `again`, needs if that is undecided."""
     upper = row.delta + quantile(row.groups, alpha) * row.se
     text = (
         f"{what}, {row.space} features, {_of(row)}: difference {row.delta:+.4f} (upper bound {upper:+.4f} at n = {row.n} and {row.groups} "

@@ -125,6 +125,7 @@ def test_killed_call_is_rerun_and_records_once(workspace: Workspace, monkeypatch
     made = remeasure.remeasure(workspace, "shapes", "for a test")
     assert made.versions == ([] if cut != "before the ledger" else ["shapes/I/full 1"])
     assert digest(workspace.feature_spaces("shapes")) == made.spaces_sha256 != before
+    assert remeasure.text_of(made).startswith("shapes now measures in trained, random, scattering features")
     assert remeasure.figures(workspace, SUBJECT, 1) is not None
     assert len(workspace.ledger.entries()) == entries + 1
 

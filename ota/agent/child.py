@@ -390,7 +390,7 @@ def try_bundle(slot: str, digest: str, variant: VariantName, trusted: bool = Fal
 
 
 def _computed() -> float:
-    """Seconds of processor time of this process.
+    """Count the seconds of processor time that this process has used.
 
     Not `time.process_time`: where a limit on processor time is set, as it is for a trial, Linux gives that clock in ticks of several milliseconds.
     """
