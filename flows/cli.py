@@ -15,7 +15,7 @@ from flows.commands.data import data_app
 from flows.commands.delta import delta_app
 from flows.commands.fleet import fleet_app, rollout_app
 from flows.commands.report import rate, report
-from flows.commands.shared import Json, Options, answer, open_workspace, showing_progress, told_errors
+from flows.commands.shared import Json, Options, answer, open_workspace, reported_errors, showing_progress
 from flows.commands.trust import trust_app
 from flows.errors import VariantError
 
@@ -77,7 +77,7 @@ def init(
 
     Repeated, it completes what a killed call left out and changes nothing else.
     """
-    with told_errors():
+    with reported_errors():
         from flows.workspace import create
 
         made = create(folder, line or ["surfaces"])
@@ -101,7 +101,7 @@ def retrain(
 
     Killed and repeated, it goes on where it was cut; with nothing new it does nothing.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from model import versions
 
@@ -139,7 +139,7 @@ def trigger(
     as_json: Json = False,
 ) -> None:
     """Ask `ferry serve` for a retraining, now or when it is next up: for a drift seen in the field, or by hand."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from datetime import UTC, datetime
 
@@ -168,7 +168,7 @@ def evaluate(
     With --features also the FID that papers print. It falls with the number of images: compare it only at equal --n (papers: 50000)
     and with the same network and folder.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import measure
         from model.errors import ConfigError
@@ -196,7 +196,7 @@ def remeasure(
     Use it when a newer ferry measures in more feature spaces, or when captions have come that the old ones never saw. The gate compares in the
     new spaces from then on. Rerun a killed command; it resumes.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         workspace.line(line)
         if not reason.strip():
@@ -225,7 +225,7 @@ def release(
     target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")], as_json: Json = False
 ) -> None:
     """Publish a line's champions: bundle, deltas from what is fielded, signatures, then to where devices fetch it."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows.workspace import line_and_class
 
@@ -261,7 +261,7 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Say what something comes from, back to the data, and what came of it, down to the devices; by hashes alone."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import trace as tracing
 
@@ -285,7 +285,7 @@ def serve(
     Aliases that somebody moves in MLflow are settled as `ferry reconcile` does, every poll_seconds and for each webhook.
     Starts a Prefect server of its own unless PREFECT_API_URL names one. Killed and started again, it goes on with what ran.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         chosen = lines or list(workspace.settings.lines)
         for line in chosen:
@@ -323,7 +323,7 @@ def demo(
 
     In a folder where a demo was killed, it goes on where it was cut.
     """
-    with told_errors():
+    with reported_errors():
         from flows.demo import Demo, text
         from flows.serve import start_in_process
 

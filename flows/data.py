@@ -14,8 +14,8 @@ from pydantic import Field, ValidationError
 
 from flows import progress
 from flows.workspace import Line, Workspace
-from model import arrival, folder, versions
-from model.arrival import Arrival, Balance, Changes, Drift, Sketch
+from model import data_report, folder, versions
+from model.data_report import Balance, Changes, DataReport, Drift, FolderSummary
 from model.errors import DataError, RevisionError
 from model.scorecard import DataVersion, Frozen
 
@@ -28,7 +28,7 @@ class Status(Frozen):
     changes: Changes = Field(description="the folder against the last revision")
     remote_lacks: list[str] | None = Field(description="files of the revision that the remote does not hold; null: not known")
     remote_error: str = Field(description="why that is not known")
-    arrival: Arrival = Field(description="what is in the folder; as recorded where it is not dirty")
+    arrival: DataReport = Field(description="what is in the folder; as recorded where it is not dirty")
 
 
 class Difference(Frozen):
@@ -42,7 +42,7 @@ class Difference(Frozen):
     drift: Drift
 
 
-def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Arrival]:
+def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, DataReport]:
     """Look at a line's data folder, compare it with the last revision, record and push it together with what was found.
 
     Raises:
@@ -58,7 +58,7 @@ def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Arr
     with workspace.locked("data"):
         progress.advance("record and push", 0, 1)
         versions.init(workspace.root, workspace.data_remote, workspace.settings.stores.s3_endpoint)  # as ferry.toml says now
-        found = _judge(workspace, line, after)
+        found = _reported(workspace, line, after)
 
         def report(md5: str) -> str:
             return found.model_copy(update={"md5": md5}).model_dump_json(indent=1) + "\n"
@@ -69,11 +69,11 @@ def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Arr
     return version, recorded(workspace, version) or found.model_copy(update={"md5": version.md5})
 
 
-def recorded(workspace: Workspace, version: DataVersion) -> Arrival | None:
+def recorded(workspace: Workspace, version: DataVersion) -> DataReport | None:
     """What was found when a revision was recorded; None: it was recorded without, or by another version of ferry."""
     text = versions.report_of(workspace.root, version)
     try:
-        found = Arrival.model_validate_json(text) if text else None
+        found = DataReport.model_validate_json(text) if text else None
     except ValidationError:
         return None
     return found if found and found.md5 == version.md5 else None
@@ -98,15 +98,15 @@ def status(workspace: Workspace, line: str) -> Status:
         except RevisionError as refusal:
             error = str(refusal)
     dirty = last is None or versions.is_dirty(workspace.root, settings.data)
-    moved = arrival.file_changes({}, {})
+    moved = data_report.file_changes({}, {})
     found = recorded(workspace, last) if last and not dirty else None
     if found is None:
         after = _scan(live, settings, line)
-        found = _judge(workspace, line, after)
+        found = _reported(workspace, line, after)
         if dirty:
-            before = _sketch(workspace, line, last)[0] if last else None
+            before = _summary(workspace, line, last)[0] if last else None
             listed = versions.files(workspace.root, last) if last and before is None else {}
-            moved = arrival.changes(after, before) if before else arrival.file_changes(after.files, listed)
+            moved = data_report.changes(after, before) if before else data_report.file_changes(after.files, listed)
     return Status(revision=last, dirty=dirty, changes=moved, remote_lacks=lacks, remote_error=error, arrival=found)
 
 
@@ -121,34 +121,34 @@ def diff(workspace: Workspace, line: str, rev1: str, rev2: str) -> Difference:
     old, new = (_fetched(workspace, line, version) for version in (before, after))
     balances = {caption: (old.captions.count(caption), new.captions.count(caption)) for caption in {*old.captions, *new.captions}}
     return Difference(
-        before=before, after=after, changes=arrival.changes(new, old), balance=arrival.balance(new, old),
+        before=before, after=after, changes=data_report.changes(new, old), balance=data_report.balance(new, old),
         captions={caption: counts for caption, counts in sorted(balances.items()) if counts[0] != counts[1]},
-        drift=arrival.drift(new, old),
+        drift=data_report.drift(new, old),
     )  # fmt: skip
 
 
-def _judge(workspace: Workspace, line: str, after: Sketch) -> Arrival:
+def _reported(workspace: Workspace, line: str, after: FolderSummary) -> DataReport:
     """Against the last revision with other content: recording the same twice must not compare it with itself."""
     md5 = versions.list_md5(after.files)
     rows = versions.log(workspace.root, workspace.line(line).data, line, newest=2)
     previous = next((version for version, _ in rows if version.md5 != md5), None)
-    before, why_not = _sketch(workspace, line, previous) if previous else (None, "")
-    return arrival.judge(after, before, previous, line, why_not)
+    before, why_not = _summary(workspace, line, previous) if previous else (None, "")
+    return data_report.report_on(after, before, previous, line, why_not)
 
 
-def _sketch(workspace: Workspace, line: str, version: DataVersion) -> tuple[Sketch | None, str]:
-    """A revision's sketch, or why it cannot be had: what arrives now is recorded all the same."""
+def _summary(workspace: Workspace, line: str, version: DataVersion) -> tuple[FolderSummary | None, str]:
+    """A revision's summary, or why it cannot be had: what arrives now is recorded all the same."""
     try:
         return _fetched(workspace, line, version), ""
     except DataError as error:
         return None, str(error)
 
 
-def _fetched(workspace: Workspace, line: str, version: DataVersion) -> Sketch:
+def _fetched(workspace: Workspace, line: str, version: DataVersion) -> FolderSummary:
     settings = workspace.line(line)
     place = _place(workspace, settings, version.md5)
     try:
-        return Sketch.load(place)
+        return FolderSummary.load(place)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
         pulled = versions.pull(workspace.root, version, workspace.work / "data")
         made = _scan(pulled, settings, f"{line} {version.rev[:7]}")
@@ -157,7 +157,7 @@ def _fetched(workspace: Workspace, line: str, version: DataVersion) -> Sketch:
 
 
 def _place(workspace: Workspace, settings: Line, md5: str) -> Path:
-    key = json.dumps([arrival.SKETCH_SCHEMA, md5, settings.text_length])
+    key = json.dumps([data_report.SUMMARY_SCHEMA, md5, settings.text_length])
     return workspace.work / "sketches" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
 
@@ -168,7 +168,7 @@ def _checked(workspace: Workspace, settings: Line) -> Path:
     return live
 
 
-def _scan(place: Path, settings: Line, label: str) -> Sketch:
+def _scan(place: Path, settings: Line, label: str) -> FolderSummary:
     from model import data  # with torch; what is refused by its name needs none
 
     return data.scan(place, settings.text_length, lambda done, total: progress.advance(f"check {label}", done, total))

@@ -18,7 +18,7 @@ from ota.manifest import Policy
 from ota.release import rollout, store
 from ota.release.repository import Release
 from registry.errors import RegistryError
-from registry.promotion import standing
+from registry.promotion import subject_state
 
 HALT_SECONDS = 5.0  # that a halt which has gone out waits to be recorded
 
@@ -152,7 +152,7 @@ def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Rele
     """Find the newest release that holds the weights of exactly the champions that the ledger names; None: there is none."""
     settings = workspace.device_class(line, device_class)
     wanted = {
-        variant: standing(workspace.ledger.entries(f"{line}/{settings.configuration}/{variant}")).weights
+        variant: subject_state(workspace.ledger.entries(f"{line}/{settings.configuration}/{variant}")).weights
         for variant in settings.variants
     }
     for release in reversed(workspace.repository.releases(line, device_class)):

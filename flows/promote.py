@@ -14,7 +14,7 @@ from model.scorecard import Frozen
 from registry.catalog import ANCHOR, CHAMPION, Subject
 from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
 from registry.ledger import START, Entry
-from registry.promotion import Alias, Answer, How, Standing, before, check, goes_on, settle, standing
+from registry.promotion import Alias, Answer, How, SubjectState, before, check, goes_on, reconcile_alias, subject_state
 from registry.seal import Seal
 from registry.selection import Decision, reasoned
 
@@ -32,7 +32,7 @@ def champions(workspace: Workspace, line: str, device_class: str) -> dict[Varian
     found: dict[VariantName, Seal] = {}
     for variant in settings.variants:
         subject = Subject(line=line, configuration=settings.configuration, variant=variant)
-        now, alias = _standing(workspace, subject), workspace.catalog.champion(subject)
+        now, alias = _state(workspace, subject), workspace.catalog.champion(subject)
         if now.version is None and alias is None:
             raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {line}`, or `ferry promote`")
         if alias is None:
@@ -53,7 +53,7 @@ def champion_of(workspace: Workspace, subject: Subject) -> Seal | None:
     Raises:
         CatalogError: MLflow does not have it any more, or an older ferry kept no hashes of it.
     """
-    now = _standing(workspace, subject)
+    now = _state(workspace, subject)
     if now.version is None:
         return None
     check_champion_kept(workspace, subject)
@@ -66,7 +66,7 @@ def anchor_of(workspace: Workspace, subject: Subject) -> Seal | None:
     Raises:
         CatalogError: an older ferry kept no hashes of it.
     """
-    now = _standing(workspace, subject)
+    now = _state(workspace, subject)
     return now.seal(str(subject), now.anchor) if now.anchor else None
 
 
@@ -77,22 +77,22 @@ def sealed(workspace: Workspace, subject: Subject, number: int) -> Seal:
         CatalogError: there is no such version, the gate never saw it, or an older ferry kept no hashes of it.
     """
     workspace.catalog.version(subject, number)
-    return _standing(workspace, subject).seal(str(subject), number)
+    return _state(workspace, subject).seal(str(subject), number)
 
 
 def seals(workspace: Workspace, subject: Subject) -> list[Seal]:
     """All versions as the gate saw them, oldest first; those of an older ferry that are not sealed yet are left out."""
-    return [seal for _, seal in sorted(_standing(workspace, subject).seals.items())]
+    return [seal for _, seal in sorted(_state(workspace, subject).seals.items())]
 
 
 def judged(workspace: Workspace, subject: Subject) -> dict[int, Entry]:
     """The last decision of the gate on each version."""
-    return _standing(workspace, subject).judged
+    return _state(workspace, subject).judged
 
 
 def verdict(workspace: Workspace, subject: Subject, number: int) -> Decision | None:
     """The gate's decision on a version; None where an older ferry kept only its hash."""
-    found = _standing(workspace, subject).verdict(number)
+    found = _state(workspace, subject).verdict(number)
     return Decision.model_validate(found) if found else None
 
 
@@ -114,7 +114,7 @@ def check_champion_kept(workspace: Workspace, subject: Subject) -> None:
 
 
 def _deleted(workspace: Workspace, subject: Subject, number: int) -> str:
-    passed = _standing(workspace, subject).passed
+    passed = _state(workspace, subject).passed
     left = ", ".join(str(v.number) for v in workspace.catalog.versions(subject) if v.number in passed)
     back = f"go back to another with `ferry rollback {subject} --to VERSION --reason ...` (there is {left})"
     return (
@@ -161,7 +161,7 @@ def promote(
         StoreError: MLflow or the database failed; if the ledger holds the decision, the message says so.
         BusyError: another process is recording something.
     """
-    expected = _standing(workspace, subject)  # before waiting for the lock: who waits must not overwrite what it has not seen
+    expected = _state(workspace, subject)  # before waiting for the lock: who waits must not overwrite what it has not seen
     with workspace.locked("records"):
         return _promote(workspace, subject, number, reason, expected, "command", overrule, accept_worse=accept_worse)
 
@@ -172,7 +172,7 @@ def rollback(workspace: Workspace, subject: Subject, reason: str, to: int | None
     Raises:
         CatalogError, PromotionError, StoreError, BusyError: as `promote`; also where there is nothing to go back to.
     """
-    expected = _standing(workspace, subject)
+    expected = _state(workspace, subject)
     with workspace.locked("records"):
         last = expected.champion
         cut = last and last.facts.get("how") == "rollback" and workspace.catalog.follows(subject) != last.number
@@ -189,8 +189,8 @@ def rollback(workspace: Workspace, subject: Subject, reason: str, to: int | None
         return _promote(workspace, subject, number, reason, expected, "rollback")
 
 
-def _standing(workspace: Workspace, subject: Subject) -> Standing:
-    return standing(workspace.ledger.entries(str(subject)))
+def _state(workspace: Workspace, subject: Subject) -> SubjectState:
+    return subject_state(workspace.ledger.entries(str(subject)))
 
 
 def _promote(
@@ -198,7 +198,7 @@ def _promote(
     subject: Subject,
     number: int,
     reason: str,
-    expected: Standing,
+    expected: SubjectState,
     how: How,
     overrule: bool = False,
     who: str | None = None,
@@ -208,14 +208,14 @@ def _promote(
     weights = expected.weights_of(str(subject), number)
 
     def may_follow(entries: list[Entry]) -> None:
-        now = standing(entries)
+        now = subject_state(entries)
         _check_unmoved(subject, expected, now)
         if not overrule:
             check(str(subject), number, version.tagged_weights, now, "" if how == "alias" else reason)
 
     again = (expected.version, expected.weights) == (number, weights)
     if expected.champion and again:
-        _check_unmoved(subject, expected, _standing(workspace, subject))
+        _check_unmoved(subject, expected, _state(workspace, subject))
         entry = expected.champion  # decided before; perhaps the alias was not moved
     else:
         said = expected.judged.get(number)
@@ -239,7 +239,7 @@ def _promote(
     return entry
 
 
-def _check_unmoved(subject: Subject, expected: Standing, now: Standing) -> None:
+def _check_unmoved(subject: Subject, expected: SubjectState, now: SubjectState) -> None:
     if now.champion and now.number != expected.number:
         raise PromotionError(
             f"{now.champion.who} made {subject} {now.version} champion at the same moment (ledger entry {now.number}: {now.champion.why}); "
@@ -254,20 +254,20 @@ def _follow(workspace: Workspace, subject: Subject) -> None:
     """
     catalog = workspace.catalog
     for _ in range(MOVES):
-        now = _standing(workspace, subject)
+        now = _state(workspace, subject)
         _move_anchor(workspace, subject, now)
         if now.version is None:
             catalog.clear_alias(subject, CHAMPION)
         else:
             catalog.promote(subject, now.version)
         seen = catalog.champion(subject)
-        if _standing(workspace, subject).number == now.number and (seen.number if seen else None) == now.version:
+        if _state(workspace, subject).number == now.number and (seen.number if seen else None) == now.version:
             catalog.follow(subject, now.number)
             return
     raise StoreError(f"MLflow's alias of {subject} is moved by somebody else again and again; the ledger says {now.version}")
 
 
-def _move_anchor(workspace: Workspace, subject: Subject, now: Standing) -> None:
+def _move_anchor(workspace: Workspace, subject: Subject, now: SubjectState) -> None:
     """Point `anchor` at what the ledger says, if MLflow still has it; the alias shows it to people, and decides nothing."""
     present = workspace.catalog.aliased(subject, ANCHOR)
     if now.anchor is None or (present and present.number == now.anchor):
@@ -310,11 +310,11 @@ def subjects(workspace: Workspace, lines: Collection[str] | None = None) -> list
 
 def _settle(workspace: Workspace, subject: Subject) -> Settled:
     entries = workspace.ledger.entries(str(subject))
-    now = standing(entries)
+    now = subject_state(entries)
     seen = workspace.catalog.champion(subject)
     follows = workspace.catalog.follows(subject)
     alias = Alias(seen.number if seen else None, seen.tagged_weights if seen else "", follows)
-    answer, why = settle(str(subject), alias, now, workspace.needs_approval(subject.line))
+    answer, why = reconcile_alias(str(subject), alias, now, workspace.needs_approval(subject.line))
     if answer == "agrees":
         if follows != now.number:  # cut off, or moved by hand to where it should be
             _follow(workspace, subject)
@@ -349,7 +349,7 @@ def ask(workspace: Workspace, subject: Subject, number: int, reason: str) -> Ent
         StoreError, LedgerError, BusyError: as `promote`.
     """
     with workspace.locked("records"):
-        now = _standing(workspace, subject)
+        now = _state(workspace, subject)
         if number in now.refused:
             return now.refused[number]
         if number not in now.waiting:
@@ -360,7 +360,7 @@ def ask(workspace: Workspace, subject: Subject, number: int, reason: str) -> Ent
 
 def waiting(workspace: Workspace) -> list[Entry]:
     """What waits for approval, one entry for each subject at most."""
-    return [entry for subject in subjects(workspace) for entry in _standing(workspace, subject).waiting.values()]
+    return [entry for subject in subjects(workspace) for entry in _state(workspace, subject).waiting.values()]
 
 
 def approve(
@@ -380,7 +380,7 @@ def approve(
         PromotionError: it does not wait, or was judged against another champion than the present one.
         CatalogError, StoreError, BusyError: as `promote`.
     """
-    expected = _standing(workspace, subject)
+    expected = _state(workspace, subject)
     if number not in expected.waiting:
         listed = ", ".join(str(version) for version in expected.waiting) or "nothing"
         raise PromotionError(f"{subject} {number} does not wait for approval; of {subject} waits {listed}")
@@ -394,7 +394,7 @@ def approve(
             return _promote(workspace, subject, number, reason, expected, "approval", who=who)
 
         def still_waits(entries: list[Entry]) -> None:
-            now = standing(entries)
+            now = subject_state(entries)
             _check_unmoved(subject, expected, now)
             if number not in now.waiting:
                 raise PromotionError(f"somebody refused {subject} {number} at the same moment; nothing was changed")

@@ -23,7 +23,7 @@ from ota.release.bundle import FILE_NAMES
 from registry.catalog import Subject
 from registry.errors import CatalogError, SealError
 from registry.ledger import Entry
-from registry.promotion import Standing, standing
+from registry.promotion import SubjectState, subject_state
 from registry.seal import PARTS, SCORECARD, Seal, sealed
 
 DECISION = "decision.json"
@@ -61,7 +61,7 @@ def seal(workspace: Workspace) -> list[Sealed]:
     rows: list[Sealed] = []
     for subject in subjects(workspace):
         entries = workspace.ledger.entries(str(subject))
-        now = standing(entries)
+        now = subject_state(entries)
         for number in sorted(now.judged.keys() - now.seals.keys()):
             try:
                 found.append(_examined(workspace, subject, number, now, entries))
@@ -98,7 +98,7 @@ def text_of(rows: list[Sealed]) -> str:
     return "\n".join(lines) or "every version that the gate saw is sealed"
 
 
-def _examined(workspace: Workspace, subject: Subject, number: int, now: Standing, entries: list[Entry]) -> _Found:
+def _examined(workspace: Workspace, subject: Subject, number: int, now: SubjectState, entries: list[Entry]) -> _Found:
     """Fetch a version's files and hold them against all that is known.
 
     Raises:

@@ -197,7 +197,7 @@ def rotate(
         fresh: dict[str, list[Entry]] = {}
         for role, needs in trusted.items():
             given = list(signers.get(role, ()))
-            if known := repository.once_trusted(role).intersection(key.keyid for key, _ in given):
+            if known := repository.keys_ever_trusted(role).intersection(key.keyid for key, _ in given):
                 raise OperatorError(f"key {min(known)[:SHORT]} is or was a key of {role}; make a new one")
             count = len(gone[role]) if new is None else new
             kept = [entry for entry in repository.entries(role) if entry[0].keyid not in gone[role]]
@@ -275,7 +275,7 @@ def put_in_force(workspace: Workspace, waiting: Waiting) -> None:
         OperatorError: signatures are missing, or something newer is in force.
     """
     with workspace.locked("records"):
-        smooth = workspace.repository.lay_ground(waiting)
+        smooth = workspace.repository.resign_below_root(waiting)
     if smooth:
         policies.publish(workspace)
     with workspace.locked("records"):

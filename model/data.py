@@ -29,8 +29,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from model.arrival import SMALL, Sketch, sketch
 from model.config import HELD_OUT_PERMILLE, MAX_TEXT, ModelConfig, canonical_sha256
+from model.data_report import SMALL, FolderSummary, summarise
 from model.errors import DataError
 from model.folder import entries, md5_of, opened, shown, unreadable
 
@@ -245,11 +245,11 @@ def is_held_out(group: str) -> bool:
     return int.from_bytes(hashlib.sha256(group.encode(errors="surrogatepass")).digest()[:4], "big") % 1000 < HELD_OUT_PERMILLE
 
 
-def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Sketch:
+def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> FolderSummary:
     """Look at every file, image and caption of a folder, once, as training would.
 
     Returns:
-        what is usable, what is not and why, and what `model.arrival` needs to judge it.
+        what is usable, what is not and why, and what `model.data_report` needs to judge it.
 
     Raises:
         DataError: the folder cannot be read whole, holds what is no regular file, or names no image.
@@ -278,8 +278,8 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Sketc
             small.append(_square(picture, SMALL, Image.Resampling.BILINEAR))  # a box gives a copy of another size another look
         if on_item:
             on_item(done, len(names))
-    thumbs, features = sketch(np.array(small, dtype=np.uint8).reshape(-1, SMALL, SMALL, 3))
-    return Sketch(
+    thumbs, features = summarise(np.array(small, dtype=np.uint8).reshape(-1, SMALL, SMALL, 3))
+    return FolderSummary(
         files=files, quarantine=bad, names=[item.file for item in usable], captions=[item.text for item in usable],
         groups=[item.group for item in usable], held_out=np.array([is_held_out(item.group) for item in usable], dtype=np.bool_),
         pixels=pixels, thumbs=thumbs, features=features,

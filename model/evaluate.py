@@ -26,7 +26,7 @@ from PIL import Image
 from scipy import stats
 from scipy.spatial.distance import cdist
 
-from model import distances, footprint
+from model import distances, peak_memory
 from model.config import ModelConfig, PrecisionName
 from model.data import Dataset, decode, mix, to_bytes
 from model.distances import ASPECTS, Groups, Sample
@@ -617,12 +617,12 @@ def measure_cost(folder: Path, caption: str, sampler: Sampler) -> Cost:
 
 
 def measure_memory(folder: Path, batch: int) -> tuple[float, float]:
-    """MiB of a fresh process before the model is loaded, and its peak after network evaluations (see `model.footprint`).
+    """MiB of a fresh process before the model is loaded, and its peak after network evaluations (see `model.peak_memory`).
 
     Raises:
         ExportError: the process fails.
     """
-    command = [sys.executable, "-P", footprint.__file__, str(folder), WEIGHTS_FILE, str(batch), json.dumps(SESSION_CONFIG)]
+    command = [sys.executable, "-P", peak_memory.__file__, str(folder), WEIGHTS_FILE, str(batch), json.dumps(SESSION_CONFIG)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own file
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -21,7 +21,7 @@ How = Literal["command", "rollback", "approval", "alias"]
 
 
 @dataclass(frozen=True)
-class Standing:
+class SubjectState:
     """What the ledger says of one subject."""
 
     champion: Entry | None = None
@@ -92,7 +92,7 @@ class Standing:
         return self.seal(subject, version).weights
 
 
-def standing(entries: Iterable[Entry]) -> Standing:
+def subject_state(entries: Iterable[Entry]) -> SubjectState:
     """Read one subject's entries, in order.
 
     A champion that was one before ends what came after it: from 1, 2, 3 back to 2, the one before is 1. Whoever waits for approval
@@ -129,10 +129,10 @@ def standing(entries: Iterable[Entry]) -> Standing:
             refused.pop(version, None)
             if not entry.facts["overruled"]:
                 passed[version] = entry.facts["weights"]
-    return Standing(champion, tuple(line), passed, judged, waiting, refused, seals, verdicts, anchor)
+    return SubjectState(champion, tuple(line), passed, judged, waiting, refused, seals, verdicts, anchor)
 
 
-def check(subject: str, version: int, tagged: Sha256, now: Standing, reason: str = "") -> None:
+def check(subject: str, version: int, tagged: Sha256, now: SubjectState, reason: str = "") -> None:
     """Whether a version may become champion: it was one through the gate, or the gate let it through against the present one.
 
     What the gate found harmless and no better ("promote if reasoned") needs a person's reason other than quality.
@@ -176,7 +176,7 @@ def check(subject: str, version: int, tagged: Sha256, now: Standing, reason: str
         )
 
 
-def goes_on(facts: Mapping[str, Any], before: Standing) -> bool:
+def goes_on(facts: Mapping[str, Any], before: SubjectState) -> bool:
     """Whether a promotion is one by the gate's decision, and neither a way back nor against the gate: it may make the best model ever."""
     return _goes_on(facts, before.passed)
 
@@ -203,7 +203,7 @@ def _anchor_after(anchor: int | None, facts: Mapping[str, Any], passed: Mapping[
     return version if anchor == left and not facts["overruled"] else anchor
 
 
-def before(subject: str, now: Standing) -> int:
+def before(subject: str, now: SubjectState) -> int:
     """The champion before the present one; those for whom the gate was overruled are passed over.
 
     Raises:
@@ -229,7 +229,7 @@ class Alias:
 Answer = Literal["agrees", "put back", "recorded", "refused", "lost"]  # lost: the ledger's champion is not in MLflow any more
 
 
-def settle(subject: str, alias: Alias, now: Standing, approval: bool) -> tuple[Answer, str]:
+def reconcile_alias(subject: str, alias: Alias, now: SubjectState, approval: bool) -> tuple[Answer, str]:
     """What to do about an alias, and why.
 
     Args:

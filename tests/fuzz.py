@@ -98,17 +98,17 @@ def streams(data: bytes) -> None:
     assert (coder.decode(coder.Reader(coder.encode(found)), count) == found).all()
 
 
-def wish(data: bytes) -> None:
+def request(data: bytes) -> None:
     """What a local program posts."""
-    from ota.agent.serve import _wish
+    from ota.agent.serve import _request
 
-    assert set(_wish(data)) == {"caption", "seed", "variant"}
+    assert set(_request(data)) == {"caption", "seed", "variant"}
 
 
 TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "manifest": lambda: parse_with("Manifest"), "policy": lambda: parse_with("Policy"), "sampler": lambda: parse_with("SamplerTable"),
     "reference": lambda: parse_with("Reference"), "report": lambda: parse_with("SignedReport"), "state": lambda: state, "header": lambda: header,
-    "delta": lambda: delta, "numbers": lambda: numbers, "streams": lambda: streams, "wish": lambda: wish,
+    "delta": lambda: delta, "numbers": lambda: numbers, "streams": lambda: streams, "request": lambda: request,
 }  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def documents() -> Iterator[tuple[str, dict[str, Any]]]:
         "state",
         {"sha256": "0" * 64, "state": {"schema_version": 1, "active": "1" * 64, "seq": 1, "trial": {"left": 1, "loads": 1}}},
     )
-    yield "wish", {"caption": "bolt", "seed": 3, "variant": "fast"}
+    yield "request", {"caption": "bolt", "seed": 3, "variant": "fast"}
 
 
 def deltas() -> Iterator[bytes]:

@@ -61,8 +61,8 @@ class Client:
         finally:
             connection.close()
 
-    def draw(self, headers: dict[str, str] | None = None, **wish: Any) -> Answer:
-        return self.ask("POST", "/generate", json.dumps(wish).encode(), headers)
+    def draw(self, headers: dict[str, str] | None = None, **request: Any) -> Answer:
+        return self.ask("POST", "/generate", json.dumps(request).encode(), headers)
 
     def status(self) -> dict[str, Any]:
         told: dict[str, Any] = json.loads(self.ask("GET", "/status")[2])
@@ -473,11 +473,11 @@ def test_killed_worker_is_replaced_and_its_request_drawn(scene: Field):
 def test_request_whose_worker_dies_on_it_is_drawn_by_the_next(scene: Field, monkeypatch):
     draw, deaths = child.Worker.draw, []
 
-    def dying(self: child.Worker, *wish: Any) -> dict[str, Any]:
-        if wish[1] == "disc" and not deaths:
+    def dying(self: child.Worker, *request: Any) -> dict[str, Any]:
+        if request[1] == "disc" and not deaths:
             deaths.append(self.pid)
             os.kill(self.pid, signal.SIGKILL)
-        return draw(self, *wish)
+        return draw(self, *request)
 
     monkeypatch.setattr(child.Worker, "draw", dying)
     with serving(scene.device) as client:

@@ -238,11 +238,11 @@ def test_variant_that_is_stopped_lets_a_cheaper_one_draw_where_no_bundle_is_befo
 def test_endpoint_avoids_the_variant_that_a_worker_ended_with(two, monkeypatch):
     draw, asked = child.Worker.draw, []
 
-    def dying(self: child.Worker, variant: Any, *wish: Any) -> dict[str, Any]:
+    def dying(self: child.Worker, variant: Any, *request: Any) -> dict[str, Any]:
         asked.append(variant)
-        if variant == "full" and wish[0]:
+        if variant == "full" and request[0]:
             os.kill(self.pid, signal.SIGKILL)
-        return draw(self, variant, *wish)
+        return draw(self, variant, *request)
 
     monkeypatch.setattr(child.Worker, "draw", dying)
     with serving(two) as client:
@@ -255,10 +255,10 @@ def test_endpoint_avoids_the_variant_that_a_worker_ended_with(two, monkeypatch):
 def test_variant_that_a_caller_chose_puts_no_bundle_to_rest(two, monkeypatch):
     draw = child.Worker.draw
 
-    def failing(self: child.Worker, variant: Any, *wish: Any) -> dict[str, Any]:
+    def failing(self: child.Worker, variant: Any, *request: Any) -> dict[str, Any]:
         if variant == "full":
             raise DeviceError("it fails")
-        return draw(self, variant, *wish)
+        return draw(self, variant, *request)
 
     monkeypatch.setattr(child.Worker, "draw", failing)
     with serving(two) as client:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ota.agent import measured
 from ota.agent.poll import SOONER, pause
 from ota.agent.state import Config
-from ota.agent.variants import LADDER, ROUTE_LIMIT, Figures, chain, strays
+from ota.agent.variants import LADDER, ROUTE_LIMIT, Figures, chain, routing_shift
 from tests.fleet_kit import Field
 
 ALL = ("full", "dev", "fast")
@@ -73,25 +73,27 @@ def test_every_variant_stands_in_once_cheaper_ones_first(variants, figures, pref
 
 def test_routes_like_the_factorys_do_not_stray():
     reference = [[1.0, 1.0, 2.0], [0.5, 0.5, 0.0]]
-    assert strays([[[10.0, 11.0, 19.0], [5.0, 5.1, 0.2]]], reference) is None
-    assert strays([], reference) is None
-    assert strays([[[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]], reference) is None
-    assert strays([[[0.0, 1.0, 2.0], [1.0, 0.0, 0.0]], [[2.0, 1.0, 2.0], [0.0, 1.0, 0.0]]], reference) is None  # on the average
+    assert routing_shift([[[10.0, 11.0, 19.0], [5.0, 5.1, 0.2]]], reference) is None
+    assert routing_shift([], reference) is None
+    assert routing_shift([[[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]], reference) is None
+    assert (
+        routing_shift([[[0.0, 1.0, 2.0], [1.0, 0.0, 0.0]], [[2.0, 1.0, 2.0], [0.0, 1.0, 0.0]]], reference) is None
+    )  # on the average
 
 
 def test_routes_through_other_experts_stray():
-    problem = strays([[[1.0, 1.0, 2.0], [0.1, 0.1, 0.8]]], [[1.0, 1.0, 2.0], [0.5, 0.5, 0.0]])
+    problem = routing_shift([[[1.0, 1.0, 2.0], [0.1, 0.1, 0.8]]], [[1.0, 1.0, 2.0], [0.5, 0.5, 0.0]])
     assert problem
     assert "80 % of block 1's load" in problem
     share = ROUTE_LIMIT + 0.01
-    assert strays([[[1 - share, share]]], [[1.0, 0.0]])
-    assert not strays([[[1 - share + 0.02, share - 0.02]]], [[1.0, 0.0]])
+    assert routing_shift([[[1 - share, share]]], [[1.0, 0.0]])
+    assert not routing_shift([[[1 - share + 0.02, share - 0.02]]], [[1.0, 0.0]])
 
 
 @pytest.mark.parametrize("load", [[], [[0.5, 0.5]], [[1.0, 1.0, 2.0], [1.0]], [[1.0, 1.0, 2.0]] * 3])
 def test_other_experts_than_the_factorys_stray(load):
     reference = [[1.0, 1.0, 2.0], [0.5, 0.5, 0.0]]
-    assert "other experts" in str(strays([reference, load], reference))
+    assert "other experts" in str(routing_shift([reference, load], reference))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from ota import delta
 from ota.delta import DeltaFile, Header, encode, lowrank, numbers, plan, streams
 from ota.delta import format as container
 from ota.delta.encode import Elements, Pair
-from ota.delta.format import BESIDE, BSDIFF, NUMBERS, SAME, ZSTD, Product, Segment, pack_table
+from ota.delta.format import BSDIFF, NUMBERS, SAME, ZSTD, ZSTD_PREFIX, Product, Segment, pack_table
 from ota.delta.numbers import KINDS, KindName
 from ota.errors import BaseError, DeltaError
 from ota.manifest import MAX_WEIGHTS, FileEntry, KiB, MiB
@@ -591,7 +591,7 @@ def cases() -> list[Case]:
 @pytest.fixture(scope="module")
 def patch(cases, tmp_path_factory) -> bytes:
     made = round_trip(cases, tmp_path_factory.mktemp("small"))
-    assert set(kinds_of(made)) == {SAME, NUMBERS, ZSTD, BSDIFF, BESIDE}
+    assert set(kinds_of(made)) == {SAME, NUMBERS, ZSTD, BSDIFF, ZSTD_PREFIX}
     return made
 
 
@@ -779,16 +779,16 @@ def test_zstd_bomb_refused(case, payload, sentence):
     refuse(case, Record(ZSTD, payload, NEW), sentence=sentence)
 
 
-def beside(known: int, packed: bytes) -> bytes:
+def with_prefix(known: int, packed: bytes) -> bytes:
     return struct.pack("<I", known) + packed
 
 
 def test_crafted_bytes_beside_the_base_can_be_right():
-    near = streams.beside(NEW, NEW[8:], 3)
+    near = streams.compress_with_prefix(NEW, NEW[8:], 3)
     assert len(near) < len(frame(NEW))
     for case in (PLAIN, WEIGHTS):
         moved = Case(NEW, b"moved by" + NEW[8:], case.elements, case.role)
-        assert apply(crafted(moved, Record(BESIDE, near, NEW, offset=8)), [moved]) == [NEW]
+        assert apply(crafted(moved, Record(ZSTD_PREFIX, near, NEW, offset=8)), [moved]) == [NEW]
 
 
 @pytest.mark.parametrize("case", [PLAIN, WEIGHTS])
@@ -796,21 +796,24 @@ def test_crafted_bytes_beside_the_base_can_be_right():
     ("payload", "offset", "sentence"),
     [
         pytest.param(b"", 0, "ends too early", id="empty"),
-        pytest.param(beside(400, b""), 0, "cannot be unpacked", id="no frame"),
-        pytest.param(beside(401, frame(NEW)), 0, "bytes that its base does not have", id="past the end"),
-        pytest.param(beside(400, frame(NEW)), 2**64 - 1, "bytes that its base does not have", id="far past the end"),
-        pytest.param(beside(2**32 - 1, frame(NEW)), 0, "more of its base than it may", id="range without end"),
-        pytest.param(beside(7, frame(NEW)), 0, "cannot be unpacked", id="range too short"),
-        pytest.param(beside(400, frame(bytes(50_000_000))), 0, "another length than it claims", id="bomb"),
-        pytest.param(beside(400, frame(NEW) + frame(NEW)), 0, "cannot be unpacked", id="second frame"),
-        pytest.param(streams.beside(NEW, NEW[::-1], 3), 1, "bytes that its base does not have", id="elsewhere"),
+        pytest.param(with_prefix(400, b""), 0, "cannot be unpacked", id="no frame"),
+        pytest.param(with_prefix(401, frame(NEW)), 0, "bytes that its base does not have", id="past the end"),
+        pytest.param(with_prefix(400, frame(NEW)), 2**64 - 1, "bytes that its base does not have", id="far past the end"),
+        pytest.param(with_prefix(2**32 - 1, frame(NEW)), 0, "more of its base than it may", id="range without end"),
+        pytest.param(with_prefix(7, frame(NEW)), 0, "cannot be unpacked", id="range too short"),
+        pytest.param(with_prefix(400, frame(bytes(50_000_000))), 0, "another length than it claims", id="bomb"),
+        pytest.param(with_prefix(400, frame(NEW) + frame(NEW)), 0, "cannot be unpacked", id="second frame"),
+        pytest.param(streams.compress_with_prefix(NEW, NEW[::-1], 3), 1, "bytes that its base does not have", id="elsewhere"),
         pytest.param(
-            streams.beside(NEW, NEW[200:], 3), 0, "does not make what it should|cannot be unpacked", id="beside other bytes"
+            streams.compress_with_prefix(NEW, NEW[200:], 3),
+            0,
+            "does not make what it should|cannot be unpacked",
+            id="beside other bytes",
         ),
     ],
 )
 def test_lying_range_refused(case, payload, offset, sentence):
-    refuse(case, Record(BESIDE, payload, NEW, offset=offset), sentence=sentence)
+    refuse(case, Record(ZSTD_PREFIX, payload, NEW, offset=offset), sentence=sentence)
 
 
 def bsdiff(control: bytes, diff: bytes, extra: bytes, new_size: int = len(NEW), claims: tuple[int, int] | None = None) -> bytes:

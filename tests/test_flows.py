@@ -418,16 +418,16 @@ def test_tag_that_a_stranger_edited_changes_nothing_that_is_signed(workspace: Wo
 def test_release_vouches_for_what_it_signed_when_an_older_version_is_sealed(workspace: Workspace):
     from flows import seal
     from registry.errors import SealError
-    from registry.promotion import standing
+    from registry.promotion import subject_state
 
     entries = workspace.ledger.entries(str(SUBJECT))
-    found = seal._examined(workspace, SUBJECT, 1, standing(entries), entries)
+    found = seal._examined(workspace, SUBJECT, 1, subject_state(entries), entries)
     assert {name for name, by in found.vouched.items() if by == "shapes/edge release 1"} == {
         "bundle/graph.onnx", "bundle/golden.npz", "bundle/sampler.json", "bundle/reference.json",
     }  # fmt: skip
     says = r"golden\.npz in MLflow is not the one that shapes/edge release 1 was signed with"
     with Stranger(workspace, 1).replacing("bundle/golden.npz"), pytest.raises(SealError, match=says):
-        seal._examined(workspace, SUBJECT, 1, standing(entries), entries)
+        seal._examined(workspace, SUBJECT, 1, subject_state(entries), entries)
 
 
 def test_changed_folder_is_not_trained_on(workspace: Workspace):

@@ -574,7 +574,7 @@ def rotate_models(repository: Repository) -> None:
         for role, entries in fresh.items()
     }
     waiting = repository.prepare(placed, []).signed(signers)
-    repository.lay_ground(waiting)
+    repository.resign_below_root(waiting)
     repository.put_in_force(waiting)
 
 

@@ -26,7 +26,7 @@ from ota.release.repository import Repository
 from registry.catalog import Catalog, Subject, Version
 from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import Entry, Ledger
-from registry.promotion import Alias, Standing, settle, standing
+from registry.promotion import Alias, SubjectState, reconcile_alias, subject_state
 from registry.seal import Seal
 from registry.selection import Decision, Limits
 from tests.test_slow import FERRY, clean_environment, wait_for
@@ -124,7 +124,7 @@ def ferry(workspace: Workspace, *arguments: str) -> Result:
 
 def champion(workspace: Workspace, subject: Subject) -> int | None:
     """Who is, by ledger and alias alike."""
-    now = standing(workspace.ledger.entries(str(subject)))
+    now = subject_state(workspace.ledger.entries(str(subject)))
     seen = workspace.catalog.champion(subject)
     assert (seen.number if seen else None) == now.version
     assert workspace.catalog.follows(subject) == now.number
@@ -768,7 +768,7 @@ def test_alias_names_nobody_and_so_approves_nothing(workspace: Workspace, approv
     ],
 )
 def test_alias_without_any_promotion(alias: Alias, answer: str):
-    assert settle("shapes/I/full", alias, Standing(), approval=False)[0] == answer
+    assert reconcile_alias("shapes/I/full", alias, SubjectState(), approval=False)[0] == answer
 
 
 def history(*rows: tuple[str, int, dict[str, Any]]) -> list[Entry]:
@@ -796,34 +796,34 @@ def seal_of(version: int, scorecard: str) -> dict[str, Any]:
 
 
 def test_version_that_waits_gives_way_to_the_one_asked_about_after_it():
-    assert set(standing(history(("pending", 2, {}), ("pending", 3, {}))).waiting) == {3}
+    assert set(subject_state(history(("pending", 2, {}), ("pending", 3, {}))).waiting) == {3}
 
 
 def test_version_that_is_asked_about_again_waits_and_is_refused_no_more():
     refused = history(("pending", 2, {}), ("refusal", 2, {"how": "approval"}))
-    assert (set(standing(refused).waiting), set(standing(refused).refused)) == (set(), {2})
+    assert (set(subject_state(refused).waiting), set(subject_state(refused).refused)) == (set(), {2})
     again = history(("pending", 2, {}), ("refusal", 2, {"how": "approval"}), ("pending", 2, {}))
-    assert (set(standing(again).waiting), set(standing(again).refused)) == ({2}, set())
+    assert (set(subject_state(again).waiting), set(subject_state(again).refused)) == ({2}, set())
 
 
 def test_first_seal_of_a_version_is_the_one_that_counts():
-    now = standing(history(("gate", 1, {"seal": seal_of(1, "a" * 64)}), ("gate", 1, {"seal": seal_of(2, "b" * 64)})))
+    now = subject_state(history(("gate", 1, {"seal": seal_of(1, "a" * 64)}), ("gate", 1, {"seal": seal_of(2, "b" * 64)})))
     assert now.seals[1].weights == weights(1)
     assert now.weights_of("shapes/I/full", 1) == weights(1)
 
 
 def test_champion_with_other_weights_in_mlflow_is_refused():
-    now = standing(history(promotion(1, None)))
-    assert settle("shapes/I/full", Alias(1, weights(1), 1), now, approval=False)[0] == "agrees"
+    now = subject_state(history(promotion(1, None)))
+    assert reconcile_alias("shapes/I/full", Alias(1, weights(1), 1), now, approval=False)[0] == "agrees"
     for other in (weights(2), ""):
-        answer, why = settle("shapes/I/full", Alias(1, other, 1), now, approval=False)
+        answer, why = reconcile_alias("shapes/I/full", Alias(1, other, 1), now, approval=False)
         assert (answer, "other weights than the ledger" in why) == ("refused", True)
 
 
 def test_promotion_against_the_gate_does_not_make_the_best_model_ever():
     first = promotion(1, None, becomes_anchor=True)
-    assert standing(history(first, promotion(2, 1, becomes_anchor=True))).anchor == 2
-    assert standing(history(first, promotion(2, 1, becomes_anchor=True, overruled=True))).anchor == 1
+    assert subject_state(history(first, promotion(2, 1, becomes_anchor=True))).anchor == 2
+    assert subject_state(history(first, promotion(2, 1, becomes_anchor=True, overruled=True))).anchor == 1
 
 
 # Approval in Prefect's page

@@ -291,12 +291,12 @@ def reference(low: float, high: float, latency: float = 100.0) -> Reference:
     return Reference.model_validate(rows)
 
 
-def trying(**fields: Any) -> rules.Trying:
+def trying(**fields: Any) -> rules.TrialResult:
     base = {
         "golden_share": 1.0, "finite": True, "statistics": (("mean", 0.1),), "load": ((0.5, 0.5),), "milliseconds": 50.0,
         "computing": 40.0, "peak_mib": 200.0,
     }  # fmt: skip
-    return rules.Trying(**(base | fields))
+    return rules.TrialResult(**(base | fields))
 
 
 OWN, BEFORE = reference(0.0, 0.2), reference(0.05, 0.15)

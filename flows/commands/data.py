@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, open_workspace, showing_progress, told_errors
+from flows.commands.shared import Json, answer, open_workspace, reported_errors, showing_progress
 from model.folder import shown
 
 if TYPE_CHECKING:
     from flows.data import Difference, Status
-    from model.arrival import Arrival, Balance, Changes, Drift, Listed
+    from model.data_report import Balance, Changes, DataReport, Drift, Listed
 
 SHOWN = 5  # names on a line; --json has them all
 
@@ -29,36 +29,36 @@ def data_add(
     Images and captions that cannot be used are listed; they are recorded all the same but never trained on. What was found
     (copies, leaks into the held-out images, balance, drift) is kept in Git beside the data, for `ferry data status`.
     """
-    with told_errors():
+    with reported_errors():
         from flows import data
 
         workspace = open_workspace()
         settings = workspace.line(line)
         with showing_progress():
-            version, arrival = data.add(workspace, line, message)
-        for name, why in arrival.quarantine.items():
+            version, report = data.add(workspace, line, message)
+        for name, why in report.quarantine.items():
             typer.echo(shown(f"{name} {why}"), err=True)
-        if arrival.held_out < settings.gate.minimum_images:
+        if report.held_out < settings.gate.minimum_images:
             typer.echo(
-                f"only {arrival.held_out} images are held out for evaluation, the gate of {line} wants {settings.gate.minimum_images}: "
+                f"only {report.held_out} images are held out for evaluation, the gate of {line} wants {settings.gate.minimum_images}: "
                 "add more images (or groups), or lower gate.minimum_images in ferry.toml and know less",
                 err=True,
             )
-        usable = arrival.training + arrival.held_out
-        bad = f", {len(arrival.quarantine)} files that cannot be used" if arrival.quarantine else ""
+        usable = report.training + report.held_out
+        bad = f", {len(report.quarantine)} files that cannot be used" if report.quarantine else ""
         answer(
             as_json,
             version.model_dump() | {
-                "usable": usable, "held_out": arrival.held_out, "unusable": arrival.quarantine, "arrival": arrival.model_dump(mode="json"),
+                "usable": usable, "held_out": report.held_out, "unusable": report.quarantine, "arrival": report.model_dump(mode="json"),
             },
-            "\n".join([f"{line} is at {version.rev[:12]}: {usable} usable images, {arrival.held_out} of them held out{bad}", *_findings(arrival)]),
+            "\n".join([f"{line} is at {version.rev[:12]}: {usable} usable images, {report.held_out} of them held out{bad}", *_findings(report)]),
         )  # fmt: skip
 
 
 @data_app.command("status")
 def data_status(line: Annotated[str, typer.Argument(help="Whose data folder to look at.")], as_json: Json = False) -> None:
     """Show what changed since the last revision, whether the remote holds it, what cannot be used, balance and drift."""
-    with told_errors():
+    with reported_errors():
         from flows import data
 
         workspace = open_workspace()
@@ -75,7 +75,7 @@ def data_diff(
     as_json: Json = False,
 ) -> None:
     """Compare two data revisions: files, captions, balance and drift. Both are fetched and verified."""
-    with told_errors():
+    with reported_errors():
         from flows import data
 
         workspace = open_workspace()
@@ -87,14 +87,14 @@ def data_diff(
 @data_app.command("log")
 def data_log(line: Annotated[str, typer.Argument(help="Whose revisions.")], as_json: Json = False) -> None:
     """List a line's data revisions, newest first, with the verdict on drift that was recorded with each."""
-    with told_errors():
+    with reported_errors():
         from flows import data
         from model import versions
 
         workspace = open_workspace()
         rows = versions.log(workspace.root, workspace.line(line).data, line)
         found = [data.recorded(workspace, version) for version, _ in rows]
-        drifts = [arrival.drift if arrival else None for arrival in found]
+        drifts = [report.drift if report else None for report in found]
         answer(
             as_json,
             {
@@ -127,16 +127,16 @@ def _listed(what: str, listed: Listed) -> list[str]:
     return _told(what, [" = ".join(row) for row in listed.first], listed.n)
 
 
-def _findings(arrival: Arrival) -> list[str]:
-    """What a person should know of an arrival, a line each; nothing of what is in order."""
-    duplicates = arrival.duplicates
+def _findings(report: DataReport) -> list[str]:
+    """What a person should know of an report, a line each; nothing of what is in order."""
+    duplicates = report.duplicates
     return [
         *_listed("the same image several times", duplicates.copies),
         *_listed("the same image with different captions", duplicates.contradictions),
         *_listed("nearly the same image", duplicates.near),
         *_listed("held out, but learnt under another name; give both the same group", duplicates.leaks),
-        *_balance(arrival.balance),
-        *([f"{arrival.drift.verdict}: {arrival.drift.reason}"] if arrival.drift else []),
+        *_balance(report.balance),
+        *([f"{report.drift.verdict}: {report.drift.reason}"] if report.drift else []),
     ]
 
 
@@ -160,7 +160,7 @@ def _changes(changes: Changes) -> list[str]:
 
 
 def _status(line: str, status: Status) -> list[str]:
-    revision, arrival = status.revision, status.arrival
+    revision, report = status.revision, status.arrival
     if revision is None:
         lines = [f"{line} has no revision yet; record one with `ferry data add {line}`"]
     elif status.dirty:
@@ -173,9 +173,9 @@ def _status(line: str, status: Status) -> list[str]:
         lines.append(f"{told}; `ferry data add {line}` sends {'it' if len(lacks) == 1 else 'them'}")
     elif revision:
         lines.append(status.remote_error or "the remote holds all of it")
-    lines.append(f"{arrival.training + arrival.held_out} usable images, {arrival.held_out} of them held out")
-    lines += [shown(f"quarantined: {name} {why}") for name, why in arrival.quarantine.items()]
-    return lines + _findings(arrival)
+    lines.append(f"{report.training + report.held_out} usable images, {report.held_out} of them held out")
+    lines += [shown(f"quarantined: {name} {why}") for name, why in report.quarantine.items()]
+    return lines + _findings(report)
 
 
 def _difference(difference: Difference) -> list[str]:

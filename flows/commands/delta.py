@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, told_errors
+from flows.commands.shared import Json, answer, reported_errors
 from ota.output import shown
 
 delta_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Deltas between any two files, in no workspace.")
@@ -56,7 +56,7 @@ def delta_build(
     as_json: Json = False,
 ) -> None:
     """Write what turns one file into another, bit by bit."""
-    with told_errors(AGAIN):
+    with reported_errors(AGAIN):
         from ota.delta import files
 
         built = files.build(old, new, output, graph, old_graph)
@@ -72,7 +72,7 @@ def delta_apply(
     output: Annotated[Path, typer.Option("--output", "-o", parser=_named, metavar="<path>", help="Where the new file goes.")],
 ) -> None:
     """Make the new file; it appears when it is whole and has its hash. Killed and repeated, it goes on."""
-    with told_errors(AGAIN):
+    with reported_errors(AGAIN):
         from ota.delta import files
 
         files.apply(old, patch, output)
@@ -112,7 +112,7 @@ def delta_inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a delta is made of: by record, and with --of and --from by tensor."""
-    with told_errors(AGAIN):
+    with reported_errors(AGAIN):
         from ota.delta import files
         from ota.release import picture
 
@@ -143,7 +143,7 @@ def delta_estimate(
     as_json: Json = False,
 ) -> None:
     """Forecast how large a delta would be, and between which bounds, without building it."""
-    with told_errors(AGAIN):
+    with reported_errors(AGAIN):
         from ota.delta import files
 
         found, size = files.forecast(old, new, graph, old_graph), new.stat().st_size

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, fail, open_workspace, showing_progress, told_errors
+from flows.commands.shared import Json, answer, fail, open_workspace, reported_errors, showing_progress
 
 rollout_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may install a release, and when.")
 fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and what they reported.")
@@ -31,7 +31,7 @@ def rollout_start(
     as_json: Json = False,
 ) -> None:
     """Sign the policy that opens a release to the fleet, wave by wave; devices obey it by themselves."""
-    with told_errors():
+    with reported_errors():
         # What is gone back from harms whoever runs it, and what is gone back to has run on devices before.
         waves = waves if waves is not None else "100" if revert else "1,10,100"
         try:
@@ -64,7 +64,7 @@ def rollout_halt(
     as_json: Json = False,
 ) -> None:
     """Sign a policy that lets no further device install the release; it goes out also where it cannot be recorded."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import policies
         from flows.workspace import line_and_class
@@ -85,7 +85,7 @@ def rollout_renew(
     target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")], as_json: Json = False
 ) -> None:
     """Sign the present policy anew, its waves unchanged, before its signature ends after 14 days."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import policies
         from flows.workspace import line_and_class
@@ -102,7 +102,7 @@ def rollout_status(
     target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")], as_json: Json = False
 ) -> None:
     """Say how far the present rollout is."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows.workspace import line_and_class
         from ota.release import rollout
@@ -122,7 +122,7 @@ def fleet_enroll(
     as_json: Json = False,
 ) -> None:
     """Accept the reports of a device."""
-    with told_errors():
+    with reported_errors():
         open_workspace().fleet.enroll(device, public_key)
         answer(as_json, {"device": device}, f"{device} is enrolled")
 
@@ -130,7 +130,7 @@ def fleet_enroll(
 @fleet_app.command("status")
 def fleet_status(as_json: Json = False) -> None:
     """Read the reports that devices left, and show each device's last one."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         collected = workspace.fleet.collect(workspace.inbox)
         for name, why in collected.rejected.items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.shared import Json, answer, open_workspace, told_errors
+from flows.commands.shared import Json, answer, open_workspace, reported_errors
 
 if TYPE_CHECKING:
     from flows.workspace import Workspace
@@ -33,7 +33,7 @@ def promote(
 
     Of two promotions from the same champion at the same moment one wins, and the other is told.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows.promote import promote as make_champion
         from registry.catalog import Subject
@@ -58,7 +58,7 @@ def rollback(
 
     Called twice, it goes back twice.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows.promote import rollback as take_back
         from registry.catalog import Subject
@@ -79,7 +79,7 @@ def approve(
     as_json: Json = False,
 ) -> None:
     """Promote a version that waits for a person (require_approval in ferry.toml), or refuse it. Your user name is recorded."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import promote as rules
         from registry.catalog import Subject
@@ -110,11 +110,11 @@ def reconcile(as_json: Json = False) -> None:
 
     An alias that somebody set in MLflow is a wish: it is recorded if the gate let that version through, else put back.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
-        from flows.promote import reconcile as settle
+        from flows.promote import reconcile
 
-        rows = settle(workspace)
+        rows = reconcile(workspace)
         differed = [row.text for row in rows if row.answer != "agrees"]
         text = "\n".join(differed) or f"MLflow's aliases are as the ledger says ({len(rows)} looked at)"
         answer(as_json, {"subjects": [row.model_dump() for row in rows]}, text)
@@ -129,7 +129,7 @@ def seal(as_json: Json = False) -> None:
 
     Only what is sealed is trained from, compared with and released. What the gate judges from now on is sealed by itself.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import seal as sealing
 
@@ -145,7 +145,7 @@ def history(
     as_json: Json = False,
 ) -> None:
     """Show the ledger, after checking that nobody changed it."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows.promote import check_ledger
         from registry.ledger import START

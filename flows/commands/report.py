@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, open_workspace, showing_progress, told_errors
+from flows.commands.shared import Json, answer, open_workspace, reported_errors, showing_progress
 
 
 def report(
@@ -16,7 +16,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the one-page report: quality, time, energy, bytes and cost beside a cloud, what changed, how to go back."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows.report import write
 
@@ -44,7 +44,7 @@ def rate(
     Writes a page to send to raters; what it saves comes back with --answers. With --serve it is shown on this machine instead. Every
     finished sheet is an entry of the ledger; what all of them come to is told in the end, and on the report.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import rate as asking
 

@@ -55,7 +55,7 @@ def answer(as_json: bool, value: dict[str, Any], text: str) -> None:
 
 
 @contextmanager
-def told_errors(after_interrupt: str = "repeat the command to go on") -> Iterator[None]:
+def reported_errors(after_interrupt: str = "repeat the command to go on") -> Iterator[None]:
     """Turn our own exceptions into one sentence and an exit code; others are faults and keep their traceback.
 
     Args:

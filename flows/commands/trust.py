@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, open_workspace, showing_progress, told_errors
+from flows.commands.shared import Json, answer, open_workspace, reported_errors, showing_progress
 
 trust_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keys and signatures of the repository.")
 
@@ -40,7 +40,7 @@ def trust_init(offline: Offline = None, signer: Signers = None, public: Public =
 
     Keys that are there are never overwritten.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import trust
 
@@ -52,7 +52,7 @@ def trust_init(offline: Offline = None, signer: Signers = None, public: Public =
 @trust_app.command("refresh")
 def trust_refresh(as_json: Json = False) -> None:
     """Sign snapshot and timestamp anew and publish them, so that devices do not find expired metadata. Run it daily."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import policies
 
@@ -70,7 +70,7 @@ def trust_renew(
     as_json: Json = False,
 ) -> None:
     """Sign roles anew before their signatures end; models and deltas unless others are named."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import policies
         from flows.trust import check_finished
@@ -90,7 +90,7 @@ def trust_status(
     as_json: Json = False,
 ) -> None:
     """Show each role's version, keys and expiry; an ALARM where more than half of a signature's life is gone."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import trust
 
@@ -128,7 +128,7 @@ def trust_rotate(
     Of a role of which no key is named, all go. Keys of models, deltas and rollout are replaced by targets, the others by root; both
     need their offline keys. After a theft of online keys, name all of them in one call.
     """
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import trust
 
@@ -156,7 +156,7 @@ def trust_sign(
     A ROLE with --out begins, or `trust rotate --out`; the FILE goes to each key; with --publish, back in the workspace, it counts.
     Without options a FILE says what it waits for.
     """
-    with told_errors():
+    with reported_errors():
         from flows import trust
         from ota.errors import OperatorError
         from ota.release.keys import ROLES
@@ -183,7 +183,7 @@ def trust_floor(
     as_json: Json = False,
 ) -> None:
     """Let no device install a release with a lower number any more, whatever a rollout says; the models key signs it."""
-    with told_errors():
+    with reported_errors():
         workspace = open_workspace()
         from flows import policies
         from flows.workspace import line_and_class

@@ -338,7 +338,7 @@ def peak_mib() -> float:
 
 
 def try_bundle(slot: str, digest: str, variant: VariantName, trusted: bool = False) -> dict[str, Any]:
-    """Load a bundle's variant, compare its golden outputs, draw images; returns the fields of `rules.Trying`.
+    """Load a bundle's variant, compare its golden outputs, draw images; returns the fields of `rules.TrialResult`.
 
     One that is trusted is tried with any runtime that there is, as it draws with any.
     """

@@ -210,7 +210,7 @@ def room_needed(written: int, bundle: int) -> int:
     return written + max(bundle // 10, 8 * 1024 * 1024)
 
 
-def check_wish(caption: str, seed: int) -> None:
+def check_request(caption: str, seed: int) -> None:
     """Refuse what no bundle could draw, before any is blamed for it.
 
     Raises:
@@ -225,7 +225,7 @@ def check_wish(caption: str, seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class Trying:
+class TrialResult:
     """What a child process measured when it tried a bundle's variant."""
 
     golden_share: float
@@ -242,7 +242,7 @@ class Trying:
     peak_mib: float
 
 
-def judge(trying: Trying, own: Reference, running: Reference | None) -> list[str]:
+def judge(trying: TrialResult, own: Reference, running: Reference | None) -> list[str]:
     """Why a new bundle is not fit to run here; empty when it is.
 
     Args:
@@ -279,7 +279,7 @@ def judge(trying: Trying, own: Reference, running: Reference | None) -> list[str
     return reasons
 
 
-def hurried(trying: Trying, own: Reference) -> str:
+def hurried(trying: TrialResult, own: Reference) -> str:
     """Why a trial says nothing, although nothing is wrong with the bundle: the device was busy or asleep; empty: it does say something."""
     if trying.milliseconds <= own.latency_ms:
         return ""

@@ -102,7 +102,7 @@ class Serving:
         seen.append(load)
         if len(seen) < variants.ROUTE_IMAGES:
             return False
-        before, problem = self.strayed, variants.strays(seen, self.references[variant].load)
+        before, problem = self.strayed, variants.routing_shift(seen, self.references[variant].load)
         seen.clear()
         if problem:
             self.strayed = f"{variant}: {problem}"
@@ -135,7 +135,7 @@ class Service:
             OperatorError: the caption or seed cannot be drawn, or there is no such variant.
             DeviceError: nothing is installed that draws.
         """
-        rules.check_wish(caption, seed)
+        rules.check_request(caption, seed)
         problem: OtaError = self._problem
         for _ in range(TRIES):
             serving, began = self._take(), time.monotonic()
@@ -459,8 +459,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(HTTPStatus.NOT_FOUND, "there is GET /status and POST /generate")
         if self.headers.get_content_type() != "application/json":
             raise _Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
-        wish = _wish(self.rfile.read(self._length()))
-        png, how = self._mine.service.draw(**wish)
+        request = _request(self.rfile.read(self._length()))
+        png, how = self._mine.service.draw(**request)
         told = {f"X-Ferry-{name.title()}": str(how[name]) for name in ("bundle", "variant")}
         self._send(HTTPStatus.OK, "image/png", png, told | {"X-Ferry-Milliseconds": f"{how['milliseconds']:.1f}"})
 
@@ -536,22 +536,22 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def _wish(body: bytes) -> dict[str, Any]:
+def _request(body: bytes) -> dict[str, Any]:
     """What a request asks for.
 
     Raises:
         OperatorError: it is not what `Service.draw` takes.
     """
     try:
-        wish = json.loads(body)
+        request = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise OperatorError('the body is no JSON; send {"caption": "…"}') from error
     kinds = {"caption": str, "seed": int, "variant": str}
-    if not isinstance(wish, dict) or any(type(value) is not kinds.get(name) for name, value in wish.items()):
+    if not isinstance(request, dict) or any(type(value) is not kinds.get(name) for name, value in request.items()):
         raise OperatorError('the body is not of the form {"caption": "…", "seed": 0, "variant": "full"}')
-    if wish.get("variant", "full") not in variants.LADDER:
-        raise OperatorError(f"there is no variant {wish['variant']!r}; choose full, dev or fast")
-    return {"caption": wish.get("caption", ""), "seed": wish.get("seed", 0), "variant": wish.get("variant")}
+    if request.get("variant", "full") not in variants.LADDER:
+        raise OperatorError(f"there is no variant {request['variant']!r}; choose full, dev or fast")
+    return {"caption": request.get("caption", ""), "seed": request.get("seed", 0), "variant": request.get("variant")}
 
 
 @contextmanager

@@ -483,8 +483,8 @@ def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int
     return milliseconds
 
 
-def _trying(answer: dict[str, Any]) -> rules.Trying:
-    return rules.Trying(
+def _trying(answer: dict[str, Any]) -> rules.TrialResult:
+    return rules.TrialResult(
         golden_share=answer["golden_share"], finite=answer["finite"],
         statistics=tuple((name, value) for name, value in answer["statistics"]),
         load=tuple(tuple(row) for row in answer["load"]), milliseconds=answer["milliseconds"], computing=answer["computing"],
@@ -594,7 +594,7 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
         GateError: the bundle on trial failed and was taken back; ask again.
     """
     home.config()  # says so where this is no agent's directory
-    rules.check_wish(caption, seed)
+    rules.check_request(caption, seed)
     problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
     if home.load().trial is not None:
         try:
@@ -689,7 +689,11 @@ def _generate_on_trial(home: Home, state: State, caption: str, seed: int, varian
     home.save(counted)
     try:
         drawn = _draw(home, active, caption, seed, _choices(home, active, variant)[0], on_trial=True)
-    except (OperatorError, RoomError, AgentError):  # a wrong wish, no process, software that is broken: nothing about the bundle
+    except (
+        OperatorError,
+        RoomError,
+        AgentError,
+    ):  # a wrong request, no process, software that is broken: nothing about the bundle
         home.save(state)
         raise
     except (UnfinishedError, DiedError):

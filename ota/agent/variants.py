@@ -84,7 +84,7 @@ def _or_rank(value: float | None, variant: VariantName) -> tuple[int, float]:
     return (0, value) if value is not None else (1, -LADDER.index(variant))
 
 
-def strays(loads: Sequence[Sequence[Sequence[float]]], reference: Sequence[Sequence[float]]) -> str | None:
+def routing_shift(loads: Sequence[Sequence[Sequence[float]]], reference: Sequence[Sequence[float]]) -> str | None:
     """Why the routes through the experts are not those of the factory, if so.
 
     Args:

@@ -16,7 +16,6 @@ from ota.delta import streams
 from ota.delta.blocks import WINDOWS
 from ota.delta.describe import payload_of
 from ota.delta.format import (
-    BESIDE,
     BSDIFF,
     KINDS,
     MAGIC,
@@ -29,6 +28,7 @@ from ota.delta.format import (
     SAME,
     VERSION,
     ZSTD,
+    ZSTD_PREFIX,
     DeltaFile,
     Header,
 )  # fmt: skip
@@ -158,7 +158,7 @@ def encode_small(new_file: File, old_file: File | None) -> list[Record]:
     if old:
         ways.append([record(BSDIFF, new, 0, bsdiff4.diff(old, new))])
     if len(old) >= LEAST_KNOWN:
-        ways.append([record(BESIDE, new, 0, streams.beside(new, old, LEVELS[-1]))])
+        ways.append([record(ZSTD_PREFIX, new, 0, streams.compress_with_prefix(new, old, LEVELS[-1]))])
     if old_file and len(new) >= LEAST_PLAIN and size_of(min(ways, key=size_of)) > LIKE_NUMBERS * len(new):
         ways.append(encode_plain(Piece(0, len(new), KIND_NAMES["bytes"], 0, 0, False), new, old_file))
     return min(ways, key=size_of)

@@ -21,11 +21,11 @@ from ota.delta.encode import FAR, LIKE_NUMBERS, encode_group, encode_small, head
 from ota.delta.format import MAX_CHUNK, RECORD
 from ota.delta.numbers import KINDS
 from ota.delta.plain import (
+    FAST_LEVEL_BELOW,
     LEAST_KNOWN,
     LEAST_PART,
     LEVELS,
-    NEXT_TO_NOTHING,
-    NOTHING,
+    UNCUT_BELOW,
     compress,
     elsewhere,
     parts_of,
@@ -102,7 +102,7 @@ def _small(new: File, old: File | None) -> Bounds:
     if made == known:
         return _known(RECORD.size)
     beside = len(known) >= LEAST_KNOWN
-    packed = len(streams.beside(made, known, LEVELS[1]) if beside else compress(made, LEVELS[1])) + RECORD.size
+    packed = len(streams.compress_with_prefix(made, known, LEVELS[1]) if beside else compress(made, LEVELS[1])) + RECORD.size
     ways = [_harder(made, old, packed)]
     if known:
         ways.append(_known(len(bsdiff4.diff(known, made)) + RECORD.size))
@@ -265,7 +265,7 @@ def _plain(piece: Piece, new: File, old: File | None) -> Bounds:
     for part in parts:
         quick = quick_size([part], old)
         best = _elsewhere(part, old) * (left, 1, 1)
-        if quick > NEXT_TO_NOTHING * len(part) and piece.old is not None and piece.old + at + len(part) <= old.size:
+        if quick > FAST_LEVEL_BELOW * len(part) and piece.old is not None and piece.old + at + len(part) <= old.size:
             as_numbers = _looks(part, piece.old + at, old) * len(part) + RECORD.size + RECORD_COST
             bounds = as_numbers * np.array((0.85, 1, 1.2))
             if bounds[2] < 0.95 * quick:
@@ -281,17 +281,17 @@ def _plain(piece: Piece, new: File, old: File | None) -> Bounds:
 def _parts(made: bytes, old: File) -> tuple[list[bytes], float]:
     """As `parts_of`, if cutting once pays; and if it does not, which share may be left if cutting more often does."""
     whole, half = quick_size([made], old), len(made) // 2
-    if half < LEAST_PART or whole < NOTHING * len(made):
+    if half < LEAST_PART or whole < UNCUT_BELOW * len(made):
         return [made], 1.0
     if quick_size([made[:half], made[half:]], old) < 0.95 * whole:
         return parts_of(made, old), 1.0
-    return [made], 0.5 if whole < NEXT_TO_NOTHING * len(made) else 0.75 if whole < len(made) / 2 else 0.9
+    return [made], 0.5 if whole < FAST_LEVEL_BELOW * len(made) else 0.75 if whole < len(made) / 2 else 0.9
 
 
 def _elsewhere(made: bytes, old: File) -> Bounds:
     """As `elsewhere`, without its slowest level."""
     size = size_of([elsewhere(made, old, LEVELS[:2])])
-    return _known(size) if size < NEXT_TO_NOTHING * len(made) else _harder(made, old, size)
+    return _known(size) if size < FAST_LEVEL_BELOW * len(made) else _harder(made, old, size)
 
 
 def _harder(made: bytes, old: File | None, size: int) -> Bounds:
@@ -305,7 +305,7 @@ def _harder(made: bytes, old: File | None, size: int) -> Bounds:
             first = max(0, densest(places, 2 * SPOT) - REACH // 2)
             known = old[first : min(first + SPOT + REACH, old.size)].tobytes()
         before, after = (
-            total + len(streams.beside(spot, known, level) if len(known) >= LEAST_KNOWN else compress(spot, level))
+            total + len(streams.compress_with_prefix(spot, known, level) if len(known) >= LEAST_KNOWN else compress(spot, level))
             for total, level in ((before, LEVELS[1]), (after, LEVELS[2]))
         )
     gain = min(1.0, after / before)

@@ -52,8 +52,8 @@ _SEGMENT = struct.Struct("<BBhIIQ")  # kind, flags, scale, bytes, numbers in a r
 _ROWS, _COLUMNS, _STEPS, _NEW, _FACTORS = 1, 2, 4, 8, 16  # flags
 _STEP = struct.Struct("<f")
 _PRODUCT = struct.Struct("<Bb")  # rank, exponent of two
-SAME, NUMBERS, ZSTD, BSDIFF, BESIDE = range(5)
-KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff", BESIDE: "beside"}
+SAME, NUMBERS, ZSTD, BSDIFF, ZSTD_PREFIX = range(5)
+KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff", ZSTD_PREFIX: "beside"}
 
 
 class PlainFile(Document):
@@ -348,7 +348,7 @@ def _apply_file(
                 if not small or file.base_size > MAX_SMALL or new_length != file.target.size:
                     raise DeltaError("the delta asks for bsdiff on a part of a file, or on one that is too large for it")
                 new = _bsdiff(payload, _base_range(base, file, 0, file.base_size), new_length)
-            elif kind == BESIDE:
+            elif kind == ZSTD_PREFIX:
                 reader = streams.Reader(payload)
                 known = reader.number()
                 if known > MAX_RANGE:

@@ -12,17 +12,17 @@ from backports import zstd
 from ota.delta import numbers, streams
 from ota.delta.blocks import densest
 from ota.delta.describe import describe, payload_of
-from ota.delta.format import BESIDE, MAX_NUMBERS, MAX_RANGE, NUMBERS, RECORD, ZSTD
+from ota.delta.format import MAX_NUMBERS, MAX_RANGE, NUMBERS, RECORD, ZSTD, ZSTD_PREFIX
 from ota.delta.numbers import KINDS, Kind
 from ota.delta.plan import LEAST_PLAIN, File, Piece
 from ota.manifest import KiB
 
 LEVELS = (3, 9, 19)  # of zstd; the last takes twenty times as long as the one before
 LEAST_KNOWN = 8  # bytes that zstd can refer to
-HOPE = 2  # times that a record is halved without getting smaller
+HALVINGS_WITHOUT_GAIN = 2  # times that a record is halved without getting smaller
 LEAST_PART = 2 * KiB  # bytes of a record below which it is not cut again
-NOTHING = 0.002  # share of its bytes below which it is not cut either
-NEXT_TO_NOTHING = 0.03  # and below which it is not packed as hard as can be
+UNCUT_BELOW = 0.002  # of its length: a record that packs to less is not cut
+FAST_LEVEL_BELOW = 0.03  # of its length: a record that packs to less is not packed at the slowest level
 LOOKED = 64 * KiB  # bytes that say what kind of numbers they are
 
 Record = tuple[int, int, bytes, int, bytes]  # kind, length, check, base offset, payload
@@ -47,7 +47,7 @@ def encode_plain(piece: Piece, made: bytes, old: File | None) -> list[Record]:
     for part in parts_of(made, old):
         quick = quick_size([part], old)
         as_numbers: list[Record] = []
-        if quick > NEXT_TO_NOTHING * len(part) and piece.old is not None and piece.old + at + len(part) <= old.size:
+        if quick > FAST_LEVEL_BELOW * len(part) and piece.old is not None and piece.old + at + len(part) <= old.size:
             for first in range(0, len(part), MAX_NUMBERS):
                 chunk = part[first : first + MAX_NUMBERS]
                 there = replace(piece, start=0, length=len(chunk), old=piece.old + at + first, same=False)
@@ -88,13 +88,15 @@ def looks(piece: Piece, made: bytes, old: File) -> tuple[Kind, int, float]:
     return best
 
 
-def parts_of(made: bytes, old: File, hope: int = HOPE) -> list[bytes]:
+def parts_of(made: bytes, old: File, hope: int = HALVINGS_WITHOUT_GAIN) -> list[bytes]:
     """Cut in halves as long as that pays, in the end: where they come from places that lie far apart."""
     whole, half = quick_size([made], old), len(made) // 2
-    if half < LEAST_PART or whole < NOTHING * len(made) or not hope:
+    if half < LEAST_PART or whole < UNCUT_BELOW * len(made) or not hope:
         return [made]
     pays = quick_size([made[:half], made[half:]], old) < 0.95 * whole
-    parts = [part for side in (made[:half], made[half:]) for part in parts_of(side, old, HOPE if pays else hope - 1)]
+    parts = [
+        part for side in (made[:half], made[half:]) for part in parts_of(side, old, HALVINGS_WITHOUT_GAIN if pays else hope - 1)
+    ]
     return parts if pays or quick_size(parts, old) < 0.95 * whole else [made]
 
 
@@ -112,10 +114,10 @@ def elsewhere(made: bytes, old: File | None, levels: Sequence[int]) -> Record:
         known = old[start : min(start + MAX_RANGE, old.size)].tobytes()
     ways: list[bytes] = []
     for level in levels:
-        ways.append(streams.beside(made, known, level) if known else compress(made, level))
-        if level != levels[0] and len(min(ways, key=len)) < NEXT_TO_NOTHING * len(made):
+        ways.append(streams.compress_with_prefix(made, known, level) if known else compress(made, level))
+        if level != levels[0] and len(min(ways, key=len)) < FAST_LEVEL_BELOW * len(made):
             break
-    return record(BESIDE if known else ZSTD, made, start, min(ways, key=len))
+    return record(ZSTD_PREFIX if known else ZSTD, made, start, min(ways, key=len))
 
 
 def compress(data: bytes, level: int) -> bytes:

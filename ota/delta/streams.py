@@ -172,7 +172,7 @@ def frame(data: Bytes | bytes, repeats: bool = False) -> bytes:
     return _LENGTH.pack(len(packed)) + packed
 
 
-def beside(data: bytes, known: bytes, level: int) -> bytes:
+def compress_with_prefix(data: bytes, known: bytes, level: int) -> bytes:
     """A zstd frame that may refer to `known`, with the length of that before it; the lowest levels find long repetitions only."""
     options: dict[int, int] = {_P.compression_level: level}
     options |= {_P.enable_long_distance_matching: 1} if level < _LOW_LEVEL else {_P.window_log: _WINDOW}

@@ -298,7 +298,7 @@ class Repository:
         delegator: Root | Targets = self._root().signed if role in TOP else self._targets("targets")
         return [(delegator.get_key(i), self.keys.uri(role, i)) for i in delegator.get_delegated_role(role).keyids]
 
-    def once_trusted(self, role: str) -> set[str]:
+    def keys_ever_trusted(self, role: str) -> set[str]:
         """Ids of the keys that a role has or had; one that was taken out must not come back, what it signed would hold again."""
         name, found = ("root" if role in TOP else "targets"), set[str]()
         for path in self.metadata.glob(f"*.{name}.json"):
@@ -503,14 +503,14 @@ class Repository:
                 metadata = self._in_force(role)
                 ends = metadata.signed.expires
                 documents[role] = _next(metadata, role, self._unused(role, metadata.signed.version + 1))
-                if role == "rollout":  # as in `lay_ground`
+                if role == "rollout":  # as in `resign_below_root`
                     metadata.signed.expires = ends
                 delegations = targets.signed.delegations
                 needs[role] = [Need.of("new" if role in fresh else "present", delegations.roles[role], delegations.keys)]
         return Waiting.of(documents, needs, fresh)
 
     @_alone
-    def lay_ground(self, waiting: Waiting) -> bool:
+    def resign_below_root(self, waiting: Waiting) -> bool:
         """Bring all below the root to where it holds under the root that waits too, the timestamp last.
 
         Returns:
@@ -542,7 +542,7 @@ class Repository:
         Raises:
             OperatorError: signatures are missing, or something newer is in force.
         """
-        self.lay_ground(waiting)
+        self.resign_below_root(waiting)
         pending = self._pending(waiting)
         if "root" in pending:
             root = pending["root"]

@@ -150,7 +150,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    if trial.loads == 0:  #", "    if trial.loads < 0:  #", "a trial does not end"),
         ("    if state.trial and state.trial.left > 1:", "    if state.trial and state.trial.left > 2:", "two good images are enough"),
         ('    if not answer["good"]:', "    if not answer:", "a constant image is handed out"),
-        ("        home.save(state)\n        raise\n    except (UnfinishedError, DiedError):", "        raise\n    except (UnfinishedError, DiedError):", "a wrong wish costs a trial its loads"),
+        ("        home.save(state)\n        raise\n    except (UnfinishedError, DiedError):", "        raise\n    except (UnfinishedError, DiedError):", "a wrong request costs a trial its loads"),
         ("    if state.previous is None or state.active is None:", "    if state.active is None:", "a rollback leaves nothing that runs"),
         ("    if not is_sound(home, state.previous):", "    if is_sound(home, state.previous) is None:", "a rollback goes to a damaged bundle"),
         ('refused = state.refusing(state.active, "rolled back by the operator")', "refused = state.refused", "the next update installs again what was rolled back"),

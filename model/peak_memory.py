@@ -1,4 +1,4 @@
-"""Peak memory of an exported model in a process of its own: `python model/footprint.py FOLDER WEIGHTS BATCH CONFIG`.
+"""Peak memory of an exported model in a process of its own: `python model/peak_memory.py FOLDER WEIGHTS BATCH CONFIG`.
 
 Run as a file, and on purpose without torch or anything else of `model`: a device has NumPy and ONNX Runtime, and no more.
 Prints two figures in MiB as JSON: before the model is loaded, and the peak after two evaluations of the network.

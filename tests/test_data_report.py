@@ -14,9 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flows import cli
-from model import arrival, versions
-from model.arrival import ALPHA, MIN_GROUPS, Sketch, drift
+from model import data_report, versions
 from model.data import METADATA, is_held_out, scan
+from model.data_report import ALPHA, MIN_GROUPS, FolderSummary, drift
 
 from .conftest import write_images
 
@@ -24,18 +24,20 @@ RUNS = 400
 TRAINING, HELD_OUT = (next(name for name in map(str, range(100)) if is_held_out(name) == side) for side in (False, True))
 
 
-def made_up(features: np.ndarray, captions: Iterable[str], groups: list[str], tag: str) -> Sketch:
+def made_up(features: np.ndarray, captions: Iterable[str], groups: list[str], tag: str) -> FolderSummary:
     """A sketch of images that nobody drew."""
     n = len(features)
     names = [f"{tag}{i}" for i in range(n)]
     held_out = np.array([is_held_out(group) for group in groups])
-    return Sketch(
+    return FolderSummary(
         files={}, quarantine={}, names=names, captions=list(captions), groups=groups, held_out=held_out, pixels=names,
         thumbs=np.zeros((n, 4), dtype=np.float32), features=features.astype(np.float32),
     )  # fmt: skip
 
 
-def delivery(rng: np.random.Generator, tag: str, groups: int, of: int = 1, shift: float = 0.0, bars: float = 0.5) -> Sketch:
+def delivery(
+    rng: np.random.Generator, tag: str, groups: int, of: int = 1, shift: float = 0.0, bars: float = 0.5
+) -> FolderSummary:
     """`groups` photographs with `of` crops each: crops of one photograph look alike and show the same thing."""
     centres = np.repeat(rng.normal(shift, 1, (groups, 13)), of, axis=0)
     captions = np.repeat(np.where(rng.random(groups) < bars, "bar", "disc"), of)
@@ -47,7 +49,7 @@ def delivery(rng: np.random.Generator, tag: str, groups: int, of: int = 1, shift
 @pytest.mark.parametrize("crops", [1, 5])
 def test_false_alarms_are_as_rare_as_promised(crops: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where an image has siblings: they are no evidence of their own."""
-    monkeypatch.setattr(arrival, "PERMUTATIONS", 199)
+    monkeypatch.setattr(data_report, "PERMUTATIONS", 199)
     rng = np.random.default_rng(crops)
     found = [drift(delivery(rng, "new", 15, crops), delivery(rng, "old", 30, crops)) for _ in range(RUNS)]
     three_sd = 3 * (ALPHA * (1 - ALPHA) / RUNS) ** 0.5
@@ -65,7 +67,7 @@ def test_drift_is_seen_and_named(change: dict[str, float], which: str) -> None:
     assert np.mean([f"in {which} (p = " in d.reason for d in found]) >= 0.8
 
 
-def look(folder: Path) -> Sketch:
+def look(folder: Path) -> FolderSummary:
     return scan(folder, 24)
 
 
@@ -156,7 +158,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 def test_near_copy_across_the_split_is_a_leak(tmp_path: Path, how: str) -> None:
     rows = [(picture(i), "bar", TRAINING) for i in range(6)]
     folder = folder_of(tmp_path / "x", *rows, (CHANGES[how](picture(3)), "bar", HELD_OUT), (picture(8), "bar", HELD_OUT))
-    found = arrival.duplicates(look(folder))
+    found = data_report.duplicates(look(folder))
     assert (found.copies.n, found.near.n, found.leaks.n) == (0, 1, 1)
     assert found.near.first == [("3.png", "6.png")]
     assert found.leaks.first == [("6.png", "3.png")]  # the held-out one first
@@ -165,13 +167,13 @@ def test_near_copy_across_the_split_is_a_leak(tmp_path: Path, how: str) -> None:
 @pytest.mark.parametrize("side", [TRAINING, HELD_OUT])
 def test_near_copy_on_one_side_is_no_leak(tmp_path: Path, side: str) -> None:
     folder = folder_of(tmp_path / "x", (picture(0), "bar", side), (noisy(picture(0)), "bar", side), (picture(1), "bar", TRAINING))
-    found = arrival.duplicates(look(folder))
+    found = data_report.duplicates(look(folder))
     assert (found.near.n, found.leaks.n) == (1, 0)
 
 
 def test_copies_in_other_formats_are_copies(tmp_path: Path) -> None:
     rows = [(picture(0), "bar", TRAINING), (picture(0).convert("RGB"), "disc", HELD_OUT), (picture(1), "bar", HELD_OUT)]
-    found = arrival.duplicates(look(folder_of(tmp_path / "x", *rows)))
+    found = data_report.duplicates(look(folder_of(tmp_path / "x", *rows)))
     assert found.copies.first == found.contradictions.first == [("0.png", "1.png")]
     assert (found.copies.n, found.near.n) == (1, 0)
     assert found.leaks.first == [("1.png", "0.png")]
@@ -179,7 +181,7 @@ def test_copies_in_other_formats_are_copies(tmp_path: Path) -> None:
 
 def test_plain_images_are_not_taken_for_each_other(tmp_path: Path) -> None:
     rows = [(Image.new("L", (32, 32), level), "bar", TRAINING) for level in (0, 90, 91, 255)]
-    found = arrival.duplicates(look(folder_of(tmp_path / "x", *rows)))
+    found = data_report.duplicates(look(folder_of(tmp_path / "x", *rows)))
     assert (found.copies.n, found.near.n) == (0, 0)
 
 
@@ -192,14 +194,14 @@ def test_near_copies_are_found_in_every_block(monkeypatch: pytest.MonkeyPatch) -
     held_out = np.zeros(700, dtype=np.bool_)
     held_out[650] = True
     for rows in (512, 7):
-        assert arrival._near(thumbs, held_out, rows) == ({3: 650, 650: 3, 600: 699, 699: 600}, {650: 3})
+        assert data_report._near(thumbs, held_out, rows) == ({3: 650, 650: 3, 600: 699, 699: 600}, {650: 3})
 
 
 def test_balance_names_new_gone_and_thin_captions() -> None:
     groups = [HELD_OUT, HELD_OUT, TRAINING, TRAINING, HELD_OUT]
     before = made_up(np.zeros((2, 13)), ["bar", "ring"], [TRAINING] * 2, "a")
     after = made_up(np.zeros((5, 13)), ["bar", "bar", "bar", "disc", "disc"], groups, "b")
-    found = arrival.balance(after, before)
+    found = data_report.balance(after, before)
     assert found.counts == {"bar": (1, 2), "disc": (1, 1)}
     assert [row.first for row in (found.new, found.gone, found.thin)] == [[("disc",)], [("ring",)], [("disc",)]]
     assert 0.9 < found.evenness < 1
@@ -208,7 +210,7 @@ def test_balance_names_new_gone_and_thin_captions() -> None:
 def test_sketch_comes_back_as_it_was(tmp_path: Path) -> None:
     one = look(write_images(tmp_path / "x", 4))
     one.save(tmp_path / "deep" / "a.npz")
-    again = Sketch.load(tmp_path / "deep" / "a.npz")
+    again = FolderSummary.load(tmp_path / "deep" / "a.npz")
     for name, value in vars(one).items():
         assert np.array_equal(value, getattr(again, name)) if isinstance(value, np.ndarray) else value == getattr(again, name)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.npz"]
@@ -232,7 +234,7 @@ def text(root: Path, *words: str) -> str:
 @pytest.fixture(scope="module")
 def two_revisions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which dim images, a torn one and a wrong caption arrived after 40 good ones."""
-    root = tmp_path_factory.mktemp("arrival") / "ws"
+    root = tmp_path_factory.mktemp("data") / "ws"
     assert CliRunner().invoke(cli.app, ["init", str(root), "--line", "shapes"]).exit_code == 0
     folder = write_images(root / "data/shapes", 40)
     ferry(root, "add", "shapes", "-m", "first")

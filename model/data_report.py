@@ -1,11 +1,11 @@
 """What arrived: copies, near copies and leaks, balance, and drift against the revision before. Rules alone, without torch.
 
-`model.data.scan` looks at a folder once and hands over a `Sketch`: a few hundred bytes for each image, from which everything
+`model.data.scan` looks at a folder once and hands over a `FolderSummary`: a few hundred bytes for each image, from which everything
 here is computed, so that two revisions are compared without decoding either again.
 
     >>> after = scan(folder, text_length)
-    >>> arrival = judge(after, before=sketch_of_the_last_revision, previous=last, md5=md5)
-    >>> arrival.drift.verdict
+    >>> report = report_on(after, before=summary_of_the_last_revision, previous=last, md5=md5)
+    >>> report.drift.verdict
     'no drift seen'
 
 Drift is decided by permutation, so its false-alarm rate holds at any sample size and for any data, as long as groups are
@@ -43,11 +43,11 @@ PERMUTATIONS = 999
 ALPHA = 0.05  # chance that an arrival without drift is called drift, over both tests together
 MIN_GROUPS = 10  # independent groups on either side, below which nothing is decided
 COMMON = 5  # images of a caption, below which it is counted among the rare ones
-SKETCH_SCHEMA = 1
+SUMMARY_SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Sketch:
+class FolderSummary:
     """What one look at a folder keeps of it.
 
     Attributes:
@@ -81,7 +81,7 @@ class Sketch:
         fresh.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Sketch:
+    def load(cls, path: Path) -> FolderSummary:
         """Read what `save` wrote."""
         with np.load(path) as kept:
             files, quarantine, names, captions, groups, pixels = json.loads(str(kept["lists"]))
@@ -153,7 +153,7 @@ class Changes(Frozen):
     recaptioned: list[tuple[str, str, str]] = Field(description="name, caption before, caption now")
 
 
-class Arrival(Frozen):
+class DataReport(Frozen):
     """What was found in a data folder when it was recorded."""
 
     schema_version: Literal[1] = 1
@@ -169,14 +169,14 @@ class Arrival(Frozen):
     drift: Drift | None = Field(description="null for the first revision")
 
 
-def sketch(small: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
+def summarise(small: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
     """What is kept of images.
 
     Args:
         small: uint8 [n, SMALL, SMALL, 3].
 
     Returns:
-        `thumbs` and `features` of a `Sketch`.
+        `thumbs` and `features` of a `FolderSummary`.
     """
     n = len(small)
     colour = small.astype(np.float32)
@@ -199,7 +199,9 @@ def _shrunk(grey: Floats, side: int) -> Floats:
     return shrunk
 
 
-def judge(after: Sketch, before: Sketch | None, previous: DataVersion | None, line: str, why_not: str = "") -> Arrival:
+def report_on(
+    after: FolderSummary, before: FolderSummary | None, previous: DataVersion | None, line: str, why_not: str = ""
+) -> DataReport:
     """Everything that is said about an arrival.
 
     Args:
@@ -211,7 +213,7 @@ def judge(after: Sketch, before: Sketch | None, previous: DataVersion | None, li
     """
     held_out = int(after.held_out.sum())
     moved = changes(after, before) if before else file_changes(after.files, {})
-    return Arrival(
+    return DataReport(
         line=line, md5="", previous=previous, training=len(after.names) - held_out, held_out=held_out, quarantine=after.quarantine,
         duplicates=duplicates(after), balance=balance(after, before),
         changes={
@@ -222,7 +224,7 @@ def judge(after: Sketch, before: Sketch | None, previous: DataVersion | None, li
     )  # fmt: skip
 
 
-def duplicates(after: Sketch) -> Duplicates:
+def duplicates(after: FolderSummary) -> Duplicates:
     """Copies, near copies, and held-out images that can be trained on under another name.
 
     Images without any shape (one flat colour) are compared by their pixels only.
@@ -270,7 +272,7 @@ def _near(thumbs: Floats, held_out: npt.NDArray[np.bool_], rows: int = 512) -> t
     return most_alike, learnable
 
 
-def balance(after: Sketch, before: Sketch | None) -> Balance:
+def balance(after: FolderSummary, before: FolderSummary | None) -> Balance:
     """How the captions are spread, and which came or went."""
     total = Counter(after.captions)
     held_out = Counter(caption for caption, held in zip(after.captions, after.held_out, strict=True) if held)
@@ -292,7 +294,7 @@ def balance(after: Sketch, before: Sketch | None) -> Balance:
     )
 
 
-def changes(after: Sketch, before: Sketch) -> Changes:
+def changes(after: FolderSummary, before: FolderSummary) -> Changes:
     """Files and captions of `after` against those of `before`."""
     old, new = (dict(zip(side.names, side.captions, strict=True)) for side in (before, after))
     recaptioned = [(name, old[name], new[name]) for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
@@ -309,7 +311,7 @@ def file_changes(after: dict[str, str], before: dict[str, str]) -> Changes:
     )
 
 
-def drift(after: Sketch, before: Sketch) -> Drift:
+def drift(after: FolderSummary, before: FolderSummary) -> Drift:
     """Compare the images that only `after` has with those of `before`, in looks and in their mix of captions.
 
     A copy counts once. New images of a group that `before` has already are left out: they are not independent of it.
