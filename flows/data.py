@@ -13,7 +13,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from flows import progress
-from flows.workspace import Line, Workspace
+from flows.settings import Line
+from flows.workspace import Workspace
 from model import data_report, folder, versions
 from model.data_report import Balance, Changes, DataReport, Drift, FolderSummary
 from model.errors import DataError, RevisionError

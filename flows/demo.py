@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import FlowError, WorkspaceError
-from flows.workspace import SETTINGS as SETTINGS_FILE
-from flows.workspace import create
+from flows.settings import SETTINGS as SETTINGS_FILE
+from flows.setup import create
 from registry.lineage import file_sha256
 
 LINE, SECOND, CLASS = "surfaces", "digits", "edge"

@@ -22,10 +22,11 @@ from prefect.context import TaskRunContext
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from flows import approval, pages, progress, triggers, watch
+from flows import approval, pages, progress, training_log, triggers
 from flows.errors import VariantError, WorkspaceError
 from flows.promote import anchor_of, ask, champion_of, judged, promote, promotions, reconcile, verdict
-from flows.workspace import Line, Training, Workspace
+from flows.settings import Line, Training
+from flows.workspace import Workspace
 from model import distill, evaluate, export, features, session, train, versions
 from model.config import TEACHERS, ConfigurationName, ModelConfig, PrecisionName, VariantName, canonical_sha256
 from model.data import Dataset, prepare
@@ -92,7 +93,7 @@ def train_model(
         taught_by = train.load_checkpoint(Path(teacher))
         objective = distill.stage(taught_by.network(), taught_by.lineage.variant, variant, line.sampler.guidance)
     subject = Subject(line=data.line, configuration=configuration, variant=variant)
-    with watch.watching(workspace, subject, key, settings.steps, picture, data) as watcher:
+    with training_log.watching(workspace, subject, key, settings.steps, picture, data) as watcher:
         checkpoint = train.train(
             line.config(configuration),
             open_dataset(workspace, line, configuration, data),
@@ -214,8 +215,8 @@ def register_model(root: str, checkpoint: str, exported: str, evaluated: dict[st
     version = workspace.catalog.register(
         subject, opened.lineage, card, made, opened.folder, Path(exported),
         {"samples": samples, "captions": samples.with_suffix(".json"), "real": samples.with_name("real.png")},
-        watch.points(json.loads((opened.folder / train.CURVE).read_bytes())),
-        watch.retraining(workspace, opened.lineage.data),
+        training_log.points(json.loads((opened.folder / train.CURVE).read_bytes())),
+        training_log.retraining(workspace, opened.lineage.data),
         {number: str(entry.facts["scorecard"]) for number, entry in judged(workspace, subject).items()},
     )  # fmt: skip
     seal = Seal.of(str(subject), version.number, opened.lineage, card, files)
@@ -270,7 +271,7 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
         reconcile(workspace, [line])  # what is trained from, and judged against, is the ledger's champion
         data = versions.resolve(workspace.root, settings.data, line, rev)
         pull_data(root, data.model_dump())
-        with watch.ending(workspace, data) as tell:
+        with training_log.ending(workspace, data) as tell:
             climbed = _climb(workspace, data, promote_winners)
             rows = [row.model_dump() for done in climbed for row in done.rows]
             create_table_artifact(table=rows, key="scorecards", description=f"{line} at {data.rev[:12]}")
@@ -362,7 +363,7 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
         theirs = champion_files(workspace, champion) if champion else None
         full = champion_of(workspace, subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
         beside = champion_files(workspace, full)["bundle"] if full else None
-        with watch.ending(workspace, lineage.data) as tell:
+        with training_log.ending(workspace, lineage.data) as tell:
             row = judge_and_register(workspace, checkpoint, theirs, champion, None, winners=False, full=beside).row.model_dump()
             tell([row])
         return row

@@ -1,1 +1,1 @@
-"""Tests, flat: one file for each part, named after it. `make test` runs all but those marked slow."""
+"""The tests: one file for each part of the program, named after it. `make test` runs all tests but those marked slow."""

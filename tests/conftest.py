@@ -1,6 +1,6 @@
 """What many tests start from: a small data set, a model trained on it for seconds, its export, and bundles of it.
 
-Everything here is real (trained weights, signed metadata, files on disk) and made once for each test process.
+Everything here is real (trained weights, signed metadata, files on disk); most of it is made once for each test process.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when Prefect, MLflow and DVC are imported; nothing in the tests may phone home or find the user's own set-up.
+# Prefect, MLflow and DVC read these when they are imported. No test may send telemetry or find the user's own settings.
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.pop("PREFECT_HOME", None)
 os.environ.pop("PREFECT_API_URL", None)
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")  # its 20 s are short on a busy machine
-# What is promised to the bit is promised on a CPU. `CUDA_VISIBLE_DEVICES=0` on the command line lets tests/test_hardware.py see a GPU.
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")  # 20 s is too short on a busy machine
+# Results are equal to the bit only on a CPU. `CUDA_VISIBLE_DEVICES=0` on the command line shows tests/test_hardware.py a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["GIT_CONFIG_GLOBAL"] = os.devnull
 os.environ["GIT_CONFIG_SYSTEM"] = os.devnull
@@ -58,7 +58,7 @@ LATENCY_MS = 10_000.0
 
 
 def _forget_prefect() -> None:
-    """Take back what workspaces told Prefect, which reads its home once."""
+    """Undo the Prefect settings that workspaces made; Prefect reads its home folder only once."""
     for name in [name for name in os.environ if name.startswith("PREFECT_") and name not in PREFECT]:
         del os.environ[name]
     os.environ.update(PREFECT)
@@ -73,21 +73,21 @@ def _forget_prefect() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _prefect_of_its_own() -> Iterator[None]:
-    """Let no file's workspaces be the Prefect of the next file's."""
+    """Reset Prefect after each test file, so that the next file does not use this file's workspaces."""
     yield
     _forget_prefect()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Let no test look for Prefect's database in a folder that went with an earlier test."""
+    """Reset Prefect if its home folder was deleted with the folder of an earlier test."""
     home = os.environ.get("PREFECT_HOME")
     if home and not Path(home).is_dir():
         _forget_prefect()
 
 
 def few(values: Iterable[Any], quick: int) -> list[Any]:
-    """Values of a long list for `parametrize`: so many, spread over the list, are for `make test`, and all for `make test-slow`."""
+    """Return values for `parametrize`: `quick` of them, spread over the list, run in `make test`, and all in `make test-slow`."""
     every = list(values)
     chosen = {i * len(every) // quick for i in range(quick)}
     made = [value if isinstance(value, tuple) else (value,) for value in every]
@@ -96,7 +96,7 @@ def few(values: Iterable[Any], quick: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class Told:
-    """What a command printed, and how it ended."""
+    """The output and the exit code of a command."""
 
     exit_code: int
     stdout: str
@@ -108,7 +108,7 @@ class Told:
 
 
 def agent(*words: str) -> Told:
-    """Run `ferry-agent` in this process."""
+    """Run `ferry-agent` in this process and return its output and exit code."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -119,19 +119,19 @@ def agent(*words: str) -> Told:
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The commands of a parser by name."""
+    """Return the commands of a parser by name."""
     group = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return dict(group.choices)
 
 
 def in_run(catalog: Any, run_id: str, name: str) -> bytes:
-    """A file of a run as MLflow has it, held against nothing."""
+    """Read a file of a run as MLflow stores it, without any check."""
     with tempfile.TemporaryDirectory() as folder:
         return Path(catalog._client.download_artifacts(run_id, name, folder)).read_bytes()
 
 
 def write_images(folder: Path, count: int = 80, seed: int = 0, dim: bool = False) -> Path:
-    """A folder of bars and discs, bright or dim, with captions, in the ImageFolder convention."""
+    """Write a folder of images of bars and discs, bright or dim, with captions, in the ImageFolder convention."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:16, 0:16]
@@ -151,26 +151,26 @@ def write_images(folder: Path, count: int = 80, seed: int = 0, dim: bool = False
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 80 captioned images; do not write into it."""
+    """Provide a folder with 80 captioned images; do not write into it."""
     return write_images(tmp_path_factory.mktemp("images") / "shapes")
 
 
 @pytest.fixture(scope="session")
 def dataset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """The same, decoded."""
+    """Provide the data set of `images`, decoded."""
     return prepare(images, CONFIG, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def checkpoint(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A model of the test tier, trained for a few seconds: its images are recognisably not noise."""
+    """Train a model of the test tier for a few seconds; its images are recognisably not noise."""
     options = TrainOptions(steps=120, batch=16, learning_rate=8e-3)
     return train(CONFIG, dataset, VERSION, options, tmp_path_factory.mktemp("run") / "first")
 
 
 @pytest.fixture(scope="session")
 def changed(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, float], Checkpoint]:
-    """Make a checkpoint that differs from the trained one: by small steps, or (amount 1) by shuffling every weight."""
+    """Provide a function that changes the trained checkpoint: by small steps, or (amount 1) by shuffling every weight."""
 
     def make(name: str, amount: float) -> Checkpoint:
         folder = tmp_path_factory.mktemp("changed") / name
@@ -193,12 +193,12 @@ def changed(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """The trained model's five files, stored in bfloat16."""
+    """Export the trained model to its five files, stored in bfloat16."""
     return export(checkpoint, "bfloat16", SAMPLER, list(CAPTIONS), LATENCY_MS, tmp_path_factory.mktemp("export"))
 
 
 def origin(version: int) -> Origin:
-    """A made-up origin for bundles that no registry knows."""
+    """Make up an origin for bundles that no registry knows."""
     return Origin(
         data_rev="0" * 40, data_md5="0" * 32, code="1" * 64, lineage="2" * 64, scorecard="3" * 64, decision="4" * 64,
         model="shapes-I-full", version=version,
@@ -206,7 +206,7 @@ def origin(version: int) -> Origin:
 
 
 def bundle_of(folder: Path, out: Path, version: int, tier: str = "test") -> Bundle:
-    """A bundle of one exported variant."""
+    """Build a bundle of one exported variant."""
     return assemble(
         {"full": folder}, line="shapes", device_class="edge", tier=tier, configuration="I", precision="bfloat16",
         origin=origin(version), out=out,
@@ -217,7 +217,7 @@ def bundle_of(folder: Path, out: Path, version: int, tier: str = "test") -> Bund
 def bundles(
     exported: Export, changed: Callable[[str, float], Checkpoint], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Bundle]:
-    """Three bundles of one line: `first`, `second` (a small step from it), and `garbage` (consistent in itself, but noise)."""
+    """Build three bundles of one line: `first`, `second` (a small step from it), and `garbage` (consistent, but draws noise)."""
     out = tmp_path_factory.mktemp("bundles")
     made = {"first": bundle_of(exported.folder, out, 1)}
     for version, (name, amount) in enumerate((("second", 0.01), ("garbage", 1.0)), start=2):
@@ -229,11 +229,11 @@ def bundles(
 
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyRing:
-    """A key ring with all roles' keys."""
+    """Create a key ring with the keys of all roles."""
     return create(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture
 def repository(keys: KeyRing, tmp_path: Path) -> Repository:
-    """An empty signed repository."""
+    """Create an empty signed repository."""
     return Repository.create(tmp_path / "repository", keys)

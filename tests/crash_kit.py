@@ -1,9 +1,10 @@
-"""Every state that a power cut can leave of a folder: what was done is recorded, and replayed as a disk may have kept it.
+"""Record what a process does to a folder, and replay every state that a power cut can leave of that folder.
 
-The disk is the least that POSIX promises, less than any journalling file system: of a file that was not synced, any part of
-what was written since may be there, zeros, or nothing; of a folder that was not synced, each change of its names by itself is
-there or not, and a rename between folders may be there twice or not at all. A killed process loses none of that, but what was
-pending before stays pending for the one that is started next.
+The simulated disk keeps only what POSIX promises, which is less than any journalling file system keeps. Of a file that was
+not synced, any part of what was written since the last sync may be there, as data, as zeros, or not at all. Of a folder that
+was not synced, each change of its names may be there or not, independently of the others. A rename between folders may
+therefore appear in both folders or in neither. If only the process is killed, nothing is lost, but pending changes stay
+pending for the process that starts next.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any
 import pytest
 
 MAX_STATES = 512
-"""Of one moment; where more are possible, those that differ from all done and from all lost in one respect."""
+"""Of one moment. If more are possible, only those are made in which one node differs from all done or from all lost."""
 
 Content = bytes | str | None
-"""Of a file; where a symbolic link leads; None for a folder."""
+"""The bytes of a file, the target of a symbolic link, or None for a folder."""
 State = dict[str, Content]
-"""What is left, by path; folders come before what is in them."""
+"""What is left, by path; folders come before their contents."""
 
 
 # The model of a disk
@@ -37,7 +38,7 @@ class File:
     synced: bytes = b""
 
     def options(self) -> list[bytes]:
-        """What a cut may leave of it."""
+        """List the contents that a power cut may leave of the file."""
         if self.data == self.synced:
             return [self.data]
         kept = len(self.synced) if self.data.startswith(self.synced) else 0
@@ -52,7 +53,7 @@ class Link:
 
 
 Edit = dict[str, int | None]
-"""One change of a folder's names: each leads to a node, or to nothing."""
+"""One change of a folder's names: each name leads to the number of a node, or to None if it is removed."""
 
 
 @dataclass
@@ -69,7 +70,10 @@ class Folder:
         self.synced, self.pending = dict(self.names), []
 
     def options(self) -> list[dict[str, int]]:
-        """What a cut may leave of its names: each pending change done or lost; of many, none, one, all but one, the first n, or all."""
+        """List the names that a power cut may leave, with each pending change done or lost.
+
+        Of more than five pending changes, only some combinations: the first n done (from none to all), one done, all but one done.
+        """
         n = len(self.pending)
         chosen: list[tuple[bool, ...]]
         if n <= 5:
@@ -89,18 +93,18 @@ def changed(names: dict[str, int], edits: list[Edit]) -> dict[str, int]:
 
 
 Op = tuple[Any, ...]
-"""Its kind, a method of `Tree`, and its arguments."""
+"""The kind of an operation (the name of a method of `Tree`) and its arguments."""
 
 
 class Tree:
-    """Nodes by number, 0 the root; each method is something that was done to the disk."""
+    """A simulated disk: nodes by number, 0 the root. Each kind of operation on the disk is a method."""
 
     def __init__(self) -> None:
         self.nodes: list[File | Link | Folder] = [Folder()]
 
     @classmethod
     def of(cls, root: Path) -> Tree:
-        """A folder, all of it durable."""
+        """Read a folder; all of it counts as durable."""
         tree = cls()
         for path in sorted(root.rglob("*")):
             parent, name = tree.find(path.parent.relative_to(root).parts), path.name
@@ -128,7 +132,7 @@ class Tree:
         return node
 
     def find(self, parts: tuple[str, ...]) -> int | None:
-        """The number of what lies at a path; links are not followed."""
+        """Return the number of the node at a path, or None if there is none; links are not followed."""
         at = 0
         for part in parts:
             node = self.nodes[at]
@@ -163,12 +167,12 @@ class Tree:
         self.folder(folder).change({name: None})
 
     def note(self, kind: str, value: Any) -> None:
-        """Nothing was done to the disk; see `Log.notes`."""
+        """Do nothing to the disk; see `Log.notes`."""
 
     # What is left of it
 
     def current(self) -> State:
-        """What a running process sees."""
+        """Return what a running process sees."""
         return dict(self._walk(0, "", self._now))
 
     def _now(self, number: int) -> Any:
@@ -186,11 +190,11 @@ class Tree:
             yield from self._walk(below, f"{place}/{name}" if place else name, chosen)
 
     def states(self, loose: str) -> Iterator[State]:
-        """All that a cut may leave now.
+        """Yield all states that a power cut may leave now.
 
         Args:
-            loose: name of a folder at the top that is never synced, because it may be lost at any moment. Its own states are
-                as it is, lost, and all files torn, and are not combined with all others.
+            loose: name of a folder at the top that is never synced, because it may be lost at any moment. Its own states are: as it
+                is, lost, and all files torn. They are combined only with two states of the rest: all done and all lost.
         """
         below = self._below(self.folder(0).names.get(loose))
         open_ones = {number: options for number in range(len(self.nodes)) if number not in below
@@ -221,7 +225,7 @@ class Tree:
 
 
 def combined(options: dict[int, list[Any]]) -> Iterator[dict[int, Any]]:
-    """Choices of one option of each, all done and all lost first."""
+    """Yield combinations of one option for each node; all done and all lost come first."""
     done = {number: found[0] for number, found in options.items()}
     lost = {number: found[-1] for number, found in options.items()}
     yield done
@@ -240,12 +244,12 @@ def combined(options: dict[int, list[Any]]) -> Iterator[dict[int, Any]]:
 
 
 def fingerprint(state: State) -> int:
-    """To tell states apart; contents are shared by states, and each is hashed once in its life."""
+    """Hash a state to tell it from others; states share contents, and Python computes the hash of each content once."""
     return hash(tuple(state.items()))
 
 
 def lay_out(state: State, root: Path) -> None:
-    """Make a folder of a state."""
+    """Create a folder with the contents of a state."""
     root.mkdir(parents=True)
     for place, content in state.items():
         path = root / place
@@ -268,18 +272,18 @@ class Log:
     ops: list[Op] = field(default_factory=list)
 
     def after(self, count: int) -> Tree:
-        """The disk after so many operations."""
+        """Return the disk after the first `count` operations."""
         tree = copy.deepcopy(self.before)
         for kind, *arguments in self.ops[:count]:
             getattr(tree, kind)(*arguments)
         return tree
 
     def notes(self, count: int) -> Iterator[tuple[str, Any]]:
-        """What was promised or begun before so many operations were done."""
+        """Return what was promised or begun within the first `count` operations."""
         return ((op[1], op[2]) for op in self.ops[:count] if op[0] == "note")
 
     def states(self, loose: str, first: int = 0, last: int | None = None) -> Iterator[tuple[int, State]]:
-        """All states of all moments, each with how many operations were done before the cut."""
+        """Yield all states of all moments, each with the number of operations that were done before the cut."""
         tree = self.after(first)
         end = len(self.ops) if last is None else last
         for count in range(first, end + 1):
@@ -290,16 +294,16 @@ class Log:
                 getattr(tree, kind)(*arguments)
 
     def without(self, index: int) -> Log:
-        """The same with one operation left out."""
+        """Return a copy of the log with one operation left out."""
         return Log(self.before, [*self.ops[:index], ("note", "left out", None), *self.ops[index + 1 :]])
 
     def syncs(self) -> list[int]:
-        """Where something was made durable."""
+        """Return the indices of the operations that made something durable."""
         return [i for i, op in enumerate(self.ops) if op[0] == "sync"]
 
 
 class Recorder:
-    """Watches what this process does below a folder, through the calls of `os` that do it."""
+    """Records what this process does below a folder, by wrapping the calls of `os` that do it."""
 
     def __init__(self, root: Path, before: Tree) -> None:
         self.root, self.log, self.tree = root.resolve(), Log(copy.deepcopy(before)), copy.deepcopy(before)
@@ -331,7 +335,7 @@ class Recorder:
             yield place, number
 
     def parts(self, path: Any, dir_fd: int | None = None) -> tuple[str, ...] | None:
-        """Where a path lies below the folder; None for others."""
+        """Return the parts of a path below the folder, or None for a path outside it."""
         start = Path.cwd() if dir_fd is None else Path(f"/proc/self/fd/{dir_fd}").readlink()
         found = os.path.normpath(start / os.fsdecode(path))
         if found != str(self.root) and not found.startswith(f"{self.root}/"):
@@ -339,19 +343,19 @@ class Recorder:
         return Path(found).relative_to(self.root).parts
 
     def place(self, parts: tuple[str, ...]) -> tuple[int, str]:
-        """The folder and name of a path."""
+        """Return the number of the folder that holds a path, and the name of the path in it."""
         folder = self.tree.find(parts[:-1])
         assert folder is not None, parts
         return folder, parts[-1]
 
     def check(self) -> None:
-        """Nothing was done past the recorder."""
+        """Check that nothing was done to the folder without being recorded."""
         self.look()
         assert fingerprint(Tree.of(self.root).current()) == fingerprint(self.tree.current())
 
     @contextmanager
     def watching(self, patch: pytest.MonkeyPatch) -> Iterator[Log]:
-        """Record what happens inside."""
+        """Record what happens inside the `with` block."""
         real = {name: getattr(os, name) for name in ("open", "replace", "rename", "mkdir", "unlink", "rmdir", "symlink", "fsync")}
 
         def opened(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:

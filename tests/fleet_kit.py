@@ -1,7 +1,7 @@
-"""Helpers of the tests of releases and agents: a published repository, devices against it, and a web server with faults.
+"""Helpers for the tests of releases and agents: a published repository, devices that use it, and a web server with faults.
 
-A module that uses the fixtures names this one in `pytest_plugins`, and also imports from it, which is before pytest could
-rewrite its assertions: PYTEST_DONT_REWRITE.
+A test module that uses the fixtures names this module in `pytest_plugins`. It also imports from this module, which happens
+before pytest could rewrite the assertions here; the next word tells pytest not to warn about that: PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def publish(repository: Repository, bundle: Bundle, delta: Path | None = None, b
 
 
 def everyone(release: Release, **fields: Any) -> Policy:
-    """The policy that opens a release to all devices at once."""
+    """Return the policy that opens a release to all devices at once."""
     return rollout.start(release, (100,), soak=0, now=0).model_copy(update=fields)
 
 
 def change_role(repository: Repository, role: str, change: Callable[[Any], None]) -> None:
-    """What the holder of a role's keys can do: change it at will, with snapshot and timestamp following."""
+    """Change a role's metadata at will, as the holder of the role's keys can; snapshot and timestamp follow."""
     repository._commit({role: change})
 
 
 def name_policy(repository: Repository, policy: Policy) -> None:
-    """What the holder of the rollout keys can do: sign any policy, past the checks of `set_policy`."""
+    """Sign any policy, past the checks of `set_policy`, as the holder of the rollout keys can."""
     target = repository._add_target(policy_path(LINE, CLASS), policy.canonical(), {})
 
     def change(signed: Targets) -> None:
@@ -70,7 +70,7 @@ def name_policy(repository: Repository, policy: Policy) -> None:
 
 
 def name_manifest(repository: Repository, manifest: Manifest, seq: int, **custom: Any) -> None:
-    """What the holder of the models keys can do: sign any manifest for this line and class."""
+    """Sign any manifest for this line and class, as the holder of the models keys can."""
     path = f"models/{LINE}/{CLASS}/{manifest.digest}.json"
     target = repository._add_target(path, manifest.canonical(), {"seq": seq} | custom)
 
@@ -81,7 +81,7 @@ def name_manifest(repository: Repository, manifest: Manifest, seq: int, **custom
 
 
 def name_delta(repository: Repository, base: str, target: str, data: bytes) -> Path:
-    """What the holder of the deltas keys can do: sign any bytes as the way between two bundles."""
+    """Sign any bytes as the delta between two bundles, as the holder of the deltas keys can, and return their file."""
     made = repository._add_target(f"deltas/{LINE}/{CLASS}/{base}.{target}", data, {})
 
     def change(signed: Targets) -> None:
@@ -92,7 +92,7 @@ def name_delta(repository: Repository, base: str, target: str, data: bytes) -> P
 
 
 def sign_in_place(path: Path, keys: KeyRing, role: str, change: Callable[[Any], None]) -> None:
-    """Change one metadata file and sign it again with the role's keys, without any other file following."""
+    """Change one metadata file and sign it again with the role's keys; leave all other files as they are."""
     metadata: Metadata[Any] = Metadata.from_file(str(path))
     change(metadata.signed)
     metadata.signatures.clear()
@@ -102,12 +102,12 @@ def sign_in_place(path: Path, keys: KeyRing, role: str, change: Callable[[Any], 
 
 
 def expire(signed: Any) -> None:
-    """Let metadata have ended yesterday."""
+    """Set the expiry of metadata to yesterday."""
     signed.expires = (datetime.now(UTC) - timedelta(days=1)).replace(microsecond=0)
 
 
 def metadata_file(repository: Repository, role: str) -> Path:
-    """The file of a role that devices fetch now."""
+    """Return the file of a role that devices fetch now."""
     if role == "timestamp":
         return repository.metadata / "timestamp.json"
     if role == "snapshot":
@@ -119,18 +119,18 @@ def metadata_file(repository: Repository, role: str) -> Path:
 
 
 class Cut(BaseException):
-    """The process ends here."""
+    """A simulated power cut: the process ends here."""
 
 
 class Device:
-    """An agent's directory, and the agent's calls on it, in this process."""
+    """An agent's directory, and methods that run the agent on it in this process."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.home = root, Home(root)
 
     @classmethod
     def init(cls, root: Path, repository: Repository, *, address: str = "", name: str = "dev-1", window: str = "") -> Device:
-        """Set a device up against a repository's folder, or against the address where that is served."""
+        """Set a device up for a repository's folder, or for the address at which the folder is served."""
         (root.parent / "root.json").write_bytes(repository.root_bytes())
         (root.parent / "reports").mkdir(exist_ok=True)
         device = cls(root)
@@ -148,7 +148,7 @@ class Device:
         return result.output
 
     def words(self, *words: str) -> list[str]:
-        """The command line of a `ferry-agent` in a process of its own."""
+        """Return the command line that runs `ferry-agent` in a process of its own."""
         return [sys.executable, "-m", "ota.agent.cli", *words, "--dir", str(self.root)]
 
     def process(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -160,7 +160,7 @@ class Device:
             return updater.update(self.home, on_step, check_only)
 
     def update_until(self, number: int) -> list[str]:
-        """Update until a step is announced, and no further, as a power cut would; returns the names of the steps before."""
+        """Update until a step is announced and stop there, as a power cut would; return the names of the steps before."""
         names: list[str] = []
 
         def on_step(at: int, name: str) -> None:
@@ -189,12 +189,12 @@ class Device:
         return updater.status(self.home)["sound"]
 
     def file(self, role: Any, variant: Any = "full") -> Path:
-        """A file of the bundle that runs."""
+        """Return the path of a file of the bundle that runs."""
         assert self.active
         return self.home.slot(self.active).path(role, None if role == "graph" else variant)
 
     def reports(self) -> list[DeviceReport]:
-        """What was delivered, then what is still queued, in order."""
+        """Return the delivered reports, then those still queued, in order."""
         delivered = sorted((self.root.parent / "reports").glob("*.json"))
         queued = sorted((self.root / "queue").glob("*.json"))
         return [SignedReport.model_validate_json(path.read_bytes()).report for path in (*delivered, *queued)]
@@ -203,21 +203,21 @@ class Device:
         return [report.event for report in self.reports()]
 
     def leftovers(self) -> list[str]:
-        """Files of unfinished work."""
+        """List the files of unfinished work."""
         found = [path for path in self.root.rglob("*") if path.name.startswith(".") or path.suffix in (".tmp", ".part")]
         return sorted(str(path.relative_to(self.root)) for path in (*found, *(self.root / "incoming").glob("*")))
 
     def facts(self, marks: bool = True) -> dict[str, Any]:
-        """What a refused update must leave as it was."""
+        """Collect what a refused update must leave as it was."""
         names = {"config.json", "root.json", "device.key", "number", "state.json", "state.prev.json"}
         files = {name: (self.root / name).read_bytes() for name in names if (self.root / name).is_file()}
         kept = {"marks": self._marks()} if marks else {}
         return {**files, **kept, "sound": self.sound, "active": self.active, "reports": len(self.reports())}
 
     def _marks(self) -> Any:
-        """The versions in highwater.json, or its bytes where it is damaged; None if there is none.
+        """Return the versions in highwater.json, its bytes if it is damaged, or None if there is none.
 
-        Without its clock, which rises by itself when a test happens to run over a full hour.
+        The clock in it is left out, because it rises by itself when a test runs past a full hour.
         """
         path = self.root / "highwater.json"
         if not path.is_file():
@@ -230,13 +230,13 @@ class Device:
 
 @contextmanager
 def untouched(device: Device, error: type[Exception], sentence: str, *, marks: bool = True) -> Iterator[None]:
-    """What happens inside must fail with this error and leave the device as it was, with a sound bundle running.
+    """Check that what happens inside fails with this error and leaves the device as it was, with a sound bundle running.
 
     Args:
-        device: that is attacked.
-        error: exactly this class.
+        device: the device that is attacked.
+        error: the exact class of the error.
         sentence: a part of its message.
-        marks: whether the high-water marks must stay too; metadata that are validly signed may raise them.
+        marks: whether the high-water marks must stay too; validly signed metadata may raise them.
     """
     before = device.facts(marks)
     with pytest.raises(error, match=sentence) as caught:
@@ -257,10 +257,10 @@ class Field:
     repository: Repository
     device: Device
     steps: list[int] = field(default_factory=list)
-    """Numbers of the steps that its last update announced."""
+    """Numbers of the steps that the device's last update announced."""
 
     def copy(self, folder: Path) -> Field:
-        """The same, to be changed at will."""
+        """Copy the repository and the device into a folder, to be changed at will."""
         shutil.copytree(self.folder, folder)
         repository = Repository(folder / "repository", self.repository.keys)
         device = Device(folder / "device")
@@ -275,7 +275,7 @@ class Field:
 
 @pytest.fixture(scope="session")
 def step(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The delta from `first` to `second`; do not change it."""
+    """Build the delta from `first` to `second`; do not change it."""
     made = make_delta(bundles["first"], bundles["second"], tmp_path_factory.mktemp("deltas"))
     assert made
     return made.path
@@ -283,7 +283,7 @@ def step(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def fielded(keys: KeyRing, bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Field:
-    """A repository with `first` in it and a device that installed it; copy it, do not change it."""
+    """Provide a repository with `first` in it and a device that installed it; copy it, do not change it."""
     folder = tmp_path_factory.mktemp("fielded") / "field"
     repository = Repository.create(folder / "repository", keys)
     publish(repository, bundles["first"])
@@ -294,20 +294,20 @@ def fielded(keys: KeyRing, bundles: dict[str, Bundle], tmp_path_factory: pytest.
 
 @pytest.fixture
 def scene(fielded: Field, tmp_path: Path) -> Field:
-    """A copy of `fielded`."""
+    """Provide a copy of `fielded`."""
     return fielded.copy(tmp_path / "field")
 
 
 @pytest.fixture
 def offered(scene: Field, bundles: dict[str, Bundle], step: Path) -> Field:
-    """A copy of `fielded` in which `second` is published to everyone, with a delta."""
+    """Provide a copy of `fielded` in which `second` is published to everyone, with a delta."""
     publish(scene.repository, bundles["second"], step, bundles["first"])
     return scene
 
 
 @pytest.fixture(scope="session")
 def updated_once(fielded: Field, bundles: dict[str, Bundle], step: Path, tmp_path_factory: pytest.TempPathFactory) -> Field:
-    """A copy of `fielded` that went on to `second` by delta; copy it, do not change it."""
+    """Provide a copy of `fielded` that was updated to `second` by delta; copy it, do not change it."""
     made = fielded.copy(tmp_path_factory.mktemp("updated") / "field")
     publish(made.repository, bundles["second"], step, bundles["first"])
     assert made.device.update(lambda number, _: made.steps.append(number)).way == "delta"
@@ -316,7 +316,7 @@ def updated_once(fielded: Field, bundles: dict[str, Bundle], step: Path, tmp_pat
 
 @pytest.fixture
 def updated(updated_once: Field, tmp_path: Path) -> Field:
-    """A device that runs `second`, with `first` as the one before."""
+    """Provide a device that runs `second` and keeps `first` as its previous bundle."""
     return updated_once.copy(tmp_path / "updated")
 
 
@@ -325,7 +325,7 @@ def updated(updated_once: Field, tmp_path: Path) -> Field:
 
 @dataclass
 class Faults:
-    """What a server does wrong, by the end of a file's name."""
+    """What a server does wrong, by the ending of a file's name."""
 
     cut_after: dict[str, int] = field(default_factory=dict)
     """Break the connection once, after so many bytes."""
@@ -336,12 +336,12 @@ class Faults:
     """Answer so many times with `status`."""
     status: int = 503
     stale: dict[str, bytes] = field(default_factory=dict)
-    """Answer with what the file once was, as a cache between would."""
+    """Answer with an old content of the file, as a cache in between would."""
     ignore_range: bool = False
     dripping: set[str] = field(default_factory=set)
     """Send one byte at a time, with a pause after each."""
     encoding: str = ""
-    """Claim that bodies are encoded so."""
+    """Claim this content encoding for all bodies."""
     chunked: bool = False
     """Send bodies of unannounced length, piece by piece."""
 
@@ -352,11 +352,11 @@ class Request:
 
     name: str
     first: int
-    """Where the answer began, as the Range header asked."""
+    """Offset of the first byte of the answer, from the Range header."""
 
 
 class WebServer:
-    """A folder behind HTTP on the loopback, with a record of all requests."""
+    """A web server for a folder, on the loopback interface, with a record of all requests."""
 
     ENDLESS = 32 * 1024 * 1024
 
@@ -376,11 +376,11 @@ class WebServer:
         self._server.server_close()
 
     def asked(self, end: str) -> list[Request]:
-        """Requests for names with this end."""
+        """Return the requests for names with this ending."""
         return [request for request in self.requests if request.name.endswith(end)]
 
     def bytes_sent(self, end: str) -> int:
-        """Bytes that were sent of files whose names have this end."""
+        """Count the bytes that were sent of files whose names have this ending."""
         return sum(count for name, count in self.sent.items() if name.endswith(end))
 
     def _handler(self, folder: Path) -> type[BaseHTTPRequestHandler]:
@@ -459,7 +459,7 @@ class WebServer:
 
 
 def closed_port() -> str:
-    """An address at which nobody listens."""
+    """Return an address at which nobody listens."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{found.getsockname()[1]}"

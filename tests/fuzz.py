@@ -1,11 +1,11 @@
-"""`make fuzz`: coverage-guided bytes for everything that a stranger could send: documents, metadata, deltas, requests.
+"""`make fuzz`: test all parsers of foreign bytes with coverage-guided input: documents, metadata, deltas, requests.
 
-    python -m tests.fuzz              all targets, FUZZ_SECONDS (300) between them
-    python -m tests.fuzz TARGET FILE  what one input does
+    python -m tests.fuzz              all targets, which share FUZZ_SECONDS (300)
+    python -m tests.fuzz TARGET FILE  run one input
 
-Anything but the agent's own errors is a finding, and so is memory beyond MEMORY or one input that takes longer than SECONDS. What reached new code is kept
-in build/fuzz/TARGET and used again; seeds are made anew each time from real documents and deltas, so no corpus of ours can be out of date. A
-finding is written to build/fuzz/TARGET-crash-….
+Any exception but the agent's own errors is a finding. So is memory beyond MEMORY, or one input that takes longer than SECONDS.
+Inputs that reached new code are kept in build/fuzz/TARGET and used again. Seeds are made anew each time from real documents
+and deltas, so they are never out of date. A finding is written to build/fuzz/TARGET-crash-….
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OLD = np.random.default_rng(0).normal(size=2000).astype(np.float32).tobytes()
 
 
 def parse_with(kind: str) -> Callable[[bytes], None]:
-    """A document as it comes from the repository or a device."""
+    """Return a check that parses a document as it comes from the repository or a device."""
     from ota import manifest
 
     document, limit = getattr(manifest, kind), LARGEST
@@ -49,7 +49,7 @@ def parse_with(kind: str) -> Callable[[bytes], None]:
 
 
 def state(data: bytes) -> None:
-    """A state file as a dying disk leaves it."""
+    """Open a state file as a dying disk leaves it."""
     from ota.agent.state import opened
 
     found = opened(data)
@@ -57,14 +57,17 @@ def state(data: bytes) -> None:
 
 
 def header(data: bytes) -> None:
-    """The start of a delta."""
+    """Read the start of a delta."""
     from ota.delta import read_header
 
     read_header(io.BytesIO(data))
 
 
 def delta(data: bytes) -> None:
-    """A delta's records against a base, its header right: what the child process is protected from by a signature alone."""
+    """Apply a delta's records to a base, under a valid header.
+
+    In the agent, only a signature protects the child process from such records.
+    """
     from ota.delta import format as container
 
     size = struct.unpack("<I", (data[:4] + b"\0" * 4)[:4])[0] % 65536
@@ -79,7 +82,7 @@ def delta(data: bytes) -> None:
 
 
 def numbers(data: bytes) -> None:
-    """The payload of a record of numbers, past the check that would stop most of them."""
+    """Decode the payload of a record of numbers, without the check that would stop most of them."""
     from ota.delta import format as container
 
     size = struct.unpack("<I", (data[:4] + b"\0" * 4)[:4])[0] % len(OLD) + 1
@@ -89,7 +92,7 @@ def numbers(data: bytes) -> None:
 
 
 def streams(data: bytes) -> None:
-    """A stream of numbers by itself; what it holds comes back when it is written again."""
+    """Decode a stream of numbers by itself; what it holds must come back when it is encoded again."""
     from ota.delta import streams as coder
 
     count = struct.unpack("<I", (data[:4] + b"\0" * 4)[:4])[0] % 4096
@@ -99,7 +102,7 @@ def streams(data: bytes) -> None:
 
 
 def request(data: bytes) -> None:
-    """What a local program posts."""
+    """Parse what a local program posts."""
     from ota.agent.serve import _request
 
     assert set(_request(data)) == {"caption", "seed", "variant"}
@@ -116,7 +119,7 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
 
 
 def documents() -> Iterator[tuple[str, dict[str, Any]]]:
-    """A right one of each."""
+    """Yield a valid document of each kind, with the name of the kind."""
     entry = {"role": "weights", "variant": "full", "size": 9, "sha256": "1" * 64}
     origin = dict.fromkeys(("code", "lineage", "scorecard", "decision"), "2" * 64) | {
         "data_rev": "a",
@@ -147,7 +150,7 @@ def documents() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def deltas() -> Iterator[bytes]:
-    """Real ones: small steps, sparse ones, steps of one size, a product, moved bytes, and new ones."""
+    """Yield real deltas: small steps, sparse ones, steps of one size, a product, moved bytes, and new ones."""
     from ota.delta import files
 
     old, rng = np.frombuffer(OLD, np.float32), np.random.default_rng(1)
@@ -168,7 +171,7 @@ def deltas() -> Iterator[bytes]:
 
 
 def sow(target: str, folder: Path) -> None:
-    """Write the seeds of a target."""
+    """Write the seeds of a target into a folder."""
     from ota.delta import format as container
 
     seeds = [json.dumps(value).encode() for name, value in documents() if name == target]
@@ -184,10 +187,10 @@ def sow(target: str, folder: Path) -> None:
 
 
 def fuzz(target: str, arguments: list[str]) -> None:
-    """Become the fuzzer of one target."""
+    """Turn this process into the fuzzer of one target."""
     import atheris
 
-    with atheris.instrument_imports(include=["ota"]):  # what is imported later would be run blindly
+    with atheris.instrument_imports(include=["ota"]):  # modules imported later would run without coverage
         for module in ("errors", "manifest", "delta.format", "delta.streams", "agent.state", "agent.serve"):
             importlib.import_module(f"ota.{module}")
         from ota.errors import OtaError
@@ -200,13 +203,13 @@ def fuzz(target: str, arguments: list[str]) -> None:
 
     resource.setrlimit(
         resource.RLIMIT_AS, (4 * MEMORY << 20, 4 * MEMORY << 20)
-    )  # address space; what is resident libFuzzer watches
+    )  # address space; libFuzzer watches the resident memory
     atheris.Setup([sys.argv[0], *arguments], once)
     atheris.Fuzz()
 
 
 def main() -> None:
-    """Run all targets for their share of the time, or one input."""
+    """Run all targets for equal shares of the time, or one target with the given arguments."""
     if len(sys.argv) > 1:
         fuzz(sys.argv[1], sys.argv[2:])
         return

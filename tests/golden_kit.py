@@ -1,7 +1,8 @@
-"""Deltas as they were once published, in tests/golden/deltas.json, and the files that they were made from.
+"""Deltas that were published once, in tests/golden/deltas.json, and the files that they were made from.
 
-A round trip says nothing of a fault that encoder and decoder share; these say whether a fielded agent and a new one read the same. They
-are never made anew: where a test of them fails, the format has changed. `python -m tests.golden_kit` adds those that are missing.
+A round trip cannot show a fault that encoder and decoder share. These deltas show whether a new agent reads the same bytes
+as a fielded one. They are never made anew: if a test of them fails, the format has changed.
+`python -m tests.golden_kit` adds those that are missing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ NAMES = [
 
 
 def drawn(seed: int, *shape: int) -> npt.NDArray[np.float64]:
-    """About normal numbers, the same on every machine and with every library: sums of twelve draws of a congruential generator."""
+    """Return roughly normal numbers that are the same on every machine and with every library.
+
+    Each is the sum of twelve draws of a linear congruential generator.
+    """
     state, found = seed * 7919 + 1, []
     for _ in range(int(np.prod(shape))):
         total = 0
@@ -48,7 +52,7 @@ def drawn(seed: int, *shape: int) -> npt.NDArray[np.float64]:
 
 
 def stored(values: npt.NDArray[np.float64], kind: KindName) -> bytes:
-    """Values as bytes of a kind, rounded by torch and numpy."""
+    """Return values as bytes of a number format, rounded by torch and numpy."""
     if kind == "bfloat16":
         made: bytes = torch.from_numpy(values.astype(np.float32)).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
         return made
@@ -62,7 +66,8 @@ def stored(values: npt.NDArray[np.float64], kind: KindName) -> bytes:
 def files(name: str) -> tuple[bytes, bytes]:
     """Make the old and the new file of a golden delta.
 
-    Weights move more in some rows and columns than in others, and hold zeros, denormals, infinities and NaNs.
+    Weights move more in some rows and columns than in others. Floating-point files hold zeros and denormals, and, unless the
+    step is a product, infinities and NaNs.
     """
     kind, way = name.split()
     seed = NAMES.index(name)
@@ -82,7 +87,7 @@ def files(name: str) -> tuple[bytes, bytes]:
         top = 1 << (8 * width - 1)
         infinity = (top - 1) >> mantissa << mantissa
         special = [0, 1, (1 << mantissa) - 1, 1 << mantissa, top, top | 1]
-        if way != "product":  # whose rank they would raise
+        if way != "product":  # they would raise the rank of the step
             special += [infinity - 1, infinity, infinity + 1, top | infinity]
         for i, code in enumerate(special):
             at = (i * 97 + 5) * width
@@ -97,7 +102,7 @@ def _values(data: bytes, kind: str) -> npt.NDArray[np.float64]:
 
 
 def make(name: str) -> bytes:
-    """A delta as the encoder makes it today."""
+    """Encode a golden delta as the encoder does today."""
     old, new = files(name)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -110,7 +115,7 @@ def make(name: str) -> bytes:
 
 
 def ways(patch: bytes) -> tuple[set[str], int]:
-    """How the numbers of a delta are said to move, and in how many streams."""
+    """Return the methods (`way`) by which a delta says that numbers move, and the largest number of streams in a record."""
     stream = io.BytesIO(patch)
     header = delta.read_header(stream)
     found = list(container.records(stream, header.files[0]))
@@ -118,7 +123,7 @@ def ways(patch: bytes) -> tuple[set[str], int]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Add the missing deltas to tests/golden/deltas.json."""
     there: dict[str, Any] = json.loads(DELTAS.read_bytes()) if DELTAS.is_file() else {}
     for name in NAMES:
         if name not in there:

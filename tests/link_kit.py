@@ -1,7 +1,8 @@
-"""Two hosts on one machine, and a thin, unreliable link between them that is ours to cut.
+"""Two hosts on one machine, and a slow, unreliable link between them that a test can cut.
 
-Each host is a network namespace with one TUN device; whoever sends a packet into one of them sends it to us. We lose some, delay all, let no
-more pass than the rate allows, and count. The kernel's own emulator (netem) is not on every machine; this needs root and /dev/net/tun.
+Each host is a network namespace with one TUN device. Every packet that is sent into one of them comes to this process. It
+loses some packets, delays all, lets no more pass than the rate allows, and counts. The kernel's own emulator (netem) is not
+on every machine; this module needs root and /dev/net/tun.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from types import TracebackType
 from typing import Self
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
-QUEUE = 16 * 1024  # bytes that wait for their turn; what comes on top of them is lost, as in a modem
+QUEUE = 16 * 1024  # bytes that wait for their turn; packets beyond that are lost, as in a modem
 
 
 def why_not() -> str | None:
-    """Why such a link cannot be made here."""
+    """Return why such a link cannot be made here, or None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if not Path("/dev/net/tun").exists():
@@ -46,9 +47,9 @@ class Way:
     """One direction of the link."""
 
     bytes: int = 0
-    """That arrived."""
+    """Bytes that arrived."""
     lost: int = 0
-    """Packets."""
+    """Packets that were lost."""
     free_at: float = 0.0
     waiting: list[tuple[float, int, bytes]] = field(default_factory=list)
 
@@ -63,13 +64,13 @@ class Link:
     near_address, far_address = "10.9.0.1", "10.9.0.2"
 
     def __init__(self, rate: int, delay: float, loss: float, seed: int = 0) -> None:
-        """Describe it.
+        """Describe the link.
 
         Args:
-            rate: bits a second, each way.
-            delay: seconds, each way.
+            rate: in bits per second, each way.
+            delay: in seconds, each way.
             loss: share of packets that are lost, each way.
-            seed: for which.
+            seed: decides which packets are lost.
         """
         self.rate, self.delay, self.loss = rate, delay, loss
         self.cut = False
@@ -103,7 +104,7 @@ class Link:
             subprocess.run(["ip", "netns", "del", name], check=True)
 
     def words(self, side: str, command: list[str]) -> list[str]:
-        """The command line that runs a command on one of the hosts."""
+        """Return the command line that runs a command on one of the hosts."""
         return ["ip", "netns", "exec", self._names[side], *command]
 
     def _carry(self) -> None:

@@ -1,7 +1,7 @@
 """Run a command with no network but the loopback: `python -m tests.offline pytest tests`.
 
-A new network namespace holds nothing but a loopback that is down; this brings it up and becomes the command. Tests that
-pass here need no network, and nothing in the product phones home and fails without it.
+A new network namespace has only a loopback interface, which is down. This module brings it up and then becomes the command.
+Tests that pass here need no network, and no part of the product fails because it cannot reach a server outside.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 
 
 def cut_off() -> None:
-    """Leave this process with a loopback and nothing else."""
+    """Cut this process off from every network but the loopback."""
     libc = ctypes.CDLL(None, use_errno=True)
     flags = CLONE_NEWNET if os.geteuid() == 0 else CLONE_NEWNET | CLONE_NEWUSER
     if libc.unshare(flags):
@@ -30,7 +30,7 @@ def cut_off() -> None:
 
 
 def check() -> None:
-    """Make sure that nothing outside can be reached, so that a pass means something."""
+    """Check that nothing outside can be reached; otherwise a passing test would mean nothing."""
     with socket.socket() as probe:
         probe.settimeout(1)
         try:

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from flows import cli
 from flows.errors import WorkspaceError
-from flows.workspace import SETTINGS, Workspace
+from flows.settings import SETTINGS
+from flows.workspace import Workspace
 from model import features
 from model.config import MAX_TEXT, ModelConfig
 from model.data import METADATA, caption_ids, is_held_out, prepare

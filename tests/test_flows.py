@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.errors import BusyError, WorkspaceError
 from flows.promote import anchor_of, champion_of, judged, sealed, verdict
-from flows.workspace import SEEN, Workspace, create
+from flows.setup import create
+from flows.workspace import SEEN, Workspace
 from model import versions
 from model.errors import CheckpointError, RevisionError
 from ota.release.keys import KeyRing

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from flows.cli import app
 from flows.measure import find, measure, network_file
 from flows.promote import promote
-from flows.workspace import Workspace, create
+from flows.setup import create
+from flows.workspace import Workspace
 from model import evaluate, versions
 from model.data import Dataset, prepare
 from model.errors import ConfigError

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from flows import policies
 from flows.cli import app
 from flows.errors import BusyError
-from flows.workspace import Workspace, create
+from flows.setup import create
+from flows.workspace import Workspace
 from ota.errors import OperatorError
 from ota.manifest import Policy
 from ota.release.bundle import Bundle

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from flows import rate
-from flows.workspace import Workspace, create
+from flows.setup import create
+from flows.workspace import Workspace
 from registry import rating
 from registry.errors import RatingError
 from registry.rating import Answers, Rated, Sheet

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from flows import remeasure, report
 from flows.cli import app
 from flows.promote import promote, sealed
-from flows.workspace import Workspace, create
+from flows.setup import create
+from flows.workspace import Workspace
 from model import features, versions
 from model.data import prepare
 from model.export import Export

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from flows.workspace import Settings, template
+from flows.settings import Settings
+from flows.setup import template
 from registry.cost import Prices, Work, energy, total, traffic, yearly
 from registry.report import (
     Change,

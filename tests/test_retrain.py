@@ -16,7 +16,8 @@ import pytest
 from flows import triggers
 from flows.promote import champion_of
 from flows.serve import server
-from flows.workspace import Workspace, create
+from flows.setup import create
+from flows.workspace import Workspace
 from model import versions
 from registry.catalog import Subject
 from tests.conftest import write_images

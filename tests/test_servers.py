@@ -29,7 +29,8 @@ from moto.server import ThreadedMotoServer
 
 from flows import serve
 from flows.promote import champion_of
-from flows.workspace import Workspace, create
+from flows.setup import create
+from flows.workspace import Workspace
 from ota.release.keys import create as create_keys
 from registry.catalog import RETRAINING, Subject
 from registry.ledger import Ledger

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from flows.promote import champion_of
-from flows.workspace import Workspace, create
+from flows.setup import create
+from flows.workspace import Workspace
 from model import versions
 from registry.catalog import Subject
 from tests.conftest import write_images

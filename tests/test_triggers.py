@@ -9,7 +9,8 @@ import pytest
 
 from flows import triggers
 from flows.errors import WorkspaceError
-from flows.workspace import Workspace, create
+from flows.setup import create
+from flows.workspace import Workspace
 from model.scorecard import DataVersion
 
 DATA = DataVersion(line="shapes", path="data/shapes", rev="0" * 40, md5="1" * 32 + ".dir", files=9, bytes=99)

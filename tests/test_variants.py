@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from flows.promote import champion_of, seals
-from flows.workspace import DeviceClass, Workspace, create
+from flows.settings import DeviceClass
+from flows.setup import create
+from flows.workspace import Workspace
 from model import versions
 from model.config import VariantName
 from model.features import SPACES

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from flows.workspace import create
+from flows.setup import create
 
 OUT = Path("build/bench/commands.json")
 TIMES = 5

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, open_workspace, reported_errors, showing_progress
+from flows.cli.shared import Json, answer, open_workspace, reported_errors, showing_progress
 from model.folder import shown
 
 if TYPE_CHECKING:

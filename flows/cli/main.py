@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 import ota
-from flows.commands import promotion
-from flows.commands.data import data_app
-from flows.commands.delta import delta_app
-from flows.commands.fleet import fleet_app, rollout_app
-from flows.commands.report import rate, report
-from flows.commands.shared import Json, Options, answer, open_workspace, reported_errors, showing_progress
-from flows.commands.trust import trust_app
+from flows.cli import promotion
+from flows.cli.data import data_app
+from flows.cli.delta import delta_app
+from flows.cli.fleet import fleet_app, rollout_app
+from flows.cli.report import rate, report
+from flows.cli.shared import Json, Options, answer, open_workspace, reported_errors, showing_progress
+from flows.cli.trust import trust_app
 from flows.errors import VariantError
 
 EXIT_CODES = """
@@ -78,7 +78,7 @@ def init(
     Repeated, it completes what a killed call left out and changes nothing else.
     """
     with reported_errors():
-        from flows.workspace import create
+        from flows.setup import create
 
         made = create(folder, line or ["surfaces"])
         lines = list(made.settings.lines)
@@ -346,7 +346,3 @@ def _fresh_folder() -> Path:
 def main() -> None:
     """Entry point."""
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, open_workspace, reported_errors, showing_progress
+from flows.cli.shared import Json, answer, open_workspace, reported_errors, showing_progress
 
 trust_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keys and signatures of the repository.")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, fail, open_workspace, reported_errors, showing_progress
+from flows.cli.shared import Json, answer, fail, open_workspace, reported_errors, showing_progress
 
 rollout_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may install a release, and when.")
 fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and what they reported.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.shared import Json, answer, open_workspace, reported_errors
+from flows.cli.shared import Json, answer, open_workspace, reported_errors
 
 if TYPE_CHECKING:
     from flows.workspace import Workspace

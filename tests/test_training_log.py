@@ -9,8 +9,9 @@ import pytest
 
 from flows import progress
 from flows.retrain import picture
-from flows.watch import points, watching
-from flows.workspace import Workspace, create
+from flows.setup import create
+from flows.training_log import points, watching
+from flows.workspace import Workspace
 from model.data import Dataset
 from model.train import Checkpoint, TrainOptions, train
 from registry.catalog import Subject

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.shared import Json, answer, reported_errors
+from flows.cli.shared import Json, answer, reported_errors
 from ota.output import shown
 
 delta_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Deltas between any two files, in no workspace.")

@@ -1,0 +1,297 @@
+"""ferry.toml: what it may say, what each key means, and what holds where it says nothing."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from flows.errors import WorkspaceError
+from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
+from model.folder import shown
+from model.scorecard import LineName, Sampler
+from registry.cost import Prices
+
+if TYPE_CHECKING:
+    from model.train import TrainOptions
+
+SETTINGS = "ferry.toml"
+FORMAT = 1  # of ferry.toml and of all that lies in a workspace
+TEACHING_MS = 3_600_000.0  # for an image of a variant that no device class runs
+# What lies in a workspace beside the data, each for one purpose; compared without case, as some file systems do.
+NOT_DATA = frozenset({
+    "keys", "repository", "published", "dvc-remote", "mlartifacts", "features", "inbox", "events", "ratings", "work", "ferry.toml",
+    "ferry.db", "mlflow.db", "root.json", "report.html",
+})  # fmt: skip
+
+
+def _data_folder(path: str) -> str:
+    """A data folder's path, written in one way; below the workspace, in nothing that serves another purpose, and plain for DVC and Git."""
+    parts = [part for part in path.split("/") if part not in {"", "."}]
+    named = {"path": shown(path)}
+    if not parts or path.startswith("/") or ".." in parts or "://" in path:
+        raise PydanticCustomError("data", "'{path}' is no folder below the workspace; name one, such as data/surfaces", named)
+    if parts[0].casefold() in NOT_DATA or {".git", ".hg", ".dvc"} & {part.casefold() for part in parts}:
+        raise PydanticCustomError(
+            "data", "'{path}' is where other things are kept; name a folder of its own, such as data/surfaces", named
+        )
+    if (
+        not path.isprintable()
+        or set("*?[") & set(path)
+        or parts[-1].endswith(".dvc")
+        or max(len(part.encode()) for part in parts) > 200
+    ):
+        raise PydanticCustomError(
+            "data",
+            "'{path}' is a name that DVC reads otherwise, or too long; use letters, digits, '-' and '_', as in data/surfaces",
+            named,
+        )
+    return "/".join(parts)
+
+
+DataFolder = Annotated[str, AfterValidator(_data_folder)]
+
+
+class Section(BaseModel):
+    """A part of ferry.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stores(Section):
+    """Where things are kept. Relative paths start at the workspace."""
+
+    data: str = "dvc-remote"
+    database: str = "sqlite:///ferry.db"
+    mlflow: str = "sqlite:///mlflow.db"
+    publish: str = "published"
+    s3_endpoint: str = ""
+    reports: str = "inbox"
+
+
+class Energy(Section):
+    """Joules for an image as `ferry-agent bench` measured them on a device, for the report."""
+
+    joules: float = Field(gt=0)
+    low: float | None = Field(default=None, ge=0, description="of its 95 % interval")
+    high: float | None = None
+    source: str = Field(min_length=1, max_length=80, description="which sensor, such as RAPL package-0")
+    quality: Literal["measured", "partial", "model"] = Field(description="as bench says it")
+
+    @model_validator(mode="after")
+    def _inside(self) -> Energy:
+        if (self.low is None) != (self.high is None) or not (self.low or 0.0) <= self.joules <= (self.high or self.joules):
+            raise ValueError("low and high are given together, and joules lies between them")
+        return self
+
+
+class Training(Section):
+    """How long and how fast to train; see `model.train.TrainOptions`."""
+
+    steps: int = Field(default=400, ge=1)
+    batch: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    update_grid: float = Field(default=0.0, ge=0, le=8, description="coarseness of an update; see TrainOptions")
+    seed: int = 0
+
+    def options(self, stored: PrecisionName) -> TrainOptions:
+        """As training takes them, for weights that will be stored so."""
+        from model.train import TrainOptions
+
+        return TrainOptions(stored=stored, **self.model_dump())
+
+
+SUCCESSORS = {  # keys of [lines.*.gate] that are no more, because they were shares of pure noise's distance
+    "margin": "tolerance (a share of the champion's own distance; 0.5 unless given)",
+    "decay": "total_tolerance (how many such losses in all; 2.0 unless given)",
+}
+
+
+class Gate(Section):
+    """What promotion asks for; see `registry.selection.Limits`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _successors(cls, given: Any) -> Any:
+        for name in SUCCESSORS.keys() & (given if isinstance(given, dict) else {}).keys():
+            raise PydanticCustomError(
+                "successor", "{name} was a share of pure noise's distance and is no more; remove it, its successor is {successor}",
+                {"name": name, "successor": SUCCESSORS[name]},
+            )  # fmt: skip
+        return given
+
+    images: int = Field(default=256, ge=8, description="generated images for each evaluation")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    tolerance: float = Field(default=0.5, gt=0, le=2)
+    tolerance_bands: float = Field(default=1.5, ge=0, le=10)
+    total_tolerance: float = Field(default=2.0, gt=0, le=10)
+    minimum_images: int = Field(default=96, ge=8)
+    coverage: float = Field(default=0.3, ge=0, le=1)
+    copying: float = Field(default=0.8, gt=0.5, le=1)
+    copies: float = Field(default=0.1, gt=0, le=1)
+    implausible: float = Field(default=0.3, gt=0, le=1)
+    implausible_more: float = Field(default=0.08, gt=0, le=1)
+    duplicates: float = Field(default=0.3, gt=0, le=1)
+    captions: bool = Field(default=True, description="images must go with their captions, and each caption be drawn")
+    beat_solver: bool = Field(default=True, description="of dev and fast: better than full, drawn with as many evaluations")
+
+
+class DeviceClass(Section):
+    """A kind of hardware: it chooses the configuration, the precision and the variants."""
+
+    configuration: ConfigurationName = "I"
+    precision: PrecisionName = "bfloat16"
+    variants: list[VariantName] = Field(default=["full"], min_length=1, max_length=3, description="the first is the default")
+    latency_ms: float = Field(default=5000, gt=0, description="budget for one image")
+    memory_mib: float | None = Field(default=None, gt=0, description="budget for the model, beyond a bare interpreter")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> DeviceClass:
+        if len(set(self.variants)) < len(self.variants):
+            raise ValueError("a variant is listed twice")
+        return self
+
+
+class Line(Section):
+    """One product: its data, its model, its device classes."""
+
+    data: DataFolder
+    tier: TierName = "nano"
+    image_size: int = 16
+    channels: Literal[1, 3] = 1
+    text_length: int = 24
+    router: RouterName = "expert-choice"
+    training: Training = Training()
+    retraining: Training = Training(steps=200, learning_rate=5e-4, update_grid=2.0)
+    distillation: Training = Training(steps=200, learning_rate=5e-4, update_grid=2.0)
+    sampler: Sampler = Sampler()
+    gate: Gate = Gate()
+    require_approval: bool | None = Field(default=None, description="of promotions, by a person; None: as the workspace says")
+    classes: dict[LineName, DeviceClass] = Field(default={"edge": DeviceClass()}, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Line:
+        stored = {(c.configuration, c.precision) for c in self.classes.values()}
+        if len(stored) > len({configuration for configuration, _ in stored}):
+            raise ValueError("classes of one configuration must share a precision, a version is exported once")
+        return self
+
+    def config(self, configuration: ConfigurationName) -> ModelConfig:
+        """The network of a configuration."""
+        return ModelConfig(
+            tier=self.tier, configuration=configuration, image_size=self.image_size, channels=self.channels,
+            text_length=self.text_length, router=self.router,
+        )  # fmt: skip
+
+    def combinations(self) -> list[tuple[ConfigurationName, VariantName]]:
+        """What has to be trained: every (configuration, variant) that some class runs, each after the one that teaches it."""
+        wanted: set[tuple[ConfigurationName, VariantName]] = set()
+        for device_class in self.classes.values():
+            for variant in device_class.variants:
+                taught: VariantName | None = variant
+                while taught:
+                    wanted.add((device_class.configuration, taught))
+                    taught = TEACHERS.get(taught)
+        ladder = list(VARIANTS)
+        return sorted(wanted, key=lambda pair: (pair[0], ladder.index(pair[1])))
+
+    def ladders(self) -> dict[ConfigurationName, list[VariantName]]:
+        """The same by configuration; those of different ones need nothing of each other."""
+        found: dict[ConfigurationName, list[VariantName]] = {}
+        for configuration, variant in self.combinations():
+            found.setdefault(configuration, []).append(variant)
+        return found
+
+    def sampler_of(self, variant: VariantName) -> Sampler:
+        """How a variant is drawn: `full` as the settings say, a distilled one in the steps that it was taught."""
+        if VARIANTS[variant].guided:
+            return self.sampler
+        return Sampler(method="mean", steps=VARIANTS[variant].steps, guidance=1.0)
+
+    def precision(self, configuration: ConfigurationName) -> PrecisionName:
+        """How the classes with a configuration store weights."""
+        return next(c.precision for c in self.classes.values() if c.configuration == configuration)
+
+    def latency_ms(self, configuration: ConfigurationName, variant: VariantName) -> float:
+        """The tightest budget among the classes that run a variant; for one that only teaches, an hour."""
+        budgets = [c.latency_ms for c in self.classes.values() if c.configuration == configuration and variant in c.variants]
+        return min(budgets, default=TEACHING_MS)
+
+    def memory_mib(self, configuration: ConfigurationName, variant: VariantName) -> float | None:
+        """The tightest memory budget among the classes that run a variant, if any has one."""
+        running = [c for c in self.classes.values() if c.configuration == configuration and variant in c.variants]
+        return min((c.memory_mib for c in running if c.memory_mib is not None), default=None)
+
+
+class Settings(Section):
+    """ferry.toml."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    parallel: int = Field(default=1, ge=1, le=8, description="configurations that are retrained at a time")
+    stores: Stores = Stores()
+    prices: Prices = Prices()
+    require_approval: bool = Field(default=False, description="a winner waits for a person; see `ferry approve`")
+    poll_seconds: float = Field(default=60, ge=1, le=86_400, description="between looks at MLflow's aliases in `ferry serve`")
+    lines: dict[LineName, Line] = Field(min_length=1)
+    energy: dict[LineName, dict[LineName, dict[VariantName, Energy]]] = Field(default={}, description="by line, class, variant")
+
+    @model_validator(mode="after")
+    def _data_apart(self) -> Settings:
+        stores = [
+            Path(store).parts for store in (self.stores.data, self.stores.publish, self.stores.reports) if "://" not in store
+        ]
+        for name, line in self.lines.items():
+            parts = Path(line.data).parts
+            if any(store and (store[: len(parts)] == parts or parts[: len(store)] == store) for store in stores):
+                raise ValueError(f"lines.{name}.data and one of the stores share a folder; give each its own")
+        return self
+
+    @model_validator(mode="after")
+    def _energy_of_something(self) -> Settings:
+        for line, classes in self.energy.items():
+            for name, variants in classes.items():
+                known = self.lines[line].classes.get(name) if line in self.lines else None
+                if known is None or not variants.keys() <= set(known.variants):
+                    raise ValueError(f"energy.{line}.{name} names a line, class or variant that is not in this file")
+        return self
+
+
+def read(path: Path) -> Settings:
+    """Read and check a ferry.toml.
+
+    Raises:
+        WorkspaceError: it is not valid; the sentence names the line or the key.
+    """
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        _check_format(path, given.get("schema"))
+        settings = Settings.model_validate(given)
+        for line in settings.lines.values():
+            for configuration, _ in line.combinations():
+                line.config(configuration)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise WorkspaceError(f"{path} is not valid TOML: {error}; mend that line") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "a line"
+        raise WorkspaceError(f"{path}: {where}: {first['msg']}") from error
+    return settings
+
+
+def _check_format(path: Path, found: object) -> None:
+    """There is one format so far; another is not guessed at.
+
+    Raises:
+        WorkspaceError: the workspace was made by another ferry.
+    """
+    if isinstance(found, int) and found > FORMAT:
+        raise WorkspaceError(
+            f"{path}: schema = {found} was made by a newer ferry, this one knows {FORMAT}; install that one, nothing was changed"
+        )
+    if found != FORMAT:
+        raise WorkspaceError(
+            f"{path}: schema = {FORMAT} is missing at its beginning; if this is a workspace, write it there: no older format was ever released"
+        )
