@@ -21,9 +21,9 @@ from prefect.flow_runs import resume_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from flows.promote import approve, waiting
 from flows.workspace import Workspace
 from registry.catalog import Subject
+from registry.champions import approve, waiting
 from registry.ledger import Entry
 
 
@@ -41,7 +41,9 @@ def name_of(workspace: Workspace) -> str:
 
 
 def _find(workspace: Workspace, subject: Subject, version: int) -> Entry | None:
-    return next((e for e in waiting(workspace) if (e.subject, e.facts["version"]) == (str(subject), version)), None)
+    return next(
+        (e for e in waiting(workspace, workspace.subjects()) if (e.subject, e.facts["version"]) == (str(subject), version)), None
+    )
 
 
 @flow(name="approval", flow_run_name="approve {subject} {version}", persist_result=False)

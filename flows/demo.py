@@ -226,9 +226,9 @@ class Demo:
         """Register the champion with its weights shuffled, as a fault in the factory might; then overrule the gate."""
         import torch
 
-        from flows.promote import champion_of, promote, promotions
         from flows.retrain import champion_files, register_checkpoint
         from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
+        from registry.champions import champion_of, promote, promotions
 
         if promotions(self.workspace, self._subject())[-1].facts["overruled"]:
             return  # done, in a run of the demo that was killed
@@ -254,8 +254,8 @@ class Demo:
 
     def _recover(self) -> None:
         from flows import policies
-        from flows.promote import promote, promotions
         from flows.release import release
+        from registry.champions import promote, promotions
 
         subject = self._subject()
         policies.halt(self.workspace, LINE, CLASS, "every device refused it")
@@ -281,8 +281,8 @@ class Demo:
     def summary(self) -> dict[str, Any]:
         """The story's figures, each from the store that keeps it."""
         from flows import data
-        from flows.promote import judged
         from model import versions
+        from registry.champions import judged
 
         w, subject = self.workspace, self._subject()
         arrivals = [v for v, _ in reversed(versions.log(w.root, w.line(LINE).data, LINE))]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows import progress
-from flows.promote import champion_of, judged, sealed
 from flows.remeasure import Figures, figures
 from flows.workspace import Workspace
 from model.errors import ConfigError, DataError
 from model.scorecard import Frozen, PublishedFid, Scorecard
 from registry.catalog import Subject
+from registry.champions import champion_of, judged, sealed
 from registry.errors import CatalogError
 from registry.seal import Seal
 

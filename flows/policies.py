@@ -17,7 +17,8 @@ from ota.errors import OperatorError, OtaError
 from ota.manifest import Policy
 from ota.release import rollout, store
 from ota.release.repository import Release
-from registry.errors import RegistryError
+from registry.errors import LedgerError, RegistryError
+from registry.ledger import START
 from registry.promotion import subject_state
 
 HALT_SECONDS = 5.0  # that a halt which has gone out waits to be recorded
@@ -256,3 +257,26 @@ def after_promotion(workspace: Workspace, line: str, configuration: str, variant
                 next_step(workspace, line, name, release.seq) if release else f"publish it with `ferry release {line}/{name}`"
             )
     return "; ".join(dict.fromkeys(steps)) or f"no device class of {line} runs it"
+
+
+def check_ledger(workspace: Workspace) -> dict[str, int]:
+    """Hold the ledger against the heads that were signed into releases.
+
+    Returns:
+        for each of these releases the number of the entry that was the last.
+
+    Raises:
+        LedgerError: entries that were there when a release was signed are gone.
+    """
+    numbers = {entry_sha256: number for number, entry_sha256 in enumerate(workspace.ledger.hashes(), start=1)}
+    signed: dict[str, int] = {}
+    for line, settings in workspace.settings.lines.items():
+        for device_class in settings.classes:
+            for release in workspace.repository.releases(line, device_class):
+                if release.ledger not in numbers and release.ledger != START:
+                    raise LedgerError(
+                        f"the ledger lacks what {line}/{device_class} release {release.seq} was signed with: entries were cut off; "
+                        "restore the database"
+                    )
+                signed[f"{line}/{device_class} release {release.seq}"] = numbers.get(release.ledger, 0)
+    return signed

@@ -21,12 +21,12 @@ from pydantic import ValidationError
 
 from flows import progress
 from flows.errors import BusyError
-from flows.promote import champion_of, judged, promotions, sealed
 from flows.workspace import Workspace
 from model.scorecard import Scorecard
 from ota import output
 from registry import rating
 from registry.catalog import Subject
+from registry.champions import champion_of, judged, promotions, sealed
 from registry.errors import CatalogError, RatingError, RegistryError
 from registry.rating import MAX_ANSWERS, Answers, Rated, Sheet, Verdict
 from registry.seal import Seal

@@ -9,7 +9,7 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 
 from flows import policies, progress
-from flows.promote import champions, check_ledger, promotions
+from flows.policies import check_ledger
 from flows.retrain import RETRIES, champion_files
 from flows.workspace import Workspace
 from model.scorecard import Frozen
@@ -19,6 +19,7 @@ from ota.release import bundle
 from ota.release.bundle import Bundle, Delta
 from ota.release.repository import Release
 from registry.catalog import Subject
+from registry.champions import champions, promotions
 from registry.errors import CatalogError
 
 PREVIOUS = 2  # releases before this one that get a delta even if no device reports them
@@ -44,7 +45,7 @@ def make_bundle(root: str, line: str, device_class: str) -> str:
     """Put the champions of a line together for a device class; returns the bundle's folder."""
     workspace = Workspace(Path(root))
     settings = workspace.device_class(line, device_class)
-    found = champions(workspace, line, device_class)
+    found = champions(workspace, workspace.class_subjects(line, device_class))
     exports = {variant: Path(champion_files(workspace, champion)["bundle"]) for variant, champion in found.items()}
     first = next(iter(found.values()))
     lineage = load_checkpoint(Path(champion_files(workspace, first)["checkpoint"])).lineage
@@ -136,7 +137,7 @@ def release(root: str, line: str, device_class: str) -> dict[str, Any]:
         copied = publish(root)
     made = Released(
         line=line, device_class=device_class, release=published.seq, manifest=published.manifest,
-        versions={variant: champion.version for variant, champion in champions(workspace, line, device_class).items()},
+        versions={variant: champion.version for variant, champion in champions(workspace, workspace.class_subjects(line, device_class)).items()},
         full_bytes=published.full_bytes,
         deltas={d.base: d.size for d in workspace.repository.deltas(line, device_class) if d.target == published.manifest},
         metadata_bytes=workspace.repository.metadata_bytes(), copied=copied,

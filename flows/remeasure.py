@@ -13,11 +13,11 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from flows.promote import anchor_of, champion_of
 from flows.workspace import Workspace
 from model.config import canonical_sha256
 from model.scorecard import CaptionCheck, Frozen, Quality, Sha256
 from registry.catalog import Subject
+from registry.champions import anchor_of, champion_of
 from registry.errors import CatalogError, LedgerError
 from registry.lineage import file_sha256
 from registry.seal import Seal

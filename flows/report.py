@@ -13,7 +13,6 @@ from statistics import median
 
 from PIL import Image
 
-from flows.promote import champion_of, promotions, seals
 from flows.rate import verdicts
 from flows.remeasure import figures
 from flows.retrain import GRID_COLUMNS, champion_files
@@ -28,6 +27,7 @@ from ota.release import rollout
 from ota.release.repository import Release
 from registry import cost, report
 from registry.catalog import Subject
+from registry.champions import champion_of, promotions, seals
 from registry.errors import CatalogError
 from registry.seal import Seal
 

@@ -24,7 +24,6 @@ from prefect.tasks import exponential_backoff
 
 from flows import approval, pages, progress, training_log, triggers
 from flows.errors import VariantError, WorkspaceError
-from flows.promote import anchor_of, ask, champion_of, judged, promote, promotions, reconcile, verdict
 from flows.settings import Line, Training
 from flows.workspace import Workspace
 from model import distill, evaluate, export, features, session, train, versions
@@ -35,8 +34,10 @@ from model.evaluate import Drawn
 from model.scorecard import Comparison, DataVersion, Following, Frozen, Lineage, Quality, Sampler, Scorecard
 from ota.delta import files
 from registry.catalog import Subject, card_text
+from registry.champions import anchor_of, ask, champion_of, judged, promote, promotions, reconcile, verdict
 from registry.errors import SealError
 from registry.lineage import file_sha256
+from registry.promotion import was_taken_back
 from registry.seal import SCORECARD, Part, Seal, files_of, sealed_bytes
 from registry.selection import Budgets, Decision, Limits, decide, level, spent
 
@@ -268,7 +269,9 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
     workspace = Workspace(Path(root))
     settings = workspace.line(line)
     with workspace.locked("retraining"), pages.progress():
-        reconcile(workspace, [line])  # what is trained from, and judged against, is the ledger's champion
+        reconcile(
+            workspace, workspace.subjects([line]), workspace.needs_approval
+        )  # what is trained from, and judged against, is the ledger's champion
         data = versions.resolve(workspace.root, settings.data, line, rev)
         pull_data(root, data.model_dump())
         with training_log.ending(workspace, data) as tell:
@@ -594,9 +597,7 @@ def judge_and_register(
     number = register_model(root, checkpoint, exported, evaluated, decision.model_dump(mode="json"))
     pages.decision(subject, number, decision, Path(evaluated["samples"]))
     promoted, reason, outcome = False, decision.reason, str(decision.outcome)
-    # Somebody went back from these weights, perhaps as another version; a schedule must not undo that.
-    promoted_before = [str(e.facts["weights"]) for e in promotions(workspace, subject)]
-    taken_back = card.weights_sha256 in promoted_before[:-1] and card.weights_sha256 != promoted_before[-1]
+    taken_back = was_taken_back(card.weights_sha256, [str(e.facts["weights"]) for e in promotions(workspace, subject)])
     if decision.outcome == "promote" and winners:
         if taken_back:
             reason = f"{reason}; it was taken back, so promote it by hand if it is to come again"

@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from flows.promote import subjects
 from flows.workspace import Workspace
 from model.config import canonical_sha256
 from model.scorecard import Frozen, Lineage, Scorecard
@@ -59,7 +58,7 @@ def seal(workspace: Workspace) -> list[Sealed]:
     """
     found: list[_Found] = []
     rows: list[Sealed] = []
-    for subject in subjects(workspace):
+    for subject in workspace.subjects():
         entries = workspace.ledger.entries(str(subject))
         now = subject_state(entries)
         for number in sorted(now.judged.keys() - now.seals.keys()):

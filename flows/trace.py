@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flows.errors import WorkspaceError
-from flows.promote import judged, seals
 from flows.workspace import Workspace
 from model import versions
 from registry.catalog import Subject, Version
+from registry.champions import judged, seals
 from registry.ledger import Entry
 from registry.seal import Seal
 

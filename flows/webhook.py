@@ -29,9 +29,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import cast
 
 from flows.errors import ServerError, WorkspaceError
-from flows.promote import reconcile
 from flows.serve import write_secret
 from flows.workspace import Workspace
+from registry.champions import reconcile
 
 PATH = "/mlflow"
 SECRET = "FERRY_WEBHOOK_SECRET"  # noqa: S105 - the variable's name
@@ -222,7 +222,9 @@ def _look(workspace: Workspace, wake: threading.Event, ending: threading.Event) 
     while not ending.is_set():
         wake.clear()  # before looking: what is moved meanwhile is looked at next
         try:
-            news = "; ".join(row.text for row in reconcile(workspace) if row.answer != "agrees")
+            news = "; ".join(
+                row.text for row in reconcile(workspace, workspace.subjects(), workspace.needs_approval) if row.answer != "agrees"
+            )
         except Exception as error:  # noqa: BLE001 - whatever somebody puts into MLflow, the watcher goes on
             news = f"MLflow's aliases cannot be looked at: {error}"
         if news and news != told:  # what lasts is said once

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ota.release.fleet import Fleet
     from ota.release.keys import KeyRing
     from ota.release.repository import Repository
-    from registry.catalog import Catalog
+    from registry.catalog import Catalog, Subject
     from registry.ledger import Ledger
 
 SEEN = "ledger.seen"  # beside the keys: the newest entry of the ledger that this workspace has seen
@@ -88,6 +88,28 @@ class Workspace:
         except KeyError:
             known = ", ".join(self.line(line).classes)
             raise WorkspaceError(f"line {line} has no device class {name!r} in {SETTINGS}; it has {known}") from None
+
+    def subjects(self, lines: Collection[str] | None = None) -> list[Subject]:
+        """List all models that ferry.toml names, or those of these lines."""
+        from registry.catalog import Subject
+
+        return [
+            Subject(line=name, configuration=configuration, variant=variant)
+            for name, line in self.settings.lines.items()
+            if lines is None or name in lines
+            for configuration, variant in line.combinations()
+        ]
+
+    def class_subjects(self, line: str, name: str) -> list[Subject]:
+        """List the models that a device class runs.
+
+        Raises:
+            WorkspaceError: there is no such line or class.
+        """
+        from registry.catalog import Subject
+
+        settings = self.device_class(line, name)
+        return [Subject(line=line, configuration=settings.configuration, variant=variant) for variant in settings.variants]
 
     def needs_approval(self, line: str) -> bool:
         """Whether what wins waits for a person."""

@@ -1,9 +1,10 @@
-"""MLflow: runs, versions and aliases of our models. Only this file and `registry.dataset` import it.
+"""MLflow: runs, versions and aliases of our models. Only this file and `registry.dataset` import MLflow.
 
-One registered model for each line, configuration and variant. A version's run is opened when its training begins
-and fills while it goes on; in the end it holds the checkpoint and the exported files byte for byte; MLflow's ONNX flavour beside them
-is a view for people and tools, never what is signed. The runs of one retraining are nested in a run of its own. `champion`,
-`challenger` and `anchor` are aliases (stages are deprecated); the facts that lead back to data, code and parent are tags.
+There is one registered model for each line, configuration and variant. A version's run is opened when its training begins, and is
+filled while the training goes on. At the end it holds the checkpoint and the exported files byte for byte. It also holds MLflow's ONNX
+flavour, which is a view for people and tools and is never signed. The runs of one retraining are nested in a run of its own.
+`champion`, `challenger` and `anchor` are aliases (MLflow's stages are deprecated). Tags hold the facts that lead back to data, code
+and parent.
 
     >>> catalog = Catalog("sqlite:///mlflow.db", Path("mlartifacts"))
     >>> catalog.champion(Subject.parse("surfaces/I/full"))
@@ -37,11 +38,11 @@ from model.scorecard import DataVersion, Frozen, Lineage, Scorecard, Sha256
 from registry.errors import CatalogError, StoreError
 from registry.selection import Decision
 
-# MLflow reads these when it is imported. DO_NOT_TRACK must be the literal word; "1" does not switch it off.
+# MLflow reads these when it is imported. DO_NOT_TRACK must be the word "true"; "1" does not switch the tracking off.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where `ferry --json` answers
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `ferry --json` answers on stdout
 
 import mlflow
 import mlflow.onnx
@@ -61,30 +62,30 @@ from registry.lineage import data_tags, environment, repository_of, version_tags
 from registry.seal import SCORECARD, FileSeal, Part, Seal, files_of, is_whole, other_bytes, sealed_bytes
 
 if not any(source is DvcDatasetSource for source in cast("list[Any]", get_registered_sources())):
-    register_dataset_source(cast("Any", DvcDatasetSource))  # run out of its folder, there is no entry point
+    register_dataset_source(cast("Any", DvcDatasetSource))  # a program that is not installed has no entry point
 
 CHAMPION, CHALLENGER, ANCHOR = "champion", "challenger", "anchor"  # aliases
 CHECKPOINT, BUNDLE = "checkpoint", "bundle"
-FOLLOWS = "ledger.champion"  # tag of a registered model: the entry that its champion alias follows; see registry/promotion.py
+FOLLOWS = "ledger.champion"  # tag of a registered model: number of the ledger entry that its champion alias follows; see registry/promotion.py
 TRAINING, RETRAINING = (
     "training.key",
     "retraining.key",
-)  # tags of runs that were opened for a training, and for all of a retraining
+)  # tags by which the run of a training, and the run around a retraining, are found again
 WORKSPACE = "workspace"  # tag of every run: who writes into it
 PARENT_RUN, NOTE, COMMIT = (
     "mlflow.parentRunId",
     "mlflow.note.content",
     "mlflow.source.git.commit",
 )  # tags that MLflow's pages know
-_opening = threading.Lock()  # variants that are trained side by side must find one run around them
+_opening = threading.Lock()  # variants that are trained in parallel must share one run around them
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # what it tries again is not worth a line
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its retries are not worth a line
 
 
 class Subject(Frozen):
-    """What a version is a version of."""
+    """Line, configuration and variant: what a registered model is for."""
 
     line: str
     configuration: ConfigurationName
@@ -92,10 +93,10 @@ class Subject(Frozen):
 
     @classmethod
     def parse(cls, text: str) -> Subject:
-        """Read LINE/CONFIG/VARIANT.
+        """Parse LINE/CONFIG/VARIANT.
 
         Raises:
-            CatalogError: it does not have that form.
+            CatalogError: the text does not have that form.
         """
         parts = text.split("/")
         known = (get_args(ConfigurationName), get_args(VariantName))
@@ -111,12 +112,12 @@ class Subject(Frozen):
 
     @property
     def model(self) -> str:
-        """The registered model's name; MLflow allows no slash in it."""
+        """Name of the registered model; MLflow allows no slash in it."""
         return f"{self.line}-{self.configuration}-{self.variant}"
 
 
 class Version(Frozen):
-    """A registered version, as MLflow has it: its users may have made it or changed its tags. What counts is the ledger's seal."""
+    """A registered version, as MLflow has it. MLflow's users may have made it or changed its tags; the ledger's seal counts."""
 
     subject: Subject
     number: int
@@ -126,26 +127,26 @@ class Version(Frozen):
 
     @property
     def tagged_weights(self) -> str:
-        """Hash of its exported weights, as a tag says that MLflow's users can edit; empty where there is none."""
+        """Hash of its exported weights according to a tag, which MLflow's users can edit; empty: there is no such tag."""
         return self.tags.get("weights.sha256", "")
 
 
 class Retraining(Frozen):
-    """The run around all that is made of one data revision with the same code and settings."""
+    """The MLflow run around everything that is made of one data revision with the same code and settings."""
 
     run_id: str
     data: DataVersion
 
 
 class Training:
-    """A run that fills while a network is trained; `Catalog.register` goes on in it. Each call may raise StoreError."""
+    """An MLflow run that is filled while a network is trained; `Catalog.register` continues it. Each call may raise StoreError."""
 
     def __init__(self, client: MlflowClient, run_id: str, logged: set[int]) -> None:
         self.run_id = run_id
         self._client, self._logged = client, logged
 
     def figures(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log figures with their step; steps that a killed call logged before are left as they are."""
+        """Log figures with their step; skip a step that an interrupted training logged before."""
         if step in self._logged:
             return
         now = int(time.time() * 1000)
@@ -154,19 +155,19 @@ class Training:
         self._logged.add(step)
 
     def sample(self, path: Path) -> None:
-        """Keep a picture where the checkpoint's own copy of it will be."""
+        """Upload a sample picture to the place where the checkpoint's own copy of it will be."""
         with _foreign_errors():
             _check_place(self._client, self.run_id)
             self._client.log_artifact(self.run_id, str(path), f"{CHECKPOINT}/{path.parent.name}")
 
     def finish(self, lineage_sha256: str) -> None:
-        """The weights are there; the run waits for their registration."""
+        """Mark the run as finished: the weights are complete, and the run waits for their registration."""
         with _foreign_errors():
             self._client.set_tag(self.run_id, "lineage.sha256", lineage_sha256)
             self._client.set_terminated(self.run_id)
 
     def fail(self) -> None:
-        """The training was cut off; opening it again goes on."""
+        """Mark the run as failed, because the training was interrupted; `Catalog.open_training` continues it."""
         with _foreign_errors():
             self._client.set_terminated(self.run_id, "FAILED")
 
@@ -175,11 +176,11 @@ class Catalog:
     """Registered models behind an MLflow tracking URI."""
 
     def __init__(self, uri: str, artifacts: Path) -> None:
-        """Open the catalogue; a database that is new is set up.
+        """Open the catalogue, and set up a database that is new.
 
         Args:
             uri: of MLflow: a database URL, or the address of a server.
-            artifacts: where files go when MLflow is a database; a server has its own place. The workspace is the folder around it.
+            artifacts: folder for files if MLflow is a database; a server has its own. The folder around it is the workspace.
 
         Raises:
             StoreError: it cannot be reached.
@@ -203,25 +204,26 @@ class Catalog:
         within: Retraining | None = None,
         known: Mapping[int, Sha256] | None = None,
     ) -> Version:
-        """Record a model with everything about it; the same again returns the version that is there.
+        """Record a model with everything about it; return the version that is there if it was recorded before.
 
-        Which one that is, is not told by tags alone, which anybody may put on any version: it is one that the ledger has under this scorecard, or
-        else one that the ledger does not have, of a registration that was cut off, and whose files are these.
+        Anybody may put tags on any version, so tags alone do not show that a version is this model. It must be a version that the
+        ledger has under this scorecard. Or it must be a version that the ledger does not have, because its registration was
+        interrupted, and that holds the same files.
 
-        The version is created last, in one call, so a killed registration leaves a run but never half a version. What is recorded
-        goes into the run that the training opened, or that a killed registration left; of the curve, what is not there yet. The
-        newest version that the gate let through is `challenger` until it is champion.
+        The version is created last, in one call, so an interrupted registration leaves a run but never half a version. Everything is
+        recorded in the run that the training opened, or that an interrupted registration left. Of the training curve, only what is
+        missing is added. The newest version that the gate let through is `challenger` until it is champion.
 
         Args:
-            subject: what it is a version of.
+            subject: line, configuration and variant of the version.
             lineage: of the checkpoint.
             card: of the exported model.
-            decision: the gate's.
-            checkpoint: folder.
+            decision: the gate's decision.
+            checkpoint: folder of the checkpoint.
             export: folder of the exported files.
             pictures: files to show, by name.
-            curve: of the training, a row for each recorded step.
-            within: the retraining that made it; None: it was trained elsewhere.
+            curve: of the training, one row for each recorded step.
+            within: the retraining that made the model; None: it was trained outside a retraining.
             known: the versions that the ledger has, each with the hash of its scorecard.
 
         Raises:
@@ -265,14 +267,14 @@ class Catalog:
                 view = self._log_view(run_id, export)
                 self._client.set_terminated(run_id)
             except BaseException as error:
-                if not _unreachable(error):  # it would be waited for once more
+                if not _unreachable(error):  # another call would only wait for it once more
                     with suppress(MlflowException):
                         self._client.set_terminated(run_id, "FAILED")
                 raise
             if not self._client.search_registered_models(f"name = '{subject.model}'"):
                 self._client.create_registered_model(subject.model, description=f"{subject}, made by DeltaFerry")
             made = (
-                self._client.create_model_version(  # a server, other than a database, asks for the view's id beside its address
+                self._client.create_model_version(  # a server, unlike a database, needs the view's id besides its address
                     subject.model,
                     source=f"models:/{view}",
                     run_id=run_id,
@@ -281,7 +283,7 @@ class Catalog:
                     model_id=view,
                 )
             )
-            # A server that answered too late was asked twice: of those that were made for this run now, the first stays.
+            # If a server answers too late, the client asks twice, and two versions are made for this run: the first stays.
             before = {v.number for v in there}
             first, *twins = (
                 v for v in self._find(subject) if v.run_id == run_id and v.number <= int(made.version) and v.number not in before
@@ -291,7 +293,7 @@ class Catalog:
             return self._challenging(first)
 
     def open_retraining(self, data: DataVersion, key: str) -> Retraining:
-        """The run around a retraining; the same key again goes on in the same run.
+        """Open the run around a retraining; the same key continues the same run.
 
         Raises:
             StoreError: MLflow cannot be reached or refuses.
@@ -312,13 +314,13 @@ class Catalog:
         return Retraining(run_id=run_id, data=data)
 
     def end_runs(self, line: str, key: str, ended: Literal["FINISHED", "FAILED"] | None, note: str = "") -> None:
-        """End what this workspace left running of a line; nothing else may be at work on it.
+        """End the runs of a line that this workspace left running; no other command may be at work on the line.
 
         Args:
-            line: whose runs.
-            key: of the retraining that is at work.
-            ended: how that one ended; None: it begins, and its own run is left as it is.
-            note: what came of it, in Markdown, for its page.
+            line: line whose runs are ended.
+            key: key of the present retraining.
+            ended: how the present retraining ended; None: it begins, and its own run is left as it is.
+            note: result of the retraining in Markdown, for its page in MLflow.
 
         Raises:
             StoreError: MLflow cannot be reached or refuses.
@@ -337,12 +339,12 @@ class Catalog:
                 self._client.set_terminated(run.info.run_id, ended if ours and ended else "KILLED")
 
     def open_training(self, subject: Subject, key: str, within: Retraining | None = None) -> Training:
-        """The run that fills while a network is trained; the same key again goes on in the same run.
+        """Open the run that is filled while a network is trained; the same key continues the same run.
 
         Args:
             subject: what is trained.
-            key: of all that the training depends on.
-            within: the retraining that it is a part of; None: it stands alone.
+            key: hash of everything that the training depends on.
+            within: the retraining that the training is a part of; None: it is not part of one.
 
         Raises:
             StoreError: MLflow cannot be reached or refuses.
@@ -350,7 +352,7 @@ class Catalog:
         with _foreign_errors():
             experiment = self._experiment(subject.line)
             found = self._client.search_runs([experiment], f"tags.`{TRAINING}` = '{key}'")
-            # A run that became a version stays as it is, also when its training is repeated because its folder was lost.
+            # A run that became a version stays as it is, even if its training is repeated because its folder was lost.
             known = [run for run in found if "scorecard.sha256" not in run.data.tags]
             run_id = known[0].info.run_id if known else self._create_run(experiment, subject, {TRAINING: key})
             tags = {PARENT_RUN: within.run_id, **data_tags(within.data, self._repository)} if within else {}
@@ -361,7 +363,7 @@ class Catalog:
         return Training(self._client, run_id, logged)
 
     def promote(self, subject: Subject, number: int) -> None:
-        """Point the champion alias at a version, which challenges nobody any more.
+        """Point the champion alias at a version, and delete the challenger alias if it points there.
 
         Raises:
             CatalogError: there is no such version.
@@ -383,33 +385,33 @@ class Catalog:
             self._client.set_registered_model_alias(subject.model, alias, str(number))
 
     def clear_alias(self, subject: Subject, alias: str) -> None:
-        """Take an alias away."""
+        """Delete an alias."""
         with _foreign_errors():
             self._client.delete_registered_model_alias(subject.model, alias)
 
     def follows(self, subject: Subject) -> int:
-        """Number of the ledger's entry after which the champion alias was last pointed; 0 where none is named."""
+        """Return the number of the ledger entry for which the champion alias was last moved; 0: none is noted."""
         with _foreign_errors():
             found = self._client.search_registered_models(f"name = '{subject.model}'")
         said = found[0].tags.get(FOLLOWS, "") if found else ""
-        return int(said) if re.fullmatch("[0-9]{1,9}", said) else 0  # a tag can hold anything
+        return int(said) if re.fullmatch("[0-9]{1,9}", said) else 0  # anybody can write any text into a tag
 
     def follow(self, subject: Subject, entry: int) -> None:
-        """Note after which entry of the ledger the champion alias was pointed."""
+        """Note the number of the ledger entry for which the champion alias was moved."""
         with _foreign_errors():
             self._client.set_registered_model_tag(subject.model, FOLLOWS, str(entry))
 
     def note(self, subject: Subject, number: int, name: str, text: str) -> None:
-        """Say something of a version where people read it in MLflow: a tag."""
+        """Set a tag of a version for people who read it in MLflow; a longer text is cut after 4,900 characters."""
         with _foreign_errors():
             self._client.set_model_version_tag(subject.model, str(number), name, text[:4900])
 
     def champion(self, subject: Subject) -> Version | None:
-        """The present champion."""
+        """Return the version that the champion alias points at; None: there is no champion."""
         return self.aliased(subject, CHAMPION)
 
     def aliased(self, subject: Subject, alias: str) -> Version | None:
-        """The version that an alias points at."""
+        """Return the version that an alias points at; None: there is no such alias."""
         with _foreign_errors():
             try:
                 return self._with_aliases(subject, self._client.get_model_version_by_alias(subject.model, alias))
@@ -419,10 +421,10 @@ class Catalog:
                 raise
 
     def version(self, subject: Subject, number: int) -> Version:
-        """One version.
+        """Return a version by its number.
 
         Raises:
-            CatalogError: there is none with that number.
+            CatalogError: there is no version with that number.
         """
         with _foreign_errors():
             try:
@@ -435,22 +437,24 @@ class Catalog:
                 raise
 
     def versions(self, subject: Subject) -> list[Version]:
-        """All versions, oldest first."""
+        """Return all versions of a subject, oldest first."""
         with _foreign_errors():
             return self._find(subject)
 
     def files(self, seal: Seal, part: Part, into: Path) -> Path:
-        """The sealed files of a version in a folder of their own; each is checked against its seal, also if it was fetched before.
+        """Fetch the sealed files of a version into a folder of their own, and return the folder.
+
+        Each file is checked against its seal, even if it was fetched before.
 
         Args:
             seal: of the version, from the ledger.
-            part: which of its folders.
-            into: where fetched files are kept, by their content.
+            part: which folder of the version's run.
+            into: folder in which fetched files are kept, by their content.
 
         Raises:
-            CatalogError: there is no such version any more.
-            SealError: MLflow holds other bytes, or none.
-            StoreError: they cannot be fetched.
+            CatalogError: the version does not exist any more.
+            SealError: MLflow holds other bytes, or does not have the file.
+            StoreError: the files cannot be fetched.
         """
         facts = seal.part(part)
         place = into / canonical_sha256([seal.subject, {name: fact.digest for name, fact in facts.items()}])[:32] / part
@@ -463,7 +467,7 @@ class Catalog:
         return place
 
     def data(self, seal: Seal, name: str) -> bytes:
-        """One sealed file of a version's run.
+        """Fetch one sealed file of a version's run, and return its content.
 
         Raises:
             CatalogError, SealError, StoreError: as `files`.
@@ -473,10 +477,10 @@ class Catalog:
             return (Path(folder) / "file").read_bytes()
 
     def card(self, seal: Seal) -> Scorecard:
-        """A version's scorecard.
+        """Fetch a version's scorecard.
 
         Raises:
-            CatalogError, SealError, StoreError: as `files`; also where it is of a newer ferry.
+            CatalogError, SealError, StoreError: as `files`; StoreError also if another version of ferry wrote the scorecard.
         """
         try:
             return Scorecard.model_validate_json(self.data(seal, SCORECARD))
@@ -484,16 +488,16 @@ class Catalog:
             raise StoreError(f"the scorecard of {seal.name} is of another ferry; install that one, or `ferry retrain`") from error
 
     def as_they_are(self, version: Version, names: Collection[str], into: Path, largest: int) -> dict[str, Path]:
-        """Files of a version of which nothing is sealed yet, as MLflow has them now; for `ferry seal` alone, which says so.
+        """Fetch files of a version that has no seal yet, as MLflow has them now; only for `ferry seal`, which says so.
 
         Args:
-            version: whose.
-            names: in its run; those that are missing are left out.
+            version: version whose files are fetched.
+            names: names in its run; missing files are left out.
             into: an empty folder.
-            largest: bytes that one may have.
+            largest: most bytes that a file may have.
 
         Raises:
-            StoreError: one is larger, or cannot be fetched.
+            StoreError: a file is larger, or cannot be fetched.
         """
         found = {}
         with _foreign_errors():
@@ -508,10 +512,10 @@ class Catalog:
                     found[row.path] = self._downloaded(version.run_id, row.path, into)
         return found
 
-    # Inside
+    # Private helpers
 
     def _holds(self, run_id: str, files: Mapping[str, FileSeal]) -> bool:
-        """Whether a run holds these very files."""
+        """Check whether a run holds files with these names, sizes and hashes."""
         with tempfile.TemporaryDirectory() as folder:
             for name, fact in files.items():
                 listed = self._client.list_artifacts(run_id, name.rpartition("/")[0] or None) if run_id else []
@@ -525,7 +529,7 @@ class Catalog:
         return self.version(Subject.parse(seal.subject), seal.version).run_id
 
     def _fetch(self, run_id: str, seal: Seal, name: str, fact: FileSeal, place: Path) -> None:
-        """Fetch one file; it appears in its place when it is the one that was sealed. Its size is asked for before."""
+        """Fetch one file, whose size is checked first; it appears in its place only if it is the one that was sealed."""
         with _foreign_errors():
             folder = name.rpartition("/")[0]
             listed = self._client.list_artifacts(run_id, folder or None) if run_id else []
@@ -552,7 +556,7 @@ class Catalog:
         return repository_of(self._artifacts.parent)
 
     def _challenging(self, version: Version) -> Version:
-        """The version, made challenger if the gate let it through, none is newer and it is not champion."""
+        """Make a version the challenger if the gate let it through, it is the newest and is not champion; return it."""
         newest = max(v.number for v in self._find(version.subject))
         if (
             version.tags.get("gate.outcome") == "promote"
@@ -564,7 +568,7 @@ class Catalog:
         return version
 
     def _ancestors(self, lineage: Lineage) -> dict[str, str]:
-        """The versions, as MODEL/NUMBER, whose checkpoints a training started from and was taught by."""
+        """Return tags that name, as MODEL/NUMBER, the versions from which a training started and by which it was taught."""
         tags = {}
         for name, sha256 in (("parent", lineage.parent), ("teacher", lineage.teacher)):
             if sha256:
@@ -575,14 +579,14 @@ class Catalog:
         return tags
 
     def _forget_views(self, experiment: str, run_id: str) -> None:
-        """Take away the views that a registration which was cut off left in its run."""
+        """Delete the views that an interrupted registration left in its run."""
         for view in self._client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
             self._client.delete_logged_model(view.model_id)
 
     def _find(self, subject: Subject) -> list[Version]:
         found: list[Any] = []
         page: str | None = None
-        while True:  # somebody may have made a thousand others
+        while True:  # there may be more than the 1,000 of one page
             rows = self._client.search_model_versions(f"name = '{subject.model}'", max_results=1000, page_token=page)
             found += rows
             page = rows.token
@@ -607,7 +611,7 @@ class Catalog:
         if known:
             return str(known.experiment_id)
         location = None if self._uri.startswith("http") else (self._artifacts / line).as_uri()
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages show runs first, and not those for chats
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # makes MLflow show the page of runs first, and not a page for chats
         return str(self._client.create_experiment(line, artifact_location=location, tags=kind))
 
     def _create_run(self, experiment: str, subject: Subject, tags: dict[str, str]) -> str:
@@ -618,11 +622,11 @@ class Catalog:
         return str(self._client.create_run(experiment, run_name=name, tags=known | tags).info.run_id)
 
     def _begun(self, experiment: str, card: Scorecard, lineage: Lineage) -> str | None:
-        """The run of a registration of this scorecard that was cut off, or else of the training that waits for its first."""
+        """Find the run of an interrupted registration of this scorecard, or else that of the training; None: there is none."""
         for tag, value in (("scorecard.sha256", card.sha256), ("lineage.sha256", lineage.sha256)):
             for run in self._client.search_runs([experiment], f"tags.`{tag}` = '{value}'"):
                 run_id = str(run.info.run_id)
-                # Tags are anybody's: a run that has a version already holds files that are sealed.
+                # Anybody can set tags. A run that has a version already holds sealed files, which must stay.
                 if run.data.tags.get("scorecard.sha256", card.sha256) == card.sha256 and not self._client.search_model_versions(
                     f"run_id = '{run_id}'"
                 ):
@@ -635,9 +639,9 @@ class Catalog:
         self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def _log_curve(self, run_id: str, curve: list[dict[str, float]]) -> None:
-        """What the training has not logged itself, with its steps."""
+        """Log the values of the curve that the training has not logged itself, with their steps."""
         names = {name for row in curve for name in row if name != "step"}
-        begun = self._client.get_run(run_id).info.start_time  # of the run; MLflow's pages can draw a curve over time
+        begun = self._client.get_run(run_id).info.start_time  # times count from here, so that MLflow can draw the curve over time
         logged = {(name, metric.step) for name in names for metric in self._client.get_metric_history(run_id, name)}
         metrics = [
             Metric(name, row[name], begun + int(1000 * row.get("seconds", 0)), int(row["step"]))
@@ -661,13 +665,13 @@ class Catalog:
         self._client.log_batch(run_id, metrics=metrics, params=[Param(k, str(v)) for k, v in params.items()])
 
     def _log_view(self, run_id: str, export: Path) -> str:
-        """Log MLflow's ONNX flavour of an export, with its weights inside; returns its id.
+        """Log MLflow's ONNX flavour of an export, with the weights inside the file, and return its id.
 
-        With them beside it, MLflow would give the file a random name, and two logs of one model would differ.
+        MLflow would give a separate file of weights a random name, and two logs of one model would differ.
         """
         model = onnx.load(str(export / "graph.onnx"))
         signature = ModelSignature(_schema(model.graph.input), _schema(model.graph.output))
-        with redirect_stdout(StringIO()), mlflow.start_run(run_id=run_id):  # it greets on stdout
+        with redirect_stdout(StringIO()), mlflow.start_run(run_id=run_id):  # MLflow prints a greeting to stdout
             info = mlflow.onnx.log_model(
                 model, name="onnx", save_as_external_data=False, onnx_execution_providers=["CPUExecutionProvider"],
                 signature=signature, pip_requirements=["onnxruntime"],
@@ -676,16 +680,17 @@ class Catalog:
 
 
 def _check_place(client: MlflowClient, run_id: str) -> None:
-    """See that what is written into a run's folder stays there: others may have put something in the way, such as a link to a key.
+    """Check that what is written into a run's folder stays there: others may have placed a link in it, such as one to a key.
 
     Raises:
-        StoreError: there is a link, a file with a second name, or what is neither file nor folder; or the folder is not the run's own.
+        StoreError: there is a link, a file with a second name, or something that is neither file nor folder; or the folder is not the
+            run's own.
     """
     told = client.get_run(run_id).info.artifact_uri
     try:
         address = urlsplit(told)
         if address.scheme not in ("", "file"):
-            return  # a server or a bucket writes it
+            return  # a server or a bucket writes the files
         place = Path(url2pathname(address.path))
         own = (
             place.is_absolute()
@@ -725,19 +730,19 @@ def _schema(values: Any) -> Schema:
 
 
 def card_text(card: Scorecard) -> str:
-    """A scorecard as it is kept in MLflow, and sealed."""
+    """Serialise a scorecard in the form that MLflow keeps and the seal covers."""
     return card.model_dump_json(indent=1)
 
 
 def _version(subject: Subject, made: Any) -> Version:
     tags = {str(name): str(value or "") for name, value in dict(made.tags).items()}
-    return Version(  # one that was made by hand need have no run
+    return Version(  # a version that was made by hand may have no run
         subject=subject, number=int(made.version), run_id=made.run_id or "", aliases=sorted(made.aliases), tags=tags
     )
 
 
 def _unreachable(error: BaseException) -> re.Match[str] | None:
-    """Whether MLflow's client gave up on its server, which it says by nothing but a text."""
+    """Match the error with which MLflow's client gives up on its server: only the text shows it. Group 1 is the host."""
     return re.match(r"API request to https?://(?:[^/@]*@)?([^/]+)\S* failed with (?:timeout )?exception", str(error).strip())
 
 

@@ -1,8 +1,8 @@
-"""What a fleet costs in a year that draws its own images, beside the same images drawn in a cloud. Pure arithmetic, every unit named.
+"""Yearly cost of a fleet that draws its own images, compared with the same images from a cloud. Pure arithmetic, all units named.
 
-Both sides count the same retraining and the same people, for a model has to be kept fresh in either place. What differs: devices need
-hardware that draws, its electricity, and updates; a cloud needs accelerators, and every image has to travel.
-What was not measured is not counted, and said so; it is never replaced by a guess.
+Both sides count the same retraining and the same people, because a model must be kept up to date in either place. The difference:
+devices need hardware that can draw, electricity and updates; a cloud needs accelerators, and every image must be transmitted.
+A cost that was not measured is not counted, and the result says so; it is never replaced by a guess.
 
     >>> rows = yearly(Work(joules=2.0, update_bytes=900_000, training_seconds=60.0), Prices())
     >>> total(rows, "devices"), total(rows, "cloud")
@@ -23,7 +23,7 @@ Side = Literal["devices", "cloud"]
 
 
 class Prices(Frozen):
-    """What things cost, and how much is drawn. A price that is not in ferry.toml is an assumption, and the report marks it as one."""
+    """Prices, and how much is drawn. A price that is not in ferry.toml is an assumption, and the report marks it as one."""
 
     currency: str = Field(default="EUR", max_length=8)
     megabyte: float = Field(default=0.5, ge=0, description="of traffic to or from a device, 10^6 bytes")
@@ -48,20 +48,20 @@ class Prices(Frozen):
     )
 
     def assumed(self, *names: str) -> bool:
-        """Whether one of these prices was not given by the user."""
+        """Check whether the user did not give one of these prices, so that it is an assumption."""
         return any(name not in self.model_fields_set for name in names)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What was measured of one line on one device class."""
+    """Measurements of one line on one device class."""
 
     joules: float | None
-    """Of an image on a device; None: not measured."""
+    """Energy of one image on a device; None: not measured."""
     update_bytes: int
-    """That a device fetches for an update, metadata included."""
+    """Bytes that a device fetches for an update, metadata included."""
     training_seconds: float
-    """Of all variants of the class, for one update."""
+    """Time to train all variants of the class for one update."""
 
 
 @dataclass(frozen=True)
@@ -70,29 +70,29 @@ class Row:
 
     name: str
     devices: float | None
-    """None: not known."""
+    """Cost on the devices; None: not known."""
     cloud: float | None
     how: str
     assumed: bool
 
 
 def images(prices: Prices) -> float:
-    """Images that the fleet draws in a year."""
+    """Compute how many images the fleet draws in a year."""
     return prices.images_per_day * DAYS * prices.fleet
 
 
 def energy(joules: float, prices: Prices) -> float:
-    """Price of some joules at a device."""
+    """Compute what an energy in joules costs at a device."""
     return joules / JOULES_PER_KILOWATT_HOUR * prices.kilowatt_hour
 
 
 def traffic(size: int, prices: Prices) -> float:
-    """Price of sending `size` bytes to every device of the fleet."""
+    """Compute what it costs to send `size` bytes to every device of the fleet."""
     return size / 1e6 * prices.megabyte * prices.fleet
 
 
 def yearly(work: Work, prices: Prices) -> list[Row]:
-    """All kinds of cost of a year, on the devices and in the cloud."""
+    """Compute each kind of cost of a year, on the devices and in the cloud."""
     p, n = prices, images(prices)
     bought: tuple[str, ...]
     hardware = p.device * p.fleet / p.device_years
@@ -134,5 +134,5 @@ def yearly(work: Work, prices: Prices) -> list[Row]:
 
 
 def total(rows: list[Row], side: Side) -> float:
-    """Sum of what is known, in currency a year."""
+    """Sum the known costs of one side, in currency a year."""
     return sum(getattr(row, side) or 0.0 for row in rows)

@@ -1,6 +1,6 @@
-"""A data revision as MLflow's pages show it: which commit of which repository, which folder, which hash.
+"""A data revision as an MLflow dataset: its Git repository, commit, folder and hash.
 
-MLflow finds the class by the entry point `mlflow.dataset_source`, so that whoever reads a run anywhere gets it back:
+MLflow finds the class by the entry point `mlflow.dataset_source`, so everybody who has this package gets the source back from a run:
 
     >>> run = mlflow.get_run(run_id)
     >>> source = mlflow.data.get_source(run.inputs.dataset_inputs[0])
@@ -42,7 +42,7 @@ class DvcDatasetSource(DatasetSource):
 
     @property
     def url(self) -> str:
-        """REPOSITORY@REV:PATH."""
+        """The revision as one text, REPOSITORY@REV:PATH."""
         return f"{self.repository}@{self.rev}:{self.path}"
 
     @staticmethod
@@ -50,10 +50,10 @@ class DvcDatasetSource(DatasetSource):
         return "dvc"
 
     def load(self) -> str:
-        """Fetch the revision by DVC, from its cache or remote, into a new folder; returns its path.
+        """Fetch the revision with DVC, from its cache or remote, into a new temporary folder, and return the path.
 
         Raises:
-            StoreError: the repository or the objects of the revision are out of reach.
+            StoreError: the repository, or the objects of the revision, cannot be reached.
         """
         forget_redirections()
         from dvc.api import DVCFileSystem
@@ -61,7 +61,7 @@ class DvcDatasetSource(DatasetSource):
         into = Path(tempfile.mkdtemp(prefix="revision-")) / Path(self.path).name
         try:
             DVCFileSystem(repo=self.repository, rev=self.rev).get(self.path, str(into), recursive=True)
-        except Exception as error:  # what DVC, Git and file systems raise has no common base
+        except Exception as error:  # errors of DVC, Git and file systems have no common base class
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StoreError(
                 f"{self.url} cannot be fetched: {reason}; call this where that repository and its DVC remote are"
@@ -77,12 +77,12 @@ class DvcDatasetSource(DatasetSource):
         return cls.from_dict(raw_source.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """As MLflow stores it."""
+        """Convert the source to the dictionary that MLflow stores."""
         return {"url": self.url, "repository": self.repository, "rev": self.rev, "path": self.path, "md5": self.md5}
 
     @classmethod
     def from_dict(cls, source_dict: dict[Any, Any]) -> DvcDatasetSource:
-        """From what MLflow stored."""
+        """Rebuild the source from the dictionary that MLflow stored."""
         return cls(*(source_dict[name] for name in ("repository", "rev", "path", "md5")))
 
 
@@ -98,22 +98,22 @@ class DvcDataset(MetaDataset):
 
     @property
     def profile(self) -> dict[str, int]:
-        """Number of files and of bytes, under the names that MLflow's pages know."""
+        """Number of files and of bytes, under the names that MLflow's pages use."""
         return self._profile
 
     def to_dict(self) -> dict[str, str]:
-        """As MLflow stores it."""
+        """Convert the data set to the dictionary that MLflow stores, with the profile as JSON text."""
         return {**super().to_dict(), "profile": json.dumps(self.profile)}
 
 
 def dataset_input(data: DataVersion, repository: str, context: str) -> DatasetInput:
-    """A revision as the input of a run.
+    """Build the input with which an MLflow run records a data revision.
 
     Args:
         data: the revision.
-        repository: that holds it.
-        context: what the run did with it, such as "training".
+        repository: the Git repository that holds it, as URL or path.
+        context: what the run used it for, such as "training".
     """
-    # A run holds one input of a name and digest, whatever its context.
+    # MLflow keeps one input for each name and digest, and ignores the context. So the evaluation needs another name.
     part = " held out" if context == "evaluation" else ""
     return DatasetInput(DvcDataset(data, repository, part)._to_mlflow_entity(), [InputTag(CONTEXT, context)])  # noqa: SLF001 - no public way

@@ -1,40 +1,40 @@
-"""What can go wrong in `registry`, split by who has to act.
+"""Errors of `registry`, split by who has to act.
 
     RegistryError
-    ├── CatalogError     a model, version or alias that does not exist
-    ├── PromotionError   the gate did not let this version through, and nobody overruled it
-    ├── RatingError      people's answers that do not fit the sheet, or a sheet that could say nothing
-    ├── LedgerError      the record of decisions was changed after the fact
-    ├── SealError        MLflow holds other files of a version than the gate saw
-    └── StoreError       MLflow or the database cannot be reached
+    ├── CatalogError     a model, version or alias that does not exist, or that the ledger has no seal of
+    ├── PromotionError   a version may not become champion, or there is none to roll back to
+    ├── RatingError      answers that do not fit their sheet, or a sheet that cannot give a result
+    ├── LedgerError      the ledger was changed outside ferry, or entries are missing
+    ├── SealError        MLflow holds other files of a version than those that the gate saw
+    └── StoreError       MLflow, the database or another store refused or cannot be reached
 
 Each message is one sentence that says what to do next.
 """
 
 
 class RegistryError(Exception):
-    """Base of everything that `registry` raises on purpose."""
+    """Base class of all errors that `registry` raises on purpose."""
 
 
 class CatalogError(RegistryError):
-    """There is no such model, version or alias."""
+    """A model, version or alias that does not exist, is misspelt, or that the ledger has no seal of."""
 
 
 class PromotionError(RegistryError):
-    """A version that may not become champion as things stand."""
+    """A version may not become champion in the present state, or there is no champion to roll back to."""
 
 
 class RatingError(RegistryError):
-    """Answers that do not fit their sheet, or a sheet from which nothing could be learned."""
+    """Answers that do not fit their sheet, or a sheet that cannot give a result."""
 
 
 class LedgerError(RegistryError):
-    """An entry of the ledger does not have the hash that the next one names."""
+    """An entry of the ledger was changed or removed, or was added outside ferry."""
 
 
 class SealError(RegistryError):
-    """A file of a version is not the one that the ledger has the hash of, or is lost."""
+    """A file of a version in MLflow is missing, or does not have the hash that is in the ledger."""
 
 
 class StoreError(RegistryError):
-    """MLflow or the database refused or cannot be reached."""
+    """MLflow, the database or another store refused a request or cannot be reached."""

@@ -1,12 +1,12 @@
-"""The record of decisions: append-only, each entry signed and naming the hash of the one before it, in the workspace's database.
+"""The ledger: an append-only record of decisions in the workspace's database.
 
-MLflow's aliases say who is champion now and forget who was; the ledger says who was, since when, decided by whom and why.
-Where the two disagree, the ledger is right.
+Each entry is signed and names the hash of the entry before it. MLflow's aliases say which version is champion now, but not which one
+was. The ledger says which one was, since when, who decided it and why. Where the two disagree, the ledger is right.
 
-The database may belong to others, too. So an entry counts only with a signature by a key of the workspace, over its hash and so over all
-before it: whoever can write the database can neither change nor add one. That the last ones are missing shows by the newest that this
-workspace has seen (a small file of its own), and by the heads that were signed into releases. Entries of a ferry that did not sign
-yet are covered by the first one that is signed.
+Other people may write to the database, too. So an entry counts only if a key of the workspace has signed its hash, and thereby all
+entries before it: nobody who can merely write to the database can change or add an entry. Two things show that the last entries are
+missing: a small file of the workspace notes the newest entry that it has seen, and releases contain the signed hash of the last
+entry. Entries that an older ferry wrote without signatures are covered by the first signed entry.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from registry.errors import LedgerError, StoreError
 
 START: Sha256 = "0" * 64
 Kind = Literal["gate", "seal", "promotion", "pending", "refusal", "rating", "release", "rollout", "halt", "trigger", "measured"]
-ATTEMPTS = 100  # of recording; each that fails was lost to somebody who recorded something
+ATTEMPTS = 100  # to record an entry; each that fails means that another process was faster
 
 _metadata = MetaData()
 _entries = Table(
@@ -41,7 +41,7 @@ _entries = Table(
     Column("sha256", String(64), nullable=False, unique=True),
     Column("body", Text, nullable=False),
 )  # fmt: skip
-_signatures = Table(  # a table of its own: the one above is as every ferry made it
+_signatures = Table(  # a separate table: the one above must stay as older ferries made it
     "ledger_signatures", _metadata,
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("keyid", String(64), nullable=False),
@@ -50,17 +50,17 @@ _signatures = Table(  # a table of its own: the one above is as every ferry made
 
 
 class Signing(Protocol):
-    """The keys of a workspace that sign entries."""
+    """The keys of a workspace that sign ledger entries."""
 
     @property
     def since(self) -> int:
-        """Number of the first entry that must be signed; those before it were written by a ferry that did not sign."""
+        """Number of the first entry that must be signed; an older ferry wrote those before it without signatures."""
 
     def sign(self, data: bytes) -> tuple[str, str]:
-        """Sign as the present key does; returns its id and the signature in hex."""
+        """Sign with the present key; return the key's id and the signature in hex."""
 
     def holds(self, number: int, keyid: str, signature: str, data: bytes) -> bool:
-        """Whether a key that was in use at this entry signed this."""
+        """Check whether the signature of the data is valid and by the key that was in use at this entry."""
 
 
 class Entry(Frozen):
@@ -77,28 +77,28 @@ class Entry(Frozen):
 
 
 class Ledger:
-    """The entries behind a database URL."""
+    """The ledger in the database of a URL."""
 
     def __init__(self, database: str, signing: Signing, seen: Path) -> None:
-        """Open the tables, making them where they are missing.
+        """Open the tables, and create those that are missing.
 
         Args:
-            database: URL.
+            database: its URL.
             signing: keys of the workspace.
-            seen: file in which the newest entry that was seen here is noted; not in the database, whose owner could change it.
+            seen: file that notes the newest entry that this workspace has seen. It is outside the database, whose owner could change it.
 
         Raises:
             StoreError: the database cannot be opened.
         """
         self._signing, self._seen = signing, seen
-        self._checked = (0, START)  # the newest entry of which the signature was checked, and its hash
+        self._checked = (0, START)  # number and hash of the newest entry whose signature was checked
         with _foreign_errors():
             self._engine = create_engine(database)
             _metadata.create_all(self._engine)
 
     @staticmethod
     def length(database: str) -> int:
-        """How many entries there are, whoever wrote them: a workspace that begins to sign begins after them.
+        """Count the entries, whoever wrote them; a workspace that begins to sign starts after them.
 
         Raises:
             StoreError: the database cannot be opened.
@@ -113,7 +113,7 @@ class Ledger:
                 engine.dispose()
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the database connections."""
         self._engine.dispose()
 
     def append(
@@ -127,21 +127,22 @@ class Ledger:
     ) -> Entry:
         """Record a decision.
 
-        The number is the table's primary key and each entry names the one before it: of two processes that record at the same
-        moment, on one host or on several, the database lets one through, and the other looks again at what is there by then.
+        The number is the table's primary key, and each entry names the hash of the one before it. If two processes record at the same
+        moment, on one host or on several, the database accepts one of them. The other reads the new entries and tries again.
 
         Args:
             kind: of decision.
             subject: what it is about, such as surfaces/I/full.
             why: the reason given.
             facts: numbers and hashes; must be JSON.
-            guard: is given the subject's entries right before; raises what forbids the new one. None: nothing does.
-            who: decided; None: the user of this process.
+            guard: is called with the subject's entries before the new one is written, and raises an error to forbid it. None: no check.
+            who: who decided; None: the user of this process.
 
         Raises:
-            LedgerError: an entry was changed, added past ferry, or removed.
-            StoreError: the database refuses, or others record without end (nothing was recorded).
-            Exception: as `Signing.sign`, where the key cannot be used here (nothing was recorded).
+            LedgerError: an entry was changed, added outside ferry, or removed.
+            StoreError: the database refuses, or other processes were faster at every attempt (nothing was recorded); or the newest
+                entry cannot be noted in the workspace.
+            Exception: what `Signing.sign` raises if the key cannot be used here (nothing was recorded).
         """
         tried = 0
         for _ in range(ATTEMPTS):
@@ -162,7 +163,7 @@ class Ledger:
                         connection.execute(insert(_entries).values(number=entry.number, sha256=digest, body=body))
                         connection.execute(insert(_signatures).values(number=entry.number, keyid=keyid, signature=signature))
                 except IntegrityError as error:
-                    if entry.number == tried:  # nobody else recorded in between, so nobody else is the reason
+                    if entry.number == tried:  # no other process recorded in between, so none is the reason
                         raise StoreError(
                             f"the database refuses entry {entry.number} of the ledger: {(str(error.orig).splitlines() or ['no reason given'])[0]}; look for a trigger, "
                             "or a row of another table that is in the way"
@@ -174,64 +175,70 @@ class Ledger:
         raise StoreError("others recorded decisions at the same moments, again and again; repeat yours")
 
     def check_ready(self) -> None:
-        """See that a decision could be recorded, before it takes effect.
+        """Check that a decision could be recorded, before it takes effect.
 
         Raises:
-            LedgerError: an entry was changed, added past ferry, or removed.
-            Exception: as `Signing.sign`, where the key cannot be used here.
+            LedgerError: an entry was changed, added outside ferry, or removed.
+            Exception: what `Signing.sign` raises if the key cannot be used here.
         """
         self.head()
         self._signing.sign(b"DeltaFerry ledger, a trial")
 
     def entries(self, subject: str | None = None) -> list[Entry]:
-        """Entries in order, checked along the chain.
+        """Return the entries of a subject, or of all, in order, after a check of the whole chain.
 
         Raises:
-            LedgerError: an entry was changed or removed.
+            LedgerError: an entry was changed, added outside ferry, or removed.
         """
         with _foreign_errors(), self._engine.connect() as connection:
             found, _ = self._read(connection)
         return [entry for entry in found if subject is None or entry.subject == subject]
 
     def hashes(self) -> list[Sha256]:
-        """Hash of each entry in order, after a check of the chain.
+        """Return the hash of each entry in order, after a check of the chain.
 
         Raises:
-            LedgerError: an entry was changed or removed.
+            LedgerError: an entry was changed, added outside ferry, or removed.
         """
         with _foreign_errors(), self._engine.connect() as connection:
             found, last = self._read(connection)
         return [*(entry.previous for entry in found[1:]), last] if found else []
 
     def head(self) -> Sha256:
-        """Hash of the last entry, after a check of the chain.
+        """Return the hash of the last entry, after a check of the chain.
 
         Raises:
-            LedgerError: an entry was changed, added past ferry, or removed.
+            LedgerError: an entry was changed, added outside ferry, or removed.
         """
         with _foreign_errors(), self._engine.connect() as connection:
             return self._read(connection)[1]
 
     def holds(self, digest: Sha256) -> bool:
-        """Whether an entry with this hash is there; a head that was signed once and is not shows a truncated ledger."""
+        """Check whether the ledger has an entry with this hash.
+
+        If a release holds the signed hash of an entry that is not here, the ledger was truncated.
+        """
         with _foreign_errors(), self._engine.connect() as connection:
             known = connection.execute(select(_entries.c.number).where(_entries.c.sha256 == digest)).scalar()
         return digest == START or known is not None
 
     @property
     def unsigned(self) -> int:
-        """How many entries at the beginning carry no signature of their own."""
+        """Number of entries at the beginning that have no signature of their own."""
         return self._signing.since - 1
 
     def _read(self, connection: Connection) -> tuple[list[Entry], Sha256]:
-        """Every entry, checked along the chain and by its signature, and the hash of the last."""
+        """Read and check all entries; return them and the hash of the last one.
+
+        Checks the chain, the signatures that were not checked before, and that the newest entry seen by this workspace is there.
+        """
         joined = _entries.outerjoin(_signatures, _entries.c.number == _signatures.c.number)
-        noted = self._noted()  # first: what others add meanwhile may be noted before it is read
+        noted = self._noted()  # before the query: another process may add and note an entry in between
         query = select(_entries, _signatures.c.keyid, _signatures.c.signature).select_from(joined).order_by(_entries.c.number)
         try:
             rows = connection.execute(query).all()
         except OperationalError as error:
-            if "decode" not in str(error):  # SQLite's word for text that is not UTF-8 any more
+            if "decode" not in str(error):  # SQLite's message for text that is no longer UTF-8
                 raise
             raise LedgerError("an entry of the ledger was changed after it was written; restore the database") from error
         found, previous = [], START
@@ -264,7 +271,7 @@ class Ledger:
         return found, previous
 
     def _check_seen(self, hashes: list[Sha256], number: int, digest: Sha256) -> None:
-        """Refuse a ledger that lacks the newest entry that this workspace has seen of it."""
+        """Refuse a ledger in which the newest entry that this workspace has seen is missing or was replaced."""
         if number >= len(hashes):
             raise LedgerError(
                 f"the ledger ends with entry {len(hashes) - 1}, this workspace has seen entry {number}: entries were cut off; restore the "
@@ -285,7 +292,10 @@ class Ledger:
             ) from error
 
     def _note(self, number: int, digest: Sha256) -> None:
-        """Note the newest entry, durably; a note that lags, after a kill, refuses less and is right."""
+        """Note the newest entry that this workspace has seen, durably.
+
+        After a kill the note may name an earlier entry. Then fewer missing entries are noticed, but no complete ledger is refused.
+        """
         if number <= self._noted()[0]:
             return
         fresh = self._seen.with_name(f".{self._seen.name}.{secrets.token_hex(8)}.tmp")
@@ -301,7 +311,10 @@ class Ledger:
 
 
 def _signed(digest: Sha256) -> bytes:
-    """What is signed of an entry; the words keep it from being taken for anything else that a key of the workspace signs."""
+    """Return the bytes to sign for an entry.
+
+    They begin with words, so that the signature is not valid for anything else that a key of the workspace signs.
+    """
     return f"DeltaFerry ledger entry {digest}".encode()
 
 
@@ -310,10 +323,10 @@ def _hash(body: str) -> Sha256:
 
 
 def user() -> str:
-    """Who runs this process, as the operating system knows; what the environment says of it anybody can set."""
+    """Return the user who runs this process according to the operating system; anybody could set an environment variable."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a user id without a name, as in many containers
+    except KeyError:  # the user id has no name, as in many containers
         return f"user {os.getuid()}"
 
 

@@ -1,7 +1,7 @@
-"""What leads back from a version to everything that it was made of, as tags that MLflow can search.
+"""Tags that lead from a version back to everything that it was made of, so that MLflow can search for it.
 
-The facts are those of the checkpoint's lineage, of the scorecard and of the decision, each by hash, and the environment in which
-they were recorded. Names are constant: a search written today finds next year's versions.
+The facts come from the checkpoint's lineage, the scorecard and the decision, each with its hash, and from the environment in which
+they were recorded. The names of the tags do not change: a search written today finds next year's versions.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from model.errors import RevisionError
 from model.scorecard import DataVersion, Lineage, Scorecard
 from registry.selection import Decision
 
-WEIGHTS = "weights.safetensors"  # of a checkpoint; named in `model.train`, which needs torch
+WEIGHTS = "weights.safetensors"  # file name in a checkpoint; not imported from `model.train`, because that needs torch
 
 
 def data_tags(data: DataVersion, repository: str) -> dict[str, str]:
-    """Of a data revision."""
+    """Return the tags of a data revision."""
     return {
         "data.repo": repository, "data.line": data.line, "data.rev": data.rev, "data.path": data.path, "data.md5": data.md5,
         "data.files": str(data.files),
@@ -35,15 +35,15 @@ def data_tags(data: DataVersion, repository: str) -> dict[str, str]:
 def version_tags(
     lineage: Lineage, card: Scorecard, decision: Decision, checkpoint: Path, export: Path, curve: list[dict[str, float]]
 ) -> dict[str, str]:
-    """Of a version, without its data's.
+    """Return the tags of a version, without those of its data revision.
 
     Args:
         lineage: of the checkpoint.
         card: of the exported model.
-        decision: the gate's.
-        checkpoint: its folder.
+        decision: the gate's decision.
+        checkpoint: folder of the checkpoint.
         export: folder of the exported files.
-        curve: of the training; `seconds` of its last row is how long that took.
+        curve: of the training; `seconds` of its last row is the training time.
     """
     spaces = {f"evaluation.space.{q.space}": q.space_sha256 for q in card.quality}
     trained = {"training.seconds": f"{curve[-1]['seconds']:.1f}"} if curve and "seconds" in curve[-1] else {}
@@ -63,24 +63,24 @@ def version_tags(
 
 
 def shortened(reason: str, most: int = 2000) -> str:
-    """Cut a reason that is too long for a page; a bad model fails in a hundred ways, and decision.json has them all."""
+    """Cut a reason that is too long for a page; a bad model can fail a hundred checks, and decision.json has them all."""
     return reason if len(reason) <= most else f"{reason[:most]} … (the rest is in decision.json)"
 
 
 @cache
 def environment() -> str:
-    """The installed distributions, as a lock file has them: a line `name==version` each, sorted."""
-    named = [(str(d.metadata["Name"] or ""), d.version) for d in distributions()]  # a broken one has no name
+    """List the installed distributions as in a lock file: one line `name==version` each, sorted."""
+    named = [(str(d.metadata["Name"] or ""), d.version) for d in distributions()]  # a broken distribution has no name
     found = {f"{name.lower().replace('_', '-')}=={number}" for name, number in named if name}
     return "".join(f"{line}\n" for line in sorted(found))
 
 
 @cache
 def code_tags() -> Mapping[str, str]:
-    """Git commit of this program, and whether its files differ from it; nothing where it is not run out of its repository."""
+    """Return the Git commit of this program, and whether its files differ from it; empty if it is not run from its repository."""
     here = Path(__file__)
     try:
-        # Installed somewhere below another repository, it is not ours.
+        # Fails for a program that was installed below some other repository, whose commit would be the wrong one.
         git.run(here.parent, "ls-files", "--error-unmatch", here.name, around=True)
         changed = git.run(here.parent.parent, "status", "--porcelain", "--untracked-files=no", around=True)
         commit = git.run(here.parent, "rev-parse", "HEAD", around=True)
@@ -90,7 +90,7 @@ def code_tags() -> Mapping[str, str]:
 
 
 def repository_of(workspace: Path) -> str:
-    """The Git repository of a workspace's data: the URL of its remote `origin` without credentials, or its own path."""
+    """Return the Git repository of a workspace's data: the URL of its remote `origin` without credentials, or its path."""
     try:
         remote = git.run(workspace, "config", "--get", "remote.origin.url")
     except RevisionError:
@@ -105,6 +105,6 @@ def _opset(graph: Path) -> int:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file."""
+    """Compute the sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

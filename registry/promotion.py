@@ -1,14 +1,18 @@
-"""Who may become champion, and what an alias that somebody moved in MLflow means. Rules of ledger entries, without I/O.
+"""Rules of promotion: who may become champion, and how an alias that somebody moved in MLflow is treated.
 
-The ledger says who is champion. MLflow's alias follows it, and after each move the registered model's tag `ledger.champion` names the
-entry that it follows. So two cases that look alike are told apart: an alias that lags behind because a promotion was cut off between
-ledger and alias (the tag names an earlier entry; the ledger is followed), and one that a person moved (the tag names the last entry; it
-is a wish, and goes through the same gate as `ferry promote`).
+The rules are functions of ledger entries, without I/O. The ledger says who is champion, and MLflow's alias follows it. After each
+move of the alias, the registered model's tag `ledger.champion` names the ledger entry that the alias follows. The tag tells apart
+two cases that look alike:
+
+- The tag does not name the present champion's entry: a promotion was interrupted after the ledger and before the alias. The alias
+  is set to what the ledger says.
+- The tag names the present champion's entry: a person moved the alias in MLflow. This is treated as a promotion request, which goes
+  through the same gate as `ferry promote`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,38 +26,38 @@ How = Literal["command", "rollback", "approval", "alias"]
 
 @dataclass(frozen=True)
 class SubjectState:
-    """What the ledger says of one subject."""
+    """The state of one subject according to the ledger."""
 
     champion: Entry | None = None
-    line: tuple[int, ...] = ()  # champions that one may go back along, the present one last
-    passed: dict[int, Sha256] = field(default_factory=dict)  # champions through the gate: weights by version
-    judged: dict[int, Entry] = field(default_factory=dict)  # the last that the gate said of each version
+    line: tuple[int, ...] = ()  # champions that a rollback may return to, and the present one last
+    passed: dict[int, Sha256] = field(default_factory=dict)  # champions that passed the gate: hash of the weights by version
+    judged: dict[int, Entry] = field(default_factory=dict)  # the gate's last entry on each version
     waiting: dict[int, Entry] = field(default_factory=dict)  # versions that wait for approval
     refused: dict[int, Entry] = field(default_factory=dict)  # versions that a person refused
     seals: dict[int, Seal] = field(default_factory=dict)  # versions as the gate saw them
-    verdicts: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # that an older ferry had left in MLflow
-    anchor: int | None = None  # the best model ever
+    verdicts: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # decisions that an older ferry left in MLflow only
+    anchor: int | None = None  # the best model so far
 
     @property
     def version(self) -> int | None:
-        """The champion's version."""
+        """The champion's version; None: there is no champion."""
         return int(self.champion.facts["version"]) if self.champion else None
 
     @property
     def weights(self) -> Sha256:
-        """The champion's weights; empty where there is none, as in a gate's decision."""
+        """Hash of the champion's weights; empty if there is no champion, as in a gate's entry."""
         return str(self.champion.facts["weights"]) if self.champion else ""
 
     @property
     def number(self) -> int:
-        """Of the entry that made the champion; 0 where there is none."""
+        """Number of the ledger entry that made the champion; 0: there is no champion."""
         return self.champion.number if self.champion else 0
 
     def seal(self, subject: str, version: int) -> Seal:
-        """A version as the gate saw it.
+        """Return the seal of a version: the hashes of what the gate saw.
 
         Raises:
-            CatalogError: the gate never saw it, judged another model under its number, or an older ferry kept no hashes of it.
+            CatalogError: the gate never saw the version, it judged another model under this number, or an older ferry kept no hashes.
         """
         if version in self.seals:
             seal, gate = self.seals[version], self.judged.get(version)
@@ -73,17 +77,17 @@ class SubjectState:
         )
 
     def verdict(self, version: int) -> Mapping[str, Any] | None:
-        """The gate's decision on a version, as plain data; None where an older ferry kept only its hash."""
+        """Return the gate's decision on a version as plain data; None: there is none, or an older ferry kept only its hash."""
         if version not in self.judged:
             return None
         verdict: Mapping[str, Any] | None = self.judged[version].facts.get("verdict") or self.verdicts.get(version)
         return verdict
 
     def weights_of(self, subject: str, version: int) -> Sha256:
-        """Hash of a version's exported weights.
+        """Return the hash of a version's exported weights.
 
         Raises:
-            CatalogError: as `seal`; a champion of an older ferry's time is known by its promotion.
+            CatalogError: as `seal`, except for a champion that an older ferry promoted: its promotion entry has the hash.
         """
         if version not in self.seals and version in self.passed:
             return self.passed[version]
@@ -93,10 +97,10 @@ class SubjectState:
 
 
 def subject_state(entries: Iterable[Entry]) -> SubjectState:
-    """Read one subject's entries, in order.
+    """Compute the state of one subject from its ledger entries, which are given in order.
 
-    A champion that was one before ends what came after it: from 1, 2, 3 back to 2, the one before is 1. Whoever waits for approval
-    waits no more once it is champion or refused, or once a later one waits.
+    If an earlier champion becomes champion again, those after it leave `line`: after 1, 2, 3 and back to 2, the champion before is 1.
+    A version stops waiting for approval when it is promoted or refused, or when another version begins to wait.
     """
     champion: Entry | None = None
     line: list[int] = []
@@ -109,7 +113,7 @@ def subject_state(entries: Iterable[Entry]) -> SubjectState:
     anchor: int | None = None
     for entry in entries:
         version = int(entry.facts.get("version") or 0)
-        if "seal" in entry.facts and version not in seals:  # what MLflow was given with the first stays there
+        if "seal" in entry.facts and version not in seals:  # the first seal counts: MLflow keeps the files that came with it
             seals[version] = Seal(subject=entry.subject, version=version, **entry.facts["seal"])
         if entry.kind == "gate":
             judged[version] = entry
@@ -133,20 +137,21 @@ def subject_state(entries: Iterable[Entry]) -> SubjectState:
 
 
 def check(subject: str, version: int, tagged: Sha256, now: SubjectState, reason: str = "") -> None:
-    """Whether a version may become champion: it was one through the gate, or the gate let it through against the present one.
+    """Check that a version may become champion.
 
-    What the gate found harmless and no better ("promote if reasoned") needs a person's reason other than quality.
+    It may if it was champion before and had passed the gate, or if the gate let it through against the present champion. If the gate
+    found it harmless but no better ("promote if reasoned"), a person must give a reason other than quality.
 
     Args:
         subject: LINE/CONFIG/VARIANT.
         version: the number.
-        tagged: hash of its exported weights, as MLflow's tag says, which its users can edit.
-        now: what the ledger says.
-        reason: given by a person; empty: none was.
+        tagged: hash of its exported weights according to MLflow's tag, which MLflow's users can edit.
+        now: state according to the ledger.
+        reason: reason that a person gave; empty: none.
 
     Raises:
         CatalogError: the gate never saw it, or an older ferry kept no hashes of it.
-        PromotionError: it may not.
+        PromotionError: it may not become champion, or the tag and the ledger have different hashes.
     """
     weights = now.weights_of(subject, version)
     if tagged != weights:
@@ -177,7 +182,10 @@ def check(subject: str, version: int, tagged: Sha256, now: SubjectState, reason:
 
 
 def goes_on(facts: Mapping[str, Any], before: SubjectState) -> bool:
-    """Whether a promotion is one by the gate's decision, and neither a way back nor against the gate: it may make the best model ever."""
+    """Check whether a promotion follows the gate's decision: it neither returns to an earlier champion nor overrules the gate.
+
+    Such a promotion may make its version the anchor, the best model so far.
+    """
     return _goes_on(facts, before.passed)
 
 
@@ -187,15 +195,16 @@ def _goes_on(facts: Mapping[str, Any], passed: Mapping[int, Sha256]) -> bool:
 
 
 def _anchor_after(anchor: int | None, facts: Mapping[str, Any], passed: Mapping[int, Sha256]) -> int | None:
-    """The best model ever after a promotion.
+    """Return the anchor, the best model so far, after a promotion.
 
-    One that goes on makes its version the best where the gate said so, and else the champion before it where none was the best yet. Whoever goes back
-    from the best says that it is not. A promotion against the gate changes nothing.
+    A promotion that follows the gate (`goes_on`) makes its version the anchor if the gate said so. Otherwise the anchor stays; if there
+    is none yet, the previous champion becomes it. A rollback from the anchor says that it is not the best, so the version that it
+    returns to becomes the anchor. A promotion that overrules the gate changes nothing.
 
     Args:
-        anchor: who it was until then.
-        facts: of the promotion.
-        passed: champions through the gate until then.
+        anchor: the anchor before the promotion.
+        facts: of the promotion's ledger entry.
+        passed: champions that had passed the gate before the promotion.
     """
     version, left = facts["version"], facts["from"]
     if _goes_on(facts, passed):
@@ -203,8 +212,18 @@ def _anchor_after(anchor: int | None, facts: Mapping[str, Any], passed: Mapping[
     return version if anchor == left and not facts["overruled"] else anchor
 
 
+def was_taken_back(weights: Sha256, promoted: Sequence[Sha256]) -> bool:
+    """Check whether somebody went back from these weights, perhaps as another version; a schedule must not undo that.
+
+    Args:
+        weights: hash of a version that the gate let through.
+        promoted: hashes of all that were made champion, in order.
+    """
+    return weights in promoted[:-1] and weights != promoted[-1]
+
+
 def before(subject: str, now: SubjectState) -> int:
-    """The champion before the present one; those for whom the gate was overruled are passed over.
+    """Return the champion before the present one; skip champions for which the gate was overruled.
 
     Raises:
         PromotionError: there is none.
@@ -219,28 +238,28 @@ def before(subject: str, now: SubjectState) -> int:
 
 @dataclass(frozen=True)
 class Alias:
-    """What MLflow says of a subject's champion."""
+    """The champion alias of a subject in MLflow."""
 
-    version: int | None  # where the alias points; None: there is none
-    weights: Sha256  # of that version; empty where there is none
-    follows: int  # number of the ledger's entry that the alias was last pointed after
+    version: int | None  # the version that the alias points at; None: there is no alias
+    weights: Sha256  # hash of that version's weights; empty if there is none
+    follows: int  # number of the ledger entry for which ferry last moved the alias
 
 
-Answer = Literal["agrees", "put back", "recorded", "refused", "lost"]  # lost: the ledger's champion is not in MLflow any more
+Answer = Literal["agrees", "put back", "recorded", "refused", "lost"]  # lost: MLflow no longer has the ledger's champion
 
 
 def reconcile_alias(subject: str, alias: Alias, now: SubjectState, approval: bool) -> tuple[Answer, str]:
-    """What to do about an alias, and why.
+    """Decide what to do about a champion alias in MLflow, and why.
 
     Args:
         subject: LINE/CONFIG/VARIANT.
-        alias: what MLflow says.
-        now: what the ledger says.
+        alias: the alias in MLflow.
+        now: state according to the ledger.
         approval: whether a promotion needs the approval of a named person.
 
     Returns:
-        *agrees*: nothing; *put back*: point it at the ledger's champion (or at nothing, where there is none); *recorded*: append the
-        promotion; *refused*: record the refusal and put it back.
+        An answer and its reason. *agrees*: do nothing; *put back*: point the alias at the ledger's champion, or delete it if there is
+        none; *recorded*: append the promotion to the ledger; *refused*: record the refusal and put the alias back.
     """
     if alias.version == now.version:
         if now.champion and alias.weights != now.weights:

@@ -1,8 +1,9 @@
-"""People's eyes beside the metrics: which of two versions draws the better image, asked blind, and what the answers say.
+"""Blind rating: people compare images of two versions, in addition to the metrics, and the answers say which draws better.
 
-A *sheet* is a number of pairs that was fixed before anybody looked; a pair is one caption and one seed, drawn by both versions. Left and
-right are drawn by lot, and the lot stays in the factory. A sheet counts when it is answered to its end, so nobody can stop at a good
-moment. A pair counts once however many people saw it, by their majority; pairs without one are ties, which say nothing of who is better.
+A *sheet* has a number of pairs that is fixed before anybody looks. A pair is one caption and one seed, drawn by both versions. Chance
+decides which version is on the left, and this assignment stays in the factory. A sheet counts only if it is answered to its end, so
+nobody can stop at a favourable moment. A pair counts once, by majority, however many people saw it. A pair without a majority is a
+tie, which says nothing about which version is better.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scipy import stats
 from model.scorecard import Frozen, Sha256
 from registry.errors import RatingError
 
-LEAST_DECIDED = 20  # decided pairs below which nothing is said
+LEAST_DECIDED = 20  # with fewer decided pairs no result is given
 LEVEL = 0.95
 MAX_ANSWERS = 64 * 1024  # bytes
 
@@ -32,7 +33,7 @@ SheetId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Sheet(Frozen):
-    """The answer sheet: what each pair is. It never leaves the workspace."""
+    """A sheet with its answer key: caption, seed and sides of each pair. It never leaves the workspace."""
 
     id: SheetId
     subject: str
@@ -50,7 +51,7 @@ class Sheet(Frozen):
 
 
 class Answers(Frozen):
-    """What a rater sends back."""
+    """Answers to a sheet that a rater sends back."""
 
     sheet: SheetId
     rater: Name
@@ -69,7 +70,7 @@ class Rated(Frozen):
 
 
 class Verdict(Frozen):
-    """What all answers about two versions come to."""
+    """The combined result of all answers about two versions."""
 
     challenger: int
     before: int
@@ -85,19 +86,21 @@ class Verdict(Frozen):
 
 
 def deal(identity: str, subject: str, challenger: int, before: int, captions: list[str], pairs: int, lot: random.Random) -> Sheet:
-    """Make a sheet: captions in turn, seeds and sides by lot, in an order by lot. Sides are even: half of the pairs each.
+    """Make a sheet: captions take turns, and chance decides the seeds, the sides and the order.
+
+    Each version is on the left in half of the pairs.
 
     Args:
         identity: 32 hex digits.
         subject: LINE/CONFIG/VARIANT.
-        challenger: a version.
-        before: the version that it is compared with.
-        captions: to draw.
-        pairs: how many, at least the least number of decided ones.
-        lot: where chance comes from; of the system, unless in a test.
+        challenger: number of a version.
+        before: number of the version that it is compared with.
+        captions: captions to draw.
+        pairs: number of pairs, at least `LEAST_DECIDED`.
+        lot: random number generator; the system's, except in tests.
 
     Raises:
-        RatingError: too few pairs, no captions, or a version against itself.
+        RatingError: there are too few pairs or no captions, or a version is compared with itself.
     """
     if challenger == before:
         raise RatingError(f"version {challenger} of {subject} cannot be compared with itself; name another with --against")
@@ -119,10 +122,10 @@ def deal(identity: str, subject: str, challenger: int, before: int, captions: li
 
 
 def read(data: bytes) -> Answers:
-    """Answers as they come from outside.
+    """Read answers that come from outside.
 
     Raises:
-        RatingError: too long, or not answers.
+        RatingError: they are too long, or not valid answers.
     """
     if len(data) > MAX_ANSWERS:
         raise RatingError(f"the answers have {len(data)} bytes, more than {MAX_ANSWERS}; send the file that the page saved")
@@ -135,10 +138,10 @@ def read(data: bytes) -> Answers:
 
 
 def decode(sheet: Sheet, answers: Answers) -> Rated:
-    """Sides turned back into versions.
+    """Translate a rater's answers from left and right back into versions.
 
     Raises:
-        RatingError: the answers are not of this sheet, or not to its end.
+        RatingError: the answers belong to another sheet, or do not cover all its pairs.
     """
     if answers.sheet != sheet.id:
         raise RatingError(f"these are the answers to another sheet, {answers.sheet}; look for the workspace that made it")
@@ -159,7 +162,7 @@ def _choice(vote: Vote, challenger_left: bool) -> Choice:
 
 
 def judge(rated: list[Rated]) -> list[Verdict]:
-    """One verdict for each two versions that were compared, in the order of the first sheet."""
+    """Compute one verdict for each two versions that were compared, in the order in which they first appear."""
     couples = dict.fromkeys((r.challenger, r.before) for r in rated)
     return [_verdict([r for r in rated if (r.challenger, r.before) == couple]) for couple in couples]
 
@@ -196,10 +199,10 @@ def _verdict(rated: list[Rated]) -> Verdict:
 
 
 def page(sheet: Sheet, images: list[tuple[bytes, bytes]]) -> str:
-    """The page that raters see, as one HTML file: pairs and captions, and nothing that says which image is whose.
+    """Render the page for raters as one HTML file: pairs and captions, and nothing that says which version drew which image.
 
     Args:
-        sheet: of which only id and captions are used.
+        sheet: the sheet; only its id and captions are used.
         images: PNG of the left and the right image of each pair.
     """
     shown = {
@@ -281,7 +284,7 @@ document.addEventListener("keydown", event => {
 });
 """
 
-# Captions are strangers' words: only this very script may run.
+# Captions are text from outside, so the policy lets only this script run.
 POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"

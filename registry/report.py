@@ -1,7 +1,8 @@
-"""The one-page report: what the models are worth, what they cost beside a cloud, what changed, how to go back.
+"""The one-page report: quality of the models, their cost compared with a cloud, what changed, and how to roll back.
 
-`render` is a pure function from figures to one self-contained HTML page. It needs no network and no script, is readable on a phone, and
-prints on one A4 page for up to two lines. Who reads it decides about money, not about models: each figure says in plain words what it is.
+`render` is a pure function: it turns figures into one self-contained HTML page. The page needs no network and no script, is
+readable on a phone, and prints on one A4 page for up to two lines. Its readers decide about money, not about models, so each
+figure says in plain words what it is.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ BAD_EVENTS = ("refused", "rolled_back", "failed", "base_corrupt", "strayed")
 
 @dataclass(frozen=True)
 class Distance:
-    """How far generated images are from real ones, on a line from 0, no distance, to 1, as far as pure noise."""
+    """Distance of generated images from real ones, on a scale from 0 (no distance) to 1 (as far as pure noise)."""
 
     share: float
     low: float
     high: float
-    """Of the 95 % interval."""
+    """Upper bound of the 95 % interval; `low` is its lower bound."""
     kd: dict[str, float]
     """Squared kernel distance by feature space."""
     n: int
     real: float | None = None
-    """How far two sets of 25 groups of real images lie apart, on the same line; None where an older ferry did not measure it."""
+    """Distance between two sets of 25 groups of real images, on the same scale; None: an older ferry did not measure it."""
 
     @property
     def word(self) -> str:
-        """In plain words: what the interval shows, never what one figure looks like."""
+        """The distance in plain words: what the interval shows, not what the single estimate suggests."""
         if self.low <= 0:
             return f"cannot be told from real images by this measure (n = {self.n})"
         if not self.real:
@@ -50,26 +51,26 @@ class Distance:
 
 @dataclass(frozen=True)
 class Change:
-    """What replacing the version before brought, on the same captions and seeds."""
+    """Effect of replacing the previous version, on the same captions and seeds."""
 
     before: float
     after: float
-    """`Distance.share` of both."""
+    """`Distance.share` of the new version; `before` is that of the previous one."""
     delta: float
     low: float
     high: float
-    """Difference of the squared kernel distances with its 95 % interval; below 0 is better."""
+    """`delta` is the difference of the squared kernel distances, `low` and `high` its 95 % interval; below 0 is better."""
     n: int
 
     @property
     def word(self) -> str:
-        """In plain words."""
+        """The change in plain words."""
         return "closer to real" if self.high < 0 else "further from real" if self.low > 0 else "no certain difference"
 
 
 @dataclass(frozen=True)
 class Energy:
-    """Joules for an image, and where that figure is from."""
+    """Energy of one image in joules, and the source of that figure."""
 
     joules: float
     low: float | None
@@ -91,31 +92,31 @@ class ModelColumn:
     distance: Distance
     change: Change | None
     replaced: int | None
-    """The version before; None for a first one."""
+    """Number of the version that it replaced; None for a first version."""
     reason: str
     """Why it was promoted: the gate's words, or a person's."""
     steps: int
     evaluations: int
     milliseconds: float
     on_devices: tuple[float, int] | None
-    """Median milliseconds that devices reported, and how many devices; None where no report has one."""
+    """Median milliseconds of one image that devices reported, and the number of devices; None: no report has a time."""
     peak_mib: float
     energy: Energy | None
     train_seconds: float
     samples: bytes
     """PNG: a row for each caption."""
     real: bytes | None
-    """Show held-out real images of the same captions; None where an older ferry kept none."""
+    """PNG: held-out real images of the same captions; None: an older ferry kept none."""
     captions: list[str]
     ratings: list[str]
-    """What people said who compared images blind."""
+    """Results of blind comparisons by people, one text each."""
     worst: list[str] = field(default_factory=list)
-    """Captions and words that it draws worst, and how far."""
+    """Captions and words that it draws worst, each with the share that it draws in percent."""
 
 
 @dataclass(frozen=True)
 class ReleaseRow:
-    """What was published for a line and class, and what a year of it costs."""
+    """A published release of a line and class, and its cost in a year."""
 
     line: str
     device_class: str
@@ -125,18 +126,18 @@ class ReleaseRow:
     metadata_bytes: int
     rollout: str
     milliseconds: float
-    """Of an image in the class's default variant."""
+    """Time of one image in the class's default variant."""
     costs: list[Row]
 
     @property
     def update_bytes(self) -> int:
-        """What a device fetches for an update."""
+        """Bytes that a device fetches for an update: the delta, or the full bundle if there is none, and the metadata."""
         return (self.delta_bytes or self.full_bytes) + self.metadata_bytes
 
 
 @dataclass(frozen=True)
 class DeviceRow:
-    """A device, as it last reported."""
+    """The last report of a device."""
 
     device: str
     release: str
@@ -173,7 +174,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _DeviceGroup:
-    """Devices of which the same is known."""
+    """Devices with the same release, event and reason."""
 
     devices: list[str]
     release: str
@@ -183,9 +184,10 @@ class _DeviceGroup:
 
 
 def distance(qualities: Iterable[Quality]) -> Distance:
-    """The distance in the feature space in which it is larger, as a share of pure noise's, with its 95 % interval.
+    """Compute the distance from real images as a share of that of noise, in the feature space where this share is largest.
 
-    The square root of the kernel distance over that of noise; Student's t over the groups of held-out images.
+    The share is the square root of the kernel distance divided by that of noise. Its 95 % interval uses Student's t over the groups
+    of held-out images.
     """
     found = list(qualities)
     worse = max(found, key=lambda q: q.kd / q.noise_kd)
@@ -196,13 +198,13 @@ def distance(qualities: Iterable[Quality]) -> Distance:
 
 
 def worst(rows: Iterable[CaptionCheck]) -> list[str]:
-    """Captions and words of which a model draws least, in words; those that no feature space tells apart are left out."""
+    """List the captions and words that a model draws worst, as text; leave out those that no feature space tells apart."""
     known = sorted((row.share, row.caption) for row in rows if row.share is not None and row.apart > 2 * row.apart_se)
     return [f"{caption}: {100 * max(share, 0.0):.0f} %" for share, caption in known[:WORST_SHOWN]]
 
 
 def change(qualities: Iterable[Quality], comparisons: Iterable[Comparison]) -> Change | None:
-    """What is known against the version before, in the feature space in which it is less favourable; None: no comparison."""
+    """Return the change since the previous version, in the least favourable feature space; None: there is no comparison."""
     noise = {q.space: q for q in qualities}
     found = [c for c in comparisons if c.space in noise and c.aspect == "images"]
     if not found:
@@ -222,7 +224,7 @@ def _share(kd: float, noise: float) -> float:
 
 
 def render(report: Report) -> str:
-    """The page, as HTML."""
+    """Render the report as an HTML page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "size": human_size, "seconds": human_seconds, "money": human_money, "bar": bar,
@@ -240,7 +242,7 @@ def _total(row: ReleaseRow, side: Side) -> float:
 
 
 def grouped(devices: list[DeviceRow]) -> list[_DeviceGroup]:
-    """Devices that run the same and said the same, the largest group last, so that a complaint is read first."""
+    """Group devices with the same release, event and reason: groups with a failure first, then by size, the largest last."""
     found: dict[tuple[str, str, str], list[DeviceRow]] = {}
     for device in devices:
         found.setdefault((device.release, device.event, device.reason), []).append(device)
@@ -254,7 +256,7 @@ def grouped(devices: list[DeviceRow]) -> list[_DeviceGroup]:
 
 
 def bar(d: Distance) -> Markup:
-    """The distance on a line from real (left) to noise (right), its interval as the thick part."""
+    """Draw the distance on an SVG line from real (left) to noise (right); the thick part is its interval."""
     at, low, high = (100 * min(value, 1.0) for value in (d.share, d.low, d.high))
     says = f"distance {100 * d.share:.0f} %, 95 % interval {100 * d.low:.0f} to {100 * d.high:.0f} %, on a line from 0 % (none) to 100 % (noise)"
     if d.real is not None:
@@ -267,20 +269,20 @@ def bar(d: Distance) -> Markup:
 
 
 def human_size(size: int) -> str:
-    """Bytes in the unit a person would use."""
+    """Format a number of bytes in B, kB or MB."""
     if size < 1000:
         return f"{size} B"
     return f"{size / 1000:.0f} kB" if size < 1_000_000 else f"{size / 1e6:.2f} MB"
 
 
 def human_seconds(milliseconds: float) -> str:
-    """Milliseconds as seconds, with two digits that mean something."""
+    """Format milliseconds as seconds, with one decimal place from 1 s on and two significant digits below."""
     seconds = milliseconds / 1000
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:#.2g} s"
 
 
 def human_money(value: float) -> str:
-    """An amount, exact where it is small."""
+    """Format an amount: whole from 100 on, with two decimal places below, and as "less than 0.01" if it is tiny."""
     if value == 0 or value >= 100:
         return f"{value:,.0f}"
     return f"{value:,.2f}" if value >= 0.01 else "less than 0.01"

@@ -1,7 +1,7 @@
-"""What the gate saw of a version, by hash: kept in the ledger, and held against whatever MLflow hands out, before it is opened.
+"""Seals: hashes of what the gate saw of a version. The ledger keeps them, and files from MLflow are checked before they are opened.
 
-MLflow's users can replace files and edit tags; none of that may change what is promoted, trained from or signed. So nothing of a
-version is believed but its number: its weights, its lineage and its files are those of its seal.
+MLflow's users can replace files and edit tags. This must not change what is promoted, signed, or used to start a training. So only
+the number of a version is taken from MLflow; its weights, its lineage and its files must be those of its seal.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PARTS: dict[Part, tuple[str, ...]] = {
     "checkpoint": ("weights.safetensors", "lineage.json", "curve.json"),
     "pictures": ("samples.png", "samples.json", "real.png"),
 }
-"""The files of a version that are ever read back, by the folder of its run; others are for people who look into MLflow."""
+"""The files of a version that ferry reads back, by the folder of its run; others are for people who look into MLflow."""
 
 
 class FileSeal(Frozen):
-    """One file."""
+    """Size and hash of one file."""
 
     size: int = Field(ge=0, description="bytes")
     digest: Hash = Field(description="sha256")
@@ -56,21 +56,21 @@ class Seal(Frozen):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Subject and number, for messages."""
         return f"{self.subject} {self.version}"
 
     def part(self, part: Part) -> dict[str, FileSeal]:
-        """The files of a folder, by their names in it."""
+        """Return the seals of the files in one folder, by their names in it."""
         return {name.removeprefix(f"{part}/"): fact for name, fact in self.files.items() if name.startswith(f"{part}/")}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As an entry of the ledger holds it, which says subject and version itself."""
+        """The seal as a ledger entry holds it, without subject and version, which the entry says itself."""
         return self.model_dump(mode="json", exclude={"subject", "version"})
 
     @classmethod
     def of(cls, subject: str, version: int, lineage: Lineage, card: Scorecard, files: Mapping[str, FileSeal]) -> Seal:
-        """Seal a version.
+        """Make the seal of a version.
 
         Args:
             subject: LINE/CONFIG/VARIANT.
@@ -87,7 +87,7 @@ class Seal(Frozen):
 
 
 def files_of(part: Part, folder: Path) -> dict[str, FileSeal]:
-    """Hash the files of a folder as they go into a version's run.
+    """Hash the files of a folder, by the names that they get in a version's run.
 
     Raises:
         OSError: one cannot be read.
@@ -96,7 +96,7 @@ def files_of(part: Part, folder: Path) -> dict[str, FileSeal]:
 
 
 def sealed(path: Path) -> FileSeal:
-    """Hash a file.
+    """Return the size and hash of a file.
 
     Raises:
         OSError: it cannot be read.
@@ -106,17 +106,17 @@ def sealed(path: Path) -> FileSeal:
 
 
 def sealed_bytes(data: bytes) -> FileSeal:
-    """Hash what would be a file."""
+    """Return the size and hash that these bytes have as a file."""
     return FileSeal(size=len(data), digest=hashlib.sha256(data).hexdigest())
 
 
 def is_whole(path: Path, fact: FileSeal) -> bool:
-    """Whether a file is the one that was sealed: a regular file of that size, which is looked at first, and that hash."""
+    """Check whether a file is the one that was sealed: a regular file of that size, which is compared first, and that hash."""
     return path.is_file() and not path.is_symlink() and path.stat().st_size == fact.size and sealed(path) == fact
 
 
 def other_bytes(seal: Seal, name: str, found: str) -> SealError:
-    """The error for a file that is not the one that was sealed."""
+    """Make the error for a file that is not the one that was sealed."""
     return SealError(
         f"{name} of {seal.name} in MLflow is not what the gate saw ({found}): somebody replaced it, nothing of it is used; restore "
         f"MLflow's files from a backup, or `ferry retrain {seal.subject.split('/', maxsplit=1)[0]}`"

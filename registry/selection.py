@@ -1,24 +1,25 @@
-"""The gate: may this challenger replace the champion? Pure functions of scorecards; no number without its n and its error.
+"""The gate: may this challenger replace the champion? Pure functions of scorecards; each number comes with its n and its error.
 
 Promotion needs
 
 - *superiority* on the held-out items of the new data revision, in one of the feature spaces, of images alone or of pairs of image and
-  caption; each of these tests takes its part of the chance of an error, because what a model gains may show in one of them only;
-- *non-inferiority* on the new data and on the champion's own, in every feature space, of images and of pairs: the upper bound of
-  challenger minus champion lies below a margin. The margin is a share of the champion's own distance from the data, or some times the
-  distance between two sets of 25 groups of real images, whichever is more;
-- *no slow decay*: many small steps, each within the margin, must not add up. The upper bound of challenger minus anchor, the best model
-  ever, lies below some margins;
+  caption. A gain may show in only one of these tests, so each takes its part of the error probability;
+- *non-inferiority* on the new data and on the champion's own data, in every feature space, of images and of pairs: the upper bound of
+  challenger minus champion lies below a margin. The margin is a share of the champion's own distance from the data, or a multiple of
+  the distance between two sets of 25 groups of real images, whichever is larger;
+- *no slow decay*: many small losses, each within the margin, must not add up. The upper bound of challenger minus anchor (the best
+  model so far) lies below a multiple of the margin;
 
-and floors that hold without a champion too: images go with their captions; each caption, and each word of captions, is drawn; few
-images are unlike all real ones or like each other; coverage, copying, bad images, unused experts, latency and memory. A distilled variant
-must also be better than `full` drawn by a second-order solver with as many network evaluations, which costs a device no second set of
-weights. With too few images the answer is not "no" but "more data", and how much.
+and it needs floors, which hold without a champion, too: images go with their captions; each caption, and each word of captions, is
+drawn; few images are unlike all real ones or like each other; and there are limits on coverage, copying, bad images, unused experts,
+latency and memory. A distilled variant must also be better than `full` sampled by a second-order solver with as many network
+evaluations, because that solver needs no second set of weights on a device. With too few images the answer is not "refuse" but "more
+data", and says how much.
 
-A challenger that misses only superiority, and is not worse beyond the margin on the new data either, may be promoted for a recorded
-reason other than quality ("promote if reasoned", then `reasoned`). Where it is shown to be worse within the margin, that has to be
-accepted in so many words. All tests of one challenger must pass, so they need no correction for each other (Berger 1982). Those of one
-run do, see `level`, and those of one held-out set, see `spent`.
+A challenger may be promoted for a recorded reason other than quality ("promote if reasoned", then `reasoned`) if it fails only
+superiority, and is within the margin on the new data, too. If it is shown to be worse within the margin, a person must accept this
+explicitly. All tests of one challenger must pass, so they need no correction for each other (Berger 1982). The decisions of one run do
+(see `level`), and so do the attempts on one held-out set (see `spent`).
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ from model.scorecard import (
 from registry.errors import PromotionError
 
 Outcome = Literal["promote", "promote if reasoned", "more data", "refuse"]
-KEPT = 0.5  # least share of what the champion draws of a caption
-JUDGED_IMAGES, JUDGED_GROUPS = 10, 4  # held-out images and groups of a caption below which it cannot be judged
-INHERITED = 0.5  # share of its groups with which a held-out set inherits another's attempts
+KEPT = 0.5  # least share of what the champion draws of a caption that a challenger must draw
+JUDGED_IMAGES, JUDGED_GROUPS = 10, 4  # least held-out images and groups with which a caption can be judged
+INHERITED = 0.5  # a held-out set that shares this part of its groups with another inherits that one's attempts
 
 
 class Limits(Frozen):
-    """What the gate asks for."""
+    """The gate's limits."""
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5, description="chance of one wrong promotion of a worse model")
     tolerance: float = Field(
@@ -96,14 +97,14 @@ class Limits(Frozen):
 
 
 class Budgets(Frozen):
-    """What a device class can bear."""
+    """Latency and memory that a device class allows."""
 
     latency_ms: float = Field(description="for one image")
     memory_mib: float | None = Field(default=None, description="for the model, beyond a bare interpreter; None: not limited")
 
 
 class Check(Frozen):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -111,7 +112,7 @@ class Check(Frozen):
 
 
 class Decision(Frozen):
-    """What the gate said, and every number that made it."""
+    """The gate's decision, and every number that led to it."""
 
     outcome: Outcome
     reason: str
@@ -133,35 +134,36 @@ class Decision(Frozen):
 
 
 def level(alpha: float, tests: float, before: Decision | None) -> float:
-    """The chance of a wrong promotion that the next decision of a run may take, so that all take alpha together.
+    """Return the chance of a wrong promotion that the next decision of a run may take, so that all decisions share alpha.
 
-    The fallback procedure (Wiens 2003; Wiens and Dmitrienko 2005): each decision has its share, and one that promotes hands on all that it
-    could take to the next. What wrong challengers could take up to the first wrong promotion never adds up to more than alpha. It needs the
-    decisions one after another, as they come: a student is trained when its teacher was decided on. Holm's procedure needs all of them
-    first; a fixed sequence without shares would leave a student nothing when its teacher's new version fails, although the
-    champion teaches it then. Never less than Bonferroni's share, and alpha itself for the last of a run in which all pass.
+    This is the fallback procedure (Wiens 2003; Wiens and Dmitrienko 2005): each decision has its share, and a decision that promotes
+    passes its whole level on to the next one. The levels that wrong challengers use, up to the first wrong promotion, never add up to
+    more than alpha. The procedure takes the decisions one after another, as they come: a student is trained after the decision on its
+    teacher. Holm's procedure would need all decisions first. A fixed sequence without shares would leave a student nothing when its
+    teacher's new version fails, although the champion teaches it then. The level is never less than Bonferroni's share. It is alpha for
+    the last decision of a run in which all pass.
 
     Args:
-        alpha: for the whole run.
-        tests: decisions that the run may come to: variants, times the attempts at each.
-        before: the run's last decision, if any.
+        alpha: chance of a wrong promotion in the whole run.
+        tests: number of decisions that the run may make: variants times the attempts at each.
+        before: the run's last decision; None: this is the first.
     """
     return alpha / tests + (before.level if before and before.outcome == "promote" else 0.0)
 
 
 def spent(alpha: float, held_out: Sequence[str], scorecard: Sha256, before: Sequence[Decision], ahead: int = 0) -> float:
-    """The chance of a wrong promotion that a decision may take on a held-out set that was looked at before.
+    """Return the chance of a wrong promotion that a decision may take on a held-out set that may have been used before.
 
-    Attempt k gets alpha 6 / (pi k)², so that all attempts there will ever be take alpha together. A set that shares half of its groups with
-    an earlier one inherits its attempts. A decision that is made again on the same scorecard is the same attempt; the same weights drawn
-    otherwise, or measured in other feature spaces, are another one. First versions take no chance.
+    Attempt k gets alpha 6 / (pi k)², so that all attempts that will ever be made take at most alpha together. A set that shares half of
+    its groups with an earlier one inherits that one's attempts. A repeated decision on the same scorecard is the same attempt. If the
+    same weights are sampled otherwise, or measured in other feature spaces, this is another attempt. First versions use up no attempt.
 
     Args:
-        alpha: for all attempts on this set.
-        held_out: hashes of its groups, the smallest ones.
-        scorecard: hash of the one that is decided on.
+        alpha: chance of a wrong promotion in all attempts on this set.
+        held_out: hashes of the set's groups, the smallest ones.
+        scorecard: hash of the scorecard that is decided on.
         before: earlier decisions of the line, configuration and variant, the oldest first.
-        ahead: so many attempts after this one.
+        ahead: 0 for this attempt, k for the k-th attempt after it.
     """
     seen: list[Sha256] = []
     for decision in before:
@@ -173,7 +175,7 @@ def spent(alpha: float, held_out: Sequence[str], scorecard: Sha256, before: Sequ
 
 
 def _overlap(a: Sequence[str], b: Sequence[str]) -> float:
-    """Share of the first set that is in the second, told from the smallest hashes of both (Broder 1997); 0 for nothing."""
+    """Estimate the share of the first set that is in the second, from the smallest hashes of both (Broder 1997); 0: one is empty."""
     if not a or not b:
         return 0.0
     known = min(max(a), max(b)) if max(len(a), len(b)) >= HASHES else max(*a, *b)
@@ -197,13 +199,13 @@ def decide(
     Args:
         card: the challenger's scorecard; with a champion it holds comparisons against it on both splits, and against the anchor
             where that is another model.
-        limits: what is asked for.
+        limits: the gate's limits.
         budgets: of the device class.
-        champion: weights of the present champion; None when there is none, then only the floors count.
-        anchor: weights of the best model ever.
-        level: chance of a wrong promotion; None: `limits.alpha`, for a single decision.
-        again: the same of the next attempt, for which the decision says how many images are needed; None: as much.
-        update_bytes: expected size of the delta from the champion's weights; `choose` looks at it.
+        champion: hash of the present champion's weights; None: there is no champion, and only the floors count.
+        anchor: hash of the weights of the best model so far; None: there is none.
+        level: chance of a wrong promotion that this decision may take; None: `limits.alpha`, for a single decision.
+        again: level of the next attempt, for which the decision says how many images are needed; None: the same level.
+        update_bytes: expected size of the delta from the champion's weights in bytes; `choose` uses it.
     """
     n = min(q.n for q in card.quality)
     alpha = limits.alpha if level is None else level
@@ -211,7 +213,7 @@ def decide(
     too_few = _too_few(card.quality, limits)
     found = [*floors(card, limits, budgets, alpha, again, champion is not None)]
     superior: list[_Finding] = []
-    harmless: list[_Finding] = []  # enough where a reason other than quality is given
+    harmless: list[_Finding] = []  # what a promotion for a reason other than quality needs, too
     worse: list[str] = []
     if champion is not None:
         rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion]
@@ -268,7 +270,10 @@ def decide(
 
 
 def _superior(rows: Sequence[Comparison], split: str, alpha: float, again: float) -> _Finding:
-    """Whether a challenger is shown to be better on a split: in one of the spaces and aspects, each at its part of alpha (Bonferroni)."""
+    """Test whether a challenger is better on a split in one of the spaces and aspects, each at its part of alpha (Bonferroni).
+
+    Returns the first test that passes, or else the one that comes closest.
+    """
     tested = [row for row in rows if row.split == split]
     what, tests = f"superiority on the {split} data", len(tested)
     each = [_below(row, 0.0, what, alpha / tests, again / tests) for row in tested]
@@ -281,14 +286,18 @@ def _superior(rows: Sequence[Comparison], split: str, alpha: float, again: float
 
 
 def _margin(card: Scorecard, row: Comparison, limits: Limits) -> float:
-    """How much worse a challenger may be, in one space and aspect: what somebody can see in the data, never a share of noise."""
+    """Return how much worse a challenger may be, in one space and aspect.
+
+    The margin is the larger of a share of the champion's distance from the data and a multiple of the distance between two sets of
+    real images. It never depends on the distance of noise.
+    """
     place = next(q for q in card.quality if (q.space, q.split) == (row.space, row.split))
     band = place.band if row.aspect == "images" else place.captions_band
     return max(limits.tolerance * row.champion_kd, limits.tolerance_bands * (band or 0.0))
 
 
 def _worse(row: Comparison, alpha: float) -> str:
-    """In words, that a challenger is shown to be worse."""
+    """Say in words that a challenger is shown to be worse, and by how much at most."""
     most = row.delta + quantile(row.groups, alpha) * row.se
     return f"worse on the {row.split} data in {row.space} features, {_of(row)}, by at most {most:.4f}"
 
@@ -298,10 +307,10 @@ def _of(row: Comparison) -> str:
 
 
 def reasoned(decision: Decision, reason: str, accept_worse: bool = False) -> Decision:
-    """The decision to promote for a reason other than quality, such as a mended fault, a format or a licence.
+    """Turn a decision into a promotion for a reason other than quality, such as a corrected error, a format or a licence.
 
     Raises:
-        PromotionError: the gate did not find that it does no harm, there is no reason, or it is worse and nobody accepts that.
+        PromotionError: the gate did not find the model harmless, the reason is empty, or it is shown to be worse and nobody accepts that.
     """
     if decision.outcome != "promote if reasoned":
         raise PromotionError(
@@ -318,24 +327,24 @@ def reasoned(decision: Decision, reason: str, accept_worse: bool = False) -> Dec
 
 
 def choose(candidates: Sequence[Decision], between: Mapping[tuple[Sha256, Sha256], Sequence[Comparison]]) -> Decision | None:
-    """Which of several challengers of one champion to promote: the best, or the smallest update among those as good.
+    """Choose which challenger of a champion to promote: the best, or among those as good the one with the smallest update.
 
-    As good as the best is what cannot be told from it: in each feature space the paired interval of the difference covers zero. A champion
-    offered as its own challenger has the smallest update of all, and is never chosen.
+    A challenger is as good as the best if the two cannot be told apart: in each feature space the paired interval of the difference
+    covers zero. The champion would have the smallest update of all, so it is never chosen as its own challenger.
 
     Args:
-        candidates: what the gate said of each.
-        between: comparisons of a first challenger minus a second, by their weights, in either order.
+        candidates: the gate's decision on each challenger.
+        between: comparisons of a first challenger minus a second, by the hashes of their weights, in either order.
 
     Returns:
-        None where none may be promoted.
+        The decision on the chosen challenger; None: none may be promoted.
     """
     passed = [d for d in candidates if d.outcome == "promote" and d.challenger != d.champion]
     if not passed:
         return None
 
     def pairs(a: Decision, b: Decision) -> list[tuple[float, float, float]]:
-        """Differences a minus b, their errors and the quantile."""
+        """Return the differences a minus b, with their standard errors and quantiles."""
         sign, rows = 1.0, between.get((a.challenger, b.challenger), ())
         if not rows:
             sign, rows = -1.0, between.get((b.challenger, a.challenger), ())
@@ -343,7 +352,7 @@ def choose(candidates: Sequence[Decision], between: Mapping[tuple[Sha256, Sha256
         return [(sign * row.delta, row.se, quantile(row.groups, alpha / 2)) for row in rows]
 
     def beaten(d: Decision) -> int:
-        """By how many others its estimates are worse in sum."""
+        """Count the other challengers that are better than this one in the sum of their estimates."""
         return sum(sum(delta for delta, _, _ in pairs(d, other)) > 0 for other in passed if other is not d)
 
     best = min(passed, key=lambda d: (beaten(d), d.challenger))
@@ -356,12 +365,15 @@ def choose(candidates: Sequence[Decision], between: Mapping[tuple[Sha256, Sha256
 
 @dataclass(frozen=True)
 class _Finding:
-    """A check, and how much more data would settle it where its estimate would do but its error is too large."""
+    """The result of a check.
+
+    `needed` says how much more data would decide it, where the estimate would pass but its error is too large.
+    """
 
     check: Check
     needed: str | None = None
     waivable: bool = False
-    """Whether a person may promote against it for a reason."""
+    """Whether a person may promote in spite of it, for a reason."""
 
 
 def _missing(text: str) -> _Finding:
@@ -382,7 +394,11 @@ def _too_few(qualities: list[Quality], limits: Limits) -> str | None:
 
 
 def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float, again: float, champion: bool) -> list[_Finding]:
-    """What every model must meet, with or without a champion; those of a first version may be waived for a reason."""
+    """Check what every model must meet, with or without a champion.
+
+    A person may waive some of the floors for a reason: those on images and captions of a first version, and on captions that cannot
+    be judged.
+    """
     coverage = min(q.coverage for q in card.quality if q.split == "new")
     groups = min(q.groups for q in card.quality if q.split == "new")
     memory = card.cost.peak_mib - card.cost.bare_mib
@@ -416,7 +432,7 @@ def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float, agai
 
 
 def _odd(card: Scorecard, limits: Limits, champion: bool) -> list[_Finding]:
-    """Whether few images are unlike all real ones, like each other, or copies: exact bounds of shares (Clopper and Pearson 1934)."""
+    """Test whether few images are unlike all real ones, like each other, or copies, by exact bounds (Clopper and Pearson 1934)."""
     rows = []
     if card.plausibility:
         n, odd, same = card.plausibility.n, card.plausibility.implausible, card.plausibility.duplicates
@@ -447,7 +463,7 @@ def _odd(card: Scorecard, limits: Limits, champion: bool) -> list[_Finding]:
 def _odder(row: Plausibility, limits: Limits) -> _Finding:
     """Test whether images unlike all real ones are not much more frequent than the champion's.
 
-    A distance does not see this: a few images of noise among those of a model with a bias move their mean towards the data.
+    A distance does not notice this: a few images of noise among those of a biased model move their mean towards the data.
     """
     pairs, more, champion = row.pairs or 0, row.more or 0.0, row.champion or 0.0
     reach = quantile(pairs, limits.alpha) * (row.more_se or 0.0)
@@ -462,12 +478,12 @@ def _odder(row: Plausibility, limits: Limits) -> _Finding:
 
 
 def _images(n: int, reach: float, room: float) -> str:
-    """Say how many images would bring an interval's reach down to the room that there is."""
+    """Say how many images would reduce `reach`, from estimate to upper bound, to `room`, from estimate to limit."""
     return f"about {math.ceil(n * (reach / room) ** 2)} images are needed (gate.images)"
 
 
 def _follows(row: Following, alpha: float, champion: bool) -> _Finding:
-    """Whether images are shown to go with their captions, wherever real ones do."""
+    """Test whether images go with their captions, if real images can be shown to go with theirs."""
     times = quantile(row.groups, alpha)
     if row.real - times * row.real_se <= 0:
         text = f"captions, {row.space} features: real images cannot be shown to go with theirs, so this is not asked"
@@ -484,14 +500,15 @@ def _follows(row: Following, alpha: float, champion: bool) -> _Finding:
 
 
 def _draws(row: CaptionCheck, alpha: float) -> _Finding:
-    """Whether a caption is drawn, where that can be judged; what the champion does not draw either is no new harm.
+    """Test whether a caption is drawn, if that can be judged; a caption that the champion does not draw either is no new harm.
 
-    That a model draws nothing of it has to be rejected by a test, so one that drops it is let through with a chance of alpha at most. How
-    much of it is drawn is an estimate: more than a third of what real images show, or than half of what the champion draws if that is less.
+    A test must reject that the model draws nothing of it, so a model that drops the caption passes with a chance of at most alpha. How
+    much of it is drawn is an estimate: it must be more than a third of what real images show, or more than half of what the champion
+    draws if that is less.
     """
     name = f"{'word' if row.word else 'caption'} {row.caption!r}"
     times = quantile(row.groups, alpha)
-    # Told apart at twice the bound: else the share's error is so large that all could not be told from a third.
+    # Real images must differ at twice the bound. Otherwise the error is so large that a share of 1 could not be told from 1/3.
     enough = row.reference >= JUDGED_IMAGES and row.groups >= JUDGED_GROUPS and row.apart > 2 * times * row.apart_se
     if row.share is None or (row.champion_share is not None and row.champion_share <= FOLLOW / 2):
         text = f"{name}: " + (
@@ -502,7 +519,7 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
     at = f"{row.reference} held-out images in {row.groups} groups"
     least = FOLLOW if row.champion_share is None else min(FOLLOW, KEPT * row.champion_share)
     if not enough:
-        # Held against the champion's on the same real images an estimate is steady even then; alone, it has to be shown.
+        # Compared with the champion's share on the same real images, the estimate is reliable even then. Without it, a test decides.
         shown = row.drawn + times * row.drawn_se < least * row.apart
         seems = row.share <= least and row.apart > 2 * row.apart_se
         dropped = seems if row.champion_share is not None else shown
@@ -517,7 +534,7 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
 
 
 def _copies(row: Memorisation, bound: float, groups: int, alpha: float, again: float) -> _Finding:
-    """Whether copying of training images can be ruled out, in one space."""
+    """Test whether copying of training images can be ruled out, in one feature space."""
     times = quantile(groups, alpha)
     upper = row.probability + times * row.se if row.se else row.probability
     text = (
@@ -532,12 +549,15 @@ def _copies(row: Memorisation, bound: float, groups: int, alpha: float, again: f
 
 
 def quantile(groups: int, alpha: float) -> float:
-    """Student's t, because groups may be few; with a single one nothing can be said."""
+    """Return the upper quantile of Student's t, because groups may be few; infinite for a single group, which shows nothing."""
     return float(stats.t.ppf(1 - alpha, groups - 1)) if groups > 1 else math.inf
 
 
 def _below(row: Comparison, bound: float, what: str, alpha: float, again: float) -> _Finding:
-    """Test whether a difference lies below a bound, in one space; say what the next attempt, at level `again`, needs if that is undecided."""
+    """Test whether a difference lies below a bound, in one space.
+
+    If that is undecided, say how much data the next attempt, at level `again`, needs.
+    """
     upper = row.delta + quantile(row.groups, alpha) * row.se
     text = (
         f"{what}, {row.space} features, {_of(row)}: difference {row.delta:+.4f} (upper bound {upper:+.4f} at n = {row.n} and {row.groups} "
@@ -551,13 +571,13 @@ def _below(row: Comparison, bound: float, what: str, alpha: float, again: float)
 
 
 def _more(n: int, groups: int, reach: float, room: float) -> str:
-    """How many images and groups would bring an interval's reach down to the room that there is."""
+    """Say how many images and groups would reduce `reach`, from estimate to upper bound, to `room`, from estimate to limit."""
     times = (reach / room) ** 2 if groups > 1 else 8.0
     return f"about {math.ceil(n * times)} and {math.ceil(groups * times)} are needed next time"
 
 
 def _lacking(row: Comparison) -> str:
-    """Which of the two an interval lacks, as far as that was measured."""
+    """Say whether more drawn images would narrow an interval, or only more held-out groups; empty: that was not measured."""
     if row.drawn_se is None or row.groups < 2:
         return ""
     if row.drawn_se**2 > row.se**2 / 2:

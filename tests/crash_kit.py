@@ -72,7 +72,7 @@ class Folder:
     def options(self) -> list[dict[str, int]]:
         """List the names that a power cut may leave, with each pending change done or lost.
 
-        Of more than five pending changes, only some combinations: the first n done (from none to all), one done, all but one done.
+        Of more than five pending changes, only some combinations: the first n done (from none to all), one done, all but one.
         """
         n = len(self.pending)
         chosen: list[tuple[bool, ...]]
@@ -193,8 +193,8 @@ class Tree:
         """Yield all states that a power cut may leave now.
 
         Args:
-            loose: name of a folder at the top that is never synced, because it may be lost at any moment. Its own states are: as it
-                is, lost, and all files torn. They are combined only with two states of the rest: all done and all lost.
+            loose: name of a folder at the top that is never synced, because it may be lost at any moment. Its own states are:
+                as it is, lost, and all files torn. They are combined only with two states of the rest: all done and all lost.
         """
         below = self._below(self.folder(0).names.get(loose))
         open_ones = {number: options for number in range(len(self.nodes)) if number not in below

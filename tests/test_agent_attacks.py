@@ -1,4 +1,4 @@
-"""Attacks on a device, each by its name: whatever an attacker serves, or signs with the keys they stole, the device stays as it was."""
+"""Attacks on a device, by name: whatever an attacker serves, or signs with stolen keys, the device stays as it was."""
 
 from __future__ import annotations
 
@@ -61,26 +61,26 @@ pytest_plugins = ("tests.fleet_kit",)
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries do not wait."""
+    """Remove the pause between retries."""
     monkeypatch.setattr("ota.agent.transport.BACKOFF", 0)
 
 
 @pytest.fixture
 def web(offered: Field) -> Iterator[WebServer]:
-    """The repository of `offered` behind a web server, and the device looking there."""
+    """Serve the repository of `offered` from a web server, and point the device at it."""
     with WebServer(offered.repository.folder) as server:
         offered.device.configure(repository=server.address)
         yield server
 
 
 def not_installed(device: Device) -> None:
-    """Nothing of an attack is on the device: no other slot, no part of one, no download."""
+    """Check that nothing of an attack is on the device: no other slot, no part of one, no download."""
     assert [path.name for path in (device.root / "slots").iterdir()] == [device.active]
     assert device.leftovers() == []
 
 
 def forget_cache(device: Device) -> None:
-    """What a power cut or a full disk may do to python-tuf's files."""
+    """Delete python-tuf's files, as a power cut or a full disk may do."""
     shutil.rmtree(device.root / "metadata")
 
 
@@ -105,7 +105,7 @@ def test_arbitrary_install_refused(offered, role, how):
 
 
 def test_targets_need_two_signatures(offered, keys):
-    # One of the offline keys is stolen: a delegation to the thief's key, signed once.
+    # One of the offline keys is stolen: the thief delegates to their own key, with a single signature.
     thief = CryptoSigner.generate_ed25519()
     path = metadata_file(offered.repository, "targets")
 
@@ -135,7 +135,7 @@ def test_whole_repository_of_stranger_refused(offered, bundles, tmp_path):
 
 
 def raise_in_snapshot(repository: Repository, **versions: int) -> None:
-    """What the holder of the snapshot and timestamp keys can do: name any versions."""
+    """Sign a snapshot with any versions, as the holder of the snapshot and timestamp keys can."""
 
     def snapshot(signed: Any) -> None:
         for role, version in versions.items():
@@ -219,7 +219,7 @@ def test_dripping_document_given_up(offered, web, monkeypatch, name):
 
 
 def test_dripping_server_that_starts_over_given_up(offered, web, bundles, monkeypatch):
-    # It ignores the range that is asked for, so all that arrives is thrown away.
+    # The server ignores the requested range, so all that arrives is thrown away.
     change_role(offered.repository, "deltas", lambda signed: signed.targets.clear())
     monkeypatch.setattr(transport, "ATTEMPTS", 1)
     name = bundles["second"].path("weights", "full").name
@@ -237,7 +237,7 @@ def test_dripping_server_that_starts_over_given_up(offered, web, bundles, monkey
 
 
 def test_claimed_encoding_is_not_unpacked(offered, web):
-    # What is signed are the bytes as they are sent; a decoder is one more thing to attack.
+    # The signature covers the bytes as they are sent, and a decoder would be one more thing to attack.
     web.faults.encoding = "gzip"
     assert offered.device.update(check_only=True).reason == "release 2 is open to this device"
 
@@ -246,7 +246,7 @@ def test_claimed_encoding_is_not_unpacked(offered, web):
 
 
 def snapshot_of(field: Field, tmp_path: Path) -> Path:
-    """A copy of all that is published now, for a mirror to serve later."""
+    """Copy all that is published now, for a mirror to serve later."""
     shutil.copytree(field.repository.folder, tmp_path / "old")
     return tmp_path / "old"
 
@@ -290,7 +290,7 @@ def test_rollback_of_delegated_role_refused(updated, role):
 
 
 def test_replayed_policy_refused(offered, tmp_path):
-    # Release 2 was open, then halted; a mirror, and then the thief of the online keys, would have it open again.
+    # Release 2 was open and was then halted. A mirror, and then the thief of the online keys, try to open it again.
     old = snapshot_of(offered, tmp_path)
     opened = offered.repository._versions()["rollout"]
     offered.repository.set_policy(halt(everyone(offered.release)))
@@ -329,7 +329,7 @@ def test_frozen_repository_installs_nothing(offered, keys, role):
 
 
 def test_expired_policy_installs_nothing(offered, keys):
-    # Fresh timestamp and snapshot: the rollout ended, as it does 14 days after the flow stops. That is no fault of a device.
+    # Timestamp and snapshot are fresh, but the policy expired, as it does 14 days after the flow stops. No device is at fault.
     sign_in_place(metadata_file(offered.repository, "rollout"), keys, "rollout", expire)
     forget_cache(offered.device)
     before = offered.device.facts(marks=False)
@@ -389,13 +389,13 @@ def test_time_seen_is_remembered(scene):
 
 
 def set_clock_back(monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
-    """Let the agent's clock run behind by so many hours."""
+    """Set the agent's clock back by this many hours."""
     behind = SimpleNamespace(time=lambda: time.time() - 3600 * hours, monotonic=time.monotonic)
     monkeypatch.setattr("ota.agent.trust.time", behind)
 
 
 def test_clock_that_goes_back_bit_by_bit_is_noticed(scene, monkeypatch):
-    # Each step is one that a poor clock may make; together they go back to where expired metadata look fresh.
+    # A poor clock may make each single step; together they go back so far that expired metadata look fresh.
     seen = scene.device.home.high_water().time
     set_clock_back(monkeypatch, hours=20)
     assert scene.device.update().reason == "release 1 is installed"
@@ -406,7 +406,7 @@ def test_clock_that_goes_back_bit_by_bit_is_noticed(scene, monkeypatch):
 
 
 def test_time_is_remembered_where_the_policy_has_expired(offered, keys, monkeypatch):
-    # Else a clock that is set back after that makes the policy look fresh.
+    # Otherwise a clock that is set back later would make the policy look fresh.
     marks = offered.device.home.high_water()
     offered.device.home.raise_high_water(marks.model_copy(update={"time": marks.time - 3 * 86_400}))
     sign_in_place(metadata_file(offered.repository, "rollout"), keys, "rollout", expire)
@@ -471,7 +471,7 @@ def test_wrong_word_at_init_refused(repository, tmp_path, option):
 
 @pytest.mark.parametrize("address", ["https://gw.example.com/inbox", "s3://bucket/inbox", "file://host/inbox", "http://[::1"])
 def test_reports_go_to_folders_only(repository, tmp_path, address):
-    # Taken for a folder, its path would swallow the reports without a word.
+    # If the address were taken for the path of a folder, the reports would end up there unnoticed.
     (tmp_path / "root.json").write_bytes(repository.root_bytes())
     output = Device(tmp_path / "device").command(
         "init", "--device", "dev-1", "--line", LINE, "--class", CLASS, "--repository", str(repository.folder), "--reports",
@@ -558,13 +558,13 @@ def test_root_rotation_by_old_keys_followed(offered, keys, tmp_path):
     sign_in_place(path, keys, "root", rotate)
     with untouched(offered.device, TrustError, "do not hold", marks=False):
         offered.device.update()
-    assert offered.device.home.high_water().versions["root"] == 2  # which keys are out is learnt before anything else holds
+    assert offered.device.home.high_water().versions["root"] == 2  # revoked keys are learnt before anything else verifies
     sign_in_place(metadata_file(offered.repository, "timestamp"), fresh, "timestamp", lambda _: None)
     assert offered.device.update(check_only=True).reason == "release 2 is open to this device"
 
 
 def test_root_is_remembered(updated, keys, tmp_path):
-    # A stolen timestamp key was taken out of the root; the cache of roots is torn; the thief serves the old root.
+    # A stolen timestamp key was removed from the root, and the cache of roots is torn. The thief serves the old root.
     device, repository = updated.device, updated.repository
     old = snapshot_of(updated, tmp_path)
     fresh = create(tmp_path / "keys")
@@ -695,7 +695,7 @@ def test_document_that_is_signed_as_too_long_is_not_fetched(offered, web):
     ("thief", "path"), [("rollout", "models"), ("deltas", "models"), ("deltas", "rollout"), ("models", "rollout")]
 )
 def test_key_of_one_role_signs_no_other(offered, bundles, thief, path):
-    # The thief takes the real content out of its role and signs their own under the same name.
+    # The thief removes the real content from its role and signs their own content under the same name.
     role, name = (
         path,
         {"models": f"models/{LINE}/{CLASS}/{offered.release.manifest}.json", "rollout": f"rollout/{LINE}/{CLASS}.json"}[path],
@@ -795,7 +795,7 @@ def test_traversal_in_manifest_refused(scene, bundles, sha256):
 
 
 def test_traversal_in_role_name_stays_inside(scene):
-    # With all keys of the factory, not one file outside the cache can be named.
+    # Even with all keys of the factory, nobody can name a file outside the cache.
     evil = "../../../evil"
     policy = scene.repository._load(f"{scene.repository._versions()['rollout']}.rollout.json")
     quoted = "..%2F..%2F..%2Fevil.json"
@@ -814,7 +814,7 @@ def test_traversal_in_role_name_stays_inside(scene):
 
 
 def test_manifest_under_other_name_refused(scene, bundles):
-    # Its path and the policy name one bundle, its bytes are another's.
+    # The manifest's path and the policy name one bundle, but its bytes are those of another.
     honest, other = bundles["second"].manifest, bundles["garbage"].manifest
     policy = everyone(scene.release, manifest=honest.digest, seq=2)
     target = scene.repository._add_target(f"models/{LINE}/{CLASS}/{honest.digest}.json", other.canonical(), {"seq": 2})
@@ -893,7 +893,7 @@ def test_file_changed_after_download_noticed(scene, bundles, step, folder):
     assert not (scene.device.root / "slots" / release.manifest).exists()
 
 
-# What lies where the agent is started
+# Files in the folder where the agent is started
 
 
 def test_working_directory_is_not_imported(scene, tmp_path):

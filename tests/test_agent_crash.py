@@ -1,11 +1,11 @@
-"""Every state that a power cut can leave of an agent's directory: a model always runs, nothing promised is forgotten, all ends well.
+"""Every state that a power cut can leave of an agent's directory: a model always runs, and no promise is forgotten.
 
-Each scenario is recorded once (`tests.crash_kit`), then laid out as a cut before and after each operation could leave it. In
-each state that can be told from the others the agent must, without a network, name a sound bundle and remember what it had
-promised; and with the network back it must end in the same bytes as if nothing had happened. A process may also be killed
-first, so that the next one builds on what is not durable yet, and then the power cut.
+Each scenario is recorded once (`tests.crash_kit`). The directory is then laid out as a power cut before or after each
+operation could leave it. In each distinct state, the agent must name a sound bundle and remember what it had promised,
+without a network. Once the network is back, it must end with the same bytes as if nothing had happened. A process may also
+be killed first: the next process then builds on what is not durable yet, and the power cut comes after that.
 
-The check checks itself: with any one sync left out, some state must break it.
+The check tests itself: if any one sync is left out, it must fail for at least one state.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ LOOSE = "metadata"
 
 @dataclass(frozen=True)
 class Promised:
-    """What must be true after a cut: of what can be one of two, the old was promised and the new begun."""
+    """What must be true after a cut. Where there are two values, the old one was promised and the new one begun."""
 
     states: tuple[State, ...] = (State(),)
     marks: tuple[HighWater, ...] = (HighWater(),)
     queued: tuple[tuple[str, bytes], ...] = ()
     delivered: tuple[tuple[str, bytes], ...] = ()
     kept: tuple[tuple[str, int], ...] = ()
-    """Downloads and how much of them was synced."""
+    """Downloads, and how many bytes of each were synced."""
 
     @classmethod
     def of(cls, home: Home) -> Promised:
-        """What holds of a directory at rest."""
+        """Return what holds for a directory at rest."""
         queue = sorted(home.disk.path("queue").glob("*.json"))
         return cls((home.load(),), (home.high_water(),), tuple((path.name, path.read_bytes()) for path in queue))
 
@@ -81,7 +81,7 @@ class Promised:
         return found
 
     def check(self, home: Home, damaged: bool) -> None:
-        """A directory after a cut, before anything else is done with it."""
+        """Check a directory after a cut, before anything else is done with it."""
         state = home.load()
         assert state in self.states, "a state was forgotten"
         assert home.high_water() in self.marks, "marks were forgotten"
@@ -94,7 +94,7 @@ class Promised:
         assert all(queue[name] == data for name, data in delivered.items() if name in queue), "a report changed"
         if used := [int(Path(name).stem) for name in queue | delivered]:
             assert int(home.disk.read("number") or b"") >= max(used), "a number would be used again"
-        if copy := home.disk.read("state.prev.json"):  # for a disk that damages the other
+        if copy := home.disk.read("state.prev.json"):  # a spare, in case the disk damages the other
             before = opened(copy)
             assert before, "no copy of the state is whole"
             assert before.active is None or home.disk.path(f"slots/{before.active}").is_dir(), "the copy names what is not there"
@@ -106,7 +106,7 @@ class Promised:
 
 @contextmanager
 def noting(recorder: Recorder, patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Record beside what is done what is promised by it."""
+    """Record what the agent promises, between the operations that it does."""
 
     def note(kind: str, value: Any) -> None:
         recorder.look()
@@ -171,19 +171,19 @@ def noting(recorder: Recorder, patch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-# What befalls a device
+# What happens to a device
 
 
 @dataclass
 class Scenario:
-    """Something that an agent does, and what it comes to if nothing happens."""
+    """Something that an agent does, and its result if nothing interrupts it."""
 
     field: Field
     act: Callable[[Device], object]
     folder: Path
     patch: pytest.MonkeyPatch
     damaged: bool = False
-    """What runs was damaged before, so that it need not be whole."""
+    """The running bundle was damaged before, so it need not be whole."""
 
     def __post_init__(self) -> None:
         self.before, self.count = Tree.of(self.field.device.root), itertools.count()
@@ -193,12 +193,12 @@ class Scenario:
         self.wanted = facts(self.field.device)
 
     def record(self, before: Tree, root: Path) -> Log:
-        """What acting on a directory does to it, when this is what the disk holds of it."""
+        """Run the action on a directory and record what it does there; `before` is what the disk holds of the directory."""
         recorder = Recorder(root, before)
         with recorder.watching(self.patch) as log, noting(recorder, self.patch):
             try:
                 self.act(Device(root))
-            except FaultError:  # of the recorder, or of the agent: what follows would not be seen
+            except FaultError:  # of the recorder or the agent: nothing after it would be recorded
                 raise
             except OtaError:
                 pass
@@ -213,7 +213,7 @@ class Scenario:
         return self.folder / str(next(self.count))
 
     def forgotten(self, state: crash_kit.State, promised: Promised) -> str | None:
-        """What is wrong with a state before anything else is done; None if nothing is."""
+        """Return what is wrong with a state before anything else is done, or None if nothing is."""
         folder = self.place()
         lay_out(state, folder / "device")
         try:
@@ -225,7 +225,7 @@ class Scenario:
         return None
 
     def unrecoverable(self, state: crash_kit.State, promised: Promised) -> str | None:
-        """What is wrong after the agent went on from a state; None if nothing is."""
+        """Return what is wrong after the agent continued from a state, or None if nothing is."""
         folder = self.place()
         lay_out(state, folder / "device")
         (folder / "reports").mkdir()
@@ -235,7 +235,7 @@ class Scenario:
         try:
             device.configure(reports=str(folder / "reports"))
             if device.active and not self.damaged:
-                with suppress(GateError):  # it was taken back, so the one before draws
+                with suppress(GateError):  # it was rolled back, so the previous one draws
                     updater.generate(device.home, "bar", 0)
                 assert updater.generate(device.home, "bar", 0)[1]["good"], "nothing draws"
             self.finish(device)
@@ -254,12 +254,12 @@ class Scenario:
     def distinct(
         self, log: Log, start: Promised, first: int = 0, last: int | None = None
     ) -> Iterator[tuple[int, Promised, crash_kit.State]]:
-        """The states of a log that can be told from each other, by what they hold or by what was promised before them."""
+        """Yield the states of a log that differ in what they hold or in what was promised before them."""
         seen, at, promised = set[int](), -1, start
         for count, state in log.states(LOOSE, first, last):
             if count != at:
                 at, new = count, start.after(log.notes(count))
-                if new != promised:  # what was right before may be too little now
+                if new != promised:  # more is promised now, so states that passed before may fail
                     promised, seen = new, set()
             key = fingerprint(state)
             if key not in seen:
@@ -267,7 +267,7 @@ class Scenario:
                 yield count, promised, state
 
     def killed(self, log: Log, count: int) -> tuple[Log, Promised]:
-        """What the next process does where one was killed after so many operations, and what was promised until then."""
+        """Return what the next process does if one is killed after `count` operations, and what was promised until then."""
         tree, folder = log.after(count), self.place()
         promised = self.promised.after(log.notes(count))
         lay_out(tree.current(), folder / "device")
@@ -282,7 +282,7 @@ NAMES = ["delta", "full", "first", "broken delta", "refused", "taken back", "dam
 
 
 class Failing(Children):
-    """Children of which the ones that draw with one bundle fail."""
+    """Children that fail when they draw with the bundle `fails`."""
 
     fails = ""
 
@@ -299,7 +299,7 @@ def scenario(
 ) -> Iterator[Scenario]:  # fmt: skip
     name, children = request.param, Failing(tries)
     monkeypatch.setattr(child, "run", children.run)
-    monkeypatch.setattr(transport, "SYNC_EVERY", 64 * 1024)  # so that a bundle of the tests takes several
+    monkeypatch.setattr(transport, "SYNC_EVERY", 64 * 1024)  # small, so that a test bundle is synced several times
     field = fielded.copy(tmp_path / "field")
     first, second, garbage = (bundles[which] for which in ("first", "second", "garbage"))
     if name == "first":
@@ -317,18 +317,18 @@ def scenario(
         name_delta(field.repository, first.manifest.digest, second.manifest.digest, step.read_bytes()[:-20] + bytes(20))
     if name == "taken back":
         children.fails = second.manifest.digest
-    memory = Path("/dev/shm")  # a disk takes a hundred times as long to lay out thousands of folders
+    memory = Path("/dev/shm")  # on a disk, laying out thousands of folders takes a hundred times as long
     with TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
         yield Scenario(field, lambda device: device.update(), Path(folder), monkeypatch, damaged=name == "damaged")
 
 
 def wrong(check: Callable[[crash_kit.State, Promised], str | None], states: Any) -> list[str]:
-    """What is wrong with each of the states that something is wrong with."""
+    """List the problems of all states in which the check finds one."""
     return [f"cut after {count}: {problem}" for count, promised, state in states if (problem := check(state, promised))]
 
 
 def some(states: list[Any], count: int) -> list[Any]:
-    """So many of them, always the same; CRASH=all takes all."""
+    """Choose `count` of the states, always the same ones; with CRASH=all, return all."""
     return states if os.environ.get("CRASH") == "all" else random.Random(0).sample(states, min(count, len(states)))
 
 
@@ -351,7 +351,10 @@ def test_every_state_of_every_moment(scenario: Scenario):
 @pytest.mark.crash
 @pytest.mark.parametrize("scenario", NAMES, indirect=True)
 def test_killed_then_cut(scenario: Scenario):
-    """The next process builds on what may not be durable yet; one place in twenty to be killed at."""
+    """Cut the power in the process after a killed one, which builds on what may not be durable yet.
+
+    One place in twenty to be killed at is tried.
+    """
     for count in range(0, len(scenario.log.ops), 20):
         log, promised = scenario.killed(scenario.log, count)
         states = list(scenario.distinct(log, promised))
@@ -362,13 +365,13 @@ def test_killed_then_cut(scenario: Scenario):
 @pytest.mark.crash
 @pytest.mark.parametrize("scenario", ["delta"], indirect=True)
 def test_no_sync_can_be_left_out(scenario: Scenario):
-    """With any sync left out, of a delta update or of what follows a kill, some state forgets something."""
+    """Check that without any one sync, of a delta update or of what follows a kill, some state forgets something."""
     kept: list[str] = []
     for at in scenario.log.syncs():
         log = scenario.log.without(at)
         if not any(scenario.forgotten(state, promised) for _, promised, state in scenario.distinct(log, scenario.promised, at)):
             kept.append(described(scenario.log, at))
-    # What settles the directory at the start matters only to what a kill left: a state or marks, slots, a download.
+    # Three syncs settle the directory at the start. They matter only to what a kill left: a state or marks, slots, a download.
     assert len(kept) == 3, kept
     needed = set[int]()
     for count in range(1, len(scenario.log.ops)):
@@ -383,5 +386,5 @@ def test_no_sync_can_be_left_out(scenario: Scenario):
 
 
 def described(log: Log, at: int) -> str:
-    """A sync and what was done before it."""
+    """Describe a sync and what was done before it."""
     return f"{at}: " + ", ".join(" ".join(str(word)[:30] for word in op) for op in log.ops[max(0, at - 2) : at + 1])

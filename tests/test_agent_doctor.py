@@ -1,4 +1,4 @@
-"""What `ferry-agent doctor` finds, and that it changes nothing; and looking for updates for as long as the device runs."""
+"""What `ferry-agent doctor` finds, and that it changes nothing; benchmarks; and polling for as long as the device runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytest_plugins = ["tests.fleet_kit"]
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries do not wait."""
+    """Remove the pause between retries."""
     monkeypatch.setattr("ota.agent.transport.BACKOFF", 0)
 
 
@@ -180,7 +180,7 @@ def test_bench_keeps_what_it_measured(updated: Field):
 
 
 def test_bench_without_a_sensor_tells_no_joules(updated: Field):
-    """Never a number without its source, and no 0 for what nobody measured."""
+    """Report no number without its source, and no 0 for what nobody measured."""
     found = energy.Found(None, ("RAPL was skipped: there is none.",))
     told = bench.run(updated.device.home, 20, True, lambda _: None, lambda draw, _: energy.measure(draw, found))
     row = told["variants"]["full"]
@@ -198,7 +198,7 @@ def test_bench_of_few_images_or_on_trial_refused(updated: Field):
     harm_trial(updated)
     assert "installed and confirmed" in updated.device.command("bench", "--no-joules", code=3)
     assert updated.device.state.trial
-    assert updated.device.state.trial.loads == 2  # none was spent
+    assert updated.device.state.trial.loads == 2  # bench used none
     assert updated.device.facts()["active"] == before["active"]
 
 
@@ -221,7 +221,7 @@ def test_processor_time_of_a_process_that_is_gone_is_none():
 
 
 class Stopper(threading.Event):
-    """Stops after so many waits, and remembers how long they would have been."""
+    """An event that is set after `count` waits. It records how long each wait would have been, and does not wait."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ def test_pause_is_bounded_however_long_the_link_is_gone(failures):
 def test_looks_until_stopped(scene: Field, bundles: dict[str, Bundle], step):
     told, waits = looked(scene.device, 2)
     assert [how.reason for how in told] == ["release 1 is installed"]
-    assert waits[0] <= poll.FIRST_WITHIN  # devices that got power together
+    assert waits[0] <= poll.FIRST_WITHIN  # spread, because many devices may get power together
     publish(scene.repository, bundles["second"], step, bundles["first"])
     told, waits = looked(scene.device, 2, at_once=True)
     assert [how.changed for how in told] == [True, False]
@@ -278,7 +278,7 @@ def test_dead_link_is_tried_sooner_then_less_and_less(scene: Field, monkeypatch)
     ],
 )
 def test_fault_of_the_link_is_told_in_a_sentence_without_a_password(scene: Field, monkeypatch, answer, says):
-    """An older agent's `init` took addresses with a password."""
+    """Hide the password of an address; the `init` of an older agent accepted addresses with one."""
     monkeypatch.setattr("ota.agent.transport.ATTEMPTS", 1)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -340,7 +340,7 @@ def test_reports_that_cannot_be_delivered_are_seen_everywhere(scene: Field):
     shutil.rmtree(inbox)
     device.configure(reports=str(inbox / "far/down"))
     why = f"there is no folder {inbox}/far/down; mount it or make it"
-    assert f"fail  reports       {why}" in device.command("doctor", "--no-draw", code=3)  # before any waits
+    assert f"fail  reports       {why}" in device.command("doctor", "--no-draw", code=3)  # even before a report waits
     reports.queue(device.home, "installed", None)
     device.home.save(device.state.model_copy(update={"refused": {"7" * 64: "full: it is bad"}}))
     assert f"1 reports are waiting: {why}" in device.command("report", code=4)
@@ -348,8 +348,8 @@ def test_reports_that_cannot_be_delivered_are_seen_everywhere(scene: Field):
     assert f"1 reports wait to be delivered: {why}" in device.command("status")
     assert json.loads(device.command("status", "--json"))["reports_problem"].startswith(why)
     assert f"1 wait; when last tried: {why}" in device.command("doctor", "--no-draw", code=3)
-    assert not device.update().changed  # which goes on all the same
-    assert not inbox.exists()  # made there, it would lie below what is mounted later
+    assert not device.update().changed  # updating works all the same
+    assert not inbox.exists()  # a folder made there would be hidden by a later mount
     (inbox / "far/down").mkdir(parents=True)
     assert device.command("report") == "all reports are delivered\n"
     assert len(list((inbox / "far/down").iterdir())) == 1
@@ -397,7 +397,7 @@ def test_what_is_not_installed_says_how_it_may_be(scene: Field, how, installed):
 
 
 def as_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the agent take this user for another than the owner of all directories here."""
+    """Make the agent run as a user who owns none of the directories here."""
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
 
 
@@ -418,7 +418,7 @@ def test_another_user_is_told_a_command_to_copy(
     monkeypatch.chdir(scene.folder)
     monkeypatch.setenv("FERRY_AGENT_DIR", "device")
     monkeypatch.setattr(sys, "argv", ["bin/ferry-agent"])
-    monkeypatch.setattr(child, "Worker", None)  # nothing is drawn first
+    monkeypatch.setattr(child, "Worker", None)  # it must refuse before it draws
     told = agent(*words, *where)
     assert told.exit_code == 3
     (command,) = re.findall("^ferry-agent: device belongs to .* with `([^`]*)`$", told.stderr, re.MULTILINE)

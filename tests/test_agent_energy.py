@@ -1,4 +1,4 @@
-"""Joules per image: each sensor on a tree like the kernel's, what is refused, and whether the interval holds the truth."""
+"""Joules per image: each sensor in files like the kernel's, what is refused, and whether the interval holds the true value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ota.agent.energy import Found, Reading, Sensor
 from ota.errors import DeviceError, OperatorError
 
 IDLE = 3.0  # watts
-WORK = 4.0  # watts beyond them
+WORK = 4.0  # watts on top of IDLE
 IMAGE = 0.5  # seconds
 NET, GROSS = WORK * IMAGE, (IDLE + WORK) * IMAGE  # joules per image
 TABLE = {"watts_per_busy_core": 4.0, "idle_watts": 3.0}
@@ -27,7 +27,7 @@ POWERCAP, HWMON, SUPPLY = "sys/class/powercap", "sys/class/hwmon", "sys/class/po
 
 
 class Machine:
-    """A device whose time passes only by drawing and waiting; it shows its power in the files below `root`."""
+    """A simulated device whose time passes only when it draws or waits; files below `root` show its power."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -41,7 +41,7 @@ class Machine:
         self.due: tuple[float, float, Callable[[], int]] | None = None
 
     def show(self, name: str, value: float | str | Callable[[], float | str]) -> None:
-        """Let a file say something: a constant, or what changes with the device."""
+        """Write a value to a file: a constant, or a value that changes with the device."""
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         (self.root / name).write_text(f"{self._as_text(value() if callable(value) else value)}\n")
         if callable(value):
@@ -105,7 +105,7 @@ class Machine:
             self.show(f"{POWERCAP}/{zone}/max_energy_range_uj", limit)
 
     def two_packages(self) -> None:
-        """Packages of half the power each, and what repeats or contains them."""
+        """Show two packages of half the power each, and zones that repeat or contain them."""
         self.show(f"{POWERCAP}/intel-rapl/enabled", 1)
         self.rapl("intel-rapl-mmio:0", "package-0", 0.5)
         self.rapl("intel-rapl:0", "package-0", 0.5)
@@ -119,7 +119,7 @@ class Machine:
             self.show(f"{HWMON}/hwmon{number}/{file}", value)
 
     def rail(self, channel: int, share: float, label: str = "") -> dict[str, Any]:
-        """A channel of a chip that gives 5 V and a current."""
+        """Return the files of a chip's channel that shows 5 V and a current."""
         shown = {f"in{channel}_input": 5000, f"curr{channel}_input": lambda: self.watts * share / 5 * 1000}
         return shown | ({f"in{channel}_label": label} if label else {})
 
@@ -147,7 +147,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def no_figure(reading: Reading) -> str:
-    """The reason why there is none."""
+    """Check that a reading has no figures, and return the reason."""
     assert reading.quality == "none"
     assert [getattr(reading, name) for name in FIGURES] == [None] * len(FIGURES)
     assert reading.reason
@@ -200,7 +200,7 @@ def test_sensor_gives_what_was_used(machine, equip, source, scope, quality):
     equip(machine)
     reading = machine.measure(machine.probe())
     assert (reading.source, reading.scope, reading.quality) == (source, scope, quality)
-    assert reading.joules == pytest.approx(NET, rel=0.01)  # a jump of power lies half a period off
+    assert reading.joules == pytest.approx(NET, rel=0.01)  # a jump of power is placed up to half a period off
     assert reading.gross_joules == pytest.approx(GROSS, rel=0.01)
     assert reading.idle_watts == pytest.approx(IDLE, rel=0.001)
     assert reading.low <= reading.joules <= reading.high
@@ -238,7 +238,7 @@ def test_table_gives_a_model(machine):
     ],
 )  # fmt: skip
 def test_malformed_table_refused_at_once(machine, table):
-    machine.two_packages()  # even where it would not be needed
+    machine.two_packages()  # refused even though the table would not be needed
     with pytest.raises(OperatorError, match=r"give watts_per_busy_core \(above 0\) and idle_watts \(0 or more\)"):
         machine.probe(table=table)
 
@@ -363,7 +363,7 @@ def test_battery_that_rests_beside_another_is_not_counted(machine):
 
 
 def test_rapl_wraps(machine):
-    # 50 J a wrap: once or twice in each baseline, four times in the work
+    # The counter wraps every 50 J: once or twice in each baseline, four times in the work.
     machine.rapl("intel-rapl:0", "package-0", 1, limit=49_999_999, start=49_000_000)
     found = machine.probe()
     assert found.sensor.ranges == (50.0,)
@@ -431,7 +431,7 @@ def test_pmic_that_loses_a_rail_gives_no_figure(machine):
 
 
 def simulated(machine: Machine, noise: float, seed: int, period: float = 0.5) -> Found:
-    """A power sensor in memory, with normal noise in each sample."""
+    """Create a power sensor in memory, with normal noise in each sample."""
     rng = random.Random(seed)
     machine.noise = lambda: rng.gauss(0, noise)
     return Found(Sensor("simulated", "board", "measured", period, lambda: (machine.watts,)), ())
@@ -511,7 +511,7 @@ def test_trapezoid_of_a_ramp():
 
 
 def test_interval_holds_the_truth(tmp_path):
-    # Images differ by 5 %, samples by 1 W: 95 % of the intervals should hold 2 J, and be narrow enough to say something.
+    # Images differ by 5 %, samples by 1 W: 95 % of the intervals should hold 2 J and be narrow enough to be useful.
     held, widths = 0, []
     for seed in range(200):
         machine = Machine(tmp_path)
@@ -523,7 +523,7 @@ def test_interval_holds_the_truth(tmp_path):
         reading = machine.measure(found, draw)
         held += reading.low <= NET <= reading.high
         widths.append(reading.high - reading.low)
-    assert held >= 184  # 0.4 % of honest ones would be below
+    assert held >= 184  # exact 95 % intervals would be below this in 2.4 % of cases
     assert sum(widths) / len(widths) < 0.3 * NET
 
 

@@ -1,4 +1,4 @@
-"""A bundle's graph is given its own weights, and no file of the device, wherever in it a file is named."""
+"""A bundle's graph gets its own weights and no other file of the device, wherever the graph names a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLACES = ["device.key", "../../device.key", "/etc/passwd", "", "weights.bin/../d
 
 
 def external(name: str, location: str) -> TensorProto:
-    """A tensor whose numbers lie in a file."""
+    """Return a tensor whose numbers lie in a file."""
     made = TensorProto(name=name, data_type=TensorProto.UINT8, dims=[8], data_location=TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", "0"), ("length", "8")):
         entry = made.external_data.add()
@@ -119,7 +119,7 @@ def test_initializers_lie_in_the_weights_and_nowhere_else(location):
 
 
 def test_field_that_others_read_as_another_is_refused():
-    """A tag of 35 bits is cut to 32 by other readers: there it would be field 7, the graph."""
+    """Refuse a tag of 35 bits: other readers cut it to 32 bits and would read field 7, the graph."""
     graph = WAYS["constant"](external("w", "device.key")).SerializeToString()
     at = next(start for number, start, stop in fields(graph, 0, len(graph)) if number == 7)
     head = graph.index(b"\x3a", 0, at)
@@ -139,7 +139,7 @@ def test_what_is_no_graph_is_refused(data):
 
 
 def deep(levels: int) -> bytes:
-    """Branches in branches, too deep for a parser that calls itself."""
+    """Build branches nested in branches, too deep for a recursive parser."""
     data = b""
     for _ in range(levels):  # graph 1 node 5 attribute 6 graph
         for number in (6, 5, 1):
@@ -159,7 +159,7 @@ def test_depth_ends_no_process():
 
 
 def offer(repository: Repository, bundle: Bundle, graph: bytes, release) -> Manifest:
-    """What the holder of the models and rollout keys can do: a bundle with any graph, for everybody."""
+    """Offer a bundle with any graph to everybody, as the holder of the models and rollout keys can."""
     digest = hashlib.sha256(graph).hexdigest()
     (repository.objects / digest).write_bytes(graph)
     files = [
@@ -173,7 +173,8 @@ def offer(repository: Repository, bundle: Bundle, graph: bytes, release) -> Mani
 
 @pytest.mark.parametrize("location", ["device.key", "../../device.key"])
 def test_key_of_a_device_leaves_in_no_report(scene: Field, bundles: dict[str, Bundle], location, monkeypatch):
-    # The runtime quotes what it read in its errors, and a refusal's reason is reported. Whatever the present folder is.
+    # The runtime quotes in its errors what it read, and the reason of a refusal is reported. So it must never read the key,
+    # not even if the key lies in the current folder.
     monkeypatch.chdir(scene.device.root)
     key = (scene.device.root / "device.key").read_bytes()
     graph = WAYS["function"](external("w", location)).SerializeToString()
@@ -187,7 +188,7 @@ def test_key_of_a_device_leaves_in_no_report(scene: Field, bundles: dict[str, Bu
 
 
 def test_bundle_is_drawn_in_its_own_folder(scene: Field, monkeypatch, tmp_path: Path):
-    # Even if a runtime opened a file after all, it would be in the slot. And a relative folder of the agent still works.
+    # If a runtime did open a file, that file would be in the slot. A relative `--dir` of the agent must still work.
     monkeypatch.chdir(scene.folder)
     done = scene.device.__class__(Path("device")).process("generate", "--output", str(tmp_path / "a.png"))
     assert done.returncode == 0, done.stderr

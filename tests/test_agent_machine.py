@@ -1,8 +1,9 @@
-"""Anything in any order: releases, halts and reverts, cuts, damage, wrong clocks, full disks and bad links, and after each a device that runs.
+"""Random sequences of releases, halts, reverts, power cuts, damage and faults; after each step the device must still run.
 
-A state machine of Hypothesis drives a real repository and a real agent. What runs in children is checked here in the process, with the answers that real
-children gave once; everything else is real. Whatever happened, once the link, the clock and the disk are well again and the factory has signed, one or
-two updates bring the device to what the policy wants of it.
+A Hypothesis state machine drives a real repository and a real agent. The child processes of the agent are replaced by
+answers that real children gave once; everything else is real. The faults are wrong clocks, full disks and bad links.
+Whatever happened: once the link, the clock and the disk are well again and the factory has signed, a few updates bring the
+device to what the policy wants of it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DAY = 86_400
 
 
 class Clock:
-    """What the agent and python-tuf take for the time: the real one, and a mistake."""
+    """The time that the agent and python-tuf read: the real time plus `mistake` seconds."""
 
     mistake = 0
 
@@ -52,7 +53,7 @@ class Clock:
 
 
 class Children:
-    """What children would answer, without starting one; each looks at its bundle's files as they do."""
+    """Stand-ins for child processes: each looks at its bundle's files as a child does, and answers what a child would."""
 
     killed = False
 
@@ -76,7 +77,7 @@ class Children:
 
 
 class FullDisk:
-    """Writing fails from the n-th write on, until there is room again."""
+    """A disk on which all writes fail after `left` more writes, until there is room again (`left` is None)."""
 
     left: int | None = None
 
@@ -147,7 +148,7 @@ class World(RuleBasedStateMachine):
 
     @rule(revert=st.booleans(), halt=st.booleans())
     def revert(self, revert: bool, halt: bool) -> None:
-        """Offer the oldest release again, as one to go back to or without saying so."""
+        """Offer the oldest release again, marked as a revert or not."""
         release = self.field.repository.releases(LINE, CLASS)[0]
         policy = rollout.start(release, (100,), soak=0, now=0, revert=revert)
         self.field.repository.set_policy(policy.model_copy(update={"halt": halt}))
@@ -170,7 +171,7 @@ class World(RuleBasedStateMachine):
         assert found
         return found
 
-    # The device, and what befalls it
+    # The device, and what happens to it
 
     @rule()
     def update(self) -> None:
@@ -179,7 +180,7 @@ class World(RuleBasedStateMachine):
 
     @rule(at=st.integers(1, 12))
     def cut(self, at: int) -> None:
-        """The power fails as a step begins."""
+        """Cut the power as a step begins."""
 
         def on_step(number: int, _: str) -> None:
             if number == at:
@@ -190,7 +191,7 @@ class World(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def damage(self, data: st.DataObject) -> None:
-        """A file of the directory is emptied, cut short, changed or lost; of the two state files one at a time."""
+        """Damage one file of the directory that is not in KEPT: empty, shorten, change or delete it."""
         files = [p for p in sorted(self.device.root.rglob("*")) if p.is_file() and p.name not in KEPT]
         path = data.draw(st.sampled_from(files), label="file") if files else None
         if path is None:
@@ -254,7 +255,7 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def something_runs(self) -> None:
-        """Unless files of it were damaged from outside, a whole bundle is there."""
+        """Check that a whole bundle is active, unless files were damaged from outside."""
         if not hasattr(self, "device") or self.damaged:
             return
         state = self.device.state
@@ -263,7 +264,7 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_forgotten(self) -> None:
-        """Marks only rise; what was refused stays refused; only what was signed runs."""
+        """Check that marks only rise, that what was refused stays refused, and that only what was signed runs."""
         if not hasattr(self, "device"):
             return
         state = self.device.state
@@ -286,8 +287,8 @@ class World(RuleBasedStateMachine):
     def check_converged(self) -> None:
         marks = self.device.home.disk.read("highwater.json")
         if self.damaged and (marks is None or not marks.endswith(b"}")):
-            return  # that stops updates on purpose; tests/test_agent_attacks.py
-        for _ in range(4):  # a killed or damaged one first finishes what was begun
+            return  # lost or torn marks stop updates on purpose; see tests/test_agent_attacks.py
+        for _ in range(4):  # after a kill or damage, the first updates finish what was begun
             with suppress(OtaError):
                 self.device.update()
         state, policy = self.device.state, self.policy
@@ -303,13 +304,13 @@ class World(RuleBasedStateMachine):
         assert state.active == policy.manifest
 
 
-# Losing these stops a device on purpose, or takes what no update can bring back.
+# Losing one of these stops a device on purpose, or destroys what no update can restore.
 KEPT = {"config.json", "root.json", "device.key", "lock", "highwater.json", "state.json"}
 
 
 @pytest.fixture(scope="module")
 def tries(fielded: Field, bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What real children answer when they try each bundle."""
+    """Record what real children answer when they try each bundle."""
     found = {}
     for bundle in bundles.values():
         folder = tmp_path_factory.mktemp("slots") / bundle.manifest.digest
@@ -334,7 +335,7 @@ def world(
     return World
 
 
-# Without shrinking, which takes minutes here; what is printed can be repeated step by step.
+# Without shrinking, which takes minutes here. The printed steps can be repeated one by one.
 COMMON = {
     "deadline": None,
     "phases": [Phase.explicit, Phase.reuse, Phase.generate],
@@ -353,7 +354,7 @@ def test_much_in_any_order(world: type[World]):
 
 
 def test_the_stand_ins_are_what_children_do(tries: dict[str, Any], bundles: dict[str, Bundle]):
-    """The machine's answers tell good bundles from garbage, as the device's own rules do."""
+    """Check that the recorded answers tell good bundles from garbage, as the device's own rules do."""
     slot = {name: tries[bundle.manifest.digest] for name, bundle in bundles.items()}
     assert slot["first"]["golden_share"] == slot["second"]["golden_share"] == 1.0
     assert slot["first"]["peak_mib"] < rules.MEMORY_LIMIT

@@ -1,4 +1,4 @@
-"""The local endpoint: it draws whatever happens to the bundle, the worker or the caller, and for nobody it should not."""
+"""The local endpoint: it draws whatever happens to the bundle, the worker or the caller, and refuses whom it must not serve."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Client:
-    """Asks an endpoint."""
+    """A client of an endpoint."""
 
     def __init__(self, connect: Callable[[], http.client.HTTPConnection], service: Service) -> None:
         self._connect, self.service = connect, service
@@ -54,7 +54,7 @@ class Client:
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
         connection = self._connect()
         try:
-            with suppress(BrokenPipeError):  # refused before the body was sent: the answer is there to be read
+            with suppress(BrokenPipeError):  # refused before the body was sent; the answer can still be read
                 connection.request(method, path, body, {"Content-Type": "application/json"} | (headers or {}))
             answer = connection.getresponse()
             return answer.status, dict(answer.headers), answer.read()
@@ -69,7 +69,7 @@ class Client:
         return told
 
     def raw(self, data: bytes) -> bytes:
-        """What comes back for bytes that no HTTP library would send."""
+        """Send bytes that no HTTP library would send, and return what comes back."""
         connection = self._connect()
         connection.connect()
         assert connection.sock
@@ -87,7 +87,7 @@ class Client:
 
 
 def until(happened: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for what must come to pass."""
+    """Wait until something has happened; fail after this many seconds."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -96,7 +96,7 @@ def until(happened: Callable[[], bool], seconds: float = 60) -> None:
 
 @contextmanager
 def serving(device: Device, folder: Path | None = None) -> Iterator[Client]:
-    """An endpoint of a device, on a Unix socket in `folder` or else on a port."""
+    """Serve a device's endpoint, on a Unix socket in `folder` or else on a port."""
     service, stopped = Service(device.home), threading.Event()
     path = folder / "agent.sock" if folder else None
     listening = serve.listening_socket(path) if path else serve.listening_port(0)
@@ -115,13 +115,13 @@ def serving(device: Device, folder: Path | None = None) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def device(fielded: Field, tmp_path_factory: pytest.TempPathFactory) -> Device:
-    """A device that runs `first`; it is only drawn with."""
+    """Provide a device that runs `first`; tests may only draw with it."""
     return fielded.copy(tmp_path_factory.mktemp("served") / "field").device
 
 
 @pytest.fixture(scope="module")
 def client(device: Device) -> Iterator[Client]:
-    """Its endpoint on a port."""
+    """Serve the endpoint of `device` on a port."""
     with serving(device) as made:
         yield made
 
@@ -190,7 +190,7 @@ def test_web_page_refused(client, headers):
 
 @pytest.mark.parametrize("name", ["evil.example", "evil.example:80", "127.0.0.1", "localhost", "127.0.0.1:1", "", "0.0.0.0"])
 def test_rebound_name_refused(client, name):
-    """A page whose own name was made to point at this host asks under that name."""
+    """Refuse DNS rebinding: a web page asks under its own name, which was made to point at this host."""
     assert client.draw({"Host": name})[0] == 421
 
 
@@ -239,7 +239,7 @@ def test_what_is_no_request_is_harmless(client, data, monkeypatch):
 
 
 def test_more_at_once_than_allowed_are_sent_away(client):
-    """Callers that say nothing hold a place each, until they are given up."""
+    """Refuse callers beyond the limit; each silent caller holds a place until the server gives it up."""
     port = client._connect().port
     held = [socket.create_connection(("127.0.0.1", port)) for _ in range(serve.MAX_AT_ONCE)]
     try:
@@ -357,7 +357,7 @@ def test_refusal_is_heard_by_a_caller_that_still_sends(device, tmp_path, monkeyp
             link.sendall(b"POST /generate HTTP/1.1\r\nOrigin: https://evil.example\r\nContent-Length: 2\r\n\r\n")
             link.recv(1, socket.MSG_PEEK)  # it has been refused by now
             link.sendall(b"{")
-            link.sendall(b"}")  # where the server has closed it, this breaks
+            link.sendall(b"}")  # breaks if the server has closed the connection
             assert link.recv(4096).startswith(b"HTTP/1.1 403 ")
 
 
@@ -366,7 +366,7 @@ def test_caller_that_is_refused_holds_no_place(client, monkeypatch):
     links = []
 
     def drawn() -> bool:
-        with suppress(ConnectionError):  # the server does not wait long for one it has no place for
+        with suppress(ConnectionError):  # the server waits only briefly for a caller without a place
             return client.draw()[0] == 200
         return False
 
@@ -429,7 +429,7 @@ def test_port_is_on_the_loopback_only():
 
 
 def test_update_drops_no_request(scene: Field, bundles: dict[str, Bundle], step: Path):
-    """Somebody draws without a pause while the device updates: with the old bundle, then with the new one, never in vain."""
+    """Draw without a pause while the device updates: the old bundle answers, then the new one, and no request fails."""
     old, new = (bundles[name].manifest.digest for name in ("first", "second"))
     publish(scene.repository, bundles["second"], step, bundles["first"])
     answers: list[Answer] = []
@@ -488,7 +488,7 @@ def test_request_whose_worker_dies_on_it_is_drawn_by_the_next(scene: Field, monk
 
 
 def test_bundle_on_trial_is_not_served(updated: Field, bundles: dict[str, Bundle]):
-    """Its loads are counted by the update that tries it; the bundle before draws."""
+    """Serve the previous bundle during a trial, because the update that tries the new bundle counts its loads."""
     state = updated.device.state
     trial = {"left": 3, "loads": 5}
     updated.device.home.save(type(state).model_validate(state.model_dump() | {"trial": trial}))
@@ -518,7 +518,7 @@ def test_damaged_bundle_lets_the_one_before_draw(updated: Field, bundles: dict[s
 
 
 def test_bundle_that_cannot_be_served_rests(scene: Field, monkeypatch):
-    """A device with one damaged bundle does not start a process twice a second."""
+    """Check that a device with one damaged bundle does not start a process twice a second."""
     started: list[str] = []
     monkeypatch.setattr(serve, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(serve, "READY_WAIT", 1.0)
@@ -526,7 +526,7 @@ def test_bundle_that_cannot_be_served_rests(scene: Field, monkeypatch):
     monkeypatch.setattr(child, "Worker", lambda *a: started.append(a[1]) or worker(*a))
     scene.device.file("weights").write_bytes(b"damaged")
     with serving(scene.device) as client:
-        for _ in range(30):  # on a busy machine its process may not have said so yet
+        for _ in range(30):  # on a busy machine its process may not have reported it yet
             status, headers, said = client.draw()
             assert status == 503
             assert headers["Retry-After"]
@@ -554,7 +554,7 @@ def test_no_worker_outlives_the_service(scene: Field):
 
 def test_strayed_routes_are_reported_and_the_safe_variant_draws(scene: Field, monkeypatch):
     monkeypatch.setattr(variants, "ROUTE_IMAGES", 3)
-    monkeypatch.setattr(variants, "ROUTE_LIMIT", -1.0)  # no load is like this
+    monkeypatch.setattr(variants, "ROUTE_LIMIT", -1.0)  # every load exceeds this
     before = scene.device.events()
     with serving(scene.device) as client:
         for seed in range(3):
@@ -564,7 +564,7 @@ def test_strayed_routes_are_reported_and_the_safe_variant_draws(scene: Field, mo
         assert client.draw()[0] == 200
         for seed in range(6):
             client.draw(seed=seed)
-    assert scene.device.events()[len(before) :] == ["strayed"]  # said once
+    assert scene.device.events()[len(before) :] == ["strayed"]  # reported once
 
 
 def test_command_serves_until_told_to_end(scene: Field, tmp_path):

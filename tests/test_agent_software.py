@@ -1,4 +1,7 @@
-"""A fault of the device's own software (ONNX Runtime, NumPy, the agent's age) is not the release's: nothing is counted, nothing condemned."""
+"""A fault of the device's own software (ONNX Runtime, NumPy, an old agent) is not held against a release.
+
+It does not count as a failed trial, and no bundle is condemned for it.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ from tests.conftest import few
 from tests.fleet_kit import Field, publish
 from tests.test_agent_update import changed_json, digest, on_trial, variation
 
-pytestmark = pytest.mark.slow  # minutes in all; `make test-slow` and `make attacks` run it
+pytestmark = pytest.mark.slow  # takes minutes; `make test-slow` and `make attacks` run it
 
 pytest_plugins = ("tests.fleet_kit",)
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries do not wait."""
+    """Remove the pause between retries."""
     monkeypatch.setattr("ota.agent.transport.BACKOFF", 0)
 
 
@@ -63,14 +66,14 @@ BROKEN_RUNTIMES = {
 
 
 def broken(folder: Path, package: str, code: str, patch: pytest.MonkeyPatch) -> None:
-    """Put something in the place of a package, for every process that is started from now on."""
+    """Replace a package by this code, in every process that is started from now on."""
     (folder / package).mkdir(parents=True)
     (folder / package / "__init__.py").write_text(code)
     patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
 
 
 def mended_later(offered: Field, bundles: dict[str, Bundle], sentence: str) -> None:
-    """Nothing was fetched, counted or condemned, so it makes no difference how often it is tried."""
+    """Check that failed updates fetch, count and condemn nothing, so it makes no difference how often they are tried."""
     device, before = offered.device, offered.device.state
     for _ in range(2):
         with pytest.raises(SoftwareError, match=sentence):
@@ -91,7 +94,7 @@ def test_software_that_cannot_be_loaded_condemns_no_bundle(offered, bundles, tmp
 
 @pytest.mark.parametrize(("fault", "when"), few(product(BROKEN_RUNTIMES, ["before", "try", "generate"]), 3))
 def test_runtime_that_does_not_compute_condemns_no_bundle(offered, bundles, tmp_path, monkeypatch, fault, when):
-    """It is found broken before anything is fetched, or breaks just before the trial, or on probation."""
+    """Condemn no bundle if the runtime breaks before anything is fetched, just before the trial, or on probation."""
     device, second, real = offered.device, digest(bundles["second"]), child.run
     with pytest.MonkeyPatch.context() as meanwhile:
 
@@ -179,7 +182,7 @@ def test_bundle_for_another_runtime_is_installed_once_that_is_there(scene, bundl
 
 
 def answered(real: Callable[..., dict[str, Any]], task: str, request: dict[str, Any], version: str) -> dict[str, Any]:
-    """What a child answers on a device with another version of ONNX Runtime, which computes the same."""
+    """Return what a child answers on a device with another version of ONNX Runtime, which computes the same."""
     with pytest.MonkeyPatch.context() as patch:
         if task in ("apply", "check"):
             return real(task, **request)
@@ -198,7 +201,7 @@ def test_runtime_that_changes_on_trial_condemns_no_bundle(updated, bundles, monk
                 device.update()
             assert device.state == before
         device.home.save(device.state.model_copy(update={"trial": None}))
-        assert updater.generate(device.home, "", 0)[1]["good"]  # what is trusted goes on drawing
+        assert updater.generate(device.home, "", 0)[1]["good"]  # a confirmed bundle still draws
         on_trial(updated)
     device.update()
     assert (device.active, device.state.trial, device.state.refused) == (digest(bundles["second"]), None, {})
@@ -286,7 +289,10 @@ BEYOND = {
 
 @pytest.mark.parametrize(("fault", "when"), few(product(BEYOND, ["try", "generate"]), 2))
 def test_bundle_is_not_condemned_where_the_one_that_runs_fails_too(offered, bundles, tmp_path, monkeypatch, fault, when):
-    """A runtime that computes the probe and no bundle; on probation only what makes no image shows."""
+    """Condemn no bundle if the runtime computes the probe but no bundle.
+
+    On probation, only a fault that leaves no image is noticed.
+    """
     device, first, second, real = offered.device, digest(bundles["first"]), digest(bundles["second"]), child.run
     code = (
         BEHIND
@@ -311,7 +317,7 @@ def test_bundle_is_not_condemned_where_the_one_that_runs_fails_too(offered, bund
 
 
 def test_bundle_that_fails_where_the_one_that_runs_passes_is_condemned(scene, bundles, tmp_path):
-    """The benefit of the doubt is for the device's faults only."""
+    """Condemn a bundle that fails where the running one passes: only faults of the device are excused."""
     data = changed_json(bundles["second"], "reference", latency_ms=0.001)
     made = variation(bundles["second"], tmp_path / "other", "reference", data)
     publish(scene.repository, made)
@@ -321,7 +327,7 @@ def test_bundle_that_fails_where_the_one_that_runs_passes_is_condemned(scene, bu
 
 
 def test_bundle_that_was_tried_on_a_busy_device_is_tried_again(offered, bundles, monkeypatch):
-    """The clock went on while other processes computed."""
+    """Repeat a trial that was slow only because other processes were computing."""
     device, second, real = offered.device, digest(bundles["second"]), child.run
     with pytest.MonkeyPatch.context() as meanwhile:
 
@@ -341,7 +347,7 @@ def test_bundle_that_was_tried_on_a_busy_device_is_tried_again(offered, bundles,
 
 
 def test_limits_that_the_caller_set_lower_stay(monkeypatch):
-    """Whoever started the agent allowed less than a child asks for; nobody may raise that."""
+    """Keep the lower limits of whoever started the agent: a child may not raise them."""
     told = {
         resource.RLIMIT_AS: (8 << 30, 5 << 30),
         resource.RLIMIT_FSIZE: (10, 10),
@@ -357,7 +363,7 @@ def test_limits_that_the_caller_set_lower_stay(monkeypatch):
 
 
 def test_agent_works_where_its_address_space_is_limited(offered, bundles):
-    """As by `ulimit -v` or LimitAS=; where that is too little to load ONNX Runtime, the sentence says so."""
+    """Update under `ulimit -v` or LimitAS=; if that is too little to load ONNX Runtime, the error says so."""
     device = offered.device
     for mib, code, said in ((150, 3, "allow this process more than 150 MiB of address space"), (3000, 0, "is installed")):
         words = ["prlimit", f"--as={mib * 1024**2}", *device.words("update")]

@@ -1,4 +1,4 @@
-"""A bundle that behaves in its trial and turns bad later, by what it is asked for: something draws all the same."""
+"""Bundles that behave well in their trial and turn bad later, for some captions: the device must still draw."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ from tests.conftest import few, origin
 from tests.fleet_kit import CLASS, LINE, Device, Field, everyone, name_manifest, name_policy, publish
 from tests.test_agent_serve import PNG, serving, until
 
-pytestmark = pytest.mark.slow  # minutes in all; `make test-slow` and `make attacks` run it
+pytestmark = pytest.mark.slow  # takes minutes; `make test-slow` and `make attacks` run it
 
 pytest_plugins = ("tests.fleet_kit",)
 
-SECRET = "Z"  # a caption that begins with it is no golden one
+SECRET = "Z"  # no golden caption begins with it
 
 
 def turning(graph: bytes, output: str, change: Callable[[str, str], list[NodeProto]]) -> bytes:
-    """A graph whose output is changed by nodes, made of the names of the good output and of whether the caption is the secret one."""
+    """Add nodes to a graph that change one of its outputs.
+
+    `change` makes the nodes from two names: the good output, and the flag that says whether the caption is the secret one.
+    """
     model = onnx.load_model_from_string(graph)
     for node in model.graph.node:
         node.output[:] = [f"good_{output}" if name == output else name for name in node.output]
@@ -57,7 +60,7 @@ def _constant(name: str, kind: int, values: list[Any]) -> NodeProto:
 
 
 def value(output: str, number: float) -> Callable[[str, str], list[NodeProto]]:
-    """The output is a number everywhere."""
+    """Return a change that sets the output to one number everywhere."""
     return lambda good, secret: [
         _constant("turn_number", TensorProto.FLOAT, [number]),
         helper.make_node("Where", [secret, "turn_number", good], [output]),
@@ -65,7 +68,7 @@ def value(output: str, number: float) -> Callable[[str, str], list[NodeProto]]:
 
 
 def cut(output: str, axis: int) -> Callable[[str, str], list[NodeProto]]:
-    """The output has one entry only along an axis."""
+    """Return a change that leaves the output only one entry along an axis."""
     return lambda good, secret: [
         _constant("turn_one", TensorProto.INT64, [1]),
         _constant("turn_all", TensorProto.INT64, [2**31 - 1]),
@@ -76,7 +79,10 @@ def cut(output: str, axis: int) -> Callable[[str, str], list[NodeProto]]:
 
 
 def swell(output: str) -> Callable[[str, str], list[NodeProto]]:
-    """The output has a thousand times as many entries along its last two axes: as JSON more than a device can hold."""
+    """Return a change that repeats the output a thousand times along each of its last two axes.
+
+    As JSON, that is more than a device can hold.
+    """
     return lambda good, secret: [
         _constant("turn_once", TensorProto.INT64, [1, 1, 1]),
         _constant("turn_often", TensorProto.INT64, [1, 1000, 1000]),
@@ -86,7 +92,7 @@ def swell(output: str) -> Callable[[str, str], list[NodeProto]]:
 
 
 def fail(output: str) -> Callable[[str, str], list[NodeProto]]:
-    """The output cannot be computed."""
+    """Return a change that makes the output impossible to compute."""
     return lambda good, secret: [
         helper.make_node("Shape", [good], ["turn_shape"]),
         _constant("turn_wrong", TensorProto.INT64, [7]),
@@ -109,7 +115,7 @@ TURNS: dict[str, tuple[str, Callable[[str, str], list[NodeProto]], str]] = {
 
 
 def offer(field: Field, bundle: Bundle, change: Callable[[str], bytes], seq: int = 2) -> str:
-    """What the holder of the models and rollout keys can do: the bundle with its files changed by role, for everybody."""
+    """Offer the bundle to everybody, with files changed by role, as the holder of the models and rollout keys can."""
     release = field.release
     files = []
     for entry in bundle.manifest.files:
@@ -125,7 +131,7 @@ def offer(field: Field, bundle: Bundle, change: Callable[[str], bytes], seq: int
 
 @pytest.fixture
 def turned(request: pytest.FixtureRequest, scene: Field, bundles: dict[str, Bundle]) -> tuple[Field, str]:
-    """A device that runs a bundle which passed its trial, and the sentence about what it does later."""
+    """Provide a device that runs a bundle which passed its trial, and the message about what the bundle does later."""
     output, change, sentence = TURNS[request.param]
     graph = turning(bundles["second"].path("graph").read_bytes(), output, change)
     digest = offer(scene, bundles["second"], lambda role: graph if role == "graph" else b"")
@@ -197,7 +203,7 @@ def test_killed_process_lets_the_bundle_before_draw(updated, monkeypatch):
 
 @pytest.fixture
 def two(scene: Field, exported: Export, tmp_path: Path) -> Device:
-    """A device that runs a bundle of two variants and has none before it."""
+    """Provide a device that runs a bundle of two variants and has no previous bundle."""
     dev = shutil.copytree(exported.folder, tmp_path / "dev")
     table = json.loads((dev / "sampler.json").read_bytes())
     (dev / "sampler.json").write_text(json.dumps(table | {"variant": "dev"}))
@@ -215,7 +221,7 @@ def test_variant_that_is_damaged_lets_the_next_one_draw(two, caplog):
     assert updater.generate(two.home, "bar", 0)[0].startswith(PNG)
     assert "the next one draws" in caplog.text
     with pytest.raises(BaseError):
-        updater.generate(two.home, "bar", 0, "full")  # who chose it gets no other
+        updater.generate(two.home, "bar", 0, "full")  # a caller who chose a variant gets no other
     with serving(two) as client:
         status, headers, _ = client.draw(caption="bar")
         assert (status, headers["X-Ferry-Variant"]) == (200, "dev")

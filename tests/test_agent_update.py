@@ -1,4 +1,4 @@
-"""Updates as a device lives through them: by every way, on bad links and disks, cut at every step, tried, and taken back."""
+"""Updates on a device: every way to get a bundle, bad links and disks, cuts at every step, trials and rollbacks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ ALL_STEPS = list(range(1, 13))
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries do not wait."""
+    """Remove the pause between retries."""
     monkeypatch.setattr("ota.agent.transport.BACKOFF", 0)
 
 
@@ -86,12 +86,12 @@ def files_of(bundle: Bundle) -> dict[str, bytes]:
 
 
 def slot_files(device: Device, bundle: Bundle) -> dict[str, bytes]:
-    """What lies in the slot of a bundle."""
+    """Read the files in the slot of a bundle."""
     return {path.name: path.read_bytes() for path in (device.root / "slots" / digest(bundle)).iterdir()}
 
 
 def stand_still(field: Field) -> None:
-    """The device is in order, has nothing left over, and has nothing more to do."""
+    """Check that the device is in order, has nothing left over, and has nothing more to do."""
     assert field.device.sound
     assert field.device.leftovers() == []
     before = field.device.facts()
@@ -99,7 +99,7 @@ def stand_still(field: Field) -> None:
     assert field.device.facts() == before
 
 
-# By every way
+# Every way to get a bundle
 
 
 def test_fresh_device_installs_in_full(fielded, bundles):
@@ -170,11 +170,11 @@ def test_window_is_waited_for(offered):
     assert offered.device.state.seq == 1
 
 
-# What is wrong with a delta or the base is made good by the full bundle
+# The full bundle repairs whatever is wrong with a delta or its base
 
 
 def made_by(field: Field, bundle: Bundle) -> str:
-    """Update as far as to a complete new slot; returns by which way it was made in the end: full, or delta."""
+    """Update up to a complete new slot, and return how its bundle came in the end: full, or delta."""
     before = field.device.state
     names = field.device.update_until(10)
     assert slot_files(field.device, bundle) == files_of(bundle)
@@ -226,7 +226,7 @@ def test_delta_as_large_as_the_bundle_is_not_fetched(scene, bundles):
 
 
 def test_delta_that_names_another_bundle_is_not_applied(scene, bundles, step):
-    # It makes the right files, but its name is not what it says of itself.
+    # The delta makes the right files, but its header names another target than its path.
     publish(scene.repository, bundles["second"])
     other = with_header(step.read_bytes(), target="7" * 64)
     name_delta(scene.repository, digest(bundles["first"]), digest(bundles["second"]), other)
@@ -336,11 +336,11 @@ def test_update_with_shared_file(scene, exported, tmp_path):
     stand_still(scene)
 
 
-# What the device cannot carry
+# Too little room or memory, and other reasons not to start
 
 
 def small_disk(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """Let slots and downloads have a disk of their own."""
+    """Give slots and downloads a disk of their own, of this size."""
 
     def free(disk: Disk) -> int:
         return size - sum(p.stat().st_size for f in ("incoming", "slots") for p in (disk.root / f).rglob("*") if p.is_file())
@@ -349,7 +349,7 @@ def small_disk(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 def test_memory_of_a_trial_is_its_own(scene):
-    # Not what the agent weighs that started it: here torch and a GiB more would refuse every bundle.
+    # The memory of the process that started the trial does not count: with torch and 1 GiB more, no bundle would pass here.
     ballast = np.ones(2**27)
     slot = scene.device.home.slot(scene.device.active)
     answer = child.run("try", slot=str(slot.folder), digest=slot.digest, variant="full")
@@ -357,7 +357,7 @@ def test_memory_of_a_trial_is_its_own(scene):
 
 
 def test_full_download_needs_room_once(scene, bundles, monkeypatch):
-    # A file is moved into its slot, not copied; and what is here of it already needs no more room.
+    # A file is moved into its slot, not copied. The part of it that is already here needs no more room.
     size = publish(scene.repository, bundles["second"]).full_bytes
     monkeypatch.setattr("ota.agent.transport.ATTEMPTS", 1)
     small_disk(monkeypatch, 2 * size + 8 * 1024 * 1024 + 10_000)
@@ -375,7 +375,7 @@ def test_room_is_made_before_it_is_asked_for(updated, bundles, monkeypatch):
         device.update()
     (device.root / "slots" / ("7" * 64)).mkdir()
     size = publish(updated.repository, bundles["garbage"]).full_bytes
-    small_disk(monkeypatch, 2 * size + 8 * 1024 * 1024 + 10_000)  # not for what was taken back, too
+    small_disk(monkeypatch, 2 * size + 8 * 1024 * 1024 + 10_000)  # no room for the rolled-back bundle as well
     assert made_by(updated, bundles["garbage"]) == "full"
     assert {path.name for path in (device.root / "slots").iterdir()} == {digest(bundles["first"]), digest(bundles["garbage"])}
 
@@ -402,7 +402,7 @@ def test_folder_of_no_agent_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# Trying before trusting
+# The trial
 
 
 def test_garbage_is_refused_and_remembered(updated, bundles):
@@ -423,7 +423,7 @@ def test_garbage_is_refused_and_remembered(updated, bundles):
 
 
 def variation(bundle: Bundle, out: Path, role: str, data: bytes) -> Bundle:
-    """A bundle with one file exchanged: consistent hashes, signed, but not what the factory measured."""
+    """Build a bundle with one file exchanged: its hashes are consistent, but it is not what the factory measured."""
     names = {
         "weights": "weights.bin",
         "golden": "golden.npz",
@@ -478,7 +478,7 @@ def test_unfit_bundle_refused_on_device(scene, bundles, tmp_path, name):
 
 
 def test_every_variant_is_tried(scene, exported, tmp_path):
-    # `dev` is `full` with another name in its table, and with a budget that nothing keeps.
+    # `dev` is `full` with another name in its table, and with a latency budget that no device can keep.
     dev = shutil.copytree(exported.folder, tmp_path / "dev")
     for name, fields in (("sampler.json", {"variant": "dev"}), ("reference.json", {"latency_ms": 0.001})):
         (dev / name).write_text(json.dumps(json.loads((dev / name).read_bytes()) | fields))
@@ -508,7 +508,7 @@ def test_one_golden_output_that_is_not_finite_is_as_bad_as_all(scene, monkeypatc
 
 
 def running_garbage(field: Field, bundles: dict[str, Bundle], seq: int) -> Device:
-    """Let the device run what makes noise, and agrees with what it says of itself; the next release is open to it."""
+    """Let the device run a self-consistent bundle that draws noise, and open the next release to it."""
     garbage, device = bundles["garbage"], field.device
     shutil.copytree(garbage.folder, device.root / "slots" / digest(garbage))
     device.home.save(State(active=digest(garbage), seq=seq))
@@ -533,7 +533,7 @@ def test_bundle_that_no_key_vouches_for_has_no_say_in_what_comes_after_it(scene,
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, task: str, error: BaseException) -> pytest.MonkeyPatch:
-    """Let one task of the child fail."""
+    """Make one task of the child fail."""
     real = child.run
 
     def run(asked: str, **request: Any) -> dict[str, Any]:
@@ -546,7 +546,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, task: str, error: BaseException) ->
 
 
 class Later:
-    """The agent's time, so many seconds from now."""
+    """Moves the agent's clock forward by `seconds`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 0
@@ -584,13 +584,13 @@ def test_bundle_whose_trying_gives_no_answer_rests_longer_each_time_and_is_not_c
             assert f"{second[:12]} is tried again after 20" in device.command("status")
             later.seconds += hours * 3600 - 60
             assert "rests for" in device.update().reason
-            assert len(device.events()) == events + 1  # told once
+            assert len(device.events()) == events + 1  # reported once
             later.seconds += 61
             with pytest.raises(type(NO_ANSWER[how])):
                 device.update()
         assert (device.active, device.state.refused, device.state.tries) == (before.active, {}, {second: 6})
         assert "rests for 480 more" in device.update().reason
-    later.seconds += 8 * 3600 + 1  # the device was mended meanwhile
+    later.seconds += 8 * 3600 + 1  # the device was repaired in the meantime
     assert device.update().way == "kept"
     assert (device.active, device.state.refused, device.state.tries) == (second, {}, {})
 
@@ -758,7 +758,7 @@ def test_confirmed_after_good_images_only(updated):
 
 
 def taken_back(field: Field, bundles: dict[str, Bundle], why: str) -> None:
-    """The bundle on trial is gone for good, and the one before runs and draws."""
+    """Check that the bundle on trial is gone for good, and that the one before runs and draws."""
     state = field.device.state
     assert (state.active, state.previous, state.seq, state.trial) == (digest(bundles["first"]), None, 1, None)
     assert list(state.refused) == [digest(bundles["second"])]
@@ -771,7 +771,7 @@ def taken_back(field: Field, bundles: dict[str, Bundle], why: str) -> None:
 
 
 def rests_after_trial(field: Field, bundles: dict[str, Bundle]) -> None:
-    """The bundle on trial is gone for now, nothing is held against it, and the one before runs and draws."""
+    """Check that the bundle on trial is gone for now but not refused, and that the one before runs and draws."""
     device, second = field.device, digest(bundles["second"])
     state = device.state
     assert (state.active, state.previous, state.seq, state.trial) == (digest(bundles["first"]), None, 1, None)
@@ -793,7 +793,7 @@ def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how, caplog)
         with pytest.raises(StateError, match=r"was taken back, and is tried again: .*; the one before runs again"):
             device.update()
     else:
-        assert updater.generate(device.home, "", 0)[1]["good"]  # by the one before
+        assert updater.generate(device.home, "", 0)[1]["good"]  # by the bundle before
         assert "was taken back, and is tried again" in caplog.text
     assert (device.active, device.state.refused) == (digest(bundles["first"]), {})
     assert updater.generate(device.home, "", 0)[1]["good"]
@@ -830,7 +830,7 @@ def test_failed_read_on_trial_takes_nothing_back(updated, bundles, monkeypatch, 
 
 @pytest.mark.parametrize("error", UNREADABLE)
 def test_reads_that_fail_again_and_again_end_the_trial(updated, bundles, monkeypatch, error):
-    """A device that cannot read must come to hear of halts and newer releases all the same."""
+    """End the trial when reads keep failing, so that the device still hears of halts and newer releases."""
     device = on_trial(updated)
     failing(monkeypatch, "generate", error)
     for _ in range(TRIAL_LOADS - 1):
@@ -846,7 +846,7 @@ def test_reads_that_fail_again_and_again_end_the_trial(updated, bundles, monkeyp
 def test_lost_notes_stop_nothing(offered, bundles):
     device = offered.device
     for name in ("measured.json", "resting.json", "undelivered.txt"):
-        (device.root / name).mkdir()  # as unreadable as somebody else's
+        (device.root / name).mkdir()  # as unreadable as a file of another user
     assert updater.generate(device.home, "", 0)[1]["good"]
     assert "runs release 1" in device.command("status")
     assert device.update().changed
@@ -884,7 +884,7 @@ def test_images_of_nothing_on_trial_taken_back(updated, bundles):
 
 
 def test_bundle_that_kills_machine_taken_back(updated, bundles):
-    # Each load was counted before it happened, and none came back.
+    # Each load was counted before it began, and none of them finished.
     device = on_trial(updated, loads=0)
     with pytest.raises(
         StateError, match=r"taken back, and is tried again: it did not get through its trial; the one before runs"
@@ -950,7 +950,7 @@ def test_killed_load_on_trial_is_counted_not_condemned(updated, bundles, monkeyp
     rests_after_trial(updated, bundles)
 
 
-# Drawing goes on
+# The device keeps drawing
 
 
 @pytest.fixture
@@ -1071,7 +1071,7 @@ def test_lost_file_is_said(scene, role):
 
 
 def test_slot_taken_away_while_drawing(updated, bundles, second_image, monkeypatch):
-    # An update switches and clears up between the look at the state and the reading of the slot.
+    # After the state is read and before the slot is read, an update switches bundles and deletes the slot.
     device, after, real = updated.device, updated.device.state, child.run
     device.home.save(State(active=digest(bundles["first"]), seq=1))
 
@@ -1119,7 +1119,7 @@ def test_drawn_image_is_a_picture(updated, tmp_path):
 
 @pytest.mark.parametrize("victim", ["config.json", "device.key"])
 def test_picture_is_not_drawn_through_a_link(updated, tmp_path, victim):
-    # Where others may write, somebody links the usual name to a file of the agent's own.
+    # In a folder where others may write, somebody links the usual name to a file of the agent.
     before = updated.device.facts()
     (tmp_path / "image.png").symlink_to(updated.device.root / victim)
     assert "is a link" in updated.device.command("generate", "--output", str(tmp_path / "image.png"), code=3)
@@ -1193,7 +1193,7 @@ def test_damaged_state_falls_back(updated, bundles, damage):
 
 
 def unreadable(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
-    """Let the system refuse to read a file."""
+    """Make the system refuse to read a file."""
     real = Path.read_bytes
 
     def read_bytes(path: Path) -> bytes:
@@ -1274,7 +1274,7 @@ def test_status_hashes_every_file(scene, role):
 
 @pytest.fixture
 def web(offered: Field) -> Any:
-    """The repository of `offered` behind a web server, and the device looking there."""
+    """Serve the repository of `offered` from a web server, and point the device at it."""
     with WebServer(offered.repository.folder) as server:
         offered.device.configure(repository=server.address)
         yield server
@@ -1358,7 +1358,7 @@ def test_missing_object_is_asked_for_once(offered, web, bundles):
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416, 451])
 def test_refusing_server_is_asked_once(offered, web, bundles, status):
-    """A fleet that asks again and again for what it may not have takes its own server down."""
+    """Ask a refusing server only once: a fleet that keeps asking for what it may not have takes its own server down."""
     name = f".{digest(bundles['second'])}"
     web.faults.failing, web.faults.status = {name: 100}, status
     assert made_by(offered, bundles["second"]) == "full"
@@ -1433,7 +1433,7 @@ def test_torn_metadata_cache_heals(updated, fielded, bundles, role, damage):
     assert marks["rollout"] == updated.repository._versions()["rollout"]
 
 
-# Halts, and what happens between
+# Halts and new releases during an update
 
 
 def test_halt_between_download_and_switch(offered, bundles):
@@ -1546,7 +1546,7 @@ def test_killed_agent_converges(offered, bundles, number):
 
 
 def test_killed_agent_leaves_no_child(scene, bundles, tmp_path):
-    # A bundle that takes half a minute to try.
+    # The trial of this bundle takes half a minute.
     times = [1 - i / 1000 for i in range(1000)] + [0.0]
     publish(
         scene.repository, variation(bundles["first"], tmp_path, "sampler", changed_json(bundles["first"], "sampler", times=times))
@@ -1566,11 +1566,11 @@ def test_killed_agent_leaves_no_child(scene, bundles, tmp_path):
     assert ended
 
 
-# Where nobody listens
+# Output that cannot be written
 
 
 def told_to(device: Device, place: str, *words: str) -> subprocess.CompletedProcess[bytes]:
-    """Run the real agent with its output led to a place by the shell."""
+    """Run the real agent with its output redirected by the shell."""
     return subprocess.run(["bash", "-c", f'"$@" {place}', "bash", *device.words(*words)], capture_output=True)
 
 
@@ -1583,7 +1583,7 @@ NOWHERE = {
 @pytest.mark.parametrize("place", few(NOWHERE, 1))
 def test_log_that_cannot_be_written_ends_no_update(offered, bundles, place):
     done = told_to(offered.device, NOWHERE[place], "update")
-    assert done.returncode == (3 if place == "both full" else 0)  # it was done, and could not be said
+    assert done.returncode == (3 if place == "both full" else 0)  # the update was done, but could not be reported
     assert offered.device.active == digest(bundles["second"])
     assert offered.device.state.trial is None
     stand_still(offered)

@@ -1,4 +1,4 @@
-"""Which variant draws: the owner's budgets, what stands in for what, and routes that strayed."""
+"""Which variant draws: the owner's budgets, which variant replaces which, and routing that has shifted."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_was_not_measured_fits_no_budget():
 def test_strayed_routes_ask_for_the_safe_variant():
     assert chain(ALL, "full", COSTS, config(prefer="quality"), strayed=True)[0] == "fast"
     assert chain(ALL, "full", COSTS, config(prefer="quality", safe="dev"), strayed=True)[0] == "dev"
-    assert chain(("full", "dev"), "full", COSTS, config(safe="fast"), strayed=True)[0] == "dev"  # the bundle has none
+    assert chain(("full", "dev"), "full", COSTS, config(safe="fast"), strayed=True)[0] == "dev"  # the bundle has no `fast`
 
 
 @given(

@@ -1,6 +1,6 @@
-"""What a model draws for its captions, and images that are odd: figures of the evaluation, and what the gate says to them.
+"""What a model draws for its captions, and odd images: the figures of the evaluation, and what the gate decides from them.
 
-The data are made up (tests/bench/world.py), so that there is a perfect model, and ones with one fault each.
+The data are made up (tests/bench/world.py), so there is a perfect model, and there are models with one fault each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMITS = Limits(minimum_images=50)
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    """Nine photographs of each surface are held out, of 36."""
+    """Provide a data set in which nine of 36 photographs of each surface are held out."""
     images, captions, groups = world.collect(np.random.default_rng(1), 36, 8)
     order = [name for surface in world.SURFACES for name in dict.fromkeys(g for g in groups if g.startswith(surface))]
     kept = {name for i, name in enumerate(order) if i % 36 < 9}
@@ -40,7 +40,7 @@ def spaces(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Featur
 
 
 def captions_of(dataset: Dataset) -> list[str]:
-    """What the models of an evaluation are asked for."""
+    """Return the captions that an evaluation asks its models to draw."""
     return [dataset.captions[i] for i in (*evaluate.held_out_items(dataset, N), *evaluate.further_items(dataset, N))]
 
 
@@ -49,7 +49,7 @@ def perfect(captions: list[str], seed: int = 1) -> Images:
 
 
 def without(*names: str) -> Callable[[list[str]], Images]:
-    """A perfect model that never draws some defects."""
+    """Return a perfect model that never draws some defects."""
     return lambda captions: perfect([_less(caption, names) for caption in captions])
 
 
@@ -63,7 +63,7 @@ def permuted(captions: list[str]) -> Images:
 
 
 def judged(dataset: Dataset, spaces: FeatureSpaces, images: Images, champion: Images | None = None) -> tuple[Scorecard, Decision]:
-    """The scorecard of a challenger, and what the gate says where everything else is met."""
+    """Return the scorecard of a challenger, and the decision of the gate when all other limits are met."""
 
     def made(of: Images) -> Drawn:
         return Drawn(of, np.zeros((1, 1, 1), np.float32), 0.0)
@@ -144,7 +144,7 @@ def test_rare_captions_are_drawn_more_often(dataset: Dataset):
     assert min(map(asked.count, own)) > 2 * min(map(before.count, own))
     assert max(map(asked.count, own)) == max(map(before.count, own))
     plenty = evaluate.further_items(dataset, 20 * N)
-    assert len(plenty) == 0  # each has enough as it is
+    assert len(plenty) == 0  # each caption already has enough
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -198,7 +198,7 @@ def test_training_images_among_the_generated_are_counted(dataset: Dataset, space
     assert "are nearer to training images than any held-out one" in decision.reason
 
 
-# Captions as they come
+# Captions of other kinds: none, all unique, permuted
 
 
 def relabelled(dataset: Dataset, captions: list[str]) -> Dataset:
@@ -266,11 +266,11 @@ def test_spaces_of_an_older_ferry_still_judge(dataset: Dataset, spaces: FeatureS
     assert judged(dataset, before, permuted(captions), perfect(captions, 2))[1].outcome == "refuse"
 
 
-# Mixtures that are not even
+# Uneven mixtures of captions
 
 
 def holding(counts: dict[str, int], in_a_group: int = 3) -> Dataset:
-    """The training images of a world, and so many held-out images of each caption."""
+    """Return the training images of a world, and this many held-out images of each caption."""
     rng = np.random.default_rng(7)
     images, captions, groups = world.collect(rng, 20, 6)
     training, shot, made = len(captions), world.shoot(rng), list[Images]()
@@ -286,7 +286,7 @@ def holding(counts: dict[str, int], in_a_group: int = 3) -> Dataset:
 
 
 def shares(dataset: Dataset, spaces: FeatureSpaces, n: int, champion: bool = False) -> dict[str, CaptionCheck]:
-    """What a perfect model draws of each caption and word."""
+    """Return how a perfect model does on each caption and word."""
     items = (*evaluate.held_out_items(dataset, n), *evaluate.further_items(dataset, n))
     drawn = [Drawn(perfect([dataset.captions[i] for i in items], seed), np.zeros((1, 1, 1), np.float32), 0.0) for seed in (1, 2)]
     return {row.caption: row for row in evaluate.asked_for(spaces, dataset, drawn[0], drawn[1] if champion else None, n)}
@@ -295,7 +295,7 @@ def shares(dataset: Dataset, spaces: FeatureSpaces, n: int, champion: bool = Fal
 def test_word_that_is_frequent_on_one_surface_only_is_judged_by_the_real_mixture(spaces: FeatureSpaces):
     even = dict.fromkeys(world.SURFACES, 60)
     found = shares(holding(even | {"brick, stain": 60, "mesh, stain": 6, "grain, stain": 6}), spaces, 150)
-    assert found["stain"].share == pytest.approx(1, abs=0.15)  # 0.69 where rare captions count as often as they are drawn
+    assert found["stain"].share == pytest.approx(1, abs=0.15)  # 0.69 if rare captions count as often as they are drawn
 
 
 def test_word_of_which_nothing_was_drawn_is_not_judged(spaces: FeatureSpaces):

@@ -1,6 +1,6 @@
-"""What cannot be trained, judged or drawn with: one sentence that names it and says what to do next.
+"""Input that cannot be used to train, judge or draw: one sentence names it and says what to do next.
 
-Here are the sentences that a person meets; `test_data.py` and `test_train.py` try every kind of damage.
+These are the sentences that a person meets; `test_data.py` and `test_train.py` try every kind of damage.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TRAINING_GROUP = next(name for name in map(str, range(100)) if not is_held_out(n
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with an empty data folder; copied by each test."""
+    """Create a workspace with an empty data folder; each test copies it."""
     root = tmp_path_factory.mktemp("bad") / "ws"
     assert CliRunner().invoke(cli.app, ["init", str(root), "--line", "shapes"]).exit_code == 0
     return root
@@ -52,7 +52,7 @@ def root(made: Path, tmp_path: Path) -> Path:
 
 
 def ferry(root: Path, *arguments: str, code: int = 3) -> str:
-    """What `ferry` says on stderr."""
+    """Run `ferry`, check its exit code, and return what it prints on stderr."""
     told = CliRunner().invoke(cli.app, ["--quiet", "-w", str(root), *arguments])
     assert told.exit_code == code, told.output
     assert code == 0 or told.stdout == ""
@@ -60,7 +60,7 @@ def ferry(root: Path, *arguments: str, code: int = 3) -> str:
 
 
 def refused(error: type[Exception], call: Callable[[], object]) -> str:
-    """The one sentence of an exception."""
+    """Check that a call raises this error with a message of one line, and return the message."""
     with pytest.raises(error) as caught:
         call()
     sentence = str(caught.value)
@@ -69,7 +69,7 @@ def refused(error: type[Exception], call: Callable[[], object]) -> str:
 
 
 def setting(root: Path, old: str, new: str) -> str:
-    """What opening the workspace says after a change of ferry.toml; the path of the file is left out."""
+    """Change ferry.toml, and return the error of opening the workspace, without the path of the file."""
     path = root / SETTINGS
     assert path.read_text().count(old) == 1
     path.write_text(path.read_text().replace(old, new))
@@ -114,7 +114,7 @@ NO_DATA_FOLDERS = {
 
 @pytest.mark.parametrize(("value", "says"), [(value, says) for says, values in NO_DATA_FOLDERS.items() for value in values])
 def test_data_folder_elsewhere(root: Path, value: str, says: str) -> None:
-    """Nothing is read or written where keys, the repository or other people's files lie."""
+    """Refuse a data folder where keys, the repository or other people's files lie; read and write nothing there."""
     there = sorted(root.parent.rglob("*"))
     asked = setting(root, 'data = "data/shapes"', f'data = "{value}"')
     assert asked.startswith("lines.shapes.data: '")
@@ -187,7 +187,7 @@ def test_image_size_not_divisible_by_the_stride(root: Path) -> None:
             "ä" * 128 + "b",
             8,
             f"the caption '{'ä' * 40}' has 257 bytes but this model reads 8; shorten it",
-        ),  # no network reads more
+        ),  # no network reads 257 bytes
         ("b" * 257, MAX_TEXT, f"the caption '{'b' * 40}' has 257 bytes but this model reads 256; shorten it"),
     ],
 )
@@ -207,7 +207,7 @@ def test_caption_too_long_in_data(root: Path) -> None:
 
 
 def latin(folder: Path) -> Path:
-    """A caption file as an old editor writes it: its last line is not UTF-8, the others have no such letters."""
+    """Add a Latin-1 line to a caption file, as an old editor writes it; the other lines are plain ASCII."""
     with (folder / METADATA).open("ab") as file:
         file.write('{"file_name": "bär.png", "text": "bär"}\n'.encode("latin-1"))
     return folder
@@ -229,7 +229,7 @@ def test_caption_file_not_utf8_at_all(tmp_path: Path) -> None:
 
 
 def test_caption_not_utf8_on_device(made: Path, tmp_path: Path) -> None:
-    """As a terminal with another encoding hands it over: bytes, in a process of its own."""
+    """Pass the caption as a terminal with another encoding does: as bytes, to a process of its own."""
     anchor, where = made / "root.json", ["--dir", str(tmp_path / "device")]
     words = [
         "init", "--device", "press-01", "--line", "shapes", "--class", "edge", "--repository", str(tmp_path), "--root", str(anchor),
@@ -264,7 +264,7 @@ def test_one_image_data_set(root: Path, tmp_path: Path) -> None:
 
 
 def with_weights(checkpoint: Checkpoint, folder: Path, content: bytes) -> Path:
-    """A checkpoint's folder with other bytes in the place of its weights."""
+    """Copy a checkpoint's folder, and replace its weights by other bytes."""
     shutil.copytree(checkpoint.folder, folder)
     (folder / WEIGHTS).write_bytes(content)
     return folder
@@ -289,7 +289,7 @@ def test_truncated_checkpoint(checkpoint: Checkpoint, tmp_path: Path, keep: floa
     ("field", "value"), [("md5", "/etc"), ("md5", "../../keys"), ("path", "../../keys"), ("rev", "--all"), ("line", "../x")]
 )
 def test_foreign_checkpoint_whose_data_lead_elsewhere(checkpoint: Checkpoint, tmp_path: Path, field: str, value: str) -> None:
-    """What was pulled for it is found by the hash in its lineage: a path there would be taken for data."""
+    """Refuse a lineage with a path in place of a hash: pulled data are found by it, so any folder could pass for data."""
     folder = Path(shutil.copytree(checkpoint.folder, tmp_path / "run"))
     lineage = json.loads((folder / LINEAGE).read_bytes())
     lineage["data"][field] = value
@@ -309,7 +309,7 @@ class Trap:
 
 @pytest.mark.parametrize("saved", ["pickle", "torch"])
 def test_foreign_checkpoint_of_a_pickle(checkpoint: Checkpoint, tmp_path: Path, saved: str) -> None:
-    """It is refused without running what it holds."""
+    """Refuse a pickle without running the code in it."""
     trap = Trap(tmp_path / "sprung")
     if saved == "pickle":
         (tmp_path / "network.pt").write_bytes(pickle.dumps(trap))
@@ -328,7 +328,7 @@ def test_foreign_checkpoint_of_random_bytes(checkpoint: Checkpoint, tmp_path: Pa
 
 @pytest.mark.parametrize("other", ["another tier", "no network"])
 def test_foreign_checkpoint_of_another_network(checkpoint: Checkpoint, tmp_path: Path, other: str) -> None:
-    """A sound safetensors file beside a lineage that is not its own."""
+    """Refuse a sound safetensors file that lies beside the lineage of another network."""
     folder = Path(shutil.copytree(checkpoint.folder, tmp_path / "run"))
     network = Network(CONFIG.model_copy(update={"tier": "nano"}))
     write_safely(folder / WEIGHTS, network.state_dict() if other == "another tier" else {"weight": torch.zeros(3)})

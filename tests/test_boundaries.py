@@ -1,4 +1,4 @@
-"""Who may import whom, and the device's wheel alone in a bare environment."""
+"""Which package may import which, and the device's wheel alone in a bare environment."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ota.release.store import publish
 
 ROOT = Path(__file__).parent.parent
 WHEELHOUSE = ROOT / "build" / "wheelhouse"
-# boto3 is not in this list: securesystemslib imports it where it happens to be installed. On a device it is not, and the
-# import contract keeps it out of our own code.
+# boto3 is not in this list, because securesystemslib imports it where it is installed. On a device it is not installed, and
+# the import contract keeps it out of our own code.
 FACTORY = ("torch", "prefect", "mlflow", "dvc", "onnx", "sqlalchemy", "model", "registry", "flows", "ota.release")
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules (and ota.release) that a fresh interpreter has loaded after a statement."""
+    """Return the top-level modules (and ota.release) that a fresh interpreter has loaded after a statement."""
     code = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     names = done.stdout.split()
@@ -43,7 +43,7 @@ def test_device_loads_nothing_of_the_factory(module: str):
 
 
 def test_update_process_loads_no_runtime():
-    """Numbers are handled in child processes; the process that keeps the device's state stays small."""
+    """Keep the process small that holds the device's state: numbers are handled in child processes."""
     assert not loaded_by("import ota.agent.updater, ota.agent.cli") & {
         "onnxruntime",
         "numpy",
@@ -64,7 +64,7 @@ def test_registry_reads_scorecards_without_torch():
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, object]]:
-    """`ferry-agent` out of its own wheel, installed alone, with what `make wheelhouse` fetched and no index."""
+    """Install `ferry-agent` alone, from its own wheel and what `make wheelhouse` fetched, without a package index."""
     if not WHEELHOUSE.is_dir():
         pytest.fail("build/wheelhouse is missing; run `make wheelhouse`")
     place = tmp_path_factory.mktemp("device")
@@ -125,7 +125,7 @@ def test_device_wheel_alone_performs_an_update(
     )
     repository.set_policy(start(second, [100], 0))
     publish(repository.files(), str(published), tmp_path)
-    assert device("update", PYTHONOPTIMIZE="2")["way"] == "delta"  # as lean images have it: no docstring, no assertion
+    assert device("update", PYTHONOPTIMIZE="2")["way"] == "delta"  # as in lean images: no docstrings, no assertions
     status = device("status")
     assert (status["active"], status["sound"]) == (bundles["second"].manifest.digest, True)
     drawn = device("generate", "bar", "--output", str(tmp_path / "bar.png"))

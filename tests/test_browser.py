@@ -1,6 +1,6 @@
 """Pages in a real browser: one sheet of A4, no sideways scrolling on a phone, and a rating that is done by keys alone.
 
-Needs Chromium or Chrome, named by FERRY_BROWSER or found on the path; nothing is fetched, the pages are files.
+The tests need Chromium or Chrome, named by FERRY_BROWSER or found on the path. Nothing is fetched: the pages are files.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(browser: str, folder: Path, *words: str) -> str:
 
 
 def two_lines() -> Report:
-    """As a workspace with two products gives it, with all that may be long as long as it gets."""
+    """Return the report of a workspace with two products, with every text that may be long at its longest."""
     models = [
         replace(m, reason="x " * 90, ratings=["people see no clear difference: " + "they preferred " * 6]) for m in REPORT.models
     ]
@@ -65,7 +65,10 @@ def two_lines() -> Report:
 
 
 def wrapped(folder: Path, page: str, width: int, script: str) -> str:
-    """A page in a frame as wide as a screen (a headless window is never narrower than 500 pixels), and a script beside it."""
+    """Write a page in a frame as wide as a screen, with a script beside it, and return its address.
+
+    A frame is needed because a headless window is never narrower than 500 pixels.
+    """
     path = folder / "wrapped.html"
     text = json.dumps(page).replace("</", "<\\/")
     path.write_text(
@@ -76,7 +79,7 @@ def wrapped(folder: Path, page: str, width: int, script: str) -> str:
 
 
 def told(browser: str, folder: Path, page: str, width: int, script: str) -> str:
-    """What the script wrote into the element `told`."""
+    """Run a script on a page in the browser, and return what it writes into the element `told`."""
     script = f"const tell = text => document.getElementById('told').textContent = text; const d = f.contentDocument; {script}"
     dom = run(browser, folder, "--virtual-time-budget=20000", "--dump-dom", wrapped(folder, page, width, script))
     found = re.search(r'<pre id="told">(.*?)</pre>', dom, re.DOTALL)

@@ -62,7 +62,7 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
 def versions(
     catalog: Catalog, checkpoint: Checkpoint, exported: Export, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Version]:
-    """Two registered versions."""
+    """Register two versions."""
     picture = tmp_path_factory.mktemp("pictures") / "samples.png"
     picture.write_bytes(b"\x89PNG")
     made = []
@@ -93,7 +93,7 @@ def status(catalog: Catalog, run_id: str) -> str:
 
 
 def metrics(catalog: Catalog, run_id: str, name: str) -> list[tuple[int, float]]:
-    """(step, value) of every point of a metric, out of MLflow."""
+    """Return (step, value) of every point of a metric, as MLflow has it."""
     return sorted((metric.step, metric.value) for metric in catalog._client.get_metric_history(run_id, name))
 
 
@@ -103,8 +103,8 @@ def test_training_fills_the_run_that_its_version_gets(
     subject = SUBJECT.model_copy(update={"line": "watched"})
     training = catalog.open_training(subject, "a" * 32)
     training.figures(1, {"loss": 2.0, "expert_entropy.00": 0.9})
-    assert metrics(catalog, training.run_id, "loss") == [(1, 2.0)]  # while it is trained
-    again = catalog.open_training(subject, "a" * 32)  # it was killed, and steps 1 to 10 are done again
+    assert metrics(catalog, training.run_id, "loss") == [(1, 2.0)]  # during training
+    again = catalog.open_training(subject, "a" * 32)  # training was killed, and repeats steps 1 to 10
     assert again.run_id == training.run_id
     again.figures(1, {"loss": 2.5, "expert_entropy.00": 0.8})
     again.figures(11, {"loss": 1.0, "expert_entropy.00": 0.7})
@@ -123,7 +123,7 @@ def test_training_fills_the_run_that_its_version_gets(
             subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, curve
         )  # fmt: skip
         assert (made.number, made.run_id) == (1, training.run_id)
-    assert metrics(catalog, made.run_id, "loss") == [(1, 2.0), (11, 1.0), (20, pytest.approx(2 - 20 / 11))]  # none twice
+    assert metrics(catalog, made.run_id, "loss") == [(1, 2.0), (11, 1.0), (20, pytest.approx(2 - 20 / 11))]  # no point twice
     assert [step for step, _ in metrics(catalog, made.run_id, "seconds")] == [1, 11, 20]
     assert in_run(catalog, made.run_id, "checkpoint/samples/step-000011.png") == b"\x89PNG"
     judged_anew = card(8, checkpoint, exported)
@@ -245,7 +245,7 @@ def test_mlflow_finds_the_source_by_its_entry_point():
 
 def test_runs_of_a_retraining_are_nested_and_none_is_left_running(catalog: Catalog, checkpoint: Checkpoint, exported: Export):
     subject, data = SUBJECT.model_copy(update={"line": "nested"}), VERSION.model_copy(update={"line": "nested"})
-    catalog.end_runs("nested", "a" * 32, None)  # a first retraining; there is nothing yet
+    catalog.end_runs("nested", "a" * 32, None)  # a first retraining; there are no runs yet
     around = catalog.open_retraining(data, "a" * 32)
     killed = catalog.open_training(subject, "1" * 32, around)
 
@@ -275,7 +275,7 @@ def test_runs_of_a_retraining_are_nested_and_none_is_left_running(catalog: Catal
     catalog.end_runs("nested", "b" * 32, "FAILED")
     assert status(catalog, other.run_id) == "FAILED"
     assert status(catalog, around.run_id) == "FINISHED"
-    assert status(catalog, others.run_id) == "RUNNING"  # of another workspace on the same server
+    assert status(catalog, others.run_id) == "RUNNING"  # it belongs to another workspace on the same server
 
 
 def test_challenger_is_the_newest_that_passed_until_it_is_champion(catalog: Catalog, checkpoint: Checkpoint, exported: Export):
@@ -295,7 +295,7 @@ def test_challenger_is_the_newest_that_passed_until_it_is_champion(catalog: Cata
     assert register(2, "promote").number == 2  # again: nothing changes
     assert [v.aliases for v in catalog.versions(subject)] == [["champion"], ["challenger"], []]
 
-    catalog._client.delete_model_version(subject.model, "1")  # in MLflow's page
+    catalog._client.delete_model_version(subject.model, "1")  # as in MLflow's web page
     assert catalog.champion(subject) is None
     with pytest.raises(CatalogError, match="has no version 1; there are 2, 3"):
         catalog.set_alias(subject, "champion", 1)
@@ -305,14 +305,14 @@ def test_challenger_is_the_newest_that_passed_until_it_is_champion(catalog: Cata
 def test_clock_that_goes_back_changes_no_order(
     catalog: Catalog, checkpoint: Checkpoint, exported: Export, monkeypatch: pytest.MonkeyPatch
 ):
-    """Client and server need not agree on the time: what counts is the number."""
+    """Order versions by their numbers, because client and server may disagree on the time."""
     subject = SUBJECT.model_copy(update={"line": "clocks"})
     made = []
     for seed in (1, 2):
         one = card(seed, checkpoint, exported)
         made.append(catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []))
-        monkeypatch.setattr(sqlalchemy_store, "get_current_time_millis", lambda: 86_400_000)  # the next one: in 1970
-        monkeypatch.setattr("registry.catalog.time.time", lambda: 4_000_000_000.0)  # and we are in 2096
+        monkeypatch.setattr(sqlalchemy_store, "get_current_time_millis", lambda: 86_400_000)  # the next version is from 1970
+        monkeypatch.setattr("registry.catalog.time.time", lambda: 4_000_000_000.0)  # and this client is in 2096
     assert catalog._client.get_model_version(subject.model, "2").creation_timestamp == 86_400_000
     assert [v.number for v in catalog.versions(subject)] == [1, 2]
     challenger = catalog.aliased(subject, "challenger")
@@ -323,7 +323,7 @@ def test_clock_that_goes_back_changes_no_order(
 def test_server_that_asked_twice_makes_one_version(
     catalog: Catalog, checkpoint: Checkpoint, exported: Export, monkeypatch: pytest.MonkeyPatch
 ):
-    """MLflow's client asks again when an answer is late, also for what was done already."""
+    """Make one version: MLflow's client repeats a request whose answer is late, even if it was carried out."""
     subject, once = SUBJECT.model_copy(update={"line": "twice"}), catalog._client.create_model_version
 
     def twice(*arguments, **named):
@@ -350,15 +350,15 @@ def test_mark_that_a_stranger_put_on_another_version_is_not_taken_for_ours(
     assert register(first, {}) == 1
     known = {1: first.sha256}
     catalog._client.set_model_version_tag(subject.model, "1", "scorecard.sha256", one.sha256)
-    assert register(one, known) == 2  # the ledger has 1 as something else
+    assert register(one, known) == 2  # the ledger knows version 1 as something else
     stray = catalog._client.create_model_version(subject.model, source="file:///nowhere", tags={"scorecard.sha256": one.sha256})
-    assert register(one, known) == 2  # cut off before the ledger had it: it holds these files
+    assert register(one, known) == 2  # the ledger has no version 2 yet, but version 2 holds these files
     known[2] = one.sha256
     catalog._client.set_model_version_tag(subject.model, "2", "scorecard.sha256", "f" * 64)
-    assert register(one, known) == 2  # the ledger has it, whatever the tag says
+    assert register(one, known) == 2  # the ledger has version 2, whatever the tag says
     third = card(3, checkpoint, exported)
     catalog._client.set_model_version_tag(subject.model, str(stray.version), "scorecard.sha256", third.sha256)
-    assert register(third, known) == 4  # 3 has the mark, and not the files
+    assert register(third, known) == 4  # version 3 has the tag but not the files
     assert [v.number for v in catalog.versions(subject)] == [1, 2, 3, 4]
 
 
@@ -413,7 +413,7 @@ def test_failed_registration_leaves_no_version(
     assert "RUNNING" not in {run.info.status for run in runs}
     made = catalog.register(SUBJECT, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
     assert made.number == 3
-    assert len(mlflow.search_runs(experiment_names=["shapes"], output_format="list")) == len(runs)  # in the run that it left
+    assert len(mlflow.search_runs(experiment_names=["shapes"], output_format="list")) == len(runs)  # it reuses the run that the failure left
 
 
 @pytest.mark.parametrize("text", ["shapes", "shapes/I", "shapes/III/full", "shapes/I/slow", "a/b/I/full"])
@@ -474,7 +474,7 @@ def run_place(catalog: Catalog, run_id: str) -> str:
     ["{other}", "http://[", "file:///tmp/x%00/{run}/artifacts", "file:///a/../{run}/artifacts", "relative/{run}/artifacts", ""],
 )
 def test_folder_that_mlflow_names_for_a_run_is_the_runs_own(catalog, versions, checkpoint, exported, where, tmp_path):
-    """Who writes to MLflow's database could else have a registration overwrite the champion's files."""
+    """Refuse the folder of another run: whoever writes to MLflow's database could have the champion overwritten."""
     subject = SUBJECT.model_copy(update={"line": "elsewhere"})
     training = catalog.open_training(subject, tmp_path.name)
     training.finish(checkpoint.lineage.sha256)
@@ -495,7 +495,7 @@ def test_run_that_has_a_version_is_not_written_to_again(catalog, checkpoint, exp
     subject = SUBJECT.model_copy(update={"line": "again"})
     one, other = card(12, checkpoint, exported), card(13, checkpoint, exported)
     made = catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
-    catalog._client.delete_tag(made.run_id, "scorecard.sha256")  # what anybody can do
+    catalog._client.delete_tag(made.run_id, "scorecard.sha256")  # as any user of MLflow can
     catalog._client.set_tag(made.run_id, "lineage.sha256", checkpoint.lineage.sha256)
     again = catalog.register(subject, checkpoint.lineage, other, decision(other), checkpoint.folder, exported.folder, {}, [])
     assert again.run_id != made.run_id

@@ -1,10 +1,12 @@
-"""`make chaos`: the real agent under strace, killed before, or failed at, every file call of a real delta update, and then let go on.
+"""`make chaos`: kill the real agent before every file call of a delta update, or fail the call, then let it continue.
 
-First one update is watched undisturbed; each of its calls that concerns the agent's directory then becomes cases: SIGKILL before it where it changes something,
-EIO at it, ENOSPC where room could be wanted. The agent itself and its children (`apply`, `try`) are disturbed in turns. After each the
-device must have a sound bundle, and one more update must end in the same bytes as the undisturbed one, with nothing refused and nothing left over.
+First one update is watched under strace without any disturbance. Each of its calls that concerns the agent's directory then
+becomes cases: SIGKILL before the call if it changes something, EIO from the call, and ENOSPC if the call may need room. The
+agent itself and its children (`apply`, `try`) are disturbed in turn. After each case the device must have a sound bundle.
+Two more updates must then end with the same bytes as the undisturbed one, with nothing refused and nothing left over.
 
-CHAOS_SECONDS (600) bounds it: then cases are taken evenly from all, and how many were left out is said. CHAOS=all takes all.
+CHAOS_SECONDS (600) limits the time: cases are taken evenly from all, and the output says how many were left out. CHAOS=all
+takes all.
 """
 
 from __future__ import annotations
@@ -61,10 +63,10 @@ class Case:
     """One disturbance."""
 
     who: str
-    """agent, or the task of the child that is disturbed."""
+    """The disturbed process: agent, or the task of a child."""
     call: str
     nth: int
-    """Of the calls of this name, from 1."""
+    """The number of the call among the calls of this name, from 1."""
     fault: str
     """SIGKILL, EIO or ENOSPC."""
 
@@ -75,7 +77,7 @@ class Case:
 
 
 class Bench:
-    """Where devices are disturbed: each case on a copy of one that is about to update."""
+    """Where devices are disturbed: each case runs on a copy of a device that is about to update."""
 
     def __init__(self, offered: Field, folder: Path) -> None:
         self.offered, self.folder = offered, folder
@@ -90,7 +92,7 @@ class Bench:
         return device
 
     def wrapper(self, device: Device, task: str, strace: list[str]) -> Path:
-        """What the agent takes for Python: the first child with this task is started under strace, all others as they are."""
+        """Write a wrapper for Python that starts the first child with this task under strace, and all other children as usual."""
         path, done = device.root.parent / "python", device.root.parent / "disturbed"
         words = " ".join(f"'{word}'" for word in strace)
         path.write_text(
@@ -101,7 +103,7 @@ class Bench:
         return path
 
     def run(self, device: Device, who: str, strace: list[str]) -> subprocess.CompletedProcess[str]:
-        """An update of which one process is under strace."""
+        """Run an update with one of its processes under strace."""
         words = ["--quiet", "update", "--dir", str(device.root)]
         if who == "agent":
             command = ["strace", *strace, sys.executable, "-m", "ota.agent.cli", *words]
@@ -110,7 +112,7 @@ class Bench:
         return subprocess.run(command, capture_output=True, text=True)
 
     def watched(self, who: str) -> list[Case]:
-        """All cases of one process, by an update in which nothing is disturbed."""
+        """List all cases of one process, from an update in which nothing is disturbed."""
         device = self.device(f"watched-{who}")
         log = device.root.parent / "calls"
         self.run(device, who, ["-y", "-o", str(log), "-e", f"trace={','.join(CHANGING + READING)}"])
@@ -131,7 +133,7 @@ class Bench:
 
 
 def facts(device: Device) -> dict[str, Any]:
-    """What must be the same as if nothing had happened."""
+    """Collect what must be the same as if nothing had happened."""
     state = device.state
     slots = {
         str(path.relative_to(device.root)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -146,7 +148,7 @@ def facts(device: Device) -> dict[str, Any]:
 
 
 def disturbed(bench: Bench, number: int, case: Case, wanted: dict[str, Any]) -> str | None:
-    """What was wrong after a case; None if nothing was."""
+    """Return what is wrong after a case, or None if nothing is."""
     device = bench.device(f"case-{number}")
     try:
         ended = bench.run(device, case.who, ["-o", "/dev/null", *case.inject])
@@ -156,14 +158,14 @@ def disturbed(bench: Bench, number: int, case: Case, wanted: dict[str, Any]) -> 
         if state.active is None or not is_sound(device.home, state.active):
             return "no sound bundle is left"
         device.update()
-        device.update()  # what was only cleaned up by then
+        device.update()  # the first one may only have cleaned up
         found = facts(device)
         seen: dict[int, DeviceReport] = {}
-        for report in device.reports():  # one that was delivered may still wait, but is the same
+        for report in device.reports():  # a delivered report may still be queued, but must be the same
             if seen.setdefault(report.number, report) != report:
                 return "a report number was used twice"
         return None if found == wanted else f"it ended otherwise: {difference(found, wanted)}"
-    except (OtaError, OSError, ValueError, KeyError, AssertionError) as error:  # of the next update, or of this bench
+    except (OtaError, OSError, ValueError, KeyError, AssertionError) as error:  # from the next update, or from this bench
         return f"{type(error).__name__}: {error}"
     finally:
         shutil.rmtree(device.root.parent)
@@ -174,7 +176,7 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def evenly(cases: list[Case]) -> Iterator[Case]:
-    """All of them, in an order in which any beginning is spread over all: by the binary digits of their places, reversed."""
+    """Yield all cases in an order in which any beginning is spread over all: by the reversed binary digits of their places."""
     digits = max(1, (len(cases) - 1).bit_length())
     yield from (cases[i] for i in sorted(range(len(cases)), key=lambda i: f"{i:0{digits}b}"[::-1]))
 

@@ -1,4 +1,4 @@
-"""What a newcomer types wrong gets one sentence that says what to do, an exit code, and nothing on stdout."""
+"""Every wrong command of a newcomer gets one sentence that says what to do, an exit code, and nothing on stdout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ferry(*arguments: str) -> Result:
 
 
 def commands(app: typer.Typer) -> list[list[str]]:
-    """Every command of an app, as the words to type."""
+    """Return every command of an app, as the words to type."""
     root = typer.main.get_command(app)
 
     def walk(command: object, words: list[str]) -> list[list[str]]:
@@ -41,7 +41,7 @@ def commands(app: typer.Typer) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with one data revision; copied by each test that changes it."""
+    """Create a workspace with one data revision; each test that changes it makes a copy."""
     root = tmp_path_factory.mktemp("cli") / "ws"
     assert ferry("init", str(root), "--line", "shapes").exit_code == 0
     write_images(root / "data/shapes", 12)
@@ -217,7 +217,7 @@ def test_init_makes_a_workspace_of_any_printable_name(name: str, tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LANG": "C"}, {"LANG": "POSIX"}, {"LC_ALL": "C.UTF-8"}, {}], ids=str)
 def test_init_depends_on_no_locale(locale: dict[str, str], tmp_path: Path):
-    """As a machine without a desktop starts programs."""
+    """Run the commands as a machine without a desktop starts programs, with almost no environment variables."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM") if name in os.environ}
     root = tmp_path / "Füllerei"
 
@@ -363,7 +363,7 @@ def test_database_that_cannot_be_used_is_named(url: str, workspace: Path):
 
 @pytest.mark.slow
 def test_prefect_server_that_is_not_there_is_named(workspace: Path):
-    """In a process of its own: Prefect reads the address when it is imported."""
+    """Name the missing server; in a process of its own, because Prefect reads the address when it is imported."""
     words = [sys.executable, "-m", "flows.cli", "--quiet", "-w", str(workspace), "retrain", "shapes"]
     told = subprocess.run(words, env=os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}, capture_output=True, text=True)
     assert (told.returncode, told.stdout) == (4, "")
@@ -420,7 +420,7 @@ def test_init_repeated_keeps_keys_and_settings(workspace: Path):
 def test_init_completes_what_a_killed_one_left_out(lost: str, tmp_path: Path):
     root = tmp_path / "ws"
     assert ferry("init", str(root), "--line", "shapes").exit_code == 0
-    if lost == "keys":  # keys come before the repository that they sign
+    if lost == "keys":  # keys are made before the repository that they sign
         shutil.rmtree(root / "repository")
     shutil.rmtree(root / lost) if (root / lost).is_dir() else (root / lost).unlink()
     assert ferry("init", str(root)).exit_code == 0
@@ -437,7 +437,7 @@ def test_unusable_images_are_listed_by_name(workspace: Path):
     assert result.exit_code == 0
     assert json.loads(result.stdout)["unusable"] == {"torn.png": "cannot be decoded", "gone.png": "is missing"}
     assert "torn.png cannot be decoded" in result.stderr
-    assert (workspace / "data/shapes/torn.png").exists()  # nothing of the user's is thrown away
+    assert (workspace / "data/shapes/torn.png").exists()  # no file of the user is deleted
 
 
 def test_folder_without_one_usable_image_is_not_recorded(workspace: Path):

@@ -24,7 +24,7 @@ from .conftest import CONFIG, write_images
 
 
 def png(value: int = 120) -> bytes:
-    """A small noisy picture (noisy, so that a cut loses something)."""
+    """Return a small picture of noise; noise does not compress, so a truncated file lacks part of the picture."""
     pixels = np.random.default_rng(value).integers(0, 256, (16, 16), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -32,14 +32,14 @@ def png(value: int = 120) -> bytes:
 
 
 def deep_png() -> bytes:
-    """Sixteen bits a pixel, as cameras in a factory write it."""
+    """Return a picture with 16 bits per pixel, as cameras in a factory write it."""
     buffer = io.BytesIO()
     Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 16).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def huge_png(side: int = 9000) -> bytes:
-    """A few bytes that promise 81 million pixels."""
+    """Return a file of a few bytes that promises 81 million pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -55,7 +55,7 @@ def append(folder: Path, *lines: object) -> None:
 
 
 def groups_of(held_out: bool, count: int) -> list[str]:
-    """Names that fall on one side of the split."""
+    """Return names that fall on one side of the split."""
     return [name for name in (f"g{i}" for i in range(1000)) if is_held_out(name) == held_out][:count]
 
 
@@ -68,12 +68,12 @@ def save(folder: Path, name: str, data: bytes) -> Path:
 
 @pytest.fixture
 def folder(images: Path, tmp_path: Path) -> Path:
-    """The 80 images, to write into."""
+    """Copy the 80 images, so that a test may write into the folder."""
     return Path(shutil.copytree(images, tmp_path / "shapes"))
 
 
 def assert_scanned_alike(folder: Path, dataset: Dataset) -> None:
-    """What is recorded as usable is what training uses."""
+    """Check that the images recorded as usable are those that training uses."""
     seen = scan(folder, CONFIG.text_length)
     assert seen.quarantine == dataset.quarantine
     assert (seen.captions, seen.groups) == (dataset.captions, dataset.groups)
@@ -103,7 +103,7 @@ def test_unusable_file_is_named(folder: Path, tmp_path: Path, what: str) -> None
     assert_scanned_alike(folder, dataset)
 
 
-# The line, what it is called in the report, why it is not used.
+# The line, its name in the report, and why it is not used.
 BAD_LINES = [
     ({"file_name": "extra.png"}, "extra.png", "has no caption (text)"),
     ({"file_name": "extra.png", "text": None}, "extra.png", "has no caption (text)"),
@@ -217,7 +217,7 @@ def test_unusable_folder_is_one_sentence(
     folder: Path, tmp_path: Path, change: Callable[[Path], None], sentence: str, key: str | None
 ) -> None:
     change(folder)
-    for _ in range(2):  # nothing half made is taken for good the second time
+    for _ in range(2):  # the second time, a half-made cache must not pass for a good one
         with pytest.raises(DataError) as caught:
             prepare(folder, CONFIG, tmp_path / "cache", key)
         assert sentence in str(caught.value)
@@ -239,7 +239,7 @@ def test_group_stays_on_one_side(tmp_path: Path) -> None:
 
 
 def test_group_of_null_is_no_group(images: Path, tmp_path: Path) -> None:
-    """Tables written by other programs say null where nothing is known; that must not tie all such images together."""
+    """Treat a null group as no group: other programs write null for unknown, which must not tie those images together."""
     folder = Path(shutil.copytree(images, tmp_path / "null"))
     rows = [json.loads(line) for line in (folder / METADATA).read_text().splitlines()]
     (folder / METADATA).unlink()
@@ -327,7 +327,7 @@ def test_simultaneous_calls_agree(images: Path, dataset: Dataset, tmp_path: Path
 
 def test_batch_depends_on_seed_and_step(dataset: Dataset) -> None:
     images, ids = dataset.batch(seed=3, step=5, size=16)
-    torch.rand(7)  # whatever else was drawn in between
+    torch.rand(7)  # other random draws in between do not matter
     again, ids_again = dataset.batch(seed=3, step=5, size=16)
     assert torch.equal(images, again)
     assert torch.equal(ids, ids_again)
@@ -344,11 +344,11 @@ def test_batches_never_show_held_out_images(dataset: Dataset) -> None:
         assert ids.shape == (16, 8)
         seen |= {image.tobytes() for image in to_bytes(images)}
     assert not seen & held_out
-    assert len(seen) == len(dataset.training())  # and each training image turns up
+    assert len(seen) == len(dataset.training())  # and every training image is drawn
 
 
 def test_batch_pairs_image_with_caption(folder: Path, tmp_path: Path) -> None:
-    """Two kinds of image, told apart by brightness, so that a mixed-up caption shows."""
+    """Tell two kinds of image apart by their brightness, so that a mixed-up caption is noticed."""
     rows = []
     for i in range(40):
         buffer = io.BytesIO()
@@ -386,7 +386,7 @@ def test_colours_keep_their_order(tmp_path: Path) -> None:
 
 
 def framed(size: tuple[int, int]) -> Image.Image:
-    """A white square in the middle, black all around it."""
+    """Draw a white square in the middle of a black image."""
     width, height = size
     side = min(size)
     pixels = np.zeros((height, width), dtype=np.uint8)
@@ -456,7 +456,7 @@ def not_utf8_name(folder: Path) -> None:
 def test_what_is_no_regular_file_is_refused_by_name(
     folder: Path, tmp_path: Path, make: Callable[[Path], None], says: str
 ) -> None:
-    """It is neither followed nor passed over."""
+    """Refuse it, instead of following it or skipping it."""
     make(folder)
     for look in (lambda: scan(folder, 24), lambda: prepare(folder, CONFIG, tmp_path / "cache"), lambda: read_metadata(folder)):
         with pytest.raises(DataError) as caught:
@@ -473,4 +473,4 @@ def test_captions_of_impossible_files_are_listed(folder: Path, tmp_path: Path, n
     assert len(dataset.quarantine) == 1
     assert len(dataset.images) == 80
     assert_scanned_alike(folder, dataset)
-    json.dumps([*dataset.quarantine.items()], ensure_ascii=False).encode()  # what a report can hold
+    json.dumps([*dataset.quarantine.items()], ensure_ascii=False).encode()  # a report must be able to hold it

@@ -1,4 +1,4 @@
-"""Whatever lies in a data folder: it is recorded whole, or refused by name before anything is recorded, and nothing is lost in silence."""
+"""Whatever lies in a data folder is recorded whole, or refused by name before anything is recorded; no file is lost silently."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DATA, KEY = "data/shapes", "keys/online/models.pem"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with one data revision; copied by each test."""
+    """Create a workspace with one data revision; each test copies it."""
     root = tmp_path_factory.mktemp("folder") / "ws"
     assert CliRunner().invoke(cli.app, ["init", str(root), "--line", "shapes"]).exit_code == 0
     write_images(root / DATA, 12)
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The copy, with one more image than the revision has."""
+    """Copy the workspace, and add one image that the revision does not have."""
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     root = Path(shutil.copytree(made, tmp_path / "ws", symlinks=True))
     versions.init(root, str(root / "dvc-remote"))
@@ -51,7 +51,7 @@ def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ferry(root: Path, *words: str) -> tuple[int, str, str]:
-    """How a command of `ferry data` ends, and what it says on stdout and stderr."""
+    """Run a command of `ferry data`, and return its exit code, stdout and stderr."""
     told = CliRunner().invoke(cli.app, ["--quiet", "-w", str(root), "data", *words])
     assert told.exception is None or isinstance(told.exception, SystemExit), told.exception
     return told.exit_code, told.stdout, told.stderr
@@ -62,7 +62,7 @@ def bytes_below(folder: Path) -> dict[str, bytes]:
 
 
 def recorded(root: Path) -> dict[str, Any]:
-    """Everything in which a revision leaves something: DVC's cache and remote, Git, and the files beside the data folder."""
+    """Collect all that a revision may change: DVC's cache and remote, Git, the files beside the data folder, and the keys."""
     beside = [p for p in [*root.iterdir(), *(root / DATA).parent.iterdir()] if p.name.endswith((".dvc", ".json", "ignore"))]
     return {
         "cache": bytes_below(root / ".dvc/cache"),
@@ -78,7 +78,7 @@ def recorded(root: Path) -> dict[str, Any]:
 
 
 def assert_refused(root: Path, says: str, *commands: str) -> None:
-    """One line names what is wrong, whichever command meets it, and nothing is recorded."""
+    """Check that each command names what is wrong in one line, and that nothing is recorded."""
     before = recorded(root)
     for command in commands or ("add", "status"):
         code, out, err = ferry(root, command, "shapes")
@@ -90,7 +90,7 @@ def assert_refused(root: Path, says: str, *commands: str) -> None:
 
 
 def test_what_is_added_here_is_recorded(root: Path) -> None:
-    """The counterpart of all refusals below."""
+    """Record a good image everywhere, as the counterpart of all refusals below."""
     before = recorded(root)
     assert ferry(root, "add", "shapes")[0] == 0
     after = recorded(root)
@@ -139,7 +139,7 @@ def hard_link(folder: Path) -> None:
 
 
 def hard_link_of_linked_key(folder: Path) -> None:
-    """Keys may lie elsewhere, behind a link."""
+    """Link a key into the data folder; the keys themselves lie elsewhere, behind a symbolic link."""
     keys = folder.parent.parent / "keys"
     keys.rename(keys.with_name("medium"))
     keys.mkdir()
@@ -151,7 +151,7 @@ def hard_link_of_linked_key(folder: Path) -> None:
 def unix_socket(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         present = Path.cwd()
-        os.chdir(folder)  # its address is short
+        os.chdir(folder)  # the address of a socket must be short
         server.bind("listening.png")
         os.chdir(present)
 
@@ -254,22 +254,22 @@ def test_file_that_dvc_would_leave_out_is_named(root: Path, where: str, content:
 
 
 def test_folder_that_dvc_takes_for_a_repository_is_named(root: Path) -> None:
-    """Even an empty `.dvc` makes DVC leave out all that lies beside it."""
+    """Name such a folder: even an empty `.dvc` makes DVC leave out all that lies beside it."""
     (root / DATA / "deep/.dvc").mkdir(parents=True)
     (root / DATA / "deep/a.png").write_bytes(b"x")
     assert_refused(root, f"DVC would leave out {root}/{DATA}/deep/a.png, because of a .dvcignore or a folder named .dvc", "add")
 
 
 def without_rights() -> None:
-    """Let go of root's right to read and write everything, in a child."""
+    """Drop root's right to read and write everything, in a child process."""
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; what a user of no rights cannot do, and need not
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; it fails for an ordinary user, who needs no drop
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dim-000.png", METADATA, "deep", "."])
 def test_what_cannot_be_read_is_named(root: Path, name: str) -> None:
-    """It is neither passed over nor left to a traceback."""
+    """Name what cannot be read, instead of skipping it or printing a traceback."""
     file("deep/er/a.png")(root / DATA)
     path, before = root / DATA / name, recorded(root)
     mode = path.stat().st_mode
@@ -293,7 +293,7 @@ NAMES = [
 
 
 def test_every_other_name_is_recorded_and_delivered(root: Path, tmp_path: Path) -> None:
-    """Twins by case or by Unicode's two ways of writing stay two."""
+    """Keep names apart that differ only in case or in Unicode normalisation."""
     for i, name in enumerate(NAMES):
         file(name, f"* {i}")(root / DATA)
     there = bytes_below(root / DATA)
@@ -301,7 +301,7 @@ def test_every_other_name_is_recorded_and_delivered(root: Path, tmp_path: Path) 
     code, out, err = ferry(root, "add", "shapes", "--json")
     assert code == 0
     assert json.loads(out)["files"] == len(there)
-    assert all(line.isprintable() for line in err.splitlines())  # they are named there, but move no cursor
+    assert all(line.isprintable() for line in err.splitlines())  # their names are printed, but without control characters
     assert "line\\nfeed.png is not named in metadata.jsonl" in err
     version = versions.resolve(root, DATA, "shapes")
     shutil.rmtree(root / ".dvc/cache")
@@ -418,7 +418,7 @@ def test_file_that_changes_under_dvc_reaches_neither_remote_nor_git(
 
 
 def test_bytes_that_change_while_dvc_copies_them_are_not_sent(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache then holds other bytes than the name of the object says."""
+    """Send no changed bytes: the cache then holds other bytes than the name of the object says."""
     added = versions._added
     secret = (root / KEY).read_bytes()
 
@@ -440,7 +440,7 @@ def test_bytes_that_change_while_dvc_copies_them_are_not_sent(root: Path, monkey
 
 
 def test_what_dvc_remembers_does_not_hide_a_change(root: Path, tmp_path: Path) -> None:
-    """Same name, size, times and inode, other bytes."""
+    """Notice other bytes under the same name, size, times and inode."""
     path = root / DATA / "dim-000.png"
     assert ferry(root, "add", "shapes")[0] == 0
     first, times = versions.resolve(root, DATA, "shapes"), path.stat()
@@ -469,7 +469,7 @@ def test_remote_that_cannot_be_written_leaves_no_trace(root: Path) -> None:
 
 
 def test_data_are_never_replaced_by_links(root: Path) -> None:
-    """Whatever DVC is told of links to its cache, the folder stays the user's own."""
+    """Leave the user's files as they are, even if DVC is configured to link files to its cache."""
     config = root / ".dvc/config"
     config.write_text(config.read_text() + "[cache]\n    type = symlink,hardlink\n")
     before = {path: (path.stat().st_ino, path.stat().st_mode) for path in (root / DATA).iterdir()}
@@ -502,7 +502,7 @@ def test_way_that_is_not_plain_is_refused(root: Path, path: str) -> None:
 
 
 def test_copy_of_a_file_in_the_cache_is_no_key(root: Path) -> None:
-    """Hard links as such are no harm: a file system that saves space may make them."""
+    """Allow hard links that lead to no key, because a file system that saves space may make them."""
     os.link(root / DATA / "000.png", root / "elsewhere.png")
     assert ferry(root, "add", "shapes")[0] == 0
 

@@ -1,4 +1,4 @@
-"""What arrived: copies and leaks are named, and drift is called no more often than it says."""
+"""The report on new data: it names copies and leaks, and it reports drift by mistake no more often than it promises."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINING, HELD_OUT = (next(name for name in map(str, range(100)) if is_held_out(
 
 
 def made_up(features: np.ndarray, captions: Iterable[str], groups: list[str], tag: str) -> FolderSummary:
-    """A sketch of images that nobody drew."""
+    """Make up the summary of a folder of images that do not exist."""
     n = len(features)
     names = [f"{tag}{i}" for i in range(n)]
     held_out = np.array([is_held_out(group) for group in groups])
@@ -38,7 +38,7 @@ def made_up(features: np.ndarray, captions: Iterable[str], groups: list[str], ta
 def delivery(
     rng: np.random.Generator, tag: str, groups: int, of: int = 1, shift: float = 0.0, bars: float = 0.5
 ) -> FolderSummary:
-    """`groups` photographs with `of` crops each: crops of one photograph look alike and show the same thing."""
+    """Make up `groups` photographs with `of` crops each; crops of one photograph look alike and show the same thing."""
     centres = np.repeat(rng.normal(shift, 1, (groups, 13)), of, axis=0)
     captions = np.repeat(np.where(rng.random(groups) < bars, "bar", "disc"), of)
     names = [f"{tag}-{i // of}" for i in range(groups * of)]
@@ -48,7 +48,7 @@ def delivery(
 @pytest.mark.slow
 @pytest.mark.parametrize("crops", [1, 5])
 def test_false_alarms_are_as_rare_as_promised(crops: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where an image has siblings: they are no evidence of their own."""
+    """Check the rate of false alarms, also where several crops of an image are no independent evidence."""
     monkeypatch.setattr(data_report, "PERMUTATIONS", 199)
     rng = np.random.default_rng(crops)
     found = [drift(delivery(rng, "new", 15, crops), delivery(rng, "old", 30, crops)) for _ in range(RUNS)]
@@ -56,7 +56,7 @@ def test_false_alarms_are_as_rare_as_promised(crops: int, monkeypatch: pytest.Mo
     assert 0 < np.mean([d.verdict == "drift" for d in found]) <= ALPHA + three_sd
     for p in ([d.p_images for d in found], [d.p_captions for d in found]):
         assert np.mean(np.array(p) <= ALPHA) <= ALPHA + three_sd
-        assert 0.4 < np.mean(p) < 0.65  # neither blind nor jumpy
+        assert 0.4 < np.mean(p) < 0.65  # the p-values are neither too high nor too low
 
 
 @pytest.mark.parametrize(("change", "which"), [({"shift": 0.6}, "looks"), ({"bars": 0.95}, "mix of captions")])
@@ -98,7 +98,7 @@ def test_too_few_images_are_not_judged() -> None:
 
 
 def test_images_of_known_groups_are_no_evidence() -> None:
-    """More crops of old photographs, all of one look: they tell nothing about what comes in."""
+    """Leave out new crops of old photographs: all have one look, but they say nothing about what comes in."""
     rng = np.random.default_rng(0)
     old = delivery(rng, "old", 40)
     more = made_up(np.full((60, 13), 9.0), ["bar"] * 60, [old.groups[i % 40] for i in range(60)], "more")
@@ -121,7 +121,7 @@ def test_captions_that_never_repeat_have_no_mix() -> None:
 
 
 def picture(seed: int) -> Image.Image:
-    """A grey photograph of nothing, smooth as photographs are."""
+    """Make a grey picture of noise that is as smooth as a photograph."""
     noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 12), dtype=np.uint8))
     return noise.resize((96, 96), Image.Resampling.BICUBIC)
 
@@ -137,7 +137,7 @@ def noisy(image: Image.Image) -> Image.Image:
 
 
 def folder_of(folder: Path, *rows: tuple[Image.Image, str, str]) -> Path:
-    """Images with caption and group, named 0.png, 1.png, …"""
+    """Write images with caption and group into a folder, named 0.png, 1.png, …"""
     folder.mkdir()
     for i, (image, _, _) in enumerate(rows):
         image.save(folder / f"{i}.png")
@@ -186,7 +186,7 @@ def test_plain_images_are_not_taken_for_each_other(tmp_path: Path) -> None:
 
 
 def test_near_copies_are_found_in_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison runs in blocks; what it finds does not depend on where they end."""
+    """Find the same near copies wherever the blocks of the comparison end."""
     rng = np.random.default_rng(0)
     thumbs = rng.normal(size=(700, 256)).astype(np.float32)
     thumbs[[650, 699]] = thumbs[[3, 600]]
@@ -233,7 +233,7 @@ def text(root: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def two_revisions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace in which dim images, a torn one and a wrong caption arrived after 40 good ones."""
+    """Create a workspace in which dim images, a torn one and a wrong caption arrived after 40 good images."""
     root = tmp_path_factory.mktemp("data") / "ws"
     assert CliRunner().invoke(cli.app, ["init", str(root), "--line", "shapes"]).exit_code == 0
     folder = write_images(root / "data/shapes", 40)
@@ -272,7 +272,7 @@ def test_quarantined_file_stays_where_it_was(two_revisions: Path) -> None:
 
 
 def test_diff_names_files_captions_and_drift(root: Path) -> None:
-    shutil.rmtree(root / "work" / "sketches")  # as a machine that has only pulled the repository
+    shutil.rmtree(root / "work" / "sketches")  # as on a machine that has only pulled the repository
     told = ferry(root, "diff", "shapes", "HEAD~1")
     changes = told["changes"]
     assert (changes["changed"], changes["removed"]) == (["metadata.jsonl"], ["039.png"])
@@ -314,7 +314,7 @@ def test_status_says_what_the_remote_lost(root: Path) -> None:
 
 
 def lose(root: Path, name: str) -> None:
-    """A file of the first revision, from remote and cache."""
+    """Delete a file of the first revision from remote and cache."""
     digest = versions.files(root, versions.resolve(root, "data/shapes", "shapes", "HEAD~1"))[name]
     for store in ("dvc-remote", ".dvc/cache"):
         for path in (root / store).rglob(digest[2:]):
@@ -322,7 +322,7 @@ def lose(root: Path, name: str) -> None:
 
 
 def test_lost_revision_does_not_stop_the_next(root: Path) -> None:
-    """What the new images are compared with is gone: that is said, and they are recorded."""
+    """Record new images even if those to compare them with are lost, and say so."""
     assert CliRunner().invoke(cli.app, ["init", str(root)]).exit_code == 0
     shutil.rmtree(root / "work" / "sketches")
     shutil.rmtree(root / "work" / "data", ignore_errors=True)

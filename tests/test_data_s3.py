@@ -1,4 +1,4 @@
-"""The commands of `ferry data` with the bytes in S3: a server in a process of its own, on a free port of the loopback."""
+"""The commands of `ferry data` with the bytes in S3: the server runs in a process of its own, on a free loopback port."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CREDENTIALS = {
 
 
 def ferry(root: Path, *words: str, code: int = 0) -> Any:
-    """The answer of `ferry data`, or what it says on stderr where it refuses."""
+    """Run `ferry data` and return its answer, or what it prints on stderr if it refuses."""
     command = [sys.executable, "-m", "flows.cli", "--quiet", "-w", str(root), "data", *words, "--json"]
     told = subprocess.run(command, env=os.environ | CREDENTIALS, capture_output=True, text=True)
     assert told.returncode == code, told.stderr
@@ -35,7 +35,7 @@ def ferry(root: Path, *words: str, code: int = 0) -> Any:
 
 
 def forget(root: Path) -> None:
-    """What this machine has: nothing but Git's history and the folder."""
+    """Delete all that this machine has, except Git's history and the data folder."""
     for kept in (".dvc/cache", "work/sketches", "work/data"):
         shutil.rmtree(root / kept, ignore_errors=True)
 

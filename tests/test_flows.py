@@ -26,13 +26,13 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.errors import BusyError, WorkspaceError
-from flows.promote import anchor_of, champion_of, judged, sealed, verdict
 from flows.setup import create
 from flows.workspace import SEEN, Workspace
 from model import versions
 from model.errors import CheckpointError, RevisionError
 from ota.release.keys import KeyRing
 from registry.catalog import Catalog, Subject
+from registry.champions import anchor_of, champion_of, judged, sealed, verdict
 from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import START
 from registry.lineage import file_sha256
@@ -467,24 +467,26 @@ def test_interrupted_registration_is_not_repeated(workspace: Workspace):
 
 
 def test_alias_set_by_hand_is_neither_trusted_nor_built_on(workspace: Workspace):
-    from flows.promote import champions
+    from registry.champions import champions
 
     before = kinds(workspace)
     workspace.catalog.promote(SUBJECT, 2)  # as somebody might in MLflow's page
     with pytest.raises(CatalogError, match="MLflow says shapes/I/full 2 is champion, the ledger does not"):
-        champions(workspace, "shapes", "edge")
+        champions(workspace, workspace.class_subjects("shapes", "edge"))
     weights = workspace.catalog.version(SUBJECT, 1).tagged_weights
     with (
         Stranger(workspace, 2).tagging({"weights.sha256": weights}),
         pytest.raises(CatalogError, match="2 is champion, the ledger does not"),
     ):
-        champions(workspace, "shapes", "edge")  # nor where it is made to look like the one that is meant
+        champions(
+            workspace, workspace.class_subjects("shapes", "edge")
+        )  # nor where it is made to look like the one that is meant
     workspace.catalog.promote(SUBJECT, 1)
     assert kinds(workspace) == before
 
 
 def test_promotion_cut_before_the_alias_moved_is_completed_by_repeating_it(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
-    from flows.promote import champions, promote
+    from registry.champions import champions, promote
 
     def cut(*_: object) -> None:
         raise StoreError("MLflow is away")
@@ -496,14 +498,14 @@ def test_promotion_cut_before_the_alias_moved_is_completed_by_repeating_it(works
     assert kinds(workspace)[-1] == "promotion"
     assert champion_number(workspace) == 1
     with pytest.raises(CatalogError, match="MLflow says shapes/I/full 1 is champion, the ledger does not"):
-        champions(workspace, "shapes", "edge")  # nothing is released from between the two
+        champions(workspace, workspace.class_subjects("shapes", "edge"))  # nothing is released from between the two
     promote(workspace, SUBJECT, 2, "it passed")
-    assert champions(workspace, "shapes", "edge")["full"].version == 2
+    assert champions(workspace, workspace.class_subjects("shapes", "edge"))["full"].version == 2
     promote(workspace, SUBJECT, 1, "as before")
 
 
 def test_version_that_passed_the_gate_is_promoted_by_hand(workspace: Workspace):
-    from flows.promote import promote
+    from registry.champions import promote
 
     assert judged(workspace, SUBJECT)[2].facts["outcome"] == "promote"
     promote(workspace, SUBJECT, 2, "it passed")
@@ -527,8 +529,8 @@ def test_second_release_carries_a_smaller_delta(workspace: Workspace):
 
 
 def test_going_back_finds_the_bundle_that_devices_know(workspace: Workspace):
-    from flows.promote import promote
     from flows.release import release
+    from registry.champions import promote
 
     promote(workspace, SUBJECT, 1, "going back")
     assert release(str(workspace.root), "shapes", "edge")["release"] == 1
@@ -547,8 +549,8 @@ def test_schedule_does_not_undo_going_back(workspace: Workspace):
 
 
 def test_broken_version_needs_overruling_and_is_not_gone_back_to(workspace: Workspace):
-    from flows.promote import promote
     from flows.report import write
+    from registry.champions import promote
 
     promote(workspace, SUBJECT, 2, "back again")
     row = register_broken(workspace)

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.measure import find, measure, network_file
-from flows.promote import promote
 from flows.setup import create
 from flows.workspace import Workspace
 from model import evaluate, versions
@@ -29,6 +28,7 @@ from model.scorecard import Cost, Quality, Scorecard, Usage
 from model.session import load
 from model.train import LINEAGE, Checkpoint, load_checkpoint
 from registry.catalog import Subject, card_text
+from registry.champions import promote
 from registry.errors import CatalogError
 from registry.seal import SCORECARD, Seal, files_of, sealed_bytes
 from registry.selection import Check, Decision, Limits

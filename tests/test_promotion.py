@@ -18,11 +18,11 @@ import pytest
 from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner, Result
 
-from flows import promote as rules
 from flows.cli import app
 from flows.workspace import Workspace
 from ota.release.keys import create
 from ota.release.repository import Repository
+from registry import champions as rules
 from registry.catalog import Catalog, Subject, Version
 from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import Entry, Ledger
@@ -135,6 +135,10 @@ def entries(workspace: Workspace, subject: Subject) -> list[Entry]:
     return [e for e in workspace.ledger.entries(str(subject)) if e.kind != "gate"]
 
 
+def reconciled(workspace: Workspace, subject: Subject) -> list[rules.Reconciled]:
+    return rules.reconcile(workspace, workspace.subjects([subject.line]), workspace.needs_approval)
+
+
 # Promoting and going back
 
 
@@ -192,7 +196,7 @@ def test_what_is_harmless_and_no_better_needs_a_reason_and_a_person(workspace: W
     assert result.exit_code == 5
     assert "a promotion that is not for quality needs its reason" in result.stderr
     client.set_registered_model_alias(subject.model, "champion", "4")
-    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["refused"]
+    assert [row.answer for row in reconciled(workspace, subject)] == ["refused"]
     assert champion(workspace, subject) == 1
     assert ferry(workspace, "promote", str(subject), "4", "--reason", "the licence of the old data ended").exit_code == 0
     assert champion(workspace, subject) == 4
@@ -235,7 +239,7 @@ def test_version_that_somebody_made_in_mlflow_by_hand_is_not_promoted(
     assert result.exit_code == 3
     assert f"the gate never saw {subject} 4, so nothing of it is used" in result.stderr
     client.set_registered_model_alias(subject.model, "champion", "4")
-    (row,) = rules.reconcile(workspace, [subject.line])
+    (row,) = reconciled(workspace, subject)
     assert row.answer == "refused"
     assert champion(workspace, subject) is None
 
@@ -246,7 +250,7 @@ def test_version_that_somebody_made_in_mlflow_by_hand_is_not_promoted(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from flows.promote import promote, rollback
+from registry.champions import promote, rollback
 from flows.workspace import Workspace
 from registry.catalog import Catalog, Subject
 Catalog.promote = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -271,7 +275,7 @@ def test_promotion_killed_between_ledger_and_alias_is_completed_and_not_taken_fo
     assert seen.number == 1  # 1 may always be gone back to: were this a person's wish, it would be granted
     before = entries(workspace, subject)
     assert before[-1].facts["version"] == 2
-    (row,) = rules.reconcile(workspace, [subject.line])
+    (row,) = reconciled(workspace, subject)
     assert (row.answer, champion(workspace, subject)) == ("put back", 2)
     assert "was cut off before MLflow's alias moved" in row.text
     assert entries(workspace, subject) == before
@@ -331,7 +335,7 @@ def test_reconcile_also_completes_who_is_the_best_model_ever(workspace: Workspac
     with mlflow_lost_after_the_ledger():
         rules.promote(workspace, subject, 2, "better")
     assert anchor(workspace, subject) is None
-    (row,) = rules.reconcile(workspace, [subject.line])
+    (row,) = reconciled(workspace, subject)
     assert (row.answer, champion(workspace, subject)) == ("put back", 2)
     assert anchor(workspace, subject) == 1  # there was none, so the one before
 
@@ -339,7 +343,7 @@ def test_reconcile_also_completes_who_is_the_best_model_ever(workspace: Workspac
     assert anchor(workspace, subject) == 4
     with mlflow_lost_after_the_ledger():
         rules.rollback(workspace, subject, "back")
-    rules.reconcile(workspace, [subject.line])
+    reconciled(workspace, subject)
     assert (champion(workspace, subject), anchor(workspace, subject)) == (2, 2)  # it is not the best if it was taken back
 
 
@@ -359,7 +363,7 @@ def test_best_model_ever_is_whom_the_ledger_says_and_not_whom_mlflow_shows(
     best = rules.anchor_of(workspace, subject)
     assert best is not None
     assert (best.version, best.weights) == (4, weights(4))
-    (row,) = rules.reconcile(workspace, [subject.line])
+    (row,) = reconciled(workspace, subject)
     assert (row.answer, anchor(workspace, subject)) == ("agrees", 4)
 
 
@@ -398,11 +402,11 @@ def test_alias_that_was_there_first_still_gets_its_anchor(workspace: Workspace, 
         client.set_registered_model_alias(subject.model, "champion", "4")
     with mlflow_lost_after_the_ledger():
         if how == "wish":
-            rules.reconcile(workspace, [subject.line])
+            reconciled(workspace, subject)
         else:
             rules.promote(workspace, subject, 4, "better")
     client.set_registered_model_alias(subject.model, "champion", "4")
-    (row,) = rules.reconcile(workspace, [subject.line])
+    (row,) = reconciled(workspace, subject)
     assert row.answer == "agrees"
     assert (champion(workspace, subject), anchor(workspace, subject)) == (4, 4)
 
@@ -439,7 +443,7 @@ def test_mlflow_that_is_down_decides_nothing(workspace: Workspace, subject: Subj
 PROMOTER = """
 import sys
 from pathlib import Path
-from flows import promote
+from registry import champions
 from flows.workspace import Workspace
 from registry.catalog import Subject
 from registry.errors import PromotionError
@@ -453,7 +457,7 @@ def append(*arguments):  # both have looked, neither has written
     return appended(*arguments)
 Ledger.append = append
 try:
-    print(promote.promote(workspace, Subject.parse(sys.argv[2]), 1 if sys.argv[3] == "one" else 4, sys.argv[3]).why)
+    print(champions.promote(workspace, Subject.parse(sys.argv[2]), 1 if sys.argv[3] == "one" else 4, sys.argv[3]).why)
 except PromotionError as error:
     print(error)
 """
@@ -551,11 +555,11 @@ def test_alias_set_in_mlflow_is_recorded_where_the_gate_lets_it(workspace: Works
     assert (entry.kind, entry.who, entry.facts["how"], entry.facts["overruled"]) == ("promotion", "unknown", "alias", False)
     assert entry.why == "by alias set in MLflow to version 1; by whom is not known"
     client.set_registered_model_alias(subject.model, "champion", "2")
-    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["recorded"]
+    assert [row.answer for row in reconciled(workspace, subject)] == ["recorded"]
     assert champion(workspace, subject) == 2
     client.set_registered_model_alias(subject.model, "champion", "1")  # going back works the same
-    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["recorded"]
-    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["agrees"]
+    assert [row.answer for row in reconciled(workspace, subject)] == ["recorded"]
+    assert [row.answer for row in reconciled(workspace, subject)] == ["agrees"]
     assert champion(workspace, subject) == 1
     assert len(entries(workspace, subject)) == 3
 
@@ -594,14 +598,14 @@ def test_alias_is_put_back_where_the_gate_changes_its_word_meanwhile(
 
     client.set_registered_model_alias(subject.model, "champion", "2")
     monkeypatch.setattr(Ledger, "append", overtaken)
-    (row,) = rules.reconcile(workspace, [subject.line])
+    (row,) = reconciled(workspace, subject)
     assert (row.answer, champion(workspace, subject)) == ("refused", 1)
     assert "harmless and no better" in row.text
 
 
 def test_alias_set_first_to_what_was_refused_is_taken_away(workspace: Workspace, subject: Subject, client: MlflowClient):
     client.set_registered_model_alias(subject.model, "champion", "3")
-    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["refused"]
+    assert [row.answer for row in reconciled(workspace, subject)] == ["refused"]
     assert workspace.catalog.champion(subject) is None
     assert [e.kind for e in entries(workspace, subject)] == ["refusal"]
 
@@ -615,7 +619,7 @@ def test_alias_that_is_gone_is_set_again(workspace: Workspace, subject: Subject,
         client.set_registered_model_alias(subject.model, "champion", "2")
         client.delete_model_version(subject.model, "2")
     before = entries(workspace, subject)
-    (row,) = rules.reconcile(workspace, [subject.line])
+    (row,) = reconciled(workspace, subject)
     assert row.answer == "put back"
     assert "the alias was deleted in MLflow, by whom is not known; to take a champion down use `ferry rollback`" in row.text
     assert champion(workspace, subject) == 1
@@ -644,7 +648,7 @@ def test_mlflow_restored_from_an_older_copy_follows_the_ledger(workspace: Worksp
     rules.promote(workspace, subject, 2, "better")
     client.set_registered_model_alias(subject.model, "champion", "1")
     workspace.catalog.follow(subject, older)
-    assert [row.answer for row in rules.reconcile(workspace, [subject.line])] == ["put back"]
+    assert [row.answer for row in reconciled(workspace, subject)] == ["put back"]
     assert champion(workspace, subject) == 2
 
 
@@ -748,7 +752,7 @@ def test_what_was_judged_against_an_earlier_champion_is_not_approved(workspace: 
 def test_alias_names_nobody_and_so_approves_nothing(workspace: Workspace, approved: Subject, client: MlflowClient):
     waiting_version(workspace, approved, 1)
     client.set_registered_model_alias(approved.model, "champion", "1")
-    (row,) = rules.reconcile(workspace, [approved.line])
+    (row,) = reconciled(workspace, approved)
     assert row.answer == "refused"
     assert f"use `ferry approve {approved} 1`" in row.text
     assert champion(workspace, approved) is None

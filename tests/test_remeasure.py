@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from flows import remeasure, report
 from flows.cli import app
-from flows.promote import promote, sealed
 from flows.setup import create
 from flows.workspace import Workspace
 from model import features, versions
@@ -24,6 +23,7 @@ from model.data import prepare
 from model.export import Export
 from model.train import Checkpoint
 from registry.catalog import Subject
+from registry.champions import promote, sealed
 from registry.ledger import Ledger
 
 from .conftest import CONFIG, few, write_images

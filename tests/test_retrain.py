@@ -14,12 +14,12 @@ import psutil
 import pytest
 
 from flows import triggers
-from flows.promote import champion_of
 from flows.serve import server
 from flows.setup import create
 from flows.workspace import Workspace
 from model import versions
 from registry.catalog import Subject
+from registry.champions import champion_of
 from tests.conftest import write_images
 from tests.test_flows import SETTINGS
 from tests.test_slow import FERRY, clean_environment, prepared, wait_for

@@ -28,11 +28,11 @@ from mlflow.entities import Run
 from moto.server import ThreadedMotoServer
 
 from flows import serve
-from flows.promote import champion_of
 from flows.setup import create
 from flows.workspace import Workspace
 from ota.release.keys import create as create_keys
 from registry.catalog import RETRAINING, Subject
+from registry.champions import champion_of
 from registry.ledger import Ledger
 from registry.lineage import file_sha256
 from tests import test_promotion

@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.promote import champion_of
 from flows.setup import create
 from flows.workspace import Workspace
 from model import versions
 from registry.catalog import Subject
+from registry.champions import champion_of
 from tests.conftest import write_images
 from tests.test_flows import SETTINGS
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from flows.promote import champion_of, seals
 from flows.settings import DeviceClass
 from flows.setup import create
 from flows.workspace import Workspace
@@ -21,6 +20,7 @@ from model.features import SPACES
 from model.scorecard import Lineage, Scorecard
 from ota.agent import updater
 from registry.catalog import Subject
+from registry.champions import champion_of, seals
 from registry.seal import Seal
 from tests.conftest import write_images
 from tests.fleet_kit import Device

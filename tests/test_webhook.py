@@ -19,18 +19,20 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 from mlflow.webhooks.delivery import _generate_hmac_signature as mlflow_signs
 
-from flows import promote, webhook
+from flows import webhook
 from flows.errors import ServerError, WorkspaceError
-from flows.promote import Settled
 from flows.webhook import MAX_AGE, MAX_BODY, Deliveries, Receiver, RefusedError, address_of, secret_of
 from flows.workspace import Workspace
 from ota.release.keys import create
+from registry import champions
 from registry.catalog import Subject
+from registry.champions import Reconciled
 from tests.test_promotion import registered
 
 SECRET = "a secret of enough characters"
@@ -160,8 +162,8 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[list[str]]:
     """The answers of each look at the aliases, as it ends."""
     answers: queue.Queue[list[str]] = queue.Queue()
 
-    def told(workspace: Workspace) -> list[Settled]:
-        rows = promote.reconcile(workspace)
+    def told(*asked: Any) -> list[Reconciled]:
+        rows = champions.reconcile(*asked)
         answers.put([row.answer for row in rows])
         return rows
 

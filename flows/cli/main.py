@@ -233,10 +233,11 @@ def release(
         with workspace.locked("release"):  # so that who comes too late is told before anything large is loaded
             pass
         from flows import policies
-        from flows.promote import champions, check_ledger
+        from flows.policies import check_ledger
+        from registry.champions import champions
 
         check_ledger(workspace)
-        champions(workspace, line, device_class)
+        champions(workspace, workspace.class_subjects(line, device_class))
         from flows.release import release as flow
         from flows.serve import start_in_process
 

@@ -35,8 +35,8 @@ def promote(
     """
     with reported_errors():
         workspace = open_workspace()
-        from flows.promote import promote as make_champion
         from registry.catalog import Subject
+        from registry.champions import promote as make_champion
 
         entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule, accept_worse)
         answer(
@@ -60,8 +60,8 @@ def rollback(
     """
     with reported_errors():
         workspace = open_workspace()
-        from flows.promote import rollback as take_back
         from registry.catalog import Subject
+        from registry.champions import rollback as take_back
 
         entry = take_back(workspace, Subject.parse(subject), reason, to)
         answer(
@@ -81,12 +81,12 @@ def approve(
     """Promote a version that waits for a person (require_approval in ferry.toml), or refuse it. Your user name is recorded."""
     with reported_errors():
         workspace = open_workspace()
-        from flows import promote as rules
+        from registry import champions as rules
         from registry.catalog import Subject
         from registry.errors import PromotionError
 
         if not subject:
-            entries = rules.waiting(workspace)
+            entries = rules.waiting(workspace, workspace.subjects())
             lines = [f"{e.subject} {e.facts['version']}  since {e.when[:16]}  {e.why}" for e in entries]
             answer(as_json, {"waiting": [_plain(e) for e in entries]}, "\n".join(lines) or "nothing waits for approval")
             return
@@ -112,9 +112,9 @@ def reconcile(as_json: Json = False) -> None:
     """
     with reported_errors():
         workspace = open_workspace()
-        from flows.promote import reconcile
+        from registry.champions import reconcile
 
-        rows = reconcile(workspace)
+        rows = reconcile(workspace, workspace.subjects(), workspace.needs_approval)
         differed = [row.text for row in rows if row.answer != "agrees"]
         text = "\n".join(differed) or f"MLflow's aliases are as the ledger says ({len(rows)} looked at)"
         answer(as_json, {"subjects": [row.model_dump() for row in rows]}, text)
@@ -147,7 +147,7 @@ def history(
     """Show the ledger, after checking that nobody changed it."""
     with reported_errors():
         workspace = open_workspace()
-        from flows.promote import check_ledger
+        from flows.policies import check_ledger
         from registry.ledger import START
 
         if subject:

@@ -54,7 +54,7 @@ CONCERNED = {
     "registry/selection.py": ["tests/test_selection.py", "tests/test_gate.py", "tests/test_asked.py"],
     "registry/promotion.py": ["tests/test_promotion.py"],
     "registry/ledger.py": ["tests/test_ledger.py", "tests/test_promotion.py"],
-    "flows/promote.py": ["tests/test_promotion.py", "tests/test_flows.py"],
+    "registry/champions.py": ["tests/test_promotion.py", "tests/test_flows.py"],
     "flows/policies.py": ["tests/test_policies.py"],
     "flows/triggers.py": ["tests/test_triggers.py", "tests/test_webhook.py", "tests/test_flows.py"],
     "ota/delta/format.py": ["tests/test_delta.py", "tests/test_formats.py", "tests/test_delta_safety.py"],
@@ -311,10 +311,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("subject is None or entry.subject == subject]", "subject is None or entry.subject.startswith(subject)]", "another subject's decisions count"),
         ('os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w"', 'os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644), "w"', "others read and plant the note"),
     ],
-    "flows/promote.py": [
+    "registry/champions.py": [
         ("now.weights != alias.tagged_weights:", "now.weights is None:", "a champion with altered weights is released"),
         ("if now.version is None or alias is None or now.version != alias.number or", "if now.version is None or alias is None or", "another version than the ledger's champion is released"),
-        ("                if release.ledger not in numbers and release.ledger != START:", "                if release.ledger not in numbers and not numbers:", "a ledger that was cut off is released from"),
         ("        _check_unmoved(subject, expected, now)\n        if not overrule:", "        if not overrule:", "two promotions at the same moment both win"),
         ('            check(str(subject), number, version.tagged_weights, now, "" if how == "alias" else reason)', "            pass", "what the gate refused is promoted"),
         ('"" if how == "alias" else reason)', "reason)", "an alias promotes what needs a reason"),
@@ -327,6 +326,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("if last and cut and to in (None, expected.version):", "if last and cut and to == 0:", "a rollback that was cut goes back twice"),
     ],
     "flows/policies.py": [
+        ("                if release.ledger not in numbers and release.ledger != START:", "                if release.ledger not in numbers and not numbers:", "a ledger that was cut off is released from"),
         ("        if release.floor <= release.seq < newest and not revert:", "        if release.floor > release.seq:", "a release is signed that every device refuses"),
         ("    return max([policy.seq if policy else 0, *numbers])", "    return policy.seq if policy else 0", "what devices run is not looked at"),
         ("        workspace.ledger.check_ready()\n", "", "a rollout is signed that cannot be recorded"),

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from flows.promote import champions
 from flows.retrain import champion_files, open_dataset
 from flows.workspace import Workspace
 from model import session
 from model.data import to_bytes
 from model.train import load_checkpoint
+from registry.champions import champions
 
 ROWS = {
     "surfaces": ("brick", "brick, stain", "coins", "grass", "gravel, hole", "dim brick", "dim coins", "page"),
@@ -37,7 +37,7 @@ def main() -> None:
     workspace, out = Workspace(Path(sys.argv[1])), Path(sys.argv[2])
     rows: list[tuple[str, npt.NDArray[np.uint8]]] = []
     for line, captions in ROWS.items():
-        (champion,) = champions(workspace, line, "edge").values()
+        (champion,) = champions(workspace, workspace.class_subjects(line, "edge")).values()
         files = champion_files(workspace, champion)
         data = load_checkpoint(Path(files["checkpoint"])).lineage.data
         dataset = open_dataset(workspace, workspace.line(line), "I", data)

@@ -6,14 +6,15 @@ alias. What may become champion, and what a moved alias means, is in `registry.p
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol
 
-from flows.workspace import Workspace
 from model.config import VariantName
 from model.scorecard import Frozen
-from registry.catalog import ANCHOR, CHAMPION, Subject
-from registry.errors import CatalogError, LedgerError, PromotionError, StoreError
-from registry.ledger import START, Entry
+from registry.catalog import ANCHOR, CHAMPION, Catalog, Subject
+from registry.errors import CatalogError, PromotionError, StoreError
+from registry.ledger import Entry, Ledger
 from registry.promotion import Alias, Answer, How, SubjectState, before, check, goes_on, reconcile_alias, subject_state
 from registry.seal import Seal
 from registry.selection import Decision, reasoned
@@ -22,100 +23,113 @@ REFUSED = "promotion.refused"  # tag of a version: why an alias set to it was pu
 MOVES = 100  # of an alias, while others promote the same subject
 
 
-def champions(workspace: Workspace, line: str, device_class: str) -> dict[VariantName, Seal]:
-    """The champions that a device class runs, by variant, as the gate saw them.
+class Records(Protocol):
+    """Where promotions are recorded: MLflow, the ledger, and a lock over both."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """MLflow."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """The record of decisions."""
+
+    def locked(self, part: Literal["records"]) -> AbstractContextManager[None]:
+        """Hold both against a second process that would change them."""
+
+
+def champions(records: Records, subjects: Iterable[Subject]) -> dict[VariantName, Seal]:
+    """Find the champions of what a device class runs, by variant, as the gate saw them.
 
     Raises:
         CatalogError: a variant has none, an older ferry kept no hashes of it, or MLflow's alias is not what the ledger says.
     """
-    settings = workspace.device_class(line, device_class)
     found: dict[VariantName, Seal] = {}
-    for variant in settings.variants:
-        subject = Subject(line=line, configuration=settings.configuration, variant=variant)
-        now, alias = _state(workspace, subject), workspace.catalog.champion(subject)
+    for subject in subjects:
+        now, alias = _state(records, subject), records.catalog.champion(subject)
         if now.version is None and alias is None:
-            raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {line}`, or `ferry promote`")
+            raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {subject.line}`, or `ferry promote`")
         if alias is None:
-            check_champion_kept(workspace, subject)
+            check_champion_kept(records, subject)
         if now.version is None or alias is None or now.version != alias.number or now.weights != alias.tagged_weights:
             said = f"{alias.number} is champion" if alias else "has no champion"
             raise CatalogError(
                 f"MLflow says {subject} {said}, the ledger does not; `ferry reconcile` settles it, or `ferry promote "
                 f"{subject} VERSION --reason ...` with the version that is meant"
             )
-        found[variant] = now.seal(str(subject), now.version)
+        found[subject.variant] = now.seal(str(subject), now.version)
     return found
 
 
-def champion_of(workspace: Workspace, subject: Subject) -> Seal | None:
+def champion_of(records: Records, subject: Subject) -> Seal | None:
     """The champion as the ledger says and the gate saw it; MLflow has no say in it, but must still have it.
 
     Raises:
         CatalogError: MLflow does not have it any more, or an older ferry kept no hashes of it.
     """
-    now = _state(workspace, subject)
+    now = _state(records, subject)
     if now.version is None:
         return None
-    check_champion_kept(workspace, subject)
+    check_champion_kept(records, subject)
     return now.seal(str(subject), now.version)
 
 
-def anchor_of(workspace: Workspace, subject: Subject) -> Seal | None:
+def anchor_of(records: Records, subject: Subject) -> Seal | None:
     """The best model ever, as the ledger says and the gate saw it.
 
     Raises:
         CatalogError: an older ferry kept no hashes of it.
     """
-    now = _state(workspace, subject)
+    now = _state(records, subject)
     return now.seal(str(subject), now.anchor) if now.anchor else None
 
 
-def sealed(workspace: Workspace, subject: Subject, number: int) -> Seal:
+def sealed(records: Records, subject: Subject, number: int) -> Seal:
     """A version as the gate saw it.
 
     Raises:
         CatalogError: there is no such version, the gate never saw it, or an older ferry kept no hashes of it.
     """
-    workspace.catalog.version(subject, number)
-    return _state(workspace, subject).seal(str(subject), number)
+    records.catalog.version(subject, number)
+    return _state(records, subject).seal(str(subject), number)
 
 
-def seals(workspace: Workspace, subject: Subject) -> list[Seal]:
+def seals(records: Records, subject: Subject) -> list[Seal]:
     """All versions as the gate saw them, oldest first; those of an older ferry that are not sealed yet are left out."""
-    return [seal for _, seal in sorted(_state(workspace, subject).seals.items())]
+    return [seal for _, seal in sorted(_state(records, subject).seals.items())]
 
 
-def judged(workspace: Workspace, subject: Subject) -> dict[int, Entry]:
+def judged(records: Records, subject: Subject) -> dict[int, Entry]:
     """The last decision of the gate on each version."""
-    return _state(workspace, subject).judged
+    return _state(records, subject).judged
 
 
-def verdict(workspace: Workspace, subject: Subject, number: int) -> Decision | None:
+def verdict(records: Records, subject: Subject, number: int) -> Decision | None:
     """The gate's decision on a version; None where an older ferry kept only its hash."""
-    found = _state(workspace, subject).verdict(number)
+    found = _state(records, subject).verdict(number)
     return Decision.model_validate(found) if found else None
 
 
-def promotions(workspace: Workspace, subject: Subject, overruled: bool = True) -> list[Entry]:
+def promotions(records: Records, subject: Subject, overruled: bool = True) -> list[Entry]:
     """Who was made champion, in order; with `overruled` false without those that the gate had not let through."""
-    entries = (e for e in workspace.ledger.entries(str(subject)) if e.kind == "promotion")
+    entries = (e for e in records.ledger.entries(str(subject)) if e.kind == "promotion")
     return [e for e in entries if overruled or not e.facts["overruled"]]
 
 
-def check_champion_kept(workspace: Workspace, subject: Subject) -> None:
+def check_champion_kept(records: Records, subject: Subject) -> None:
     """Refuse to begin anew, as if there never had been a champion, because somebody deleted it.
 
     Raises:
         CatalogError: MLflow does not have the version that the ledger says is champion.
     """
-    made = promotions(workspace, subject)
-    if made and made[-1].facts["version"] not in [v.number for v in workspace.catalog.versions(subject)]:
-        raise CatalogError(_deleted(workspace, subject, made[-1].facts["version"]))
+    made = promotions(records, subject)
+    if made and made[-1].facts["version"] not in [v.number for v in records.catalog.versions(subject)]:
+        raise CatalogError(_deleted(records, subject, made[-1].facts["version"]))
 
 
-def _deleted(workspace: Workspace, subject: Subject, number: int) -> str:
-    passed = _state(workspace, subject).passed
-    left = ", ".join(str(v.number) for v in workspace.catalog.versions(subject) if v.number in passed)
+def _deleted(records: Records, subject: Subject, number: int) -> str:
+    passed = _state(records, subject).passed
+    left = ", ".join(str(v.number) for v in records.catalog.versions(subject) if v.number in passed)
     back = f"go back to another with `ferry rollback {subject} --to VERSION --reason ...` (there is {left})"
     return (
         f"the ledger says {subject} {number} is champion, but it was deleted from MLflow; "
@@ -123,31 +137,8 @@ def _deleted(workspace: Workspace, subject: Subject, number: int) -> str:
     )
 
 
-def check_ledger(workspace: Workspace) -> dict[str, int]:
-    """Hold the ledger against the heads that were signed into releases.
-
-    Returns:
-        for each of these releases the number of the entry that was the last.
-
-    Raises:
-        LedgerError: entries that were there when a release was signed are gone.
-    """
-    numbers = {entry_sha256: number for number, entry_sha256 in enumerate(workspace.ledger.hashes(), start=1)}
-    signed: dict[str, int] = {}
-    for line, settings in workspace.settings.lines.items():
-        for device_class in settings.classes:
-            for release in workspace.repository.releases(line, device_class):
-                if release.ledger not in numbers and release.ledger != START:
-                    raise LedgerError(
-                        f"the ledger lacks what {line}/{device_class} release {release.seq} was signed with: entries were cut off; "
-                        "restore the database"
-                    )
-                signed[f"{line}/{device_class} release {release.seq}"] = numbers.get(release.ledger, 0)
-    return signed
-
-
 def promote(
-    workspace: Workspace, subject: Subject, number: int, reason: str, overrule: bool = False, accept_worse: bool = False
+    records: Records, subject: Subject, number: int, reason: str, overrule: bool = False, accept_worse: bool = False
 ) -> Entry:
     """Point `champion` at a version and record why.
 
@@ -161,23 +152,23 @@ def promote(
         StoreError: MLflow or the database failed; if the ledger holds the decision, the message says so.
         BusyError: another process is recording something.
     """
-    expected = _state(workspace, subject)  # before waiting for the lock: who waits must not overwrite what it has not seen
-    with workspace.locked("records"):
-        return _promote(workspace, subject, number, reason, expected, "command", overrule, accept_worse=accept_worse)
+    expected = _state(records, subject)  # before waiting for the lock: who waits must not overwrite what it has not seen
+    with records.locked("records"):
+        return _promote(records, subject, number, reason, expected, "command", overrule, accept_worse=accept_worse)
 
 
-def rollback(workspace: Workspace, subject: Subject, reason: str, to: int | None = None) -> Entry:
+def rollback(records: Records, subject: Subject, reason: str, to: int | None = None) -> Entry:
     """Make an earlier champion champion again: the one before the present one, or `to`; it must have passed the gate.
 
     Raises:
         CatalogError, PromotionError, StoreError, BusyError: as `promote`; also where there is nothing to go back to.
     """
-    expected = _state(workspace, subject)
-    with workspace.locked("records"):
+    expected = _state(records, subject)
+    with records.locked("records"):
         last = expected.champion
-        cut = last and last.facts.get("how") == "rollback" and workspace.catalog.follows(subject) != last.number
+        cut = last and last.facts.get("how") == "rollback" and records.catalog.follows(subject) != last.number
         if last and cut and to in (None, expected.version):  # going on from here would go back twice
-            _follow(workspace, subject)
+            _follow(records, subject)
             return last
         number = before(str(subject), expected) if to is None else to
         if number == expected.version:
@@ -186,15 +177,15 @@ def rollback(workspace: Workspace, subject: Subject, reason: str, to: int | None
             raise PromotionError(
                 f"{subject} {number} never was champion through the gate; `ferry promote {subject} {number}` asks the gate"
             )
-        return _promote(workspace, subject, number, reason, expected, "rollback")
+        return _promote(records, subject, number, reason, expected, "rollback")
 
 
-def _state(workspace: Workspace, subject: Subject) -> SubjectState:
-    return subject_state(workspace.ledger.entries(str(subject)))
+def _state(records: Records, subject: Subject) -> SubjectState:
+    return subject_state(records.ledger.entries(str(subject)))
 
 
 def _promote(
-    workspace: Workspace,
+    records: Records,
     subject: Subject,
     number: int,
     reason: str,
@@ -204,7 +195,7 @@ def _promote(
     who: str | None = None,
     accept_worse: bool = False,
 ) -> Entry:
-    version = workspace.catalog.version(subject, number)
+    version = records.catalog.version(subject, number)
     weights = expected.weights_of(str(subject), number)
 
     def may_follow(entries: list[Entry]) -> None:
@@ -215,7 +206,7 @@ def _promote(
 
     again = (expected.version, expected.weights) == (number, weights)
     if expected.champion and again:
-        _check_unmoved(subject, expected, _state(workspace, subject))
+        _check_unmoved(subject, expected, _state(records, subject))
         entry = expected.champion  # decided before; perhaps the alias was not moved
     else:
         said = expected.judged.get(number)
@@ -228,9 +219,9 @@ def _promote(
         if decision and decision.outcome == "promote if reasoned" and reason.strip():  # without one `check` says what to do
             reason = reasoned(decision, reason, accept_worse or overrule).reason
         facts["becomes_anchor"] = decision is not None and decision.becomes_anchor
-        entry = workspace.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
+        entry = records.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
     try:
-        _follow(workspace, subject)
+        _follow(records, subject)
     except StoreError as error:
         raise StoreError(
             f"the ledger holds it as entry {entry.number}, but MLflow's alias of {subject} did not move ({error}); `ferry reconcile` "
@@ -247,36 +238,36 @@ def _check_unmoved(subject: Subject, expected: SubjectState, now: SubjectState) 
         )
 
 
-def _follow(workspace: Workspace, subject: Subject) -> None:
+def _follow(records: Records, subject: Subject) -> None:
     """Let MLflow follow the ledger: who is the best model ever, who is champion, and last which entry says so. May be repeated.
 
     Other hosts may promote meanwhile, and MLflow knows no compare-and-set: whoever moved an alias looks at the ledger once more.
     """
-    catalog = workspace.catalog
+    catalog = records.catalog
     for _ in range(MOVES):
-        now = _state(workspace, subject)
-        _move_anchor(workspace, subject, now)
+        now = _state(records, subject)
+        _move_anchor(records, subject, now)
         if now.version is None:
             catalog.clear_alias(subject, CHAMPION)
         else:
             catalog.promote(subject, now.version)
         seen = catalog.champion(subject)
-        if _state(workspace, subject).number == now.number and (seen.number if seen else None) == now.version:
+        if _state(records, subject).number == now.number and (seen.number if seen else None) == now.version:
             catalog.follow(subject, now.number)
             return
     raise StoreError(f"MLflow's alias of {subject} is moved by somebody else again and again; the ledger says {now.version}")
 
 
-def _move_anchor(workspace: Workspace, subject: Subject, now: SubjectState) -> None:
+def _move_anchor(records: Records, subject: Subject, now: SubjectState) -> None:
     """Point `anchor` at what the ledger says, if MLflow still has it; the alias shows it to people, and decides nothing."""
-    present = workspace.catalog.aliased(subject, ANCHOR)
+    present = records.catalog.aliased(subject, ANCHOR)
     if now.anchor is None or (present and present.number == now.anchor):
         return
-    if now.anchor in [v.number for v in workspace.catalog.versions(subject)]:
-        workspace.catalog.set_alias(subject, ANCHOR, now.anchor)
+    if now.anchor in [v.number for v in records.catalog.versions(subject)]:
+        records.catalog.set_alias(subject, ANCHOR, now.anchor)
 
 
-class Settled(Frozen):
+class Reconciled(Frozen):
     """What `reconcile` found of one subject."""
 
     subject: str
@@ -284,92 +275,81 @@ class Settled(Frozen):
     text: str
 
 
-def reconcile(workspace: Workspace, lines: Collection[str] | None = None) -> list[Settled]:
+def reconcile(records: Records, subjects: Iterable[Subject], needs_approval: Callable[[str], bool]) -> list[Reconciled]:
     """Hold MLflow's champion aliases against the ledger and settle where they differ; see `registry.promotion`.
 
     Args:
-        workspace: where.
-        lines: only these; None: all.
+        records: where.
+        subjects: whose aliases.
+        needs_approval: tells of a line whether a person approves what wins.
 
     Raises:
         LedgerError, StoreError, BusyError: nothing was settled of the subject at which it stopped; call it again.
     """
-    with workspace.locked("records"):
-        return [_settle(workspace, subject) for subject in subjects(workspace, lines)]
+    with records.locked("records"):
+        return [_reconcile(records, subject, needs_approval) for subject in subjects]
 
 
-def subjects(workspace: Workspace, lines: Collection[str] | None = None) -> list[Subject]:
-    """All that ferry.toml names, or those of these lines."""
-    return [
-        Subject(line=name, configuration=configuration, variant=variant)
-        for name, line in workspace.settings.lines.items()
-        if lines is None or name in lines
-        for configuration, variant in line.combinations()
-    ]
-
-
-def _settle(workspace: Workspace, subject: Subject) -> Settled:
-    entries = workspace.ledger.entries(str(subject))
+def _reconcile(records: Records, subject: Subject, needs_approval: Callable[[str], bool]) -> Reconciled:
+    entries = records.ledger.entries(str(subject))
     now = subject_state(entries)
-    seen = workspace.catalog.champion(subject)
-    follows = workspace.catalog.follows(subject)
+    seen = records.catalog.champion(subject)
+    follows = records.catalog.follows(subject)
     alias = Alias(seen.number if seen else None, seen.tagged_weights if seen else "", follows)
-    answer, why = reconcile_alias(str(subject), alias, now, workspace.needs_approval(subject.line))
+    answer, why = reconcile_alias(str(subject), alias, now, needs_approval(subject.line))
     if answer == "agrees":
         if follows != now.number:  # cut off, or moved by hand to where it should be
-            _follow(workspace, subject)
-        _move_anchor(workspace, subject, now)
-        return Settled(subject=str(subject), answer=answer, text=why)
+            _follow(records, subject)
+        _move_anchor(records, subject, now)
+        return Reconciled(subject=str(subject), answer=answer, text=why)
     if answer == "recorded" and seen:
         try:
-            _promote(workspace, subject, seen.number, why, now, "alias", who="unknown")
+            _promote(records, subject, seen.number, why, now, "alias", who="unknown")
         except PromotionError:  # another host was faster, so its promotion is what counts
-            return _settle(workspace, subject)
-        return Settled(subject=str(subject), answer=answer, text=f"{subject} {seen.number} is champion {why}")
+            return _reconcile(records, subject, needs_approval)
+        return Reconciled(subject=str(subject), answer=answer, text=f"{subject} {seen.number} is champion {why}")
     if answer == "refused" and alias.version is not None:
         facts = {"how": "alias", "version": alias.version, "champion": now.version}
         # Set to the same version again, it is put back again, but fills neither ledger nor page.
         if not entries or (entries[-1].kind, entries[-1].facts, entries[-1].why) != ("refusal", facts, why):
-            workspace.ledger.append("refusal", str(subject), why, facts, who="unknown")
-        workspace.catalog.note(subject, alias.version, REFUSED, why)
+            records.ledger.append("refusal", str(subject), why, facts, who="unknown")
+        records.catalog.note(subject, alias.version, REFUSED, why)
     try:
         if now.version is not None:
-            workspace.catalog.version(subject, now.version)
+            records.catalog.version(subject, now.version)
     except CatalogError:
-        return Settled(subject=str(subject), answer="lost", text=_deleted(workspace, subject, now.version or 0))
-    _follow(workspace, subject)
+        return Reconciled(subject=str(subject), answer="lost", text=_deleted(records, subject, now.version or 0))
+    _follow(records, subject)
     back = f"version {now.version}" if now.version else "none"
-    return Settled(subject=str(subject), answer=answer, text=f"MLflow's champion of {subject} is {back} again: {why}")
+    return Reconciled(subject=str(subject), answer=answer, text=f"MLflow's champion of {subject} is {back} again: {why}")
 
 
-def ask(workspace: Workspace, subject: Subject, number: int, reason: str) -> Entry | None:
+def ask(records: Records, subject: Subject, number: int, reason: str) -> Entry | None:
     """Let a version that passed the gate wait for a person; returns who refused it, where somebody did.
 
     Raises:
         StoreError, LedgerError, BusyError: as `promote`.
     """
-    with workspace.locked("records"):
-        now = _state(workspace, subject)
+    with records.locked("records"):
+        now = _state(records, subject)
         if number in now.refused:
             return now.refused[number]
         if number not in now.waiting:
             facts = {"version": number, "weights": now.seal(str(subject), number).weights}
-            workspace.ledger.append("pending", str(subject), reason, facts)
+            records.ledger.append("pending", str(subject), reason, facts)
     return None
 
 
-def waiting(workspace: Workspace) -> list[Entry]:
+def waiting(records: Records, subjects: Iterable[Subject]) -> list[Entry]:
     """What waits for approval, one entry for each subject at most."""
-    return [entry for subject in subjects(workspace) for entry in _state(workspace, subject).waiting.values()]
+    return [entry for subject in subjects for entry in _state(records, subject).waiting.values()]
 
 
-def approve(
-    workspace: Workspace, subject: Subject, number: int, reason: str, refuse: bool = False, who: str | None = None
-) -> Entry:
+def approve(records: Records, subject: Subject, number: int, reason: str, refuse: bool = False, who: str | None = None) -> Entry:
     """Promote what waits for approval, or refuse it; a refused version is not asked about again.
 
     Args:
-        workspace: where.
+        records: where.
         subject: whose version.
         number: the version.
         reason: given by the person.
@@ -380,7 +360,7 @@ def approve(
         PromotionError: it does not wait, or was judged against another champion than the present one.
         CatalogError, StoreError, BusyError: as `promote`.
     """
-    expected = _state(workspace, subject)
+    expected = _state(records, subject)
     if number not in expected.waiting:
         listed = ", ".join(str(version) for version in expected.waiting) or "nothing"
         raise PromotionError(f"{subject} {number} does not wait for approval; of {subject} waits {listed}")
@@ -389,9 +369,9 @@ def approve(
         raise PromotionError(
             f"ledger entry {asked.number} asks about other weights of {subject} {number} than the gate saw; `ferry retrain` asks anew"
         )
-    with workspace.locked("records"):
+    with records.locked("records"):
         if not refuse:
-            return _promote(workspace, subject, number, reason, expected, "approval", who=who)
+            return _promote(records, subject, number, reason, expected, "approval", who=who)
 
         def still_waits(entries: list[Entry]) -> None:
             now = subject_state(entries)
@@ -400,4 +380,4 @@ def approve(
                 raise PromotionError(f"somebody refused {subject} {number} at the same moment; nothing was changed")
 
         facts = {"how": "approval", "version": number}
-        return workspace.ledger.append("refusal", str(subject), reason, facts, still_waits, who)
+        return records.ledger.append("refusal", str(subject), reason, facts, still_waits, who)
