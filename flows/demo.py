@@ -226,7 +226,8 @@ class Demo:
         """Register the champion with its weights shuffled, as a fault in the factory might; then overrule the gate."""
         import torch
 
-        from flows.retrain import champion_files, register_checkpoint
+        from flows.retrain import register_checkpoint
+        from flows.steps import champion_files
         from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
         from registry.champions import champion_of, promote, promotions
 
@@ -235,7 +236,7 @@ class Demo:
         champion = champion_of(self.workspace, self._subject())
         if champion is None:
             raise DemoError(f"{self._subject()} has no champion to break")
-        whole = load_checkpoint(Path(champion_files(self.workspace, champion)["checkpoint"]))
+        whole = load_checkpoint(champion_files(self.workspace, champion).checkpoint)
         broken = self.workspace.work / "runs" / "broken"
         shutil.rmtree(broken, ignore_errors=True)
         shutil.copytree(whole.folder, broken)

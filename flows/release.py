@@ -10,7 +10,7 @@ from prefect.artifacts import create_table_artifact
 
 from flows import policies, progress
 from flows.policies import check_ledger
-from flows.retrain import RETRIES, champion_files
+from flows.steps import RETRIES, champion_files
 from flows.workspace import Workspace
 from model.scorecard import Frozen
 from model.train import load_checkpoint
@@ -46,9 +46,9 @@ def make_bundle(root: str, line: str, device_class: str) -> str:
     workspace = Workspace(Path(root))
     settings = workspace.device_class(line, device_class)
     found = champions(workspace, workspace.class_subjects(line, device_class))
-    exports = {variant: Path(champion_files(workspace, champion)["bundle"]) for variant, champion in found.items()}
+    exports = {variant: champion_files(workspace, champion).bundle for variant, champion in found.items()}
     first = next(iter(found.values()))
-    lineage = load_checkpoint(Path(champion_files(workspace, first)["checkpoint"])).lineage
+    lineage = load_checkpoint(champion_files(workspace, first).checkpoint).lineage
     stored = workspace.catalog.card(first).precision
     if stored != settings.precision:
         raise CatalogError(

@@ -83,7 +83,8 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remea
         CheckpointError: the present spaces are missing or damaged.
         BusyError: a retraining runs.
     """
-    from flows.retrain import Contender, check_same_pictures, drawn_as, open_dataset, pull_data
+    from flows.candidate import check_same_pictures
+    from flows.steps import drawer, open_dataset, pull_data
     from model import evaluate, features, versions
     from model.train import code_sha256
 
@@ -112,7 +113,7 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remea
         for _, version, bundle in measured:
             table = json.loads((bundle / "sampler.json").read_bytes())["image"]
             check_same_pictures(version.name, (table["size"], table["channels"]), config)
-        pull_data.fn(str(workspace.root), data.model_dump())
+        pull_data.fn(workspace, data)
         dataset = open_dataset(workspace, settings, found[0][0].configuration, data)
         key = canonical_sha256([data.md5, config.sha256, code_sha256()])[:16]
         fresh = present.with_name(f".{line}.{key}.safetensors")  # kept by a killed call
@@ -126,7 +127,7 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remea
             own = {q.space_sha256 for q in workspace.catalog.card(version).quality}
             if spaces.sha256 in own or figures(workspace, subject, version.version, spaces.sha256):
                 continue
-            drawn = Contender(bundle, workspace.work / "draws", line, drawn_as(bundle)).draw(asked)
+            drawn = drawer(workspace, line, bundle).draw(asked)
             made = Figures(
                 version=version.version, weights=version.weights, spaces=spaces.sha256, before=before.sha256, data_rev=data.rev, data_md5=data.md5,
                 quality=evaluate.quality(spaces, dataset, drawn.first(n), "new"), asked=evaluate.asked_for(spaces, dataset, drawn, None, n),

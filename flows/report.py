@@ -15,9 +15,10 @@ from PIL import Image
 
 from flows.rate import verdicts
 from flows.remeasure import figures
-from flows.retrain import GRID_COLUMNS, champion_files
+from flows.steps import champion_files
 from flows.workspace import Workspace
 from model import versions
+from model.drawing import GRID_COLUMNS
 from model.errors import RevisionError
 from model.scorecard import Scorecard
 from model.train import CURVE
@@ -99,7 +100,7 @@ def _champions(workspace: Workspace, line: str) -> list[_Champion]:
                 subject=subject,
                 version=version,
                 card=workspace.catalog.card(version),
-                train_seconds=json.loads((Path(files["checkpoint"]) / CURVE).read_bytes())[-1]["seconds"],
+                train_seconds=json.loads((files.checkpoint / CURVE).read_bytes())[-1]["seconds"],
                 grid=workspace.catalog.data(version, "pictures/samples.png"),
                 real=workspace.catalog.data(version, REAL) if REAL in version.files else None,
                 captions=json.loads(workspace.catalog.data(version, "pictures/samples.json")),

@@ -1,7 +1,7 @@
-"""What can be chosen about a model, as rows of three tables: tier, configuration, variant.
+"""Choices for a model, as rows of three tables: tier, configuration, variant.
 
 A *tier* is the size of the network, a *configuration* the stride of its initial convolution, a *variant* the number of
-sampling steps it is meant for. A fourth choice, the line, is not made here: it is whatever the data are about.
+sampling steps it is meant for. A fourth choice, the line (the product that the data show), is not made here.
 
     >>> config = ModelConfig(tier="nano", configuration="I", image_size=16, channels=1)
     >>> config.tokens, config.blocks
@@ -25,14 +25,14 @@ PrecisionName = Literal["float32", "float16", "bfloat16", "int8"]
 RouterName = Literal["expert-choice", "token-choice"]
 AblationName = Literal["none", "no-conv", "positions", "dense", "single-stream"]
 
-HELD_OUT_PERMILLE = 150  # of the groups of a data set are never trained on
+HELD_OUT_PERMILLE = 150  # share of a data set's groups, in thousandths, that is never trained on
 MAX_TEXT = 256  # caption bytes that a network can read
 BYTE_VOCABULARY = 257  # id 0 pads, id 1 + b is the byte b of a UTF-8 caption
 
 
 @dataclass(frozen=True)
 class Tier:
-    """Sizes of the one block shape that all instances share, and how many instances there are."""
+    """Sizes of the block, which all block instances share, and the numbers of layers."""
 
     width: int  # D, the embedding dimension
     heads: int
@@ -56,7 +56,7 @@ CONFIGURATIONS: dict[str, int] = {"I": 2, "II": 1}  # stride of the initial conv
 
 @dataclass(frozen=True)
 class Variant:
-    """How many steps a variant takes, and whether it is guided (then each step costs two network evaluations)."""
+    """Number of sampling steps of a variant, and whether it is guided (then each step costs two network evaluations)."""
 
     steps: int
     guided: bool
@@ -69,17 +69,17 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-TEACHERS: dict[VariantName, VariantName] = {"dev": "full", "fast": "dev"}  # a variant → the one that it is distilled from
+TEACHERS: dict[VariantName, VariantName] = {"dev": "full", "fast": "dev"}  # variant → the variant that it is distilled from
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """One idea of the network switched off or replaced, to measure what it brings; such a network is never exported."""
+    """One component of the network switched off or replaced, to measure its benefit; such a network is never exported."""
 
-    convolved: bool = True  # order comes from the depthwise convolution
+    convolved: bool = True  # positions come from the depthwise convolution
     positions: bool = False  # ... or from sinusoids added to every token
-    routed: bool = True  # False: one dense feed-forward layer as wide as what a token meets otherwise
-    dual: bool = True  # False: every layer is a single stream, as many layers as before
+    routed: bool = True  # False: one dense feed-forward layer, as wide as all experts that a token uses
+    dual: bool = True  # False: all layers are single-stream; their number stays the same
 
 
 ABLATIONS: dict[str, Ablation] = {
@@ -92,7 +92,7 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 class ModelConfig(BaseModel):
-    """Everything that fixes the shape of every tensor of one network."""
+    """All settings that determine the tensor shapes of one network."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -107,7 +107,7 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
         if self.image_size % self.stride:
-            raise PydanticCustomError(  # a ValueError would be told as "Value error, image size ..."
+            raise PydanticCustomError(  # pydantic prefixes the message of a ValueError with "Value error, "
                 "image_size",
                 "image size {size} is not divisible by the stride {stride} of configuration {name}; choose a multiple of {stride}",
                 {"size": self.image_size, "stride": self.stride, "name": self.configuration},
@@ -116,7 +116,7 @@ class ModelConfig(BaseModel):
 
     @property
     def shape(self) -> Tier:
-        """The tier's sizes, as the ablation has them."""
+        """Sizes of the tier, as the ablation changes them."""
         tier = TIERS[self.tier]
         if not self.switched.routed:
             tier = replace(tier, experts=0, active=0, shared_width=tier.shared_width + tier.active * tier.expert_width)
@@ -126,12 +126,12 @@ class ModelConfig(BaseModel):
 
     @property
     def switched(self) -> Ablation:
-        """What is switched off."""
+        """Switches of the ablation."""
         return ABLATIONS[self.ablation]
 
     @property
     def stride(self) -> int:
-        """Of the initial convolution."""
+        """Stride of the initial convolution."""
         return CONFIGURATIONS[self.configuration]
 
     @property
@@ -150,7 +150,7 @@ class ModelConfig(BaseModel):
         return 2 * self.shape.dual + self.shape.single
 
     def capacity(self, tokens: int) -> int:
-        """Tokens that each routed expert takes out of `tokens` (expert choice): ceil(tokens * k / E); 0 without experts."""
+        """Return how many of `tokens` each routed expert takes under expert choice: ceil(tokens * k / E); 0 without experts."""
         return -(-tokens * self.shape.active // max(1, self.shape.experts))
 
     @property
@@ -160,10 +160,10 @@ class ModelConfig(BaseModel):
 
 
 def canonical_json(value: object) -> bytes:
-    """JSON with sorted keys, no spaces and no NaN: the same bytes for the same value."""
+    """Serialise a value as JSON with sorted keys, no spaces and no NaN: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def canonical_sha256(value: object) -> str:
-    """sha256 of `canonical_json`."""
+    """Hash the `canonical_json` of a value with SHA-256; return hexadecimal digits."""
     return hashlib.sha256(canonical_json(value)).hexdigest()

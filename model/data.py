@@ -1,10 +1,10 @@
-"""A folder of captioned images → a memory-mapped cache → deterministic batches.
+"""Turn a folder of captioned images into a memory-mapped cache, and draw deterministic batches from it.
 
 The folder follows the Hugging Face ImageFolder convention: images anywhere below it, and a `metadata.jsonl` whose lines
 hold `file_name` and `text`, optionally `group`. Images of one group (crops of one photograph, shots of one part) always
-fall on the same side of the held-out split; without a group, an image is its own.
+fall on the same side of the held-out split. An image without a group is a group of its own.
 
-Nothing is dropped silently: what cannot be used is listed by name in `Dataset.quarantine`.
+Nothing is dropped silently: `Dataset.quarantine` names every file and metadata line that cannot be used, with the reason.
 
     >>> dataset = prepare(Path("data/surfaces"), config, cache=Path("work/cache"))
     >>> images, ids = dataset.batch(seed=0, step=0, size=32)
@@ -36,14 +36,14 @@ from model.folder import entries, md5_of, opened, shown, unreadable
 
 METADATA = "metadata.jsonl"
 ONE_LINE_EACH = 'write one line {"file_name": ..., "text": ...} for each image'
-MAX_PIXELS = 64_000_000  # pixels of one source image; more is taken for a decompression bomb
+MAX_PIXELS = 64_000_000  # pixels of one source image; a larger one is treated as a decompression bomb
 CACHE_SCHEMA = 3
-MIN_TRAINING = 2  # images; a batch of one image over and over is a copy, not a model
-MIN_HELD_OUT = 6  # images; coverage looks at 5 neighbours
+MIN_TRAINING = 2  # images; a model trained on a single image could only copy it
+MIN_HELD_OUT = 6  # images; coverage needs 5 neighbours of each
 
 
 OnItem = Callable[[int, int], None]
-"""Called with (files looked at, files to look at)."""
+"""Callback with (files scanned so far, files in total)."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Dataset:
         ids: int64 [n, L], caption bytes plus one, zero-padded.
         held_out: bool [n].
         groups: n names; items of one group are not independent of each other.
-        quarantine: file name → why it cannot be used.
+        quarantine: file name, or metadata line such as "metadata.jsonl:3" → why it cannot be used.
     """
 
     images: npt.NDArray[np.uint8]
@@ -76,22 +76,22 @@ class Dataset:
     quarantine: dict[str, str]
 
     def training(self) -> npt.NDArray[np.intp]:
-        """Indices of the items to learn from."""
+        """Return the indices of the items to train on."""
         return np.flatnonzero(~self.held_out)
 
     def reference(self) -> npt.NDArray[np.intp]:
-        """Indices of the held-out items."""
+        """Return the indices of the held-out items."""
         return np.flatnonzero(self.held_out)
 
     def reference_groups(self) -> npt.NDArray[np.intp]:
-        """The group of each held-out item, numbered from 0."""
+        """Return the group of each held-out item, numbered from 0."""
         numbered: npt.NDArray[np.intp] = np.unique([self.groups[i] for i in self.reference()], return_inverse=True)[1]
         return numbered
 
     def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """The batch of one training step: images float32 [size, C, R, R] in [-1, 1] and ids [size, L].
+        """Return the batch of one training step: images float32 [size, C, R, R] in [-1, 1] and ids int64 [size, L].
 
-        A function of (seed, step) alone, so that a resumed run sees what an undisturbed one would have seen.
+        The choice depends on (seed, step) alone, so a resumed run sees the same batches as an uninterrupted one.
         """
         generator = torch.Generator().manual_seed(mix(seed, step, 1))
         training = self.training()
@@ -100,27 +100,27 @@ class Dataset:
 
 
 def mix(*numbers: int) -> int:
-    """One 63-bit seed out of several numbers, so that streams for different purposes are unrelated."""
+    """Derive one 63-bit seed from several numbers, so that random streams for different purposes are unrelated."""
     digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def to_unit(images: npt.NDArray[np.uint8]) -> Tensor:
-    """uint8 [..] → float32 [..] in [-1, 1]."""
+    """Convert images from uint8 [...] to float32 [...] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
 
 
 def to_bytes(images: Tensor) -> npt.NDArray[np.uint8]:
-    """Float [..] in [-1, 1], clipped → uint8 [..]."""
+    """Clip images, float [...], to [-1, 1] and convert them to uint8 [...]."""
     array: npt.NDArray[np.uint8] = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
     return array
 
 
 def caption_ids(text: str, length: int) -> list[int]:
-    """A caption's UTF-8 bytes plus one, padded with 0 to `length`.
+    """Encode a caption as its UTF-8 bytes plus one, padded with 0 to `length`.
 
     Raises:
-        DataError: the caption has more bytes than the network reads, or is no text.
+        DataError: the caption has more bytes than the network reads, or is not valid Unicode text.
     """
     try:
         data = text.encode()
@@ -133,16 +133,19 @@ def caption_ids(text: str, length: int) -> list[int]:
 
 
 def read_metadata(folder: Path) -> tuple[list[Item], dict[str, str]]:
-    """The items that `metadata.jsonl` lists, and what is wrong with the lines and files that cannot be used.
+    """Return the items that `metadata.jsonl` lists, and the problem of every metadata line and file that cannot be used.
+
+    The images are not opened, and an item's file may be missing.
 
     Raises:
-        DataError: there is no folder, no metadata file, or not one usable line, or the folder holds what is no regular file.
+        DataError: the folder or its metadata file is missing or cannot be read, no metadata line is usable, or the folder
+            contains something other than regular files.
     """
     return _items(folder, *_listing(folder))
 
 
 def _listing(folder: Path) -> tuple[list[str], bytes]:
-    """The names of a folder's files, and what its metadata say."""
+    """List the names of a folder's files, and read its metadata file as bytes."""
     if not folder.is_dir():
         raise DataError(f"there is no folder {shown(folder)}; put the images there, or name another one")
     names = [*entries(folder)]
@@ -200,10 +203,10 @@ def _items(folder: Path, names: list[str], metadata: bytes) -> tuple[list[Item],
 
 
 def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
-    """One image, its largest central square, scaled to `size`: uint8 [C, size, size].
+    """Decode one image, cut to its largest central square and scaled to `size` pixels: uint8 [C, size, size].
 
     Raises:
-        DataError: as `open_picture` does.
+        DataError: for the same reasons as in `open_picture`.
     """
     return _planes(open_picture(path, channels), size)
 
@@ -214,7 +217,7 @@ def _planes(picture: Image.Image, size: int) -> npt.NDArray[np.uint8]:
 
 
 def open_picture(source: Path | BinaryIO, channels: int) -> Image.Image:
-    """The image in a file, grey or RGB, whole.
+    """Decode the whole image in a file, as grey for 1 channel and as RGB for 3.
 
     Raises:
         DataError: the file is missing, damaged, larger than `MAX_PIXELS`, or has more than 8 bits a channel.
@@ -231,7 +234,7 @@ def open_picture(source: Path | BinaryIO, channels: int) -> Image.Image:
 
 
 def _square(picture: Image.Image, size: int, shrink: Image.Resampling = Image.Resampling.BOX) -> npt.NDArray[np.uint8]:
-    """The largest central square, scaled: uint8 [size, size] or [size, size, 3]."""
+    """Cut out the largest central square and scale it: uint8 [size, size] or [size, size, 3]."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     if (side, side) != picture.size or side != size:
@@ -241,18 +244,18 @@ def _square(picture: Image.Image, size: int, shrink: Image.Resampling = Image.Re
 
 
 def is_held_out(group: str) -> bool:
-    """Whether the items of a group are kept for evaluation: by hash, so that it never changes."""
+    """Check whether a group is held out for evaluation; the hash of its name decides, so the answer never changes."""
     return int.from_bytes(hashlib.sha256(group.encode(errors="surrogatepass")).digest()[:4], "big") % 1000 < HELD_OUT_PERMILLE
 
 
 def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> FolderSummary:
-    """Look at every file, image and caption of a folder, once, as training would.
+    """Read every file, image and caption of a folder once, and check them as training would.
 
     Returns:
-        what is usable, what is not and why, and what `model.data_report` needs to judge it.
+        the usable items, the unusable ones with the reason, and the summary of the images that `model.data_report` needs.
 
     Raises:
-        DataError: the folder cannot be read whole, holds what is no regular file, or names no image.
+        DataError: a file cannot be read or is not a regular file, or the metadata name no usable image.
     """
     names, metadata = _listing(folder)
     items, bad = _items(folder, names, metadata)
@@ -265,7 +268,7 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Folde
     for done, name in enumerate(names, start=1):
         try:
             with opened(folder / name) as file:
-                # Of the captions as they were read, should they change meanwhile.
+                # Hash the metadata bytes that were parsed above: the file may have changed since.
                 files[name] = md5_of(io.BytesIO(metadata) if name == METADATA else file)
                 picture = _picture(file, asked[name], text_length, 3) if name in asked else None
         except OSError as error:
@@ -275,7 +278,7 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Folde
         elif picture:
             usable.append(asked[name])
             pixels.append(hashlib.sha256(b"%d,%d," % picture.size + picture.tobytes()).hexdigest())
-            small.append(_square(picture, SMALL, Image.Resampling.BILINEAR))  # a box gives a copy of another size another look
+            small.append(_square(picture, SMALL, Image.Resampling.BILINEAR))  # a box filter makes a resized copy look different
         if on_item:
             on_item(done, len(names))
     thumbs, features = summarise(np.array(small, dtype=np.uint8).reshape(-1, SMALL, SMALL, 3))
@@ -287,16 +290,16 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Folde
 
 
 def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = None) -> Dataset:
-    """Decode a folder once and map the result; a second call with the same key maps what is there.
+    """Decode a folder into a cache and memory-map it; a later call with the same key maps the existing cache.
 
     Args:
         folder: the images and their `metadata.jsonl`.
         config: gives image size, channels and caption length.
-        cache: where caches are kept, a folder each.
-        key: what identifies the folder's content (a data revision's md5); None: its `metadata.jsonl` and file sizes.
+        cache: folder that holds the caches, one subfolder each.
+        key: identifies the folder's content (a data revision's md5); None: use its `metadata.jsonl`, file names and sizes.
 
     Raises:
-        DataError: no usable image, too few to train on, or none held out.
+        DataError: no image is usable, or too few are left to train on or to evaluate with.
     """
     if key is None:
         sizes = [(name, info.st_size) for name, info in entries(folder).items()] if folder.is_dir() else []
@@ -328,7 +331,7 @@ def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = No
 
 
 def _picture(file: BinaryIO, item: Item, text_length: int, channels: int) -> Image.Image | str:
-    """An item's image, or why the item cannot be used."""
+    """Decode an item's image, or return the reason why the item cannot be used."""
     try:
         caption_ids(item.text, text_length)
         file.seek(0)
@@ -370,6 +373,6 @@ def _fill(folder: Path, config: ModelConfig, place: Path) -> None:
     np.save(fresh / "held_out.npy", np.array([is_held_out(group) for group in groups], dtype=np.bool_))
     (fresh / "index.json").write_text(json.dumps({"captions": captions, "groups": groups, "quarantine": bad}))
     try:
-        fresh.rename(place)  # whole or not at all: a killed run leaves a .tmp that nobody reads
+        fresh.rename(place)  # atomic: a killed run leaves only a .tmp folder that nobody reads
     except OSError:  # another process was first with the same content
         shutil.rmtree(fresh)

@@ -1,16 +1,16 @@
-"""What arrived: copies, near copies and leaks, balance, and drift against the revision before. Rules alone, without torch.
+"""Report on a data folder: copies, near copies, leaks, balance, and drift from the previous revision. Needs no torch.
 
-`model.data.scan` looks at a folder once and hands over a `FolderSummary`: a few hundred bytes for each image, from which everything
-here is computed, so that two revisions are compared without decoding either again.
+`model.data.scan` reads a folder once and returns a `FolderSummary` of one to two kilobytes for each image. Everything here is
+computed from such summaries, so comparing two revisions decodes neither of them again.
 
     >>> after = scan(folder, text_length)
-    >>> report = report_on(after, before=summary_of_the_last_revision, previous=last, md5=md5)
+    >>> report = report_on(after, before=summary_of_the_last_revision, previous=last, line="surfaces")
     >>> report.drift.verdict
     'no drift seen'
 
-Drift is decided by permutation, so its false-alarm rate holds at any sample size and for any data, as long as groups are
-independent of each other: whole groups change sides, never single images. The image test is the kernel two-sample test of
-Gretton et al. (JMLR 13, 2012) with the random features of Rahimi and Recht (NIPS 2007), linear in the number of images.
+Permutation tests decide about drift, so the false-alarm rate holds at any sample size and for any data, as long as the groups
+are independent of each other: the tests permute whole groups, never single images. The image test is the kernel two-sample
+test of Gretton et al. (JMLR 13, 2012) with the random features of Rahimi and Recht (NIPS 2007), linear in the number of images.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from model.scorecard import DataVersion, Frozen
 
 Floats = npt.NDArray[np.float32]
 
-SMALL = 32  # pixels; what of an image is looked at, its largest central square
-THUMB = 16  # pixels
-ALIKE = 0.995  # correlation of two thumbnails from which the images are near copies; see DECISIONS
-FLAT = 1.0  # grey levels; a thumbnail that varies less has no shape to compare
-LISTED = 100  # names written out in a report; beside them stands how many there are
-THIN = 2  # held-out images of a caption, below which nothing can be said about that caption
-STATISTICS = ("brightness", "contrast", "edges", "red", "blue")  # red and blue: against green
+SMALL = 32  # pixels; side of an image's largest central square, scaled down for all comparisons
+THUMB = 16  # pixels; side of a grey thumbnail
+ALIKE = 0.995  # images are near copies if their thumbnails correlate at least so much; see DECISIONS
+FLAT = 1.0  # grey levels; a thumbnail with a smaller standard deviation has no structure to compare
+LISTED = 100  # entries of each list in a report; the total is given with them
+THIN = 2  # held-out images; a caption with fewer cannot be evaluated
+STATISTICS = ("brightness", "contrast", "edges", "red", "blue")  # red and blue are relative to green
 PROJECTIONS = 8
 FREQUENCIES = 64  # random features come in pairs, sine and cosine
 PERMUTATIONS = 999
-ALPHA = 0.05  # chance that an arrival without drift is called drift, over both tests together
-MIN_GROUPS = 10  # independent groups on either side, below which nothing is decided
-COMMON = 5  # images of a caption, below which it is counted among the rare ones
+ALPHA = 0.05  # probability that data without drift are reported as drift, over both tests together
+MIN_GROUPS = 10  # independent groups that a decision needs on either side
+COMMON = 5  # images; captions with fewer are counted together as rare
 SUMMARY_SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """What one look at a folder keeps of it.
+    """Summary of a data folder after one scan.
 
     Attributes:
         files: every file below the folder → md5 of its bytes.
-        quarantine: file name → why it cannot be used.
+        quarantine: file name, or metadata line such as "metadata.jsonl:3" → why it cannot be used.
         names: the n usable images, sorted.
-        captions: of each.
-        groups: of each; images of one group are not independent of each other.
+        captions: caption of each image.
+        groups: group of each image; images of one group are not independent of each other.
         held_out: bool [n].
-        pixels: of each, sha256 of the decoded picture; the same for a copy in another format.
-        thumbs: float32 [n, THUMB²], grey, mean 0 and length 1; all 0 where an image has no shape.
-        features: float32 [n, F], `STATISTICS` in 0…1 and random projections of a thumbnail.
+        pixels: sha256 of each decoded picture; equal for a lossless copy in another format.
+        thumbs: float32 [n, THUMB²], grey thumbnails with mean 0 and norm 1; all 0 for an image without structure.
+        features: float32 [n, F], `STATISTICS` and `PROJECTIONS` random projections of an 8x8 thumbnail, all divided by 255.
     """
 
     files: dict[str, str]
@@ -73,7 +73,7 @@ class FolderSummary:
     features: Floats
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the summary to `path`, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lists = json.dumps([self.files, self.quarantine, self.names, self.captions, self.groups, self.pixels])
         fresh = path.with_suffix(".tmp.npz")
@@ -82,21 +82,21 @@ class FolderSummary:
 
     @classmethod
     def load(cls, path: Path) -> FolderSummary:
-        """Read what `save` wrote."""
+        """Read a summary that `save` wrote."""
         with np.load(path) as kept:
             files, quarantine, names, captions, groups, pixels = json.loads(str(kept["lists"]))
             return cls(files, quarantine, names, captions, groups, kept["held_out"], pixels, kept["thumbs"], kept["features"])
 
 
 class Listed(Frozen):
-    """How many there are, and the first of them by name."""
+    """A total, and the names of the first entries."""
 
     n: int
     first: list[tuple[str, ...]] = Field(description=f"at most {LISTED}")
 
 
 class Duplicates(Frozen):
-    """Images that are there more than once. Near copies: recompressed, resized, brighter, noisier; cropped ones go unseen."""
+    """Images that occur more than once. Near copies are recompressed, resized, brighter or noisier; crops are not found."""
 
     copies: Listed = Field(description="sets of images with the same pixels, whatever their format")
     contradictions: Listed = Field(description="those sets whose images have different captions")
@@ -107,7 +107,7 @@ class Duplicates(Frozen):
 
 
 class Balance(Frozen):
-    """How many images each caption has."""
+    """Number of images of each caption."""
 
     captions: int = Field(description="different ones")
     evenness: float = Field(description="entropy over its maximum: 1 where all captions have as many images")
@@ -118,9 +118,10 @@ class Balance(Frozen):
 
 
 class Drift(Frozen):
-    """Whether the new images come from the same source as those of the revision before.
+    """Result of testing whether the new images come from the same source as those of the previous revision.
 
-    Two permutation tests, each at `alpha`/2: an arrival without drift is called drift with probability `alpha` or less.
+    Two permutation tests run at `alpha`/2 each, or one at `alpha` if the mix of captions cannot be tested. So data without
+    drift are reported as drift with probability `alpha` or less.
     """
 
     before: int = Field(description="images of the revision before that were compared")
@@ -145,7 +146,7 @@ class Drift(Frozen):
 
 
 class Changes(Frozen):
-    """What a folder has that another revision has not, by name."""
+    """Differences of a folder from another revision, by file name."""
 
     added: list[str]
     changed: list[str] = Field(description="the same name with other bytes")
@@ -154,7 +155,7 @@ class Changes(Frozen):
 
 
 class DataReport(Frozen):
-    """What was found in a data folder when it was recorded."""
+    """Findings about a data folder at the time when it is recorded."""
 
     schema_version: Literal[1] = 1
     line: str
@@ -170,7 +171,7 @@ class DataReport(Frozen):
 
 
 def summarise(small: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
-    """What is kept of images.
+    """Compute the thumbnails and features that a `FolderSummary` keeps of images.
 
     Args:
         small: uint8 [n, SMALL, SMALL, 3].
@@ -202,14 +203,14 @@ def _shrunk(grey: Floats, side: int) -> Floats:
 def report_on(
     after: FolderSummary, before: FolderSummary | None, previous: DataVersion | None, line: str, why_not: str = ""
 ) -> DataReport:
-    """Everything that is said about an arrival.
+    """Build the report on a data folder; its hash, `md5`, is left empty.
 
     Args:
-        after: what is in the folder.
-        before: what the revision before holds; None: there is none, or it cannot be had.
-        previous: which revision that is; None: there is none.
-        line: whose data they are.
-        why_not: why `before` cannot be had.
+        after: summary of the folder.
+        before: summary of the previous revision; None: there is none, or it cannot be read.
+        previous: the previous revision; None: there is none.
+        line: line that the data belong to.
+        why_not: why `before` cannot be read.
     """
     held_out = int(after.held_out.sum())
     moved = changes(after, before) if before else file_changes(after.files, {})
@@ -225,9 +226,9 @@ def report_on(
 
 
 def duplicates(after: FolderSummary) -> Duplicates:
-    """Copies, near copies, and held-out images that can be trained on under another name.
+    """Find copies, near copies, and held-out images that are also training images under another name.
 
-    Images without any shape (one flat colour) are compared by their pixels only.
+    Images without structure (one flat colour) are compared by their exact pixels only.
     """
     sets: dict[str, list[int]] = {}
     for i, pixels in enumerate(after.pixels):
@@ -255,7 +256,16 @@ def duplicates(after: FolderSummary) -> Duplicates:
 
 
 def _near(thumbs: Floats, held_out: npt.NDArray[np.bool_], rows: int = 512) -> tuple[dict[int, int], dict[int, int]]:
-    """For each image that has near copies the one most like it; for held-out ones also the training image most like it."""
+    """Find the nearest near copy of each image, and for held-out images also the nearest among training images.
+
+    Args:
+        thumbs: of a `FolderSummary`, [n, THUMB²].
+        held_out: bool [n].
+        rows: images that are compared with all others at a time; limits the memory.
+
+    Returns:
+        two mappings from an image's row to the row of its near copy; images without a near copy are left out.
+    """
     most_alike: dict[int, int] = {}
     learnable: dict[int, int] = {}
     for start in range(0, len(thumbs), rows):
@@ -273,7 +283,7 @@ def _near(thumbs: Floats, held_out: npt.NDArray[np.bool_], rows: int = 512) -> t
 
 
 def balance(after: FolderSummary, before: FolderSummary | None) -> Balance:
-    """How the captions are spread, and which came or went."""
+    """Count the images of each caption, and list the captions that are new, gone or thin."""
     total = Counter(after.captions)
     held_out = Counter(caption for caption, held in zip(after.captions, after.held_out, strict=True) if held)
     shares = np.array(list(total.values()), dtype=np.float64) / max(1, total.total())
@@ -295,14 +305,14 @@ def balance(after: FolderSummary, before: FolderSummary | None) -> Balance:
 
 
 def changes(after: FolderSummary, before: FolderSummary) -> Changes:
-    """Files and captions of `after` against those of `before`."""
+    """Compare the files and captions of `after` with those of `before`."""
     old, new = (dict(zip(side.names, side.captions, strict=True)) for side in (before, after))
     recaptioned = [(name, old[name], new[name]) for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
     return file_changes(after.files, before.files).model_copy(update={"recaptioned": recaptioned})
 
 
 def file_changes(after: dict[str, str], before: dict[str, str]) -> Changes:
-    """What differs between two lists of files (name → hash)."""
+    """Compare two lists of files (name → hash); captions are not compared."""
     return Changes(
         added=sorted(after.keys() - before.keys()),
         changed=sorted(name for name in after.keys() & before.keys() if after[name] != before[name]),
@@ -312,9 +322,9 @@ def file_changes(after: dict[str, str], before: dict[str, str]) -> Changes:
 
 
 def drift(after: FolderSummary, before: FolderSummary) -> Drift:
-    """Compare the images that only `after` has with those of `before`, in looks and in their mix of captions.
+    """Test whether the images that only `after` has differ from those of `before`, in appearance or mix of captions.
 
-    A copy counts once. New images of a group that `before` has already are left out: they are not independent of it.
+    Copies count once. New images of a group that `before` also has are left out, because they are not independent of it.
     """
     seen = set(before.pixels)
     old = _first_of_each(before.pixels)
@@ -368,12 +378,12 @@ def _first_of_each(pixels: list[str]) -> list[int]:
 
 
 def not_compared(why: str) -> Drift:
-    """What is said of drift where the revision before cannot be had."""
+    """Build the drift result for a previous revision that cannot be read."""
     return Drift(before=0, before_groups=0, new=0, new_groups=0, left_out=0, verdict="not compared", reason=why)
 
 
 def _random_features(features: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """[n, F] → [n, 2·FREQUENCIES], whose inner product is a Gaussian kernel as wide as the median distance."""
+    """Map features [n, F] to [n, 2·FREQUENCIES]; inner products approximate a Gaussian kernel of median-distance width."""
     rng = np.random.default_rng(0)
     spread = features.std(axis=0)
     unit = (features - features.mean(axis=0)) / np.where(spread > 0, spread, np.inf)
@@ -404,16 +414,17 @@ def _chi_squared(new: Sums, total: Sums, n_new: Sums, n: float) -> Sums:
 def _two_sample(
     rows: Sums, groups: npt.NDArray[np.intp], new_groups: int, statistic: Callable[[Sums, Sums, Sums, float], Sums]
 ) -> tuple[float, float]:
-    """Permutation test on sums over groups; the last `new_groups` groups are the new ones.
+    """Run a permutation test on sums over groups; the last `new_groups` groups are the new ones.
 
     Args:
         rows: [n, K], one row for each image.
         groups: [n], numbered from 0.
         new_groups: how many of them are new.
-        statistic: from the new side's sums [P, K], all sums [K], the new side's images [P], and all images.
+        statistic: called with the sums of the new side [P, K], the sums of both sides [K], the number of images of the new
+            side [P], and the number of all images; P permutations at a time.
 
     Returns:
-        p and the observed statistic.
+        the p value and the observed statistic.
     """
     count = int(groups.max()) + 1
     sums = np.zeros((count, rows.shape[1] + 1))
@@ -427,7 +438,7 @@ def _two_sample(
     observed = float(of((np.arange(count) >= count - new_groups)[None].astype(np.float64))[0])
     rng = np.random.default_rng(0)
     as_large = 0
-    for start in range(0, PERMUTATIONS, 111):  # in parts, so that 20,000 groups stay within some megabytes
+    for start in range(0, PERMUTATIONS, 111):  # in parts: 20,000 groups then need some megabytes
         sides = np.zeros((min(111, PERMUTATIONS - start), count))
         for side in sides:
             side[rng.permutation(count)[:new_groups]] = 1

@@ -3,8 +3,8 @@
 Rectified flow (Liu et al. 2022; Lipman et al. 2022): x_t = (1 - t) x_0 + t e, with t = 0 the image and t = 1 Gaussian
 noise e; the network learns the velocity v = e - x_0. Times are drawn logit-normal (Esser et al. 2024).
 
-A sampler integrates dx/dt = v from t = 1 to t = 0 over a table of times. All have the same signature; `evaluate`
-drives them with ONNX Runtime, `train` and the tests with torch.
+A sampler integrates dx/dt = v from t = 1 to t = 0 over a table of times. All samplers have the same signature; `session`
+runs them with ONNX Runtime, `watch` and the tests with torch.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ Velocity = Callable[[Tensor, float, float], Tensor]
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The point on the straight path at time t and the velocity there: both [B, C, R, R], t [B]."""
+    """Return the point on the straight path at time t [B], and the velocity there; both are [B, C, R, R]."""
     t = t.view(-1, 1, 1, 1)
     return (1 - t) * x0 + t * noise, noise - x0
 
 
 def logit_normal(size: int, generator: torch.Generator) -> Tensor:
-    """Times in (0, 1), [size], denser in the middle, where the velocity is hardest to tell."""
+    """Draw times in (0, 1), [size], denser in the middle, where the velocity is hardest to predict."""
     return torch.sigmoid(torch.randn(size, generator=generator))
 
 
 def timetable(steps: int) -> list[float]:
-    """The steps + 1 times of a sampler, from 1 to 0."""
+    """Return the steps + 1 evenly spaced times of a sampler, from 1 to 0."""
     return [1 - i / steps for i in range(steps)] + [0.0]
 
 
 def guided(network: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], ids: Tensor, guidance: float) -> Velocity:
-    """Velocity for captions `ids` [B, L] with classifier-free guidance (Ho and Salimans 2022); scale 1 is unguided.
+    """Return the velocity field for captions `ids` [B, L] with classifier-free guidance (Ho and Salimans 2022).
 
     Args:
         network: (x, t [B], r [B], ids) → v.
-        ids: captions; the unconditional half is all zeros, "no caption".
-        guidance: how far past the conditional velocity to go.
+        ids: captions; the unconditional velocity is computed for all zeros, "no caption".
+        guidance: scale; 1 is unguided, a larger one extrapolates past the conditional velocity and costs two evaluations.
     """
 
     def velocity(x: Tensor, t: float, r: float) -> Tensor:
@@ -60,14 +60,14 @@ def guided(network: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], ids: Ten
 
 
 def sample_euler(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
-    """Euler's method: one evaluation a step."""
+    """Integrate with Euler's method: one evaluation a step."""
     for t, s in pairwise(times):
         x = x + (s - t) * velocity(x, t, t)
     return x
 
 
 def sample_heun(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
-    """Heun's second-order method, two evaluations a step (Karras et al. 2022, algorithm 1, without churn)."""
+    """Integrate with Heun's second-order method, two evaluations a step (Karras et al. 2022, algorithm 1, without churn)."""
     for t, s in pairwise(times):
         v = velocity(x, t, t)
         guess = x + (s - t) * v
@@ -76,9 +76,10 @@ def sample_heun(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
 
 
 def sample_ab2(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
-    """Adams-Bashforth of order two, one evaluation a step: the last two velocities, extrapolated over the next step.
+    """Integrate with the second-order Adams-Bashforth method: one evaluation a step.
 
-    The first step is Euler's; unequal steps are weighted by their ratio.
+    Each step extrapolates the last two velocities, weighted by the ratio of the steps where these are unequal. The first
+    step is Euler's.
     """
     before: tuple[Tensor, float] | None = None
     for t, s in pairwise(times):
@@ -94,7 +95,7 @@ def sample_ab2(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
 
 
 def sample_mean(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
-    """Steps by the mean velocity from each time to the next, which distilled networks predict: one evaluation a step."""
+    """Integrate with the mean velocity over each step, which distilled networks predict: one evaluation a step."""
     for t, s in pairwise(times):
         x = x + (s - t) * velocity(x, t, s)
     return x
@@ -109,10 +110,10 @@ SAMPLERS: dict[str, Callable[[Velocity, Tensor, list[float]], Tensor]] = {
 
 
 def sample(velocity: Velocity, noise: Tensor, sampler: Sampler) -> Tensor:
-    """Images [B, C, R, R], about [-1, 1], from noise of that shape.
+    """Draw images [B, C, R, R], approximately in [-1, 1], from noise of that shape.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: the sampler names a method that does not exist.
     """
     try:
         method = SAMPLERS[sampler.method]

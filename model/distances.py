@@ -1,14 +1,15 @@
 """Measure how far a model's images lie from real ones, with errors: pure functions of features, captions and groups.
 
-Held-out images come in groups, such as the patches of one photograph; only groups are independent of each other. A generated image
-belongs to the group of the held-out image whose caption it was drawn for. Each figure is a signed sum of means over pairs of images
-*from different groups* (U-statistics over groups; Hoeffding 1948). So real and generated pairs hold the same mixture of captions, a
-model as good as the data has distance 0 on average however images and captions hang together, and one formula gives every error.
+Held-out images come in groups, such as the patches of one photograph; only groups are independent of each other. A generated
+image belongs to the group of the held-out image whose caption it was drawn for. Each figure is a signed sum of means over pairs
+of images *from different groups* (U-statistics over groups; Hoeffding 1948). So real and generated pairs have the same mixture
+of captions. A model as good as the data has distance 0 on average, however images and captions depend on each other. One
+formula gives every error.
 
-Two aspects of a model are measured. `images`: is this a picture that the data could hold? The kernel compares features. `captions`: is it
-a picture of what was asked for? The kernel is a product with one of the captions, so that the distance is between pairs of image and
-caption (the joint kernel distance; for product kernels see Gretton 2015). A model that ignores its captions is perfect in the first and
-bad in the second.
+Two aspects of a model are measured. `images`: could the data contain this picture? The kernel compares features. `captions`:
+does the picture show what its caption asks for? The kernel is the product of the image kernel and a caption kernel, so the
+distance is between pairs of image and caption (the joint kernel distance; for product kernels see Gretton 2015). A model that
+ignores its captions can be perfect in the first aspect, but is bad in the second.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.spatial.distance import cdist
 
-WIDTHS = (0.25, 0.5, 1.0, 2.0)  # of the Gaussian kernels, in median distances; each twice the one before
-HALVINGS = 200  # random halves of the real images that are held against each other
-BAND_GROUPS = 25  # of each of two sets of real images
+WIDTHS = (0.25, 0.5, 1.0, 2.0)  # of the Gaussian kernels, in median distances; each is twice the one before
+HALVINGS = 200  # random splits of the real images into two halves that are compared
+BAND_GROUPS = 25  # groups in each of two sets of real images
 BAND_SEED = 8
 
 Aspect = Literal["images", "captions"]
@@ -36,19 +37,19 @@ Groups = npt.NDArray[np.intp]  # [n], numbered from 0
 
 @dataclass(frozen=True)
 class Sample:
-    """Images by their features [n, d], with the n captions that they have or were drawn for, and their n groups."""
+    """Features [n, d] of n images, the captions that the images have or were drawn for, and their groups."""
 
     features: Features
     captions: Sequence[str]
     groups: Groups
     weights: npt.NDArray[np.float64] | None = None
-    """Weigh each image; None: all alike."""
+    """Weight of each image; None: all are equal."""
 
     def __len__(self) -> int:
         return len(self.features)
 
     def only(self, chosen: npt.NDArray[np.bool_]) -> Sample:
-        """Take a part of them; groups keep their numbers."""
+        """Select the images for which `chosen` [n] is true; groups keep their numbers."""
         weights = None if self.weights is None else self.weights[chosen]
         return Sample(
             self.features[chosen],
@@ -60,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Figure:
-    """Hold an estimate with its standard error, over so many independent groups."""
+    """An estimate with its standard error, and the number of independent groups that it is based on."""
 
     value: float
     se: float
@@ -69,7 +70,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Mean:
-    """Hold a mean over pairs of different groups, by group: sums and counts [G, G], symmetric, zero within a group."""
+    """A mean over pairs of different groups: sums and counts by group [G, G], symmetric, zero within a group."""
 
     total: Matrix
     count: Matrix
@@ -80,14 +81,14 @@ class _Mean:
 
 
 def kernel(x: Features, y: Features, scale: float) -> Matrix:
-    """Mean of four Gaussian kernels around a scale, [n, m] (Gretton et al. 2012; widths as in Li et al. 2015).
+    """Average four Gaussian kernels around a scale, [n, m] (Gretton et al. 2012; widths as in Li et al. 2015).
 
-    Bounded, unlike the cubic kernel that KID uses: new data may lie far outside what the features were standardised on, and
-    a few such images would otherwise decide alone.
+    The kernel is bounded, unlike the cubic kernel of KID. New data may lie far outside the data on which the features were
+    standardised, and a few such images would dominate an unbounded kernel.
     """
     power: Matrix = np.exp(cdist(x, y, "sqeuclidean") * (-0.5 / (max(WIDTHS) * scale) ** 2))
     result = power / len(WIDTHS)
-    for _ in WIDTHS[1:]:  # half the width is the fourth power, and two squares cost a tenth of an exponential
+    for _ in WIDTHS[1:]:  # half the width is the fourth power; squaring twice costs a tenth of an exponential
         np.square(np.square(power, out=power), out=power)
         result += power / len(WIDTHS)
     return result
@@ -99,10 +100,10 @@ def words(caption: str) -> frozenset[str]:
 
 
 def caption_kernel(a: Sequence[str], b: Sequence[str]) -> Matrix:
-    """Compute how alike captions are, from 0 to 1, [n, m]: half for being the same, half for the words that they share.
+    """Compute the similarity of captions, from 0 to 1, [n, m]: one half for being equal, one half for shared words.
 
-    The second half is the cosine of the two sets of words, so "brick, scratch" is nearer to "brick" than to "mesh", and a caption
-    that is new is near to those with its words. A mean of two kernels that are positive definite is one.
+    The second half is the cosine of the two sets of words. So "brick, scratch" is nearer to "brick" than to "mesh", and a new
+    caption is near to those that share its words. The mean of two positive definite kernels is positive definite.
     """
     rows, i = np.unique(np.asarray(a, dtype=np.str_), return_inverse=True)
     columns, j = np.unique(np.asarray(b, dtype=np.str_), return_inverse=True)
@@ -128,13 +129,15 @@ def alike(a: Sample, b: Sample, scale: float, aspect: Aspect) -> Matrix:
 
 
 def distance(real: Sample, drawn: Sample, scale: float, aspect: Aspect) -> Figure:
-    """Estimate the squared kernel distance (maximum mean discrepancy) of a model's images to real ones; 0 on average for real images.
+    """Estimate the squared kernel distance (maximum mean discrepancy) of a model's images from real ones.
+
+    The estimate is unbiased: for a model as good as the data it is 0 on average.
 
     Args:
         real: held-out images.
         drawn: generated ones, with the groups of the held-out images whose captions they were drawn for.
-        scale: of the kernel, about the median distance of two images.
-        aspect: what is compared.
+        scale: scale of the kernel, about the median distance of two images.
+        aspect: aspect that is compared.
     """
     real, drawn, count = _numbered(real, drawn)
     xx, yy, xy = alike(real, real, scale, aspect), alike(drawn, drawn, scale, aspect), alike(real, drawn, scale, aspect)
@@ -144,20 +147,21 @@ def distance(real: Sample, drawn: Sample, scale: float, aspect: Aspect) -> Figur
 
 
 def difference(real: Sample, challenger: Sample, champion: Sample, scale: float, aspect: Aspect) -> tuple[Figure, float]:
-    """Estimate the challenger's squared kernel distance minus the champion's, and the part of its error that more drawing would remove.
+    """Estimate the challenger's squared kernel distance minus the champion's.
 
-    The relative similarity test of Bounliphone et al. 2016 in its paired form: image i of both models starts from the same noise and
-    caption, so what they share cancels before the variance is taken.
+    This is the relative similarity test of Bounliphone et al. 2016 in its paired form: image i of both models starts from the
+    same noise and caption, so what the models have in common cancels before the variance is computed.
 
     Args:
         real: held-out images.
         challenger: generated images.
         champion: generated images; row i has the seed, the caption and the group of the challenger's.
-        scale: of the kernel.
-        aspect: what is compared.
+        scale: scale of the kernel.
+        aspect: aspect that is compared.
 
     Returns:
-        the difference, below 0 where the challenger is better, and the standard error that comes of the generated images alone.
+        the difference, below 0 if the challenger is better, and the part of its standard error that comes from the generated
+        images alone, which more images would reduce.
     """
     real, challenger, count = _numbered(real, challenger)
     champion = replace(champion, groups=challenger.groups)
@@ -173,12 +177,13 @@ def difference(real: Sample, challenger: Sample, champion: Sample, scale: float,
 def band(real: Sample, scale: float, aspect: Aspect) -> float:
     """Estimate how far apart two sets of 25 groups of real images lie: the root mean square of their distance.
 
-    Each such distance is unbiased, so 0 on average; this is its spread, by random halves of the groups that are there. The spread falls
-    as one over the groups of a set (the distance is a degenerate U-statistic between equals), so that it can be told for 25 groups
-    whatever their number: a yardstick that does not shrink when more data come.
+    The distance of two such sets is unbiased, so it is 0 on average. Its spread is measured on random halves of the available
+    groups. The spread is inversely proportional to the number of groups in a set (between equal distributions the distance is
+    a degenerate U-statistic), so it can be converted to 25 groups. The result is a yardstick that does not shrink when more data
+    come.
 
     Returns:
-        infinity where there are too few groups for two halves.
+        the spread; infinity if there are too few groups for two halves.
     """
     real, _, count = _numbered(real, real)
     pairs = _mean(alike(real, real, scale, aspect), real, real, count)
@@ -197,13 +202,15 @@ def band(real: Sample, scale: float, aspect: Aspect) -> float:
 
 
 def following(real: Sample, drawn: Sample | None, scale: float, least: float = 0.0) -> Figure:
-    """Estimate how far images go with their captions: the covariance, over pairs, of being alike in the image and in the caption.
+    """Estimate how well images match their captions: the covariance, over pairs, of image similarity and caption similarity.
 
     Args:
         real: held-out images.
-        drawn: generated ones, each compared with real ones; None: real ones with each other, which is what a perfect model reaches.
-        scale: of the kernel.
-        least: share of what real images reach that is taken off; above 0 the figure says by how much a model exceeds that share.
+        drawn: generated images, compared with real ones; None: real images are compared with each other, which gives the value of
+            a perfect model.
+        scale: scale of the kernel.
+        least: share of the real images' value that is subtracted; the result is then by how much a model exceeds that share.
+            Ignored if `drawn` is None.
     """
     against = real if drawn is None else drawn
     real, against, count = _numbered(real, against)
@@ -214,12 +221,12 @@ def following(real: Sample, drawn: Sample | None, scale: float, least: float = 0
 
 
 def told_apart(asked: Sample, others: Sample, scales: Sequence[float]) -> Figure:
-    """Estimate the squared kernel distance between real images of a caption and others: 0 where no feature space tells them apart.
+    """Estimate the squared kernel distance between real images of a caption and others; 0 if no feature space separates them.
 
     Args:
         asked: real images of the caption; their features are those of all spaces side by side.
-        others: real images without it.
-        scales: of each space, whose kernels are averaged.
+        others: real images without the caption.
+        scales: scale of the kernel in each space; the kernels are averaged.
     """
     asked, others, count = _numbered(asked, others)
     return _sum(
@@ -229,19 +236,19 @@ def told_apart(asked: Sample, others: Sample, scales: Sequence[float]) -> Figure
 
 
 def drawn_share(asked: Sample, others: Sample, drawn: Sample, without: Sample, scales: Sequence[float]) -> Figure:
-    """Estimate how much of what tells a caption's real images from others a model draws, times their distance.
+    """Estimate how far a model's images move towards real images of a caption when the caption is given.
 
-    How far the model's images move, when the caption is asked for, along the line from the others to real images of the caption in the
-    space of the kernel: with m for the mean embedding, <m(drawn) - m(without), m(asked) - m(others)>. Divided by `told_apart` it is 1 for a
-    model as good as the data, and 0 for one that draws the same whether it is asked or not, wherever on the line that lies: a model whose
-    plain surfaces are blotchy must not seem to draw stains.
+    The move is projected on the line from the other real images to those of the caption, in kernel space: with m for the mean
+    embedding, <m(drawn) - m(without), m(asked) - m(others)>. Divided by `told_apart`, it is 1 for a model as good as the data,
+    and 0 for a model that draws the same with and without the caption, wherever on the line its images lie. (A model whose plain
+    surfaces are blotchy must not seem to draw stains.)
 
     Args:
         asked: real images of a caption.
-        others: real images without it.
+        others: real images without the caption.
         drawn: images that were generated for the caption, with the groups of the real ones.
-        without: images that were generated for the others' captions; the others themselves where there are none.
-        scales: of each space, whose kernels are averaged.
+        without: images that were generated for the others' captions; if there are none, the others themselves.
+        scales: scale of the kernel in each space; the kernels are averaged.
     """
     samples = (asked, others, drawn, without)
     index = _joined(*samples)
@@ -255,23 +262,23 @@ def drawn_share(asked: Sample, others: Sample, drawn: Sample, without: Sample, s
 
 
 def _averaged(a: Sample, b: Sample, scales: Sequence[float]) -> Matrix:
-    """The mean of the kernels of several spaces, whose features stand side by side."""
+    """Average the kernels of several spaces, whose features stand side by side."""
     parts = zip(np.split(a.features, len(scales), axis=1), np.split(b.features, len(scales), axis=1), scales, strict=True)
     return np.asarray(sum(kernel(x, y, scale) for x, y, scale in parts) / len(scales))
 
 
 def _together(a: Sample, b: Sample, scale: float) -> Matrix:
-    """The products of both kernels, each without what its rows and columns have in common over pairs of different groups.
+    """Multiply the image kernel by the caption kernel, after centring both over the pairs of different groups.
 
-    Else a surface that is rare, and unlike what a model draws, would count as following. (The Hilbert-Schmidt independence criterion
-    centres in this way; Gretton et al. 2005.)
+    Without centring, images of a rare surface would seem to follow their caption because they differ from all that a model
+    draws. (The Hilbert-Schmidt independence criterion centres in this way; Gretton et al. 2005.)
     """
     apart = a.groups[:, None] != b.groups[None]
     return _centred(kernel(a.features, b.features, scale), apart) * _centred(caption_kernel(a.captions, b.captions), apart)
 
 
 def _centred(values: Matrix, apart: npt.NDArray[np.bool_]) -> Matrix:
-    """Without the means of rows and columns, over the pairs that count."""
+    """Subtract the means of rows and columns, which are taken over the pairs in `apart`."""
     left = values - values[apart].mean()
     rows = (left * apart).sum(axis=1) / np.maximum(apart.sum(axis=1), 1)
     columns = (left * apart).sum(axis=0) / np.maximum(apart.sum(axis=0), 1)
@@ -279,15 +286,16 @@ def _centred(values: Matrix, apart: npt.NDArray[np.bool_]) -> Matrix:
 
 
 def _joined(*samples: Sample) -> list[Groups]:
-    """The samples' groups, numbered anew."""
+    """Renumber the groups of several samples from 0; a group has the same number in all of them."""
     index = np.unique(np.concatenate([of.groups for of in samples]), return_inverse=True)[1]
     return np.split(index, np.cumsum([len(of) for of in samples])[:-1])
 
 
 def _numbered(real: Sample, drawn: Sample) -> tuple[Sample, Sample, int]:
-    """Both samples with groups numbered anew, and their count.
+    """Renumber the groups of both samples from 0, and return the samples with the number of groups.
 
-    A single group gives no pair of different groups; then every image counts as its own. A gate must not decide on such figures.
+    A single group gives no pair of different groups; then every image counts as a group of its own. A gate must not decide on
+    such figures.
     """
     names, index = np.unique(np.concatenate((real.groups, drawn.groups)), return_inverse=True)
     if len(names) == 1:
@@ -296,7 +304,7 @@ def _numbered(real: Sample, drawn: Sample) -> tuple[Sample, Sample, int]:
 
 
 def _mean(values: Matrix, rows: Sample, columns: Sample, count: int) -> _Mean:
-    """Sums of a matrix by pairs of groups."""
+    """Sum a matrix over the images of each pair of different groups, and count their pairs of images."""
     left, right = _members(rows, count), _members(columns, count)
     total = np.asarray(right.T @ (left.T @ values).T).T
     pairs = np.outer(np.asarray(left.sum(axis=0)).ravel(), np.asarray(right.sum(axis=0)).ravel())
@@ -311,10 +319,11 @@ def _members(of: Sample, count: int) -> sparse.csr_matrix:
 
 
 def _sum(*terms: tuple[float, _Mean], wide: bool = False) -> Figure:
-    """A signed sum of means over pairs, with the error that it has over groups.
+    """Add means over pairs, each times its factor, and estimate the standard error over groups.
 
-    The variance is that of the groups' influences. What pairs add beyond single groups is in the influences of both of a pair, so it
-    is counted twice, and taken off once unless `wide`: near 0 a distance is skewed, and so is its error, which needs that room.
+    The variance is that of the groups' influences. The part that a pair of groups adds to the effects of the single groups is in
+    the influence of both, so it is counted twice. It is subtracted once unless `wide` is set. A distance needs the wider error:
+    near 0 its distribution is skewed, and so is its error.
     """
     count = len(terms[0][1].total)
     parts: Matrix = sum((sign * (m.total - m.value * m.count) / m.count.sum() for sign, m in terms), np.zeros((count, count)))
@@ -328,7 +337,10 @@ def _sum(*terms: tuple[float, _Mean], wide: bool = False) -> Figure:
 
 
 def _spread(influence: npt.NDArray[np.float64], captions: Sequence[str]) -> float:
-    """The standard error that images bring of which each has such an influence, those of one caption being draws of one kind."""
+    """Estimate the standard error that comes from drawing the images, given the influence of each on a figure.
+
+    Images of one caption count as repeated draws.
+    """
     index = np.unique(np.asarray(captions, dtype=np.str_), return_inverse=True)[1]
     size = np.bincount(index)
     rest = influence - (np.bincount(index, weights=influence) / size)[index]

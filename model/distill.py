@@ -1,8 +1,8 @@
-"""Guided progressive distillation: a student that takes in one step what its teacher takes in two (Salimans and Ho 2022).
+"""Guided progressive distillation: a student learns to take one step where its teacher takes two (Salimans and Ho 2022).
 
-`full` (56 guided steps) teaches `dev` (28), `dev` teaches `fast` (14). A student's network is asked for the mean velocity from
-t to r, so that one step x_r = x_t + (r - t) v(x_t, t, r) is exact where the network is; guidance is folded in at the first stage
-(Meng et al. 2023), after which a step costs one network evaluation instead of two. Plain regression: no second network is trained.
+`full` (56 guided steps) teaches `dev` (28), `dev` teaches `fast` (14). A student predicts the mean velocity from t to r, so one
+step x_r = x_t + (r - t) v(x_t, t, r) is exact if the prediction is. The first stage also distils guidance (Meng et al. 2023);
+after it, a step costs one network evaluation instead of two. Training is plain regression: no second network is trained.
 
     >>> teaching = Teaching(teacher.network(), steps=28, guidance=2.0)
     >>> student = train(config, dataset, data, options, out, variant="dev", parent=teacher, teacher=teacher, objective=teaching)
@@ -28,9 +28,9 @@ class Teaching:
     """The objective of one stage; see `model.train.Objective`.
 
     Attributes:
-        teacher: in evaluation mode.
-        steps: that the student takes from noise to image; the teacher takes twice as many.
-        guidance: scale that the teacher is run with; None for a teacher that is itself a student.
+        teacher: network of the teacher, in evaluation mode.
+        steps: number of steps of the student from noise to image; the teacher takes twice as many.
+        guidance: guidance scale of the teacher; None for a teacher that is itself a student.
     """
 
     teacher: Network
@@ -41,18 +41,18 @@ class Teaching:
     def __call__(
         self, images: Tensor, ids: Tensor, noise: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`times` and `aim` for a whole batch: x, t, r and the mean velocity."""
+        """Compute `times` and `aim` for a whole batch: x, t, r and the mean velocity."""
         t, r = self.times(len(images), generator)
         x, velocity = self.aim(images, ids, noise, t, r)
         return x, t, r, velocity
 
     def times(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Where a student's steps begin and end, t and r, both [size]."""
+        """Draw the times t and r at which a student's steps begin and end, both [size]."""
         step = torch.randint(0, self.steps, (size,), generator=generator)
         return 1 - step / self.steps, 1 - (step + 1) / self.steps
 
     def aim(self, images: Tensor, ids: Tensor, noise: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """The point x where a student's step from t to r begins, and the mean velocity that the teacher shows there."""
+        """Compute the point x where a student's step from t to r begins, and the teacher's mean velocity over that step."""
         middle = (t + r) / 2
         x, _ = add_noise(images, noise, t)
         with torch.no_grad():
@@ -61,7 +61,7 @@ class Teaching:
         return x, (after - x) / (r - t).view(-1, 1, 1, 1)
 
     def _teach(self, x: Tensor, ids: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """One step of the teacher: Euler's with guidance, or its own mean velocity."""
+        """Take one step of the teacher, and return where it ends: Euler's method with guidance, or its own mean velocity."""
         teacher = self._beside(x)
         v: Tensor
         if self.guidance is None:
@@ -75,7 +75,7 @@ class Teaching:
         return x + (r - t).view(-1, 1, 1, 1) * v
 
     def _beside(self, x: Tensor) -> Network:
-        """The teacher on the device of `x`: itself, or a copy made once; the caller's stays where it is."""
+        """Return the teacher on the device of `x`: itself, or a copy that is made once; the caller's network is not moved."""
         if x.device == self.teacher.head_mod.device:
             return self.teacher
         if x.device not in self._copies:
@@ -84,23 +84,23 @@ class Teaching:
 
 
 def solver(student: VariantName, guidance: float) -> Sampler:
-    """What a student has to beat: `full` under a second-order solver with as many network evaluations.
+    """Return the sampler that a student has to beat: `full` with a second-order solver at equal network evaluations.
 
     Args:
         student: a distilled variant.
-        guidance: of `full`; with it each step costs two evaluations.
+        guidance: guidance scale of `full`; with guidance each step costs two evaluations.
     """
     return Sampler(method="ab2", steps=VARIANTS[student].steps // (1 if guidance == 1 else 2), guidance=guidance)
 
 
 def stage(teacher: Network, taught_as: VariantName, student: VariantName, guidance: float) -> Teaching:
-    """The objective that turns one variant into the next.
+    """Build the objective that distils one variant into the next.
 
     Args:
-        teacher: the network of the variant before.
-        taught_as: which variant that is.
-        student: which variant is wanted.
-        guidance: of `full`; a student is run without.
+        teacher: network of the teaching variant; it is set to evaluation mode.
+        taught_as: the teaching variant.
+        student: the variant to train.
+        guidance: guidance scale of `full`; not used for a teacher that is itself a student.
 
     Raises:
         ConfigError: the student is not taught by that variant.

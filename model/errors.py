@@ -1,19 +1,19 @@
-"""What can go wrong in `model`, split by who has to act.
+"""Errors that `model` raises, grouped by what has to be corrected.
 
     ModelError
     ├── DataError            the images, captions or revision handed in
-    │   └── RevisionError    a data revision that is missing, dirty or not what it says
+    │   └── RevisionError    a data revision that is missing, unrecorded or damaged; a failure of Git or DVC
     ├── ConfigError          the choice of tier, configuration, size or sampler
     ├── CheckpointError      a file of weights that is truncated, foreign or of another shape
-    ├── TrainingError        the run itself diverged; the last good checkpoint is kept
-    └── ExportError          the exported model does not compute what the trained one computes
+    ├── TrainingError        the run diverged; its last saved state is kept
+    └── ExportError          a model that cannot be exported, or whose export computes something else
 
-Each message is one sentence that says what to do next.
+Each message is one sentence and says what to do next.
 """
 
 
 class ModelError(Exception):
-    """Base of everything that `model` raises on purpose."""
+    """Base class of all errors that `model` raises deliberately."""
 
 
 class DataError(ModelError):
@@ -21,7 +21,7 @@ class DataError(ModelError):
 
 
 class RevisionError(DataError):
-    """A data revision is missing, has uncommitted changes, or its bytes are not the ones that were recorded."""
+    """A data revision is missing, has unrecorded changes or damaged bytes, or Git or DVC fails."""
 
 
 class ConfigError(ModelError):
@@ -33,8 +33,8 @@ class CheckpointError(ModelError):
 
 
 class TrainingError(ModelError):
-    """Training diverged."""
+    """Training diverged, or its loss or weights are not finite."""
 
 
 class ExportError(ModelError):
-    """The exported model failed its own check."""
+    """A model cannot be exported or loaded, or the exported model failed its check."""

@@ -1,7 +1,7 @@
-"""How good an exported model is: distances to held-out images, in two feature spaces, with errors where a gate needs them.
+"""Evaluate an exported model: distances to held-out images in each feature space, with errors where a gate needs them.
 
-Generated images start from fixed noise seeds and take their captions from the held-out items, so two models are compared
-on the same noise and the same captions; what they share cancels.
+Generated images start from fixed noise seeds and take their captions from the held-out items. So two models are compared
+on the same noise and the same captions, and what they have in common cancels.
 """
 
 from __future__ import annotations
@@ -55,44 +55,46 @@ from model.session import SESSION_CONFIG, Session
 from model.session import load as load_session
 
 NEIGHBOURS = 5
-BLOCKS = 10  # of the jackknife
+BLOCKS = 10  # blocks of the jackknife
 YARDSTICK_SEED = 6
 LATENCY_IMAGES = 5
 EVALUATION_SEED = 1_000_000
 MEMORY_SEED = 7
-MEMORY_IMAGES = 2000  # training images that are searched for copies; the others go unseen
+MEMORY_IMAGES = 2000  # training images that are searched for copies; copies of others are not found
 CAPTION_ROWS = 12
-JUDGED_DRAWS = 32  # generated images of a caption that is judged, at least
-JUDGED_CAPTIONS = 64  # at most, and as many words
-IMPLAUSIBLE, DUPLICATE = 0.995, 0.01  # quantiles of real images' distance to the nearest of other groups
-PUBLISHED_BATCH = 256  # decoded images of a folder that are held at a time
-BLANK_DEVIATION = 2.0  # grey levels; an image with less is constant
-DEAD_SHARE = 0.1  # of an even share
+JUDGED_DRAWS = 32  # generated images wanted of each caption that is judged
+JUDGED_CAPTIONS = 64  # judged at most, and as many words
+IMPLAUSIBLE, DUPLICATE = 0.995, 0.01  # quantiles of a real image's distance to the nearest one of another group
+PUBLISHED_BATCH = 256  # images of a folder that are decoded at a time
+BLANK_DEVIATION = 2.0  # grey levels; an image with a smaller standard deviation counts as constant
+DEAD_SHARE = 0.1  # of an even share; an expert with less is dead
 
 Images = npt.NDArray[np.uint8]  # [n, C, R, R]
 Distances = npt.NDArray[np.float64]
 OnBatch = Callable[[int, int], None]
-"""Called with (images made, images to make)."""
+"""Callback with (images made so far, images in total)."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a model drew for an evaluation."""
+    """Images that a model drew for an evaluation."""
 
     images: Images
     load: npt.NDArray[np.float32]  # [S, M, E], by sampling step
     bad: float  # share of images that are constant or not finite
 
     def first(self, n: int) -> Drawn:
-        """The first n of them; the load stays that of all."""
+        """Return the first n images; load and share of bad images stay those of all."""
         return Drawn(self.images[:n], self.load, self.bad)
 
 
 def held_out_items(dataset: Dataset, n: int) -> npt.NDArray[np.intp]:
-    """The held-out items whose captions n images are drawn for: all alike, in an order that is the same for every model.
+    """Choose the held-out items whose captions n images are drawn for; the order is the same for every model.
+
+    If n is larger than the number of items, they repeat and are all used about equally often.
 
     Raises:
-        DataError: fewer than 2 are asked for.
+        DataError: n is below 2.
     """
     if n < 2:
         raise DataError(f"an evaluation of {n} images says nothing; ask for at least 2")
@@ -102,18 +104,18 @@ def held_out_items(dataset: Dataset, n: int) -> npt.NDArray[np.intp]:
 
 
 def held_out_captions(dataset: Dataset, n: int) -> list[str]:
-    """N captions in the proportions of the held-out items; the same for every model.
+    """Return n captions in the proportions of the held-out items; the same for every model.
 
     Raises:
-        DataError: fewer than 2 are asked for.
+        DataError: n is below 2.
     """
     return [dataset.captions[i] for i in held_out_items(dataset, n)]
 
 
 def further_items(dataset: Dataset, n: int) -> npt.NDArray[np.intp]:
-    """Held-out items that are drawn once more, so that each caption that is looked at gets JUDGED_DRAWS; n / 2 items at most.
+    """Choose held-out items to draw again, so that each judged caption gets JUDGED_DRAWS images; n / 2 items at most.
 
-    The caption with the fewest images is next, so that where not all can have as many, they have about equally many.
+    The caption with the fewest images comes next. So if not all can reach JUDGED_DRAWS, all get about equally many.
     """
     counts = Counter(dataset.captions[i] for i in held_out_items(dataset, n))
     own: dict[str, list[int]] = {caption: [] for caption in _judged(dataset)[0]}
@@ -131,9 +133,9 @@ def further_items(dataset: Dataset, n: int) -> npt.NDArray[np.intp]:
 
 
 def _judged(dataset: Dataset) -> tuple[list[str], list[str]]:
-    """Captions and words of the held-out items that are looked at one by one, the most frequent ones first.
+    """List the captions and the words of held-out items that are judged one by one, the most frequent ones first.
 
-    A word is looked at where several captions have it, and some do not.
+    A word is judged if several captions contain it and some do not. If there is only one caption, nothing is judged.
     """
     own = Counter(dataset.captions[i] for i in dataset.reference())
     of: dict[str, set[str]] = {}
@@ -147,7 +149,7 @@ def _judged(dataset: Dataset) -> tuple[list[str], list[str]]:
 
 
 def draw(session: Session, captions: list[str], sampler: Sampler, on_batch: OnBatch | None = None) -> Drawn:
-    """Generate the images of an evaluation."""
+    """Generate the images of an evaluation, and find the bad ones."""
     images, loads = [], []
     for part, load in session.generate_many(captions, EVALUATION_SEED, sampler):
         images.append(part)
@@ -163,7 +165,7 @@ def draw(session: Session, captions: list[str], sampler: Sampler, on_batch: OnBa
 
 
 def frechet_distance(x: Features, y: Features) -> float:
-    """Fréchet distance of the two Gaussians with these means and covariances (Heusel et al. 2017)."""
+    """Compute the Fréchet distance of two Gaussians with the means and covariances of x and y (Heusel et al. 2017)."""
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     roots = np.sqrt(np.linalg.eigvals(a @ b).astype(np.complex128)).real
     shift = float(np.sum((x.mean(axis=0) - y.mean(axis=0)) ** 2))
@@ -171,10 +173,10 @@ def frechet_distance(x: Features, y: Features) -> float:
 
 
 def frechet_error(x: Features, y: Features, groups: Groups | None = None) -> float | None:
-    """Standard error of the Fréchet distance: a jackknife that leaves out a tenth of one side at a time (Shao and Wu 1989).
+    """Estimate the standard error of the Fréchet distance by a jackknife over tenths of each side (Shao and Wu 1989).
 
-    How far the figure would move with other images of the same number. The distance is also too large, by an amount that
-    depends on n alone; of that this error says nothing, so it must not be used to compare figures of unequal n.
+    The error says how far the distance would move with other images of the same number. The distance also has an upward bias
+    that depends on n alone. The error does not cover this bias, so do not use it to compare distances of unequal n.
 
     Args:
         x: [m, d] held-out images.
@@ -182,7 +184,8 @@ def frechet_error(x: Features, y: Features, groups: Groups | None = None) -> flo
         groups: [m] group of each held-out image; a group is left out as a whole.
 
     Returns:
-        None where fewer than two images of a side would be left. A fifth or so too large at a hundred images in 64 dimensions.
+        the error, about a fifth too large at a hundred images in 64 dimensions; None if fewer than two images of a side would
+        be left.
     """
     variance = 0.0
     groups = np.arange(len(x)) if groups is None else groups
@@ -196,7 +199,7 @@ def frechet_error(x: Features, y: Features, groups: Groups | None = None) -> flo
 
 
 def _blocks(groups: Groups) -> Groups:
-    """At most ten blocks of whole groups, by a fixed draw."""
+    """Divide the groups into at most ten blocks by a fixed random order; return the block of each item."""
     count = int(groups.max()) + 1
     order = np.random.Generator(np.random.Philox(key=YARDSTICK_SEED)).permutation(count)
     blocks: Groups = (order % min(BLOCKS, count))[groups]
@@ -204,13 +207,13 @@ def _blocks(groups: Groups) -> Groups:
 
 
 def radii(x: Features) -> tuple[npt.NDArray[np.float64], int]:
-    """Distance of each item to its k-th nearest other one, [n], and k: 5, or all the others where they are fewer."""
+    """Compute the distance of each item to its k-th nearest other item, [n], and k: 5, or n - 1 if that is less."""
     k = min(NEIGHBOURS, len(x) - 1)
     return np.sort(cdist(x, x), axis=1)[:, k], k
 
 
 def precision(reference: Features, generated: Features) -> float:
-    """Share of generated items in the ball of some reference item's 5 nearest neighbours (Kynkäänniemi et al. 2019).
+    """Compute the share of generated items in the 5-neighbour ball of some reference item (Kynkäänniemi et al. 2019).
 
     Recall is this share with the two sides exchanged.
     """
@@ -219,30 +222,30 @@ def precision(reference: Features, generated: Features) -> float:
 
 
 def density(reference: Features, generated: Features) -> float:
-    """Reference balls around a generated item, in units of the 5 that are expected: about 1 is right (Naeem et al. 2020)."""
+    """Compute the mean number of reference balls around a generated item, over 5; about 1 is right (Naeem et al. 2020)."""
     radius, k = radii(reference)
     return float((cdist(reference, generated) <= radius[:, None]).sum(axis=0).mean() / k)
 
 
 def coverage(reference: Features, generated: Features) -> float:
-    """Share of reference items with a generated one inside the ball of their 5 nearest neighbours (Naeem et al. 2020)."""
+    """Compute the share of reference items with a generated item in their 5-neighbour ball (Naeem et al. 2020)."""
     return float((cdist(reference, generated).min(axis=1) <= radii(reference)[0]).mean())
 
 
 def pure_noise(like: Images) -> Images:
-    """As many images of uniform noise: what a model draws that has learned nothing, a fixed yardstick of harm."""
+    """Generate images of uniform noise in the shape of `like`: what an untrained model draws, a fixed yardstick of harm."""
     return np.random.Generator(np.random.Philox(key=YARDSTICK_SEED)).integers(0, 256, like.shape, dtype=np.uint8)
 
 
 def sample(spaces: FeatureSpaces, space: str, dataset: Dataset, items: npt.NDArray[np.intp], images: Images) -> Sample:
-    """Images by their features, with the captions and the groups of held-out items."""
+    """Compute the features of images in one space, and join them with the captions and groups of their held-out items."""
     numbers = dict(zip(dataset.reference().tolist(), dataset.reference_groups().tolist(), strict=True))
     groups = np.array([numbers[int(i)] for i in items], dtype=np.intp)
     return Sample(spaces(space, images), [dataset.captions[i] for i in items], groups)
 
 
 def quality(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, split: str) -> list[Quality]:
-    """The distances of one model's images to one split's held-out images, in each space."""
+    """Measure the distances of one model's images to the held-out images of one split, in each space."""
     rows = []
     reference = dataset.reference()
     items, noise = held_out_items(dataset, len(drawn.images)), pure_noise(dataset.images[reference])
@@ -287,7 +290,10 @@ def compare(
     champion_sha256: Sha256,
     against: Literal["champion", "anchor", "solver"] = "champion",
 ) -> list[Comparison]:
-    """The challenger against champion or anchor, or a student against its solver, on one split, in each space, alone and with captions."""
+    """Compare the challenger with champion or anchor, or a student with its solver, on one split.
+
+    There is one comparison for each space and aspect (images alone, pairs of image and caption).
+    """
     rows = []
     reference, items = dataset.reference(), held_out_items(dataset, len(challenger.images))
     for space in spaces.names:
@@ -315,7 +321,7 @@ def compare(
 
 
 def following(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, split: str) -> list[Following]:
-    """How far a model's images go with their captions, in each space; nothing where the held-out images have one caption."""
+    """Measure how well a model's images match their captions, in each space; empty if the held-out images have one caption."""
     reference, items, rows = dataset.reference(), held_out_items(dataset, len(drawn.images)), []
     if len({dataset.captions[i] for i in reference}) < 2:
         return []
@@ -335,14 +341,14 @@ def following(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, split: str)
 
 
 def asked_for(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, champion: Drawn | None, n: int) -> list[CaptionCheck]:
-    """Whether a model draws each caption, and each word of captions, over all spaces together.
+    """Check for each caption, and each word of captions, whether a model draws it, over all spaces together.
 
     Args:
-        spaces: whose kernels are averaged.
+        spaces: feature spaces, whose kernels are averaged.
         dataset: gives the held-out images.
-        drawn: images for `held_out_items` and then `further_items`.
-        champion: the champion's for the same.
-        n: how many of them are for `held_out_items`.
+        drawn: images for `held_out_items`, followed by those for `further_items`.
+        champion: the champion's images for the same items.
+        n: number of images for `held_out_items`.
     """
     reference = dataset.reference()
     items = np.concatenate((held_out_items(dataset, n), further_items(dataset, n)))
@@ -353,7 +359,7 @@ def asked_for(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, champion: D
         return replace(parts[0], features=np.concatenate([part.features for part in parts], axis=1))
 
     real = side_by_side(reference, dataset.images[reference])
-    # Rare captions were drawn more often than they are; weighed, the drawn images are as mixed as the real ones.
+    # Rare captions were drawn more often than they occur; the weights give the drawn images the mix of the real ones.
     real_counts, counts = Counter(real.captions), Counter(dataset.captions[i] for i in items)
     weights = np.array([real_counts[dataset.captions[i]] / counts[dataset.captions[i]] for i in items])
     made = replace(side_by_side(items, drawn.images), weights=weights)
@@ -365,7 +371,7 @@ def asked_for(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, champion: D
         if min(len(np.unique(of.groups)) for of in (asked, others)) < 2:
             continue
         (ours, without), theirs = _asked(made, name, word), _asked(before, name, word) if before else None
-        if not len(ours):  # too rare among too few images
+        if not len(ours):  # the caption is too rare: none of the few images was drawn for it
             continue
         apart = distances.told_apart(asked, others, scales)
         shown = distances.drawn_share(asked, others, ours, without if len(without) else others, scales)
@@ -386,10 +392,10 @@ def _has(caption: str, name: str, word: bool) -> bool:
 
 
 def _asked(real: Sample, name: str, word: bool) -> tuple[Sample, Sample]:
-    """Take the images of a caption or word, and those that a model would draw in their place.
+    """Split a sample into the images of a caption or word, and the images that they are compared with.
 
-    The second are images of the same captions less the word, or less one word of the caption, weighted so that these captions are as
-    frequent as on the first side; where there are none, all others.
+    The second part holds images with the same captions without the word, or without one word of the caption. They are weighted so
+    that these captions are as frequent as in the first part. If there are none, the second part holds all other images.
     """
     own = np.array([_has(caption, name, word) for caption in real.captions])
     sets = [distances.words(caption) for caption in real.captions]
@@ -411,14 +417,17 @@ def _asked(real: Sample, name: str, word: bool) -> tuple[Sample, Sample]:
 def plausibility(
     spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, champion: Drawn | None = None, n: int | None = None
 ) -> Plausibility | None:
-    """Count images that are unlike all real ones, and those that are like each other; None where all real images are of one group.
+    """Count generated images that are unlike all real ones, and those that are duplicates of each other.
 
     Args:
-        spaces: an image is unlike all real ones where it is so in any of them.
+        spaces: feature spaces; an image is unlike all real ones if it is so in any of them.
         dataset: gives the real images.
         drawn: images of a model.
         champion: images of the champion for the same captions and seeds; the difference is taken over all pairs.
-        n: how many of the model's first ones are counted; None: all.
+        n: count only the first n images of the model; None: all.
+
+    Returns:
+        the counts; None if all real images are of one group.
     """
     known = _known(dataset)
     names = np.unique([dataset.groups[i] for i in known], return_inverse=True)[1]
@@ -458,7 +467,7 @@ def plausibility(
 
 
 def real_images(dataset: Dataset, caption: str, n: int) -> list[Images]:
-    """Choose up to n held-out images of a caption [C, R, R], to be looked at beside generated ones: from as many groups as there are."""
+    """Choose up to n held-out images [C, R, R] of a caption to show beside generated ones, from as many groups as possible."""
     groups = dict(zip(dataset.reference().tolist(), dataset.reference_groups().tolist(), strict=True))
     own: Counter[int] = Counter()
     ranked = []
@@ -469,19 +478,19 @@ def real_images(dataset: Dataset, caption: str, n: int) -> list[Images]:
 
 
 def _known(dataset: Dataset) -> npt.NDArray[np.intp]:
-    """Training images that others are held against: a fixed choice of 2,000 at most."""
+    """Choose the training images that others are compared with: at most 2,000, always the same."""
     order = np.random.Generator(np.random.Philox(key=MEMORY_SEED)).permutation(dataset.training())
     return np.sort(order[:MEMORY_IMAGES])
 
 
 def group_hashes(dataset: Dataset) -> list[str]:
-    """Hashes of the held-out groups, the smallest ones: two sets' overlap can be told from them (Broder 1997)."""
+    """Hash the held-out groups and return the smallest hashes, which tell whether two sets overlap (Broder 1997)."""
     names = {dataset.groups[i] for i in dataset.reference()}
     return sorted(hashlib.sha256(name.encode()).hexdigest()[:16] for name in names)[:HASHES]
 
 
 def memorisation(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> list[Memorisation]:
-    """Whether generated images lie nearer to training images than held-out ones do, in each space."""
+    """Measure whether generated images lie nearer to training images than held-out images do, in each space."""
     training, reference = dataset.images[_known(dataset)], dataset.images[dataset.reference()]
     rows = []
     for space in spaces.names:
@@ -506,17 +515,20 @@ def memorisation(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn) -> list[
 
 
 def copying(generated: Distances, held_out: Distances, groups: Groups | None = None) -> tuple[float, float, float]:
-    """P(a generated image is nearer to its nearest training image than a held-out one is), its error, and z of this being 1/2.
+    """Estimate the probability that a generated image is nearer to training images than a held-out image is.
 
-    The Mann-Whitney test of Meehan et al. 2020 over the whole space (they also cut it into cells), with the sign turned: a
-    large z says that images are copied. Ties count one half. In the variance the held-out images enter by group, by group,
-    through their ranks among themselves; for images that are each their own it is the test's usual one. That
-    holds at 1/2; the error of any other probability is DeLong's (1988), again by group.
+    This is the Mann-Whitney test of Meehan et al. 2020 over the whole space (they also cut it into cells), with the opposite
+    sign: a large z means that images are copied. Ties count one half. The variance behind z holds for a probability of 1/2. The
+    held-out images enter it by group, through their ranks among themselves; if each image is its own group, it is the test's
+    usual variance. The standard error holds for any probability; it is DeLong's (1988), again by group.
 
     Args:
         generated: [n] distances to the nearest training image.
-        held_out: [m] the same of held-out images.
-        groups: [m] group of each held-out image; None: every image is its own.
+        held_out: [m] the same distances of held-out images.
+        groups: [m] group of each held-out image; None: every image is its own group.
+
+    Returns:
+        the probability, its standard error, and the z score of its difference from 1/2.
     """
     n, m = len(generated), len(held_out)
     probability = 1 - float(stats.mannwhitneyu(generated, held_out).statistic) / (n * m)
@@ -531,13 +543,13 @@ def copying(generated: Distances, held_out: Distances, groups: Groups | None = N
 
 
 def by_caption(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, captions: list[str]) -> list[CaptionRow]:
-    """How far the images of each of the most frequent captions lie from held-out images of that caption.
+    """Measure how far the images of each of the most frequent captions lie from held-out images of that caption.
 
     Args:
-        spaces: the `trained` one is used, which tells captions apart.
+        spaces: feature spaces; only `trained` is used, because it separates captions.
         dataset: gives the held-out images.
-        drawn: images.
-        captions: what image i was drawn for.
+        drawn: images of a model.
+        captions: captions[i] is the caption that image i was drawn for.
     """
     reference, groups = dataset.reference(), dataset.reference_groups()
     held_out, generated = spaces("trained", dataset.images[reference]), spaces("trained", drawn.images)
@@ -557,18 +569,18 @@ def by_caption(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, captions: 
 
 
 def nearest_of_others(x: Features, y: Features, groups: Groups) -> tuple[float | None, float | None]:
-    """Mean distance of y to the nearest of x, and of each of x to the nearest of the other groups of x.
+    """Compute the mean distance of y to the nearest x, and of each x to the nearest x of another group.
 
-    Each of x looks for a neighbour outside its own group. The distance from y is averaged over the same choices of what is
-    left out, else y would have more to choose from and look too good where images are few.
+    Each x looks for a neighbour outside its own group. The distance from y is averaged over leaving out the same groups.
+    Otherwise y would have more candidates, and would look too good where images are few.
 
     Args:
         x: [m, d].
         y: [n, d].
-        groups: [m] group of each of x.
+        groups: [m] group of each x.
 
     Returns:
-        None for a distance that has nothing to be measured on.
+        both distances; both None if x has one group, the first None if y is empty.
     """
     names, index = np.unique(groups, return_inverse=True)
     if len(names) < 2:
@@ -583,7 +595,7 @@ def nearest_of_others(x: Features, y: Features, groups: Groups) -> tuple[float |
 
 
 def usage(load: npt.NDArray[np.float32]) -> Usage:
-    """Expert usage from the mean load [S, M, E] of each sampling step."""
+    """Summarise expert usage, given the mean load [S, M, E] of each sampling step."""
     mean = load.mean(axis=0)
     share = mean / np.maximum(mean.sum(axis=1, keepdims=True), 1e-12)
     experts = load.shape[2]
@@ -597,7 +609,7 @@ def usage(load: npt.NDArray[np.float32]) -> Usage:
 
 
 def measure_cost(folder: Path, caption: str, sampler: Sampler) -> Cost:
-    """Median time of one image on this machine, one thread, batch of one, and peak memory in a process of its own."""
+    """Measure the median time of one image here (one thread, batch of one), and the peak memory of a separate process."""
     session = load_session(folder, threads=1)
     ids = session.encode([caption])
     session.generate(ids, [0], sampler)
@@ -617,7 +629,9 @@ def measure_cost(folder: Path, caption: str, sampler: Sampler) -> Cost:
 
 
 def measure_memory(folder: Path, batch: int) -> tuple[float, float]:
-    """MiB of a fresh process before the model is loaded, and its peak after network evaluations (see `model.peak_memory`).
+    """Measure the peak memory of a fresh process in MiB, before the model is loaded and after network evaluations.
+
+    See `model.peak_memory`.
 
     Raises:
         ExportError: the process fails.
@@ -632,11 +646,11 @@ def measure_memory(folder: Path, batch: int) -> tuple[float, float]:
 
 
 def published_fid(folder: Path, generated: Images, file: Path) -> PublishedFid:
-    """FID by the usual protocol between all images of a folder and generated ones.
+    """Compute FID by the usual protocol between all images of a folder and generated ones.
 
-    The folder's images are cut to their central square and brought to the generated ones' size and channels, as training
-    images are; then both go through `model.features.published_features`. torchmetrics computes the same formula, in the same
-    float64, from the same module, and would be one more dependency for it: ours is used.
+    The folder's images are cut to their central square and converted to the size and channels of the generated images, like
+    training images. Then both go through `model.features.published_features`. torchmetrics computes the same formula, in the same
+    float64, from the same module; we use our own code to save that dependency.
 
     Args:
         folder: PNG, JPEG and other images, anywhere below it.
@@ -645,7 +659,7 @@ def published_fid(folder: Path, generated: Images, file: Path) -> PublishedFid:
 
     Raises:
         DataError: there is no such file or folder, an image cannot be decoded, or a side has fewer than two images.
-        CheckpointError: the file is no TorchScript, or not of a network that gives features.
+        CheckpointError: the file is not TorchScript, or its network does not give features.
     """
     features, sha256 = published_features(file)
     if not folder.is_dir():
@@ -684,7 +698,7 @@ def scorecard(
     plausible: Plausibility | None = None,
     held_out: list[str] | None = None,
 ) -> Scorecard:
-    """Put the figures of one model together; `solver` is how `full` was drawn beside a student."""
+    """Combine the figures of one model into its scorecard; `solver` is the sampler of `full` that a student was compared with."""
     beside = [row.delta for row in comparisons if row.against == "solver" and row.aspect == "images"]
     return Scorecard(
         line=lineage.data.line, tier=config.tier, configuration=config.configuration, variant=lineage.variant,

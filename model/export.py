@@ -1,10 +1,10 @@
-"""A checkpoint → the files that a device runs, checked against the network they came from before anything is handed on.
+"""Export a checkpoint as the files that a device runs, and check them against the network they came from.
 
-graph.onnx      the graph of (tier, configuration, precision); the same bytes for every release
-weights.bin     the weights, at offsets that depend on the configuration alone
-sampler.json    the solver's table and the pinned runtime: what a device needs to draw an image
-golden.npz      fixed inputs and the outputs they gave here
-reference.json  expert load, image statistics and latency budget that a device compares itself with
+graph.onnx      graph of one model configuration and precision; the same bytes in every release
+weights.bin     weights, at offsets that depend on the model configuration and the precision alone
+sampler.json    solver, times, guidance and pinned runtime: what a device needs to draw an image
+golden.npz      fixed inputs, and their outputs on the exporting machine
+reference.json  expert load, image statistics and latency budget, with which a device compares its own
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from model.scorecard import Sampler, Sha256
 from model.session import RUNTIME, Session, noise
 from model.train import Checkpoint
 
-PARITY_TOLERANCE = 1e-4  # largest |difference| of a velocity with the routing forced; float32 noise is a tenth of it
-ROUTING_TOLERANCE = 0.01  # mean |difference| of the expert load, torch routing by itself; a flipped tie moves it far less
-GOLDEN_TOLERANCE = 1e-3  # |difference| that a device may show; other CPUs order their sums otherwise
-GOLDEN_SHARE = 0.98  # of the elements that must stay within it: a flipped tie in the routing moves a few far
+PARITY_TOLERANCE = 1e-4  # largest |difference| from torch with the same routing; float32 noise is a tenth of it
+ROUTING_TOLERANCE = 0.01  # mean |difference| of the expert load when torch routes by itself; a flipped tie changes it far less
+GOLDEN_TOLERANCE = 1e-3  # |difference| that a device may show; other CPUs add in another order
+GOLDEN_SHARE = 0.98  # share of elements that must stay within it; a flipped tie in the routing changes a few by much more
 GOLDEN_SEED = 20_000
 GOLDEN_IMAGES = 8
 TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -41,12 +41,12 @@ STATISTICS = ("mean", "deviation", "edges")
 
 @dataclass(frozen=True)
 class Export:
-    """A folder with one exported variant."""
+    """Folder with one exported variant."""
 
     folder: Path
     weights_sha256: Sha256
     parity: float
-    """Largest difference to the network in torch, routing forced."""
+    """Largest difference from the network in torch, with the same routing."""
 
 
 def export(
@@ -57,13 +57,14 @@ def export(
     Args:
         checkpoint: what to export.
         precision: how weights are stored.
-        sampler: how devices are to draw.
-        captions: some captions of the line; the golden images are made for them.
-        latency_ms: the budget for one image on the device class.
-        out: made when missing.
+        sampler: sampler that devices use.
+        captions: some captions of the line, for the golden outputs and the reference statistics.
+        latency_ms: latency budget for one image on the device class, in milliseconds.
+        out: created if missing.
 
     Raises:
-        ExportError: ONNX Runtime does not compute what torch computes; nothing usable was written.
+        ExportError: the network is an ablation, its weights do not fit the precision, ONNX Runtime does not compute what torch
+            computes, or the sampler does not fit the variant; the files in `out` must not be used.
     """
     config = checkpoint.lineage.config
     if config.ablation != "none":
@@ -84,7 +85,7 @@ def export(
 
 
 def tensor_of(network: Network, name: str) -> torch.Tensor:
-    """The parameter behind a name of the weight file; what is returned shares the network's memory."""
+    """Return the parameter behind a name of the weight file, as a tensor that shares the network's memory."""
     if not name.startswith("block"):
         return network.get_parameter(name).data
     block, rest = name.removeprefix("block").split(".", 1)
@@ -97,9 +98,9 @@ def tensor_of(network: Network, name: str) -> torch.Tensor:
 
 
 def pack(network: Network, precision: PrecisionName) -> bytes:
-    """The weight file: every tensor at its place, rounded to the stored precision; the gaps are zero.
+    """Build the weight file: every tensor at its offset, rounded to the stored precision; the gaps are zero.
 
-    int8 is symmetric around zero with a scale for each output; see `quantise`.
+    int8 is symmetric around zero, with one scale for each index of `scaled_axis`; see `quantise`.
 
     Raises:
         ExportError: a weight is not finite, or too large for the precision.
@@ -120,22 +121,23 @@ def pack(network: Network, precision: PrecisionName) -> bytes:
 
 
 def quantise(values: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix as whole numbers in [-127, 127] (float) and the scale of each index of `axis`, by which they are multiplied.
+    """Quantise a matrix: return whole numbers in [-127, 127], as float, and the scale of each index of `axis`.
 
-    Scales are powers of two: stored weights are then exact in float32, storing them again changes nothing, and a retraining
-    seldom moves a scale, which would change every number under it in a delta. The price is up to one bit.
+    A weight is its whole number times its scale. Scales are powers of two. So stored weights are exact in float32, storing
+    them again changes nothing, and a retraining seldom changes a scale; a changed scale would change all its numbers in a
+    delta. The cost is up to one bit of precision.
     """
     mantissa, exponent = torch.frexp(values.abs().amax(dim=1 - axis) / 127)
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=-100)  # the next power of two above
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=-100)  # rounded up to a power of two
     scale = torch.ldexp(torch.ones_like(mantissa), exponent)
     return torch.round(values / scale.unsqueeze(1 - axis)).clamp(-127, 127), scale
 
 
 def unpack(config: ModelConfig, precision: PrecisionName, weights: bytes) -> Network:
-    """The network whose weights are exactly the stored ones.
+    """Build the network whose weights are exactly the stored ones.
 
     Raises:
-        ExportError: the file has another size than this configuration's.
+        ExportError: the size of the file does not match the configuration.
     """
     placed, size = layout(config, precision)
     if len(weights) != size:
@@ -155,11 +157,12 @@ def unpack(config: ModelConfig, precision: PrecisionName, weights: bytes) -> Net
 
 
 def check_parity(network: Network, precision: PrecisionName, weights: bytes, seed: int = 0) -> float:
-    """Run the exported model and the network on random inputs; returns the largest difference of their outputs.
+    """Run the exported model and the network on random inputs, and return the largest difference of their outputs.
 
-    Torch is forced to the routing that ONNX Runtime chose: the router compares sums that the two round differently, so a
-    near tie may fall either way and would hide what is being checked. That the graph chooses by the same rule is checked
-    by the expert load, which a flipped tie hardly moves.
+    Torch uses the routing that ONNX Runtime chose. The two round the router's sums differently, so a near tie may be decided
+    either way, which would hide the errors that are checked here. A comparison of expert loads, with torch routing by
+    itself, checks that the graph routes by the same rule; a flipped tie hardly changes the load. Velocities are compared
+    relative to the largest one, if that is above 1.
 
     Raises:
         ExportError: the difference is above `PARITY_TOLERANCE`, or the routing follows another rule.
@@ -192,14 +195,21 @@ def check_parity(network: Network, precision: PrecisionName, weights: bytes, see
 
 
 def image_statistics(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Mean, standard deviation and mean absolute step between neighbouring pixels of each image: [B, 3]."""
+    """Compute mean, standard deviation and edge strength of each image, [B, 3].
+
+    Edge strength is the mean absolute difference of vertical neighbours plus that of horizontal ones.
+    """
     x = images.astype(np.float64)
     edges = np.abs(np.diff(x, axis=2)).mean(axis=(1, 2, 3)) + np.abs(np.diff(x, axis=3)).mean(axis=(1, 2, 3))
     return np.stack((x.mean(axis=(1, 2, 3)), x.std(axis=(1, 2, 3)), edges), axis=1)
 
 
 def describe(session: Session, sampler: Sampler, variant: VariantName, captions: list[str], latency_ms: float, out: Path) -> None:
-    """Write `sampler.json`, `golden.npz` and `reference.json` for a session."""
+    """Write `sampler.json`, `golden.npz` and `reference.json` for a session.
+
+    Raises:
+        ExportError: the sampler does not fit the variant.
+    """
     if (sampler.method == "mean") == VARIANTS[variant].guided:
         raise ExportError(
             f"the variant {variant} is not drawn with the method {sampler.method!r}; only distilled ones take `mean`"
@@ -223,7 +233,7 @@ def describe(session: Session, sampler: Sampler, variant: VariantName, captions:
     ids = session.encode(chosen)
     x = np.stack([noise(seed, (session.channels, session.size, session.size)) for seed in seeds])
     t = np.linspace(1, 0.1, GOLDEN_IMAGES, dtype=np.float32)
-    # A student is only ever asked for the mean velocity over one of its steps.
+    # A distilled variant only ever predicts the mean velocity over one of its steps.
     r = np.maximum(t - np.float32(1 / sampler.steps), 0) if sampler.method == "mean" else t
     velocity = session.run(x, t, r, ids)[0]
     images, load = session.generate(ids, seeds, sampler)

@@ -1,14 +1,15 @@
 """Three unrelated, frozen feature spaces in which images are compared.
 
 - `trained`: the last hidden layer of a small classifier of captions, trained once on a line's first data revision.
-- `random`: responses of fixed random convolutions; no training, sees texture and noise, blind to meaning.
-- `scattering`: energies of wavelets at several scales and directions, and of how those energies vary (Bruna and Mallat 2013). No
-  training; sees blur, compression and a training that was cut short, which the other two do not (measured in infra/DECISIONS.md).
+- `random`: responses of fixed random convolutions, without training. It detects texture and noise, but not meaning.
+- `scattering`: energies of wavelets at several scales and directions, and how these energies vary (Bruna and Mallat 2013),
+  without training. It detects blur, compression and training that was cut short, unlike the other two (measured in
+  infra/DECISIONS.md).
 
-All are standardised by the first revision and kept in one file; its hash is part of every figure, and figures with
-different hashes are never compared. A file that an older ferry wrote holds the first two. Distances in them are named `fd` and `kd`,
-never "FID": that name belongs to Inception features. They can be had too, from a file of the user's own (`published_features`), for
-figures that are to be compared with those of papers.
+All are standardised on the first revision and stored in one file. Its hash is part of every figure, and figures with different
+hashes are never compared. A file from an older version of ferry holds only the first two spaces. Distances in these spaces are
+named `fd` and `kd`, never "FID", because that name belongs to Inception features. Inception features are available too, from a
+file that the user provides (`published_features`), for figures that are to be compared with papers.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ DIMENSIONS = 64
 SPACES = ("trained", "random", "scattering")
 DIRECTIONS = 6
 OCTAVES = 4  # at most; an image of 16 pixels has three
-WAVELET = 7  # side of a wavelet, pixels of its scale
+WAVELET = 7  # side of a wavelet, in pixels at its scale
 TRAINING_STEPS = 300
 INCEPTION_SIZE = 299  # pixels
 INCEPTION_BATCH = 32
-BATCH = 256  # images whose responses are held at a time
+BATCH = 256  # images that are processed at a time
 Features = npt.NDArray[np.float64]  # [n, DIMENSIONS]
 
 
 class Classifier(nn.Module):
-    """Which caption belongs to an image; its last hidden layer is the feature space."""
+    """Classifier that assigns captions to images; its last hidden layer is the feature space."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -55,29 +56,29 @@ class Classifier(nn.Module):
         self.last = nn.Linear(DIMENSIONS, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, C, R, R] -> [B, DIMENSIONS]."""
+        """Compute the features of images, [B, C, R, R] -> [B, DIMENSIONS]."""
         h = F.relu(self.second(F.relu(self.first(x))))
         return self.hidden(F.adaptive_avg_pool2d(h, 4).flatten(1))  # [B, DIMENSIONS]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, R, R] -> scores of the captions."""
+        """Compute the scores of the captions for images, [B, C, R, R] -> [B, classes]."""
         return self.last(F.relu(self.features(x)))
 
 
 @dataclass(frozen=True)
 class FeatureSpaces:
-    """The spaces of one line."""
+    """Feature spaces of one line."""
 
     tensors: dict[str, Tensor]
     sha256: Sha256
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Which there are: all of SPACES, or what an older ferry knew."""
+        """Names of the available spaces: all of SPACES, or those of an older version of ferry."""
         return tuple(space for space in SPACES if f"{space}.scale" in self.tensors)
 
     def __call__(self, space: str, images: npt.NDArray[np.uint8]) -> Features:
-        """Features of uint8 images [n, C, R, R]: float64 [n, DIMENSIONS]."""
+        """Compute the features of uint8 images [n, C, R, R] in one space: float64 [n, DIMENSIONS]."""
         with torch.inference_mode():
             raw = torch.cat([self.raw(space, part).double() for part in to_unit(images).split(BATCH)])
         standard = (raw - self.tensors[f"{space}.mean"]) / self.tensors[f"{space}.deviation"]
@@ -85,11 +86,11 @@ class FeatureSpaces:
         return result
 
     def scale(self, space: str) -> float:
-        """Median distance between two images of the first revision: what the kernel's widths are multiples of."""
+        """Return the median distance between two images of the first revision; the kernel's widths are multiples of it."""
         return float(self.tensors[f"{space}.scale"])
 
     def raw(self, space: str, x: Tensor) -> Tensor:
-        """Features before they are standardised, [B, C, R, R] -> [B, DIMENSIONS], or more where `axes` chooses among them."""
+        """Compute the features before standardisation, [B, C, R, R] -> [B, DIMENSIONS]; another width if `axes` projects them."""
         if space == "scattering":
             return scattering(x)
         if space == "random":
@@ -102,14 +103,14 @@ class FeatureSpaces:
 
 
 def random_features(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Mean and deviation of two layers of fixed filters, [B, C, R, R] -> [B, DIMENSIONS]."""
+    """Compute mean and deviation of the responses to two layers of fixed filters, [B, C, R, R] -> [B, DIMENSIONS]."""
     h = F.avg_pool2d(F.relu(F.conv2d(x, first, padding=1)), 2)
     h = F.relu(F.conv2d(h, second, padding=1)).flatten(2)
     return torch.cat((h.mean(dim=2), h.std(dim=2)), dim=1)
 
 
 def wavelets() -> tuple[Tensor, Tensor]:
-    """Real and imaginary parts of Morlet wavelets, [DIRECTIONS, 1, WAVELET, WAVELET] each, at the finest scale."""
+    """Compute real and imaginary parts of Morlet wavelets at the finest scale, each [DIRECTIONS, 1, WAVELET, WAVELET]."""
     half = WAVELET // 2
     y, x = np.mgrid[-half : half + 1, -half : half + 1]
     made = []
@@ -118,21 +119,21 @@ def wavelets() -> tuple[Tensor, Tensor]:
         along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         envelope = np.exp(-(along**2 + (0.5 * across) ** 2) / (2 * 0.8**2))
         wave = envelope * np.exp(0.75j * np.pi * along)
-        wave -= envelope * wave.sum() / envelope.sum()  # blind to the mean
+        wave -= envelope * wave.sum() / envelope.sum()  # ignores the mean
         made.append(wave / np.abs(wave).sum())
     stacked = torch.from_numpy(np.stack(made)[:, None])
     return stacked.real.float(), stacked.imag.float()
 
 
 def scattering(x: Tensor) -> Tensor:
-    """Logarithms of a scattering transform of two layers, averaged over the image, [B, C, R, R] -> [B, ...].
+    """Compute the logarithms of a two-layer scattering transform, averaged over the image, [B, C, R, R] -> [B, ...].
 
     Each octave halves the image and uses the same wavelets.
     """
     real, imaginary = wavelets()
 
     def energies(h: Tensor) -> Tensor:
-        """[B, 1, S, S] -> [B, DIRECTIONS, S, S], smooth at 0."""
+        """Compute the moduli of wavelet responses, smooth at 0, [B, 1, S, S] -> [B, DIRECTIONS, S, S]."""
         h = F.pad(h, (WAVELET // 2,) * 4, mode="reflect")
         return torch.sqrt(F.conv2d(h, real) ** 2 + F.conv2d(h, imaginary) ** 2 + 1e-8)
 
@@ -157,7 +158,7 @@ def scattering(x: Tensor) -> Tensor:
 
 
 def fit(dataset: Dataset, path: Path, seed: int = 0) -> FeatureSpaces:
-    """Make the spaces of a line from its first data revision and write them to `path`; what is there is kept."""
+    """Fit the spaces of a line to its first data revision and write them to `path`; an existing file is loaded instead."""
     if path.is_file():
         return load(path)
     channels = dataset.images.shape[1]
@@ -187,7 +188,7 @@ def fit(dataset: Dataset, path: Path, seed: int = 0) -> FeatureSpaces:
         tensors[f"{space}.mean"] = raw.mean(dim=0)
         tensors[f"{space}.deviation"] = raw.std(dim=0).clamp(min=1e-6)
         standard = (raw - tensors[f"{space}.mean"]) / tensors[f"{space}.deviation"]
-        if standard.shape[1] != DIMENSIONS:  # the main axes; where there are fewer, the rest is 0
+        if standard.shape[1] != DIMENSIONS:  # project on the main axes; if there are fewer, the rest is 0
             axes = torch.linalg.svd(standard, full_matrices=False).Vh[:DIMENSIONS].T
             tensors[f"{space}.axes"] = F.pad(axes, (0, DIMENSIONS - axes.shape[1])).contiguous()
             standard = standard @ tensors[f"{space}.axes"]
@@ -214,15 +215,17 @@ def load(path: Path) -> FeatureSpaces:
 
 
 def published_features(file: Path) -> tuple[Callable[[npt.NDArray[np.uint8]], Features], Sha256]:
-    """Features by the usual protocol, from a network in a TorchScript file, and the hash of that file.
+    """Load a network from a TorchScript file; return a function that computes its features, and the hash of the file.
 
-    The network takes float32 [B, 3, 299, 299] with values from 0 to 255 and gives [B, d]; one that has an option
-    `return_features`, like NVIDIA's `inception-2015-12-05.pt`, is called with it. Images are enlarged bilinearly with
-    antialiasing; grey ones are repeated in three channels. A TorchScript file is a program: run only one that you trust.
+    The function follows the usual FID protocol. The network takes float32 [B, 3, 299, 299] with values from 0 to 255 and gives
+    [B, d]. A network with an option `return_features`, like NVIDIA's `inception-2015-12-05.pt`, is called with it. Images are
+    enlarged bilinearly with antialiasing, and grey ones are repeated in three channels. A TorchScript file is a program: run only
+    one that you trust.
 
     Raises:
         DataError: there is no such file.
-        CheckpointError: it is no TorchScript; later, by the returned function: it does not give finite features.
+        CheckpointError: the file is not TorchScript. The returned function raises it if the network does not take such images or
+            does not give finite features.
     """
     if not file.is_file():
         raise DataError(f"there is no file {file}; name a TorchScript file of Inception weights")

@@ -1,7 +1,8 @@
-"""What a data folder may hold: regular files, whose names every part of the chain can carry, and folders of them.
+"""Rules for data folders: they may contain only regular files and folders, with names that every tool in the chain supports.
 
-A link could bring a key into the data, a pipe never ends, and a name that is not UTF-8 fits into no list of files. They are
-refused by name before anything is read, and never passed over: what is not recorded is lost without a word.
+A link could bring a private key into the data, reading a pipe never ends, and a name that is not UTF-8 cannot stand in a list of
+files. Such entries are refused by name before anything is read. They are never skipped, because a file that is not recorded would
+be lost silently.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from pathlib import Path, PurePosixPath
 
 from model.errors import DataError
 
-DVCS_OWN = frozenset({".git", ".hg", ".dvc", ".dvcignore", "dvc.yaml"})  # names that DVC leaves out, obeys, or reads as its own
+DVCS_OWN = frozenset({".git", ".hg", ".dvc", ".dvcignore", "dvc.yaml"})  # names that DVC ignores, obeys, or takes for its own
 KINDS = {stat.S_IFLNK: "link", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 
 def shown(text: object) -> str:
-    r"""Text as a terminal may have it: what is not printable stands there as an escape, such as \x1b."""
+    r"""Format text for a terminal: characters that are not printable become escapes, such as \x1b."""
     return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
 
 
 def _escaped(character: str) -> str:
-    byte = ord(character) - 0xDC00  # of a name that is not UTF-8, as Python reads it
+    byte = ord(character) - 0xDC00  # Python reads a byte that is not UTF-8 as 0xDC00 + byte
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
 
 
 def entries(folder: Path) -> dict[str, os.stat_result]:
-    """Every file below a folder by name, sorted.
+    """List every file below a folder by name, sorted, with its status.
 
     Raises:
-        DataError: something in it is neither a regular file nor a folder, has a name that is not UTF-8, or cannot be looked at.
+        DataError: an entry is neither a regular file nor a folder, has a name that is not UTF-8, or cannot be read.
     """
     found: dict[str, os.stat_result] = {}
     waiting = [""]
@@ -64,21 +65,21 @@ def _special(path: Path, info: os.stat_result) -> DataError:
 
 
 def unreadable(error: OSError, path: Path) -> DataError:
-    """What is said of a file or folder that the system does not let us look at."""
+    """Build the error for a file or folder that the system does not let us read."""
     return DataError(
         f"{shown(error.filename or path)} cannot be read ({error.strerror or error}); check the path and who may read it"
     )
 
 
 def inside(root: Path, path: str) -> Path:
-    """A folder below another one, on a way without links.
+    """Join a root folder and a relative path, and check that no part of the path is a link.
 
     Args:
-        root: where the way begins; it may itself be reached by links.
-        path: relative to it. Where it ends there need not be anything.
+        root: folder in which the path begins; it may itself be reached through links.
+        path: relative path of a folder; the folder need not exist.
 
     Raises:
-        DataError: the way leads out, is not written as plainly as it could be, or a part of it is a link or no folder.
+        DataError: the path leads outside or is not in its simplest form, or a part of it is a link or not a folder.
     """
     if PurePosixPath(path).as_posix() != path or PurePosixPath(path).is_absolute() or {".", ".."} & {*path.split("/")}:
         raise DataError(f"{shown(path)} is not written as a folder below {shown(root)}; write it as data/surfaces")
@@ -99,10 +100,10 @@ def inside(root: Path, path: str) -> Path:
 
 
 def opened(path: Path) -> BufferedReader:
-    """Open a regular file for reading; neither follow a link nor wait for a pipe that took its place.
+    """Open a regular file for reading, without following a link or waiting for a pipe in its place.
 
     Raises:
-        DataError: it is something else.
+        DataError: it is not a regular file.
         OSError: it is missing or cannot be read.
     """
     try:
@@ -119,15 +120,15 @@ def opened(path: Path) -> BufferedReader:
 
 
 def md5_of(file: BufferedReader | BytesIO) -> str:
-    """The md5 of the rest of an open file, in hexadecimal digits."""
+    """Compute the md5 of the rest of an open file, in hexadecimal digits."""
     return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file below a folder by name, sorted, with the md5 of its bytes.
+    """List every file below a folder by name, sorted, with the md5 of its bytes.
 
     Raises:
-        DataError: as `entries` does, or a file cannot be read.
+        DataError: for the same reasons as in `entries`, or a file cannot be read.
     """
     found = {}
     for name in entries(folder):
@@ -140,7 +141,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def check(root: Path, path: str) -> Path:
-    """Refuse a data folder that no revision could hold whole.
+    """Refuse a data folder that a revision could not hold completely.
 
     Args:
         root: the workspace.
@@ -150,7 +151,7 @@ def check(root: Path, path: str) -> Path:
         the folder.
 
     Raises:
-        DataError: what is wrong, by name.
+        DataError: the folder is missing, or something in it cannot be recorded; the message names it.
     """
     folder = inside(root, path)
     if not folder.is_dir():
@@ -162,10 +163,10 @@ def check(root: Path, path: str) -> Path:
 
 
 def check_apart(folder: Path, keys: Path) -> None:
-    """Refuse a data folder in which a file is one that also lies below another folder, under whatever name.
+    """Refuse a data folder that contains a hard link to a file below the folder `keys`, under any name.
 
     Raises:
-        DataError: it is.
+        DataError: it contains one.
     """
     linked = {(info.st_dev, info.st_ino): name for name, info in entries(folder).items() if info.st_nlink > 1}
     if both := linked.keys() & _identities(keys) if linked else ():
@@ -174,21 +175,21 @@ def check_apart(folder: Path, keys: Path) -> None:
 
 
 def check_no_copy(files: dict[str, str], keys: Path) -> None:
-    """Refuse data that hold a file with the content of a private key, under whatever name.
+    """Refuse data that contain a copy of a private key, under any name.
 
     Args:
         files: name → md5.
-        keys: folder that holds the keys.
+        keys: folder below which the keys lie as .pem files.
 
     Raises:
-        DataError: they do.
+        DataError: they contain one.
     """
     secret = set()
     for path in keys.rglob("*.pem"):
         try:
             with opened(path) as file:
                 secret.add(md5_of(file))
-        except (OSError, DataError):  # a key that cannot be read here was copied by nobody here
+        except (OSError, DataError):  # a key that this user cannot read was not copied by this user
             continue
     for name, md5 in files.items():
         if md5 in secret:
@@ -196,7 +197,7 @@ def check_no_copy(files: dict[str, str], keys: Path) -> None:
 
 
 def _identities(folder: Path) -> set[tuple[int, int]]:
-    """Device and inode of every file below a folder, wherever links in it lead."""
+    """Collect device and inode of every file below a folder, following links."""
     found, seen = set[tuple[int, int]](), set[tuple[int, int]]()
     for parent, folders, names in os.walk(folder, followlinks=True):
         here = Path(parent).stat()

@@ -1,8 +1,8 @@
-"""Git of the folder that is named, whatever the environment and the user's settings say.
+"""Run Git in a given folder, whatever the environment and the user's settings say.
 
-`GIT_DIR` and its like lead every call of Git, and of the libraries that DVC and MLflow use, into another repository: a hook sets
-them, and a shell may keep them. Here they are left out. So are the settings that would stop or change a call which a program makes:
-hooks, and in what encoding a message is given back.
+Variables such as `GIT_DIR` redirect every call of Git, and of the libraries that DVC and MLflow use, to another repository.
+Git sets them for hooks, and a shell may keep them. This module removes them. It also overrides user settings that would stop or
+change a call made by a program, such as hooks and the encoding of messages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from model.errors import RevisionError
 from model.folder import shown
 
-# Of Git's variables those stay that say who somebody is, which files hold the settings, and how a server is reached.
+# Git's variables that are kept: who the user is, which files hold the settings, and how a server is reached.
 KEPT = (
     "GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM", "GIT_SSH", "GIT_SSL_", "GIT_HTTP_",
     "GIT_PROXY_", "GIT_PROTOCOL", "GIT_ALLOW_PROTOCOL", "GIT_ASKPASS", "GIT_TERMINAL_PROMPT", "GIT_EXEC_PATH", "GIT_PYTHON_",
@@ -23,7 +23,7 @@ SETTINGS = {
     "core.hooksPath": os.devnull, "core.fsmonitor": "false", "log.showSignature": "false", "log.follow": "false",
     "i18n.commitEncoding": "UTF-8", "i18n.logOutputEncoding": "UTF-8",
 }  # fmt: skip
-FORMATS = {"GIT_DEFAULT_HASH": "sha1", "GIT_DEFAULT_REF_FORMAT": "files"}  # of a new repository; what DVC's libraries can read
+FORMATS = {"GIT_DEFAULT_HASH": "sha1", "GIT_DEFAULT_REF_FORMAT": "files"}  # of a new repository; DVC's libraries can read these
 
 
 def _redirects(name: str) -> bool:
@@ -31,26 +31,26 @@ def _redirects(name: str) -> bool:
 
 
 def forget_redirections() -> None:
-    """Take the variables that lead to another repository out of this process's environment, for libraries that read them there."""
+    """Remove the variables that redirect Git to another repository from this process's environment, where libraries read them."""
     for name in filter(_redirects, [*os.environ]):
         os.environ.pop(name, None)
 
 
 def run(folder: Path, *arguments: str, given: bytes = b"", around: bool = False, **variables: str) -> str:
-    """Call Git in a folder.
+    """Run Git in a folder and return what it prints.
 
     Args:
-        folder: where its repository is.
-        arguments: of `git`; paths mean themselves, never patterns.
-        given: what Git reads from its standard input.
-        around: whether a repository that the folder lies in is meant, too, where it has none of its own.
-        variables: of Git's environment, for this call.
+        folder: folder of the repository.
+        arguments: arguments of `git`; paths are taken literally, never as patterns.
+        given: bytes for Git's standard input.
+        around: also accept a repository in a parent folder, if the folder has none of its own.
+        variables: additional environment variables for this call.
 
     Returns:
-        what it prints, without white space around it.
+        the standard output, without surrounding white space.
 
     Raises:
-        RevisionError: Git is missing, or refuses.
+        RevisionError: Git is missing, cannot be started or fails.
     """
     kept = {name: value for name, value in os.environ.items() if not _redirects(name)}
     environment = kept | FORMATS | {"GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C"} | variables

@@ -1,11 +1,12 @@
 """The network as an ONNX graph, built once for each (configuration, precision) and never traced or re-exported.
 
-`Block` is a model-local function: the fixed-size block is literally one definition in the file, called M times. The
-weights are not in the graph; they lie in one flat file (`WEIGHTS_FILE`) at offsets that depend on the configuration
-alone: a shell record, then M equal block records, in each of which an expert is one contiguous range. So two trainings
-of one configuration share the graph byte for byte, and their weight files differ only where weights differ.
+`Block` and its parts are model-local functions: the file defines the fixed-size block once for all M instances. A single layer
+calls `Block`, a dual layer calls the parts for each of its two streams. The weights are not in the graph. They lie in one flat
+file (`WEIGHTS_FILE`), at offsets that depend on configuration and precision alone: a shell record, then M equal block records,
+in each of which an expert is one contiguous range. So two trainings of one configuration share the graph byte for byte, and
+their weight files differ only where weights differ.
 
-Written with `onnx.helper` because PyTorch's exporter renames, folds and de-duplicates weights by their values, which
+The graph is written with `onnx.helper` because PyTorch's exporter renames, folds and de-duplicates weights by their values, which
 would move bytes from one release to the next.
 """
 
@@ -26,31 +27,31 @@ OPSET = 20
 IR_VERSION = 10
 DOMAIN = "deltaferry"
 WEIGHTS_FILE = "weights.bin"
-TENSOR_ALIGNMENT = 64  # bytes; a cache line, and any vector register
+TENSOR_ALIGNMENT = 64  # bytes; the size of a cache line, enough for any vector register
 RECORD_ALIGNMENT = 4096  # bytes; a page, so that a record can be mapped or patched alone
 
-# Stored type → its ONNX type and bytes a number.
+# Stored type → its ONNX type and its bytes per number.
 STORED: dict[str, tuple[int, int]] = {
     "float32": (TensorProto.FLOAT, 4), "float16": (TensorProto.FLOAT16, 2), "bfloat16": (TensorProto.BFLOAT16, 2),
     "int8": (TensorProto.INT8, 1),
 }  # fmt: skip
-# What is stored as int8 under that precision, and the axis that has a scale for each index: the outputs of a matrix product,
-# the rows of the byte table. Everything else is small and stays float32.
+# Tensors that the precision int8 stores as int8, and the axis that has a scale for each index: the outputs of a matrix product,
+# or the rows of the byte table. All other tensors are small and stay float32.
 SCALED_AXIS = {
     "qkv": 1, "out": 1, "s13": 1, "s2": 1, "w13": 1, "w2": 1, "text": 0, "pool.weight": 0, "time_in.weight": 0, "time_out.weight": 0,
     "ada.weight": 0,
 }  # fmt: skip
 SCALE = ".scale"
-# The rows of a block's adaLN vector, each [B, 1, D]; "open" is by how much a branch enters the stream.
+# The rows of a block's adaLN vector, each [B, 1, D]; "open" is the gate by which a branch is multiplied before it is added.
 MOD = ["shift1", "scale1", "open1", "shift2", "scale2", "open2"]
-# What the experts are told about the tokens they see: how many each takes [1], the first row of each image in the flattened
-# batch [B, 1, 1], and the shape that they had [3].
+# Inputs that describe the tokens to the experts: how many tokens each expert takes [1], the first row of each image in the
+# flattened batch [B, 1, 1], and the shape before flattening [3].
 SEGMENT = ["capacity", "start", "map"]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies in the weight file."""
+    """Place of one tensor in the weight file."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,12 +61,12 @@ class Tensor:
 
 
 def scaled_axis(name: str) -> int | None:
-    """The axis along which int8 storage of a tensor has scales; None: it is stored as float32."""
+    """Return the axis that has scales when a tensor is stored as int8; None: the tensor is then stored as float32."""
     return SCALED_AXIS.get(re.sub(r"^(block\d+\.)?(expert\d+\.)?", "", name))
 
 
 def block_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes inside one block record, in file order."""
+    """List the names and shapes of the tensors of one block record, in file order."""
     s = config.shape
     D, d = s.width, s.width // s.heads
     rows: list[tuple[str, tuple[int, ...]]] = [
@@ -78,7 +79,7 @@ def block_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def shell_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of everything outside the blocks, in file order."""
+    """List the names and shapes of the tensors outside the blocks, in file order."""
     D, C, s = config.shape.width, config.channels, config.stride
     return [
         ("stem.weight", (D, C, 3, 3)), ("stem.bias", (D,)), ("text", (BYTE_VOCABULARY, D)),
@@ -89,9 +90,9 @@ def shell_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def layout(config: ModelConfig, precision: PrecisionName) -> tuple[list[Tensor], int]:
-    """Every tensor's place in the weight file, and the file's size in bytes.
+    """Compute every tensor's place in the weight file, and the file's size in bytes.
 
-    Under int8 each scaled tensor is followed by its scales, named after it.
+    With int8, every scaled tensor is followed by its scales, which are named after it.
     """
     placed: list[Tensor] = []
 
@@ -119,12 +120,12 @@ def layout(config: ModelConfig, precision: PrecisionName) -> tuple[list[Tensor],
 
 
 def align(offset: int, to: int) -> int:
-    """The next multiple of `to` at or after `offset`."""
+    """Round `offset` up to a multiple of `to`."""
     return -(-offset // to) * to
 
 
 class _Body:
-    """Collects nodes; each helper returns the name of its first output."""
+    """Nodes of a graph or function under construction; the methods add nodes and return the names of their outputs."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
@@ -137,24 +138,24 @@ class _Body:
     def add(
         self, op: str, inputs: Sequence[str], outputs: Sequence[str] | None = None, domain: str = "", **attributes: Any
     ) -> str:
-        """One node; its outputs are named after it unless given."""
+        """Add one node; its output is named after the operator unless `outputs` are given."""
         made = list(outputs) if outputs else [self.name(op.lower())]
         self.nodes.append(helper.make_node(op, list(inputs), made, domain=domain, **attributes))
         return made[0]
 
     def ints(self, *values: int) -> str:
-        """A constant int64 vector."""
+        """Add a constant int64 vector."""
         return self.add("Constant", [], value_ints=list(values))
 
     def number(self, value: float) -> str:
-        """A constant float32 scalar."""
+        """Add a constant float32 scalar."""
         return self.add("Constant", [], value_float=value)
 
     def slice(self, x: str, start: int, stop: int, axis: int) -> str:
         return self.add("Slice", [x, self.ints(start), self.ints(stop), self.ints(axis)])
 
     def swiglu(self, x: str) -> str:
-        """Split in two and gate, [.., 2H] -> [.., H]."""
+        """Split the last axis in two and gate one half by the other, [..., 2H] -> [..., H]."""
         gate, value = self.name("gate"), self.name("value")
         self.add("Split", [x], [gate, value], axis=-1, num_outputs=2)
         return self.add("Mul", [self.add("Mul", [gate, self.add("Sigmoid", [gate])]), value])
@@ -163,29 +164,29 @@ class _Body:
         return self.add("Mul", [x, self.add("Sigmoid", [x])])
 
     def modulated_norm(self, x: str, ones: str, shift: str, scale: str, outputs: Sequence[str] | None = None) -> str:
-        """LayerNorm without parameters, times scale [B, 1, D] (its 1 is in it), plus shift [B, 1, D]."""
+        """Add a LayerNorm without parameters, times 1 + scale (passed as one tensor [B, 1, D]), plus shift [B, 1, D]."""
         normed = self.add("LayerNormalization", [x, ones], axis=-1, epsilon=NORM_EPS)
         return self.add("Add", [self.add("Mul", [normed, scale]), shift], outputs)
 
     def rms_norm(self, x: str, gain: str, outputs: Sequence[str] | None = None) -> str:
-        """Written as ONNX Runtime knows it (the square as a power), so that it becomes one kernel there."""
+        """Add an RMS normalisation in the form that ONNX Runtime fuses into one kernel (the square as a power)."""
         mean = self.add("ReduceMean", [self.add("Pow", [x, self.number(2.0)]), self.ints(-1)], keepdims=1)
         root = self.add("Sqrt", [self.add("Add", [mean, self.number(NORM_EPS)])])
         return self.add("Mul", [self.add("Div", [x, root]), gain], outputs)
 
     def parts(self, x: str, count: int) -> list[str]:
-        """Equal parts along the first axis."""
+        """Split a tensor into equal parts along the first axis, and return their names."""
         made = [self.name("part") for _ in range(count)]
         self.add("Split", [x], made, axis=0, num_outputs=count)
         return made
 
     def each_expert(self, config: ModelConfig, x: str, weight: str) -> str:
-        """Rows x [E * n, in], n for each expert, through the experts' own matrices: [E * n, out]."""
+        """Multiply rows x [E * n, in], n for each expert, by the experts' own matrices: [E * n, out]."""
         parts = self.parts(x, config.shape.experts)
         return self.add("Concat", [self.add("MatMul", [part, f"{weight}_{e}"]) for e, part in enumerate(parts)], axis=0)
 
     def linear(self, x: str, name: str) -> str:
-        """X [B, in] through a torch-style [out, in] weight and bias."""
+        """Multiply x [B, in] by a torch-style weight [out, in] and add its bias."""
         return self.add("Gemm", [x, f"{name}.weight", f"{name}.bias"], transB=1)
 
 
@@ -195,7 +196,7 @@ def _function(name: str, inputs: list[str], outputs: list[str], body: _Body) -> 
 
 
 def _project(config: ModelConfig) -> FunctionProto:
-    """Project: x [B, T, D] → q, k, v, each [B, h, T, d]."""
+    """Build the function `Project`: x [B, T, D] → q, k, v, each [B, h, T, d]."""
     heads = config.shape.heads
     f = _Body()
     product = f.add("MatMul", [f.modulated_norm("x", "ones", "shift", "scale"), "qkv"])  # [B, T, 3D]
@@ -207,7 +208,7 @@ def _project(config: ModelConfig) -> FunctionProto:
 
 
 def _attend(config: ModelConfig) -> FunctionProto:
-    """Attend: q, k, v [B, h, T, d] → [B, T, D]."""
+    """Build the function `Attend`: q, k, v [B, h, T, d] → [B, T, D]."""
     d = config.shape.width // config.shape.heads
     f = _Body()
     scaled = f.add("Mul", ["q", f.number(d**-0.5)])
@@ -218,7 +219,7 @@ def _attend(config: ModelConfig) -> FunctionProto:
 
 
 def _residual() -> FunctionProto:
-    """Residual: x and attended [B, T, D] → the stream after attention, and its norm for convolution and experts."""
+    """Build the function `Residual`: x, attended [B, T, D] → stream after attention, and its norm for convolution and experts."""
     f = _Body()
     f.add("Add", ["x", f.add("Mul", ["open", f.add("MatMul", ["attended", "out"])])], ["y"])
     f.modulated_norm("y", "ones", "shift", "scale", ["h"])
@@ -226,7 +227,7 @@ def _residual() -> FunctionProto:
 
 
 def _convolve(config: ModelConfig) -> FunctionProto:
-    """Convolve: h [B, n, D] on a map of `size` [0, D, rows, columns] → h + its depthwise 3x3 convolution, [B, n, D]."""
+    """Build the function `Convolve`: h [B, n, D] → h + its depthwise 3x3 convolution; `size` is [0, D, rows, columns]."""
     D = config.shape.width
     f = _Body()
     grid = f.add("Reshape", [f.add("Transpose", ["h"], perm=[0, 2, 1]), "size"])
@@ -237,9 +238,10 @@ def _convolve(config: ModelConfig) -> FunctionProto:
 
 
 def _experts(config: ModelConfig) -> FunctionProto:
-    """Experts, shared and routed, on h [B, T, D], added to x: y [B, T, D], mass [B, E], chosen (see `Experts.forward`).
+    """Build the function `Experts`: shared and routed experts on h [B, T, D], added to x [B, T, D].
 
-    The mass of an expert is its load times the number of tokens.
+    Its outputs are y [B, T, D], mass [B, E] and chosen (see `Experts.forward`). The mass of an expert is its load
+    times the number of tokens.
     """
     f = _Body()
     flat = f.add("Reshape", ["h", f.ints(-1, config.shape.width)])
@@ -252,32 +254,38 @@ def _experts(config: ModelConfig) -> FunctionProto:
 
 
 def _by_expert(f: _Body, config: ModelConfig, flat: str, mixed: str) -> str:
-    """Each expert takes its C tokens: adds the routed experts to `mixed` [B * T, D], sets mass and chosen [B, E, C]."""
+    """Add the routed experts to `mixed` [B * T, D] by expert choice: each expert takes its C tokens.
+
+    The added nodes also compute the outputs mass [B, E] and chosen [B, E, C].
+    """
     scores = f.add("Transpose", [f.add("Softmax", [f.add("MatMul", ["h", "gate"])], axis=-1)], perm=[0, 2, 1])
     f.add("TopK", [scores, "capacity"], ["weight", "chosen"], axis=-1, largest=1, sorted=1)  # [B, E, C]
     f.add("ReduceSum", ["weight", f.ints(-1)], ["mass"], keepdims=0)
     # Rows of the flattened [B * T, D] batch, expert by expert: an expert's work is then two plain matrix products over
-    # what it chose, and everything between them is done for all experts at once.
+    # the tokens that it chose, and everything between them is done for all experts at once.
     rows = f.add("Transpose", [f.add("Add", ["chosen", "start"])], perm=[1, 0, 2])  # [E, B, C]
     rows = f.add("Reshape", [rows, f.ints(-1, 1)])
     share = f.add("Reshape", [f.add("Transpose", ["weight"], perm=[1, 0, 2]), f.ints(-1, 1)])  # [E * B * C, 1]
     picked = f.add("GatherND", [flat, rows])  # [E * B * C, D]
     hidden = f.swiglu(f.each_expert(config, picked, "w13"))
     made = f.add("Mul", [f.each_expert(config, hidden, "w2"), share])
-    # One addition for each expert: within it no row is named twice, so threads cannot meet.
+    # One addition per expert: no row occurs in it twice, so threads never add to the same row.
     for target, part in zip(f.parts(rows, config.shape.experts), f.parts(made, config.shape.experts), strict=True):
         mixed = f.add("ScatterND", [mixed, target, part], reduction="add")
     return mixed
 
 
 def _by_token(f: _Body, config: ModelConfig, flat: str, mixed: str) -> str:
-    """Each token takes its k experts: adds them to `mixed` [B * T, D], sets mass and chosen [B, T, k]."""
+    """Add the routed experts to `mixed` [B * T, D] by token choice: each token takes its k experts.
+
+    The added nodes also compute the outputs mass [B, E] and chosen [B, T, k].
+    """
     scores = f.add("Softmax", [f.add("MatMul", ["h", "gate"])], axis=-1)  # [B, T, E]
     best = f.name("best")
     f.add(
         "TopK", [f.add("Add", [scores, "gate_bias"]), f.ints(config.shape.active)], [best, "chosen"], axis=-1, largest=1, sorted=1
     )
-    taken = f.add("GatherElements", [scores, "chosen"], axis=2)  # the bias chooses, it does not weigh
+    taken = f.add("GatherElements", [scores, "chosen"], axis=2)  # the bias affects the choice, not the weight
     weight = f.add("ScatterElements", [f.add("Sub", [scores, scores]), "chosen", taken], axis=2)  # [B, T, E]
     f.add("ReduceSum", [weight, f.ints(1)], ["mass"], keepdims=0)
     shares = f.add("Reshape", [weight, f.ints(-1, config.shape.experts)])  # [B * T, E]
@@ -292,12 +300,12 @@ def _by_token(f: _Body, config: ModelConfig, flat: str, mixed: str) -> str:
 
 
 def _routing_weights(config: ModelConfig) -> list[str]:
-    """What the function `Experts` takes besides experts; the bias only where it is used."""
+    """List the weights of the function `Experts` other than the experts; `gate_bias` only for token choice."""
     return ["gate", *(["gate_bias"] if config.router == "token-choice" else []), "s13", "s2"]
 
 
 def _block_weights(config: ModelConfig) -> list[str]:
-    """What the function `Block` takes besides experts."""
+    """List the weights of the function `Block` other than the experts."""
     return ["qkv", "out", "q_gain", "k_gain", "dw", *_routing_weights(config)]
 
 
@@ -306,7 +314,7 @@ def _expert_names(config: ModelConfig, pattern: str) -> list[str]:
 
 
 def _block(config: ModelConfig) -> FunctionProto:
-    """The single-stream block on [image | text], x [B, N + L, D]; dual layers call its parts once for each stream."""
+    """Build the function `Block`, the single-stream block on [image | text], x [B, N + L, D]; dual layers call its parts."""
     N, L = config.tokens, config.text_length
     f = _Body()
     f.add("Project", ["x", *MOD[:2], "qkv", "q_gain", "k_gain", "ones"], ["q", "k", "v"], DOMAIN)
@@ -323,14 +331,15 @@ def _block(config: ModelConfig) -> FunctionProto:
 
 
 def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -> ModelProto:
-    """The graph: x [B, C, R, R], t [B], r [B], ids [B, L] → v [B, C, R, R], load [B, M, E].
+    """Build the graph: x [B, C, R, R], t [B], r [B], ids [B, L] → v [B, C, R, R], load [B, M, E].
+
+    The bytes of the result depend on the arguments alone.
 
     Args:
         config: the network's shape.
-        precision: how weights are stored; arithmetic is float32 either way (the casts are folded when a session loads).
-        routes: also output each block's routing as `chosen{b}` [B, E, C], for parity checks.
-
-    The bytes of the result depend on the arguments alone.
+        precision: how weights are stored; arithmetic is always float32 (the casts are folded when a session loads).
+        routes: also output each block's routing as `chosen{b}`, for parity checks: [B, E, C] under expert choice, [B, T, k]
+            under token choice.
     """
     s = config.shape
     D, N, L, side = s.width, config.tokens, config.text_length, config.side
@@ -378,7 +387,7 @@ def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -
     when = g.linear(g.silu(g.linear(waves, "time_in")), "time_out")  # [B, D]
     flat = g.linear(g.silu(g.add("Add", [when, pooled])), "ada")
     ada = g.add("Reshape", [flat, g.ints(0, 1, 6, D)])  # [B, 1, 6, D]
-    # Every block's vector at once: what does not depend on the input is added up when a session loads.
+    # The adaLN vectors of all blocks at once: ONNX Runtime adds the constant parts when a session loads.
     own = [g.add("Unsqueeze", [g.add("Add", [f"block{b}.mod", "unit"]), g.ints(0)]) for b in range(config.blocks)]
     every = g.add("Reshape", [g.add("Add", [ada, g.add("Concat", own, axis=0)]), g.ints(0, 6 * config.blocks, D)])
     mods = [[f"{row}_{b}" for row in MOD] for b in range(config.blocks)]

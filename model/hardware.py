@@ -1,7 +1,7 @@
-"""What a network is trained on: the device, the precision of its products, and whether its step is compiled.
+"""Hardware for training: the device, the precision of matrix products, and whether the training step is compiled.
 
-On a CPU everything is float32 and eager, and the same inputs give the same bits. On a GPU weights, moments and loss stay float32,
-matrix products are bfloat16 under autocast, and sums come in any order, so two runs agree closely but not to the bit.
+On a CPU everything is float32 and eager, and the same inputs give the same bits. On a GPU weights, moments and loss stay
+float32, matrix products are bfloat16 under autocast, and the order of sums varies, so two runs agree closely but not bit for bit.
 
     >>> hardware = Hardware.here()
     >>> with hardware.precision():
@@ -21,7 +21,7 @@ import torch
 from model.errors import ConfigError
 
 COMPILERS = ("cc", "gcc", "clang")  # Triton builds its launchers with one of them
-TRITON_CAPABILITY = (7, 0)  # of the oldest GPUs that it knows
+TRITON_CAPABILITY = (7, 0)  # of the oldest GPUs that Triton supports
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Hardware:
 
     @classmethod
     def here(cls) -> Hardware:
-        """What this process has: its own GPU where CUDA sees one (`CUDA_VISIBLE_DEVICES=` hides them), otherwise the CPU.
+        """Detect the hardware of this process: its own GPU if CUDA sees one (`CUDA_VISIBLE_DEVICES=` hides them), else the CPU.
 
         Raises:
             ConfigError: more processes were started on this machine than it has GPUs.
@@ -59,10 +59,10 @@ class Hardware:
 
     @property
     def name(self) -> str:
-        """For the lineage: two runs that differ in it do not end in the same bits."""
+        """Name in the lineage: runs whose names differ do not end in the same bits."""
         parts = [torch.cuda.get_device_name(self.device) if self.gpu else self.device]
         return ", ".join(parts + ["bfloat16"] * self.autocast + ["compiled"] * self.compiled)
 
     def precision(self) -> AbstractContextManager[object]:
-        """Within it, matrix products are computed in this hardware's precision."""
+        """Return a context in which matrix products are computed in this hardware's precision."""
         return torch.autocast("cuda" if self.gpu else "cpu", torch.bfloat16, enabled=self.autocast)

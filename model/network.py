@@ -4,11 +4,11 @@ What is unusual here, compared with a diffusion transformer as published (DiT, H
 
 - pixels enter through a 3x3 convolution (stride 2 in configuration I, 1 in II) and never become "patches";
 - nothing is added for position: order comes from the zero padding of a depthwise 3x3 convolution inside each block;
-- captions enter as UTF-8 bytes through a table, so every language works and there is no tokenizer to ship;
+- captions enter as UTF-8 bytes through a lookup table, so every language works and there is no tokenizer to ship;
 - all block instances have the same parameter shapes, so the weights are a bank of M equal records;
 - a dual layer is two instances (image, text) that share one attention; a single layer is one instance for both;
-- two times enter, t and r: the student variants learn the mean velocity from t to r; `full` passes r = t;
-- every forward pass also returns which expert contributed how much, [B, M, E].
+- there are two time inputs, t and r: distilled variants learn the mean velocity from t to r; `full` passes r = t;
+- every forward pass also returns how much each expert contributed, [B, M, E].
 
 Under autocast the matrix products are bfloat16; the residual stream, normalisation, routing and both times stay float32.
 """
@@ -28,7 +28,7 @@ from model.experts import Experts
 
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 64  # cosines and sines each, for t and for r
-# Angular rates; the factor 1000 spreads t in [0, 1] over the range that the geometric series of periods was made for.
+# Angular rates; the factor 1000 spreads t in [0, 1] over the range for which the geometric series of periods was designed.
 RATES = [1000.0 * math.exp(-math.log(10_000.0) * i / TIME_FREQUENCIES) for i in range(TIME_FREQUENCIES)]
 
 
@@ -53,7 +53,7 @@ class Block(nn.Module):
         nn.init.normal_(self.dw, std=1 / 3)
 
     def project(self, x: Tensor, ada: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of `x`, [B, T, D] -> 3 x [B, h, T, d]."""
+        """Compute queries, keys and values of `x`, [B, T, D] -> 3 x [B, h, T, d]."""
         mod = ada + self.mod  # [B, 6, D]
         h = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + mod[:, 1:2]) + mod[:, 0:1]  # [B, T, D]
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (h @ self.qkv).chunk(3, dim=-1))
@@ -68,7 +68,19 @@ class Block(nn.Module):
         capacity: int,
         chosen: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything after attention: residual, depthwise convolution over each segment's map, experts."""
+        """Apply what follows attention: residual, depthwise convolution over each segment's map, experts.
+
+        Args:
+            x: input of the block [B, T, D].
+            attended: output of attention [B, h, T, d].
+            ada: shared adaLN vector [B, 6, D].
+            segments: rows and columns of each segment's map; their products add up to T.
+            capacity: see `Experts.forward`.
+            chosen: see `Experts.forward`.
+
+        Returns:
+            output of the block [B, T, D], load [B, E] and the routing that was used.
+        """
         mod = ada + self.mod  # [B, 6, D]
         x = x + mod[:, 2:3] * (attended.transpose(1, 2).flatten(2) @ self.out)  # [B, T, D]
         h = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + mod[:, 4:5]) + mod[:, 3:4]
@@ -79,18 +91,18 @@ class Block(nn.Module):
         return x + mod[:, 5:6] * mixed, load, chosen
 
     def convolve(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Depthwise 3x3 convolution with zero padding over a [rows, columns] map of positions."""
+        """Apply the depthwise 3x3 convolution with zero padding to a [rows, columns] map of positions, [B, T, D] -> [B, T, D]."""
         grid = x.transpose(1, 2).unflatten(2, size)  # [B, D, rows, columns]
         return F.conv2d(grid, self.dw, padding=1, groups=x.shape[-1]).flatten(2).transpose(1, 2)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root-mean-square normalisation over the last axis, without a gain."""
+    """Normalise by the root mean square over the last axis, without a gain."""
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPS)
 
 
 class Network(nn.Module):
-    """Velocity of the flow at (x, t), for a caption: `forward(x, t, r, ids) -> (v, load)`."""
+    """Network that predicts the velocity of the flow at (x, t) for a caption: `forward(x, t, r, ids) -> (v, load)`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,7 +123,7 @@ class Network(nn.Module):
         nn.init.normal_(self.ada.weight, std=0.1 * D**-0.5)
         nn.init.zeros_(self.ada.bias)
         with torch.no_grad():
-            for block in blocks:  # the residual branches start half open, so that short trainings use them
+            for block in blocks:  # gates of residual branches start above 0, so short trainings use the branches
                 block.mod[2] = block.mod[5] = 0.5 / math.sqrt(config.blocks)
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,8 +131,8 @@ class Network(nn.Module):
 
         Args:
             x: noisy image [B, C, R, R].
-            t: [B], its time; 0 is the image, 1 is noise.
-            r: [B], the time to which the mean velocity is asked for; r = t asks for the velocity itself.
+            t: [B], time of x; 0 is the image, 1 is noise.
+            r: [B], end of the interval over which the velocity is averaged; r = t gives the velocity at t itself.
             ids: caption bytes [B, L], int64; 0 pads, all 0 is "no caption".
 
         Returns:
@@ -130,11 +142,11 @@ class Network(nn.Module):
         return v, load
 
     def balance(self, chosen: list[Tensor], average: Callable[[list[Tensor]], None]) -> None:
-        """Move every router's bias towards an even load, after a step in which tokens chose so, [B, T, k] a block.
+        """Move every router's bias towards an even load after a training step (token choice only).
 
         Args:
-            chosen: expert indices, block by block.
-            average: makes counts those of all processes that train together.
+            chosen: indices of the experts that the tokens chose, [B, T, k] for each block.
+            average: averages tensors, in place, over all processes that train together.
         """
         for block, indices in zip(cast("list[Block]", list(self.blocks)), chosen, strict=True):
             block.experts.balance(indices, average)
@@ -142,7 +154,7 @@ class Network(nn.Module):
     def traced(
         self, x: Tensor, t: Tensor, r: Tensor, ids: Tensor, routes: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """`forward` that also takes and returns each block's routing, as `Experts.forward` describes it."""
+        """Compute what `forward` does; also take and return the routing of each block, see `chosen` of `Experts.forward`."""
         c = self.config
         D, N, L, side = c.shape.width, c.tokens, c.text_length, c.side
         stem = self.stem(x).to(x.dtype)  # [B, D, side, side]
@@ -177,7 +189,7 @@ class Network(nn.Module):
         for b in range(2 * c.shape.dual, c.blocks):
             attended = F.scaled_dot_product_attention(*blocks[b].project(both, ada))
             both = run(b, both, attended, [(side, side), (1, L)])
-        image = both[:, :N]  # the text has done its work
+        image = both[:, :N]  # text positions are no longer needed
 
         mod = ada[:, :2] + self.head_mod  # [B, 2, D]
         image = F.layer_norm(image, (D,), eps=NORM_EPS) * (1 + mod[:, 1:2]) + mod[:, 0:1]
@@ -187,7 +199,7 @@ class Network(nn.Module):
 
 
 def grid_positions(rows: int, columns: int, width: int, like: Tensor) -> Tensor:
-    """Sinusoids of row and column, [rows * columns, width]: what other transformers add to know places (ablation only)."""
+    """Compute sinusoids of row and column, [rows * columns, width], which other transformers add as positions (ablation only)."""
     quarter = width // 4
     rates = torch.exp(torch.arange(quarter) * (-math.log(10_000.0) / quarter))
     along = [torch.arange(n)[:, None] * rates for n in (rows, columns)]  # [rows, quarter], [columns, quarter]
@@ -197,6 +209,6 @@ def grid_positions(rows: int, columns: int, width: int, like: Tensor) -> Tensor:
 
 
 def frequencies(t: Tensor) -> Tensor:
-    """Sinusoidal features of a time in [0, 1], [B] -> [B, 2 * TIME_FREQUENCIES]."""
+    """Compute sinusoidal features of times in [0, 1], [B] -> [B, 2 * TIME_FREQUENCIES]."""
     angle = t[:, None] * torch.tensor(RATES, dtype=t.dtype, device=t.device)
     return torch.cat((torch.cos(angle), torch.sin(angle)), dim=-1)

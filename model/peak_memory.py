@@ -1,7 +1,8 @@
-"""Peak memory of an exported model in a process of its own: `python model/peak_memory.py FOLDER WEIGHTS BATCH CONFIG`.
+"""Measure the peak memory of an exported model in a separate process.
 
-Run as a file, and on purpose without torch or anything else of `model`: a device has NumPy and ONNX Runtime, and no more.
-Prints two figures in MiB as JSON: before the model is loaded, and the peak after two evaluations of the network.
+Usage: `python model/peak_memory.py FOLDER WEIGHTS BATCH CONFIG`. The file is run as a script and imports neither torch nor
+the rest of `model`, because a device has only NumPy and ONNX Runtime. It prints two figures in MiB as JSON: the peak before
+the model is loaded, and the peak after two evaluations of the network.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ EVALUATIONS = 2
 
 
 def peak_mib() -> float:
-    """The most memory that this process ever had resident.
+    """Return the peak resident memory of this process, in MiB.
 
-    Linux hands `ru_maxrss` on to a started process (its value is at least what the parent, full of torch, had resident), so
-    there the kernel's high-water mark of the process's own memory is read.
+    On Linux a child process inherits `ru_maxrss`: the value is at least the resident memory of the parent, which has loaded
+    torch. There the kernel's high-water mark of the process's own memory (VmHWM) is read instead.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -32,7 +33,7 @@ def peak_mib() -> float:
 
 
 def main(folder: str, weights_file: str, batch: str, config: str) -> None:
-    """Load the model as `model.session` does, with one thread, and evaluate it."""
+    """Load the model as `model.session` does, with one thread, evaluate it, and print both figures."""
     bare = peak_mib()
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

@@ -1,14 +1,14 @@
-"""Real input without a download: surfaces cut from the photographs that scikit-image ships, and scanned digits.
+"""Real images without a download: surfaces cut from the photographs that scikit-image ships, and scanned digits.
 
-Two lines of data for the demo, the tests and the benchmarks, each in two deliveries, as a factory would see them:
+The module makes two lines of data for the demo, the tests and the benchmarks. Each comes in two deliveries, as in a factory:
 
 - `surfaces`, first delivery: patches of brick, grass, gravel and coins; a third of them carry a drawn defect (scratch,
   stain or hole). Second delivery: the same surfaces under darker, slanting light, captioned "dim", and printed pages as a
   new surface.
 - `digits`: scikit-learn's 8x8 scans; the second delivery holds the other half of the scans.
 
-Everything is a function of the seed. Patches are cut from tiles that do not overlap, and the tile is the `group`, so
-that nothing held out was seen, not even in part.
+The seed determines everything. Patches are cut from tiles that do not overlap, and the tile is the `group`, so no part of a
+held-out image is seen in training.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Picture = npt.NDArray[np.float32]  # [rows, columns], 0 is black and 1 is white
 
 
 def surfaces(folder: Path, delivery: int, patches: int = 320, seed: int = 0) -> int:
-    """Write one delivery of surface patches into `folder` and add it to its metadata; returns how many images.
+    """Write one delivery of surface patches into `folder` and add it to its metadata; return the number of images.
 
     Args:
-        folder: made when missing; a second delivery is added to the first.
+        folder: created if missing; a second delivery is added to the first.
         delivery: 1 or 2.
         patches: images for each surface.
-        seed: chooses patches and defects.
+        seed: determines patches, defects and light.
     """
     rng = np.random.default_rng([seed, delivery])
     cut = SURFACES if delivery == 1 else {**SURFACES, **SECOND_SURFACES}
@@ -65,7 +65,7 @@ def surfaces(folder: Path, delivery: int, patches: int = 320, seed: int = 0) -> 
 
 
 def digits(folder: Path, delivery: int) -> int:
-    """Write one half of scikit-learn's scanned digits into `folder`; returns how many images."""
+    """Write one half of scikit-learn's scanned digits into `folder`; return the number of images."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -87,7 +87,7 @@ def _photograph(surface: str) -> Picture:
 
 
 def _patch(photograph: Picture, side: int, tile: int, rng: np.random.Generator) -> tuple[Picture, str]:
-    """A patch out of one tile of the photograph, mirrored half of the time, and the tile's name."""
+    """Cut a patch out of a random tile of the photograph, mirror it half of the time, and return it with the tile's name."""
     rows, columns = photograph.shape[0] // tile, photograph.shape[1] // tile
     row, column = int(rng.integers(rows)), int(rng.integers(columns))
     y, x = (int(k * tile + rng.integers(tile - side + 1)) for k in (row, column))
@@ -121,7 +121,7 @@ def _draw(patch: Picture, defect: str, rng: np.random.Generator) -> Picture:
 
 
 def _slanting_light(patch: Picture, rng: np.random.Generator) -> Picture:
-    """Darker by a third, and falling off from left to right, as under a lamp that was moved."""
+    """Darken a patch, by more than a third on average, with light that falls off from left to right as if a lamp was moved."""
     fall = np.linspace(rng.uniform(0.8, 0.95), rng.uniform(0.3, 0.45), patch.shape[1], dtype=np.float32)
     lit: Picture = patch * fall[None, :]
     return lit
@@ -133,11 +133,11 @@ def _save(path: Path, picture: Picture) -> None:
 
 
 def _append(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Add lines to the metadata, replacing the ones that name the same files (a killed run may have left some)."""
+    """Add lines to the metadata, and replace the ones that name the same files (a killed run may have left some)."""
     path = folder / METADATA
     new = {row["file_name"] for row in rows}
     old = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     kept = [row for row in old if row["file_name"] not in new]
     fresh = path.with_name(f"{METADATA}.tmp")
     fresh.write_text("".join(json.dumps(row) + "\n" for row in kept + rows))
-    fresh.replace(path)  # whole, or as it was
+    fresh.replace(path)  # atomic

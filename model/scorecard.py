@@ -1,6 +1,6 @@
-"""The frozen values that `model` hands on: which data, how trained, how good. No torch, so that everyone may read them.
+"""Frozen values that `model` passes on: which data, how trained, how good. They need no torch, so every package can read them.
 
-Every value can be written as JSON and names its parents by hash:
+Every value can be written as JSON and refers to its parents by hash:
 `DataVersion` → `Lineage` (inside a checkpoint) → `Scorecard`.
 """
 
@@ -20,19 +20,23 @@ DvcHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
 
 
 def _below(path: str) -> str:
-    """A path that stays below the folder in which it begins, written in the one way."""
+    """Check that a path stays below its starting folder and is in its simplest form, and return it.
+
+    Raises:
+        PydanticCustomError: it does not, or it contains control characters.
+    """
     if any(part in ("", ".", "..") for part in path.split("/")) or any(ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 for c in path):
         raise PydanticCustomError("below", "a path must be relative, without '.', '..', '//' and control characters")
     return path
 
 
-FOLLOW = 1 / 3  # least share of what real images reach, of going with captions and of drawing one
-HASHES = 256  # of a held-out set's groups that are kept
+FOLLOW = 1 / 3  # least share of the real images' value that a model must reach, for matching captions and for drawing one
+HASHES = 256  # number of hashes that are kept of a held-out set's groups
 RelativePath = Annotated[str, AfterValidator(_below)]
 
 
 class Frozen(BaseModel):
-    """A value: immutable, without unknown fields, hashed by its canonical JSON."""
+    """An immutable value without unknown fields, hashed by its canonical JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +47,7 @@ class Frozen(BaseModel):
 
 
 class DataVersion(Frozen):
-    """One revision of one line's data, by content."""
+    """One revision of one line's data, identified by its content."""
 
     line: LineName
     path: RelativePath = Field(description="folder, relative to the workspace")
@@ -54,7 +58,7 @@ class DataVersion(Frozen):
 
 
 class Lineage(Frozen):
-    """Where a checkpoint comes from: everything needed to make it again."""
+    """Origin of a checkpoint: everything that is needed to reproduce it."""
 
     schema_version: Literal[1] = 1
     data: DataVersion
@@ -83,12 +87,12 @@ class Sampler(Frozen):
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for one image; guidance counts twice, Heun counts twice."""
+        """Network evaluations for one image; guidance doubles them, and so does Heun's method."""
         return self.steps * (2 if self.method == "heun" else 1) * (2 if self.guidance != 1 else 1)
 
 
 def _absent(value: object) -> bool:
-    """Whether a figure is left out, so that a scorecard of an older ferry keeps its hash."""
+    """Check whether a field has its default and is left out, so that scorecards of older versions of ferry keep their hash."""
     return value is None or value in ([], "images")
 
 
@@ -123,7 +127,7 @@ class Quality(Frozen):
 
 
 class PublishedFid(Frozen):
-    """The Fréchet distance in the feature space of a network of the user's own; with Inception's weights it is the usual FID."""
+    """Fréchet distance in the feature space of a network that the user provides; with Inception's weights it is the usual FID."""
 
     fid: float = Field(description="biased by n: papers use 50,000 images, or say so")
     n: int = Field(description="generated images")
@@ -133,7 +137,7 @@ class PublishedFid(Frozen):
 
 
 class Comparison(Frozen):
-    """Challenger minus another model, on the same noise seeds and captions: negative says the challenger is better."""
+    """Challenger minus another model, on the same noise seeds and captions; below 0 the challenger is better."""
 
     against: Literal["champion", "anchor", "solver"] = Field(
         description="anchor: the best model ever; solver: full, drawn with as many evaluations as the student"
@@ -155,7 +159,7 @@ class Comparison(Frozen):
 
 
 class Following(Frozen):
-    """How far images go with their captions, in one feature space: the covariance of both being alike, over pairs."""
+    """How well images match their captions, in one feature space: the covariance of image and caption similarity over pairs."""
 
     space: str
     split: str
@@ -168,7 +172,10 @@ class Following(Frozen):
 
 
 class CaptionCheck(Frozen):
-    """Whether a model draws what a caption, or a word of captions, asks for: how much of what tells its real images from others."""
+    """Whether a model draws what a caption, or a word of captions, asks for.
+
+    The measure is how far the model's images move from other real images towards those of the caption.
+    """
 
     caption: str
     word: bool = Field(description="all captions that have this word, taken together")
@@ -231,7 +238,7 @@ class CaptionRow(Frozen):
 
 
 class Usage(Frozen):
-    """Which expert did what: gate mass by block, expert and sampling step, and how evenly it is spread."""
+    """How much each expert contributes: gate mass by block, expert and sampling step, and how evenly it is spread."""
 
     load: list[list[float]] = Field(description="[M][E] mean gate mass; 1/E where all are used alike")
     by_step: list[list[list[float]]] = Field(description="[S][M][E] the same at each sampling step, first the noisiest")
@@ -240,7 +247,7 @@ class Usage(Frozen):
 
 
 class Cost(Frozen):
-    """What one image costs on the machine that evaluated."""
+    """Cost of one image on the machine that evaluated the model."""
 
     milliseconds: float = Field(description="median time of one image, one thread, batch of one")
     evaluations: int
@@ -250,7 +257,7 @@ class Cost(Frozen):
 
 
 class Scorecard(Frozen):
-    """How good one exported model is, and on what this was measured."""
+    """Quality of one exported model, and what it was measured on."""
 
     schema_version: Literal[1] = 1
     line: str
@@ -285,7 +292,7 @@ class Scorecard(Frozen):
     cost: Cost
 
     def kd(self, space: str, split: str = "new") -> float:
-        """The kernel distance in one space on one split.
+        """Return the kernel distance in one space on one split.
 
         Raises:
             KeyError: it was not measured.

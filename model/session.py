@@ -1,8 +1,8 @@
 """Open an exported model in ONNX Runtime exactly as a device does, and draw images with it.
 
-Evaluation, golden outputs and devices all use sessions made with `RUNTIME`, which is written into `sampler.json`: what was
-scored is what runs. (With default options ONNX Runtime may change the arithmetic of quantised layers from one version
-or machine to the next.)
+Evaluation, golden outputs and devices all use sessions made with `RUNTIME`, which is written into `sampler.json`. So a device
+runs exactly the model that was scored. (With default options ONNX Runtime may change the arithmetic of quantised layers from one
+version or machine to the next.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from model.scorecard import Sampler
 
 Floats = npt.NDArray[np.float32]
 
-# What a device must reproduce to run the model that was scored.
+# Settings that a device must use to run the model as it was scored.
 SESSION_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
 RUNTIME: dict[str, object] = {
     "onnxruntime": [">=1.20", "<2"],
@@ -35,7 +35,7 @@ RUNTIME: dict[str, object] = {
 
 
 class Session:
-    """One exported model: the graph, its weights, and the routing traces where the graph has them."""
+    """One exported model, loaded in ONNX Runtime; it also returns routing traces if the graph has them."""
 
     def __init__(self, graph: bytes, weights: bytes, threads: int = 0) -> None:
         """Load a model.
@@ -43,7 +43,7 @@ class Session:
         Args:
             graph: the bytes of `graph.onnx`.
             weights: the bytes of `weights.bin`.
-            threads: of ONNX Runtime; 0 takes one for each core.
+            threads: number of threads of ONNX Runtime; 0 takes one for each core.
 
         Raises:
             ExportError: ONNX Runtime refuses the model.
@@ -64,21 +64,21 @@ class Session:
         self.text_length: int = self._session.get_inputs()[3].shape[1]
 
     def run(self, x: Floats, t: Floats, r: Floats, ids: npt.NDArray[np.int64]) -> list[npt.NDArray[np.generic]]:
-        """All outputs for one batch: v [B, C, R, R], load [B, M, E], then routing traces if the graph has them."""
+        """Return all outputs for one batch: v [B, C, R, R], load [B, M, E], then routing traces if the graph has them."""
         outputs: list[npt.NDArray[np.generic]] = self._session.run(None, {"x": x, "t": t, "r": r, "ids": ids})
         return outputs
 
     def encode(self, captions: list[str]) -> npt.NDArray[np.int64]:
-        """Captions as ids [B, L]."""
+        """Encode captions as ids [B, L]."""
         return np.array([caption_ids(c, self.text_length) for c in captions], dtype=np.int64)
 
     def trace(self, ids: npt.NDArray[np.int64], seeds: list[int], sampler: Sampler) -> tuple[Tensor, Floats]:
-        """One image for each caption and seed, and which expert did what at each step.
+        """Draw one image for each caption and seed, and record the expert load at each step.
 
         Args:
             ids: captions [B, L].
             seeds: B seeds of the initial noise.
-            sampler: how to draw.
+            sampler: solver, steps and guidance.
 
         Returns:
             images float32 [B, C, R, R], about [-1, 1], and the expert load [S, M, E] of each sampling step: the mean over
@@ -99,12 +99,12 @@ class Session:
         return images, by_step
 
     def generate(self, ids: npt.NDArray[np.int64], seeds: list[int], sampler: Sampler) -> tuple[Tensor, Floats]:
-        """`trace` with the mean load [M, E] over the steps."""
+        """Draw images like `trace`, but return the mean load [M, E] over the steps."""
         images, load = self.trace(ids, seeds, sampler)
         return images, load.mean(axis=0)
 
     def generate_many(self, captions: list[str], seed: int, sampler: Sampler, batch: int = 32) -> Iterator[tuple[Tensor, Floats]]:
-        """`trace` for many captions, batch by batch; image i starts from noise of seed `seed + i`."""
+        """Draw images for many captions like `trace`, batch by batch; image i starts from the noise of `seed + i`."""
         ids = self.encode(captions)
         for first in range(0, len(captions), batch):
             part = ids[first : first + batch]
@@ -112,7 +112,7 @@ class Session:
 
 
 def load(folder: Path, threads: int = 0) -> Session:
-    """The session of an export's folder.
+    """Load an exported model from its folder.
 
     Raises:
         ExportError: files are missing, or ONNX Runtime refuses the model.
@@ -124,11 +124,11 @@ def load(folder: Path, threads: int = 0) -> Session:
 
 
 def noise(seed: int, shape: tuple[int, ...]) -> Floats:
-    """Standard normal numbers that depend on the seed alone, on any machine and any version of NumPy.
+    """Generate standard normal numbers that depend on the seed alone, on any machine and with any version of NumPy.
 
-    The raw 64-bit stream of Philox (Salmon et al. 2011), which NumPy promises never to change, through the Box-Muller
-    transform. (NumPy's own `standard_normal` may change its stream between versions.) The device's sampler holds a
-    second implementation; a test holds the two together.
+    They come from the raw 64-bit stream of Philox (Salmon et al. 2011), which NumPy promises never to change, through the
+    Box-Muller transform. (NumPy's own `standard_normal` may change its stream between versions.) The device's sampler
+    contains a second implementation; a test checks that the two agree.
     """
     count = math.prod(shape)
     half = -(-count // 2)

@@ -1,10 +1,10 @@
-"""Train a network: a loop one can read, the same weights for the same inputs, and no work lost when it is killed.
+"""Train a network: a readable loop, the same weights for the same inputs, and a killed run resumes from its last saved state.
 
     >>> checkpoint = train(config, dataset, data, TrainOptions(steps=500), out=Path("work/run"))
 
-Every step is a function of (seed, step) and of the state before it, so a run resumed from its last saved state ends in
-the same bits as one that was never disturbed, on the same machine and number of threads. Checkpoints are safetensors
-and JSON, never pickles. Where there is a GPU it is used, and the bits are no longer promised; see `model.hardware`.
+Every step depends only on (seed, step) and the state before it. So a resumed run ends in the same bits as an uninterrupted
+one, on the same machine with the same number of threads. Checkpoints are safetensors and JSON, never pickles. A GPU is used if
+there is one; the bits are then not guaranteed, see `model.hardware`.
 """
 
 from __future__ import annotations
@@ -39,28 +39,36 @@ WEIGHTS = "weights.safetensors"
 LINEAGE = "lineage.json"
 RESUME = "resume.safetensors"
 CURVE = "curve.json"
-STRETCH = 5  # points of it that `diverged` looks at together
+STRETCH = 5  # points of the curve that `diverged` averages
 
 
 class Objective(Protocol):
-    """What a network regresses on. Times are drawn for the whole batch, targets made for a process's own rows."""
+    """Regression objective of a network. Times are drawn for the whole batch, targets are computed for a process's own rows."""
 
     @property
     def guidance(self) -> float | None:
-        """Scale that a teacher is run with, for the lineage; None where there is none."""
+        """Guidance scale of the teacher, for the lineage; None if there is none."""
         ...
 
     def times(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The times t and r of a batch, both [size], on the CPU."""
+        """Draw the times t and r of a batch, both [size], on the CPU."""
         ...
 
     def aim(self, images: Tensor, ids: Tensor, noise: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """(images [B, C, R, R], ids [B, L], noise, t [B], r [B]) → (x, the velocity to predict there), on their device."""
+        """Compute the network's input x and the velocity to predict there, both [B, C, R, R], on the device of the images.
+
+        Args:
+            images: [B, C, R, R].
+            ids: captions [B, L].
+            noise: [B, C, R, R].
+            t: [B].
+            r: [B].
+        """
         ...
 
 
 class TrainOptions(Frozen):
-    """How to train; every field changes the result."""
+    """Options of training; all are part of the hash in the lineage, so a changed option means a new training."""
 
     steps: int = Field(default=400, ge=1)
     batch: int = Field(default=32, ge=1)
@@ -85,14 +93,14 @@ class TrainOptions(Frozen):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with trained weights (the moving average) and their lineage."""
+    """Folder with trained weights (the moving average) and their lineage."""
 
     folder: Path
     lineage: Lineage
     weights_sha256: Sha256
 
     def network(self) -> Network:
-        """The network with these weights, in evaluation mode.
+        """Load the network with these weights, in evaluation mode.
 
         Raises:
             CheckpointError: the weights are damaged or of another shape.
@@ -106,13 +114,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint's folder.
 
     Raises:
-        CheckpointError: it is not one, is truncated, or was written by a newer version.
+        CheckpointError: it is not a checkpoint, is truncated, or was written by a newer version.
     """
     try:
         lineage = Lineage.model_validate_json((folder / LINEAGE).read_bytes())
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
         with safe_open(folder / WEIGHTS, framework="pt"):
-            pass  # the header says how long the file is
+            pass  # reading the header detects a truncated file
     except (OSError, ValidationError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint of this version, or is damaged; name a folder that `train` wrote"
@@ -121,7 +129,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_weights(network: Network, path: Path) -> None:
-    """Fill a network from a safetensors file.
+    """Load a safetensors file into a network.
 
     Raises:
         CheckpointError: the file is damaged, or its tensors are not this network's.
@@ -138,7 +146,7 @@ def load_weights(network: Network, path: Path) -> None:
 
 
 def learning_rate(options: TrainOptions, step: int) -> float:
-    """The rate of step `step` (from 0): linear rise, plateau, linear fall to 0."""
+    """Compute the learning rate of step `step` (from 0): linear rise, plateau, linear fall to 0."""
     rise = min(1.0, (step + 1) / (options.warmup + 1))
     left = (options.steps - step) / max(1.0, options.steps * (1 - options.decay_from))
     return options.learning_rate * rise * min(1.0, left)
@@ -158,25 +166,25 @@ def train(
     watcher: Watcher | None = None,
     hardware: Hardware | None = None,
 ) -> Checkpoint:
-    """Train one network and write its checkpoint; a killed call, repeated, continues where its last state was saved.
+    """Train one network and write its checkpoint; repeat a killed call to resume from its last saved state.
 
     Args:
         config: the network's shape.
-        dataset: what to learn from.
+        dataset: images and captions to learn from.
         data: the revision that the dataset was decoded from, for the lineage.
-        options: how to train.
-        out: folder of the checkpoint; made when missing.
-        variant: what the weights are meant for.
-        parent: start from these weights instead of from noise (warm start).
-        teacher: whose weights the objective uses, for the lineage.
-        objective: what to regress on; flow matching by default, `model.distill` has the other.
-        watcher: hears of every step and sees samples; it changes no weight.
-        hardware: what to train on; by default what is here. A state saved on other hardware is not resumed.
+        options: options of training.
+        out: folder of the checkpoint; created if missing.
+        variant: variant that the weights are for.
+        parent: start from these weights instead of random ones (warm start).
+        teacher: checkpoint whose weights the objective uses, for the lineage.
+        objective: regression objective; flow matching by default, `model.distill` has the other.
+        watcher: callbacks for every step and for samples; they change no weight.
+        hardware: hardware to train on; by default that of this process. A state saved on other hardware is not resumed.
 
     Raises:
-        ConfigError: several processes train together and the batch cannot be shared evenly, or a GPU is missing for one.
+        ConfigError: several processes train together, and they cannot share the batch evenly or one has no GPU.
         TrainingError: the run diverged, or the loss or a weight is not finite; the last saved state is kept.
-        CheckpointError: the parent has another shape.
+        CheckpointError: the parent is damaged or has another shape.
     """
     hardware = hardware or Hardware.here()
     lineage = Lineage(
@@ -187,7 +195,7 @@ def train(
     try:
         done = load_checkpoint(out)
         if done.lineage == lineage:
-            return done  # trained before, from the same inputs
+            return done  # was trained before from the same inputs
     except CheckpointError:
         out.mkdir(parents=True, exist_ok=True)
     ranks = Ranks.here(options.batch, hardware)
@@ -196,7 +204,7 @@ def train(
     network = Network(config)
     if parent:
         load_weights(network, parent.folder / WEIGHTS)
-    network.to(hardware.device)  # the first weights come from the seed, whatever the device
+    network.to(hardware.device)  # initial weights come from the seed, whatever the device
     average = copy.deepcopy(network)
     run = _Run(network, average, options, ranks, objective or FlowMatching(), hardware)
     first = run.resume(out / RESUME, lineage.sha256)
@@ -232,7 +240,7 @@ def train(
     if watched.samples:
         watched.samples(options.steps, *draw(average, dataset, variant))
     if ranks.rank == 0:
-        (out / LINEAGE).unlink(missing_ok=True)  # an older one must never stand beside new weights
+        (out / LINEAGE).unlink(missing_ok=True)  # an old lineage must never stand beside new weights
         write_safely(out / WEIGHTS, average.state_dict())
         (out / CURVE).write_text(json.dumps(run.curve))
         (out / LINEAGE).write_text(lineage.model_dump_json(indent=1))
@@ -258,10 +266,10 @@ class FlowMatching:
 
 
 def diverged(losses: list[float]) -> bool:
-    """Whether a recorded loss curve has left for good: its last points lie far above the lowest stretch before.
+    """Check whether a recorded loss curve has diverged: its last points lie far above the lowest points before.
 
-    The mean of the last `STRETCH` points against the lowest mean of as many, and above 2, which is more than a network loses
-    that always answers zero (1 for the noise, and the mean square of images in [-1, 1]).
+    The mean of the last `STRETCH` points must be above 3 times the lowest mean of as many consecutive points, and above 2. A
+    network that always predicts zero has a loss below 2 (1 for the noise, plus the mean square of images in [-1, 1]).
     """
     if len(losses) < 2 * STRETCH:
         return False
@@ -271,10 +279,10 @@ def diverged(losses: list[float]) -> bool:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train one network together, as `torchrun` starts them; one alone otherwise.
+    """The processes that train one network together, as `torchrun` starts them; otherwise a single process.
 
-    Every process draws the whole batch, noise and times from the seed and takes its share of the rows, and gradients are
-    averaged, so the number of processes changes the order of sums and nothing else. GPUs talk by NCCL, CPUs by Gloo.
+    Every process draws the whole batch, noise and times from the seed and takes its share of the rows. Gradients are averaged.
+    So the number of processes changes only the order of sums. GPUs communicate by NCCL, CPUs by Gloo.
     """
 
     rank: int = 0
@@ -282,7 +290,7 @@ class Ranks:
 
     @classmethod
     def here(cls, batch: int, hardware: Hardware) -> Ranks:
-        """This process among those that torchrun started.
+        """Join the processes that torchrun started, and return the place of this process among them.
 
         Raises:
             ConfigError: the batch cannot be shared evenly.
@@ -298,7 +306,7 @@ class Ranks:
         return cls(dist.get_rank(), world)
 
     def share(self, rows: Tensor) -> Tensor:
-        """This process's rows of a batch."""
+        """Select this process's rows of a batch."""
         return rows[self.rank :: self.world]
 
     def average(self, tensors: list[Tensor]) -> None:
@@ -309,16 +317,16 @@ class Ranks:
                 tensor.div_(self.world)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has arrived."""
         if self.world > 1:
             dist.barrier()
 
 
 def round_update(network: Network, parent: Network, grid: float) -> None:
-    """Round what training changed, in place, to multiples of `grid` times the root mean square of each tensor's change.
+    """Round each tensor's change from the parent, in place, to multiples of `grid` times the root mean square of the change.
 
-    Most small changes become none, and the delta to the parent shrinks with the entropy of what is left; what is evaluated and
-    fielded is the rounded model, so the gate sees the price.
+    Most small changes become zero, and the delta from the parent shrinks with the entropy of the rest. The rounded model is the
+    one that is evaluated and fielded, so the gate sees the loss of quality.
     """
     with torch.no_grad():
         for ours, theirs in zip(network.parameters(), parent.parameters(), strict=True):
@@ -329,7 +337,7 @@ def round_update(network: Network, parent: Network, grid: float) -> None:
 
 
 def round_to_stored(network: Network, precision: PrecisionName) -> None:
-    """Round weights, in place, to what a device will have of them."""
+    """Round weights, in place, to the precision that devices store; float32 and int8 change nothing here."""
     kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
     with torch.no_grad():
         for weight in network.parameters():
@@ -337,20 +345,20 @@ def round_to_stored(network: Network, precision: PrecisionName) -> None:
 
 
 class _Run:
-    """The state of a training run: weights, their moving average, the optimizer's moments."""
+    """State of a training run: weights, their moving average, the optimizer's moments, the recorded curve."""
 
     def __init__(
         self, network: Network, average: Network, options: TrainOptions, ranks: Ranks, objective: Objective, hardware: Hardware
     ) -> None:
         self.network, self.average, self.options = network.train(), average, options
         self.ranks, self.objective, self.hardware = ranks, objective, hardware
-        # The method is compiled, not the module, so names of weights stay as they are. Token choice is left out: how many tokens
-        # an expert gets is another number in each step, and every one would be compiled anew.
+        # The method is compiled, not the module, so the names of weights do not change. Token choice is not compiled: the number
+        # of tokens of an expert differs from step to step, and every new number would trigger a compilation.
         compiled = hardware.compiled and network.config.router == "expert-choice"
         self.predict = torch.compile(network.traced, dynamic=False) if compiled else network.traced
         self.curve: list[dict[str, Any]] = []
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        # Gains, biases and modulation tables are not pulled towards zero.
+        # Gains, biases and modulation tables get no weight decay.
         spared = ("gain", "bias", "mod")
         decayed = [p for name, p in network.named_parameters() if p.requires_grad and not name.endswith(spared)]
         ids = {id(p) for p in decayed}
@@ -365,13 +373,13 @@ class _Run:
         )
 
     def step(self, dataset: Dataset, step: int) -> Figures:
-        """One step of gradient descent."""
+        """Take one step of gradient descent (numbered from 0), and return its figures."""
         o = self.options
         images, ids = dataset.batch(o.seed, step, o.batch)
         generator = torch.Generator().manual_seed(mix(o.seed, step, 2))
         ids[torch.rand(o.batch, generator=generator) < o.caption_dropout] = 0
         noise = torch.randn(images.shape, generator=generator)
-        drawn = (images, ids, noise, *self.objective.times(o.batch, generator))  # on the CPU, so that a run is the same run
+        drawn = (images, ids, noise, *self.objective.times(o.batch, generator))  # on the CPU, so the device does not matter
         images, ids, noise, t, r = (self.ranks.share(rows).to(self.hardware.device) for rows in drawn)
         with self.hardware.precision():
             x, target = self.objective.aim(images, ids, noise, t, r)
@@ -395,7 +403,7 @@ class _Run:
         return Figures(float(mean), rate, share.tolist())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, by name."""
+        """Collect everything that the next step depends on, by name."""
         named = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         named |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, parameter in enumerate(self.parameters):
@@ -404,11 +412,11 @@ class _Run:
         return named
 
     def save(self, path: Path, identity: Sha256, step: int) -> None:
-        """Write the state so that `resume` can go on after `step` steps."""
+        """Write the state, from which `resume` continues after `step` steps."""
         write_safely(path, self.tensors(), {"identity": identity, "step": str(step), "curve": json.dumps(self.curve)})
 
     def resume(self, path: Path, identity: Sha256) -> int:
-        """Load a saved state of the same run; returns the number of steps done. No or another run's state: 0."""
+        """Load a saved state of the same run, and return the number of steps done; 0 if there is no usable state of this run."""
         if not path.is_file():
             return 0
         try:
@@ -419,7 +427,7 @@ class _Run:
             saved = load_file(path, device=self.hardware.device)
             step, self.curve = int(meta["step"]), json.loads(meta["curve"])
         except (OSError, SafetensorError, KeyError, ValueError):
-            return 0  # torn by whatever ended the run; starting over gives the same weights
+            return 0  # damaged when the run ended; starting over gives the same weights
         self.network.load_state_dict({k.removeprefix("network."): v for k, v in saved.items() if k.startswith("network.")})
         self.average.load_state_dict({k.removeprefix("average."): v for k, v in saved.items() if k.startswith("average.")})
         for i, parameter in enumerate(self.parameters):
@@ -429,14 +437,14 @@ class _Run:
 
 
 def write_safely(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors beside `path` and rename: the file there is whole, old or new."""
+    """Write safetensors to a temporary file and rename it, so that `path` always holds a complete file, old or new."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh, metadata)
     fresh.replace(path)
 
 
 def code_sha256() -> Sha256:
-    """Hash of the source files of `model`: two checkpoints with the same one were made by the same code."""
+    """Hash the source files of `model`; two checkpoints with the same hash were made by the same code."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -1,10 +1,10 @@
-"""Data revisions: DVC holds the bytes, Git holds their hashes, and what is pulled is checked against the hash.
+"""Data revisions: DVC stores the bytes, Git stores their hashes, and pulled data are checked against the hash.
 
     >>> version = add(workspace, "data/surfaces", line="surfaces", message="first delivery")
     >>> pull(workspace, version, Path("work/data"))
 
-DVC's own pull does not verify by default, and never notices an object that is already damaged in its cache; `pull`
-recomputes the revision's hash from the bytes it delivers.
+DVC's own pull does not verify by default, and does not notice an object that is already damaged in its cache. `pull`
+recomputes the revision's hash from the bytes that it delivers.
 """
 
 from __future__ import annotations
@@ -30,17 +30,21 @@ from model.folder import check, entries, hashes, inside, md5_of, opened, shown, 
 from model.git import forget_redirections, run
 from model.scorecard import DataVersion
 
-REPORT = ".arrival.json"  # beside a folder's pointer: what was found when it was recorded
+REPORT = ".arrival.json"  # suffix of the data report, which is stored next to a folder's .dvc file
 STORAGE = "storage"  # DVC's name of the remote
-git = run  # in a workspace
-# Whatever the user's own settings of DVC say: what is recorded is left to us to put into Git, all of it at once, ...
+git = run  # called with the workspace as its folder
+# These override the user's own settings of DVC: DVC stages nothing in Git, because we commit everything at once, ...
 OURS = {"core": {"no_scm": False, "autostage": False}}
-COPIES = {"cache": {"type": "reflink,copy"}}  # ... and what is delivered is a copy, never a link to the cache
+COPIES = {"cache": {"type": "reflink,copy"}}  # ... and delivered files are copies, never links to the cache
 
 
 @contextmanager
 def _dvc(root: Path) -> Iterator[Any]:
-    """An open DVC repository that neither phones home nor writes to the terminal."""
+    """Open a DVC repository that sends no analytics and writes nothing to the terminal.
+
+    Raises:
+        RevisionError: DVC or one of its libraries fails, also within the block.
+    """
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     forget_redirections()
     from dvc.repo import Repo
@@ -61,27 +65,27 @@ def _dvc(root: Path) -> Iterator[Any]:
 
 
 def init(root: Path, remote: str, s3_endpoint: str = "") -> None:
-    """Make `root` a Git and DVC repository whose data go to `remote`, a folder or an s3:// URL; repeatable.
+    """Make `root` a Git and DVC repository whose data go to `remote`, a folder or an s3:// URL; may be repeated.
 
-    What somebody else wrote into DVC's configuration (credentials, say) is left there.
+    Other entries of DVC's configuration, such as credentials, are kept.
 
     Raises:
-        DataError: DVC's settings are a link or another special file.
-        RevisionError: Git is missing or refuses, or DVC cannot keep the address of the remote.
+        DataError: DVC's configuration is a link or another special file.
+        RevisionError: Git is missing or fails, or DVC's configuration cannot be read or cannot hold the address of the remote.
     """
     if not (root / ".git").exists():
         git(root, "init", "--quiet", "--initial-branch=main")
     path = root / ".dvc" / "config"
     if (root / ".dvc" / "cache").is_dir():
-        path.touch()  # only the settings were lost; what was recorded stays
+        path.touch()  # only the settings were lost; recorded data stay
     if not path.exists():
         forget_redirections()
         from dvc.repo import Repo
 
         logging.getLogger("dvc").setLevel(logging.CRITICAL)
-        shutil.rmtree(root / ".dvc", ignore_errors=True)  # half made by a killed run: no config, so nothing in it yet
+        shutil.rmtree(root / ".dvc", ignore_errors=True)  # incomplete after a killed run: without a config it holds nothing yet
         Repo.init(str(root)).close()
-    (root / ".dvcignore").touch()  # where the kill came after the config
+    (root / ".dvcignore").touch()  # missing if a run was killed after it wrote the config
     with opened(path) as file:
         present = file.read()
     written = _configured(present, remote, s3_endpoint)
@@ -95,16 +99,20 @@ def check_remote(remote: str) -> None:
     """Refuse the address of a remote that DVC's configuration cannot hold.
 
     Raises:
-        RevisionError: it cannot.
+        RevisionError: it cannot hold the address.
     """
     _configured(b"", remote, "")
 
 
 def _configured(present: bytes, remote: str, s3_endpoint: str) -> bytes:
-    """DVC's configuration with our settings in it; DVC itself writes nothing but ASCII."""
+    """Add our settings to the bytes of DVC's configuration; DVC's own writer supports only ASCII.
+
+    Raises:
+        RevisionError: the configuration cannot be read, or cannot hold the address of the remote.
+    """
     from configobj import ConfigObj, ConfigObjError  # type: ignore[import-untyped]  # comes with DVC
 
-    section, encoding = f'remote "{STORAGE}"', locale.getpreferredencoding(do_setlocale=False)  # in which DVC reads it
+    section, encoding = f'remote "{STORAGE}"', locale.getpreferredencoding(do_setlocale=False)  # the one in which DVC reads it
     ours = {"url": remote, "verify": "True"} | (
         {"endpointurl": s3_endpoint} if s3_endpoint and remote.startswith("s3://") else {}
     )
@@ -130,20 +138,20 @@ def add(
     report: Callable[[str], str] | None = None,
     looked_at: dict[str, str] | None = None,
 ) -> DataVersion:
-    """Record the folder's present content as a revision, and push its bytes to the remote; unchanged content adds none.
+    """Record the folder's current content as a revision, and push its bytes to the remote; unchanged content adds no revision.
 
     Args:
         root: the workspace.
         path: the data folder, relative to it.
-        line: whose data they are.
-        message: of the Git commit.
-        report: called with DVC's hash of the folder; what it returns is kept in the same commit, see `report_of`.
-        looked_at: what was checked, the md5 of every file by its name; None: what is there now.
+        line: line that the data belong to.
+        message: message of the Git commit.
+        report: called with DVC's hash of new content; its result is stored in the same commit, see `report_of`.
+        looked_at: content that was checked, as the md5 of every file by name; None: the current content.
 
     Raises:
-        DataError: the folder holds what no revision can.
-        RevisionError: the folder changed since it was looked at, Git or DVC refuse, or an object that the remote lacks is damaged here
-            too. Then Git, the pointer and .gitignore are as they were.
+        DataError: the folder contains something that no revision can hold.
+        RevisionError: the folder changed since it was checked, Git or DVC fails, or an object that the remote lacks is damaged in
+            the cache. HEAD, the .dvc file, the report and .gitignore are then unchanged.
     """
     folder = check(root, path)
     pointer, beside, ignored = root / f"{path}.dvc", root / f"{path}{REPORT}", folder.parent / ".gitignore"
@@ -152,7 +160,7 @@ def add(
         md5 = list_md5(expected)
         _check_seen(repo, folder, expected)
         if _added(repo, folder, no_commit=True) != expected:
-            repo.state.hashes.clear()  # what DVC remembers of a file goes by its size and times alone
+            repo.state.hashes.clear()  # DVC recognises a file that it has hashed by size and times alone
             _check_same(_added(repo, folder, no_commit=True), expected, folder)
         ours = [pointer, ignored, *(root / name for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"))]
         if report and _recorded(root, path) != md5:
@@ -161,7 +169,7 @@ def add(
         publish = _commit(
             root, message, {file.relative_to(root).as_posix(): file.read_bytes() for file in ours if file.is_file()}
         )
-        _check_same(_added(repo, folder), expected, folder)  # only now into the cache
+        _check_same(_added(repo, folder), expected, folder)  # fills the cache only now
         _send(repo, expected, md5)
         publish()
     return resolve(root, path, line, "HEAD")
@@ -169,7 +177,7 @@ def add(
 
 @contextmanager
 def _put_back_unless_done(*files: Path) -> Iterator[None]:
-    """Give files the content that they had, where the block does not end well.
+    """Restore the previous content of files if the block raises.
 
     Raises:
         DataError: one of them is a link or another special file.
@@ -195,7 +203,11 @@ def _put_back_unless_done(*files: Path) -> Iterator[None]:
 
 
 def _check_seen(repo: Any, folder: Path, expected: dict[str, str]) -> None:
-    """Refuse where DVC would look at other files than those."""
+    """Check that DVC would record exactly the expected files.
+
+    Raises:
+        RevisionError: a file was added or removed, or DVC would ignore one.
+    """
     there = entries(folder)
     _check_same(dict.fromkeys(there, ""), dict.fromkeys(expected, ""), folder)
     for found in repo.dvcignore.find(repo.fs, str(folder)):
@@ -208,7 +220,10 @@ def _check_seen(repo: Any, folder: Path, expected: dict[str, str]) -> None:
 
 
 def _added(repo: Any, folder: Path, no_commit: bool = False) -> dict[str, str]:
-    """Have DVC write its pointer and, unless `no_commit`, fill its cache, and leave the folder alone; returns what it found."""
+    """Let DVC write its .dvc file and, unless `no_commit`, fill its cache; return the md5 of each file by name.
+
+    The folder itself is not changed.
+    """
     (stage,) = repo.add([str(folder)], no_commit=no_commit, relink=False)
     return {"/".join(key): found.value for key, _, found in stage.outs[0].obj}
 
@@ -223,10 +238,12 @@ def _check_same(now: dict[str, str], expected: dict[str, str], folder: Path) -> 
 
 
 def _send(repo: Any, files: dict[str, str], md5: str) -> None:
-    """Send what the remote lacks of a folder that was just added, its list last; DVC's own push never looks again once the list is there.
+    """Send the objects of a newly added folder that the remote lacks, the list of files last.
+
+    DVC's own push does not check the files again once the list is in the remote.
 
     Raises:
-        RevisionError: the remote cannot be written, or such an object is damaged in the cache; that one is deleted.
+        RevisionError: the remote cannot be written, or an object to send is damaged in the cache; the damaged object is deleted.
     """
     cache, names = repo.cache.local, {oid: name for name, oid in files.items()}
     try:
@@ -253,9 +270,10 @@ def _send(repo: Any, files: dict[str, str], md5: str) -> None:
 
 
 def _commit(root: Path, message: str, files: dict[str, bytes]) -> Callable[[], None]:
-    """Make a commit of files, beside whatever else is staged, and return what makes it the present one.
+    """Create a Git commit of files, and return the function that stages them and moves HEAD to it.
 
-    Git's plumbing runs no hooks and no filters, ignores nothing and signs nothing: a commit of ferry's own fails at once or not at all.
+    Other staged changes are neither committed nor lost. Git's plumbing commands run no hooks or filters, obey no .gitignore and
+    sign nothing, so the commit fails at once or not at all.
     """
     blobs = {name: git(root, "hash-object", "-w", "--stdin", given=content) for name, content in files.items()}
     rows = "".join(f"100644 {blob}\t{name}\0" for name, blob in blobs.items()).encode()
@@ -281,7 +299,7 @@ def _commit(root: Path, message: str, files: dict[str, bytes]) -> Callable[[], N
 
 
 def _head(root: Path) -> str:
-    """The present commit; empty before the first one.
+    """Return the current commit; empty before the first one.
 
     Raises:
         RevisionError: there is no repository, or Git refuses to read it.
@@ -294,7 +312,10 @@ def _head(root: Path) -> str:
 
 
 def _identity(root: Path) -> list[str]:
-    """Settings for what Git does not know of who commits: a build machine knows no user, a workspace that does keeps its own."""
+    """Return `-c` options for the committer's name and e-mail address where Git knows none, as on a build machine.
+
+    Values that Git knows are kept.
+    """
     words: list[str] = []
     for name, fallback in (("user.name", "ferry"), ("user.email", "ferry@localhost")):
         try:
@@ -306,7 +327,7 @@ def _identity(root: Path) -> list[str]:
 
 
 def _listed(repo: Any, path: str, rev: str) -> dict[str, str]:
-    """The files of a revision by name, and DVC's hash of each."""
+    """List the files of a revision by name, with DVC's hash of each."""
     from dvc.api import DVCFileSystem
 
     rows = DVCFileSystem(repo=str(repo.root_dir), rev=rev).find(path, detail=True)
@@ -314,7 +335,7 @@ def _listed(repo: Any, path: str, rev: str) -> dict[str, str]:
 
 
 def files(root: Path, version: DataVersion) -> dict[str, str]:
-    """The files of a revision by name, and the md5 of each; only their list is fetched.
+    """List the files of a revision by name, with the md5 of each; no file is fetched, only the list.
 
     Raises:
         RevisionError: the list is missing or damaged, or Git does not have the revision.
@@ -332,12 +353,12 @@ def files(root: Path, version: DataVersion) -> dict[str, str]:
 
 
 def missing(root: Path, version: DataVersion) -> list[str]:
-    """The files of a revision that the remote does not hold, each asked for by itself.
+    """List the files of a revision that the remote lacks; the remote is asked for each object.
 
-    DVC's own `status --cloud` believes its index: it calls a revision complete whose list alone is there.
+    DVC's own `status --cloud` trusts its index: it calls a revision complete if only the list of files is in the remote.
 
     Raises:
-        RevisionError: the remote cannot be asked, or the revision's list cannot be had.
+        RevisionError: the remote cannot be reached, or the revision's list of files cannot be read.
     """
     rows = files(root, version)
     with _dvc(root) as repo:
@@ -352,7 +373,7 @@ def missing(root: Path, version: DataVersion) -> list[str]:
 
 
 def report_of(root: Path, version: DataVersion) -> str | None:
-    """What was recorded beside a revision; None: nothing.
+    """Return the data report that was stored with a revision; None: there is none.
 
     Raises:
         RevisionError: Git does not have the revision.
@@ -365,10 +386,10 @@ def report_of(root: Path, version: DataVersion) -> str | None:
 
 
 def _commit_of(root: Path, version: DataVersion) -> str:
-    """A commit that holds a revision: its own, or after a rewrite of the history another one with the same content.
+    """Find a commit that holds a revision: its own, or after a rewrite of the history another one with the same content.
 
     Raises:
-        RevisionError: there is none any more.
+        RevisionError: no commit holds it any more.
     """
     try:
         git(root, "cat-file", "-e", f"{version.rev}^{{commit}}")
@@ -389,15 +410,15 @@ def _commit_of(root: Path, version: DataVersion) -> str:
 
 
 def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:
-    """What a Git revision says about a data folder. The commit named is the last one that touched the data.
+    """Resolve a Git revision to the version of a data folder; its `rev` is the last commit that changed the data.
 
     Raises:
-        RevisionError: no such revision, or it does not hold these data.
+        RevisionError: there is no such Git revision, or it holds no data of this folder.
     """
     try:
         found = git(root, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
     except RevisionError:
-        _head(root)  # or it is the repository that cannot be read
+        _head(root)  # raises if the repository itself cannot be read
         raise RevisionError(f"there is no data revision '{shown(rev)}'; `ferry data log {line}` lists them") from None
     try:
         out = _pointer(root, path, found)
@@ -410,16 +431,16 @@ def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:
 
 
 def _pointer(root: Path, path: str, rev: str = "HEAD") -> Any:
-    """What DVC wrote of a folder at a revision.
+    """Read the output entry of a folder's .dvc file at a Git revision.
 
     Raises:
-        RevisionError, YAMLError, LookupError, TypeError: it did not, or that is damaged.
+        RevisionError, YAMLError, LookupError, TypeError: there is no such file, or it is damaged.
     """
     return yaml.safe_load(git(root, "show", f"{rev}:{path}.dvc"))["outs"][0]
 
 
 def _recorded(root: Path, path: str) -> str:
-    """The hash of a folder as the present commit has it; empty where it has none."""
+    """Return the hash of a folder that the current commit records; empty if there is none."""
     try:
         return str(_pointer(root, path)["md5"])
     except (RevisionError, yaml.YAMLError, LookupError, TypeError):
@@ -427,10 +448,10 @@ def _recorded(root: Path, path: str) -> str:
 
 
 def log(root: Path, path: str, line: str, newest: int | None = None) -> list[tuple[DataVersion, str]]:
-    """The revisions of a data folder with their commit messages, newest first; all of them, or so many.
+    """List the revisions of a data folder with their commit messages, newest first; all, or at most `newest`.
 
     Raises:
-        RevisionError: Git refuses to read the repository.
+        RevisionError: Git cannot read the repository.
     """
     if not _head(root):
         return []
@@ -441,11 +462,11 @@ def log(root: Path, path: str, line: str, newest: int | None = None) -> list[tup
 
 
 def is_dirty(root: Path, path: str) -> bool:
-    """Whether the folder holds something else than the revision at HEAD.
+    """Check whether the folder's content differs from the revision at HEAD; a missing folder differs.
 
     Raises:
-        DataError: the folder holds what no revision can.
-        RevisionError: no revision has it yet, or Git refuses.
+        DataError: the folder contains something that no revision can hold.
+        RevisionError: the folder has no revision yet, or Git fails.
     """
     recorded = _recorded(root, path)
     if not recorded:
@@ -456,10 +477,11 @@ def is_dirty(root: Path, path: str) -> bool:
 
 
 def check_clean(root: Path, path: str, line: str) -> None:
-    """Refuse to go on while the data folder holds something that no revision has.
+    """Refuse a data folder whose content differs from the revision at HEAD.
 
     Raises:
-        RevisionError: it does.
+        DataError: the folder contains something that no revision can hold.
+        RevisionError: the content differs, the folder has no revision yet, or Git fails.
     """
     if is_dirty(root, path):
         raise RevisionError(
@@ -468,13 +490,15 @@ def check_clean(root: Path, path: str, line: str) -> None:
 
 
 def pull(root: Path, version: DataVersion, into: Path) -> Path:
-    """Deliver a revision's files to a folder of their own and verify every byte, also of what was delivered before; repeatable.
+    """Deliver a revision's files to a folder of their own and verify every byte; may be repeated.
+
+    A folder that was delivered before is verified again, and replaced if it differs.
 
     Returns:
         the folder, `into/<md5>`.
 
     Raises:
-        RevisionError: an object is missing or damaged.
+        RevisionError: an object is missing or damaged, or no commit holds the revision any more.
     """
     place = into / version.md5.removesuffix(".dir")
     if _holds(place, version):
@@ -495,7 +519,7 @@ def pull(root: Path, version: DataVersion, into: Path) -> Path:
     if not _holds(fresh, version):
         delivered = hashes(fresh) if fresh.is_dir() else {}
         _remove(fresh)
-        recorded = files(root, version)  # or it is the list itself that is damaged
+        recorded = files(root, version)  # raises if the list itself is damaged
         raise _damaged(version, next((oid for name, oid in recorded.items() if delivered.get(name) != oid), ""))
     try:
         fresh.rename(place)
@@ -507,7 +531,7 @@ def pull(root: Path, version: DataVersion, into: Path) -> Path:
 
 
 def _holds(place: Path, version: DataVersion) -> bool:
-    """Whether a folder is a revision to the byte, and holds nothing but regular files."""
+    """Check whether a folder equals a revision byte for byte, and holds regular files only."""
     try:
         return place.is_dir() and not place.is_symlink() and folder_md5(place) == version.md5
     except DataError:
@@ -515,7 +539,7 @@ def _holds(place: Path, version: DataVersion) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Take away whatever lies there; not what a link leads to."""
+    """Remove a file, folder or link; the target of a link is kept."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -541,15 +565,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def folder_md5(folder: Path) -> str:
-    """DVC's hash of a folder, recomputed from its bytes: the md5 of the sorted list of relative paths and md5s.
+    """Compute DVC's hash of a folder from its bytes: the md5 of the sorted list of relative paths and md5s.
 
     Raises:
-        DataError: the folder holds what is no regular file.
+        DataError: the folder contains something other than regular files, or a file cannot be read.
     """
     return list_md5(hashes(folder))
 
 
 def list_md5(files: dict[str, str]) -> str:
-    """The same from the files' names and md5s."""
+    """Compute DVC's hash of a folder from the names and md5s of its files."""
     rows = [{"md5": md5, "relpath": name} for name, md5 in sorted(files.items())]
     return hashlib.md5(json.dumps(rows, sort_keys=True).encode()).hexdigest() + ".dir"  # noqa: S324

@@ -1,6 +1,6 @@
-"""What a training run tells whoever watches it: figures after every step, and samples of the moving average now and then.
+"""Callbacks of a training run: figures after every step, and sample images of the moving average from time to time.
 
-The one seam between `train` and the outside. Watching changes no weight: the samples come from noise of their own.
+`train` reports its progress only through these callbacks. Watching changes no weight: the samples have their own noise.
 
     >>> watcher = Watcher(step=lambda step, figures: print(step, figures.loss))
     >>> train(config, dataset, data, options, out, watcher=watcher)
@@ -31,12 +31,12 @@ CURVE_EVERY = 10  # steps between two points of the recorded curve
 
 @dataclass(frozen=True)
 class Figures:
-    """What one step of training came to.
+    """Figures of one training step.
 
     Attributes:
         loss: mean squared error of the velocity, over the batches of all processes.
-        learning_rate: of this step.
-        load: [M][E] mean gate mass of each block's experts; no experts, no columns.
+        learning_rate: rate of this step.
+        load: [M][E] mean gate mass of each expert in each block; without experts the rows are empty.
     """
 
     loss: float
@@ -44,9 +44,9 @@ class Figures:
     load: list[list[float]]
 
     def numbers(self) -> dict[str, float]:
-        """The figures by name, the load as its largest share and, for each block, its entropy over log E.
+        """Return the figures by name; the load becomes its largest share and, for each block, its entropy over log E.
 
-        An entropy of 1 says that all experts are used alike, 0 that one does everything; see `Usage.entropy`.
+        An entropy of 1 means that all experts are used equally, 0 that one does everything; see `Usage.entropy`.
         """
         shares = [[mass / sum(masses) for mass in masses] for masses in self.load if masses]
         named = {
@@ -61,16 +61,16 @@ class Figures:
 
 
 OnSamples = Callable[[int, list[str], npt.NDArray[np.uint8]], None]
-"""(steps done, n captions, the moving average's images of them: uint8 [n, C, R, R])"""
+"""Callback with (steps done, n captions, their images drawn with the moving average: uint8 [n, C, R, R])."""
 
 
 @dataclass(frozen=True)
 class Watcher:
-    """Whoever watches; heard in the first of several processes. What it raises ends the run, which can be resumed.
+    """Callbacks of a training run, called in the first process only. If one raises, the run ends and can be resumed.
 
     Attributes:
         step: called after every step with its number, from 1.
-        samples: called after each quarter of the steps, at the end with the weights that are kept; None: nothing is drawn.
+        samples: called after each quarter of the steps, the last time with the final weights; None: no samples are drawn.
     """
 
     step: Callable[[int, Figures], None] = lambda _step, _figures: None
@@ -78,21 +78,21 @@ class Watcher:
 
 
 def recorded_after(step: int, steps: int) -> bool:
-    """Whether the figures of step number `step`, from 1, are a point of the curve that a run of `steps` steps keeps."""
+    """Check whether a run of `steps` steps records the figures of step `step` (from 1) in its curve."""
     return (step - 1) % CURVE_EVERY == 0 or step == steps
 
 
 def sampled_after(steps: int) -> set[int]:
-    """The numbers of steps after which a run of `steps` steps draws samples; always the last."""
+    """Return the numbers of the steps after which a run of `steps` steps draws samples; the last step is one of them."""
     return {-(-steps * part // PARTS) for part in range(1, PARTS + 1)}
 
 
 @torch.no_grad()
 def draw(network: Network, dataset: Dataset, variant: VariantName) -> tuple[list[str], npt.NDArray[np.uint8]]:
-    """A few images of the data's most frequent captions: n captions and uint8 [n, C, R, R].
+    """Draw a few images of the data's most frequent captions: n captions and uint8 [n, C, R, R].
 
-    Always from the same noise, so that what changes from one call to the next is the network alone. A variant that is guided is
-    drawn in few steps by ab2; a distilled one, which knows only its own steps, in those.
+    The noise is always the same, so only the network changes from one call to the next. A guided variant is drawn in 8 steps
+    of ab2. A distilled variant is drawn in its own steps, because it has learnt no others.
     """
     training = dataset.training()
     common = Counter(dataset.captions[i] for i in training)

@@ -1,3 +1,3 @@
-"""The way to the device, and the device: bundle manifests, the delta codec, the agent, and the factory's release tools."""
+"""Updates of devices: bundle manifests, the delta codec, the agent on the device, and the factory's release tools."""
 
 __version__ = "0.1.0"

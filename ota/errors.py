@@ -1,31 +1,31 @@
-"""What can go wrong on the way to a device, split by who is at fault.
+"""Errors of updates, split by who is at fault.
 
     OtaError
-    ├── RepositoryError      what the factory published is wrong, and nothing of it is used
-    │   ├── TrustError       a signature, version or expiry does not hold
-    │   │   ├── ExpiredError what was signed is too old to act on
-    │   │   └── InvalidError what was signed is nonsense: a hash that is none, a number out of range
-    │   ├── ManifestError    a manifest, policy or table that does not say what it must
-    │   │   └── AgentError   a document for a newer agent than this
-    │   └── DeltaError       a delta that is damaged, foreign, or over a limit
-    ├── TransferError        the link or the server failed; trying again later is right
-    ├── DeviceError          this device cannot do it
-    │   ├── RoomError        not enough disk or memory
+    ├── RepositoryError      what the factory published is wrong; nothing of it is used
+    │   ├── TrustError       a signature, version or expiry is not valid
+    │   │   ├── ExpiredError signed metadata have expired
+    │   │   └── InvalidError a signed value is malformed, such as a hash, or out of range
+    │   ├── ManifestError    a manifest, policy or table does not have the required form or content
+    │   │   └── AgentError   a document needs a newer agent
+    │   └── DeltaError       a delta is damaged, for another base, or over a limit
+    ├── TransferError        the link or the server failed; try again later
+    ├── DeviceError          this device cannot carry out the update
+    │   ├── RoomError        not enough disk space or memory
     │   │   └── SoftwareError a package that the agent needs is missing, broken or of another version
-    │   ├── UnfinishedError  a child process was killed, or ran out of time or memory; that proves nothing yet
-    │   │   └── LateError    it did not end in time
-    │   ├── DiedError        a child process died and gave no answer: its bundle's fault, or the software's
-    │   ├── StateError       the state directory is missing or foreign
-    │   │   └── BusyError    another agent holds it
-    │   └── BaseError        a bundle on disk is not the one that was installed
-    ├── GateError            the new bundle was tried on this device and refused
-    ├── OperatorError        a key, store or name handed in on the factory's side does not fit
-    └── FaultError           something that nobody foresaw; what runs is kept, and the next try begins anew
+    │   ├── UnfinishedError  a child process was killed, or ran out of time or memory; this proves nothing yet
+    │   │   └── LateError    the child process did not end in time
+    │   ├── DiedError        a child process died without an answer: the bundle or the software is at fault
+    │   ├── StateError       the state directory is missing, damaged or cannot be read
+    │   │   └── BusyError    another agent uses the state directory
+    │   └── BaseError        a file of an installed bundle is missing or was changed
+    ├── GateError            this device tried the new bundle and refused it
+    ├── OperatorError        a key, store or name given on the factory's side is wrong
+    └── FaultError           an unforeseen error; the running bundle is kept, and the next try starts again
 
 `TrustError` and `GateError` are final for a release; `TransferError` is not. Each message is one sentence that says what
-to do next. Nothing foreign crosses the package's boundary: errors of python-tuf, urllib3, zstd, bsdiff4, ONNX
-Runtime and the operating system arrive as one of these, with the original as `__cause__`. A message may quote what a
-stranger wrote, so each is made `printable` where it is made: it reaches terminals, logs and reports as one line.
+to do next. The package raises no other errors: those of python-tuf, urllib3, zstd, bsdiff4, ONNX Runtime and the
+operating system are turned into one of these, with the original as `__cause__`. A message may quote text from outside,
+so it is made `printable` when the error is made: it reaches terminals, logs and reports as one line.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ MAX_MESSAGE = 2000  # characters of an error
 
 
 def printable(text: str, limit: int = MAX_MESSAGE, keep: str = "") -> str:
-    r"""Show a text that may come from a stranger as one harmless line.
+    r"""Return a text that may come from outside as one harmless line.
 
     Control characters could rewrite a terminal or forge a line of a log, lone surrogates cannot be written at all, and
-    characters that turn the direction of reading show one name as another: all are written as escapes, such as `\x1b`.
+    characters that change the reading direction make one name look like another. All are written as escapes, such as `\x1b`.
 
     Args:
-        text: of any content and length.
-        limit: characters that are shown; what follows is counted.
-        keep: characters to leave as they are all the same.
+        text: text of any content and length.
+        limit: number of characters that are shown; the rest is only counted.
+        keep: characters that are left as they are.
     """
     shown = "".join(c if c in keep or c == " " or c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
     return shown + (f"… ({len(text) - limit:,} more characters)" if len(text) > limit else "")
 
 
 class OtaError(Exception):
-    """Base of everything that `ota` raises on purpose."""
+    """Base class of all errors that `ota` raises on purpose."""
 
     def __init__(self, message: str = "") -> None:
-        """Take one sentence that says what is wrong and what to do next; it is made printable."""
+        """Store one sentence that says what is wrong and what to do next, in printable form."""
         super().__init__(printable(message))
 
 
 class RepositoryError(OtaError):
-    """What was published is wrong."""
+    """What the factory published is wrong."""
 
 
 class TrustError(RepositoryError):
@@ -68,19 +68,19 @@ class TrustError(RepositoryError):
 
 
 class ExpiredError(TrustError):
-    """Metadata whose signature has ended: perhaps nobody renewed it, perhaps an old copy is served."""
+    """Metadata that have expired: perhaps nobody renewed them, perhaps a server delivers an old copy."""
 
 
 class InvalidError(TrustError):
-    """Signed facts of a target that are not what they must be: its key is in wrong hands, or its tool is faulty."""
+    """Signed values of a target that are not valid: the key is in the wrong hands, or the signing tool is faulty."""
 
 
 class ManifestError(RepositoryError):
-    """A signed document that does not have the form or the content it must have."""
+    """A signed document that does not have the required form or content."""
 
 
 class AgentError(ManifestError):
-    """A document made for a newer agent: this one cannot read it, and nothing is wrong with it."""
+    """A document for a newer agent: this agent cannot read it, but the document is not faulty."""
 
 
 class DeltaError(RepositoryError):
@@ -88,23 +88,23 @@ class DeltaError(RepositoryError):
 
 
 class TransferError(OtaError):
-    """The repository could not be reached, or broke off."""
+    """The repository could not be reached, or the transfer broke off."""
 
 
 class DeviceError(OtaError):
-    """This device cannot carry the update out."""
+    """This device cannot carry out the update."""
 
 
 class RoomError(DeviceError):
-    """Not enough room on the disk, or memory to start a process."""
+    """Not enough room on the disk, or not enough memory to start a process."""
 
 
 class SoftwareError(RoomError):
-    """The agent's own software cannot be loaded, does not compute, or is not of the version asked for: no bundle is to blame."""
+    """The agent's own software cannot be loaded, does not compute, or has the wrong version: no bundle is to blame."""
 
 
 class UnfinishedError(DeviceError):
-    """A child process was killed, or ran out of time or memory: it may go better next time, so tries are counted."""
+    """A child process was killed, or ran out of time or memory: the next try may succeed, so tries are counted."""
 
 
 class LateError(UnfinishedError):
@@ -116,15 +116,15 @@ class DiedError(DeviceError):
 
 
 class StateError(DeviceError):
-    """The agent's state directory is missing, damaged, or not to be read."""
+    """The agent's state directory is missing, damaged, or cannot be read."""
 
 
 class BusyError(StateError):
-    """Another agent is at work in the state directory."""
+    """Another agent uses the state directory."""
 
 
 class BaseError(DeviceError):
-    """A file of an installed bundle is missing, or does not have the hash it was installed with."""
+    """A file of an installed bundle is missing, or no longer has the hash with which it was installed."""
 
 
 class GateError(OtaError):
@@ -132,20 +132,20 @@ class GateError(OtaError):
 
 
 class OperatorError(OtaError):
-    """Something handed in on the factory's side is wrong: a key, a store, a name, a version."""
+    """Something given on the factory's side is wrong: a key, a store, a name, a version."""
 
 
 class FaultError(OtaError):
-    """A fault of ours: something failed in a way that nobody foresaw."""
+    """An error of the agent itself: something failed in a way that nobody foresaw."""
 
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Let nothing but our own errors out of the block: whatever a stranger sends, the agent goes on with what it has.
+    """Turn every other error in the block into one of our own, so that the agent keeps running whatever it receives.
 
     Raises:
-        StateError: the system refused.
-        FaultError: something else failed that nobody foresaw.
+        StateError: the operating system refused a request.
+        FaultError: something else failed in a way that nobody foresaw.
     """
     try:
         yield

@@ -1,10 +1,10 @@
-"""The signed documents: what a bundle is, how images are drawn with it, who may install it, what a device reports.
+"""The signed documents: what a bundle is, how images are drawn with it, who may install it, and what a device reports.
 
-All are frozen values with closed field lists and a limit on every number and length that a stranger could send. Their
-canonical JSON is what is hashed and signed, so it holds no floats where TUF signs it (`Policy`) and sorts its keys.
+All are frozen values with a closed list of fields, and with a limit on every number and length that may come from outside. Their
+canonical JSON is hashed and signed, so its keys are sorted, and it holds no floats where TUF signs it (`Policy`).
 
-A bundle is a closed set of files. Names never come from a document: on the device a file is called by its hash, and
-what it is for is one of five roles.
+A bundle is a closed set of files. File names never come from a document: on the device a file is named by its hash, and
+its purpose is one of five roles.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ MAX_GOLDEN = 8 * MiB
 MAX_GRAPH = 8 * MiB
 MAX_WEIGHTS = 4096 * MiB
 MAX_WAVES = 16  # of a rollout
-MAX_NUMBER = 2**31 - 1  # of a report; what every database's integer column holds
+MAX_NUMBER = 2**31 - 1  # of a report's number; fits into the integer column of every database
 MAX_COUNT = 2**53
 MAX_TOLD = 500  # characters of a reason
 FORM = 1  # `schema_version` of every document that this agent knows
 
-# The strings that a stranger could send, each a type: none of them holds a separator of paths, URLs, headers or lines. The
-# patterns are matched by Rust's regular expressions, in which `$` is the end and nothing else.
+# The types of all strings that may come from outside. Apart from `Told`, none can hold a separator of paths, URLs, headers or
+# lines. Pydantic matches the patterns with Rust's regular expressions, in which `$` matches only the end of the text.
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]*$")]
-"""Letters, digits, dots and dashes: a hash of Git or DVC, a salt, the id of a boot."""
+"""Letters, digits, dots, dashes and underscores, or nothing: a hash of Git or DVC, a salt, the id of a boot."""
 Told = Annotated[str, Field(max_length=MAX_TOLD), AfterValidator(lambda text: printable(text)[:MAX_TOLD])]
-"""Text for people, made printable as it arrives, so only in documents whose signature is checked over what was received."""
+"""Text for people. Parsing makes it printable, so only documents whose signature covers the received bytes may hold it."""
 Bound = Annotated[str, StringConstraints(pattern=r"^(>=|<)[0-9]{1,6}(\.[0-9]{1,6}){0,3}$")]
 """One bound of a range of versions, such as >=1.20."""
 SessionKey = Literal["session.qdq_matmulnbits_accuracy_level"]
-"""The setting of ONNX Runtime that bundles carry. Others name files, or formats to parse: no bundle may set those."""
+"""The only setting of ONNX Runtime that a bundle may make. Others name files, or formats to parse."""
 Setting = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}$")]
 Role = Literal["graph", "weights", "sampler", "golden", "reference"]
 VariantName = Literal["full", "dev", "fast"]
@@ -52,7 +52,7 @@ ROLES_OF_VARIANT: tuple[Role, ...] = ("weights", "sampler", "golden", "reference
 SIZE_LIMITS: dict[str, int] = {
     "graph": MAX_GRAPH, "weights": MAX_WEIGHTS, "sampler": MAX_TABLE, "golden": MAX_GOLDEN, "reference": MAX_TABLE,
 }  # fmt: skip
-WEIGHTS_LOCATION = "weights.bin"  # how the graph names the file of its external weights
+WEIGHTS_LOCATION = "weights.bin"  # name of the file of external weights in the graph
 
 AGENT_VERSION = r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$"
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
@@ -61,11 +61,11 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 class Document(BaseModel):
     """A frozen value with a closed list of fields, hashed by its canonical JSON."""
 
-    # No NaN and no infinity: neither is JSON, and a bound that is NaN would hold for nothing.
+    # No NaN and no infinity: neither is JSON, and a limit that is NaN would limit nothing.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, allow_inf_nan=False)
 
     def canonical(self) -> bytes:
-        """The bytes that are hashed and signed."""
+        """Return the canonical JSON: the bytes that are hashed and signed."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
     @property
@@ -78,7 +78,7 @@ AnyDocument = TypeVar("AnyDocument", bound=Document)
 
 
 def as_numbers(version: str) -> tuple[int, ...]:
-    """A version as numbers to compare, up to the first part that is not one."""
+    """Convert a version to numbers that can be compared, up to the first part that is not a number."""
     numbers: list[int] = []
     for part in version.split("."):
         if not (part.isascii() and part.isdigit()):
@@ -88,10 +88,10 @@ def as_numbers(version: str) -> tuple[int, ...]:
 
 
 def parse(kind: type[AnyDocument], data: bytes, limit: int) -> AnyDocument:
-    """Read a document that came from outside.
+    """Parse a document that comes from outside.
 
     Raises:
-        AgentError: it is for a newer agent than this.
+        AgentError: it needs a newer agent.
         ManifestError: it is too long, not JSON, or not of this form.
     """
     what = kind.__name__.lower()
@@ -110,7 +110,10 @@ def parse(kind: type[AnyDocument], data: bytes, limit: int) -> AnyDocument:
 
 
 def _asks_for_newer(kind: type[Document], data: bytes) -> str:
-    """Read the two fields that say so, which every later form of a document keeps; empty: it does not ask for a newer agent."""
+    """Say why a document needs a newer agent; empty: it does not.
+
+    Reads only the two fields that say so, which every later form of a document keeps.
+    """
     try:
         said = json.loads(data)
     except (ValueError, RecursionError):
@@ -156,7 +159,7 @@ class Origin(Document):
 
 
 class Manifest(Document):
-    """A bundle: one line, runnable on one device class, in one to three variants. Its hash is the bundle's name."""
+    """The manifest of a bundle: one line for one device class, in one to three variants. Its hash is the bundle's name."""
 
     schema_version: Literal[1] = 1
     line: Name
@@ -181,17 +184,17 @@ class Manifest(Document):
         return self
 
     def entry(self, role: Role, variant: VariantName | None = None) -> FileEntry:
-        """The file of a role; `variant` for all but the graph."""
+        """Return the file of a role; all roles but the graph need a `variant`."""
         return next(e for e in self.files if (e.role, e.variant) == (role, variant))
 
     @property
     def objects(self) -> dict[str, FileEntry]:
-        """The files by hash: two variants may share one."""
+        """The files by hash; two variants may share a file."""
         return {entry.sha256: entry for entry in self.files}
 
     @property
     def size(self) -> int:
-        """Bytes of all files: what a device without a base downloads, besides the manifest itself."""
+        """Bytes of all files: what a device without a base downloads, in addition to the manifest."""
         return sum(entry.size for entry in self.objects.values())
 
 
@@ -203,7 +206,7 @@ class Image(Document):
 
 
 class Runtime(Document):
-    """Which ONNX Runtime computes what was scored, and how its session is set up."""
+    """Versions of ONNX Runtime that compute what was scored, and the settings of the session."""
 
     onnxruntime: list[Bound] = Field(min_length=2, max_length=2, description="lower bound (>=), upper bound (<)")
     graph_optimization_level: Literal["all", "extended", "basic", "disabled"]
@@ -244,7 +247,7 @@ class Range(Document):
 
 
 class Reference(Document):
-    """`reference.json`: what a bundle looked like in the factory, for devices to compare themselves with."""
+    """`reference.json`: measurements of a bundle in the factory, with which devices compare their own."""
 
     schema_version: Literal[1]
     golden: Golden
@@ -254,14 +257,14 @@ class Reference(Document):
 
 
 class Wave(Document):
-    """From a moment on, the devices whose bucket lies below a limit."""
+    """A step of a rollout: from `not_before` on, devices whose bucket lies below `bps` may install the release."""
 
     bps: int = Field(ge=0, le=10_000, description="share of the fleet in basis points")
     not_before: int = Field(ge=0, le=MAX_COUNT, description="seconds since 1970, UTC")
 
 
 class Policy(Document):
-    """Which release the devices of one line and class may install, and when. Signed by the rollout role; no floats."""
+    """Which release the devices of one line and class may install, and when. The rollout role signs it; it holds no floats."""
 
     schema_version: Literal[1] = 1
     line: Name
@@ -284,7 +287,7 @@ Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", 
 
 
 class DeviceReport(Document):
-    """What a device tells the factory; never an image, only what happened and how it ran."""
+    """What a device tells the factory: what happened and how it ran, never an image."""
 
     schema_version: Literal[1] = 1
     device: Name
@@ -302,7 +305,7 @@ class DeviceReport(Document):
 
 
 class SignedReport(Document):
-    """A report in its envelope: an Ed25519 signature over the report's canonical bytes."""
+    """A report with its signature: Ed25519 over the report's canonical bytes."""
 
     report: DeviceReport
     signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]

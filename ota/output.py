@@ -1,13 +1,13 @@
-"""Files outside the agent's own directory, written where a user says: whole or not at all, and over nothing that must not be lost.
+"""Files that a user names, outside the agent's directory: written completely or not at all, and never over an input or a link.
 
     >>> check(Path("patch"), inputs=[Path("old"), Path("new")])  # before the work; nothing is written yet
     >>> with fresh(Path("patch")) as file:
     ...     file.write(data)
 
-What is written lies in a new file of a random name until it is whole and synced; then it takes its place. So nothing is overwritten
-in part, no other file is touched, whatever its name, and of two writers at once one wins with a whole file. A link is neither followed
-nor replaced: both could lose what the user did not mean. What a kill leaves is used again only where the caller says so (`resume`),
-and only a file that is certainly one's own.
+Content is written to a new file with a random name. When the file is complete and synced, it takes its place. So nothing is
+overwritten in part, no other file is touched, whatever its name, and if two processes write at once, one of them wins with a
+complete file. A link is neither followed nor replaced, because both could destroy something that the user did not mean. A file
+that a killed process left is used again only if the caller says so (`resume`), and only if it certainly belongs to this user.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def check(path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Refuse a place that `fresh` could not or must not write to, so that no work is done for nothing. Writes nothing.
+    """Refuse a place to which `fresh` cannot or must not write, before any work is done. Writes nothing.
 
     Args:
         path: where the file is to go.
-        inputs: what it is made from; None stands for one that was not given.
+        inputs: files from which it is made; None stands for an input that was not given.
 
     Raises:
-        OperatorError: there is something else than a regular file, or one of the inputs, by this or another name; or the file or
-            its folder may not be written.
+        OperatorError: something other than a regular file is there, or one of the inputs, by this or another name; or permissions
+            forbid writing to the file or its folder.
     """
     with _folder_of(path) as folder:
         there = _there(path, folder)
         _check_access(path.parent, folder, ".", os.W_OK | os.X_OK)
     for given in inputs:
-        with suppress(OSError):  # who reads it says what is wrong with it
+        with suppress(OSError):  # the code that reads the input reports what is wrong with it
             if given and there and os.path.samestat(there, given.stat()):
                 raise OperatorError(f"{shown(path)} is the same file as the input {shown(given)}; name another place")
 
 
 @contextmanager
 def fresh(path: Path, mode: int = 0o666, resume: str = "") -> Iterator[BinaryIO]:
-    """Give the block a new file to write and read; it takes its place when the block ends well, and is removed when it does not.
+    """Give the block a new file to write and read; it takes its place if the block succeeds, and is removed if it fails.
 
     On return its content and its name are on the disk. Only a kill or a power cut leaves it behind, as `.{32 hex digits}.tmp`, or
     `.part` if it can be resumed.
 
     Args:
         path: where the file goes; see `check`.
-        mode: permission bits of a file that is new, less the umask. One that is replaced hands on its own, and its owner where that
-            is allowed.
-        resume: what the content is made from and is to be, such as their hashes: the block may be given what a kill left of the same
-            file, and has to verify it, for parts may be missing. "": always a new file.
+        mode: permission bits of a new file, less the umask. A file that replaces another gets that one's bits, and its owner if
+            that is allowed.
+        resume: text that identifies the inputs and the intended content, such as their hashes. The block may then get what a
+            killed process left of the same file, and must verify it, because parts may be missing. "": always a new file.
 
     Raises:
-        OperatorError: it cannot be written there, or the disk is full; what was there before is still there. Other errors are the
-            block's own.
+        OperatorError: the file cannot be written there, or the disk is full; what was there before is still there. Other errors
+            come from the block itself.
     """
     with _folder_of(path) as folder:
         there = _there(path, folder)
@@ -94,7 +94,7 @@ def fresh(path: Path, mode: int = 0o666, resume: str = "") -> Iterator[BinaryIO]
                         with suppress(PermissionError):
                             os.fchmod(descriptor, stat.S_IMODE(there.st_mode) & 0o777)
                     os.fsync(descriptor)
-                    os.rename(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)  # before the lock on it ends
+                    os.rename(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)  # while its lock is still held
         except BaseException:
             with suppress(OSError):
                 os.unlink(name, dir_fd=folder)
@@ -108,31 +108,34 @@ def fresh(path: Path, mode: int = 0o666, resume: str = "") -> Iterator[BinaryIO]
 
 
 def kind_of(found: os.stat_result) -> str:
-    """What something that is no regular file is, in a word or two."""
+    """Name what something is that is not a regular file, such as "a folder"."""
     return _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
 
 
 def shown(path: Path) -> str:
-    """A name as it can be printed in one line, whatever bytes are in it."""
+    """Format a path so that it can be printed in one line, whatever bytes it contains."""
     name = str(path)
     return name if name.isprintable() else repr(name)
 
 
 class _File(io.FileIO):
-    """A file that says by our own error that it cannot be written; so nobody takes it for an error of what is read meanwhile."""
+    """A file that raises our own error if it cannot be written, so that it is not taken for an error of a file that is read."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         super().__init__(descriptor, "r+")
         self._path = path
 
     def write(self, data: Any) -> int:
-        """As the class above."""
+        """Write data; a failure raises our own error."""
         with _told(self._path):
             return super().write(data)
 
 
 def _resumed(name: str, bits: int, folder: int) -> int:
-    """A file of that name, new or left by a kill, which nobody else writes to or knows by another name; -1: there can be none."""
+    """Open and lock a file of this name, which is new or was left by a killed process; -1: there can be none.
+
+    No other process writes to the file, it belongs to this user, and it has no other name.
+    """
     try:
         descriptor = os.open(name, _NEW, bits, dir_fd=folder)
     except OSError:
@@ -141,7 +144,7 @@ def _resumed(name: str, bits: int, folder: int) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         found, named = os.fstat(descriptor), os.stat(name, dir_fd=folder, follow_symlinks=False)
         own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1
-        if own and os.path.samestat(found, named):  # else it took its place meanwhile, or was removed
+        if own and os.path.samestat(found, named):  # otherwise it was renamed or removed in the meantime
             return descriptor
     except OSError:
         pass
@@ -151,7 +154,7 @@ def _resumed(name: str, bits: int, folder: int) -> int:
 
 @contextmanager
 def _folder_of(path: Path) -> Iterator[int]:
-    """The folder that a file lies in, open; what is done by this descriptor is done there, even if the folder is moved away."""
+    """Open the folder that a file lies in; what is done with the descriptor is done there, even if the folder is moved."""
     with _told(path):
         descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -161,7 +164,7 @@ def _folder_of(path: Path) -> Iterator[int]:
 
 
 def _there(path: Path, folder: int) -> os.stat_result | None:
-    """What lies in the place of a file now: nothing, or a regular file that may be written."""
+    """Look at the place of a file: return None if nothing is there, refuse all but a regular file that may be written."""
     with _told(path):
         try:
             found = os.stat(path.name or ".", dir_fd=folder, follow_symlinks=False)

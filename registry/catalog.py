@@ -273,15 +273,13 @@ class Catalog:
                 raise
             if not self._client.search_registered_models(f"name = '{subject.model}'"):
                 self._client.create_registered_model(subject.model, description=f"{subject}, made by DeltaFerry")
-            made = (
-                self._client.create_model_version(  # a server, unlike a database, needs the view's id besides its address
-                    subject.model,
-                    source=f"models:/{view}",
-                    run_id=run_id,
-                    tags=tags,
-                    description=tags["gate.reason"],
-                    model_id=view,
-                )
+            made = self._client.create_model_version(  # a server, unlike a database, needs the view's id besides its address
+                subject.model,
+                source=f"models:/{view}",
+                run_id=run_id,
+                tags=tags,
+                description=tags["gate.reason"],
+                model_id=view,
             )
             # If a server answers too late, the client asks twice, and two versions are made for this run: the first stays.
             before = {v.number for v in there}
@@ -611,7 +609,7 @@ class Catalog:
         if known:
             return str(known.experiment_id)
         location = None if self._uri.startswith("http") else (self._artifacts / line).as_uri()
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # makes MLflow show the page of runs first, and not a page for chats
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow then shows runs first, and no page for chats
         return str(self._client.create_experiment(line, artifact_location=location, tags=kind))
 
     def _create_run(self, experiment: str, subject: Subject, tags: dict[str, str]) -> str:

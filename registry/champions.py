@@ -1,7 +1,7 @@
-"""Make a version champion, and say who is: the ledger first, MLflow's alias second, and both must say the same.
+"""Who is champion, and how a version becomes champion: the ledger is written first, MLflow's alias second, and both must agree.
 
-The order makes a kill harmless: before the ledger's entry nothing was decided; after it `reconcile`, or the same command again, moves the
-alias. What may become champion, and what a moved alias means, is in `registry.promotion`.
+This order makes a kill harmless. Before the ledger's entry, nothing was decided. After it, `reconcile` or the same command again
+moves the alias. The rules are in `registry.promotion`: which version may become champion, and what a moved alias means.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from registry.promotion import Alias, Answer, How, SubjectState, before, check, 
 from registry.seal import Seal
 from registry.selection import Decision, reasoned
 
-REFUSED = "promotion.refused"  # tag of a version: why an alias set to it was put back
-MOVES = 100  # of an alias, while others promote the same subject
+REFUSED = "promotion.refused"  # tag of a version: why an alias that somebody set to it was put back
+MOVES = 100  # most attempts to move an alias while others promote the same subject
 
 
 class Records(Protocol):
-    """Where promotions are recorded: MLflow, the ledger, and a lock over both."""
+    """The places where promotions are recorded: MLflow and the ledger, with a lock over both."""
 
     @property
     def catalog(self) -> Catalog:
@@ -35,14 +35,14 @@ class Records(Protocol):
         """The record of decisions."""
 
     def locked(self, part: Literal["records"]) -> AbstractContextManager[None]:
-        """Hold both against a second process that would change them."""
+        """Lock both against another process that would change them."""
 
 
 def champions(records: Records, subjects: Iterable[Subject]) -> dict[VariantName, Seal]:
-    """Find the champions of what a device class runs, by variant, as the gate saw them.
+    """Find the seals of the champions that a device class runs, by variant.
 
     Raises:
-        CatalogError: a variant has none, an older ferry kept no hashes of it, or MLflow's alias is not what the ledger says.
+        CatalogError: a variant has no champion, an older ferry kept no hashes of it, or MLflow's alias differs from the ledger.
     """
     found: dict[VariantName, Seal] = {}
     for subject in subjects:
@@ -62,7 +62,9 @@ def champions(records: Records, subjects: Iterable[Subject]) -> dict[VariantName
 
 
 def champion_of(records: Records, subject: Subject) -> Seal | None:
-    """The champion as the ledger says and the gate saw it; MLflow has no say in it, but must still have it.
+    """Return the seal of the champion according to the ledger; None: there is no champion.
+
+    MLflow does not decide which version is champion, but it must still have that version.
 
     Raises:
         CatalogError: MLflow does not have it any more, or an older ferry kept no hashes of it.
@@ -75,7 +77,7 @@ def champion_of(records: Records, subject: Subject) -> Seal | None:
 
 
 def anchor_of(records: Records, subject: Subject) -> Seal | None:
-    """The best model ever, as the ledger says and the gate saw it.
+    """Return the seal of the anchor, the best model so far according to the ledger; None: there is none.
 
     Raises:
         CatalogError: an older ferry kept no hashes of it.
@@ -85,7 +87,7 @@ def anchor_of(records: Records, subject: Subject) -> Seal | None:
 
 
 def sealed(records: Records, subject: Subject, number: int) -> Seal:
-    """A version as the gate saw it.
+    """Return the seal of a version that MLflow has.
 
     Raises:
         CatalogError: there is no such version, the gate never saw it, or an older ferry kept no hashes of it.
@@ -95,29 +97,29 @@ def sealed(records: Records, subject: Subject, number: int) -> Seal:
 
 
 def seals(records: Records, subject: Subject) -> list[Seal]:
-    """All versions as the gate saw them, oldest first; those of an older ferry that are not sealed yet are left out."""
+    """Return the seals of all versions, oldest first; versions of an older ferry without a seal are left out."""
     return [seal for _, seal in sorted(_state(records, subject).seals.items())]
 
 
 def judged(records: Records, subject: Subject) -> dict[int, Entry]:
-    """The last decision of the gate on each version."""
+    """Return the ledger entry with the gate's last decision on each version."""
     return _state(records, subject).judged
 
 
 def verdict(records: Records, subject: Subject, number: int) -> Decision | None:
-    """The gate's decision on a version; None where an older ferry kept only its hash."""
+    """Return the gate's decision on a version; None: there is none, or an older ferry kept only its hash."""
     found = _state(records, subject).verdict(number)
     return Decision.model_validate(found) if found else None
 
 
 def promotions(records: Records, subject: Subject, overruled: bool = True) -> list[Entry]:
-    """Who was made champion, in order; with `overruled` false without those that the gate had not let through."""
+    """Return the promotions of a subject in order; with `overruled` false, without those that overruled the gate."""
     entries = (e for e in records.ledger.entries(str(subject)) if e.kind == "promotion")
     return [e for e in entries if overruled or not e.facts["overruled"]]
 
 
 def check_champion_kept(records: Records, subject: Subject) -> None:
-    """Refuse to begin anew, as if there never had been a champion, because somebody deleted it.
+    """Refuse to go on if somebody deleted the champion from MLflow, as if there never had been one.
 
     Raises:
         CatalogError: MLflow does not have the version that the ledger says is champion.
@@ -140,34 +142,34 @@ def _deleted(records: Records, subject: Subject, number: int) -> str:
 def promote(
     records: Records, subject: Subject, number: int, reason: str, overrule: bool = False, accept_worse: bool = False
 ) -> Entry:
-    """Point `champion` at a version and record why.
+    """Make a version champion: record it with the reason, and point the alias `champion` at it.
 
-    A version that became champion through the gate may always be gone back to. Any other must have passed the gate against the present
-    champion, unless the gate is overruled, which is recorded as such. Of two calls that start from the same champion at the same moment,
-    one wins and the other is told.
+    A version that was champion before and had passed the gate may always become champion again. Any other version must have passed
+    the gate against the present champion, unless the gate is overruled, which is recorded. If two calls start from the same champion
+    at the same moment, one succeeds and the other raises PromotionError.
 
     Raises:
         CatalogError: there is no such version, or it was not registered by ferry.
-        PromotionError: the gate did not let it through, or judged it against another champion, or somebody was faster.
+        PromotionError: the gate did not let it through, or judged it against another champion, or another call was faster.
         StoreError: MLflow or the database failed; if the ledger holds the decision, the message says so.
         BusyError: another process is recording something.
     """
-    expected = _state(records, subject)  # before waiting for the lock: who waits must not overwrite what it has not seen
+    expected = _state(records, subject)  # before waiting for the lock: a call must not overwrite what it has not seen
     with records.locked("records"):
         return _promote(records, subject, number, reason, expected, "command", overrule, accept_worse=accept_worse)
 
 
 def rollback(records: Records, subject: Subject, reason: str, to: int | None = None) -> Entry:
-    """Make an earlier champion champion again: the one before the present one, or `to`; it must have passed the gate.
+    """Roll back to an earlier champion that passed the gate: to the one before the present one, or to version `to`.
 
     Raises:
-        CatalogError, PromotionError, StoreError, BusyError: as `promote`; also where there is nothing to go back to.
+        CatalogError, PromotionError, StoreError, BusyError: as `promote`; PromotionError also if there is nothing to go back to.
     """
     expected = _state(records, subject)
     with records.locked("records"):
         last = expected.champion
         cut = last and last.facts.get("how") == "rollback" and records.catalog.follows(subject) != last.number
-        if last and cut and to in (None, expected.version):  # going on from here would go back twice
+        if last and cut and to in (None, expected.version):  # the last rollback was cut off; a new one would go back twice
             _follow(records, subject)
             return last
         number = before(str(subject), expected) if to is None else to
@@ -207,7 +209,7 @@ def _promote(
     again = (expected.version, expected.weights) == (number, weights)
     if expected.champion and again:
         _check_unmoved(subject, expected, _state(records, subject))
-        entry = expected.champion  # decided before; perhaps the alias was not moved
+        entry = expected.champion  # decided before, but perhaps the alias was not moved
     else:
         said = expected.judged.get(number)
         facts = {
@@ -216,7 +218,7 @@ def _promote(
         }  # fmt: skip
         found = expected.verdict(number) if goes_on(facts, expected) else None
         decision = Decision.model_validate(found) if found else None
-        if decision and decision.outcome == "promote if reasoned" and reason.strip():  # without one `check` says what to do
+        if decision and decision.outcome == "promote if reasoned" and reason.strip():  # without a reason `check` says what to do
             reason = reasoned(decision, reason, accept_worse or overrule).reason
         facts["becomes_anchor"] = decision is not None and decision.becomes_anchor
         entry = records.ledger.append("promotion", str(subject), reason or "promoted by hand", facts, may_follow, who)
@@ -239,9 +241,9 @@ def _check_unmoved(subject: Subject, expected: SubjectState, now: SubjectState) 
 
 
 def _follow(records: Records, subject: Subject) -> None:
-    """Let MLflow follow the ledger: who is the best model ever, who is champion, and last which entry says so. May be repeated.
+    """Make MLflow follow the ledger: first the anchor, then the champion, and last the number of the entry. May be repeated.
 
-    Other hosts may promote meanwhile, and MLflow knows no compare-and-set: whoever moved an alias looks at the ledger once more.
+    Other hosts may promote at the same time, and MLflow has no compare-and-set. So the ledger is read again after an alias was moved.
     """
     catalog = records.catalog
     for _ in range(MOVES):
@@ -259,7 +261,7 @@ def _follow(records: Records, subject: Subject) -> None:
 
 
 def _move_anchor(records: Records, subject: Subject, now: SubjectState) -> None:
-    """Point `anchor` at what the ledger says, if MLflow still has it; the alias shows it to people, and decides nothing."""
+    """Point `anchor` at the ledger's anchor, if MLflow still has it; the alias only informs people, and decides nothing."""
     present = records.catalog.aliased(subject, ANCHOR)
     if now.anchor is None or (present and present.number == now.anchor):
         return
@@ -268,7 +270,7 @@ def _move_anchor(records: Records, subject: Subject, now: SubjectState) -> None:
 
 
 class Reconciled(Frozen):
-    """What `reconcile` found of one subject."""
+    """What `reconcile` found for one subject, and did about it."""
 
     subject: str
     answer: Answer
@@ -276,15 +278,15 @@ class Reconciled(Frozen):
 
 
 def reconcile(records: Records, subjects: Iterable[Subject], needs_approval: Callable[[str], bool]) -> list[Reconciled]:
-    """Hold MLflow's champion aliases against the ledger and settle where they differ; see `registry.promotion`.
+    """Compare MLflow's champion aliases with the ledger, and settle the differences; see `registry.promotion`.
 
     Args:
-        records: where.
-        subjects: whose aliases.
-        needs_approval: tells of a line whether a person approves what wins.
+        records: MLflow, the ledger and the lock over both.
+        subjects: subjects whose aliases are compared.
+        needs_approval: says for a line whether a person must approve promotions.
 
     Raises:
-        LedgerError, StoreError, BusyError: nothing was settled of the subject at which it stopped; call it again.
+        LedgerError, StoreError, BusyError: it stopped at a subject, whose difference may not be settled yet; call it again.
     """
     with records.locked("records"):
         return [_reconcile(records, subject, needs_approval) for subject in subjects]
@@ -298,19 +300,19 @@ def _reconcile(records: Records, subject: Subject, needs_approval: Callable[[str
     alias = Alias(seen.number if seen else None, seen.tagged_weights if seen else "", follows)
     answer, why = reconcile_alias(str(subject), alias, now, needs_approval(subject.line))
     if answer == "agrees":
-        if follows != now.number:  # cut off, or moved by hand to where it should be
+        if follows != now.number:  # a promotion was cut off, or a person moved the alias to the right version
             _follow(records, subject)
         _move_anchor(records, subject, now)
         return Reconciled(subject=str(subject), answer=answer, text=why)
     if answer == "recorded" and seen:
         try:
             _promote(records, subject, seen.number, why, now, "alias", who="unknown")
-        except PromotionError:  # another host was faster, so its promotion is what counts
+        except PromotionError:  # another host was faster, so its promotion counts
             return _reconcile(records, subject, needs_approval)
         return Reconciled(subject=str(subject), answer=answer, text=f"{subject} {seen.number} is champion {why}")
     if answer == "refused" and alias.version is not None:
         facts = {"how": "alias", "version": alias.version, "champion": now.version}
-        # Set to the same version again, it is put back again, but fills neither ledger nor page.
+        # If the alias was set to the same version as before, it is put back again, but the ledger gets no second entry.
         if not entries or (entries[-1].kind, entries[-1].facts, entries[-1].why) != ("refusal", facts, why):
             records.ledger.append("refusal", str(subject), why, facts, who="unknown")
         records.catalog.note(subject, alias.version, REFUSED, why)
@@ -325,7 +327,7 @@ def _reconcile(records: Records, subject: Subject, needs_approval: Callable[[str
 
 
 def ask(records: Records, subject: Subject, number: int, reason: str) -> Entry | None:
-    """Let a version that passed the gate wait for a person; returns who refused it, where somebody did.
+    """Let a version that passed the gate wait for approval; return the entry of its refusal, if a person refused it before.
 
     Raises:
         StoreError, LedgerError, BusyError: as `promote`.
@@ -341,23 +343,23 @@ def ask(records: Records, subject: Subject, number: int, reason: str) -> Entry |
 
 
 def waiting(records: Records, subjects: Iterable[Subject]) -> list[Entry]:
-    """What waits for approval, one entry for each subject at most."""
+    """Return the ledger entries that wait for approval, at most one for each subject."""
     return [entry for subject in subjects for entry in _state(records, subject).waiting.values()]
 
 
 def approve(records: Records, subject: Subject, number: int, reason: str, refuse: bool = False, who: str | None = None) -> Entry:
-    """Promote what waits for approval, or refuse it; a refused version is not asked about again.
+    """Promote a version that waits for approval, or refuse it; nobody is asked about a refused version again.
 
     Args:
-        records: where.
-        subject: whose version.
-        number: the version.
-        reason: given by the person.
-        refuse: instead of promoting it.
-        who: decided; None: the user of this process.
+        records: MLflow, the ledger and the lock over both.
+        subject: line, configuration and variant of the version.
+        number: number of the version.
+        reason: reason that the person gave.
+        refuse: refuse the version instead of promoting it.
+        who: who decided; None: the user of this process.
 
     Raises:
-        PromotionError: it does not wait, or was judged against another champion than the present one.
+        PromotionError: the version does not wait, or was judged against another champion than the present one.
         CatalogError, StoreError, BusyError: as `promote`.
     """
     expected = _state(records, subject)

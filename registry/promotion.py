@@ -213,7 +213,7 @@ def _anchor_after(anchor: int | None, facts: Mapping[str, Any], passed: Mapping[
 
 
 def was_taken_back(weights: Sha256, promoted: Sequence[Sha256]) -> bool:
-    """Check whether somebody went back from these weights, perhaps as another version; a schedule must not undo that.
+    """Check whether somebody went back from these weights, perhaps under another version; a schedule must not undo that.
 
     Args:
         weights: hash of a version that the gate let through.

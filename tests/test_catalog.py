@@ -413,7 +413,7 @@ def test_failed_registration_leaves_no_version(
     assert "RUNNING" not in {run.info.status for run in runs}
     made = catalog.register(SUBJECT, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
     assert made.number == 3
-    assert len(mlflow.search_runs(experiment_names=["shapes"], output_format="list")) == len(runs)  # it reuses the run that the failure left
+    assert len(mlflow.search_runs(experiment_names=["shapes"], output_format="list")) == len(runs)  # it reuses that run
 
 
 @pytest.mark.parametrize("text", ["shapes", "shapes/I", "shapes/III/full", "shapes/I/slow", "a/b/I/full"])

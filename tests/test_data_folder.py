@@ -440,7 +440,7 @@ def test_bytes_that_change_while_dvc_copies_them_are_not_sent(root: Path, monkey
 
 
 def test_what_dvc_remembers_does_not_hide_a_change(root: Path, tmp_path: Path) -> None:
-    """Notice other bytes under the same name, size, times and inode."""
+    """Detect other bytes under the same name, size, times and inode."""
     path = root / DATA / "dim-000.png"
     assert ferry(root, "add", "shapes")[0] == 0
     first, times = versions.resolve(root, DATA, "shapes"), path.stat()

@@ -1,4 +1,4 @@
-"""The delta codec: every file comes back bit by bit, and whatever a delta has been turned into, it makes that file or none."""
+"""The delta codec: every file comes back bit by bit, and a damaged or hostile delta makes the right file or none."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FLOATS: dict[KindName, Any] = {"float16": np.float16, "float32": np.float32}
 
 
 def stretch(offset: int, length: int, kind: KindName, row: int = 0) -> Elements:
-    """Numbers whose predecessors lie at the same place."""
+    """Describe numbers whose old values lie at the same place."""
     return Elements(offset, length, kind, row, offset)
 
 
@@ -53,7 +53,7 @@ def sha(data: bytes) -> str:
 
 @dataclass
 class Case:
-    """A new file, the one before, and where its numbers lie."""
+    """A new file, the old file, and where the numbers of the new file lie."""
 
     new: bytes
     old: bytes | None
@@ -68,7 +68,7 @@ class Case:
 
 @dataclass
 class Output:
-    """Where a delta writes to; refuses to take more than was declared."""
+    """Where a delta writes its files; it refuses more bytes than were declared."""
 
     files: dict[str, bytes] = field(default_factory=dict)
 
@@ -95,7 +95,7 @@ def build(cases: Sequence[Case], folder: Path) -> bytes:
 
 
 def apply(patch: bytes, cases: Sequence[Case], output: Output | None = None) -> list[bytes]:
-    """What a delta makes of the old files; the header is checked first as the agent does."""
+    """Apply a delta to the old files and return the new ones; the header is checked first, as the agent does."""
     stream, out = io.BytesIO(patch), output or Output()
     olds = {(case.entry.role, case.entry.variant): case.old for case in cases}
 
@@ -115,23 +115,26 @@ def round_trip(cases: Sequence[Case], folder: Path) -> bytes:
     return patch
 
 
-# What was published once is read for ever
+# Published deltas can be read for ever
 
 
 @pytest.mark.parametrize("name", golden_kit.NAMES)
 def test_published_delta_is_read(name):
-    """Encoder and decoder share their rules, so a round trip does not notice when those change; fielded agents would."""
+    """Read published deltas, because fielded agents notice a changed format.
+
+    A round trip does not notice it: encoder and decoder share their rules.
+    """
     old, new = golden_kit.files(name)
     patch = base64.b64decode(json.loads(golden_kit.DELTAS.read_bytes())[name])
     assert apply(patch, [Case(new, old)]) == [new]
     assert golden_kit.ways(patch)[0] == {name.split()[1]}
 
 
-# What goes in comes out
+# Round trips
 
 
 def special_codes(kind: KindName) -> list[int]:
-    """Bit patterns of ±0, ±1, ±inf, the largest, the denormals, and NaNs with payloads, both signs."""
+    """Return the bit patterns of zero, the smallest and largest denormal, the largest number, infinity and NaNs, of both signs."""
     width, mantissa = KINDS[kind].width, KINDS[kind].mantissa or 3
     top = 1 << (8 * width - 1)
     infinity = (top - 1) >> mantissa << mantissa
@@ -141,7 +144,7 @@ def special_codes(kind: KindName) -> list[int]:
 
 @st.composite
 def weight_files(draw) -> Case:
-    """Stretches of numbers with any bit patterns, gaps between them (some empty), and any kind of old file."""
+    """Generate stretches of numbers with any bit patterns, gaps between them (some empty), and any kind of old file."""
     new, elements = bytearray(), []
     for _ in range(draw(st.integers(0, 3))):
         new += draw(st.binary(max_size=5))
@@ -163,7 +166,7 @@ def weight_files(draw) -> Case:
     return Case(bytes(new), None if kind_of_old == "none" else bytes(before), wanted)
 
 
-HUGE = Case(  # whose distances have no sum in float32
+HUGE = Case(  # the sum of its distances overflows float32
     bytes(35) + b"s\xff\xff\x7f\x7f\0", b"", [Elements(0, 40, "float32", 8, 0), Elements(40, 1, "bytes", 0, 40)]
 )
 
@@ -259,7 +262,7 @@ def test_any_steps_are_undone(kind, data):
 
 
 def stored_by_torch(values: Any, kind: KindName) -> Any:
-    """float32 values as bit patterns of a kind, rounded by torch."""
+    """Return float32 values as bit patterns of a number format, rounded by torch."""
     names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     as_integers = {4: torch.int32, 2: torch.int16}[KINDS[kind].width]
     return torch.from_numpy(values).to(names[kind]).view(as_integers).numpy().view(KINDS[kind].dtype)
@@ -270,7 +273,7 @@ def test_numbers_are_rounded_as_torch_rounds_them(kind):
     every = np.arange(2**16, dtype=np.uint16)
     exact = numbers.values(every, KINDS[kind])
     words = exact[np.isfinite(exact)].view(np.uint32)
-    half = np.uint32(1) << np.uint32(22 - KINDS[kind].mantissa)  # of the last place
+    half = np.uint32(1) << np.uint32(22 - KINDS[kind].mantissa)  # half a unit in the last place
     for by in (half - 1, half, half + 1, 3 * half - 1, 3 * half, 3 * half + 1):  # below, at and above a tie, of even and odd ones
         found = (words + np.uint32(by)).view(np.float32)
         plain = np.isfinite(found) & (np.abs(found) >= np.finfo(np.float16).smallest_normal) & (np.abs(found) < 65000)
@@ -280,7 +283,7 @@ def test_numbers_are_rounded_as_torch_rounds_them(kind):
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("way", ["steps", "product"])
 def test_only_normal_numbers_are_moved_by_rules(kind, way):
-    """Of denormals, infinities and NaNs machines have views of their own."""
+    """Move only normal numbers: machines treat denormals, infinities and NaNs differently."""
     mantissa, top = KINDS[kind].mantissa, 1 << (8 * KINDS[kind].width - 1)
     smallest, infinity = 1 << mantissa, (top - 1) >> mantissa << mantissa
     codes = [0, 1, smallest - 1, smallest, smallest + 1, infinity, infinity + 1, top, top | 1]
@@ -288,11 +291,11 @@ def test_only_normal_numbers_are_moved_by_rules(kind, way):
     exponent = KINDS[kind].mantissa + KINDS[kind].bias - 1  # one step is the distance between the smallest normal numbers
     if way == "steps":
         found = numbers.stepped(old, np.full(9, -1, np.int32), np.float32(2.0**-exponent), KINDS[kind])
-    else:  # by as much, in two factors
+    else:  # the same step, in two factors
         left, right = np.full((3, 1), -(2**12), np.int32), np.full((1, 3), 2**12, np.int32)
         reach = min(exponent + 24, container.MAX_EXPONENT)
         found = numbers.predicted(old, left, right, -reach, KINDS[kind])
-        if reach != exponent + 24:  # such products are too large for anything but a normal number far from the smallest
+        if reach != exponent + 24:  # here every product is too large for denormals and for the smallest normal numbers
             assert (found[:3] == old[:3]).all()
             assert (found[5:] == old[5:]).all()
             return
@@ -303,7 +306,7 @@ def test_only_normal_numbers_are_moved_by_rules(kind, way):
 
 @pytest.mark.parametrize(("kind", "first"), [("float16", 42), ("bfloat16", 42), ("float32", 42)])
 def test_denormals_share_the_scale_of_the_smallest_exponent(kind, first):
-    """The classes are part of the format: half octaves, fourteen for numbers that are expected to move by one."""
+    """Check the classes, which are part of the format: half octaves; 14 is for numbers expected to move by one."""
     mantissa = KINDS[kind].mantissa
     old = np.array([0, 1, 1 << mantissa, 2 << mantissa, 3 << mantissa, 3 << mantissa | 1], KINDS[kind].dtype)
     scale = first + 2 - 14 - 2 * (KINDS[kind].bias + mantissa)
@@ -327,7 +330,7 @@ def test_update_on_a_grid_costs_what_its_steps_tell(tmp_path, kind):
 
     base = stored(weights)
     weights = numbers.values(np.frombuffer(base, KINDS[kind].dtype), KINDS[kind]).astype(np.float32).reshape(weights.shape)
-    new = stored(weights + steps * np.float32(0.0123))  # from what is stored
+    new = stored(weights + steps * np.float32(0.0123))  # computed from the stored weights
     patch = round_trip([Case(new, base, [stretch(0, len(base), kind, 384)])], tmp_path)
     assert len(patch) < 1.06 * entropy + 800
 
@@ -356,7 +359,7 @@ def test_any_product_is_undone(kind, data):
     assert (numbers.moved(there, numbers.difference(new, there, KINDS[kind]), KINDS[kind]) == new).all()
     special = numbers.values(old, KINDS[kind])
     assert (there == old)[~np.isfinite(special)].all()
-    # In Python's own integers; for int4 and int8 down to the last rounding.
+    # The same in Python's own integers, for int4 and int8 including the last rounding.
     if not KINDS[kind].mantissa:
         low, high = (-8, 7) if kind == "int4" else (-128, 127)
         for i, code in enumerate(old.tolist()):
@@ -367,7 +370,7 @@ def test_any_product_is_undone(kind, data):
 
 
 def test_product_does_not_depend_on_who_multiplies():
-    """Sums are never rounded, so their order, and with it the library and the machine, does not matter."""
+    """Check that the order of sums (and so the library and the machine) does not matter, because none is rounded."""
     rng = np.random.default_rng(0)
     most = numbers.MAX_FACTOR
     left, right = rng.integers(-most, most + 1, (200, 16), np.int32), rng.integers(-most, most + 1, (16, 300), np.int32)
@@ -397,7 +400,7 @@ def test_merged_low_rank_update_costs_its_factors(tmp_path, rank):
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-5])
 def test_same_factors_whatever_multiplies(scale):
-    """Rows in another order are other sums to a library, and the same integers to us."""
+    """Find the same factors for another memory layout: a library sums in another order, but the integers are the same."""
     old, new = low_rank(3, scale=scale)
     change = (new - old).astype(np.float64)
     found, again = lowrank.find(change.copy(), 2.0**-27), lowrank.find(np.asfortranarray(change), 2.0**-27)
@@ -525,7 +528,7 @@ def test_elements_in_any_order_come_back(tmp_path):
 
 @pytest.mark.slow
 def test_very_many_small_tensors_come_back(tmp_path):
-    old = np.arange(70_000, dtype=np.uint8)  # more than 16 bits count
+    old = np.arange(70_000, dtype=np.uint8)  # more than 16 bits can count
     new = old + np.uint8(1)
     rows = [stretch(i, 1, "int8") for i in range(len(new))]
     patch = round_trip([Case(new.tobytes(), old.tobytes(), rows)], tmp_path)
@@ -558,7 +561,7 @@ def test_two_records_at_once_on_any_machine(monkeypatch):
 
 
 def small_weights() -> Case:
-    """A little of every kind of record for weights: same, numbers in two streams, and new bytes."""
+    """Return weights that need a little of every kind of record: same, numbers in two streams, and new bytes."""
     rng = np.random.default_rng(2)
     run = plan.SAME_RUN
     old = np.concatenate((np.zeros(run // 2, np.uint16), rng.normal(size=300).astype(np.float16).view(np.uint16)))
@@ -576,7 +579,7 @@ def small_table() -> Case:
 
 
 def small_graph() -> Case:
-    """A file whose bytes moved by a little here and there, at which bsdiff is best."""
+    """Return a file whose bytes changed by a little here and there, for which bsdiff is best."""
     old = np.random.default_rng(3).integers(0, 256, 3000).astype(np.uint8)
     new = old.copy()
     new[::9] += 1
@@ -596,7 +599,7 @@ def patch(cases, tmp_path_factory) -> bytes:
 
 
 def kinds_of(patch: bytes) -> list[int]:
-    """Of every record."""
+    """List the kind of every record."""
     stream = io.BytesIO(patch)
     return [record.kind for file in delta.read_header(stream).files for record in container.records(stream, file)]
 
@@ -680,7 +683,7 @@ def test_newer_format_asks_for_newer_agent(patch, cases):
 
 
 class Unread(io.BytesIO):
-    """A stream that remembers the most that was asked of it at once."""
+    """A stream that remembers the largest read."""
 
     most = 0
 
@@ -697,12 +700,12 @@ def test_header_length_checked_before_reading(patch, length):
     assert stream.most <= container.PREFIX.size
 
 
-# Patch bombs: well-formed, and made to hurt
+# Patch bombs: well-formed and hostile
 
 
 @dataclass
 class Record:
-    """One record with lengths that may lie."""
+    """One record, whose lengths may be false."""
 
     kind: int
     payload: bytes
@@ -721,14 +724,14 @@ class Record:
 
 
 def crafted(case: Case, *records: Record, **fields: Any) -> bytes:
-    """A delta for one file with records of one's own."""
+    """Build a delta for one file from any records."""
     file = DeltaFile(target=case.entry, base=sha(case.old or b""), base_size=len(case.old or b""))
     header = Header(base=BASE, target=TARGET, files=[file.model_copy(update=fields)]).canonical()
     return container.PREFIX.pack(container.MAGIC, container.VERSION, len(header)) + header + b"".join(r.pack() for r in records)
 
 
 def refuse(case: Case, *records: Record, sentence: str, **fields: Any) -> None:
-    """A crafted delta must be refused with this sentence, and may have written no more than the file is long."""
+    """Check that a crafted delta is refused with this sentence, and writes no more than the file is long."""
     output = Output()
     with pytest.raises(DeltaError, match=sentence):
         apply(crafted(case, *records, **fields), [case], output)
@@ -745,7 +748,7 @@ def frame(data: bytes, *, size: bool = True) -> bytes:
 
 
 def lying_frame(data: bytes, claimed: int) -> bytes:
-    """A frame whose header claims another unpacked length than it has; both are written in two bytes."""
+    """Build a frame whose header claims a false unpacked length; both lengths are written in two bytes."""
     made = bytearray(frame(data))
     at = 5 if made[4] >> 5 & 1 else 6
     assert made[4] >> 6 == 1
@@ -817,13 +820,13 @@ def test_lying_range_refused(case, payload, offset, sentence):
 
 
 def bsdiff(control: bytes, diff: bytes, extra: bytes, new_size: int = len(NEW), claims: tuple[int, int] | None = None) -> bytes:
-    """A bsdiff4 file from its three packed streams."""
+    """Build a bsdiff4 file from its three packed streams."""
     lengths = claims or (len(control), len(diff))
     return struct.pack("<8sqqq", b"BSDIFF40", *lengths, new_size) + control + diff + extra
 
 
 def control(*triples: tuple[int, int, int]) -> bytes:
-    """A packed control stream; its numbers have a sign bit of their own."""
+    """Pack a control stream; its numbers have a separate sign bit."""
     return bz2.compress(b"".join(struct.pack("<Q", abs(n) | (1 << 63 if n < 0 else 0)) for triple in triples for n in triple))
 
 
@@ -869,18 +872,18 @@ def test_bsdiff_bomb_refused(payload, sentence):
     refuse(PLAIN, Record(BSDIFF, payload, NEW), sentence=sentence)
 
 
-# Numbers that lie
+# Malformed records of numbers
 
 
 def words(**fields: Any) -> Segment:
-    """All of `WEIGHTS` as one segment."""
+    """Describe all of `WEIGHTS` as one segment."""
     return Segment(
         **({"kind": KINDS["float32"], "length": 400, "row": 10, "old": 0, "scale": 0, "rows": None, "columns": None} | fields)
     )
 
 
 def table(*segments: Segment, **changes: Any) -> bytes:
-    """The table of a record of numbers, perhaps with fields that its writer would not write."""
+    """Build the table of a record of numbers, perhaps with fields that the encoder would not write."""
     data = bytearray(streams.Reader(pack_table(segments, changes.get("stream_of"))).frame(None, MiB).tobytes())
     for at, value in changes.get("bytes", {}).items():
         data[at] = value
@@ -889,7 +892,7 @@ def table(*segments: Segment, **changes: Any) -> bytes:
     return streams.frame(bytes(data) + changes.get("more", b"")) + packed.rest()
 
 
-ALL_ZERO = bytes([streams.ZERO, 0])  # a stream
+ALL_ZERO = bytes([streams.ZERO, 0])  # a stream of zeros
 STILL = table(words()) + streams.encode(np.zeros(100, np.uint32))  # nothing moved
 FIRST = 3  # where the first segment begins in a table without contexts
 TWO = np.repeat(np.array([0, 1], np.uint8), 32)
@@ -921,10 +924,10 @@ def symbols(*values: int, count: int = 100) -> bytes:
 
 DEEP = b"".join(bytes([streams.PACK1, 0]) + streams.frame(b"\xff" * 100) for _ in range(9))
 COUNT = struct.pack("<I", 1)
-WIDE_ROW = table(words(row=2**32 - 1, rows=np.ones(1, np.int16)), stream_of=TWO) + bytes(4)  # 8 GiB of one row's scale
+WIDE_ROW = table(words(row=2**32 - 1, rows=np.ones(1, np.int16)), stream_of=TWO) + bytes(4)  # one row's scale would take 8 GiB
 EMPTY_AND_MORE = (
     struct.pack("<I", len(frame(b"")) + 9) + frame(b"") + b"unchecked"
-)  # a reader that stops at the first frame would not see it
+)  # a reader that stops at the first frame would not see the rest
 
 
 LARGE, WIDEST = (streams.encode(np.full(20, factor, np.uint32)) for factor in (2 * 2**24 + 2, 2**32 - 1))
@@ -1009,7 +1012,7 @@ def test_lying_numbers_refused(payload, sentence):
 
 
 def deep(count: int, depth: int = 0) -> bytes:
-    """Streams within streams, as deep as they may be, each with as many numbers and low bits as there can be."""
+    """Build streams nested as deep as they may be, each with as many numbers and low bits as there can be."""
     if depth == streams.MAX_DEPTH:
         planes = [streams.frame(bytes(-(-count // 8)))] * 29
         return bytes([streams.TOKEN, 0]) + streams.frame(b"\x7f" * count) + b"".join(planes)

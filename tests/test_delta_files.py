@@ -1,4 +1,4 @@
-"""Deltas between any two files: where tensors are found, which follows which, and that every file comes back whatever was found."""
+"""Deltas between any two files: where tensors are found, which old tensor each follows, and that every file comes back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEP = RNG.normal(scale=1e-4, size=WEIGHTS.shape).astype(np.float32)
 
 
 def model(tensors: dict[str, tuple[int, list[int], bytes]], external: str = "") -> bytes:
-    """An ONNX file of nothing but weights, inside it or one after the other in another file."""
+    """Build an ONNX file of nothing but weights, inside it or one after the other in another file."""
     initializers, offset = [], 0
     for name, (kind, dims, raw) in tensors.items():
         tensor = ONNX(name=name, data_type=kind, dims=dims)
@@ -55,7 +55,7 @@ def full(values: Any) -> tuple[int, list[int], bytes]:
 
 
 def size_of_delta(tmp_path: Path, old: bytes, new: bytes, suffix: str = "onnx", **graphs: Any) -> int:
-    """Build a delta, apply it, and see that the file came back; how large it was."""
+    """Build a delta, apply it, check that the file comes back, and return the size of the delta in bytes."""
     before, after, patch, again = (tmp_path / f"{name}.{suffix}" for name in ("old", "new", "patch", "again"))
     before.write_bytes(old)
     after.write_bytes(new)
@@ -149,7 +149,7 @@ def test_tensors_follow_by_name_then_by_shape():
 
     old = [tensor("a"), tensor("b"), tensor("c", "float16"), tensor("d", shape=(4,))]
     new = [tensor("b"), tensor("x"), tensor("y"), tensor("c"), tensor("d", shape=(5,)), tensor("z", "float16")]
-    # b by name; x is a renamed; nothing is left for y; c and d changed kind and shape; z is c renamed.
+    # b follows by name. x is a renamed, z is c renamed. Nothing is left for y. c changed its kind and d its shape.
     assert {name: t.name for name, t in files.follow(new, old).items()} == {"b": "b", "x": "a", "z": "c"}
 
 
@@ -160,7 +160,7 @@ def test_any_small_file_comes_back(tmp_path, old, new, suffix):
 
 
 def test_moved_bytes_of_a_large_file_cost_next_to_nothing(tmp_path):
-    """What bsdiff finds too, but with memory that does not grow with the file."""
+    """Find moved bytes, as bsdiff does, but with memory that does not grow with the file."""
     old = RNG.bytes(6 * MiB)
     new = old[4 * MiB :] + b"inserted" * 99 + old[: 4 * MiB - 5000] + old[4 * MiB - 4000 : 5 * MiB]
     assert size_of_delta(tmp_path, old, new, "bin") < 15_000
@@ -170,7 +170,7 @@ def test_moved_bytes_of_a_large_file_cost_next_to_nothing(tmp_path):
 @pytest.mark.parametrize("before", few([0, 1, 3], 1))
 @pytest.mark.parametrize("size", [300_000, pytest.param(1_200_000, marks=pytest.mark.slow)])
 def test_numbers_that_nobody_described_are_found(tmp_path, before, size):
-    """The raw weights of a format we do not know."""
+    """Find the raw weights of an unknown format."""
     old = RNG.normal(size=size).astype(np.float32)
     new = old + RNG.normal(scale=1e-4, size=size).astype(np.float32)
     head = RNG.bytes(before)
@@ -253,7 +253,7 @@ def words(count: int, seed: int) -> bytes:
 
 
 def hard_pairs() -> dict[str, tuple[bytes, bytes]]:
-    """Pairs on which looking at a few places, or at the first way that comes to mind, tells something else than what is built."""
+    """Return pairs whose delta is hard to forecast from a few places, or by the first method that comes to mind."""
     noise, text = RNG.bytes(2_200_000), words(120_000, 0)
     wide, many = tensors(1, (2000, 384)), tensors(12, (256, 512))
     rows = {"t0": wide["t0"].copy()}
@@ -308,12 +308,12 @@ def test_forecast_holds_what_is_built(tmp_path, name):
     assert said.low <= said.bytes <= said.high
     if said.close:
         assert made / 1.3 <= said.bytes <= 1.3 * made
-    assert said.high <= max(1.35 * len(new), 2000)  # so wide that it says nothing would be no forecast
+    assert said.high <= max(1.35 * len(new), 2000)  # a wider range would say nothing
     assert files.estimate(tmp_path / "old", tmp_path / "new") == said.bytes
 
 
 def test_what_is_small_is_known(tmp_path):
-    """It is made, not looked at."""
+    """Build small deltas instead of estimating them."""
     tensors = {f"t{i}": RNG.normal(size=(20, 30 + i)).astype(np.float32) for i in range(9)}
     large = {"large": RNG.normal(size=(600, 500)).astype(np.float32)}
     for old, new in (
@@ -329,7 +329,7 @@ def test_what_is_small_is_known(tmp_path):
 
 
 def test_most_forecasts_are_close(tmp_path):
-    """Else the bounds above would prove little."""
+    """Check that most forecasts are close; otherwise the bounds above would prove little."""
     close = {}
     for name in (
         "a few rows moved",

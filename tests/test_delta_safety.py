@@ -1,6 +1,6 @@
-"""`ferry delta` loses nothing: no file but its output changes, that one whole or not at all, and what cannot be read twice is refused.
+"""`ferry delta` loses nothing: only its output changes, whole or not at all; input that cannot be read twice is refused.
 
-Every refusal is compared with what was in the folder before: names, kinds, permission bits, content.
+After every refusal, the folder is compared with what was in it before: names, kinds, permission bits, content.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.test_delta_files import model
 
 FERRY = Path(sys.executable).with_name("ferry")
 RNG = np.random.default_rng(0)
-OLD = RNG.normal(size=(1500, 500)).astype(np.float32)  # three records
+OLD = RNG.normal(size=(1500, 500)).astype(np.float32)  # makes three records
 NEW = OLD + np.float32(1e-3) * RNG.normal(size=OLD.shape).astype(np.float32)
 PRECIOUS = b"nobody has another copy of this"
 
@@ -44,7 +44,7 @@ def ferry(*arguments: object) -> Result:
 
 
 def seen(folder: Path) -> dict[str, tuple[int, int, Any]]:
-    """What is in a folder: kind and bits, links, content."""
+    """List what is in a folder: kind and permission bits, number of links, content."""
 
     def content(path: Path) -> Any:
         return path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
@@ -147,7 +147,7 @@ def test_input_is_no_output_whatever_its_name(patched, monkeypatch, arguments, g
 
 @pytest.mark.parametrize("command", WRITING)
 def test_folder_that_is_none_is_told_before_anything_is_read(pair, monkeypatch, command):
-    """The inputs are missing too, where they are not needed to know that."""
+    """Name the missing folder first, even if an input is missing too."""
     monkeypatch.chdir(pair)
     (pair / "patch").write_bytes(b"no patch")
     before = seen(pair)
@@ -159,7 +159,7 @@ def test_folder_that_is_none_is_told_before_anything_is_read(pair, monkeypatch, 
 
 @pytest.mark.parametrize("command", ["build", "apply"])
 def test_only_the_output_changes(patched, monkeypatch, command):
-    """Whatever lies beside it under names that others would use for what is unfinished."""
+    """Change only the output, even beside files with names that others use for unfinished work."""
     monkeypatch.chdir(patched)
     for name in ("out.tmp", ".out.tmp", "out.part", ".out.part", "out~", "out.bak", "tmp"):
         (patched / name).write_bytes(PRECIOUS)
@@ -245,7 +245,7 @@ READING = [
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket", "device"])
 @pytest.mark.parametrize("arguments", few(READING, 4), ids=" ".join)
 def test_input_that_is_no_regular_file_is_refused(patched, monkeypatch, arguments, kind):
-    """Pipes and devices without end would be waited for; this must not take until the alarm."""
+    """Refuse pipes and devices, which could be waited for without end; the alarm ends a test that waits."""
     monkeypatch.chdir(patched)
     place = special(patched, kind)
     before = seen(patched)
@@ -266,7 +266,7 @@ def test_input_that_is_no_regular_file_is_refused(patched, monkeypatch, argument
 
 
 def test_standard_input_is_a_file_or_refused(pair, monkeypatch):
-    """A pipe was once taken for an empty file: the patch then made nothing, with exit code 0."""
+    """Refuse a pipe, which was once taken for an empty file: the patch then made nothing, with exit code 0."""
     monkeypatch.chdir(pair)
     before = seen(pair)
     words = [FERRY, "delta", "build", "old", "/dev/stdin", "-o", "out"]
@@ -281,7 +281,7 @@ def test_standard_input_is_a_file_or_refused(pair, monkeypatch):
 
 
 def test_file_whose_size_is_not_told_is_refused(pair, monkeypatch):
-    """The kernel's own files have the size 0 and content: a patch would make an empty file."""
+    """Refuse the kernel's own files: they have the size 0 and content, so a patch would make an empty file."""
     monkeypatch.chdir(pair)
     for arguments in (["build", "old", "/proc/version", "-o", "out"], ["build", "/proc/version", "new", "-o", "out"]):
         result = ferry("delta", *arguments)
@@ -399,7 +399,7 @@ def test_any_name_will_do(pair, monkeypatch, name):
 @pytest.mark.parametrize("name", ["-", ""])
 @pytest.mark.parametrize("arguments", few([*READING, *([*words, "?"] for words in WRITING.values())], 6), ids=" ".join)
 def test_dash_is_no_file(patched, monkeypatch, arguments, name):
-    """Elsewhere it is standard input or output; a file of that name was made, or asked for."""
+    """Refuse `-`, which elsewhere is standard input or output; a file of that name was once written or looked for."""
     monkeypatch.chdir(patched)
     before = seen(patched)
     result = ferry("delta", *(name if a == "?" else a for a in arguments))
@@ -408,7 +408,7 @@ def test_dash_is_no_file(patched, monkeypatch, arguments, name):
     assert seen(patched) == before
 
 
-# Going on after a kill
+# Resuming after a kill
 
 KILLED = """
 import os, signal, sys
@@ -426,7 +426,7 @@ files.apply(*map(Path, sys.argv[1:]))
 
 
 def killed(folder: Path, out: str = "out") -> Path:
-    """What an apply leaves that is killed in its third record; two are at most in its buffer."""
+    """Kill an apply in its third record and return the file that it leaves; its buffer holds two records at most."""
     done = subprocess.run([sys.executable, "-c", KILLED, "old", "patch", out], cwd=folder, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = [p for p in folder.iterdir() if p.name.startswith(".")]
@@ -435,7 +435,7 @@ def killed(folder: Path, out: str = "out") -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """One entry for each record of numbers that is decoded."""
+    """Provide a list that gets one entry for each record of numbers that is decoded."""
     calls: list[int] = []
     real = container._numbers
     monkeypatch.setattr(container, "_numbers", lambda *a: calls.append(1) or real(*a))
@@ -455,7 +455,7 @@ def test_killed_apply_goes_on_and_leaves_nothing(patched, decoded):
 
 @pytest.mark.parametrize(("damage", "decodes"), [("cut", 3), ("torn", 3), ("longer", 1), ("empty", 3), ("whole and more", 0)])
 def test_what_is_left_is_verified(patched, decoded, damage, decodes):
-    """A power cut may keep a file's length and lose what is in it."""
+    """Verify what is left, because a power cut may keep a file's length and lose its content."""
     left = killed(patched)
     content = left.read_bytes()
     half = len(content) // 2
@@ -530,7 +530,10 @@ def test_what_another_process_writes_to_is_left_to_it(patched):
 
 @pytest.mark.parametrize("left_again", [False, True])
 def test_result_that_took_its_place_is_not_written_to_again(patched, monkeypatch, left_again):
-    """A second apply may have opened the unfinished file just before the first renamed it; a third may have left another."""
+    """Leave a finished result alone.
+
+    A second apply may have opened the unfinished file just before the first renamed it. A third may have left another one.
+    """
     left = killed(patched)
     real, inner = fcntl.flock, []
 

@@ -1,4 +1,4 @@
-"""The path between image and noise, and the solvers that walk it back."""
+"""The path between image and noise, and the solvers that follow it back."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from model.scorecard import Sampler
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same random numbers every time."""
+    """Seed torch, so that the random numbers are the same every time."""
     torch.manual_seed(0)
 
 
 def swing(x: Tensor, t: float, _: float) -> Tensor:
-    """The field x' = 3 cos(3t) x, whose solution is x(0) = x(1) exp(-sin 3)."""
+    """Return the field x' = 3 cos(3t) x, whose solution is x(0) = x(1) exp(-sin 3)."""
     return 3 * math.cos(3 * t) * x
 
 
@@ -36,7 +36,7 @@ def bent(times: list[float]) -> list[float]:
 
 
 def alternating(times: list[float]) -> list[float]:
-    """Every other step is twice as long as the one before it."""
+    """Move every other time, so that every other step is twice as long as the one before it."""
     return [t + (times[0] - times[1]) / 3 * (i % 2) for i, t in enumerate(times)]
 
 
@@ -64,7 +64,7 @@ def test_velocity_is_slope_of_path() -> None:
 def test_times_favour_the_middle() -> None:
     t = logit_normal(4000, torch.Generator().manual_seed(0))
     assert ((t > 0) & (t < 1)).all()
-    assert float(((t > 0.25) & (t < 0.75)).float().mean()) > 0.65  # half, if they were uniform
+    assert float(((t > 0.25) & (t < 0.75)).float().mean()) > 0.65  # half, if the times were uniform
     assert abs(float(t.mean()) - 0.5) < 0.02
 
 
@@ -79,7 +79,7 @@ def test_timetable_falls_to_zero(steps: int) -> None:
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
 @pytest.mark.parametrize("warp", [even, bent, alternating])
 def test_solver_has_its_order(method: str, order: int, warp: Callable[[list[float]], list[float]]) -> None:
-    """Half the step, and the error falls by 2 to the order, on even and on uneven times."""
+    """Check that half the step divides the error by 2 to the order, on even and on uneven times."""
     errors = [error_of(method, warp(timetable(steps))) for steps in (42, 84, 168)]
     for coarse, fine in pairwise(errors):
         assert 0.85 * 2**order < coarse / fine < 1.15 * 2**order
@@ -93,7 +93,7 @@ def test_straight_path_needs_one_step(method: str) -> None:
 
 
 class Counter:
-    """A linear stand-in for a network that counts how many images it was asked for."""
+    """A linear stand-in for a network that counts the images it is asked for."""
 
     def __init__(self) -> None:
         self.images = 0

@@ -1,4 +1,4 @@
-"""Distances that are 0 for real images, intervals that hold what they promise, and captions that count."""
+"""Distances that are 0 for real images, intervals that cover as often as they promise, and figures for captions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def points(rng: np.random.Generator, n: int, shift: float = 0.0) -> Features:
 
 
 def sample(features: Features, groups: Groups | None = None, captions: list[str] | None = None) -> Sample:
-    """Images of groups, in turn; each its own group, and all of one caption, unless said otherwise."""
+    """Make a sample whose groups repeat in turn; by default, each image is its own group and all have one caption."""
     n = len(features)
     numbered = np.arange(n) if groups is None else np.resize(groups, n)
     return Sample(features, captions or [""] * n, numbered)
@@ -57,7 +57,7 @@ def test_kernel_distance_grows_with_shift() -> None:
 
 
 def test_kernel_distance_sees_shape_too() -> None:
-    """Two distributions of one mean and covariance, which a Fréchet distance cannot tell apart."""
+    """Tell apart two distributions of one mean and covariance, which a Fréchet distance cannot tell apart."""
     rng = np.random.default_rng(2)
     normal, other, corners = points(rng, 600), points(rng, 600), rng.choice([-1.0, 1.0], size=(600, D))
     assert kernel_distance(normal, corners, SCALE) > 0.003
@@ -66,7 +66,7 @@ def test_kernel_distance_sees_shape_too() -> None:
 
 
 def paired(rng: np.random.Generator, n: int) -> tuple[Features, Features]:
-    """What challenger and champion draw from shared noise: alike, the challenger nearer to the real distribution."""
+    """Draw for challenger and champion from shared noise: alike, but the challenger is nearer to the real distribution."""
     shared = points(rng, n)
     return shared + 0.3 * points(rng, n), 1.1 * shared + 0.3 * points(rng, n, shift=2.0) + 0.15
 
@@ -89,7 +89,7 @@ def test_relative_distance_is_difference_of_distances() -> None:
 
 
 def test_interval_covers_true_difference() -> None:
-    """Two hundred evaluations of a known pair: the 95 % interval holds the truth in 90 to 99 % of them."""
+    """Check that in 200 evaluations of a known pair, the 95 % interval holds the truth in 90 to 99 %."""
     rng = np.random.default_rng(7)
     truths = [relative_distance(points(rng, 1200), *paired(rng, 1200), SCALE)[0] for _ in range(6)]
     truth, hits, errors = np.mean(truths), 0, []
@@ -102,7 +102,7 @@ def test_interval_covers_true_difference() -> None:
 
 
 def test_interval_covers_true_difference_when_photographs_are_cut_up() -> None:
-    """Held-out images in 12 groups that share most of what they are: only the error by groups is honest."""
+    """Cut held-out images into 12 groups that share most of what they are: only the error by groups is right."""
     rng = np.random.default_rng(17)
 
     def cut_up(groups: int, each: int) -> Features:
@@ -122,7 +122,10 @@ def test_interval_covers_true_difference_when_photographs_are_cut_up() -> None:
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 2.0])
 def test_interval_covers_true_distance(shift: float) -> None:
-    """The 95 % interval of one distance holds the truth in 93 to 97 % of 300 evaluations, within four standard deviations."""
+    """Check that the 95 % interval of one distance holds the truth in 93 to 97 % of 300 evaluations.
+
+    The test allows 2.5 % more on both sides, because 300 evaluations are few.
+    """
     rng = np.random.default_rng(30)
     truth = np.mean([kernel_distance(points(rng, 1200), points(rng, 1200, shift), SCALE) for _ in range(6)])
     intervals = [kernel_interval(points(rng, 80), points(rng, 60, shift), SCALE) for _ in range(300)]
@@ -132,14 +135,14 @@ def test_interval_covers_true_distance(shift: float) -> None:
 
 
 def test_interval_of_no_distance_is_wide_enough() -> None:
-    """At a distance of zero the influences vanish; the interval must not become too narrow there."""
+    """Keep the interval wide enough at a distance of zero, where the influences vanish."""
     rng = np.random.default_rng(31)
     intervals = [kernel_interval(points(rng, 80), points(rng, 60), SCALE) for _ in range(300)]
     assert sum(abs(kd) <= 1.96 * se for kd, se in intervals) >= 280
 
 
 def test_interval_covers_true_distance_when_photographs_are_cut_up() -> None:
-    """Held-out images in 20 groups: pairs and influences by group are honest in value and error, images alone are not."""
+    """Cut held-out images into 20 groups: by group, value and error are right; by image, they are not."""
     rng = np.random.default_rng(32)
 
     def cut_up(groups: int, each: int) -> Features:
@@ -173,7 +176,7 @@ def test_pairing_makes_interval_narrower() -> None:
 
 
 def test_interval_of_equal_models_is_not_too_wide() -> None:
-    """Where the first-order influences vanish, what pairs add must count once: else an equal model looks undecided."""
+    """Count only once what pairs add where first-order influences vanish; else equal models look undecided."""
     rng = np.random.default_rng(43)
     found = [relative_distance(points(rng, 80), points(rng, 60), points(rng, 60), SCALE) for _ in range(300)]
     assert np.mean([se for _, se in found]) == pytest.approx(np.std([delta for delta, _ in found]), rel=0.15)
@@ -200,7 +203,10 @@ def test_caption_kernel_is_positive_definite(captions: list[str]) -> None:
 
 
 def surfaces(rng: np.random.Generator, groups: int, each: int, seen: float = 1.0) -> Sample:
-    """Two surfaces, one in a group, and a defect on a quarter of the images; features 0 and 1 show them as far as they are seen."""
+    """Draw two surfaces, one in each group, with a defect on a quarter of the images.
+
+    Features 0 and 1 show surface and defect, as strongly as `seen` says.
+    """
     surface, of = (
         np.repeat(rng.permutation(groups) % 2 if groups < 8 else rng.integers(2, size=groups), each),
         np.repeat(np.arange(groups), each),
@@ -213,7 +219,7 @@ def surfaces(rng: np.random.Generator, groups: int, each: int, seen: float = 1.0
 
 
 def drawn_for(rng: np.random.Generator, real: Sample, surface: float = 3.0, defect: float = 3.0) -> Sample:
-    """What a model draws for the captions of real images that shows surfaces and defects so far."""
+    """Draw for the captions of real images, with a model that shows surfaces and defects this strongly."""
     features = points(rng, len(real))
     features[:, 0] += surface * np.array([caption.startswith("b") for caption in real.captions])
     features[:, 1] += defect * np.array(["hole" in caption for caption in real.captions])
@@ -222,7 +228,7 @@ def drawn_for(rng: np.random.Generator, real: Sample, surface: float = 3.0, defe
 
 @pytest.mark.parametrize("aspect", distances.ASPECTS)
 def test_distance_of_data_is_zero_however_captions_hang_together(aspect: Aspect) -> None:
-    """A group holds one surface only, so pairs within a group are alike; no figure may come of that alone."""
+    """Check that groups alone cause no distance: a group holds one surface only, so pairs within it are alike."""
     rng = np.random.default_rng(50)
     values = []
     for _ in range(150):
@@ -260,7 +266,7 @@ def test_excess_of_following_is_taken_off_a_share() -> None:
 
 
 def test_interval_of_following_covers_the_truth() -> None:
-    """A model that ignores its captions is taken for one that follows them in one of twenty evaluations at most."""
+    """Take a model that ignores its captions for one that follows them in at most one of twenty evaluations."""
     rng = np.random.default_rng(53)
     hits = 0
     for _ in range(200):
@@ -288,7 +294,7 @@ def test_share_of_a_caption_says_how_far_it_is_drawn(shown: float, share: float)
 
 
 def test_share_is_what_asking_changes_not_where_the_images_lie() -> None:
-    """A model all of whose images look half as if they had a hole does not draw the hole."""
+    """Check that a model whose images all look half as if they had a hole does not draw the hole."""
     rng = np.random.default_rng(57)
     real = surfaces(rng, 60, 6)
     own = np.array(["hole" in caption for caption in real.captions])
@@ -303,7 +309,7 @@ def test_share_is_what_asking_changes_not_where_the_images_lie() -> None:
 
 
 def test_weights_make_others_as_mixed_as_the_caption() -> None:
-    """Defects on one surface only: unweighted, the surface itself would count as what tells the defect apart."""
+    """Weight the other images: if defects are on one surface only, the surface itself would pass for the defect."""
     rng = np.random.default_rng(55)
     real = surfaces(rng, 30, 6)
     holes = np.array([caption == "b, hole" for caption in real.captions])
@@ -353,7 +359,7 @@ def test_part_of_the_error_that_drawing_removes_falls_with_drawing() -> None:
     (once, drawn_once), (often, drawn_often) = parts(1), parts(9)
     assert drawn_often == pytest.approx(drawn_once / 3, rel=0.25)
     assert drawn_once < once.se * 1.1
-    assert often.se > 2 * drawn_often  # what is left is the held-out groups'
+    assert often.se > 2 * drawn_often  # the rest comes from the held-out groups
 
 
 def test_images_of_groups_count_whatever_their_numbers() -> None:
@@ -379,4 +385,4 @@ def test_error_of_drawing_holds_where_each_caption_was_drawn_twice() -> None:
     captions = [f"{i // 2}" for i in range(400)]
     assert distances._spread(influence, captions) == pytest.approx(
         400**0.5, rel=0.1
-    )  # what captions have in common is no error of drawing
+    )  # what images of one caption have in common is no error of drawing

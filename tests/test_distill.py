@@ -1,4 +1,4 @@
-"""Distillation: a student's step is two of its teacher's, and learning that brings it nearer to the teacher."""
+"""Distillation: one step of a student is two of its teacher's, and training brings the student nearer to the teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.watch import Figures, Watcher
 
 from .conftest import CONFIG, VERSION
 
-STEPS = 4  # of the student here; the ladder of the variants is longer, but the same
+STEPS = 4  # of the student here; the real variants take more steps, in the same way
 OPTIONS = TrainOptions(steps=120, batch=16, learning_rate=2e-3, warmup=5, save_every=50, caption_dropout=0.0)
 
 
@@ -90,19 +90,22 @@ def test_each_process_teaches_its_own_rows_as_one_would_teach_all(
 
     taught: list[int] = []
     teacher.register_forward_hook(lambda _, inputs, __: taught.append(len(inputs[0])))
-    monkeypatch.setattr(Ranks, "here", lambda *_: Ranks(0, 2))  # the first of two, without the second
+    monkeypatch.setattr(Ranks, "here", lambda *_: Ranks(0, 2))  # the first of two processes, without the second
     for name in ("average", "wait"):
         monkeypatch.setattr(Ranks, name, lambda *_: None)
     options = OPTIONS.model_copy(update={"steps": 2})
     train(CONFIG, dataset, VERSION, options, tmp_path, variant="dev", teacher=checkpoint, objective=teaching)
-    assert taught == [(2 if guidance else 1) * OPTIONS.batch // 2] * 4  # two of the teacher's steps in each of two steps
+    assert taught == [(2 if guidance else 1) * OPTIONS.batch // 2] * 4  # two steps of the teacher in each of two steps
 
 
 @pytest.mark.slow
 def test_student_draws_nearer_to_the_teacher_than_the_teacher_in_as_many_steps(
     student: Checkpoint, teacher: Network, dataset: Dataset
 ) -> None:
-    """At one unguided evaluation a step the student must beat its own beginning, by the distance to what the teacher draws."""
+    """Compare distances to the teacher's images at one unguided evaluation a step.
+
+    The trained student must beat the untrained one.
+    """
     ids = torch.from_numpy(dataset.ids[dataset.reference()[:12]])
     wanted = draw(teacher, ids, Sampler(method="euler", steps=2 * STEPS, guidance=2.0))
     taught = draw(student.network(), ids, Sampler(method="mean", steps=STEPS, guidance=1.0))

@@ -1,4 +1,4 @@
-"""What the documents show is what the programs do: commands exist, help is current, make targets are there."""
+"""What the documents show is what the programs do: commands and make targets exist, and help texts are current."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH = 100
 
 
 def shown_commands() -> list[tuple[str, str]]:
-    """Every `ferry` or `ferry-agent` call that a document shows, in a block or in the text."""
+    """List every `ferry` or `ferry-agent` call that a document shows, in a block or in the text."""
     found = []
     for name in DOCUMENTS:
         text = (ROOT / name).read_text()
@@ -38,7 +38,7 @@ def shown_commands() -> list[tuple[str, str]]:
 
 
 def command_of(words: list[str]) -> tuple[set[str], list[str]]:
-    """The options of the command that words lead to, and the words after its name."""
+    """Return the options of the command that the words call, and the words after its name."""
     if words[0] == "ferry-agent":
         commands, rest = commands_of(agent_parser()), words[1:]
         known = {option for action in agent_parser()._actions for option in action.option_strings}

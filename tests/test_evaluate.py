@@ -1,4 +1,4 @@
-"""Figures that decide: distances that mean what they say, intervals that hold what they promise, features that stay."""
+"""Figures that decide: distances mean what they say, intervals cover as often as they promise, features stay the same."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def drawn(images: np.ndarray) -> Drawn:
 
 @pytest.fixture(scope="module")
 def whole_features(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of the made-up line's feature spaces."""
+    """Fit the feature spaces of the made-up line and return their file."""
     path = tmp_path_factory.mktemp("features") / "shapes.safetensors"
     fit(dataset, path)
     return path
@@ -89,7 +89,7 @@ def session(exported: Export) -> Session:
 
 
 def blank_session(value: float) -> Session:
-    """A model whose velocity is zero or not a number, whatever it is asked."""
+    """Return a model whose velocity is this value everywhere, whatever it is asked."""
     network = Network(CONFIG).eval()  # a fresh head is zero
     weights = bytearray(pack(network, "float32"))
     bias = next(t for t in layout(CONFIG, "float32")[0] if t.name == "head.bias")
@@ -107,7 +107,10 @@ def test_frechet_distance_is_exact_for_gaussians() -> None:
 
 
 def test_frechet_distance_survives_few_images() -> None:
-    """Fewer images than dimensions: the covariances are singular, and the square root must not become imaginary."""
+    """Compare fewer images than dimensions.
+
+    The covariances are then singular, and the square root must not become imaginary.
+    """
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(10, DIMENSIONS)), rng.normal(size=(12, DIMENSIONS))
     assert 0 < frechet_distance(x, y) < 4 * DIMENSIONS
@@ -153,7 +156,7 @@ def test_coverage_falls_when_mode_drops() -> None:
 
 
 def test_precision_recall_density_see_different_failures() -> None:
-    """Dropped modes cost recall, invented ones precision; density also sees that images crowd where data are dense."""
+    """Check that lost modes cost recall and invented ones precision, and that density rewards crowding in dense places."""
     rng = np.random.default_rng(11)
 
     def modes(which: tuple[int, ...]) -> Features:
@@ -173,7 +176,7 @@ def test_precision_recall_density_see_different_failures() -> None:
 
 
 def test_precision_and_density_by_hand() -> None:
-    """On a line: six items at 0..5 whose balls of five neighbours have radii 5, 4, 3, 3, 4, 5."""
+    """Compare with results by hand: six items on a line at 0..5; the radii of five neighbours are 5, 4, 3, 3, 4, 5."""
     reference = np.arange(6.0)[:, None]
     generated = np.array([[-1.0], [20.0], [10.0]])  # in three balls (of 0, 2 and 1: radius 5, 4, 3), in none, in one (of 5)
     assert precision(reference, generated) == pytest.approx(2 / 3)
@@ -182,7 +185,7 @@ def test_precision_and_density_by_hand() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_coverage_of_few_reference_images(count: int) -> None:
-    """Fewer reference images than neighbours: all of them count as neighbours."""
+    """Count all reference images as neighbours if there are fewer of them than neighbours."""
     reference = points(np.random.default_rng(10), count)
     assert coverage(reference, reference) == 1
     assert coverage(reference, reference + 100) == 0
@@ -190,14 +193,14 @@ def test_coverage_of_few_reference_images(count: int) -> None:
 
 @pytest.mark.parametrize(("value", "bad"), [(float("nan"), 1.0), (float("inf"), 1.0), (0.0, 0.0)])
 def test_images_not_finite_are_bad(value: float, bad: float) -> None:
-    """A velocity of zero leaves the noise, which is neither blank nor broken."""
+    """Count images that are not finite as bad; a velocity of zero leaves the noise, which is neither blank nor broken."""
     result = draw(blank_session(value), list(CAPTIONS), Sampler(method="euler", steps=2, guidance=1.0))
     assert result.bad == bad
     assert result.images.shape == (2, 1, 16, 16)
 
 
 def test_blank_images_are_bad() -> None:
-    """A constant velocity so large that all pixels are clipped to white."""
+    """Draw with a constant velocity so large that all pixels are clipped to white."""
     result = draw(blank_session(-50.0), list(CAPTIONS), Sampler(method="euler", steps=2, guidance=1.0))
     assert result.images.min() == 255
     assert result.bad == 1
@@ -212,7 +215,7 @@ def test_good_model_draws_no_bad_images(session: Session) -> None:
 
 
 def test_load_weighs_images_alike(session: Session) -> None:
-    """Thirty-three images take two batches; the one in the second counts as much as any other."""
+    """Draw thirty-three images in two batches: the one in the second counts as much as any other."""
     captions = [CAPTIONS[i % 2] for i in range(33)]
     alone = [session.generate(session.encode([c]), [EVALUATION_SEED + i], SAMPLER)[1] for i, c in enumerate(captions)]
     made = draw(session, captions, SAMPLER).load
@@ -222,7 +225,7 @@ def test_load_weighs_images_alike(session: Session) -> None:
 
 @pytest.mark.parametrize(("method", "guidance"), [("ab2", 2.0), ("heun", 1.0)])
 def test_load_is_known_at_every_step(session: Session, method: Literal["ab2", "heun"], guidance: float) -> None:
-    """One step taken alone shows what the first of many showed; Heun's two evaluations belong to one step."""
+    """Compare one step taken alone with the first of many; Heun's two evaluations belong to one step."""
     ids = session.encode(["bar"])
     images, load = session.trace(ids, [3], Sampler(method=method, steps=3, guidance=guidance))
     assert load.shape == (3, CONFIG.blocks, CONFIG.shape.experts)
@@ -250,7 +253,7 @@ def test_drawn_images_start_from_their_seeds(session: Session) -> None:
 
 
 def test_captions_steer_the_image(session: Session, dataset: Dataset) -> None:
-    """Trained for seconds, the model already draws what it is asked for more often than not."""
+    """Check that a model trained for seconds already draws what it is asked for more often than not."""
     means = {c: np.mean([i for i, k in zip(dataset.images, dataset.captions, strict=True) if k == c], axis=0) for c in CAPTIONS}
     axis = means["bar"] - means["disc"]
     made = {c: draw(session, [c] * 32, SAMPLER).images for c in CAPTIONS}
@@ -266,7 +269,7 @@ def test_captions_follow_held_out_proportions(tmp_path: Path) -> None:
     assert Counter(held_out_captions(data, 3 * n)) == {caption: 3 * count for caption, count in own.items()}
     few = Counter(held_out_captions(data, n))
     assert few == own
-    # A part of them is drawn from all over the data, not from the first files.
+    # A smaller number is drawn from all of the data, not from the first files.
     in_order = replace(data, captions=sorted(data.captions))
     assert len(set(held_out_captions(in_order, n // 4))) > 1
     assert len({in_order.captions[i] for i in in_order.reference()[: n // 4]}) == 1
@@ -290,7 +293,7 @@ def test_evaluation_of_nothing_is_refused(dataset: Dataset, n: int) -> None:
 def test_real_images_to_look_at_are_held_out_and_of_many_groups(tmp_path: Path) -> None:
     pixels = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones(
         (1, 1, 4, 4), np.uint8
-    )  # the number of each image is its grey
+    )  # the grey level of each image is its number
     captions = ["brick"] * 9 + ["mesh"] * 3
     groups = ["a", "a", "a", "b", "b", "c", "c", "d", "d", "e", "f", "f"]
     held_out = np.array([True] * 7 + [False] * 2 + [True] * 3)
@@ -299,7 +302,7 @@ def test_real_images_to_look_at_are_held_out_and_of_many_groups(tmp_path: Path) 
     def shown(caption: str, n: int) -> list[int]:
         return [int(image[0, 0, 0]) for image in real_images(data, caption, n)]
 
-    assert shown("brick", 5) == [0, 3, 5, 1, 4]  # one of each photograph, then the next of each; d is not held out
+    assert shown("brick", 5) == [0, 3, 5, 1, 4]  # one image of each photograph, then the next of each; d is not held out
     assert shown("brick", 99) == [0, 3, 5, 1, 4, 6, 2]
     assert shown("mesh", 2) == [9, 10]
     assert shown("rope", 2) == []
@@ -315,9 +318,9 @@ def test_quality_ranks_data_model_noise(spaces: FeatureSpaces, dataset: Dataset,
     for a, b, c in zip(real, made, noisy, strict=True):
         assert a.kd < b.kd < c.kd
         assert a.fd < b.fd < c.fd
-        assert c.kd == pytest.approx(c.noise_kd, rel=0.01)  # the same images beside other held-out ones
+        assert c.kd == pytest.approx(c.noise_kd, rel=0.01)  # the same images, against other held-out ones
         assert (b.n, b.reference, b.groups, b.space_sha256) == (n, n, n, spaces.sha256)
-        assert a.kd - 2 * a.kd_se < 0 < c.kd - 2 * c.kd_se  # real images are not told apart, noise is
+        assert a.kd - 2 * a.kd_se < 0 < c.kd - 2 * c.kd_se  # real images cannot be told apart, noise can
         assert a.fd_se is not None
         assert 0 < a.fd_se < a.fd
         assert min(a.precision, a.recall, a.density) > 0.7
@@ -325,7 +328,7 @@ def test_quality_ranks_data_model_noise(spaces: FeatureSpaces, dataset: Dataset,
 
 
 def test_quality_holds_each_share_in_its_place(spaces: FeatureSpaces, dataset: Dataset) -> None:
-    """For bars alone, good as they are, the four shares differ, so that none can stand in another's field."""
+    """Draw only good bars: the four shares then differ, so that none can stand in another's field."""
     bars = drawn(np.array([x for x, c in zip(dataset.images, dataset.captions, strict=True) if c == "bar"]))
     for row in quality(spaces, dataset, bars, "new"):
         x, y = spaces(row.space, dataset.images[dataset.reference()]), spaces(row.space, bars.images)
@@ -373,7 +376,7 @@ def test_dead_experts_are_counted(load: list[list[float]], dead: int) -> None:
 
 
 def test_expert_that_wakes_late_is_not_dead() -> None:
-    """An expert may rest in half of the steps: the alarm looks at the whole drawing, the table shows when it rested."""
+    """Let an expert rest in half of the steps: the alarm looks at the whole drawing, the table shows when it rested."""
     made = usage(np.array([[[0.5, 0.0]], [[0.0, 0.5]]], dtype=np.float32))
     assert (made.dead, made.entropy) == (0, [1.0])
     assert made.by_step == [[[0.5, 0.0]], [[0.0, 0.5]]]
@@ -382,7 +385,7 @@ def test_expert_that_wakes_late_is_not_dead() -> None:
 def test_entropy_says_how_evenly_experts_are_used() -> None:
     made = usage(np.array([[[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0] * 4]], dtype=np.float32))
     assert made.entropy == [1, 0, 0.5, 0]
-    assert usage(np.zeros((3, 2, 0), np.float32)) == Usage(load=[[], []], by_step=[[[], []]] * 3, entropy=[1, 1], dead=0)  # dense
+    assert usage(np.zeros((3, 2, 0), np.float32)) == Usage(load=[[], []], by_step=[[[], []]] * 3, entropy=[1, 1], dead=0)  # a dense network
 
 
 def test_scorecard_names_what_it_scored(
@@ -408,7 +411,7 @@ def test_scorecard_names_what_it_scored(
 
 
 def test_copying_generator_is_caught(spaces: FeatureSpaces, dataset: Dataset) -> None:
-    """Training images with a grey level of noise are copies; the held-out half of them is what an honest model draws."""
+    """Detect training images with one grey level of noise as copies."""
     rng = np.random.default_rng(40)
     copies = dataset.images[dataset.training()[:40]]
     copies = np.clip(copies + rng.integers(-1, 2, copies.shape), 0, 255).astype(np.uint8)
@@ -421,7 +424,7 @@ def test_copying_generator_is_caught(spaces: FeatureSpaces, dataset: Dataset) ->
 
 
 def test_honest_generator_is_not_caught(spaces: FeatureSpaces, dataset: Dataset, tmp_path: Path) -> None:
-    """Images of the same kind that the model never saw."""
+    """Accept images of the same kind that the model never saw."""
     fresh = prepare(write_images(tmp_path / "fresh", seed=5), CONFIG, tmp_path / "cache")
     for row in memorisation(spaces, dataset, drawn(np.array(fresh.images))):
         assert 0.3 < row.probability < 0.7
@@ -442,7 +445,10 @@ def test_copying_follows_mann_whitney() -> None:
 
 
 def test_false_alarms_of_copying_are_as_rare_as_said() -> None:
-    """Also where held-out images come in groups that share most of their distance, which images alone get wrong."""
+    """Check the rate of false alarms, also if held-out images come in groups that share most of their distance.
+
+    An error by images, not by groups, gets that case wrong.
+    """
     rng = np.random.default_rng(42)
     groups, alarms, naive, grouped = np.repeat(np.arange(15), 6), 0, 0, 0
     for _ in range(600):
@@ -456,7 +462,7 @@ def test_false_alarms_of_copying_are_as_rare_as_said() -> None:
 
 
 def test_nearest_of_others_is_fair_to_few_images() -> None:
-    """Images from the very distribution of the held-out ones lie as far from them as these from each other."""
+    """Check that images from the distribution of the held-out ones lie as far from them as these from each other."""
     rng = np.random.default_rng(43)
     for groups in (np.arange(5), np.repeat(np.arange(4), 2)):
         rows = [nearest_of_others(points(rng, len(groups)), points(rng, 30), groups) for _ in range(600)]
@@ -465,7 +471,7 @@ def test_nearest_of_others_is_fair_to_few_images() -> None:
 
 
 def test_nearest_of_others_by_hand() -> None:
-    """0 and 1 are crops of one photograph, 5 is another: 1 must not count as the neighbour of 0."""
+    """Skip crops of the same photograph: 0 and 1 are crops of one, 5 is another, so 1 is no neighbour of 0."""
     x, y = np.array([[0.0], [1.0], [5.0]]), np.array([[2.0]])
     near, far = nearest_of_others(x, y, np.array([4, 4, 9]))
     assert far == pytest.approx((5 + 4 + 4) / 3)
@@ -475,7 +481,7 @@ def test_nearest_of_others_by_hand() -> None:
 
 
 def test_caption_that_is_drawn_badly_stands_out(spaces: FeatureSpaces, dataset: Dataset) -> None:
-    """Bars for everything: the row of the discs shows it, that of the bars does not change."""
+    """Draw bars for everything: the row of the discs shows it, the row of the bars does not change."""
     captions = held_out_captions(dataset, 24)
     of = {c: [i for i in dataset.training() if dataset.captions[i] == c] for c in CAPTIONS}
     right = dataset.images[[of[c][i % len(of[c])] for i, c in enumerate(captions)]]
@@ -493,7 +499,7 @@ def test_caption_that_is_drawn_badly_stands_out(spaces: FeatureSpaces, dataset: 
 
 
 def test_only_frequent_captions_are_listed(spaces: FeatureSpaces, dataset: Dataset) -> None:
-    """The most frequent twelve, by name where they are equally frequent; one that was never drawn has no figure."""
+    """List the twelve most frequent captions, ties by name; a caption that was never drawn has no figure."""
     many = dataclasses.replace(dataset, captions=[f"c{i // 2:02d}" for i in range(len(dataset.captions))])
     rows = by_caption(spaces, many, drawn(np.array(dataset.images[:3])), ["nothing"] * 3)
     assert len({many.captions[i] for i in many.reference()}) > 12
@@ -503,7 +509,7 @@ def test_only_frequent_captions_are_listed(spaces: FeatureSpaces, dataset: Datas
 
 
 def test_memory_grows_with_the_batch(exported: Export) -> None:
-    """Measured in a process of its own: what this one holds, torch and all, does not count."""
+    """Measure in a process of its own, so that what this process holds (torch and all) does not count."""
     bare, small = measure_memory(exported.folder, 1)
     again, large = measure_memory(exported.folder, 256)
     assert bare == pytest.approx(again, rel=0.1)
@@ -517,7 +523,7 @@ def test_memory_of_no_model_is_refused(exported: Export, tmp_path: Path) -> None
 
 
 class StandIn(nn.Module):
-    """In Inception's place: mean and deviation of each channel, as they come in; or something that is no such network."""
+    """A stand-in for Inception: mean and deviation of each channel; or, by `kind`, what no such network returns."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -534,7 +540,7 @@ class StandIn(nn.Module):
 
 
 class WithOption(nn.Module):
-    """NVIDIA's file answers with classes unless it is asked for features."""
+    """A network like NVIDIA's file: it answers with classes unless it is asked for features."""
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
         return x.mean(dim=(2, 3)) if return_features else torch.zeros(x.shape[0], 1000)
@@ -549,7 +555,7 @@ def scripted(module: nn.Module, path: Path) -> Path:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_published_fid_is_the_distance_of_raw_features(images: Path, dataset: Dataset, tmp_path: Path, channels: int) -> None:
-    """Of images of constant colour, whose features are known: their level, from 0 to 255, in three channels, and no deviation."""
+    """Compare images of constant colour: their features are the level (0 to 255) in three channels, and no deviation."""
     rng = np.random.default_rng(50)
     ours, theirs = rng.integers(0, 256, (40, channels)), rng.integers(0, 100, (37, channels))
     (tmp_path / "folder" / "below").mkdir(parents=True)
@@ -578,7 +584,10 @@ def test_network_with_option_is_asked_for_features(images: Path, dataset: Datase
 
 
 def test_images_are_enlarged_smoothly(tmp_path: Path) -> None:
-    """A chessboard keeps its mean but not its contrast: between two fields all greys occur, which repeated pixels would lack."""
+    """Enlarge a chessboard: it keeps its mean but not its contrast.
+
+    Between two fields all greys occur, which repeated pixels would lack.
+    """
     board = (255 * (np.indices((16, 16)).sum(axis=0) % 2)).astype(np.uint8)[None, None]
     features, _ = published_features(scripted(StandIn("plain"), tmp_path / "network.pt"))
     made = features(board)[0]
@@ -641,7 +650,7 @@ def test_same_seed_fits_same_features(dataset: Dataset, spaces: FeatureSpaces, t
 
 
 def test_existing_features_are_kept(whole_features: Path, spaces: FeatureSpaces, tmp_path: Path) -> None:
-    """A second data revision must not move the space in which the first was measured."""
+    """Keep the space in which the first data revision was measured, whatever a second one contains."""
     path = tmp_path / "line.safetensors"
     path.write_bytes(whole_features.read_bytes())
     other = prepare(write_images(tmp_path / "dim", dim=True), CONFIG, tmp_path / "cache")
@@ -650,7 +659,7 @@ def test_existing_features_are_kept(whole_features: Path, spaces: FeatureSpaces,
 
 
 def test_other_data_make_other_features(images: Path, spaces: FeatureSpaces, tmp_path: Path) -> None:
-    """Also with three channels and at the smallest size."""
+    """Fit other data, also with three channels and at the smallest size."""
     config = ModelConfig.model_validate({**CONFIG.model_dump(), "image_size": 8, "channels": 3})
     data = prepare(images, config, tmp_path / "cache")
     made = fit(data, tmp_path / "features" / "line.safetensors")
@@ -667,7 +676,7 @@ def test_damaged_features_are_refused(dataset: Dataset, whole_features: Path, tm
     for use in (lambda: fit(dataset, path), lambda: load_features(path)):
         with pytest.raises(CheckpointError, match="cannot be read; restore it from a backup, past figures depend on it"):
             use()
-    assert path.stat().st_size == int(keep * len(data))  # and never made anew by itself
+    assert path.stat().st_size == int(keep * len(data))  # and it is never made anew automatically
 
 
 def test_missing_features_are_refused(tmp_path: Path) -> None:
@@ -690,7 +699,7 @@ def test_features_are_standardised(spaces: FeatureSpaces, dataset: Dataset, spac
 
 
 def test_spaces_separate_captions(spaces: FeatureSpaces, dataset: Dataset) -> None:
-    """Bars and discs lie apart in both spaces: held-out images of one caption are further from the other's."""
+    """Check that bars and discs lie apart in both spaces: held-out images of two captions are further apart than of one."""
     held_out = dataset.reference()
     of = {c: dataset.images[[i for i in held_out if dataset.captions[i] == c]] for c in CAPTIONS}
     for space in SPACES:
@@ -741,7 +750,7 @@ def test_seeds_give_unrelated_noise() -> None:
 
 
 def test_error_of_copying_is_spread_of_new_draws() -> None:
-    """Far from 1/2, where the test's own variance does not hold, and with held-out images in groups."""
+    """Check the error far from 1/2, where the test's own variance does not hold, and with held-out images in groups."""
     rng = np.random.default_rng(44)
     groups, made = np.repeat(np.arange(15), 6), []
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""What leaves for the devices computes what was trained, in bytes that move only where weights move."""
+"""What is exported for the devices computes what was trained, and its bytes change only where weights change."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LARGE = {
     "int8": float("inf"),
     "float16": 70_000.0,
     "bfloat16": 3.4e38,
-}  # the least that each cannot hold, or nearly
+}  # about the smallest number that each cannot hold
 
 
 def config_of(configuration: str, channels: int = 1, tier: str = "test") -> ModelConfig:
@@ -49,7 +49,7 @@ def config_of(configuration: str, channels: int = 1, tier: str = "test") -> Mode
 
 
 def random_network(config: ModelConfig, seed: int = 0) -> Network:
-    """A network in which every weight counts."""
+    """Make a network in which every weight counts."""
     torch.manual_seed(seed)
     network = Network(config).eval()
     with torch.no_grad():
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def of_variant(checkpoint: Checkpoint, variant: str, folder: Path) -> Checkpoint:
-    """The same weights, trained as another variant."""
+    """Copy a checkpoint, with the same weights, as another variant."""
     shutil.copytree(checkpoint.folder, folder)
     lineage = json.loads((folder / LINEAGE).read_text())
     (folder / LINEAGE).write_text(json.dumps({**lineage, "variant": variant}))
@@ -134,7 +134,7 @@ def test_stored_network_is_rounded_once(precision: PrecisionName) -> None:
             continue
         ours, theirs = tensor_of(stored, tensor.name), tensor_of(network, tensor.name)
         step = torch.zeros(())
-        if tensor.stored == "int8":  # half a step of at most the next power of two above largest / 127
+        if tensor.stored == "int8":  # half a step; a step is at most the next power of two above largest / 127
             step = theirs.abs().amax(dim=1 - (scaled_axis(tensor.name) or 0), keepdim=True) / 127
         assert bool(((ours - theirs).abs() <= digits * theirs.abs() + step + 1e-7).all()), tensor.name
 
@@ -145,7 +145,7 @@ def test_int8_is_a_quarter_of_float32() -> None:
 
 
 def test_scales_survive_a_small_update() -> None:
-    """A retraining that moves every weight by a thousandth leaves the stored scales alone, so that a delta stays small."""
+    """Keep the stored scales when a retraining moves every weight by a thousandth, so that a delta stays small."""
     network = random_network(CONFIG)
     before = unpack_scales(pack(network, "int8"))
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_batch_size_is_free(exported: Export) -> None:
     v, load_ = session.run(x, t, t, ids)
     for i in range(7):
         alone = session.run(x[i : i + 1], t[i : i + 1], t[i : i + 1], ids[i : i + 1])
-        # The routing is free here, and a near tie may fall either way: few elements may differ, not many.
+        # The routing is free here, and a near tie may go either way: a few elements may differ, but not many.
         assert (np.abs(v[i] - alone[0][0]) < 1e-3).mean() > 0.98
         np.testing.assert_allclose(load_[i], alone[1][0], atol=1e-3)
 
@@ -222,7 +222,7 @@ def test_expert_is_one_contiguous_range(precision: PrecisionName, config: ModelC
 
 @pytest.mark.parametrize("config", [config_of("I"), config_of("II", 3)])
 def test_every_weight_has_its_place(config: ModelConfig) -> None:
-    """No parameter is left out of the file, and none is stored twice."""
+    """Check that no parameter is left out of the file, and that none is stored twice."""
     network = random_network(config)
     stored = sum(tensor_of(network, t.name).numel() for t in layout(config, "float32")[0])
     assert stored == sum(p.numel() for p in network.parameters())
@@ -259,8 +259,8 @@ def test_diverged_checkpoint_is_not_exported(changed: Callable[[str, float], Che
     assert list(tmp_path.iterdir()) == []
 
 
-# Two tensors of one shape that a slip in the graph might confuse. (Confusing q_gain with k_gain would change nothing:
-# only their product counts.)
+# Two tensors of one shape that a mistake in the graph might confuse. (To confuse q_gain with k_gain would change nothing,
+# because only their product counts.)
 SLIPS = [
     ("block0.expert0.w13", "block0.expert1.w13"),
     ("block2.expert2.w2", "block2.expert3.w2"),
@@ -279,7 +279,7 @@ SLIPS = [
 
 @pytest.mark.parametrize(("one", "other"), SLIPS)
 def test_confused_tensors_fail_parity(monkeypatch: pytest.MonkeyPatch, one: str, other: str) -> None:
-    """The graph reads two tensors at each other's place, while torch reads the file as it was written."""
+    """Let the graph read two tensors at each other's place, while torch reads the file as it was written."""
     network = random_network(CONFIG)
     weights = pack(network, "float32")
     assert check_parity(network, "float32", weights) < 1e-5
@@ -290,7 +290,7 @@ def test_confused_tensors_fail_parity(monkeypatch: pytest.MonkeyPatch, one: str,
         swap = {one: other, other: one}
         return [dataclasses.replace(t, name=swap.get(t.name, t.name)) for t in placed], size
 
-    monkeypatch.setattr(graph, "layout", slipped)  # what `build` uses; `pack` and `unpack` hold their own
+    monkeypatch.setattr(graph, "layout", slipped)  # only `build` uses this one; `pack` and `unpack` have their own
     with pytest.raises(ExportError, match="the exported model differs from the trained one by"):
         check_parity(network, "float32", weights)
 
@@ -351,18 +351,18 @@ def test_golden_outputs_reproduce_in_fresh_session(exported: Export) -> None:
         v = session.run(x, golden["t"], golden["t"], golden["ids"])[0]
         share = (np.abs(v - golden["velocity"]) <= reference["tolerance"]).mean()
         assert share >= reference["share"]
-        assert np.unique(golden["ids"], axis=0).shape[0] == len(CAPTIONS)  # each caption given is looked at
+        assert np.unique(golden["ids"], axis=0).shape[0] == len(CAPTIONS)  # every given caption is used
 
 
 def test_golden_outputs_tell_models_apart(exported: Export, changed: Callable[[str, float], Checkpoint], tmp_path: Path) -> None:
-    """A model a hundredth away must not pass another one's golden check."""
+    """Refuse a model a hundredth away: it must not pass another model's golden check."""
     other = export_of(changed("golden", 0.01), tmp_path)
     with np.load(exported.folder / "golden.npz") as ours, np.load(other.folder / "golden.npz") as theirs:
         assert (np.abs(ours["velocity"] - theirs["velocity"]) <= 1e-3).mean() < 0.9
 
 
 def test_reference_statistics_match_the_data(exported: Export, dataset: Dataset) -> None:
-    """The trained model's images look like the ones it learned from, so its reference is one of a working model."""
+    """Check that the trained model's images look like its training images, so its reference is one of a working model."""
     statistics = json.loads((exported.folder / "reference.json").read_text())["statistics"]
     real = image_statistics(to_unit(np.array(dataset.images)).numpy()).mean(axis=0)
     for value, name in zip(real, ("mean", "deviation", "edges"), strict=True):
@@ -389,7 +389,7 @@ def test_caption_too_long_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> 
 
 
 def test_graph_holds_no_weights(exported: Export) -> None:
-    """All weights lie outside, under one name without a path, and every stored tensor has exactly its place."""
+    """Check that all weights lie outside, under one name without a path, each stored tensor in exactly its place."""
     model = onnx.load_model_from_string((exported.folder / "graph.onnx").read_bytes())
     outside = [i for i in model.graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL]
     entries = [{e.key: e.value for e in i.external_data} for i in outside]
@@ -400,7 +400,7 @@ def test_graph_holds_no_weights(exported: Export) -> None:
 
 
 def test_session_takes_given_weights(exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A session computes with the bytes it was handed, not with a file of that name that happens to lie around."""
+    """Compute with the bytes that the session was given, not with a file of that name in the current folder."""
     data = contents(exported.folder)
     (tmp_path / "weights.bin").write_bytes(bytes(len(data["weights.bin"])))
     ids = np.ones((1, 8), dtype=np.int64)

@@ -1,4 +1,7 @@
-"""What the factory believes of its devices: only what an enrolled device signed, once, and what it made durable first."""
+"""What the factory accepts from its devices: only what an enrolled device signed, and each report once.
+
+A device deletes its own copy of a report only after the delivered one is durable.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def database(tmp_path: Path) -> str:
 
 @pytest.fixture
 def fleet(database: str) -> Iterator[Fleet]:
-    """A fleet with one enrolled device."""
+    """Provide a fleet with one enrolled device."""
     made = Fleet(database)
     made.enroll("dev-1", public(KEY))
     yield made
@@ -55,7 +58,7 @@ def fleet(database: str) -> Iterator[Fleet]:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    """A device's directory as `init` leaves it, so far as reports need it."""
+    """Create a device's directory as `init` leaves it, as far as reports need it."""
     made = Home(tmp_path / "device")
     (tmp_path / "inbox").mkdir()
     made.disk.make_folder("slots")
@@ -152,7 +155,7 @@ def test_unknown_device_refused(fleet):
 
 @pytest.mark.parametrize("key", [b"\xff" * 32, None, b"", b"0", b"zz" * 32, b"0" * 62, b"\xed\xb2\x80"], ids=ascii)
 def test_row_that_somebody_changed_ends_in_a_sentence(database, key):
-    """The database may be others', too."""
+    """Refuse a changed row with a sentence: others may write to the database, too."""
     tables = Fleet(database)
     with sqlite3.connect(database.removeprefix("sqlite:///")) as raw:
         raw.executescript(
@@ -271,7 +274,7 @@ def test_file_that_cannot_be_handled_stops_nothing(fleet, tmp_path, monkeypatch,
 
 
 def test_links_and_pipes_in_inbox_lead_nowhere(fleet, tmp_path):
-    # Whoever may write into the inbox, a device's share say, must not reach what the factory's user can read or write.
+    # Whoever may write into the inbox (such as a device's share) must not reach what the factory's user can read or write.
     inbox, elsewhere = tmp_path / "inbox", tmp_path / "elsewhere"
     inbox.mkdir()
     elsewhere.mkdir()
@@ -299,7 +302,7 @@ def test_hostile_file_name_is_shown_harmless(fleet, tmp_path, name):
     "reason", ["\x1b]0;owned\x07", "fine\nforged: another line", "a\u202eb", "\x00", "x" * 490 + "\x1b" * 10]
 )
 def test_hostile_reason_is_kept_harmless(fleet, reason):
-    # Signed as sent: an agent of the version before sends what a runtime said, with all its lines.
+    # The signature covers the text as sent: an agent of the version before sends all lines of what a runtime said.
     device = json.loads(signed(report()))
     device["report"]["reason"] = reason
     sent = json.dumps(device["report"], sort_keys=True, separators=(",", ":")).encode()
@@ -429,7 +432,7 @@ def test_damaged_key_signs_nothing(home, damage):
 @pytest.mark.parametrize("victim", ["config.json", "device.key", "state.json"])
 @pytest.mark.parametrize("planted", ["temporary", "final", "folder of the report"])
 def test_links_planted_where_reports_are_left_are_not_followed(home, tmp_path, victim, planted):
-    # Others may write there: a name that can be guessed must not lead what is written to a file of the agent's own.
+    # Others may write there. A link under a name that can be guessed must not lead a report into a file of the agent.
     inbox = tmp_path / "inbox"
     home.save(State(active="1" * 64))
 
@@ -450,7 +453,7 @@ def test_links_planted_where_reports_are_left_are_not_followed(home, tmp_path, v
         reports.queue(home, "installed", None)
     left = reports.send(home)
     assert files() == before
-    # What cannot be left keeps nothing else back, and is not lost.
+    # A report that cannot be left there does not hold back others, and is not lost.
     assert left == (0 if planted == "temporary" else 1)
     assert len(list((home.root / "queue").iterdir())) == left
     assert reports.problem(home).startswith("reports cannot be left in" if left else "")

@@ -1,6 +1,6 @@
 """The loop in one workspace, with real Prefect, DVC, MLflow and signatures: what each step leaves in the stores.
 
-The tests of this file tell one story and run in order; each looks at what the step before it left.
+The tests of this file build on each other and run in order: each looks at what the one before it left.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ SUBJECT = Subject(line="shapes", configuration="I", variant="full")
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """A workspace with a first data revision."""
+    """Create a workspace with a first data revision."""
     made = create(tmp_path_factory.mktemp("factory") / "ws", [], SETTINGS)
     write_images(made.root / "data/shapes", 120)
     versions.add(made.root, "data/shapes", "shapes", "first")
@@ -89,10 +89,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 
 def statuses(workspace: Workspace, line: str) -> list[str]:
-    """Of all runs that MLflow has for a line."""
+    """Return the status of all runs that MLflow has for a line."""
     import mlflow
 
-    workspace.catalog.versions(SUBJECT)  # it is opened
+    workspace.catalog.versions(SUBJECT)  # opens the catalog
     return [run.info.status for run in mlflow.search_runs(experiment_names=[line], output_format="list")]
 
 
@@ -112,7 +112,7 @@ def ferry(workspace: Workspace, *arguments: str) -> Result:
 
 @contextmanager
 def settings(workspace: Workspace, old: str, new: str) -> Iterator[None]:
-    """Another ferry.toml for a while."""
+    """Change ferry.toml for a while."""
     path = workspace.root / "ferry.toml"
     before = path.read_text()
     assert before.count(old) == 1, old
@@ -125,12 +125,13 @@ def settings(workspace: Workspace, old: str, new: str) -> Iterator[None]:
 
 def register_broken(workspace: Workspace) -> dict[str, Any]:
     """Register the champion with its weights in another order."""
-    from flows.retrain import champion_files, register_checkpoint
+    from flows.retrain import register_checkpoint
+    from flows.steps import champion_files
     from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
 
     champion = champion_of(workspace, SUBJECT)
     assert champion is not None
-    whole = load_checkpoint(Path(champion_files(workspace, champion)["checkpoint"]))
+    whole = load_checkpoint(champion_files(workspace, champion).checkpoint)
     broken = workspace.work / "runs" / "broken"
     shutil.copytree(whole.folder, broken)
     weights = {name: weight.flatten().flip(0).view(weight.shape) for name, weight in whole.network().state_dict().items()}
@@ -153,7 +154,7 @@ def test_first_retraining_makes_a_champion(workspace: Workspace):
 
 
 def as_an_older_ferry_left_it(workspace: Workspace) -> Workspace:
-    """The same workspace without what this ferry keeps: no hashes of files, no decisions in full, no signatures, no key for them."""
+    """Remove what older versions did not keep: hashes of files, full decisions, signatures, and the ledger key."""
     with closing(sqlite3.connect(workspace.root / "ferry.db")) as connection, connection:
         previous = START
         for number, text in connection.execute("SELECT number, body FROM ledger_entries ORDER BY number").fetchall():
@@ -171,12 +172,12 @@ def as_an_older_ferry_left_it(workspace: Workspace) -> Workspace:
     (workspace.root / "keys" / "online" / "ledger.pem").unlink()
     workspace.ledger.close()
     for part in ("ledger", "keys", "repository"):
-        workspace.__dict__.pop(part, None)  # opened anew when it is next asked for
+        workspace.__dict__.pop(part, None)  # opened again at its next use
     return workspace
 
 
 def test_workspace_of_an_older_ferry_is_sealed_by_one_command_and_goes_on(workspace: Workspace):
-    # Everything below is done in the workspace that comes of this.
+    # All tests below use the workspace that this one leaves.
     as_an_older_ferry_left_it(workspace)
     before = workspace.ledger.entries()
     for words in (["release", "shapes"], ["retrain", "shapes"], ["report"]):
@@ -222,7 +223,7 @@ def test_run_leads_back_to_the_very_images(workspace: Workspace):
 def test_training_can_be_watched_in_the_run_of_its_version(workspace: Workspace):
     champion = workspace.catalog.champion(SUBJECT)
     assert champion is not None
-    assert statuses(workspace, "shapes") == ["FINISHED"] * 2  # of the retraining, and in it one: the training's is the version's
+    assert statuses(workspace, "shapes") == ["FINISHED"] * 2  # the retraining's, and in it the training's, which is the version's
     steps = [1, 11, 21, 31, 41, 51, 60]
     for name in ("loss", "learning_rate", "busiest_expert", "expert_entropy.00", "expert_entropy.02", "seconds"):
         assert [step for step, _ in metrics(workspace.catalog, champion.run_id, name)] == steps
@@ -271,11 +272,11 @@ def test_release_without_news_publishes_nothing_new(workspace: Workspace):
     assert kinds(workspace) == before
 
 
-# What somebody can do who has nothing but an MLflow client
+# Attacks with nothing but an MLflow client
 
 
 class Stranger:
-    """An MLflow client, and nothing else."""
+    """Somebody with an MLflow client, and nothing else."""
 
     def __init__(self, workspace: Workspace, number: int) -> None:
         self.client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
@@ -285,7 +286,7 @@ class Stranger:
 
     @contextmanager
     def replacing(self, name: str, data: bytes | None = None) -> Iterator[None]:
-        """Replace a file of the version's run for a while, and let nobody have a copy of it."""
+        """Replace a file of the version's run for a while, and delete the local copies of champions."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(self.client.download_artifacts(self.run_id, name, folder))
             good = path.read_bytes()
@@ -315,7 +316,7 @@ class Stranger:
 
 
 def signed_facts(workspace: Workspace) -> dict[str, Any]:
-    """What a stranger in MLflow must not change: signatures, what is published, the record."""
+    """Collect what a stranger in MLflow must not change: signatures, what is published, the ledger."""
     folders = ("repository", "published")
     files = {
         path: path.read_bytes() for folder in folders for path in sorted((workspace.root / folder).rglob("*")) if path.is_file()
@@ -440,7 +441,8 @@ def test_changed_folder_is_not_trained_on(workspace: Workspace):
 
 
 def test_second_revision_starts_from_the_champion(workspace: Workspace):
-    from flows.retrain import champion_files, retrain
+    from flows.retrain import retrain
+    from flows.steps import champion_files
 
     versions.add(workspace.root, "data/shapes", "shapes", "dimmer light")
     first = champion_of(workspace, SUBJECT)
@@ -448,12 +450,12 @@ def test_second_revision_starts_from_the_champion(workspace: Workspace):
     (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
     second, tags = sealed(workspace, SUBJECT, 2), workspace.catalog.version(SUBJECT, 2).tags
     assert row["version"] == 2
-    parent = json.loads((Path(champion_files(workspace, second)["checkpoint"]) / "lineage.json").read_bytes())["parent"]
+    parent = json.loads((champion_files(workspace, second).checkpoint / "lineage.json").read_bytes())["parent"]
     assert parent == second.parent == tags["parent.sha256"] == first.checkpoint
     assert tags["gate.champion"] == first.weights
     champion = workspace.catalog.champion(SUBJECT)
     assert champion is not None
-    assert champion.number == 1  # it was not to be promoted
+    assert champion.number == 1  # no promotion was asked for
 
 
 def test_interrupted_registration_is_not_repeated(workspace: Workspace):
@@ -470,7 +472,7 @@ def test_alias_set_by_hand_is_neither_trusted_nor_built_on(workspace: Workspace)
     from registry.champions import champions
 
     before = kinds(workspace)
-    workspace.catalog.promote(SUBJECT, 2)  # as somebody might in MLflow's page
+    workspace.catalog.promote(SUBJECT, 2)  # as somebody might do in MLflow's web page
     with pytest.raises(CatalogError, match="MLflow says shapes/I/full 2 is champion, the ledger does not"):
         champions(workspace, workspace.class_subjects("shapes", "edge"))
     weights = workspace.catalog.version(SUBJECT, 1).tagged_weights
@@ -478,9 +480,7 @@ def test_alias_set_by_hand_is_neither_trusted_nor_built_on(workspace: Workspace)
         Stranger(workspace, 2).tagging({"weights.sha256": weights}),
         pytest.raises(CatalogError, match="2 is champion, the ledger does not"),
     ):
-        champions(
-            workspace, workspace.class_subjects("shapes", "edge")
-        )  # nor where it is made to look like the one that is meant
+        champions(workspace, workspace.class_subjects("shapes", "edge"))  # nor if its tags imitate the real champion
     workspace.catalog.promote(SUBJECT, 1)
     assert kinds(workspace) == before
 
@@ -498,7 +498,7 @@ def test_promotion_cut_before_the_alias_moved_is_completed_by_repeating_it(works
     assert kinds(workspace)[-1] == "promotion"
     assert champion_number(workspace) == 1
     with pytest.raises(CatalogError, match="MLflow says shapes/I/full 1 is champion, the ledger does not"):
-        champions(workspace, workspace.class_subjects("shapes", "edge"))  # nothing is released from between the two
+        champions(workspace, workspace.class_subjects("shapes", "edge"))  # nothing is released between the two steps
     promote(workspace, SUBJECT, 2, "it passed")
     assert champions(workspace, workspace.class_subjects("shapes", "edge"))["full"].version == 2
     promote(workspace, SUBJECT, 1, "as before")
@@ -525,7 +525,7 @@ def test_second_release_carries_a_smaller_delta(workspace: Workspace):
     assert expected is not None
     weights = sealed(workspace, SUBJECT, 2).files["bundle/weights.bin"].size
     assert 0 < expected < weights
-    assert 0.5 < expected / made["deltas"][first.manifest] < 1  # which also holds what is not weights
+    assert 0.5 < expected / made["deltas"][first.manifest] < 1  # the delta holds more than weights
 
 
 def test_going_back_finds_the_bundle_that_devices_know(workspace: Workspace):
@@ -597,11 +597,11 @@ def test_changed_sampler_is_judged_without_training(workspace: Workspace, monkey
     assert best
     assert best.version == 2
     first = sealed(workspace, SUBJECT, 1)
-    monkeypatch.setattr("flows.retrain.anchor_of", lambda *_: first)  # as if the first had been better
+    monkeypatch.setattr("flows.candidate.anchor_of", lambda *_: first)  # as if the first one had been better
     reopen, refused = Catalog._reopen, judged(workspace, SUBJECT)[3]
 
     def squat(self: Catalog, run_id: str, tags: dict[str, str]) -> None:
-        # Meanwhile somebody puts the new model's mark, which the run shows from now on, onto the version that was refused.
+        # Meanwhile somebody sets the new model's tag, which its run shows from now on, on the version that was refused.
         if "scorecard.sha256" in tags:
             self._client.set_model_version_tag(SUBJECT.model, "3", "scorecard.sha256", tags["scorecard.sha256"])
         reopen(self, run_id, tags)
@@ -636,7 +636,7 @@ def test_new_feature_spaces_are_what_the_gate_compares_in_from_then_on(workspace
     decided = verdict(workspace, SUBJECT, row["version"])
     assert attempts
     assert decided
-    assert decided.level < attempts.level  # new spaces are no new chance
+    assert decided.level < attempts.level  # new spaces give no new attempt
     made = workspace.catalog.card(sealed(workspace, SUBJECT, row["version"]))
     assert {q.space_sha256 for q in made.quality} == {present} != {before}
     assert {c.against_sha256 for c in made.comparisons if c.against == "champion"} == {sealed(workspace, SUBJECT, 2).weights}
@@ -724,7 +724,7 @@ def test_ledger_that_was_cut_off_shows(workspace: Workspace):
             assert told.exit_code == 6
             assert "entries were cut off" in told.stderr
             assert says in told.stderr
-        seen.unlink()  # as whoever cuts the ledger may; what was released still tells
+        seen.unlink()  # whoever cuts the ledger may delete it; the releases still show the cut
     seen.write_bytes(noted)
     database.write_bytes(whole)
     assert ferry(workspace, "history").exit_code == 0
@@ -838,7 +838,7 @@ def test_champion_that_was_deleted_is_not_trained_anew(workspace: Workspace):
 
     number = champion_number(workspace)
     trained = sorted(path.name for path in (workspace.work / "runs").iterdir())
-    workspace.catalog._client.delete_model_version(SUBJECT.model, str(number))  # in MLflow's page
+    workspace.catalog._client.delete_model_version(SUBJECT.model, str(number))  # as in MLflow's web page
     said = f"the ledger says shapes/I/full {number} is champion, but it was deleted from MLflow; go back to another"
     with pytest.raises(CatalogError, match=said):
         retrain(str(workspace.root), "shapes")

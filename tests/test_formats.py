@@ -1,4 +1,4 @@
-"""Every picture format and every caption that can be chosen: trained for two steps, exported, and drawn alike on the device."""
+"""Every picture format and caption that can be chosen: trained for two steps, exported, and drawn alike on the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.conftest import few
 from .conftest import LATENCY_MS, VERSION, write_images
 
 TEXT = 16
-TOLERANCE, SHARE = 2e-3, 0.8  # of the pixels: a near tie in the routing may fall otherwise and moves its neighbourhood
+TOLERANCE, SHARE = 2e-3, 0.8  # share of the pixels; a near tie in the routing may go the other way and change the pixels around
 TWO_STEPS = TrainOptions(steps=2, batch=2, learning_rate=0.02, warmup=0, decay_from=1, ema=0, caption_dropout=0.5)
 DRAWING = Sampler(method="euler", steps=2, guidance=2.0)
 LANGUAGES = {
@@ -51,13 +51,13 @@ def trained(config: ModelConfig, folder: Path) -> Checkpoint:
 
 
 def device(made: Export) -> agent.Model:
-    """The export as a device opens it."""
+    """Open the export as a device does."""
     table = SamplerTable.model_validate_json((made.folder / "sampler.json").read_bytes())
     return agent.open_model((made.folder / "graph.onnx").read_bytes(), (made.folder / "weights.bin").read_bytes(), table)
 
 
 def agree(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two pictures are the same; that the graph computes the network to the last digits is checked by the export."""
+    """Check whether two pictures are nearly the same; the export itself checks that the graph computes the network."""
     return float((np.abs(one - other) <= TOLERANCE).mean()) >= SHARE
 
 
@@ -82,7 +82,7 @@ def test_format_is_trained_exported_and_drawn(tmp_path: Path, configuration: Con
 
 
 def test_largest_format_is_trained_and_computed(tmp_path: Path) -> None:
-    """4096 positions: one evaluation, since the golden images of an export would take minutes."""
+    """Compute one evaluation at 4096 positions, because the golden images of an export would take minutes."""
     config = config_of("I", 128, 1)
     write_images(tmp_path / "data")
     network = trained(config, tmp_path).network()
@@ -101,7 +101,7 @@ def test_largest_format_is_trained_and_computed(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """A model of images without captions."""
+    """Train and export a model of images without captions."""
     folder = tmp_path_factory.mktemp("unconditional")
     write_images(folder / "data")
     rows = [json.loads(line) | {"text": ""} for line in (folder / "data" / METADATA).read_text().splitlines()]
@@ -117,7 +117,7 @@ def test_images_without_captions_are_enough(unconditional: Export) -> None:
     assert images.isfinite().all()
     assert (images.flatten(1).std(dim=1) > 0.1).all()
     assert torch.equal(images[0], images[2])
-    assert not agree(images[0].numpy(), images[1].numpy())  # what differs is the noise
+    assert not agree(images[0].numpy(), images[1].numpy())  # only the noise differs
     model = device(unconditional)
     drawn = model.generate(np.concatenate([model.encode("")] * 2), [1, 2])
     assert agree(drawn, images[:2].numpy())
@@ -125,7 +125,7 @@ def test_images_without_captions_are_enough(unconditional: Export) -> None:
 
 @pytest.mark.parametrize("guidance", [1.5, 7.0])
 def test_guidance_towards_no_caption_changes_nothing(unconditional: Export, guidance: float) -> None:
-    """With and without a caption are then the same velocity, in torch's sampler and in the device's."""
+    """Compare velocities with and without a caption: they are the same, in torch's sampler and in the device's."""
     session, model = load(unconditional.folder, threads=1), device(unconditional)
     x, ids = noise(8, (2, 1, 16, 16)), session.encode(["", ""])
 
@@ -139,7 +139,7 @@ def test_guidance_towards_no_caption_changes_nothing(unconditional: Export, guid
         model.table = model.table.model_copy(update={"guidance": guidance})
         np.testing.assert_allclose(model.velocity(x, t, t, ids), plain.numpy(), rtol=0, atol=1e-5)
         given = guided(network, torch.from_numpy(session.encode(["bar", "bar"])), guidance)(torch.from_numpy(x), t, t)
-        assert float((given - plain).abs().max()) > 1e-3  # a caption would
+        assert float((given - plain).abs().max()) > 1e-3  # a caption would change it
 
 
 @pytest.mark.parametrize("text", list(LANGUAGES.values()), ids=list(LANGUAGES))
@@ -154,7 +154,10 @@ def test_caption_in_any_language_round_trips(unconditional: Export, text: str) -
 
 @pytest.mark.parametrize("escaped", [True, False])
 def test_captions_of_all_languages_reach_training(tmp_path: Path, escaped: bool) -> None:
-    """Written as JSON escapes or as they are; nothing is normalised, so composed and decomposed letters stay two captions."""
+    """Train on captions written as JSON escapes or as they are, without normalisation.
+
+    Composed and decomposed letters therefore stay two captions.
+    """
     folder, texts = write_images(tmp_path / "data"), list(LANGUAGES.values())
     rows = [json.loads(line) for line in (folder / METADATA).read_text().splitlines()]
     rows = [row | {"text": texts[i % len(texts)]} for i, row in enumerate(rows)]

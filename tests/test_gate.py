@@ -1,4 +1,4 @@
-"""The gate's error rates, simulated with the code that decides (see tests/bench/gate.py), and proved where that can be done by counting."""
+"""The gate's error rates, simulated with the code that decides (see tests/bench/gate.py), or proved by counting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.test_selection import card, judged
 
 
 def at_most(share: float, hits: int, runs: int) -> bool:
-    """Whether so many hits are no evidence (1 in 1000) of more than a share."""
+    """Check that so many hits are no evidence (at 1 in 1000) of more than this share."""
     return bool(stats.binomtest(hits, runs, share, alternative="greater").pvalue > 1e-3)
 
 
@@ -40,9 +40,10 @@ def test_equal_model_does_no_harm_and_worse_one_does(groups):
 
 
 def test_shares_of_a_run_never_add_up_to_more_than_alpha():
-    """Whichever of six challengers are wrong and whichever pass: what the wrong ones take up to the first that passes is at most alpha.
+    """Sum the levels of the wrong challengers up to the first that passes: at most alpha.
 
-    That bounds the chance of any wrong promotion, because each wrong challenger passes with a chance of at most its level.
+    That holds whichever of six challengers are wrong and whichever pass. It bounds the chance of any wrong promotion, because
+    each wrong challenger passes with a chance of at most its level.
     """
     alpha, most = 0.05, 0.0
     outcome = {passes: judged(card() if passes else card(bad=0.5)) for passes in (True, False)}
@@ -51,7 +52,7 @@ def test_shares_of_a_run_never_add_up_to_more_than_alpha():
         for passes in passed:
             levels.append(level(alpha, 6, last))
             last = outcome[passes].model_copy(update={"level": levels[-1]})
-        assert min(levels) >= alpha / 6 - 1e-12  # never less than Bonferroni gives
+        assert min(levels) >= alpha / 6 - 1e-12  # never less than with Bonferroni
         for wrong in itertools.product((True, False), repeat=6):
             first = next((i for i in range(6) if wrong[i] and passed[i]), 5)
             most = max(most, sum(levels[i] for i in range(first + 1) if wrong[i]))

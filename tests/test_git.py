@@ -1,4 +1,4 @@
-"""Git and DVC work on the workspace that was named, as they always do, whatever the environment and the settings around say."""
+"""Git and DVC work on the named workspace as they always do, whatever the environment and a user's settings say."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ferry(root: Path, *words: str) -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with one data revision and a change since; copied by each test."""
+    """Create a workspace with one data revision and a later change; each test copies it."""
     root = tmp_path_factory.mktemp("git") / "ws"
     assert CliRunner().invoke(cli.app, ["init", str(root), "--line", "shapes"]).exit_code == 0
     write_images(root / DATA, 12)
@@ -56,7 +56,7 @@ def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """Somebody else's repository, with a file that nobody committed."""
+    """Create somebody else's repository, with a file that nobody committed."""
     folder = tmp_path / "other"
     folder.mkdir()
     git.run(folder, "init", "--quiet", "--initial-branch=main")
@@ -70,7 +70,7 @@ def everything(folder: Path) -> dict[str, str]:
 
 
 def assert_second_revision(root: Path) -> None:
-    """What was added is the second revision, there is nothing left over, and it can be delivered."""
+    """Check that what was added is the second revision, that nothing is left over, and that it can be delivered."""
     rows = ferry(root, "log", "shapes")["revisions"]
     assert [row["message"] for row in rows] == ["second", "first"]
     assert rows[0]["rev"] == git.run(root, "rev-parse", "HEAD")
@@ -117,7 +117,7 @@ def test_variables_lead_no_new_workspace_astray(other: Path, tmp_path: Path, mon
 
 
 def test_records_name_the_workspaces_own_repository(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes into MLflow: where data and code come from, and a revision that is loaded from there."""
+    """Check what goes into MLflow: where data and code come from, and a revision that is loaded from there."""
     git.run(root, "remote", "add", "origin", "https://me:secret@example.com/ws.git")
     git.run(other, "remote", "add", "origin", "https://example.com/other.git")
     version = versions.resolve(root, DATA, "shapes")
@@ -167,7 +167,7 @@ def setting(*pairs: str) -> Callable[[Path], None]:
 
 
 def attributes(root: Path) -> None:
-    """As where a repository keeps JSON in Git LFS, with line ends of another system."""
+    """Set attributes like those of a repository that keeps JSON in Git LFS, with line ends of another system."""
     setting("filter.broken.clean=false", "filter.broken.required=true")(root)
     (root / ".gitattributes").write_text("*.json filter=broken\n*.dvc text eol=crlf\n")
 
@@ -199,13 +199,13 @@ AROUND: dict[str, Callable[[Path], None]] = {
 def test_settings_do_not_stop_a_revision(root: Path, what: str) -> None:
     AROUND[what](root)
     ferry(root, "add", "shapes", "-m", "second")
-    (root / ".gitattributes").unlink(missing_ok=True)  # Git's own `status` goes by it
+    (root / ".gitattributes").unlink(missing_ok=True)  # Git's own `status` would use it
     assert_second_revision(root)
     assert not list(root.parent.rglob("ran"))
 
 
 def test_dvcs_settings_do_not_change_what_is_recorded(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's own settings, wherever the environment puts them."""
+    """Ignore a user's own settings, wherever the environment puts them."""
     (tmp_path / "dvc").mkdir()
     (tmp_path / "dvc/config").write_text("[core]\nno_scm = true\nautostage = true\nremote = other\n[cache]\ntype = symlink\n")
     for name, value in {
@@ -272,7 +272,7 @@ def test_git_that_is_missing_is_named(root: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_processes_that_are_started_later_are_not_redirected(root: Path, other: Path) -> None:
-    """MLflow asks Git by a library of its own, and Prefect starts processes."""
+    """Protect later processes too: MLflow asks Git by a library of its own, and Prefect starts processes."""
     code = "import os, sys; from pathlib import Path; from flows.workspace import Workspace; Workspace(Path(sys.argv[1])); print(*os.environ)"
     environment = os.environ | {name: value.format(other=other, root=root) for name, value in VARIABLES.items()}
     told = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, env=environment, check=True)

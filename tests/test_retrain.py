@@ -36,7 +36,8 @@ from flows.workspace import Workspace
 where, root = sys.argv[1:]
 Workspace(Path(root))  # as the command does before it imports Prefect
 
-from flows import retrain
+from flows import candidate, retrain, steps
+from model import evaluate
 from registry.catalog import Catalog
 
 def die(*words, **more):
@@ -49,13 +50,13 @@ def after(owner, name):
         die()
     setattr(owner, name, then)
 
-if where == "pull data": after(retrain.versions, "pull")
-if where == "train": after(retrain.train, "train")
-if where == "export": after(retrain.export, "export")
-if where == "evaluate": after(retrain.evaluate, "measure_cost")
+if where == "pull data": after(steps.versions, "pull")
+if where == "train": after(steps.train, "train")
+if where == "export": after(steps.export, "export")
+if where == "evaluate": after(evaluate, "measure_cost")
 if where == "register, before the version": after(Catalog, "_log_view")
 if where == "register, before the ledger": after(Catalog, "register")
-if where == "promote": retrain.promote = die
+if where == "promote": candidate.promote = die
 retrain.retrain(root, "shapes")
 """
 PLACES = ["pull data", "train", "export", "evaluate", "register, before the version", "register, before the ledger", "promote"]
@@ -132,11 +133,11 @@ def test_one_variant_that_fails_loses_no_other(tmp_path: Path, prefect: dict[str
     """Configurations in parallel; what one of them needs is in the way of the other's export."""
     workspace = prepared(tmp_path / "ws", BOTH)
     broken = (
-        "import sys; from flows import cli, retrain; real = retrain.export.export\n"
+        "import sys; from flows import cli, steps; real = steps.export.export\n"
         "def export(checkpoint, *words):\n"
         "    if checkpoint.lineage.config.configuration == 'II': raise OSError(28, 'No space left on device')\n"
         "    return real(checkpoint, *words)\n"
-        "retrain.export.export = export; cli.app()"
+        "steps.export.export = export; cli.app()"
     )
     command = [sys.executable, "-c", broken, "--quiet", "-w", str(workspace.root), "retrain", "shapes", "--json"]
     failed = subprocess.run(command, capture_output=True, text=True, env=prefect, cwd=ROOT)

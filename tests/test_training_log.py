@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from flows import progress
-from flows.retrain import picture
 from flows.setup import create
 from flows.training_log import points, watching
 from flows.workspace import Workspace
 from model.data import Dataset
+from model.drawing import picture
 from model.train import Checkpoint, TrainOptions, train
 from registry.catalog import Subject
 from tests.conftest import CONFIG, VERSION

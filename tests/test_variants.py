@@ -91,16 +91,16 @@ def champion(workspace: Workspace, variant: VariantName) -> Seal:
 
 
 def lineage(workspace: Workspace, version: Seal) -> Lineage:
-    from flows.retrain import champion_files
+    from flows.steps import champion_files
 
-    return Lineage.model_validate_json((Path(champion_files(workspace, version)["checkpoint"]) / "lineage.json").read_bytes())
+    return Lineage.model_validate_json((champion_files(workspace, version).checkpoint / "lineage.json").read_bytes())
 
 
 def weights(workspace: Workspace, version: Seal) -> str:
-    from flows.retrain import champion_files
+    from flows.steps import champion_files
     from model.train import load_checkpoint
 
-    return load_checkpoint(Path(champion_files(workspace, version)["checkpoint"])).weights_sha256
+    return load_checkpoint(champion_files(workspace, version).checkpoint).weights_sha256
 
 
 def card(workspace: Workspace, version: Seal) -> Scorecard:

@@ -1,14 +1,22 @@
-"""The device's agent: verifies, applies, tries out and, if need be, takes back updates; and draws images meanwhile.
+"""The device's agent: it verifies, applies, tries and, if necessary, rolls back updates, and draws images meanwhile.
 
-disk        all writes, durable and in order
+disk        all durable writes to the agent's directory
 state       the agent's directory and its one state file
-rules       every decision, without I/O
+rules       decisions about updates, without I/O
+variants    which variant draws, and when the expert routing has shifted, without I/O
 transport   fetching from a folder or over HTTP, with resume
-trust       signed metadata, by python-tuf's client
-graph       what a bundle's graph may ask the runtime to read
+trust       signed metadata, checked by python-tuf's client
+graph       what a bundle's graph may make the runtime read
+runtime     whether ONNX Runtime computes correctly here
 sampler     images from a model, in NumPy, driven by sampler.json
-child       what runs in a process of its own: applying, trying, generating
+child       tasks in a separate process: applying, trying, generating
+energy      joules per image from the device's sensors
+bench       what an image costs here, by measurement
+measured    the stored figures of `bench`
 reports     the signed, bounded queue of reports
 updater     the twelve steps of an update
+poll        regular checks for updates
+serve       the local endpoint that draws for other programs
+doctor      checks of the device
 cli         the command `ferry-agent`
 """

@@ -1,4 +1,7 @@
-"""What an image costs on this device: milliseconds, processor time, memory, and joules with their source or none. Kept for the choice of a variant."""
+"""Measure what an image costs on this device: milliseconds, processor time, memory and energy.
+
+Joules are given with their source, or not at all. The figures are stored, and the choice of a variant uses them.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +23,26 @@ Energy = Callable[[Callable[[], Any], energy.Found], energy.Reading]
 def run(
     home: Home, images: int, with_energy: bool, tell: Callable[[str], None], measure: Energy = energy.measure
 ) -> dict[str, Any]:
-    """Draw with each variant of the bundle that runs, in a process of its own; what was measured is kept.
+    """Measure each variant of the running bundle in a separate process, and store the figures.
 
     Args:
-        home: the agent's directory; locked for a moment at the end.
-        images: to draw for each variant's times, after a first one that also loads.
-        with_energy: also measure joules, which takes minutes.
-        tell: called with a line for each variant as it begins.
-        measure: how joules are measured.
+        home: the agent's directory; locked briefly at the end.
+        images: number of images that each variant's times are taken from; one more is drawn first, which also loads the variant.
+        with_energy: whether to measure joules too, which takes minutes.
+        tell: called with one line of text before each variant.
+        measure: the function that measures joules.
 
     Returns:
-        The bundle's hash, and a row for each variant.
+        The bundle's hash, and one row of figures for each variant.
 
     Raises:
-        OperatorError: fewer images than `rules.LEAST_IMAGES`, or the table of watts is incomplete.
-        StateError: nothing is installed, or it is still on trial, or the directory is another user's.
+        OperatorError: `images` is less than `rules.LEAST_IMAGES`, or the configured table of watts is incomplete.
+        StateError: nothing is installed, or the bundle is still on trial, or the directory belongs to another user.
         DeviceError: a variant does not draw.
     """
     if images < rules.LEAST_IMAGES:
         raise OperatorError(f"{images} images say too little; give at least {rules.LEAST_IMAGES}")
-    home.check_owner()  # before the minutes that it takes
+    home.check_owner()  # fail now, not after minutes of measuring
     state, config = home.load(), home.config()
     if state.active is None or state.trial:
         raise StateError("there is nothing to measure before a bundle is installed and confirmed; run `ferry-agent update`")
@@ -79,7 +82,7 @@ def _joules(worker: child.Worker, variant: VariantName, config: Config, measure:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor seconds that a process used so far; 0 when it is gone (proc_pid_stat(5), fields 14 and 15)."""
+    """Return the processor seconds that a process has used so far; 0 if it has ended (proc_pid_stat(5), fields 14 and 15)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -88,7 +91,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def line(variant: str, row: dict[str, Any]) -> str:
-    """A row for people."""
+    """Format the figures of one variant as a line of text."""
     text = (
         f"{variant:5} p50 {row['p50_ms']:.1f} ms, p95 {row['p95_ms']:.1f} ms, first {row['first_ms']:.0f} ms, "
         f"{row['cpu_seconds']:.3f} CPU s, {row['peak_mib']:.0f} MiB at its peak"

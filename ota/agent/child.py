@@ -1,8 +1,8 @@
-"""What runs in a process of its own, with limits: applying a delta, trying a bundle, drawing an image.
+"""Tasks that run in a separate process with limits: applying a delta, trying a bundle, drawing an image.
 
-A patch, a graph and weights are parsed here and nowhere else, so that whatever they do to a process, the agent lives on;
-and memory that ONNX Runtime keeps goes back with the process. The parent calls `run`; the child reads one JSON request
-from its standard input and answers with one JSON line. A `Worker` keeps its bundle loaded, and goes on reading and answering.
+A patch, a graph and weights are parsed only here, so that the agent survives whatever they do to the process. The memory that
+ONNX Runtime keeps is freed with the process. The parent calls `run`; the child reads one JSON request from its standard input
+and answers with one JSON line. The child of a `Worker` keeps its bundle loaded, and goes on reading and answering.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from ota.errors import (
 from ota.manifest import Role, SamplerTable, VariantName
 
 MEMORY = 4 * 1024**3  # bytes of address space; ONNX Runtime maps far more than it uses
-SECONDS = {"apply": 600, "check": 60, "try": 300, "generate": 300}  # of wall time; twice that in CPU time, for two cores
+SECONDS = {"apply": 600, "check": 60, "try": 300, "generate": 300}  # of wall time; of CPU time twice as many, for two cores
 PR_SET_PDEATHSIG = 1
-MAX_SAID = 1024**2  # bytes of what a child that keeps its bundle loaded says besides its answers
-MAX_ANSWER = 4 * 1024**2  # bytes, of which an image of the largest size has a sixtieth
-READY = b"ready\n"  # what a child says when its software is loaded and computes, before it looks at anything of a stranger
-# Signals by which a process is ended from outside: the kernel's when memory or CPU time is short, and those of people and systemd.
+MAX_SAID = 1024**2  # bytes that the child of a `Worker` may write to its standard error
+MAX_ANSWER = 4 * 1024**2  # bytes, sixty times as many as an image of the largest size has
+READY = b"ready\n"  # written once the child's software is loaded and computes, before it reads anything untrusted
+# Signals that end a process from outside: from the kernel when memory or CPU time runs out, and from people and systemd.
 ASKED = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU}
-GATE_IMAGES = 4  # drawn at once when a bundle is tried
+GATE_IMAGES = 4  # images drawn in one batch when a bundle is tried
 SOFTWARE = {
     "apply": ("ota.agent.disk", "ota.agent.state", "ota.delta"),
     "draw": ("numpy", "onnxruntime", "ota.agent.rules", "ota.agent.runtime", "ota.agent.sampler", "ota.agent.state"),
@@ -70,10 +70,10 @@ def run(task: str, **request: Any) -> dict[str, Any]:
 
     Raises:
         RoomError: no process can be started; the task was not begun.
-        SoftwareError: its software cannot be loaded or does not compute, or the bundle asks for another version of it.
-        UnfinishedError: the child was killed, or ran out of time or memory, which may be the device's fault this once.
-        DiedError: it died in another way.
-        OtaError: what the task raised.
+        SoftwareError: the task's software cannot be loaded or does not compute, or the bundle needs another version of it.
+        UnfinishedError: the child was killed, or ran out of time or memory, which may be a passing fault of the device.
+        DiedError: the child died in another way.
+        OtaError: the error that the task raised.
     """
     try:
         done = subprocess.run(  # noqa: S603
@@ -94,11 +94,11 @@ def run(task: str, **request: Any) -> dict[str, Any]:
 class Worker:
     """A child that keeps a bundle loaded and draws with it, one image at a time.
 
-    It lives no longer than the thread that started it, which the kernel takes for its parent.
+    The child lives no longer than the thread that started it, because the kernel takes that thread for its parent.
     """
 
     def __init__(self, slot: str, digest: str) -> None:
-        """Start it; what is wrong with the bundle shows when it is asked to draw.
+        """Start the child; faults of the bundle show only when it is asked to draw.
 
         Raises:
             RoomError: no process can be started.
@@ -106,7 +106,7 @@ class Worker:
         self.digest = digest
         self._lock = threading.Lock()
         self._ready = False
-        # A pipe that nobody reads would fill up, and a temporary folder may be full: in memory, where the child may write MAX_SAID.
+        # In memory, at most MAX_SAID: a pipe that nobody reads would fill up, and a temporary folder may be full.
         self._said = os.fdopen(os.memfd_create("said"), "w+b")
         try:
             self._process = subprocess.Popen(  # noqa: S603
@@ -119,21 +119,22 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked."""
+        """Whether the child still runs."""
         return self._process.poll() is None
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id of the child."""
         return self._process.pid
 
     def draw(self, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
-        """As the task `generate` answers, with the expert load besides.
+        """Draw one image in the child; return what `Drawing.draw` returns.
 
         Raises:
-            UnfinishedError: it was killed, or did not answer in time; it is dead then.
-            DiedError: it died in another way.
-            OtaError: what the task raised.
+            UnfinishedError: the child was killed, or did not answer in time and was killed for it.
+            DiedError: the child died in another way.
+            DeviceError: the answer is longer than `MAX_ANSWER`; the child was killed.
+            OtaError: the error that the task raised.
         """
         with self._lock:
             self._send({"variant": variant, "caption": caption, "seed": seed})
@@ -148,7 +149,7 @@ class Worker:
         return _answer("serve", 0, READY + line, b"")
 
     def close(self) -> None:
-        """End it, whatever it is doing."""
+        """Kill the child, whatever it is doing, and close its streams."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._said):
@@ -157,11 +158,16 @@ class Worker:
 
     def _send(self, request: dict[str, Any]) -> None:
         if self._process.stdin:
-            with contextlib.suppress(BrokenPipeError):  # it died; that shows when its answer is read
+            with contextlib.suppress(BrokenPipeError):  # the child died; that shows when its answer is read
                 self._process.stdin.write(json.dumps(request).encode() + b"\n")
 
     def _receive(self, deadline: float) -> bytes:
-        """The next line; empty when the child died instead."""
+        """Receive the next line; return nothing if the child died instead.
+
+        Raises:
+            LateError: no line arrived by the deadline; the child was killed.
+            DeviceError: the line is longer than `MAX_ANSWER`; the child was killed.
+        """
         line, pipe = bytearray(), self._process.stdout
         if pipe is None:
             return b""
@@ -182,7 +188,7 @@ class Worker:
 
 
 def _words(task: str) -> list[str]:
-    # -P: what lies in the working directory of whoever asks for an image is not to be imported
+    # -P: nothing is imported from the caller's working directory
     return [sys.executable, "-P", "-m", "ota.agent.child", task, str(os.getpid())]
 
 
@@ -195,7 +201,7 @@ def _not_started(task: str, error: OSError) -> RoomError:
 
 
 def _answer(task: str, code: int, stdout: bytes, stderr: bytes) -> dict[str, Any]:
-    """What a child said, or the error that its end stands for."""
+    """Return the child's answer, or raise the error that its answer or its end stands for."""
     if -code in ASKED:
         raise UnfinishedError(f"the {task} process was killed, perhaps for want of memory or time; try again")
     if not stdout.startswith(READY):
@@ -225,9 +231,9 @@ def _last_line(data: bytes) -> str:
 
 
 def main() -> None:
-    """Entry point of the child process."""
+    """Run the child process: load the task's software, read the request, and answer."""
     task, parent = sys.argv[1], int(sys.argv[2])
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed agent's child must not write beside the next one's
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed agent's child must not write while the next agent's does
     if os.getppid() != parent:
         os._exit(1)
     _limit(resource.RLIMIT_AS, MEMORY)
@@ -235,7 +241,7 @@ def main() -> None:
     _load(task)
     sys.stdout.write(READY.decode())
     sys.stdout.flush()
-    if task == "serve":  # whose parent stops it where it takes too long
+    if task == "serve":  # without a limit of CPU time: the parent stops it if it takes too long
         _limit(resource.RLIMIT_FSIZE, MAX_SAID)
         bundle = Drawing(**_at_home(json.loads(sys.stdin.buffer.readline())))
         for line in iter(sys.stdin.buffer.readline, b""):
@@ -243,18 +249,18 @@ def main() -> None:
     else:
         _limit(resource.RLIMIT_CPU, 2 * SECONDS[task])
         _say(_done(task, lambda: TASKS[task](**_at_home(json.loads(sys.stdin.buffer.read())))))
-    os._exit(0)  # ONNX Runtime's teardown is not worth waiting for, and has been seen to crash
+    os._exit(0)  # skips ONNX Runtime's teardown, which takes time and has been seen to crash
 
 
 def _limit(kind: int, most: int) -> None:
-    """Set a limit of this process; one that its caller set lower stays, as nobody may raise it."""
+    """Set a limit of this process; a lower limit that the caller set stays, because it cannot be raised."""
     hard = resource.getrlimit(kind)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(kind, (most, most))
 
 
 def _load(task: str) -> None:
-    """Load and try all that the task needs: a package that is missing or broken shows before a bundle is touched."""
+    """Load and test the task's software, so that a missing or broken package shows before a bundle is touched."""
     for name in SOFTWARE["apply" if task == "apply" else "draw"]:
         importlib.import_module(name)
     if task != "apply":
@@ -264,13 +270,16 @@ def _load(task: str) -> None:
 
 
 def _at_home(request: dict[str, Any]) -> dict[str, Any]:
-    """Work in the folder of the bundle: if a runtime opened a file by a name from it after all, it would find only the bundle's own."""
-    if "root" in request:  # applying, which knows its folders by it
+    """Change to the folder of the bundle, and return the request with the folder's absolute path.
+
+    If the runtime opened a file that the bundle names after all, it would find only the bundle's own files there.
+    """
+    if "root" in request:  # the task `apply`, whose folders are relative to it
         return request
     if "slot" not in request:
         return request
     slot = os.path.abspath(request["slot"])  # noqa: PTH100 - a link stays one
-    with contextlib.suppress(FileNotFoundError):  # then the slot is missed where it is opened
+    with contextlib.suppress(FileNotFoundError):  # opening the slot will report that it is missing
         os.chdir(slot)
     return request | {"slot": slot}
 
@@ -282,7 +291,7 @@ def _done(task: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"kind": type(error).__name__, "error": str(error)}
     except MemoryError:
         return {"kind": "UnfinishedError", "error": f"the {task} process has not enough memory; free some and try again"}
-    except (OSError, ImportError) as error:  # a disk that fails under it, or a package that only now shows that it is damaged
+    except (OSError, ImportError) as error:  # a disk that fails, or a package whose damage shows only now
         return {
             "kind": "UnfinishedError",
             "error": f"the {task} process cannot read what it needs ({error}); check the disk and try again",
@@ -297,7 +306,7 @@ def _say(answer: dict[str, Any]) -> None:
 def apply(
     root: str, patch: str, base: str, base_digest: str, slot: str, target_digest: str, files: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Make a bundle's files in the folder `slot` from the slot `base` and the delta `patch`; all names are below `root`."""
+    """Build a bundle's files in the folder `slot` from the slot `base` and the delta `patch`, all relative to `root`."""
     from ota import delta
     from ota.agent.disk import Disk
     from ota.agent.state import Slot
@@ -326,21 +335,21 @@ def apply(
 
 
 def peak_mib() -> float:
-    """The most memory that this process ever had resident.
+    """Return the most memory, in MiB, that this process ever had resident.
 
-    Linux hands `ru_maxrss` on to a started process, at what its parent weighed; the high-water mark of its own memory is
-    elsewhere.
+    On Linux, a started process inherits `ru_maxrss` from its parent. So the peak of its own memory is read from
+    /proc/self/status.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # a kernel without it
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # a kernel without VmHWM
 
 
 def try_bundle(slot: str, digest: str, variant: VariantName, trusted: bool = False) -> dict[str, Any]:
-    """Load a bundle's variant, compare its golden outputs, draw images; returns the fields of `rules.TrialResult`.
+    """Load a variant of a bundle, compare its golden outputs, and draw images; return the fields of `rules.TrialResult`.
 
-    One that is trusted is tried with any runtime that there is, as it draws with any.
+    A `trusted` bundle is tried with any version of ONNX Runtime, because it also draws with any.
     """
     import numpy as np
 
@@ -390,19 +399,20 @@ def try_bundle(slot: str, digest: str, variant: VariantName, trusted: bool = Fal
 
 
 def _computed() -> float:
-    """Count the seconds of processor time that this process has used.
+    """Return the seconds of processor time that this process has used.
 
-    Not `time.process_time`: where a limit on processor time is set, as it is for a trial, Linux gives that clock in ticks of several milliseconds.
+    `time.process_time` is not used: under a limit of processor time, as for a trial, Linux gives that clock in ticks of several
+    milliseconds.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def _check_version(table: SamplerTable) -> None:
-    """Refuse to judge a bundle by a runtime that it was not made for.
+    """Refuse to try a bundle with a version of ONNX Runtime that it was not made for.
 
     Raises:
-        SoftwareError: this one is not.
+        SoftwareError: the installed version is not one that the bundle allows.
     """
     import onnxruntime
 
@@ -413,14 +423,14 @@ def _check_version(table: SamplerTable) -> None:
 
 
 class Drawing:
-    """A bundle that draws; each variant is loaded when it is first asked for, and kept."""
+    """A bundle that draws; each variant is loaded when it is first asked for, and stays loaded."""
 
     def __init__(self, slot: str, digest: str, on_trial: bool = False) -> None:
         self._slot, self._digest, self._on_trial = slot, digest, on_trial
         self._models: dict[VariantName, Any] = {}
 
     def draw(self, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
-        """Draw one image; returns the PNG in base64, how it went, and the load of the experts [M][E]."""
+        """Draw one image; return the PNG in base64, whether it is good, its time, the peak memory and the expert load [M][E]."""
         import numpy as np
 
         from ota.agent import sampler
@@ -430,7 +440,7 @@ class Drawing:
         if variant not in self._models:
             bundle = Slot(Path(self._slot), self._digest)
             table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
-            if self._on_trial:  # one that is trusted goes on drawing with any runtime that can
+            if self._on_trial:  # a trusted bundle draws with any version that can
                 _check_version(table)
             model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
             model.experts = [len(row) for row in bundle.reference(variant).load]
@@ -454,7 +464,7 @@ def generate(slot: str, digest: str, variant: VariantName, caption: str, seed: i
     return Drawing(slot, digest, on_trial).draw(variant, caption, seed)
 
 
-# What is to be checked was, before the task began.
+# The task `check` has nothing left to do: `_load` has checked the software before.
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {"apply": apply, "check": dict, "try": try_bundle, "generate": generate}
 
 if __name__ == "__main__":

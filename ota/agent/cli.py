@@ -56,7 +56,7 @@ WRITTEN = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """Define all commands and their options."""
     root = argparse.ArgumentParser(
         "ferry-agent", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _folder(text: str) -> Path:
-    if not text.strip():  # it would be the folder that one happens to work in
+    if not text.strip():  # an empty path would mean the current folder
         raise argparse.ArgumentTypeError("it is empty; give the agent's directory, here or as FERRY_AGENT_DIR")
     return Path(text)
 
@@ -273,7 +273,7 @@ def generate(given: Arguments) -> None:
 
 
 def rollback(given: Arguments) -> None:
-    """Go back to the bundle before; the present one is refused until it is forgotten."""
+    """Roll back to the bundle before; the present one is refused until it is forgotten."""
     from ota.agent import updater
 
     home = Home(given.dir)
@@ -413,7 +413,7 @@ def _check_folder(option: str, folder: Path) -> None:
     def in_its_place() -> Path | None:
         return next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
 
-    with suppress(OSError, TransferError):  # perhaps it may be read, or answers, when it is needed
+    with suppress(OSError, TransferError):  # the folder may be readable, or its mount may answer, when it is needed
         if found := within(MOUNT_SECONDS, folder, in_its_place):
             raise OperatorError(f"--{option} is not valid: {found} is not a folder; give one")
 
@@ -481,7 +481,7 @@ def _exit_code(error: OtaError) -> int:
 
 
 def call(words: list[str]) -> int:
-    """Do what the words after `ferry-agent` say.
+    """Run what the words after `ferry-agent` say.
 
     Returns:
         the exit code.
@@ -507,10 +507,10 @@ def call(words: list[str]) -> int:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the program: the entry point."""
     os.umask(0o077)
     for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is None:  # it was closed: a file of ours must not become the place of what is told
+        if getattr(sys, name) is None:  # it was closed: otherwise the next file that we open would receive the output
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_RDWR), number)
             setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
@@ -522,7 +522,7 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:  # it was said already; at its end Python would try again and change the exit code
+            except OSError:  # it was reported already; at its end Python would try again and change the exit code
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

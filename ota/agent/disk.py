@@ -1,7 +1,7 @@
-"""The agent's writes in its own directory, all but python-tuf's cache and the lock file, which may be lost at any moment.
+"""All writes of the agent to its own directory, except python-tuf's cache and the lock file, which may be lost at any moment.
 
-What a method promises holds after a power cut at any later moment: a replaced file is whole, old or new; a renamed folder
-and what was synced in it are there. Names are relative to the agent's directory.
+The promise of each method holds after a power cut at any later moment: a replaced file is complete, with its old or its new
+content; a renamed folder exists, with all that was synced in it. Names are relative to the agent's directory.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ class Disk:
         self.root = root
 
     def path(self, name: str) -> Path:
-        """Where a name lies; for reading."""
+        """Return the path of a name, for reading."""
         return self.root / name
 
     def read(self, name: str) -> bytes | None:
-        """A small file's content; None where there is none. What the disk no longer gives counts as emptied, so as damaged.
+        """Read a small file; return None if it does not exist.
+
+        A file that the disk can no longer read (EIO) counts as empty, and so as damaged.
 
         Raises:
-            StateError: it may not be read. That is no damage, and nothing may be made up in its place.
+            StateError: this user may not read the file. It is not damaged, and nothing may be assumed in its place.
         """
         try:
             return (self.root / name).read_bytes()
@@ -45,7 +47,7 @@ class Disk:
             ) from error
 
     def replace(self, name: str, data: bytes, durable: bool = True) -> None:
-        """Give a file new content, whole or not at all, and durable on return, or else when its folder is synced next.
+        """Replace a file's content atomically; it is durable on return or, without `durable`, once its folder is synced.
 
         Raises:
             RoomError: the disk is full.
@@ -58,7 +60,7 @@ class Disk:
 
     @contextmanager
     def writing(self, name: str, append: bool = False) -> Iterator[BinaryIO]:
-        """A file open for writing; synced when the block ends well. The name itself is durable after `rename`."""
+        """Open a file for writing; it is synced if the block ends without an error. Its name is durable only after `rename`."""
         with self._errors(name):
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
             with os.fdopen(os.open(self.root / name, flags, 0o600), "wb") as file:
@@ -67,14 +69,14 @@ class Disk:
                 os.fsync(file.fileno())
 
     def rename(self, name: str, to: str, durable: bool = True) -> None:
-        """Rename a file or folder within the directory; durable on return, or else when its folder is synced next."""
+        """Rename a file or folder within the directory; durable on return or, without `durable`, once its folder is synced."""
         with self._errors(to):
             (self.root / name).replace(self.root / to)
             if durable:
                 self._sync_folder((self.root / to).parent)
 
     def make_folder(self, name: str, durable: bool = True) -> None:
-        """Make a folder and its parents; durable on return, or else when the folder above is synced next."""
+        """Make a folder and its parents; durable on return or, without `durable`, once the folder above is synced."""
         with self._errors(name):
             missing = [p for p in ((self.root / name), *(self.root / name).parents) if not p.exists()]
             (self.root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -87,7 +89,7 @@ class Disk:
             self._sync_folder(self.root / name)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all it holds; nothing happens where there is none."""
+        """Remove a file, or a folder with all it holds; do nothing if there is none."""
         with self._errors(name):
             path = self.root / name
             if path.is_dir() and not path.is_symlink():
@@ -99,11 +101,11 @@ class Disk:
         """Remove the unfinished files and slots that a killed process left in a folder."""
         folder = self.root / name
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.suffix == ".tmp" or (path.name.startswith(".") and name != "."):  # at the top a shell may keep files
+            if path.suffix == ".tmp" or (path.name.startswith(".") and name != "."):  # at the top a shell may keep hidden files
                 self.remove(f"{name}/{path.name}")
 
     def free(self) -> int:
-        """Bytes that can still be written."""
+        """Return the number of bytes that can still be written."""
         with self._errors("."):
             found = os.statvfs(self.root)
             return found.f_bavail * found.f_frsize
@@ -129,7 +131,7 @@ class Disk:
 
 
 def read_uncached(path: Path) -> Iterator[bytes]:
-    """A synced file's bytes as the disk holds them, not as the page cache remembers them, in pieces."""
+    """Read a synced file in pieces, from the disk and not from the page cache."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while piece := file.read(1 << 20):

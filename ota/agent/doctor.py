@@ -1,4 +1,4 @@
-"""Is this device fit to keep its model, to update it, and to say so? Looks at everything, changes nothing."""
+"""Check whether this device is fit to run its model, to update it and to report. The checks change nothing."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ota.errors import DeviceError, OtaError, TransferError, printable
 from ota.manifest import MAX_TABLE, KiB, SamplerTable, parse
 
 Level = Literal["ok", "warn", "fail"]
-SOON = 2 * 24 * 3600  # seconds before the end of a signature from which on it is worth a word
+SOON = 2 * 24 * 3600  # seconds before a signature expires, from which on there is a warning
 MANY_WAITING = 20  # reports
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one look found."""
+    """One result of a check."""
 
     about: str
     level: Level
@@ -35,11 +35,11 @@ class Finding:
 
 
 def examine(home: Home, draw: bool = True) -> list[Finding]:
-    """Look at everything, each thing for itself.
+    """Run all checks; one that fails does not stop the others.
 
     Args:
         home: the agent's directory; not locked.
-        draw: also draw an image with what runs, which takes seconds.
+        draw: also draw an image with each variant of the running bundle, which takes seconds.
     """
     looks: list[tuple[str, Callable[[Home], Iterator[Finding]]]] = [
         ("directory", _directory), ("trust anchor", _anchor), ("clock", _clock), ("state", _state), ("bundles", _bundles), ("room", _room),
@@ -130,13 +130,13 @@ def _room(home: Home) -> Iterator[Finding]:
 
 
 def _signatures(home: Home) -> Iterator[Finding]:
-    """By the cache of the last look; what the repository has now the next update will see."""
+    """Check when the cached metadata expire; only the next update sees what the repository has now."""
     now = time.time()
     for path in sorted(home.disk.path("metadata").glob("*.json")):
         try:
             ends = datetime.fromisoformat(json.loads(path.read_bytes())["signed"]["expires"]).timestamp()
         except (ValueError, KeyError, TypeError, RecursionError):
-            continue  # a torn cache heals by itself
+            continue  # the next update replaces a torn cache file
         if ends < now:
             yield Finding(
                 "signatures", "fail", f"{path.stem} ended {_span(now - ends)} ago when last fetched; the factory must sign anew"
@@ -222,7 +222,7 @@ def _energy(home: Home) -> Iterator[Finding]:
 
 def _drawing(home: Home) -> Iterator[Finding]:
     state = home.load()
-    if state.active is None or state.trial:  # loads of a bundle on trial are counted, and not ours to spend
+    if state.active is None or state.trial:  # loads of a bundle on trial are counted; a check must not use them up
         return
     slot = home.slot(state.active)
     for variant in slot.manifest.variants:

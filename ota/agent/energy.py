@@ -1,8 +1,8 @@
-"""Joules per image, from the first sensor that this device has; without one there is no figure, and a sentence says why.
+"""Joules per image, from the first sensor that this device has; without a sensor there is no figure, and a sentence says why.
 
-In joules, watts and seconds. A sensor sees a whole package, board or battery, so an image's net energy is what was drawn
-beyond the idle power. `parse_pmic`, `advance`, `accumulate`, `student` and `judge` are without I/O. What the files mean is in the
-kernel's Documentation: power/powercap, hwmon/sysfs-interface, hwmon/ina3221 and ABI/testing/sysfs-class-power.
+Units are joules, watts and seconds. A sensor sees a whole package, board or battery, so an image's net energy is what was drawn
+beyond the idle power. `parse_pmic`, `advance`, `accumulate`, `student` and `judge` do no I/O. The kernel's Documentation explains
+the files: power/powercap, hwmon/sysfs-interface, hwmon/ina3221 and ABI/testing/sysfs-class-power.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from ota.errors import OperatorError
 Scope = Literal["package", "board", "rails", "battery", "model"]
 Quality = Literal["measured", "partial", "model", "none"]
 
-LEAST_REPEATS = 5  # for an interval over them
+LEAST_REPEATS = 5  # needed for a confidence interval over the repeats
 LEAST_SECONDS = 20.0  # of work
 LEAST_SAMPLES = 50  # of a power sensor during the work
-LEAST_IDLE = 10  # samples of either baseline
-MAX_WATTS = 1000.0  # of a package; a wrap that would mean more was none
+LEAST_IDLE = 10  # samples of each idle baseline
+MAX_WATTS = 1000.0  # of a package; if a counter's wrap would mean more, it is not taken for a wrap
 BUSY, IDLE = "watts_per_busy_core", "idle_watts"  # the keys of the user's table
 WHOLE_BOARD = "VDD_IN"  # label of a Jetson module's input
-GRAPHICS = {"amdgpu", "radeon", "nouveau", "i915", "xe"}  # chips that see a graphics card, where no model runs
+GRAPHICS = {"amdgpu", "radeon", "nouveau", "i915", "xe"}  # chips that measure a graphics card, where no model runs
 PERIODS = {"rapl": 0.5, "hwmon": 1.0, "pmic": 0.5, "battery": 5.0, "charge": 10.0, "model": 0.5}  # seconds between samples
 PMIC_ADC = re.compile(r"^\s*(\w+)_([AV])(?:\s+\w+\(\d+\))?=(\d+(?:\.\d+)?)[AV]\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Joules per image or, with quality none, no figure at all; `partial` is a sensor that sees only some of the device."""
+    """Joules per image. Quality `none` means that there is no figure, `partial` that the sensor sees only part of the device."""
 
-    source: str  # with the zone or rail; "none" where there is no sensor
+    source: str  # with the zone or rail; "none" if there is no sensor
     scope: Scope | None
     quality: Quality
-    reason: str  # a sentence for each sensor skipped, for what the figure leaves out, for why there is none
+    reason: str  # sentences: which sensors were skipped, what the figure leaves out, or why there is none
     joules: float | None = None  # net
-    low: float | None = None  # of the 95 % interval, by Student's t over the repeats and by the baseline's error
+    low: float | None = None  # lower end of the 95 % interval, from Student's t over the repeats and the baseline's error
     high: float | None = None
-    gross_joules: float | None = None  # with what an idle device draws meanwhile
+    gross_joules: float | None = None  # including what an idle device draws in the same time
     idle_watts: float | None = None
     images: int | None = None
     samples: int | None = None  # of the sensor during the work
@@ -57,20 +57,20 @@ class Reading:
 
 @dataclass(frozen=True)
 class Sensor:
-    """Where figures come from."""
+    """A source of power or energy readings."""
 
     source: str
     scope: Scope
     quality: Quality
-    period: float  # seconds after which there is a new figure
-    read: Callable[[], tuple[float, ...]]  # joules of each counter, or watts; OSError or ValueError when it cannot
-    ranges: tuple[float | None, ...] = ()  # joules at which each counter wraps, None: never; empty where `read` gives watts
+    period: float  # seconds after which there is a new reading
+    read: Callable[[], tuple[float, ...]]  # returns joules of each counter, or watts; raises OSError or ValueError
+    ranges: tuple[float | None, ...] = ()  # joules at which each counter wraps, None: never; empty if `read` gives watts
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The first sensor that works, if any, and a sentence for each that was skipped."""
+    """The first sensor that works, if any, and a sentence for each sensor that was skipped."""
 
     sensor: Sensor | None
     skipped: tuple[str, ...]
@@ -83,17 +83,17 @@ def probe(
     cpu: Callable[[], float] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Found:
-    """Find a sensor: RAPL, hwmon, a Raspberry Pi 5's PMIC, a discharging battery, the user's table, in this order.
+    """Find a sensor: RAPL, hwmon, a Raspberry Pi 5's PMIC, a discharging battery, or the user's table, in this order.
 
     Args:
-        root: where `sys` lies.
-        table: of the configuration: `watts_per_busy_core` and `idle_watts`.
-        vcgencmd: prints a Raspberry Pi 5's rails, or raises OSError; the command by default.
-        cpu: CPU seconds used so far; by default of this process and its children that ended.
-        clock: seconds, the same as for `measure`.
+        root: the folder that contains `sys`.
+        table: `watts_per_busy_core` and `idle_watts` from the configuration; None if it has neither.
+        vcgencmd: returns the list of a Raspberry Pi 5's rails, or raises OSError; by default runs the command of this name.
+        cpu: returns the CPU seconds used so far; by default those of this process and of its children that ended.
+        clock: returns seconds; the same clock as for `measure`.
 
     Raises:
-        OperatorError: the table is malformed. A missing sensor is no error.
+        OperatorError: the table is malformed. A missing sensor is not an error.
     """
     model = _model(table, cpu or (lambda: sum(os.times()[:4])), clock)
     finders: dict[str, Callable[[], Sensor | str]] = {
@@ -107,7 +107,7 @@ def probe(
     for name, find in finders.items():
         try:
             found = find()
-            # Virtual machines show counters that stand at 0, and some firmware gives 0 W.
+            # Virtual machines show counters that stay at 0, and some firmware reports 0 W.
             if isinstance(found, Sensor) and found is not model and not any(found.read()):
                 found = f"{found.source} reads 0"
         except (OSError, ValueError) as error:
@@ -123,7 +123,7 @@ def _text(path: Path) -> str:
 
 
 def _value(files: Sequence[Path], scale: float = 1e-6) -> float:
-    """The product of the numbers in some files, in other units: mV times mA are µW."""
+    """Multiply the numbers in some files and scale the product; the default scale is for µJ, µW, and mV times mA."""
     return math.prod(int(file.read_text()) for file in files) * scale
 
 
@@ -135,7 +135,7 @@ def _rapl(place: Path) -> Sensor | str:
     zones: dict[str, Path] = {}
     for zone in sorted(place.glob("*rapl*:*"), key=lambda zone: ("mmio" in zone.name, zone.name)):
         name = _text(zone / "name")
-        # Of the top level, each package once: the zone "psys" contains them, intel-rapl-mmio repeats them.
+        # Take each top-level package once: the zone "psys" contains the packages, and intel-rapl-mmio repeats them.
         if zone.name.count(":") == 1 and name.startswith("package"):
             zones.setdefault(name, zone)
     if not zones:
@@ -154,13 +154,13 @@ def _rapl(place: Path) -> Sensor | str:
 
 class _Rail(NamedTuple):
     chip: str
-    counts: bool  # joules, not watts
+    counts: bool  # whether it gives joules, not watts
     label: str
     files: tuple[Path, ...]
 
 
 def _rails(folder: Path, chip: str) -> Iterator[_Rail]:
-    # An INA3221's in4 … in6 are shunt voltages. Another chip's second channel may be what its first one feeds.
+    # An INA3221's in4 … in6 are shunt voltages. On other chips, the second channel may measure what the first one feeds.
     for n in (1, 2, 3) if chip == "ina3221" else (1,):
         for names in ((f"energy{n}_input",), (f"power{n}_input",), (f"in{n}_input", f"curr{n}_input")):
             label = _text(folder / names[0].replace("input", "label")) or _text(folder / "label") or f"{folder.name}/{names[0]}"
@@ -174,7 +174,7 @@ def _rails(folder: Path, chip: str) -> Iterator[_Rail]:
 
 
 def _hwmon(place: Path) -> Sensor | str:
-    # The kernel mirrors batteries and chargers here, and what charges a battery is not what the board draws.
+    # The kernel lists batteries and chargers here too, and the power that charges a battery is not what the board draws.
     other = GRAPHICS | {path.name.replace("-", "_") for path in (place.parent / "power_supply").glob("*")}
     folders = [(folder, _text(folder / "name")) for folder in sorted(place.glob("hwmon*"))]
     rails = [rail for folder, chip in folders if chip not in other for rail in _rails(folder, chip)]
@@ -209,10 +209,10 @@ def _run_vcgencmd() -> str:
 
 
 def parse_pmic(text: str) -> dict[str, float]:
-    """Watts of each rail of a Raspberry Pi 5 that has a current and a voltage; EXT5V and BATT have no current.
+    """Return the watts of each rail of a Raspberry Pi 5 that has a current and a voltage; EXT5V and BATT have no current.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such rail.
     """
     found = {(rail, unit): float(value) for rail, unit, value in PMIC_ADC.findall(text)}
     rails = {rail: found[rail, "A"] * volts for (rail, unit), volts in found.items() if unit == "V" and (rail, "A") in found}
@@ -241,13 +241,13 @@ def _battery(place: Path) -> Sensor | str:
     known = (["power_now"], 1e-6), (["current_now", "voltage_now"], 1e-12), (["energy_now"], -3600e-6)
     there = (way for way in known if all((path / name).exists() for path in used for name in way[0]))
     names, scale = next(there, known[-1])
-    counts = scale < 0  # µWh that go down are joules that go up
+    counts = scale < 0  # a falling energy level in µWh counts as rising joules
 
     def read() -> tuple[float, ...]:
         if any(_text(path / "status") != "Discharging" for path in used):
             raise ValueError("the battery is no longer discharging; unplug the charger and measure again")
         values = tuple(_value([path / name for name in names], scale) for path in used)
-        return values if counts else (sum(abs(value) for value in values),)  # some drivers give a drain a minus
+        return values if counts else (sum(abs(value) for value in values),)  # some drivers report a discharge as negative
 
     source = f"{' x '.join(names)} of {', '.join(path.name for path in used)}"
     period, ranges = (PERIODS["charge"], (None,) * len(used)) if counts else (PERIODS["battery"], ())
@@ -266,23 +266,24 @@ def _model(table: object, cpu: Callable[[], float], clock: Callable[[], float]) 
 
 
 def advance(before: float, after: float, limit: float | None, seconds: float) -> float:
-    """Joules by which a counter went on in some seconds, over a wrap at `limit` if need be.
+    """Return the joules between two readings of a counter, `seconds` apart, allowing for a wrap at `limit`.
 
     Raises:
-        ValueError: it went back, and no wrap explains that.
+        ValueError: the counter went back, and no wrap explains that.
     """
     if after >= before:
         return after - before
     step = (after - before) % limit if limit else math.inf
-    if step > MAX_WATTS * (seconds + 1):  # a second more, because counters move in steps
+    if step > MAX_WATTS * (seconds + 1):  # one second more, because counters move in steps
         raise ValueError("a counter went back, as after a reset or a sleep")
     return step
 
 
 def accumulate(times: Sequence[float], rows: Sequence[tuple[float, ...]], ranges: Sequence[float | None]) -> list[float]:
-    """Joules since the first sample, at each: from counters or, without ranges, from watts by the trapezoid rule.
+    """Return the joules since the first sample, at each sample: from counters or, if `ranges` is empty, from watts.
 
-    That rule puts a jump of power half a period off: with 50 samples, 1 % of what it jumped by.
+    Watts are integrated by the trapezoid rule. It shifts a jump in power by half a period: with 50 samples, the error is 1 % of
+    the jump.
 
     Raises:
         ValueError: a counter went back.
@@ -298,7 +299,10 @@ def accumulate(times: Sequence[float], rows: Sequence[tuple[float, ...]], ranges
 
 
 def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t: the normal one, corrected by Fisher's expansion; 0.3 % low at 4 degrees, then less."""
+    """Compute the 97.5 % quantile of Student's t: the normal quantile, corrected by Fisher's expansion.
+
+    It is 0.3 % too low at 4 degrees of freedom, and less so above.
+    """
     z = NormalDist().inv_cdf(0.975)
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + sum(term / float(freedom) ** power for power, term in enumerate(terms, 1))
@@ -307,21 +311,21 @@ def student(freedom: int) -> float:
 def judge(
     sensor: Sensor, times: Sequence[float], rows: Sequence[tuple[float, ...]], marks: Sequence[int], images: Sequence[int]
 ) -> Reading:
-    """Joules per image from samples of a sensor, or why they give none.
+    """Compute joules per image from the samples of a sensor, or say why they give no figure.
 
     Args:
-        sensor: where they are from.
-        times: seconds, of each sample.
-        rows: what was read at each.
-        marks: samples at which a stretch begins: idle, each repeat, idle; and the last one.
-        images: drawn in each repeat.
+        sensor: the sensor that the samples come from.
+        times: time of each sample, in seconds.
+        rows: the readings of each sample.
+        marks: indices of the samples at which a section begins (idle, each repeat, idle), and of the last sample.
+        images: number of images drawn in each repeat.
     """
     try:
         total = accumulate(times, rows, sensor.ranges)
     except ValueError as error:
         return refuse(sensor, f"There is no figure because {error}.")
 
-    def spaced(first: int, last: int) -> list[int]:  # without those that a mark put close to another
+    def spaced(first: int, last: int) -> list[int]:  # without samples that a mark put close to another one
         kept = [first]
         kept += (i for i in range(first + 1, last + 1) if times[i] - times[kept[-1]] >= sensor.period / 2)
         return kept
@@ -331,7 +335,7 @@ def judge(
 
     baselines, work = (marks[:2], marks[-2:]), (marks[1], marks[-2])
     seconds, samples = times[work[1]] - times[work[0]], len(spaced(*work)) - 1
-    # Without each first sample, for a power sensor still shows there what was before.
+    # Leave out each first sample: there, a power sensor still shows what was before.
     rates = [[watts(a, b) if sensor.ranges else rows[b][0] for a, b in pairwise(spaced(*span))] for span in baselines]
     if seconds < LEAST_SECONDS:
         return refuse(sensor, f"The work took {seconds:.1f} s and {LEAST_SECONDS:g} s are needed; draw for longer.")
@@ -348,7 +352,7 @@ def judge(
         )
     repeats = [(watts(a, b), (times[b] - times[a]) / n) for (a, b), n in zip(pairwise(marks[1:-1]), images, strict=True)]
     nets = [(power - idle) * each for power, each in repeats]
-    # The repeats share the baseline, so its error does not show in how they differ.
+    # The repeats share the baseline, so its error does not show in their differences.
     common = max(abs(before - after) / 2, 2 * noise / math.sqrt(len(rates[0] + rates[1]))) * seconds / sum(images)
     half = math.hypot(student(len(nets) - 1) * stdev(nets) / math.sqrt(len(nets)), common)
     joules, gross = fmean(nets), fmean(power * each for power, each in repeats)
@@ -357,7 +361,7 @@ def judge(
 
 
 def refuse(sensor: Sensor | None, reason: str) -> Reading:
-    """A reading without a figure."""
+    """Return a reading that has a reason and no figure."""
     return Reading(sensor.source, sensor.scope, "none", reason) if sensor else Reading("none", None, "none", reason)
 
 
@@ -389,20 +393,20 @@ def measure(
     sleep: Callable[[float], object] = time.sleep,
     watch: Callable[[Callable[[], int], float], AbstractContextManager[None]] = in_thread,
 ) -> Reading:
-    """Measure an image's energy: an idle baseline, repeats of images back to back, and a baseline again.
+    """Measure the energy of an image: an idle baseline, repeats of images drawn back to back, and a second baseline.
 
     Args:
-        draw: draws one image. Call it once before, so that loading a model is not counted.
-        found: by `probe`; without a sensor nothing is drawn.
-        repeats: at least 5.
-        seconds: of all repeats together, longer where the sensor is slow; under 20 is refused.
-        idle: seconds of each baseline, longer where the sensor is slow.
-        clock: seconds.
-        sleep: waits some seconds.
-        watch: samples while a block runs.
+        draw: draws one image. Call it once beforehand, so that loading a model is not counted.
+        found: the result of `probe`; without a sensor nothing is drawn.
+        repeats: number of repeats, at least 5.
+        seconds: length of all repeats together, more if the sensor is slow; work of less than 20 s gives no figure.
+        idle: seconds of each baseline, more if the sensor is slow.
+        clock: returns seconds.
+        sleep: waits for a number of seconds.
+        watch: takes samples while a block runs.
 
     Raises:
-        OperatorError: fewer than 5 repeats. What `draw` raises is passed on.
+        OperatorError: there are fewer than 5 repeats. Exceptions of `draw` are passed on.
     """
     if repeats < LEAST_REPEATS:
         raise OperatorError(f"{repeats} repeats give no interval worth stating; ask for {LEAST_REPEATS} or more")
@@ -415,7 +419,7 @@ def measure(
     images: list[int] = []
     lock = threading.Lock()
 
-    def take() -> int:  # from two threads; nothing more after a fault
+    def take() -> int:  # called from two threads; takes nothing more after a fault
         with lock:
             try:
                 if not faults:
@@ -425,7 +429,7 @@ def measure(
                 faults.append(_why(error))
             return len(times) - 1
 
-    share = max(seconds, 1.25 * LEAST_SAMPLES * sensor.period) / repeats  # a quarter more, for reading takes time too
+    share = max(seconds, 1.25 * LEAST_SAMPLES * sensor.period) / repeats  # a quarter more, because reading takes time too
     idle = max(idle, 1.25 * LEAST_IDLE * sensor.period)
     with watch(take, sensor.period):
         marks = [take()]

@@ -1,8 +1,9 @@
-"""What a bundle's graph may ask ONNX Runtime to read: its own weights, and no file of the device.
+"""Check that a bundle's graph makes ONNX Runtime read only its own weights, and no other file of the device.
 
-ONNX lets a tensor say that its numbers lie in a file. The runtime takes those of the main graph's initializers from memory, where we
-give it the weights; of constants in functions and branches, of attributes and sparse tensors it opens files itself. What it read
-could leave the device in an error message. So every tensor of a graph is looked at before the runtime sees it.
+An ONNX tensor may refer to a file that holds its numbers. For the initializers of the main graph, the runtime takes the weights
+that we give it in memory. For constants in functions and branches, for attributes and for sparse tensors, it opens files itself.
+The content of such a file could leave the device in an error message. So every tensor of a graph is checked before the runtime
+loads the graph.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from ota.delta.wire import fields, varint
 from ota.errors import DeviceError
 from ota.manifest import WEIGHTS_LOCATION
 
-# Which fields of which message hold others (onnx.proto, IR version 11). "initializer" is a tensor of the main graph.
+# The fields of each message that hold other messages (onnx.proto, IR version 11). "initializer" is a tensor of the main graph.
 INSIDE: dict[str, dict[int, str]] = {
     "model": {7: "main", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -26,10 +27,10 @@ EXTERNAL_DATA, DATA_LOCATION = 13, 14  # fields of a tensor
 
 
 def check_graph(graph: bytes) -> None:
-    """Refuse a graph that names a file, other than the bundle's weights for its own initializers.
+    """Refuse a graph that refers to a file, other than to the bundle's weights for its own initializers.
 
     Raises:
-        DeviceError: it does, or it is no ONNX file.
+        DeviceError: the graph refers to another file, or is not an ONNX file.
     """
     waiting = [("model", 0, len(graph))]
     try:

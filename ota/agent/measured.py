@@ -1,4 +1,4 @@
-"""What images cost on this device: measured by `ferry-agent bench`, and kept for the choice of a variant."""
+"""What images cost on this device: `ferry-agent bench` measures it, and the choice of a variant uses it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "measured.json"
 
 
 def read(home: Home, digest: str) -> dict[VariantName, Figures]:
-    """What is known of a bundle's variants; nothing where that was lost, for it can be measured again."""
+    """Read the figures of a bundle's variants; return none if they were lost, because they can be measured again."""
     try:
         rows = json.loads(home.disk.read(NAME) or b"{}")[digest]
         return {v: Figures(_number(rows[v]["p95_ms"]), _number(rows[v]["joules"])) for v in LADDER if v in rows}
@@ -26,5 +26,5 @@ def _number(value: object) -> float | None:
 
 
 def write(home: Home, digest: str, rows: dict[VariantName, dict[str, object]]) -> None:
-    """Keep what was measured of one bundle, and forget all others."""
+    """Store the figures of one bundle, and drop those of all others."""
     home.disk.replace(NAME, json.dumps({digest: rows}, indent=1).encode())

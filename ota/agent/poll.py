@@ -1,4 +1,4 @@
-"""Looking for updates for as long as the device runs: not all devices at once, and not more often when something fails."""
+"""Check for updates for as long as the device runs: devices spread their checks, and retry with growing pauses."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ota.agent.state import Home
 from ota.agent.updater import Outcome
 from ota.errors import BusyError, OtaError, TransferError, own_errors
 
-SOONER = 60.0  # seconds after the first failure of the link; twice as long after each that follows
-FIRST_WITHIN = 300.0  # seconds in which devices that got power together look for the first time
+SOONER = 60.0  # seconds until the retry after the first failure of the link; doubles with each further one
+FIRST_WITHIN = 300.0  # seconds within which devices that were switched on together make their first check
 
 log = logging.getLogger(__name__)
 
 
 def pause(every: float, failures: int, part: float) -> float:
-    """Seconds until the next look.
+    """Compute the seconds until the next check.
 
     Args:
-        every: seconds between two looks that succeed.
-        failures: of the link in a row.
-        part: drawn from [0, 1): devices that looked together will not do so again.
+        every: seconds between two checks if the link works.
+        failures: number of link failures in a row.
+        part: random number from [0, 1), so that devices that checked at the same moment do not do so again.
     """
     wanted = min(every, SOONER * 2.0 ** min(failures - 1, 20)) if failures else every
     return wanted * (0.75 + part / 2)
@@ -38,18 +38,18 @@ def run(
     on_step: updater.OnStep | None = None,
     at_once: bool = False,
 ) -> None:
-    """Update, wait, and again, until stopped; what goes wrong is told, and tried again at the next look.
+    """Update and wait, again and again, until stopped; an error is passed to `tell`, and the next check tries again.
 
     Args:
-        home: the agent's directory; locked for each update only.
-        every: seconds between two looks.
-        stopped: set to end it. An update at work may also be killed: the next one goes on.
-        tell: called with how each look ended.
-        on_step: as for `updater.update`.
-        at_once: do not wait before the first look.
+        home: the agent's directory; locked during each update only.
+        every: seconds between two checks.
+        stopped: set this event to end the loop. A running update may also be killed: the next one resumes.
+        tell: called with the outcome or the error of each check.
+        on_step: see `updater.update`.
+        at_once: do not wait before the first check.
 
     Raises:
-        OwnerError: the directory is another user's; that does not heal by itself.
+        OwnerError: the directory belongs to another user, which no retry can mend.
     """
     home.check_owner()
     failures = 0
@@ -65,7 +65,7 @@ def run(
         except TransferError as error:
             failures += 1
             tell(error)
-        except BusyError as error:  # somebody updates by hand
+        except BusyError as error:  # somebody is updating by hand
             tell(error)
         except OtaError as error:
             failures = 0

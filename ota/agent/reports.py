@@ -1,6 +1,6 @@
-"""What a device tells the factory: signed, numbered, kept in a bounded queue until delivered. Never an image.
+"""Reports of a device to the factory: signed, numbered, and kept in a bounded queue until delivered. They hold no images.
 
-A report's number is made durable before the report is, so that no number is ever used for two contents; a power cut may
+A report's number is made durable before the report itself, so that no number is ever used for two contents. A power cut may
 leave a gap in the numbers, which means nothing.
 """
 
@@ -24,9 +24,9 @@ from ota.agent.transport import HungError, within
 from ota.errors import DeviceError, OperatorError, StateError, TransferError
 from ota.manifest import MAX_NUMBER, DeviceReport, Event, SignedReport
 
-MOUNT_SECONDS = 30.0  # that a report waits for the folder in which it is left
-MAX_QUEUE = 200  # reports; the oldest go first
-EPOCH = 1_700_000_000  # seconds since 1970; where numbers start that replace lost ones
+MOUNT_SECONDS = 30.0  # seconds to wait for the reports folder, which may be a mount that hangs
+MAX_QUEUE = 200  # reports; the oldest are dropped first
+EPOCH = 1_700_000_000  # seconds since 1970; if the last number is lost, numbers continue with the seconds since then
 NO_FOLDER = "this device has no folder for reports; run `ferry-agent init` again, with --reports FOLDER"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def make_key(home: Home) -> None:
-    """Make the device's key where there is none; its numbers start at 1."""
+    """Make the device's key if there is none; the numbers of its reports start at 1."""
     if not home.disk.path("device.key").is_file():
         home.disk.replace("number", b"0")
         home.disk.replace("device.key", Ed25519PrivateKey.generate().private_bytes_raw())
@@ -48,7 +48,7 @@ def _key(home: Home) -> Ed25519PrivateKey:
 
 
 def public_key(home: Home) -> str:
-    """The public half, 64 hex digits, for `ferry fleet enroll`."""
+    """Return the device's public key, 64 hex digits, for `ferry fleet enroll`."""
     return _key(home).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
@@ -73,7 +73,7 @@ def _next_number(home: Home) -> int:
         last = int(home.disk.read("number") or b"")
     except ValueError:
         last = -1
-    if not 0 <= last < MAX_NUMBER:  # lost: go past all that can have been used, at less than a report a second
+    if not 0 <= last < MAX_NUMBER:  # lost: skip all numbers that can have been used, at less than one report a second
         queued = [int(p.stem) for p in home.disk.path("queue").glob("*.json")]
         last = max(0, max(int(time.time()), home.high_water().time) - EPOCH, *queued)
     home.disk.replace("number", str(last + 1).encode())
@@ -88,10 +88,10 @@ def _boot() -> str:
 
 
 def folder_of(address: str) -> Path:
-    """The folder in which reports are left.
+    """Return the folder for reports that an address names.
 
     Raises:
-        OperatorError: it is not one; what was sent to another kind of place would be lost without a word.
+        OperatorError: the address is not a folder; reports sent to another kind of place would be lost silently.
     """
     try:
         parts = urlsplit(address)
@@ -103,12 +103,12 @@ def folder_of(address: str) -> Path:
 
 
 def missing(folder: Path) -> str:
-    """Say that a folder is not there. The agent does not make it: below the place of a mount nobody would find what it holds."""
+    """Say that a folder does not exist. The agent does not make it: under an unmounted mount point nobody would find it."""
     return f"there is no folder {folder}; mount it or make it"
 
 
 def problem(home: Home) -> str:
-    """Why reports wait: there is no folder for them, or the last try failed; empty: neither."""
+    """Say why reports wait: no folder is configured, or the last delivery failed; return an empty string if neither is so."""
     try:
         if not home.config().reports:
             return NO_FOLDER
@@ -118,8 +118,8 @@ def problem(home: Home) -> str:
 
 
 def _note(home: Home, problem_now: str) -> None:
-    """Keep it for `status`: who asks may be another user than who tried, and not shut in as a service is."""
-    with suppress(DeviceError):  # a full disk must not end an update for this
+    """Store the problem for `status`, which may run as another user and outside the sandbox of the service."""
+    with suppress(DeviceError):  # a full disk must not end an update because of this note
         if problem_now.encode() == (home.disk.read("undelivered.txt") or b""):
             return
         if problem_now:
@@ -129,9 +129,9 @@ def _note(home: Home, problem_now: str) -> None:
 
 
 def send(home: Home) -> int:
-    """Deliver what is queued; what cannot be delivered stays, and `problem` says why. Returns how many reports are left.
+    """Deliver the queued reports and return how many could not be delivered; they stay, and `problem` says why.
 
-    A report is a file in a folder, named by device and number: dropping it twice is the same as once.
+    A report becomes a file that is named by device and number, so delivering it twice is the same as once.
     """
     config = home.config()
     waiting = sorted(home.disk.path("queue").glob("*.json"))
@@ -146,15 +146,15 @@ def send(home: Home) -> int:
 
 
 def _deliver(home: Home, folder: Path, waiting: list[Path]) -> tuple[int, str]:
-    """Leave reports in the folder; returns how many are left, and why."""
+    """Deliver reports to the folder; return how many could not be delivered, and why."""
     left, why = 0, ""
     for done, path in enumerate(waiting):
         data, name = path.read_bytes(), f"{home.config().device}-{path.name}"
         try:
             within(MOUNT_SECONDS, folder, lambda data=data, name=name: _drop(data, folder, name))  # type: ignore[misc]
-        except HungError as error:  # the next ones would, too, and a lock is held meanwhile
+        except HungError as error:  # the next ones would hang too, and the lock is held meanwhile
             return left + len(waiting) - done, f"{error}; reports are kept and tried again"
-        except TransferError as error:  # somebody else may have put something in the place of this one, and not of the next
+        except TransferError as error:  # something else may have taken this report's place in the folder, and not the next one's
             left, why = left + 1, why or str(error)
         else:
             home.disk.remove(f"queue/{path.name}")
@@ -162,16 +162,16 @@ def _deliver(home: Home, folder: Path, waiting: list[Path]) -> tuple[int, str]:
 
 
 def _drop(data: bytes, folder: Path, name: str) -> None:
-    """Leave a file in a folder where others may write, too; durable on return, because the only other copy is removed next."""
+    """Write a report into a folder that others may write to; durable on return, because its only other copy is removed next."""
     try:
         if not folder.is_dir():
             raise TransferError(f"{missing(folder)}, reports are kept and tried again")
         with output.fresh(folder / name) as file:
-            os.fchmod(file.fileno(), 0o644)  # whatever the agent's umask: another user collects it
+            os.fchmod(file.fileno(), 0o644)  # whatever the agent's umask is: another user collects the file
             file.write(data)
     except (OSError, OperatorError) as error:
         reason = str((error.strerror if isinstance(error, OSError) else "") or error)
-        if isinstance(error.__cause__, FileNotFoundError):  # the folder is there, as in /proc
+        if isinstance(error.__cause__, FileNotFoundError):  # the folder exists but takes no files, as in /proc
             reason = "no file can be made there, name another folder with `ferry-agent init`"
         if os.strerror(errno.EROFS) in reason:
             reason += " (systemd lets a service write what its unit names in ReadWritePaths)"

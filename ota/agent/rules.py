@@ -1,4 +1,4 @@
-"""Every decision of the agent, without I/O: what to install, from where, and whether a new bundle is fit to run."""
+"""The agent's decisions about updates, without I/O: what to install, when, and whether a new bundle is fit to run."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from ota.manifest import MAX_COUNT, Manifest, Policy, Reference, as_numbers
 
 BUCKETS = 10_000
 CLOCK_SLACK = 24 * 3600  # seconds that a clock may run behind the latest time seen
-STATISTIC_FLOOR = 0.02  # of the grey range of 2; the least width that a reference range is taken for
-MAX_DEAD_LOAD = 0.1  # of its reference share; an expert with less is not used on this device
-SEEDS = 2**128  # numbers that Philox takes as a key
-MAX_TRIES = 3  # times in a row that the trying of a bundle may begin and give no answer before it rests
-FIRST_REST = 3600  # seconds; each rest is twice as long as the one before
+STATISTIC_FLOOR = 0.02  # least width that is assumed for a reference range; pixel values span 2
+MAX_DEAD_LOAD = 0.1  # share of its reference load; an expert with less counts as unused on this device
+SEEDS = 2**128  # number of seeds: all keys that Philox accepts
+MAX_TRIES = 3  # trials of a bundle in a row that may begin and give no result before the bundle has to wait
+FIRST_REST = 3600  # seconds that a bundle waits; each wait is twice as long as the one before
 LONGEST_REST = 7 * 86_400
-LEAST_IMAGES = 20  # of a benchmark: for a figure that 95 of 100 do not exceed
+LEAST_IMAGES = 20  # of a benchmark; fewer give no 95th percentile
 MOST_IMAGES = 10_000
 MEMORY_LIMIT = 1024  # MiB that trying or running a bundle may take at its peak
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the policy wants of this device now."""
+    """What the policy asks of this device now."""
 
     install: bool
     reason: str
     settled: bool = False
-    """Whether what it names will not be installed later either, so that what was fetched of it is of no use."""
+    """Whether the named bundle is installed, refused or halted, so that what was fetched of it can be removed."""
 
 
 def bucket(device: str, salt: str) -> int:
-    """The device's place in the fleet for one release, 0 … 9999: the same on every device and machine."""
+    """Compute a device's bucket, 0 to 9999, from its id and a release's salt; every machine computes the same number."""
     digest = hmac.new(salt.encode(), device.encode(), hashlib.sha256).digest()
     return int.from_bytes(digest[:8], "big") % BUCKETS
 
 
 def check_clock(now: int, floor: int) -> None:
-    """Refuse a clock that runs behind what was already seen: with it, expired metadata would look fresh.
+    """Refuse a clock that is behind the latest time already seen, because expired metadata would look fresh.
 
     Raises:
-        TrustError: it does, by more than `CLOCK_SLACK`.
+        TrustError: the clock is behind by more than `CLOCK_SLACK`.
     """
     if now < floor - CLOCK_SLACK:
         raise TrustError(
@@ -55,20 +55,20 @@ def check_clock(now: int, floor: int) -> None:
 
 @dataclass(frozen=True)
 class Trusted:
-    """The keys that a role is trusted with by the root, or by the targets, that this device accepted."""
+    """The keys of a role, as the root or targets metadata that this device accepted name them."""
 
     keys: frozenset[str]
-    """Their ids."""
+    """Ids of the keys."""
     threshold: int
 
 
 def binding(marks: HighWater, trusted: Mapping[str, Trusted]) -> dict[str, int]:
-    """The marks that hold under the keys that roles are trusted with now.
+    """Return the high-water marks that bind under the keys that the roles have now.
 
-    A mark is for nothing once so few of the keys that it was made under are still trusted that nothing they signed could
-    pass any more: then it cannot be replayed, and it may be a number that a thief raised beyond all others. Only a newer
-    root, or newer targets, signed by the offline keys, brings that about. The mark of the root itself always holds, and so
-    does one of which the keys are not known.
+    A mark no longer binds once fewer than `threshold` of its signing keys are still trusted. Nothing that these keys signed
+    can then pass, so an old version cannot be replayed; and a thief of the keys may have raised the mark beyond all other
+    numbers. Only a newer root, or newer targets, signed by the offline keys, can cause this. The mark of the root itself
+    always binds, and so do the marks of roles that are not in `trusted` or whose signing keys are not known.
     """
     return {
         role: version
@@ -80,28 +80,28 @@ def binding(marks: HighWater, trusted: Mapping[str, Trusted]) -> dict[str, int]:
 
 
 def check_floor(seq: int | None, floor: int) -> None:
-    """Refuse a release that lies below the floor of its line and class, which `models` signs beside its number.
+    """Refuse a release below the floor of its line and class; `models` signs the floor beside the release's number.
 
     Args:
-        seq: the release's number; None: it has none, and then no policy can name it either.
-        floor: the lowest that may be installed.
+        seq: the release's number; None if it has none, and then no policy can name it either.
+        floor: the lowest release number that may be installed.
 
     Raises:
-        TrustError: it does.
+        TrustError: the release is below the floor.
     """
     if seq is not None and seq < floor:
         raise TrustError(f"release {seq} lies below the floor, {floor}: it may not be installed or gone back to any more")
 
 
 def check_versions(found: Mapping[str, int], marks: Mapping[str, int]) -> None:
-    """Refuse metadata older than what this device accepted before, also when its cache was lost.
+    """Refuse metadata that are older than what this device accepted before, even if its cache was lost.
 
     Args:
         found: versions by role.
-        marks: those that bind.
+        marks: the high-water marks that bind, by role.
 
     Raises:
-        TrustError: a role went back, or has a number that no factory ever reaches and no device could remember.
+        TrustError: a role's version went back, or is above `MAX_COUNT`, which no factory ever reaches and no device can store.
     """
     for role, version in sorted(found.items()):
         if version > MAX_COUNT:
@@ -116,18 +116,18 @@ def check_versions(found: Mapping[str, int], marks: Mapping[str, int]) -> None:
 
 
 def want(policy: Policy, config: Config, state: State, revertible: bool, now: int) -> Wanted:
-    """What a policy wants of this device.
+    """Decide what a policy asks of this device.
 
     Args:
-        policy: signed, and not expired.
-        config: of the device.
-        state: of the device.
-        revertible: whether `models` marks the named release as one to go back to.
+        policy: the policy; its signature and expiry were checked.
+        config: the device's configuration.
+        state: the device's state.
+        revertible: whether `models` marks the named release as one that devices may go back to.
         now: seconds since 1970.
 
     Raises:
         ManifestError: the policy is for another line or class.
-        TrustError: it names an older release without saying so, or one that may not be gone back to.
+        TrustError: the policy names an older release without calling it a revert, or one that devices may not go back to.
     """
     if (policy.line, policy.device_class) != (config.line, config.device_class):
         raise ManifestError(f"the policy is for {policy.line}/{policy.device_class}, not for this device")
@@ -155,12 +155,12 @@ def want(policy: Policy, config: Config, state: State, revertible: bool, now: in
 
 
 def lifting(digest: str) -> str:
-    """Say how a refusal is lifted."""
+    """Say how to lift a refusal."""
     return f"`ferry-agent forget {digest[:12]}` lifts this"
 
 
 def resting(found: Rest) -> str:
-    """Say how long a bundle rests, and how that is ended."""
+    """Say until when a bundle waits for its next trial, and how to end the wait."""
     until = datetime.fromtimestamp(found.until, UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         f"{found.bundle[:12]} is tried again after {until}: its trying gave no answer; `ferry-agent forget {found.bundle[:12]}` "
@@ -169,27 +169,28 @@ def resting(found: Rest) -> str:
 
 
 def rest(tries: int) -> int:
-    """Seconds that a bundle rests after so many tries that gave no answer; it is never condemned for them.
+    """Return the seconds that a bundle waits after `tries` trials without a result; it is never refused for them.
 
-    Perhaps it kills the process or the machine, perhaps the device lacks memory until somebody mends it: nobody can tell from here.
-    Twice as long each time, up to a week, costs the device little if it is the bundle, and loses no good release if it is not.
+    The agent cannot tell whether the bundle kills the process or the machine, or whether the device lacks memory until somebody
+    mends it. The wait doubles each time, up to a week. This costs the device little if the bundle is to blame, and loses no
+    good release if it is not.
     """
     return min(FIRST_REST * 2 ** min(tries - MAX_TRIES, 20), LONGEST_REST) if tries >= MAX_TRIES else 0
 
 
 def in_window(window: str, now: int) -> bool:
-    """Whether the time of day (UTC) lies in a window such as 22:00-05:00."""
+    """Check whether the time of day (UTC) lies in a window such as 22:00-05:00."""
     start, stop = (int(part[:2]) * 60 + int(part[3:5]) for part in window.split("-"))
     minute = now // 60 % 1440
     return start <= minute < stop if start <= stop else minute >= start or minute < stop
 
 
 def check_fits(manifest: Manifest, config: Config, agent: str) -> None:
-    """Refuse a bundle that was not made for this device, before anything of it is fetched.
+    """Refuse a bundle that was not made for this device, before any of its files is fetched.
 
     Raises:
-        ManifestError: another line or class.
-        AgentError: it needs a newer agent.
+        ManifestError: the bundle is for another line or class.
+        AgentError: the bundle needs a newer agent.
     """
     if (manifest.line, manifest.device_class) != (config.line, config.device_class):
         raise ManifestError(f"the bundle is for {manifest.line}/{manifest.device_class}, not for this device")
@@ -198,7 +199,7 @@ def check_fits(manifest: Manifest, config: Config, agent: str) -> None:
 
 
 def check_runtime(bounds: Sequence[str], version: str) -> str | None:
-    """Why this ONNX Runtime must not run the bundle, if so; `bounds` are ">=a" and "<b"."""
+    """Say why this version of ONNX Runtime must not run the bundle, or return None; `bounds` are ">=a" and "<b"."""
     low, high = as_numbers(bounds[0].removeprefix(">=")), as_numbers(bounds[1].removeprefix("<"))
     if low <= as_numbers(version) < high:
         return None
@@ -206,12 +207,12 @@ def check_runtime(bounds: Sequence[str], version: str) -> str | None:
 
 
 def room_needed(written: int, bundle: int) -> int:
-    """Bytes that must be free: what is still to be written of an update to `bundle` bytes, and a margin for everything else."""
+    """Return the bytes that must be free: those still to be written, and a margin of a tenth of the bundle, at least 8 MiB."""
     return written + max(bundle // 10, 8 * 1024 * 1024)
 
 
 def check_request(caption: str, seed: int) -> None:
-    """Refuse what no bundle could draw, before any is blamed for it.
+    """Refuse a request that no bundle can draw, before a bundle is blamed for it.
 
     Raises:
         OperatorError: the caption is not Unicode text, or the seed is out of range.
@@ -226,30 +227,30 @@ def check_request(caption: str, seed: int) -> None:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What a child process measured when it tried a bundle's variant."""
+    """What a child process measured when it tried a variant of a bundle."""
 
     golden_share: float
-    """Share of the golden outputs within the tolerance; 0 when any is not finite."""
+    """Share of the golden outputs within the tolerance; 0 if any output is not finite."""
     finite: bool
     statistics: tuple[tuple[str, float], ...]
     """Means over the generated images: (name, value)."""
     load: tuple[tuple[float, ...], ...]
-    """Mean gate mass [M][E]."""
+    """Mean gate mass of each expert of each block [M][E]."""
     milliseconds: float
-    """Count the time of an image by the clock."""
+    """Wall-clock time of one image."""
     computing: float
-    """Count the processor time of an image in milliseconds; a busy device hardly changes it."""
+    """Processor time of one image in milliseconds; other load on the device hardly changes it."""
     peak_mib: float
 
 
 def judge(trying: TrialResult, own: Reference, running: Reference | None) -> list[str]:
-    """Why a new bundle is not fit to run here; empty when it is.
+    """List the reasons why a new bundle is not fit to run here; the list is empty if it is fit.
 
     Args:
         trying: what was measured on this device.
-        own: what the bundle claims of itself. A bundle that was damaged or computes otherwise here differs from it.
-        running: what the bundle that runs now claims of itself. A bundle made from garbage agrees with its own golden
-            outputs, so its images are also held against the images of the one it would replace.
+        own: the bundle's own reference. A bundle that is damaged, or that computes differently here, deviates from it.
+        running: the reference of the running bundle, or None. A bundle made from garbage agrees with its own golden
+            outputs, so its images are also compared with those of the bundle that it would replace.
     """
     reasons = []
     if not trying.finite:
@@ -280,7 +281,7 @@ def judge(trying: TrialResult, own: Reference, running: Reference | None) -> lis
 
 
 def hurried(trying: TrialResult, own: Reference) -> str:
-    """Why a trial says nothing, although nothing is wrong with the bundle: the device was busy or asleep; empty: it does say something."""
+    """Say why a trial is inconclusive because the device was busy or asleep; return an empty string if it is conclusive."""
     if trying.milliseconds <= own.latency_ms:
         return ""
     return (
@@ -290,10 +291,10 @@ def hurried(trying: TrialResult, own: Reference) -> str:
 
 
 def unlike(statistics: Sequence[tuple[str, float]], reference: Reference, whose: str) -> list[str]:
-    """Which image statistics lie more than their own range's width outside a reference's range.
+    """List the image statistics that lie outside a reference's range by more than the width of that range.
 
-    The width makes room for what retraining is for (a lighting change moves the mean); garbage moves several statistics
-    by many widths.
+    The width allows for the changes that retraining is meant to make (new lighting moves the mean). Garbage moves several
+    statistics by many widths.
     """
     reasons = []
     for name, value in statistics:

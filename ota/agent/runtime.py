@@ -1,4 +1,7 @@
-"""Show with a graph of our own whether ONNX Runtime computes on this device at all; where it does not, no bundle is to blame."""
+"""Check with a small graph of our own that ONNX Runtime computes correctly on this device.
+
+If it does not, the software is to blame and not a bundle.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,22 @@ import base64
 import numpy as np
 import onnxruntime as ort
 
-# y = softmax(x·w + b) and c = the valid cross-correlation of the images i with the kernel k, opset 17. A test makes it anew with the package onnx.
+# Opset 17: y = softmax(x·w + b), and c = the valid cross-correlation of the images i with the kernel k.
+# A test builds the same graph with the package onnx and compares it.
 PROBE = base64.b64decode(
     "CAg6kgIKEQoBeAoBdxIBbSIGTWF0TXVsCg4KAW0KAWISAWEiA0FkZAolCgFhEgF5IgdTb2Z0bWF4KhQKBGF4aXMY////////////AaABAgoPCgFpCgFrEgFj"
     "IgRDb252EgFwWhUKAXgSEAoOCAESCgoDEgFuCgMSAWRaFQoBdxIQCg4IARIKCgMSAWQKAxIBZVoQCgFiEgsKCQgBEgUKAxIBZVoeCgFpEhkKFwgBEhMKAxIB"
     "ZgoCCAEKAxIBZwoDEgFoWhsKAWsSFgoUCAESEAoCCAEKAggBCgIIAwoCCANiFQoBeRIQCg4IARIKCgMSAW4KAxIBZWIeCgFjEhkKFwgBEhMKAxIBZgoCCAEK"
     "AxIBbwoDEgFwQgQKABAR"
 )
-SIZES = (3, 96)  # a fault may show only where a runtime divides its work, or uses its wide instructions
+SIZES = (3, 96)  # some faults show only at sizes where the runtime splits its work or uses SIMD instructions
 
 
 def check() -> None:
-    """Compute what NumPy computes, small and large.
+    """Check that ONNX Runtime computes the same as NumPy, for small and large matrices.
 
     Raises:
-        RuntimeError: it comes out otherwise. What ONNX Runtime itself raises is not caught either: both stand for broken software.
+        RuntimeError: the results differ. Exceptions of ONNX Runtime itself are not caught: both mean broken software.
     """
     session = ort.InferenceSession(PROBE, providers=["CPUExecutionProvider"])
     for size in SIZES:
@@ -34,7 +38,7 @@ def check() -> None:
 
 
 def _expected(x: np.ndarray, w: np.ndarray, b: np.ndarray, i: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute softmax(x·w + b), and i correlated with k, in float64."""
+    """Compute softmax(x·w + b), and the valid cross-correlation of i with k, in float64."""
     a = x @ w + b
     powers = np.exp(a - a.max(axis=1, keepdims=True))
     rows, columns = i.shape[2] - 2, i.shape[3] - 2

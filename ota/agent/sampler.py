@@ -1,7 +1,7 @@
-"""Draw images on the device: NumPy, ONNX Runtime, and the table in `sampler.json`. Nothing of the factory is needed.
+"""Draw images on the device with NumPy, ONNX Runtime and the table in `sampler.json`. No code of the factory is needed.
 
-This is a second implementation of the factory's samplers, kept to what a device needs; a test holds the two together on
-the same noise.
+This is a second implementation of the factory's samplers, reduced to what a device needs. A test compares both on the same
+noise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ota.agent.graph import check_graph
 from ota.errors import DeviceError, OperatorError
 from ota.manifest import WEIGHTS_LOCATION, SamplerTable
 
-NO_MEMORY = ("llocate memory", "bad_alloc", "bad allocation", "out of memory")  # in what ONNX Runtime writes
+NO_MEMORY = ("llocate memory", "bad_alloc", "bad allocation", "out of memory")  # in ONNX Runtime's error texts
 
 Floats = npt.NDArray[np.float32]
 Velocity = Callable[[Floats, float, float], Floats]
@@ -30,17 +30,17 @@ Velocity = Callable[[Floats, float, float], Floats]
 
 @dataclass
 class Model:
-    """A loaded variant: its session and table, and the expert load of everything drawn so far."""
+    """A loaded variant: its session and table, and the sum of the expert load of everything drawn so far."""
 
     session: Any
     table: SamplerTable
     load_sum: npt.NDArray[np.float64] | None = None
     evaluations: int = 0
     experts: list[int] | None = None
-    """Number of experts of each block, as the bundle's own reference lists them; None: not checked."""
+    """Number of experts of each block, as listed in the bundle's own reference; None: not checked."""
 
     def velocity(self, x: Floats, t: float, r: float, ids: npt.NDArray[np.int64]) -> Floats:
-        """The network at (x [B, C, R, R], t, r) for captions [B, L]; guided where the table says so."""
+        """Evaluate the network at (x [B, C, R, R], t, r) for captions [B, L]; with guidance if the table asks for it."""
         guidance, B = np.float32(self.table.guidance), len(x)
         if guidance == 1:
             return self.run(x, np.full(B, t, np.float32), np.full(B, r, np.float32), ids)
@@ -49,16 +49,17 @@ class Model:
         return both[B:] + guidance * (both[:B] - both[B:])
 
     def run(self, x: Floats, t: Floats, r: Floats, ids: npt.NDArray[np.int64]) -> Floats:
-        """One evaluation of the network, counted.
+        """Evaluate the network once; count the evaluation and add its expert load to the sum.
 
         Raises:
-            DeviceError: the runtime fails at it, or it gives something else than a velocity and the load of its experts.
+            DeviceError: the runtime fails, or the outputs are not a velocity and the load of the experts.
+            MemoryError: the runtime has not enough memory.
         """
         try:
             v, load = self.session.run(["v", "load"], {"x": x, "t": t, "r": r, "ids": ids})
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise _of_the_runtime("does not run the model", error) from error
-        # What a graph gives may depend on the caption, so it says nothing that the outputs were right in the trial.
+        # A graph's outputs may depend on the caption, so correct outputs in the trial do not prove that these are correct.
         if not _is_floats(v) or v.dtype != np.float32 or v.shape != x.shape:
             raise DeviceError(f"the model gives {_form(v)} as velocity, not float32 {list(x.shape)}")
         if not _is_floats(load) or load.ndim != 3 or len(load) != len(x):
@@ -74,16 +75,16 @@ class Model:
         return velocity
 
     def generate(self, ids: npt.NDArray[np.int64], seeds: list[int]) -> Floats:
-        """One image for each caption and seed: float32 [B, C, R, R], about [-1, 1]."""
+        """Draw one image for each caption and seed: float32 [B, C, R, R], values about [-1, 1]."""
         shape = (self.table.image.channels, self.table.image.size, self.table.image.size)
         x = np.stack([noise(seed, shape) for seed in seeds])
         return SAMPLERS[self.table.method](lambda y, t, r: self.velocity(y, t, r, ids), x, self.table.times)
 
     def encode(self, caption: str) -> npt.NDArray[np.int64]:
-        """A caption as ids [1, L].
+        """Encode a caption as ids [1, L].
 
         Raises:
-            OperatorError: it is longer than the model reads.
+            OperatorError: the caption is longer than the model reads.
         """
         data, length = caption.encode(), self.table.text_length
         if len(data) > length:
@@ -93,7 +94,7 @@ class Model:
         return ids
 
     def load(self) -> list[list[float]]:
-        """Mean expert load [M][E] over all evaluations."""
+        """Return the mean expert load [M][E] over all evaluations."""
         if self.load_sum is None:
             return []
         rows: list[list[float]] = (self.load_sum / self.evaluations).tolist()
@@ -104,7 +105,8 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
     """Load a variant with the session options that its table pins.
 
     Raises:
-        DeviceError: it names a file, or ONNX Runtime refuses it.
+        DeviceError: its graph refers to another file than its weights, or ONNX Runtime refuses it.
+        MemoryError: ONNX Runtime has not enough memory.
     """
     check_graph(graph)
     levels = ort.GraphOptimizationLevel
@@ -117,7 +119,7 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
     }[table.runtime.graph_optimization_level]  # fmt: skip
     for key, value in table.runtime.config.items():
         options.add_session_config_entry(key, value)
-    # The graph's only external file is handed over in memory; `check_graph` saw that it names no other.
+    # The weights, the graph's only external file, are passed in memory; `check_graph` has made sure that there is no other.
     options.add_external_initializers_from_files_in_memory(
         [WEIGHTS_LOCATION], [np.frombuffer(weights, dtype=np.uint8)], [len(weights)]
     )
@@ -128,7 +130,7 @@ def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int =
 
 
 def _of_the_runtime(what: str, error: Exception) -> Exception:
-    """Make our error from one of ONNX Runtime's, which reports a lack of memory in its text only; that is not the model's fault."""
+    """Convert an error of ONNX Runtime to ours; only its text shows a lack of memory, which is not the model's fault."""
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
         return MemoryError(str(error))
     return DeviceError(f"ONNX Runtime {ort.__version__} {what}: {error}")
@@ -143,14 +145,14 @@ def _form(value: Any) -> str:
 
 
 def sample_euler(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
-    """Euler's method."""
+    """Integrate by Euler's method."""
     for t, s in pairwise(times):
         x = x + np.float32(s - t) * velocity(x, t, t)
     return x
 
 
 def sample_heun(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1, without churn)."""
+    """Integrate by Heun's second-order method (Karras et al. 2022, algorithm 1, without churn)."""
     for t, s in pairwise(times):
         h = np.float32(s - t)
         v = velocity(x, t, t)
@@ -159,7 +161,7 @@ def sample_heun(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
 
 
 def sample_ab2(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
-    """Adams-Bashforth of order two."""
+    """Integrate by the second-order Adams-Bashforth method."""
     before: tuple[Floats, float] | None = None
     for t, s in pairwise(times):
         h = s - t
@@ -175,7 +177,7 @@ def sample_ab2(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
 
 
 def sample_mean(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
-    """Steps by the mean velocity from each time to the next, which distilled variants predict."""
+    """Integrate by the mean velocity from each time to the next, which distilled variants predict."""
     for t, s in pairwise(times):
         x = x + np.float32(s - t) * velocity(x, t, s)
     return x
@@ -190,7 +192,7 @@ SAMPLERS: dict[str, Callable[[Velocity, Floats, list[float]], Floats]] = {
 
 
 def noise(seed: int, shape: tuple[int, ...]) -> Floats:
-    """Standard normal numbers from a seed: Philox's raw stream (stable by NumPy's promise) through Box-Muller."""
+    """Draw standard normal numbers from a seed: Philox's raw stream, which NumPy promises to keep stable, through Box-Muller."""
     count = math.prod(shape)
     half = -(-count // 2)
     raw = np.random.Philox(key=seed).random_raw(2 * half)
@@ -201,14 +203,17 @@ def noise(seed: int, shape: tuple[int, ...]) -> Floats:
 
 
 def statistics(images: Floats) -> list[tuple[str, float]]:
-    """Mean, standard deviation and mean step between neighbouring pixels, each averaged over the images [B, C, R, R]."""
+    """Compute the mean, the standard deviation and the edge strength, each averaged over the images [B, C, R, R].
+
+    Edge strength is the mean absolute step between neighbouring pixels, summed over both directions.
+    """
     x = images.clip(-1, 1).astype(np.float64)
     edges = np.abs(np.diff(x, axis=2)).mean() + np.abs(np.diff(x, axis=3)).mean()
     return [("mean", float(x.mean())), ("deviation", float(x.std(axis=(1, 2, 3)).mean())), ("edges", float(edges))]
 
 
 def png(image: Floats) -> bytes:
-    """One image [C, R, R], about [-1, 1], as a PNG file."""
+    """Encode one image [C, R, R], values about [-1, 1], as a PNG file."""
     pixels = ((image.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
     channels, rows, columns = pixels.shape
     lines = np.ascontiguousarray(pixels.transpose(1, 2, 0)).reshape(rows, columns * channels)

@@ -1,11 +1,12 @@
-"""A local endpoint that draws: for other programs on the device, and for nobody else.
+"""A local HTTP endpoint that draws for other programs on the device, and for nobody else.
 
-    POST /generate   {"caption": "bolt, rusty", "seed": 7, "variant": "fast"}, the last two as one likes; answers with a PNG
-    GET  /status     what runs, how fast, and what has strayed, as JSON
+    POST /generate   {"caption": "bolt, rusty", "seed": 7, "variant": "fast"}, all optional; answers with a PNG
+    GET  /status     what is served, how fast, and whether the expert routing has shifted, as JSON
 
-It keeps the bundle loaded in a process of its own and goes on with it while an update is at work. When the update has been confirmed, the new
-bundle is loaded beside the old one, takes over, and the old one ends with its last image: no request is dropped. What is on trial is not
-served; the bundle before is. A worker that dies is replaced, and its request drawn again by the next.
+The service keeps the running bundle loaded in a separate process, and goes on with it during an update. When the update has been
+confirmed, the new bundle is loaded beside the old one and takes over; the old process ends after its last image, so no request is
+dropped. A bundle on trial is not served; the previous bundle is. A worker that dies is replaced, and the next worker draws its
+request again.
 
     >>> with listening_socket(Path("/run/deltaferry/agent.sock")) as server:
     ...     run(Service(home), server, stopped)
@@ -52,19 +53,19 @@ from ota.errors import (
 )
 from ota.manifest import Reference, VariantName
 
-LOOK_EVERY = 0.5  # seconds between two looks at what runs
+LOOK_EVERY = 0.5  # seconds between two checks of what runs
 READY_WAIT = 20.0  # seconds that a request waits for a bundle to be loaded
-TRIES = 2  # workers that a request is given to before it fails: it may be its own fault that they died
-FAILURES = 3  # of one bundle, without an image between, after which it rests and the bundle before draws
-LONGEST_REST = 60.0  # seconds; the first rest is 2, each is twice as long as the one before
-DEAR = 10  # times what a failure took is the least that a bundle rests: what hangs shall cost a tenth of the time
+TRIES = 2  # workers that are given a request before it fails: the request itself may kill them
+FAILURES = 3  # of one bundle, with no image in between, after which it pauses and the previous bundle draws
+LONGEST_REST = 60.0  # seconds; the first pause is 2, each is twice as long as the one before
+DEAR = 10  # a pause is at least so many times as long as the longest failure: a hanging bundle costs a tenth of the time
 AVOIDED = 600.0  # seconds that a variant comes last after it was stopped for its time or memory
-KEPT = 200  # newest durations of a variant's images
-ENOUGH = 20  # of them that say more than a benchmark of once
+KEPT = 200  # image times that are kept for a variant, the newest
+ENOUGH = 20  # image times after which they replace the figure of the benchmark
 MAX_BODY = 4096  # bytes of a request
 MAX_AT_ONCE = 16  # requests; one draws, the others wait
 READ_TIMEOUT = 10.0  # seconds for a request to arrive
-LAST_WORDS = 1.0  # seconds for the rest of one that is refused
+LAST_WORDS = 1.0  # seconds for reading the rest of a request that is refused
 LONGEST_SOCKET = 107  # bytes of a Unix socket's name (unix(7))
 LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
@@ -73,7 +74,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Serving:
-    """A bundle that is loaded, and what was seen of it."""
+    """A bundle that is loaded, and what was observed of it."""
 
     digest: str
     worker: child.Worker
@@ -87,7 +88,7 @@ class Serving:
     strayed: str | None = None
 
     def chain(self, home: Home) -> list[VariantName]:
-        """See `variants.chain`; what was drawn lately says more than what was measured once."""
+        """Order the variants by `variants.chain`; the times of recent images replace those of the benchmark."""
         figures = dict(self.figures)
         for variant, took in self.took.items():
             if len(took) >= ENOUGH:
@@ -96,7 +97,7 @@ class Serving:
         return variants.chain(list(self.references), self.default, figures, home.config(), self.strayed is not None)
 
     def saw(self, variant: VariantName, milliseconds: float, load: list[list[float]]) -> bool:
-        """Count an image; returns whether its variant's routes have just been found to stray."""
+        """Count an image; return True if it shows, for the first time, that the expert routing has shifted."""
         self.took.setdefault(variant, deque(maxlen=KEPT)).append(milliseconds)
         seen = self.loads.setdefault(variant, [])
         seen.append(load)
@@ -110,7 +111,7 @@ class Serving:
 
 
 class Service:
-    """Draws images with the bundle that runs, whichever that is."""
+    """Draws images with the running bundle, whichever that is at the moment."""
 
     def __init__(self, home: Home) -> None:
         self.home = home
@@ -118,22 +119,22 @@ class Service:
         self._serving: Serving | None = None
         self._failures: dict[str, int] = {}
         self._took: dict[str, float] = {}
-        """Seconds that a bundle's dearest failure took."""
+        """Seconds that the longest failure of a bundle took."""
         self._avoided: dict[tuple[str, VariantName], float] = {}
-        """Until when variants come last that were stopped for their time or memory."""
+        """Time until which a variant comes last, because it was stopped for its time or memory, or its worker died."""
         self._rests: dict[str, float] = {}
-        """Until when bundles rest that were loaded in vain."""
+        """Time until which a bundle pauses, because it failed repeatedly."""
         self._problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
         self._unsaid: list[tuple[str, str]] = []
 
     # For requests, in any thread
 
     def draw(self, caption: str, seed: int, variant: VariantName | None = None) -> tuple[bytes, dict[str, Any]]:
-        """Draw one image; returns the PNG and how it went.
+        """Draw one image; return the PNG, and how it was drawn.
 
         Raises:
             OperatorError: the caption or seed cannot be drawn, or there is no such variant.
-            DeviceError: nothing is installed that draws.
+            DeviceError, ManifestError: no installed bundle draws this.
         """
         rules.check_request(caption, seed)
         problem: OtaError = self._problem
@@ -142,7 +143,7 @@ class Service:
             try:
                 return self._draw(serving, caption, seed, variant)
             except (DeviceError, ManifestError) as error:
-                # If that goes on, the bundle before draws; a dead worker is counted where it is replaced.
+                # If failures go on, the previous bundle draws. A dead worker is counted where it is replaced.
                 took = time.monotonic() - began
                 if not serving.worker.alive:
                     self._took[serving.digest] = max(took, self._took.get(serving.digest, 0.0))
@@ -168,7 +169,7 @@ class Service:
             except UnfinishedError:
                 self._avoid(serving, variant, wanted)
                 raise
-            except (DeviceError, ManifestError) as error:  # this variant's own fault: the next one stands in
+            except (DeviceError, ManifestError) as error:  # this variant's own fault: the next one is tried
                 problem = error
                 if not serving.worker.alive:
                     self._avoid(serving, variant, wanted)
@@ -187,18 +188,18 @@ class Service:
         raise problem or DeviceError("no variant could be drawn; run `ferry-agent doctor`")
 
     def _chain(self, serving: Serving) -> list[VariantName]:
-        """As `variants.chain`, but those that a worker ended with lately come last: another one may be cheap enough."""
+        """Order variants like `Serving.chain`, but put those that recently ended a worker last: others may be cheap enough."""
         now = time.monotonic()
         return sorted(serving.chain(self.home), key=lambda variant: self._avoided.get((serving.digest, variant), 0.0) > now)
 
     def _avoid(self, serving: Serving, variant: VariantName, wanted: VariantName | None = None) -> None:
-        if wanted is None:  # what a caller chose says nothing about what the others get
+        if wanted is None:  # what one caller chose must not change what the others get
             self._avoided[serving.digest, variant] = time.monotonic() + AVOIDED
 
     def _take(self) -> Serving:
         until = time.monotonic() + READY_WAIT
         with self._changed:
-            self._changed.notify_all()  # a dead worker is replaced at once
+            self._changed.notify_all()  # wakes `keep`, which replaces a dead worker at once
             while self._serving is None or not self._serving.worker.alive:
                 left = until - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
@@ -214,7 +215,7 @@ class Service:
             self._changed.notify_all()
 
     def status(self) -> dict[str, Any]:
-        """What is served."""
+        """Report what is served, how fast, and whether the expert routing has shifted."""
         state = self.home.load()
         with self._changed:
             serving = self._serving
@@ -226,10 +227,10 @@ class Service:
                 "milliseconds": {v: {"images": len(t), "p50": t[len(t) // 2], "p95": t[int(0.95 * (len(t) - 1))]} for v, t in took.items()},
             }  # fmt: skip
 
-    # For the thread that keeps it going, which workers live no longer than
+    # For the thread that runs `keep`; workers live no longer than this thread
 
     def keep(self, stopped: threading.Event) -> None:
-        """See that the right bundle is loaded, until stopped."""
+        """Keep the right bundle loaded, until stopped."""
         while not stopped.is_set():
             looked = True
             try:
@@ -258,7 +259,7 @@ class Service:
             self._failed(running.digest)
             self._replace(None)
             running = None
-        # What is on trial is not ours to load: its loads are counted by the update that tries it.
+        # A bundle on trial is not loaded here: the update that tries it counts its loads.
         wanted = [digest for digest in (None if state.trial else state.active, state.previous) if digest]
         if not wanted:
             self._problem = StateError("nothing is installed that may draw yet; run `ferry-agent update`")
@@ -280,7 +281,10 @@ class Service:
                 return
 
     def _failed(self, digest: str, took: float = 0.0) -> None:
-        """Count a failure of a bundle, which took so many seconds; after some it rests, for longer the more and the dearer they were."""
+        """Count a failure of a bundle, which took `took` seconds; after `FAILURES` of them the bundle pauses.
+
+        The pause grows with the number of failures and with the longest of them.
+        """
         with self._changed:
             self._failures[digest] = failures = self._failures.get(digest, 0) + 1
             self._took[digest] = took = max(took, self._took.get(digest, 0.0))
@@ -290,7 +294,7 @@ class Service:
             self._changed.notify_all()
 
     def _load(self, digest: str) -> Serving:
-        """Load a bundle in a process of its own, and draw with it once: then it is warm."""
+        """Load a bundle in a separate process, and draw once with it to warm it up."""
         slot = self.home.slot(digest)
         worker = child.Worker(str(slot.folder), digest)
         try:
@@ -330,7 +334,7 @@ class Service:
             log.info("bundle %s is served", fresh.digest[:12])
 
     def _say(self) -> None:
-        """Report what has strayed, when no update is at work."""
+        """Report that the expert routing has shifted; postpone the report while an update is running."""
         with self._changed:
             unsaid, self._unsaid = self._unsaid, []
         for i, (digest, why) in enumerate(unsaid):
@@ -350,7 +354,7 @@ def _references(slot: Slot) -> dict[VariantName, Reference]:
     """Read the references of a bundle's variants; a variant whose reference cannot be read is not served.
 
     Raises:
-        BaseError, ManifestError: none can.
+        BaseError, ManifestError: no reference can be read.
     """
     found: dict[VariantName, Reference] = {}
     problem: OtaError | None = None
@@ -368,7 +372,7 @@ def _references(slot: Slot) -> dict[VariantName, Reference]:
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
-    """What both kinds of socket have in common."""
+    """What the servers on both kinds of socket have in common."""
 
     daemon_threads = True
     block_on_close = False
@@ -376,7 +380,7 @@ class _Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
     service: Service
     port = 0
     names: frozenset[str] | None
-    """What a request may call this host; None: anything, as on a Unix socket nothing depends on it."""
+    """Host names that a request may use; None: any, because on a Unix socket the name does not matter."""
     places: threading.BoundedSemaphore
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -490,7 +494,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"the agent failed in a way that nobody foresaw ({what}); report it")
 
     def _check_caller(self) -> None:
-        """A page in a browser on this device must not draw, nor one that made its own name point here."""
+        """Refuse web pages in a browser on this device, also pages whose own name was made to point here (DNS rebinding)."""
         names = self._mine.names
         if "Origin" in self.headers:
             raise _Refusal(HTTPStatus.FORBIDDEN, "requests of web pages are refused")
@@ -503,7 +507,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._hear_out()  # the rest of the request may still be on its way
 
     def _hear_out(self) -> None:
-        """Take what the caller still sends: closed at once, the connection would break before the answer is read."""
+        """Read what the caller still sends: if closed at once, the connection would break before the caller reads the answer."""
         until, left = time.monotonic() + LAST_WORDS, MAX_BODY
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
@@ -515,7 +519,7 @@ class _Handler(BaseHTTPRequestHandler):
                 left -= len(piece)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.close_connection = True  # a connection is a place, and each caller gets one for one request
+        self.close_connection = True  # each connection takes one of `places`, so it serves only one request
         self.connection.settimeout(READ_TIMEOUT)
         self.send_response(status)
         for name, value in {
@@ -537,10 +541,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _request(body: bytes) -> dict[str, Any]:
-    """What a request asks for.
+    """Parse the body of a request into the arguments of `Service.draw`.
 
     Raises:
-        OperatorError: it is not what `Service.draw` takes.
+        OperatorError: the body is not of the right form.
     """
     try:
         request = json.loads(body)
@@ -556,17 +560,17 @@ def _request(body: bytes) -> dict[str, Any]:
 
 @contextmanager
 def listening_socket(path: Path, group: int | None = None) -> Iterator[_Server]:
-    """A Unix socket that its owner and group may use; it goes away with the block.
+    """Listen on a Unix socket that its owner and group may use; the socket is removed when the block ends.
 
     Raises:
-        OperatorError: somebody listens there already, or it cannot be made.
+        OperatorError: another service listens there already, or the socket cannot be made.
     """
     if len(os.fsencode(path)) > LONGEST_SOCKET:
         raise OperatorError(
             f"cannot listen on {path}: its name is longer than {LONGEST_SOCKET} bytes; name another with --socket"
         )
     _remove_stale(path)
-    before = os.umask(0o117)  # so it never exists with other rights than 0660
+    before = os.umask(0o117)  # so that it never exists with other rights than 0660
     try:
         server = _UnixServer(str(path), _Handler)
     except OSError as error:
@@ -588,7 +592,7 @@ def listening_socket(path: Path, group: int | None = None) -> Iterator[_Server]:
 
 
 def _remove_stale(path: Path) -> None:
-    """A killed service leaves its socket behind; nothing else may be taken away."""
+    """Remove the socket that a killed service left behind; refuse to remove anything else."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise OperatorError(f"{path} is there and is no socket; name another with --socket")
@@ -610,10 +614,10 @@ def _remove_stale(path: Path) -> None:
 
 @contextmanager
 def listening_port(port: int) -> Iterator[_Server]:
-    """A port of the loopback; 0: any that is free.
+    """Listen on a port of the loopback interface; 0 means any free port.
 
     Raises:
-        OperatorError: it cannot be had.
+        OperatorError: the port cannot be used.
     """
     try:
         server = _LoopbackServer(("127.0.0.1", port), _Handler)
@@ -632,7 +636,7 @@ def _prepared(server: _Server, names: frozenset[str] | None) -> _Server:
 
 
 def run(service: Service, server: _Server, stopped: threading.Event) -> None:
-    """Serve until stopped; call it in a thread that lives as long as the process, best the main one."""
+    """Serve until stopped; call it in a thread that lives as long as the process, preferably the main thread."""
     server.service = service
     listener = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     listener.start()

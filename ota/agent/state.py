@@ -1,17 +1,20 @@
 """The agent's directory, its configuration, and the one state file that says what runs.
 
-config.json      who this device is and where it looks; written once by `init`
+config.json      who this device is and where it looks for updates; written by `init`
 root.json        the trust anchor, given at `init` with its hash
-device.key       Ed25519 private key for reports
-state.json       what runs, what ran before, what is on trial; replacing it is the only commit point
-state.prev.json  the state before, for a disk that damages files
-resting.json     how long the bundle rests whose trying gave no answer; may be lost
-highwater.json   the newest metadata versions ever accepted, under which keys, and the latest time seen
-metadata/        python-tuf's cache; can be lost at any moment
-slots/<sha256>/  bundles by their manifest's hash, files by their own
-incoming/        downloads that are under way
-queue/           reports that were not delivered yet
-undelivered.txt  why, when it was last tried; may be lost
+device.key       Ed25519 private key that signs reports
+number           number of the newest report
+state.json       what runs, what ran before, what is on trial; replacing this file is the only commit point
+state.prev.json  the state before, in case the disk damages state.json
+resting.json     until when a bundle waits whose trials gave no result; may be lost
+measured.json    what the variants cost, from `ferry-agent bench`; may be lost
+highwater.json   the newest metadata versions ever accepted, their keys, and the latest time seen
+metadata/        python-tuf's cache; may be lost at any moment
+slots/<sha256>/  installed bundles, named by the hash of their manifest; their files, named by their own hash
+incoming/        downloads in progress
+queue/           reports that are not delivered yet
+undelivered.txt  why the last delivery of reports failed; may be lost
+lock             held while an agent changes the directory
 """
 
 from __future__ import annotations
@@ -34,13 +37,13 @@ from ota.agent.disk import Disk
 from ota.errors import BaseError, BusyError, ManifestError, OperatorError, StateError
 from ota.manifest import MAX_MANIFEST, MAX_TABLE, Document, Manifest, Name, Reference, Role, Sha256, VariantName, parse
 
-MAX_STATE = 1024 * 1024  # bytes; above what MAX_REFUSED reasons can take, each character of which may be twelve
+MAX_STATE = 1024 * 1024  # bytes; more than MAX_REFUSED reasons take, even if each of their characters takes twelve
 WINDOW = r"^(([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9])?$"
-TRIAL_GOOD = 3  # inferences that must go well before a bundle is trusted
-TRIAL_LOADS = 6  # times a bundle on trial may be loaded before it counts as failed
-MAX_REFUSED = 64  # bundles that are remembered as refused; the newest are kept
-SETTLED = (".", "slots", "incoming")  # whose names must be durable before anything is built on them
-LOCK_PAUSE = 0.1  # seconds between two looks at a lock that is waited for
+TRIAL_GOOD = 3  # inferences that must succeed before a bundle is trusted
+TRIAL_LOADS = 6  # times that a bundle on trial may be loaded before it is rolled back
+MAX_REFUSED = 64  # refused bundles that are remembered; the newest are kept
+SETTLED = (".", "slots", "incoming")  # folders whose entries must be durable before anything relies on them
+LOCK_PAUSE = 0.1  # seconds between two attempts to take the lock
 
 
 def _one_line(text: str) -> str:
@@ -50,11 +53,11 @@ def _one_line(text: str) -> str:
 
 
 Place = Annotated[str, Field(max_length=500), AfterValidator(_one_line)]
-"""An address or a folder: no control characters, which would end a header or a line of a log, or that no file can have."""
+"""An address or folder without control characters; they could end a header or a log line, or cannot be in a file name."""
 
 
 class Config(Document):
-    """Who this device is and where it looks."""
+    """Who this device is and where it looks for updates."""
 
     schema_version: int = 1
     device: Name
@@ -84,7 +87,7 @@ class Trial(Document):
 
 
 class State(Document):
-    """What runs."""
+    """What runs, what ran before, what is on trial, and what is refused."""
 
     schema_version: int = 1
     active: Sha256 | None = None
@@ -96,13 +99,16 @@ class State(Document):
     tries: dict[str, int] = Field(default_factory=dict, description="bundle → times its trying began and gave no answer")
 
     def refusing(self, digest: str, why: str) -> dict[str, str]:
-        """`refused` with one more, and bounded: the oldest is forgotten, and would be tried again if it were offered again."""
+        """Return `refused` with one more bundle; beyond `MAX_REFUSED` the oldest is dropped.
+
+        A dropped bundle is tried again if it is offered again.
+        """
         others = [(known, reason) for known, reason in self.refused.items() if known != digest]
         return dict([*others, (digest, why[:500])][-MAX_REFUSED:])
 
 
 class Rest(Document):
-    """A bundle whose trying gave no answer; it is tried again after a while."""
+    """A bundle that waits, because its trials gave no result; it is tried again later."""
 
     bundle: Sha256
     tries: int = Field(ge=0, description="how many had given none")
@@ -110,7 +116,7 @@ class Rest(Document):
 
 
 class HighWater(Document):
-    """What must never go back: metadata versions by role, and time; `rules.binding` says which of them still hold."""
+    """What must never go back: metadata versions by role, and time; `rules.binding` says which versions still bind."""
 
     versions: dict[str, int] = Field(default_factory=dict)
     keys: dict[str, list[str]] = Field(default_factory=dict, description="ids of the keys that a role's mark was made under")
@@ -119,10 +125,10 @@ class HighWater(Document):
 
 
 class OwnerError(StateError):
-    """Refuse a directory that belongs to another user."""
+    """The agent's directory belongs to another user."""
 
     def __init__(self, message: str, owner: str) -> None:
-        """Take the sentence, and whom the directory belongs to."""
+        """Take the message, and the name of the directory's owner."""
         super().__init__(message)
         self.owner = owner
 
@@ -135,15 +141,15 @@ class Home:
         self.disk = Disk(root)
 
     def config(self) -> Config:
-        """The configuration.
+        """Read the configuration.
 
         Raises:
-            StateError: the directory was never initialised, or is damaged, or is another user's who lets nobody read it.
+            StateError: the directory was never initialised, or config.json is damaged, or this user may not read it.
         """
         try:
             data = self.disk.read("config.json")
         except StateError:
-            self.check_owner()  # which says more
+            self.check_owner()  # its error says more
             raise
         if data is None:
             raise StateError(f"{self.root} is not an agent's directory; make it one with `ferry-agent init`")
@@ -153,10 +159,10 @@ class Home:
             raise StateError(f"{self.root / 'config.json'} is damaged; run `ferry-agent init` again") from error
 
     def check_same(self, config: Config) -> None:
-        """Refuse to make another device of this directory: what is installed, seen and refused here would not hold for it.
+        """Refuse to set this directory up for another root, line or class: what is installed and refused would not fit.
 
         Raises:
-            OperatorError: it is set up for another root, line or class.
+            OperatorError: the directory is set up for another root, line or class.
         """
         if self.disk.read("config.json") is None:
             return
@@ -170,15 +176,17 @@ class Home:
                 raise OperatorError(f"{self.root} is set up for {what} {before}; use another folder, or remove this one first")
 
     def check_owner(self) -> None:
-        """Refuse to write in another user's directory: its owner could not read what root left there, and would neither draw nor update.
+        """Refuse to write in another user's directory.
+
+        Its owner could not read what another user, such as root, left there, and could then neither draw nor update.
 
         Raises:
-            OwnerError: it is another user's.
-            StateError: there is a file in its place.
+            OwnerError: the directory belongs to another user.
+            StateError: there is a file in its place, or this user may not look at it.
         """
         try:
             found = self.root.stat()
-        except FileNotFoundError:  # it is made by `init`
+        except FileNotFoundError:  # `init` makes it
             return
         except NotADirectoryError:
             found = None
@@ -192,10 +200,10 @@ class Home:
 
     @contextmanager
     def locked(self, wait: float = 0) -> Iterator[None]:
-        """Hold the directory against a second agent; waits for it for at most so many seconds.
+        """Lock the directory against a second agent; wait for the lock for at most `wait` seconds.
 
         Raises:
-            BusyError: another agent holds it.
+            BusyError: another agent holds the lock.
             StateError: the lock file cannot be opened, or another user owns the directory.
         """
         self.check_owner()
@@ -209,14 +217,16 @@ class Home:
             self._settle()
             yield
         finally:
-            fcntl.flock(
-                descriptor, fcntl.LOCK_UN
-            )  # closing is not enough: a process that another thread starts just now has a copy
+            # Closing is not enough: a process that another thread is just starting has a copy of the descriptor.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def _settle(self) -> None:
-        """Finish what a killed process may have left between a rename and its sync; files were synced before their rename."""
-        for name in (*SETTLED, "queue"):  # a report that a cut takes from the queue was promised to nobody yet
+        """Remove unfinished files, and sync the folders: a killed process may have stopped between a rename and its sync.
+
+        Files need no sync here: they are synced before their rename.
+        """
+        for name in (*SETTLED, "queue"):  # the queue is not synced: nobody relies on a report that a power cut removes
             self.disk.tidy(name)
         for name in SETTLED:
             if self.disk.path(name).is_dir():
@@ -234,10 +244,10 @@ class Home:
                 return
 
     def root_bytes(self) -> bytes:
-        """The trust anchor.
+        """Read the trust anchor, root.json.
 
         Raises:
-            StateError: it is missing or is not the one given at `init`.
+            StateError: root.json is missing, or is not the one given at `init`.
         """
         data = self.disk.read("root.json")
         if data is None:
@@ -249,10 +259,10 @@ class Home:
     # The state file
 
     def load(self) -> State:
-        """The state: from `state.json`, or where that is damaged the one before; a new device has an empty one.
+        """Load the state from `state.json` or, if that is damaged, the state before; a new device has an empty state.
 
         Raises:
-            StateError: both copies are damaged, or may not be read.
+            StateError: both files are damaged, or one may not be read.
         """
         found = [self.disk.read(name) for name in ("state.json", "state.prev.json")]
         for data in found:
@@ -266,7 +276,7 @@ class Home:
         """Commit a state; durable on return.
 
         Raises:
-            StateError: it would be too large to be read again; nothing was changed.
+            StateError: the state is too large to be read again; nothing was changed.
         """
         current = opened(self.disk.read("state.json"))
         if current == state:
@@ -274,15 +284,15 @@ class Home:
         if len(_enveloped(state)) > MAX_STATE:
             raise StateError(f"the state of {self.root} would have more than {MAX_STATE} bytes; report it, what runs is kept")
         if current:  # a damaged state.json must not replace the good copy
-            # Its name becomes durable together with the next; until then the copy of one state earlier does as well.
+            # Its name becomes durable together with the next one. Until then, the state before that serves as well.
             self.disk.replace("state.prev.json", _enveloped(current), durable=False)
         self.disk.replace("state.json", _enveloped(state))
 
     def high_water(self) -> HighWater:
-        """The marks.
+        """Read the high-water marks.
 
         Raises:
-            StateError: they are damaged; updates stop rather than forget what was newest.
+            StateError: the file is damaged. Updates then stop, because the newest versions must not be forgotten.
         """
         data = self.disk.read("highwater.json")
         if data is None:
@@ -293,36 +303,36 @@ class Home:
             raise StateError(f"{self.root / 'highwater.json'} is damaged; restore it, or set the device up anew") from error
 
     def rest(self) -> Rest | None:
-        """The bundle that rests, if one does; a file that is lost, damaged or unreadable stands for none."""
+        """Return the bundle that waits, if any; a lost, damaged or unreadable file means that none does."""
         try:
             return parse(Rest, self.disk.read("resting.json") or b"", MAX_STATE)
         except (ManifestError, StateError):
             return None
 
     def raise_high_water(self, marks: HighWater) -> None:
-        """Set the marks; durable on return."""
+        """Store the high-water marks; durable on return."""
         if marks != self.high_water():
             self.disk.replace("highwater.json", marks.canonical())
 
     # Slots
 
     def slot(self, digest: str) -> Slot:
-        """The slot of a bundle.
+        """Open the slot of a bundle.
 
         Raises:
-            StateError: it is not there, or its manifest is damaged.
+            StateError: the slot does not exist, or its manifest is damaged.
         """
         return Slot(self.root / "slots" / digest, digest)
 
     def collect_garbage(self, wanted: Collection[str] = ()) -> list[str]:
-        """Remove slots that no state names, and downloads; returns what was removed.
+        """Remove downloads, and the slots that no state names; return the names of what was removed.
 
         Args:
-            wanted: slots and downloads to keep besides, by hash.
+            wanted: hashes of slots and downloads to keep as well.
         """
         state, before = self.load(), opened(self.disk.read("state.prev.json")) or State()
         gone = {*state.refused, *state.tries} - {state.active, state.previous}
-        if gone & {before.active, before.previous}:  # it goes, so the copy may not name it any more
+        if gone & {before.active, before.previous}:  # its slot is removed, so the copy must no longer name it
             self.disk.replace("state.prev.json", _enveloped(state))
             before = state
         named = {state.active, state.previous, before.active, before.previous, *wanted}
@@ -352,11 +362,11 @@ class Slot:
             raise StateError(f"the manifest in {folder} cannot be read; run `ferry-agent update`") from error
 
     def path(self, role: Role, variant: VariantName | None = None) -> Path:
-        """Where the file of a role lies."""
+        """Return the path of a role's file."""
         return self.folder / self.manifest.entry(role, variant).sha256
 
     def read(self, role: Role, variant: VariantName | None = None) -> bytes:
-        """The bytes of a role's file.
+        """Read a role's file and check its hash.
 
         Raises:
             BaseError: the file is missing, or is not the one that was installed.
@@ -371,7 +381,7 @@ class Slot:
         return data
 
     def reference(self, variant: VariantName) -> Reference:
-        """What the bundle looked like in the factory."""
+        """Read the reference of a variant: what it looked like at the factory."""
         return parse(Reference, self.read("reference", variant), MAX_TABLE)
 
 
@@ -379,11 +389,11 @@ def _user(number: int) -> str:
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
-        return f"#{number}"  # as sudo takes it
+        return f"#{number}"  # the form that sudo accepts
 
 
 def opened(data: bytes | None) -> State | None:
-    """The state in a state file's content; None where that is missing or invalid."""
+    """Parse the content of a state file; return None if it is missing or invalid."""
     try:
         envelope = json.loads((data or b"")[:MAX_STATE])
         state = parse(State, json.dumps(envelope["state"]).encode(), MAX_STATE)

@@ -1,9 +1,9 @@
-"""Fetching from where the repository is published: a folder, or a web server. Nothing that arrives is trusted here.
+"""Fetch from where the repository is published: a folder, or a web server. Nothing that arrives is trusted here.
 
-A transfer has one deadline, whatever it is spent on: finding the address, connecting, TLS, headers, sizes of chunks, the
-body, a mount that hangs. No timeout of a socket can promise that, because a byte in time begins it anew. So a thread
-of its own reads, and the caller waits for it until the deadline and no longer. A download earns time with the bytes that arrive,
-never with the size that somebody signed.
+One deadline covers a whole transfer: name lookup, connecting, TLS, headers, sizes of chunks, the body, and a mount that hangs.
+A socket timeout cannot promise that, because each byte that arrives restarts it. So a separate thread reads, and the caller
+waits for it until the deadline and no longer. A download earns more time with the bytes that arrive, never with the size that
+somebody signed.
 """
 
 from __future__ import annotations
@@ -32,60 +32,60 @@ PIECE = 64 * 1024  # bytes read at once
 GAP_TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 5
 BACKOFF = 0.5  # seconds before the second attempt, doubling, with jitter
-SYNC_EVERY = 4 * 1024 * 1024  # bytes of a download between two syncs; what a power cut may cost
-MINIMUM_RATE = 512  # bytes a second over all that a download has taken, below which a server is stalling us
-DEADLINE_FLOOR = 120.0  # seconds that any transfer gets
-WAITING = 4  # pieces that may have been read and not yet been asked for
-HANDLE = 0.1  # seconds between two looks of the reading thread at whether anybody still wants what it has
+SYNC_EVERY = 4 * 1024 * 1024  # bytes of a download between two syncs; a power cut may lose as many
+MINIMUM_RATE = 512  # bytes a second, averaged over a download; a slower server counts as stalling
+DEADLINE_FLOOR = 120.0  # seconds that a transfer gets, whatever arrives
+WAITING = 4  # pieces that may be read before the caller asks for them
+HANDLE = 0.1  # seconds after which the reading thread checks again whether its piece is still wanted
 
 Answer = TypeVar("Answer")
 
 Deadline = Callable[[], float]
-"""The moment of `time.monotonic` at which a transfer must have ended, as things stand now."""
+"""Returns the time of `time.monotonic` by which a transfer must end; it may change while the transfer runs."""
 
 _left_behind: dict[str, threading.Thread] = {}
-"""Threads that wait for something that is mounted and does not answer, by its place; while one is there, no other is sent after it."""
+"""Threads that wait for a mount that does not answer, by path; while one waits, no other is started for the same path."""
 
-PASSING = (408, 425, 429)  # of the statuses from 400 to 499 those that ask to be tried again
+PASSING = (408, 425, 429)  # those statuses from 400 to 499 that ask for a retry
 
 
 class NotFoundError(TransferError):
-    """The repository does not have the file, or not for us: asking again would only be a load on it."""
+    """The repository does not have the file, or not for this device; a retry would only add load."""
 
 
 class HungError(TransferError):
-    """Something that is mounted does not answer."""
+    """A mount does not answer."""
 
 
 class Transport(Protocol):
-    """Where files come from."""
+    """A source of files."""
 
     @property
     def received(self) -> int:
         """Bytes received so far."""
 
     def read(self, name: str, offset: int = 0, deadline: Deadline | None = None) -> Iterator[bytes]:
-        """A file's bytes from `offset` on, in pieces.
+        """Read a file's bytes from `offset` on, in pieces.
 
         Args:
-            name: of the file.
-            offset: where to begin.
-            deadline: when all must have arrived; in `DEADLINE_FLOOR` seconds by default.
+            name: name of the file in the repository.
+            offset: first byte to read.
+            deadline: by when all bytes must arrive; by default `DEADLINE_FLOOR` seconds from now.
 
         Raises:
             NotFoundError: there is no such file.
-            TransferError: the source cannot be reached, broke off, or lets its bytes drip.
+            TransferError: the source cannot be reached, breaks off, or is too slow.
         """
 
     def close(self) -> None:
-        """Give back what it holds; it may be read from again."""
+        """Release open connections; the transport may be used again."""
 
 
 def connect(repository: str) -> Transport:
-    """The transport for an address: http(s)://…, file:///… or a folder.
+    """Return the transport for an address: http(s)://…, file:///… or a folder.
 
     Raises:
-        TransferError: it is of another kind.
+        TransferError: the address is of another kind.
     """
     wrong = "what was given as the repository is not an address to fetch from; give an http(s) address or a folder"
     try:
@@ -102,7 +102,7 @@ def connect(repository: str) -> Transport:
 
 
 def bare(address: str) -> str:
-    """Leave out of an address what must not be shown: a name and a password."""
+    """Remove the user name and password from an address, because they must not be shown."""
     return re.sub(r"(?<=//)[^/?#]*@", "", address)
 
 
@@ -117,7 +117,7 @@ class Folder:
         return _until(deadline or at_most(DEADLINE_FLOOR), name, self._pieces(name, offset), str(self.folder))
 
     def close(self) -> None:
-        """See `Transport.close`; it holds nothing."""
+        """See `Transport.close`; a folder has no open connections."""
 
     def _pieces(self, name: str, offset: int) -> Iterator[bytes]:
         if not self.folder.is_dir():
@@ -135,7 +135,7 @@ class Folder:
             raise TransferError(f"cannot read {self.folder / name}: {reason}; check the repository's folder") from error
 
     def _open(self, name: str) -> int:
-        """Open a regular file; a pipe, a device or a folder in its place is not waited for, nor even opened."""
+        """Open a regular file; refuse a pipe, a device or a folder in its place without opening it or waiting for it."""
         path = self.folder / name
         found = path.stat()
         if stat.S_ISREG(found.st_mode):
@@ -172,7 +172,7 @@ class Web:
             response = line.pool.request(
                 "GET", f"{self.address}/{name}", headers=headers, preload_content=False, decode_content=False
             )
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # ValueError: no address, or not a header
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # ValueError: an invalid address or header
             raise TransferError(f"cannot reach {bare(self.address)}: {_why(error)}; it will be tried again") from error
         try:
             if 400 <= response.status < 500 and response.status not in PASSING:
@@ -180,7 +180,7 @@ class Web:
             if response.status not in (200, 206):
                 raise TransferError(f"the server answered {response.status} for {name}; it will be tried again")
             skip = offset if response.status == 200 else 0  # the server ignored the range and starts over
-            while piece := response.read1(PIECE):  # what is there, so that no byte before a cut is fetched again
+            while piece := response.read1(PIECE):  # what has arrived, so that no byte before a cut is fetched again
                 self.received += len(piece)
                 rest, skip = piece[skip:], max(0, skip - len(piece))
                 if rest:
@@ -192,7 +192,7 @@ class Web:
 
 
 def _why(error: BaseException) -> str:
-    """Say what went wrong on the line; the texts of urllib3 name its own objects."""
+    """Say what went wrong on the connection; the texts of urllib3 name its internal objects."""
     found: BaseException | None = error
     while found:
         if isinstance(found, OSError) and found.strerror:
@@ -206,7 +206,7 @@ def _why(error: BaseException) -> str:
 
 
 class _Line:
-    """Connections, one at a time and kept for the next request, that another thread can cut."""
+    """One connection at a time, kept for the next request; another thread can cut it."""
 
     def __init__(self) -> None:
         line, self.was_cut = self, False
@@ -219,7 +219,7 @@ class _Line:
 
         class Secure(urllib3.connection.HTTPSConnection):
             def connect(self) -> None:
-                super().connect()  # TLS included, which the timeout bounds as a whole
+                super().connect()  # including TLS, which the timeout bounds as a whole
                 line._use(self.sock)
 
         class PlainPool(urllib3.HTTPConnectionPool):
@@ -234,18 +234,19 @@ class _Line:
 
     def _use(self, made: Any) -> None:
         self._socket = made
-        if self.was_cut:  # it was connected too late
+        if self.was_cut:  # the cut came before the connection was made
             self.cut()
 
     def cut(self) -> None:
-        """End what the connection waits for, and never use it again."""
+        """End what a thread waits for, by shutting the connection down; it is never used again."""
         self.was_cut = True
         if self._socket:
             with suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # what TLS adds would send, and wait, first
+                # Not the method of SSLSocket: it would drop the TLS state that the waiting thread still uses.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Give back the connection; this object and its classes refer to each other, so it would be kept for a while."""
+        """Close the connection; this object and its classes refer to each other, so it would otherwise stay open for a while."""
         for key in self.pool.pools.keys():  # noqa: SIM118 - it refuses to be iterated over itself
             with suppress(KeyError):
                 self.pool.pools[key].close()
@@ -253,7 +254,7 @@ class _Line:
 
 
 def at_most(seconds: float) -> Deadline:
-    """A deadline so many seconds from now."""
+    """Return a deadline that lies `seconds` from now."""
     moment = time.monotonic() + seconds
     return lambda: moment
 
@@ -261,13 +262,13 @@ def at_most(seconds: float) -> Deadline:
 def _until(
     deadline: Deadline, name: str, pieces: Iterator[bytes], mount: str = "", cut: Callable[[], None] | None = None
 ) -> Iterator[bytes]:
-    """Hand on what a thread of its own reads, until the deadline; every byte that arrived before it is handed on.
+    """Yield what a separate thread reads until the deadline; every byte that arrived before the deadline is yielded.
 
     Args:
-        deadline: of the whole.
-        name: of what is read.
-        pieces: to be read; this iterator belongs to the thread from now on.
-        mount: where it is read from, if that may hang without end: then the thread is left behind.
+        deadline: the deadline of the whole transfer.
+        name: name of the file, for the error message.
+        pieces: the iterator to read; it belongs to the thread from now on.
+        mount: path of the mount that is read, if it may hang without end: then the thread is left behind.
         cut: ends what the thread waits for.
     """
     _look_for_one_left_behind(mount)
@@ -297,12 +298,12 @@ def _until(
         while True:
             left = deadline() - time.monotonic()
             if left <= 0:
-                unwanted.set()  # what has arrived by now is still handed on, and no more: it might never end
+                unwanted.set()  # yield what has arrived by now, and no more: it might never end
             try:
                 item = handed.get(timeout=max(0.0, left))
             except queue.Empty:
                 if not unwanted.is_set():
-                    continue  # the deadline may be another by now
+                    continue  # the deadline may have moved by now
                 if mount:
                     _left_behind[mount] = thread
                 raise TransferError(f"{name} arrives too slowly; it will be tried again") from None
@@ -326,10 +327,10 @@ def _look_for_one_left_behind(mount: str) -> None:
 
 
 def within(seconds: float, where: object, work: Callable[[], Answer]) -> Answer:
-    """Do something that a mount may never answer, and wait for it no longer than so many seconds; what it raises is raised here.
+    """Run `work` on a mount that may never answer, and wait at most `seconds`; exceptions of `work` are passed on.
 
     Raises:
-        HungError: it has not ended, or an earlier call for the same place has not. The thread that waits for it is left behind.
+        HungError: `work` has not ended, or that of an earlier call for the same place has not. Its thread is left behind.
     """
     _look_for_one_left_behind(str(where))
     ended: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
@@ -353,11 +354,11 @@ def within(seconds: float, where: object, work: Callable[[], Answer]) -> Answer:
 
 
 def read_small(transport: Transport, name: str, limit: int) -> bytes:
-    """A small file, whole.
+    """Fetch a small file as a whole, retrying if the link fails.
 
     Raises:
-        RepositoryError: it is longer than it may be.
-        TransferError: it cannot be fetched.
+        RepositoryError: the file is longer than `limit` bytes.
+        TransferError: the file cannot be fetched.
     """
     deadline = at_most(DEADLINE_FLOOR)
 
@@ -373,18 +374,18 @@ def read_small(transport: Transport, name: str, limit: int) -> bytes:
 
 
 def download(transport: Transport, name: str, size: int, disk: Disk, place: str, latest: Deadline) -> None:
-    """Fetch a file of known size into `place`, continuing what an earlier call left there; the caller checks its hash.
+    """Fetch a file of known size into `place`, resuming what an earlier call left there; the caller checks its hash.
 
     Args:
-        transport: to fetch by.
-        name: of the file there.
-        size: of the whole file, bytes.
-        disk: to write to.
-        place: where to write.
-        latest: when it must end however much arrives.
+        transport: where to fetch from.
+        name: name of the file in the repository.
+        size: size of the whole file, in bytes.
+        disk: the directory to write to.
+        place: name of the file to write there.
+        latest: the deadline that holds however much arrives.
 
     Raises:
-        RepositoryError: what arrived is longer; the file is removed.
+        RepositoryError: more than `size` bytes arrived; the file is removed.
         TransferError: the link failed, or the deadline passed; what arrived is kept for the next call.
     """
     begun, before = time.monotonic(), transport.received
@@ -402,7 +403,7 @@ def download(transport: Transport, name: str, size: int, disk: Disk, place: str,
         unsynced = 0
         if have == size:
             with disk.writing(place, append=True):
-                return  # synced now: the earlier call may have been killed before it was
+                return  # this syncs it: the earlier call may have been killed before it did
         pieces = transport.read(name, have, deadline)
         while have < size:
             with disk.writing(place, append=True) as file:  # synced at the end of each block
@@ -432,7 +433,7 @@ def download(transport: Transport, name: str, size: int, disk: Disk, place: str,
 
 
 def _retrying(once: Callable[[], Answer]) -> Answer:
-    """Try again on a failing link, with growing, random pauses; never on a file that is not there."""
+    """Retry if the link fails, after growing, random pauses; do not retry if the file does not exist."""
     for attempt in range(ATTEMPTS):
         try:
             return once()

@@ -1,14 +1,13 @@
-"""Signed metadata: python-tuf's client for what it proves, and a durable memory for what it forgets.
+"""Signed metadata: python-tuf's client verifies them, and a durable record keeps what the client forgets.
 
-The client keeps no promise about power cuts: it never syncs, and where its cache is torn it starts from the root again and
-would accept an old repository. So the newest version of every role that was ever accepted is kept in `highwater.json`, and
-an older one is refused even when the cache is gone. The trust anchor is handed to the client on every call for the
-same reason.
+The client makes no promise about power cuts: it never syncs, and if its cache is torn it starts from the root again and
+would accept an old repository. So `highwater.json` keeps the newest version of every role that was ever accepted, and an
+older version is refused even if the cache is gone. For the same reason, the client gets the trust anchor on every call.
 
-A thief of online keys may raise their roles' versions beyond all that the factory will ever reach. With each mark the ids
-of the keys are kept that it was made under: where the offline keys have replaced these, it no longer binds
-(`rules.binding`), as the client forgets a cached file that no longer verifies. Of the root its hash is kept too, so that
-whoever has its old keys cannot lead a device that lost its cache along another chain of roots.
+A thief of online keys may raise the versions of their roles beyond all that the factory will ever reach. So each high-water
+mark is kept with the ids of its signing keys. Once the offline keys have replaced these, the mark no longer binds
+(`rules.binding`), just as the client ignores a cached file that no longer verifies. The hash of the root is kept too, so that a
+thief of its old keys cannot lead a device that lost its cache along another chain of roots.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ from ota.agent.transport import NotFoundError, Transport, at_most, read_small
 from ota.errors import ExpiredError, InvalidError, OtaError, RepositoryError, StateError, TransferError, TrustError
 from ota.manifest import MAX_COUNT, MAX_WEIGHTS, Document, KiB, Sha256
 
-# Limits on what an attacker could make long; far above what a repository of ours needs. No role below targets delegates: its
-# key is online, and its thief could name a role `root`, which python-tuf would keep in place of the root's own file.
+# Limits on what an attacker could make long, far above what our repository needs. No role below targets may delegate: its key
+# is online, and a thief could delegate to a role named `root`, whose file python-tuf would keep in place of the root's own.
 LIMITS = UpdaterConfig(
     max_root_rotations=256, max_delegations=1, root_max_length=64 * KiB, timestamp_max_length=16 * KiB,
     snapshot_max_length=64 * KiB, targets_max_length=1024 * KiB, app_user_agent="deltaferry-agent",
 )  # fmt: skip
-TOP_ROLES = ("root", "timestamp", "snapshot", "targets")  # a lost root would bring back keys that were taken out of it
-PARENTS = {"timestamp": "root", "snapshot": "root", "targets": "root"}  # who says which keys a role has; else targets
-LONGEST = LIMITS.targets_max_length  # bytes of any metadata file, whatever another one says of its length
-LOOK_SECONDS = 600.0  # for all metadata of one look together; at the lowest rate that is three times what they may weigh
+TOP_ROLES = ("root", "timestamp", "snapshot", "targets")  # without the newest root, keys that it removed would be trusted again
+PARENTS = {"timestamp": "root", "snapshot": "root", "targets": "root"}  # role that names a role's keys; for all others: targets
+LONGEST = LIMITS.targets_max_length  # bytes of any metadata file, whatever length another one gives for it
+LOOK_SECONDS = 600.0  # for all metadata of one check together; 300 kB at `transport.MINIMUM_RATE`
 KEYID = re.compile(r"[0-9a-f]{64}")
 
 
 class Custom(BaseModel):
-    """What is signed beside a target's hash, as far as devices read it; what newer factories add is not looked at."""
+    """The fields signed beside a target's hash that devices read; fields that newer factories add are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", defer_build=True)
 
@@ -58,7 +57,7 @@ class Custom(BaseModel):
 
 
 class Target(Document):
-    """A file that the metadata name, with what is signed about it."""
+    """A file that the metadata name, with its signed fields."""
 
     name: str
     size: int = Field(ge=0, le=MAX_WEIGHTS, description="bytes")
@@ -67,19 +66,19 @@ class Target(Document):
 
     @property
     def published_as(self) -> str:
-        """Its name in the repository: consistent snapshots put the hash before the last part."""
+        """Name in the repository: consistent snapshots put the hash before the last part."""
         folder, _, last = self.name.rpartition("/")
         return f"targets/{folder}/{self.sha256}.{last}"
 
 
 class Trust:
-    """One look at the repository: everything that it returns is signed, fresh, and not older than what was seen before."""
+    """One check of the repository: everything that it returns is signed, fresh, and not older than what was seen before."""
 
     def __init__(self, home: Home, source: Transport) -> None:
         """Fetch and check the metadata.
 
         Raises:
-            TrustError: a signature, version, expiry or the clock does not hold.
+            TrustError: a signature, version or expiry date is not valid, or the clock is behind.
             TransferError: the repository cannot be reached.
         """
         self._home, self._source = home, source
@@ -97,16 +96,17 @@ class Trust:
             with suppress(OtaError):
                 self._remember(("root",))
             raise
-        self._remember(("root",))  # which keys are trusted holds, whatever is found of what they signed
+        self._remember(("root",))  # the newest root counts, whatever turns out about the metadata that its keys signed
         self._remember(TOP_ROLES, now)
 
     def target(self, name: str) -> Target | None:
-        """What is signed about a target; None if nothing is.
+        """Return what is signed about a target; None if nothing is.
 
         Raises:
-            ExpiredError: the role that could name it was not renewed.
-            InvalidError: what is signed of it is nonsense, such as a hash that is none.
-            TrustError: it does not hold, or it is a release below the floor. What runs may be, so that it can be repaired.
+            ExpiredError: the role that could name the target has expired.
+            InvalidError: the signed fields are not valid, such as a hash that is none.
+            TrustError: the metadata do not verify, or the target is a release below the floor. The running release may be
+                below it, so that it can be repaired.
             TransferError: the repository cannot be reached.
         """
         self._fetcher.begin()
@@ -132,11 +132,11 @@ class Trust:
         return target
 
     def read(self, target: Target, limit: int) -> bytes:
-        """A small target's bytes, checked against what is signed.
+        """Read a small target, and check it against its signed length and hash.
 
         Raises:
-            RepositoryError: it is longer than `limit` or than signed, or has another hash.
-            TransferError: it cannot be fetched.
+            RepositoryError: the target is longer than `limit` or than its signed length, or has another hash.
+            TransferError: the target cannot be fetched.
         """
         if target.size > limit:
             raise RepositoryError(f"{target.name} is signed with {target.size} bytes, more than {limit}; nothing of it is used")
@@ -148,12 +148,12 @@ class Trust:
     def _remember(self, roles: tuple[str, ...], now: int | None = None) -> None:
         """Compare the versions of roles that were just loaded with the marks that bind, and raise the marks.
 
-        Other roles' files in the cache may be of any age, or torn: the client looks at them only when it needs them. All
-        marks are written at once, so none is ever lowered but together with the root and keys that allow it.
+        Cached files of other roles may be of any age, or torn: the client reads them only when it needs them. All marks are
+        written at once, so a mark is only ever lowered together with the root and keys that allow it.
 
         Args:
-            roles: that were just loaded.
-            now: seconds since 1970; None: nothing fresh was found, so the clock may be wrong and is not remembered.
+            roles: the roles that were just loaded.
+            now: seconds since 1970; None if nothing fresh was found: then the clock may be wrong and is not stored.
         """
         marks = self._home.high_water()
         cached = {role: found for role in roles if (found := self._cached(f"{role}.json")) and _is(role, found)}
@@ -165,32 +165,33 @@ class Trust:
             rules.check_versions(seen, rules.binding(marks, trusted))
             self._check_chain(marks)
         except TrustError:
-            # Else python-tuf would start from a stranger's roots the next time, and find that none of ours follow on them.
+            # Otherwise python-tuf would start from the attacker's roots next time, and ours would not follow on them.
             self._home.disk.remove("metadata/root_history")
             raise
         if "models" in marks.versions.keys() & seen.keys() and "models" not in rules.binding(marks, trusted):
-            self._disown(cached["models"].signed)  # before the marks: after a cut, the next look finds the same
+            self._disown(cached["models"].signed)  # before the marks: after a power cut, the next check repeats it
         raised = HighWater(
             versions=marks.versions | seen,
             keys=marks.keys | {role: sorted(trusted[role].keys) for role in seen if role in trusted},
             root=_sha256(cached["root"]) if "root" in cached else marks.root,
-            # To the hour: it is a floor, and need not cost a write on every call.
+            # Rounded down to the hour: a lower bound is enough, and this saves a write on most calls.
             time=marks.time if now is None else max(marks.time, now - now % 3600),
         )
         self._home.raise_high_water(raised)
 
     def _disown(self, models: Targets) -> None:
-        """Where the keys of `models` were replaced and the new ones do not name what runs, take away what it brought about.
+        """Reset the release number and the refusals if the new keys of `models` do not name the running bundle.
 
-        It may be a thief's: under a number that no release of the factory's will reach, with claims of itself that keep good bundles out,
-        which were then refused for good. It goes on running, under number 0, until the next release.
+        Called after the keys of `models` were replaced. The bundle may be a thief's: its number may be one that no release of
+        the factory reaches, and good bundles may have been refused because its reference says that they differ. It goes on
+        running, under number 0, until the next release.
         """
         config, state = self._home.config(), self._home.load()
         if state.active and f"models/{config.line}/{config.device_class}/{state.active}.json" not in models.targets:
             self._home.save(state.model_copy(update={"seq": 0, "refused": {}}))
 
     def _check_chain(self, marks: HighWater) -> None:
-        """Refuse another chain of roots than the one that this device was led along before."""
+        """Refuse a chain of roots other than the one that this device followed before."""
         known = self._cached(f"root_history/{marks.versions.get('root')}.root.json")
         if marks.root and (known is None or _sha256(known) != marks.root):
             raise TrustError(
@@ -207,7 +208,14 @@ class Trust:
 
 
 def _trusted(cached: dict[str, Metadata[Any]]) -> dict[str, rules.Trusted]:
-    """The keys of each role but the root, of those whose metadata verify under them: what was not loaded now may be old."""
+    """Return the keys of each role, except the root, whose metadata verify under them.
+
+    Args:
+        cached: metadata of the roles that were just loaded; those of other roles may be old.
+
+    Raises:
+        TrustError: a key's id is not a SHA-256.
+    """
     found: dict[str, rules.Trusted] = {}
     for role, metadata in cached.items():
         delegator: Root | Targets | None = cached[parent].signed if (parent := PARENTS.get(role, "targets")) in cached else None
@@ -215,7 +223,7 @@ def _trusted(cached: dict[str, Metadata[Any]]) -> dict[str, rules.Trusted]:
             continue
         try:
             result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
-        except ValueError:  # it is not delegated to
+        except ValueError:  # nobody delegates to this role
             continue
         if result.verified:
             keys = frozenset([*result.signed, *result.unsigned])
@@ -226,7 +234,7 @@ def _trusted(cached: dict[str, Metadata[Any]]) -> dict[str, rules.Trusted]:
 
 
 def _is(role: str, found: Metadata[Any]) -> bool:
-    """Whether a cached file is of the kind that its name says."""
+    """Check whether a cached file is of the type that its name says."""
     return bool(found.signed.type == (role if role in TOP_ROLES else "targets"))
 
 
@@ -235,14 +243,14 @@ def _sha256(metadata: Metadata[Any]) -> str:
 
 
 class _Fetcher(FetcherInterface):
-    """Lets python-tuf's client fetch through our transport, within our limits: it takes a length from the metadata as it is."""
+    """Lets python-tuf's client fetch through our transport and within our limits: it believes any length in the metadata."""
 
     def __init__(self, source: Transport) -> None:
         self._source = source
         self.begin()
 
     def begin(self) -> None:
-        """Begin a look: from now on all that is fetched has to arrive within `LOOK_SECONDS`."""
+        """Start the clock: everything that is fetched from now on has to arrive within `LOOK_SECONDS`."""
         self._until = time.monotonic() + LOOK_SECONDS
 
     def _fetch(self, url: str) -> Iterator[bytes]:
@@ -254,7 +262,7 @@ class _Fetcher(FetcherInterface):
         return self._rest(first, pieces)
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
-        """As python-tuf's own, but in memory: that one needs a temporary folder that has room."""
+        """Download into memory; python-tuf's own method needs a temporary folder with free space."""
         data = bytearray()
         for piece in self.fetch(url):
             data += piece
@@ -293,7 +301,7 @@ class _foreign_errors:  # noqa: N801 - used as a statement
         if isinstance(error, OSError):
             raise StateError(f"the metadata cache cannot be written: {error.strerror}; check the disk") from error
         if isinstance(error, Exception) and not isinstance(error, OtaError):
-            # What python-tuf did not expect of a document, such as a name with half a character in it.
+            # python-tuf did not expect such content, for example a name with a lone surrogate.
             raise TrustError(
                 f"the repository's metadata are not what they must be: {type(error).__name__}: {error}; nothing is installed"
             ) from error

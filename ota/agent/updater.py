@@ -1,23 +1,23 @@
 """The twelve steps of an update.
 
-     1  refresh the metadata, check them against the durable high-water mark
+     1  refresh the metadata, check them against the durable high-water marks
      2  read the policy and decide
-     3  check this device's software; choose a delta whose base is what runs now, else the full bundle
-     4  check that there is room
-     5  download, resuming, against a deadline
+     3  check this device's software; choose a delta from the running bundle or, if there is none, the full bundle
+     4  check that there is room on the disk
+     5  download with resume, up to a deadline
      6  verify length and hash
      7  apply into a new slot, in a process with limits
      8  verify every file of the slot, read back from the disk
-     9  refresh again: a halt must reach us before the switch
-    10  try the bundle on this device, unless it rests; report that it is starting
+     9  refresh again, so that a halt takes effect before the switch
+    10  try the bundle on this device, unless it has to wait; report that it is starting
     11  switch: replace the state file, the only commit point
-    12  probation: it is trusted after some good inferences, else taken back and refused from then on
+    12  probation: the bundle is trusted after some good inferences; one that fails is rolled back and refused from then on
 
-No step but a repair touches the running bundle: where files of it are damaged, they are fetched again before step 2 and
-renamed over the damaged ones. Every step may be cut by a power failure and is repeated from the beginning of the update;
-downloads are resumed, a finished slot is used again.
+No step changes the running bundle, except for repairs: damaged files of it are fetched again before step 2 and renamed over
+the damaged ones. A power failure may interrupt any step. The next update then starts from the beginning, resumes downloads and
+reuses a finished slot.
 
-Drawing images needs no lock unless a bundle is on trial, so an update at work does not stop it.
+Drawing images needs no lock unless a bundle is on trial, so a running update does not stop it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ from ota.errors import (
 )
 from ota.manifest import MAX_MANIFEST, MAX_POLICY, FileEntry, Manifest, Policy, Reference, VariantName, parse
 
-FETCH_SECONDS = 3600.0  # that the downloads of one update may take; the next update resumes them
-TRIAL_WAIT = 5.0  # seconds that an image waits for an update at work, before the bundle before draws it
+FETCH_SECONDS = 3600.0  # seconds that all downloads of one update may take; the next update resumes them
+TRIAL_WAIT = 5.0  # seconds that an image waits for a running update, before the previous bundle draws it
 
 log = logging.getLogger(__name__)
 
@@ -77,24 +77,24 @@ class Outcome:
     active: str | None
     reason: str
     way: str = ""
-    """full, delta, or nothing fetched."""
+    """full, delta, kept (a complete slot was there already), or empty: nothing was fetched."""
     received: int = 0
-    """Bytes fetched, metadata included."""
+    """Bytes fetched, including metadata."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The release that is to be installed."""
+    """The release to be installed."""
 
     policy: Policy
     manifest: Manifest
     manifest_bytes: bytes
     floor: int
-    """Lowest release that may be installed, as it is signed beside this one."""
+    """Lowest release number that may be installed, as signed beside this release."""
 
 
 def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) -> Outcome:
-    """Bring the device to the release that its policy wants.
+    """Bring the device to the release that its policy asks for.
 
     Args:
         home: the agent's directory, locked by the caller.
@@ -102,13 +102,14 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         check_only: stop after step 2 and say what would be done.
 
     Raises:
-        GateError: the new bundle was tried and refused; it is remembered and reported.
+        GateError: the new bundle was tried and refused; the refusal is stored and reported.
         TrustError, ManifestError, DeltaError, RepositoryError: what is published is wrong; nothing was changed.
         TransferError: the repository cannot be reached; nothing was changed.
-        RoomError, StateError, DeviceError: this device cannot; nothing was changed, or the bundle on trial was taken back.
+        RoomError, StateError, DeviceError: this device cannot update; nothing was changed, or the bundle on trial was
+            rolled back.
         SoftwareError: ONNX Runtime or another package is missing, broken, or not of the version that the bundle needs.
-        UnfinishedError, DiedError: the trying gave no answer; later calls try again, a few times at once, then after a rest.
-        FaultError: a fault of the agent's own; what runs is kept.
+        UnfinishedError, DiedError: the trial gave no result; later calls try again, a few times at once, then after a wait.
+        FaultError: the agent itself is faulty; what runs is kept.
     """
     with own_errors():
         if not check_only:
@@ -135,7 +136,7 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
     if plan is None and problem:
         raise problem
     if wanted.settled and not check_only:
-        home.collect_garbage()  # what a cut brought back or a withdrawn release left
+        home.collect_garbage()  # left by a power cut or by a withdrawn release
     if plan is None or check_only:
         repaired = damaged and not check_only
         if damaged:
@@ -148,7 +149,7 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
             raise problem
         return Outcome(damaged, state.active, resting, "full" if damaged else "", transport.received)
     way = "full"
-    if _is_complete(home, digest, plan):  # installed before, or cut after step 8
+    if _is_complete(home, digest, plan):  # installed before, or interrupted after step 8
         way = "kept"
     else:
         step(3, "check the software, choose a way")
@@ -200,7 +201,7 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
 
 
 def _silent(number: int, name: str) -> None:
-    """Nobody wants to know."""
+    """Log a step that the caller does not want to be told."""
     log.debug("step %d: %s", number, name)
 
 
@@ -208,9 +209,13 @@ def _silent(number: int, name: str) -> None:
 
 
 def _repair(home: Home, trust: Trust, transport: Transport) -> None:
-    """Fetch the damaged files of the bundle that runs, and rename each over its name: there is never less of it than before.
+    """Fetch the damaged files of the running bundle, and rename each into place: there is never less of it than before.
 
-    It is held against its own manifest, and its files are still in the repository, so no policy need offer it.
+    The files are checked against the bundle's own manifest and are still in the repository, so no policy has to offer the
+    bundle.
+
+    Raises:
+        RepositoryError: the manifest is damaged too and no longer published, or a fetched file is not what is signed.
     """
     config, active = home.config(), home.load().active
     home.disk.make_folder(f"slots/{active}")
@@ -237,7 +242,7 @@ def _repair(home: Home, trust: Trust, transport: Transport) -> None:
 
 
 def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, rules.Wanted]:
-    """The release to install, if there is one, and what is wanted and why."""
+    """Decide which release to install, if any; also return what the policy asks for, and why."""
     config, state = home.config(), home.load()
     place = f"{config.line}/{config.device_class}"
     try:
@@ -245,7 +250,7 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, rules.Wanted]:
     except ExpiredError:
         if state.active is None:
             raise
-        # Meant: a rollout that nobody renews stops spreading. The roles above it are fresh, or we would not be here.
+        # This is intended: a rollout that nobody renews stops spreading. The roles above it are fresh; `Trust` has checked them.
         reason = "the rollout policy has expired, so nothing newer can be installed until it is signed anew; what runs goes on"
         return None, rules.Wanted(False, reason)
     if target is None:
@@ -255,7 +260,7 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, rules.Wanted]:
     signed = trust.target(f"models/{place}/{policy.manifest}.json")
     if signed is None or signed.custom.seq != policy.seq:
         raise ManifestError(f"the policy names release {policy.seq}, which `models` does not; nothing is installed")
-    state = home.load()  # again: what the keys of `models` say may have changed what is known of the bundle that runs
+    state = home.load()  # again: new keys of `models` may have reset the running bundle's number and the refusals
     wanted = rules.want(policy, config, state, signed.custom.revertible, int(time.time()))
     if not wanted.install:
         return None, wanted
@@ -268,9 +273,9 @@ def _decide(home: Home, trust: Trust) -> tuple[_Plan | None, rules.Wanted]:
 
 
 def _find_delta(trust: Trust, active: str | None, plan: _Plan) -> Target | None:
-    """The delta from exactly what runs now, if one is published and worth it.
+    """Return the delta from exactly the running bundle, if one is published and is smaller than the full bundle.
 
-    What the role `deltas` says is no more than a shorter way: where it says nonsense, the full bundle is fetched.
+    The role `deltas` only offers a shorter way: if what it signs is not valid, the full bundle is fetched.
     """
     if active is None:
         return None
@@ -287,12 +292,12 @@ def _find_delta(trust: Trust, active: str | None, plan: _Plan) -> Target | None:
 
 
 def _check_software() -> None:
-    """See that what tries a bundle can be loaded and computes, before anything is fetched for it.
+    """Check that the software that tries bundles can be loaded and computes, before anything is fetched for it.
 
     Raises:
-        SoftwareError: it cannot.
+        SoftwareError: it cannot be loaded, or does not compute.
     """
-    from ota.agent import child  # imported where a process is started: a look that finds nothing new does without it
+    from ota.agent import child  # imported only where a process is started: a check that finds nothing new does not need it
 
     child.run("check")
 
@@ -343,7 +348,7 @@ def _fetch_objects(home: Home, transport: Transport, entries: Iterable[FileEntry
 
 
 def _prepare_slot(home: Home, plan: _Plan) -> str:
-    """An empty folder for a slot under construction; what an earlier attempt left there is removed."""
+    """Make an empty folder for a slot under construction, and return its name; what an earlier attempt left is removed."""
     fresh = f"slots/.{plan.manifest.digest}"
     home.disk.remove(fresh)
     home.disk.make_folder(fresh, durable=False)  # it is renamed before anything relies on it
@@ -351,7 +356,7 @@ def _prepare_slot(home: Home, plan: _Plan) -> str:
 
 
 def _have(home: Home, sha256: str) -> int:
-    """Bytes of a download that are here from an earlier call."""
+    """Return how many bytes of a download are here from an earlier call."""
     path = home.disk.path(f"incoming/{sha256}")
     return path.stat().st_size if path.is_file() else 0
 
@@ -377,7 +382,7 @@ def _verify(home: Home, name: str, size: int, sha256: str) -> None:
 
 def _finish_slot(home: Home, plan: _Plan, fresh: str, step: OnStep) -> None:
     step(8, "verify the slot, read back from the disk")
-    home.disk.replace(f"{fresh}/manifest.json", plan.manifest_bytes)  # which makes all names in the folder durable
+    home.disk.replace(f"{fresh}/manifest.json", plan.manifest_bytes)  # this also makes all names in the folder durable
     _check_slot(home, fresh, plan)
     home.disk.remove(f"slots/{plan.manifest.digest}")
     home.disk.rename(fresh, f"slots/{plan.manifest.digest}")
@@ -397,7 +402,7 @@ def _check_slot(home: Home, name: str, plan: _Plan) -> None:
 
 
 def _is_complete(home: Home, digest: str, plan: _Plan) -> bool:
-    """Whether a whole slot of this bundle is there already."""
+    """Check whether a complete slot of this bundle is there already."""
     try:
         if home.disk.path(f"slots/{digest}/manifest.json").read_bytes() != plan.manifest_bytes:
             return False
@@ -411,7 +416,10 @@ def _is_complete(home: Home, digest: str, plan: _Plan) -> bool:
 
 
 def _resting(home: Home, plan: _Plan) -> str:
-    """Why the bundle is not tried now, because earlier tries gave no answer; empty: it may be. A new rest is reported."""
+    """Say why the bundle has to wait because earlier trials gave no result; return an empty string if it may be tried now.
+
+    A new wait is reported to the factory.
+    """
     digest, now = plan.manifest.digest, int(time.time())
     tries, rest = home.load().tries.get(digest, 0), home.rest()
     length = max(rules.rest(tries), rules.FIRST_REST)
@@ -440,7 +448,7 @@ def _rest(home: Home, digest: str, tries: int, until: int) -> Rest:
 
 
 def _try_counted(home: Home, plan: _Plan, state: State, received: int) -> float:
-    """Try a bundle, counting before it what may crash the machine; returns the milliseconds of an image."""
+    """Try a bundle, and count the trial beforehand because it may crash the machine; return the milliseconds of an image."""
     manifest = plan.manifest
     tries = state.tries.get(manifest.digest, 0)
     home.save(state.model_copy(update={"tries": {manifest.digest: tries + 1}}))
@@ -449,21 +457,21 @@ def _try_counted(home: Home, plan: _Plan, state: State, received: int) -> float:
     except (RoomError, AgentError):
         home.save(state)  # it was not tried
         raise
-    except LateError:  # a wait without an answer is no try; but it may hold a processor for minutes, so the next is not at once
+    except LateError:  # not counted as a trial; but it may use a processor for minutes, so the next one has to wait
         _rest(home, manifest.digest, tries, int(time.time()) + rules.FIRST_REST)
         home.save(state)
         raise
 
 
 def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int) -> float:
-    """Try every variant of a bundle; returns the milliseconds of the default one's image."""
+    """Try every variant of a bundle; return the milliseconds of an image by the default variant."""
     from ota.agent import child
 
     slot = home.slot(manifest.digest)
     milliseconds = 0.0
     for variant in manifest.variants:
         try:
-            # What lies below the floor, or what nobody's key vouches for any more, has no say: perhaps it is a thief's.
+            # A running bundle that is below the floor, or that no trusted key names, is not compared with: it may be a thief's.
             running = _running_reference(home, state, variant) if state.seq >= max(1, floor) else None
             answer = child.run("try", slot=str(slot.folder), digest=slot.digest, variant=variant)
             trying = _trying(answer)
@@ -471,7 +479,7 @@ def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int
             if not reasons and (why := rules.hurried(trying, slot.reference(variant))):
                 raise UnfinishedError(f"{variant}: {why}; it is tried again")
         except (RoomError, AgentError, StateError, BaseError, UnfinishedError, DiedError):
-            raise  # this device's fault, its software's, or nobody can tell whose
+            raise  # the fault of this device or its software, or nobody can tell whose
         except (DeviceError, ManifestError) as error:
             reasons = [str(error)]
         if reasons:
@@ -493,17 +501,18 @@ def _trying(answer: dict[str, Any]) -> rules.TrialResult:
 
 
 def _compare(home: Home, trusted: str | None, variant: VariantName | None, why: str) -> None:
-    """Give a bundle that failed the benefit of the doubt where one that has long been trusted fails here, too.
+    """Try a trusted bundle after a new one failed: if it fails here too, the device is to blame and not the new bundle.
 
     Args:
         home: the agent's directory.
-        trusted: bundle to compare with; None: there is none.
-        variant: to try; None, or one that it does not have: its default one.
-        why: the bundle failed.
+        trusted: hash of the trusted bundle; None if there is none.
+        variant: the variant to try; if it is None, or the trusted bundle does not have it, the default variant.
+        why: why the new bundle failed.
 
     Raises:
-        UnfinishedError: it does; so this device is to blame, its software or its load, and nothing is remembered of the bundle.
-        RoomError, SoftwareError, DiedError: there is no answer.
+        UnfinishedError: the trusted bundle fails too, or gives no result. This device, its software or its load is to blame,
+            and the new bundle is not refused.
+        RoomError, SoftwareError, DiedError: the trial of the trusted bundle gave no result.
     """
     from ota.agent import child
 
@@ -512,7 +521,7 @@ def _compare(home: Home, trusted: str | None, variant: VariantName | None, why: 
     try:
         slot, same, reference = _in_variant(home, trusted, variant)
     except (StateError, BaseError, ManifestError):
-        return  # it is damaged, so it says nothing of this device
+        return  # it is damaged, so it proves nothing about this device
     try:
         answer = child.run("try", slot=str(slot.folder), digest=trusted, variant=same, trusted=True)
         theirs = rules.judge(_trying(answer), reference, None) or [rules.hurried(_trying(answer), reference)]
@@ -530,24 +539,24 @@ def _compare(home: Home, trusted: str | None, variant: VariantName | None, why: 
 
 
 def _in_variant(home: Home, digest: str, variant: VariantName | None) -> tuple[Slot, VariantName, Reference]:
-    """Open a bundle; choose the same variant or its default one, and read what it claims of that."""
+    """Open a bundle, choose the given variant or its default one, and read the reference of that variant."""
     slot = home.slot(digest)
     same = variant if variant and variant in slot.manifest.variants else slot.manifest.default_variant
     return slot, same, slot.reference(same)
 
 
 def _running_reference(home: Home, state: State, variant: VariantName) -> Reference | None:
-    """What the running bundle looks like, in the same variant or its default one."""
+    """Return the running bundle's reference for the given variant or its default one; None if it cannot be read."""
     if state.active is None:
         return None
     try:
         return _in_variant(home, state.active, variant)[2]
     except (StateError, BaseError, ManifestError):
-        return None  # the running bundle is damaged; the new one must not be kept out by that
+        return None  # the running bundle is damaged, which must not keep the new one out
 
 
 def _refuse(home: Home, digest: str, why: str, state: State, received: int) -> NoReturn:
-    """Remember for good that this device will not have a bundle, free its slot, and say so."""
+    """Record that this device refuses a bundle from now on, remove its slot, report the refusal, and raise GateError."""
     home.save(state.model_copy(update={"refused": state.refusing(digest, why), "tries": {}}))
     home.disk.remove(f"slots/{digest}")
     reports.queue(home, "refused", digest, why, received)
@@ -559,18 +568,18 @@ def _refuse(home: Home, digest: str, why: str, state: State, received: int) -> N
 # Step 12, and serving
 
 Drawn = tuple[bytes, dict[str, Any]]
-"""PNG bytes, and how it went."""
+"""PNG bytes, and the answer of the child that drew it."""
 
 
 def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
-    """Carry a trial through with inferences of the agent's own; nothing happens where nothing is on trial.
+    """Finish a trial with images that the agent draws for itself; do nothing if no bundle is on trial.
 
-    An idle device must come to an answer too, so these self-tests count like anybody's images.
+    A trial must end on an idle device too, so these self-tests count like requested images.
 
     Raises:
-        GateError: the bundle on trial failed and was taken back.
-        StateError, BaseError: something cannot be read; it was taken back if it is damaged, or if that goes on.
-        UnfinishedError, DiedError: it gave no answer; the next call goes on, a few times.
+        GateError: the bundle on trial failed and was rolled back.
+        StateError, BaseError: a file cannot be read; the bundle was rolled back if it is damaged, or if its loads are used up.
+        UnfinishedError, DiedError: the trial gave no result; the next calls go on with it, a few times.
     """
     seed = 0
     while (state := home.load()).trial is not None:
@@ -581,19 +590,20 @@ def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
 
 
 def generate(home: Home, caption: str, seed: int, variant: VariantName | None = None) -> Drawn:
-    """Draw one image with what runs now, whatever else the agent is doing; the caller does not hold the lock.
+    """Draw one image with the running bundle, whatever else the agent is doing; the caller does not hold the lock.
 
-    Where a variant draws nothing, the next one stands in, unless the caller chose it. Where it is on trial and its loads cannot be
-    counted, because an update is at work or the disk is full, and where none of its variants draws, the bundle before does.
+    If a variant does not draw, the next one does, unless the caller chose the variant. The previous bundle draws if no variant
+    of the running bundle does. It also draws if the running bundle is on trial and its loads cannot be counted, because an
+    update is running or the disk is full.
 
     Raises:
         StateError: nothing is installed.
         BaseError: what is installed is damaged.
-        DeviceError, ManifestError: nothing that is installed draws this.
+        DeviceError, ManifestError: no installed bundle draws this.
         OperatorError: the caption or seed cannot be drawn, or there is no such variant.
-        GateError: the bundle on trial failed and was taken back; ask again.
+        GateError: the bundle on trial failed and was rolled back; ask again.
     """
-    home.config()  # says so where this is no agent's directory
+    home.config()  # raises an error if this is no agent's directory
     rules.check_request(caption, seed)
     problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
     if home.load().trial is not None:
@@ -603,10 +613,10 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
                 if state.trial is not None:
                     return _generate_on_trial(home, state, caption, seed, variant)
         except (StateError, BaseError, RoomError, UnfinishedError, DiedError) as error:
-            log.warning("%s", error)  # perhaps it was taken back, which nobody else would be told
+            log.warning("%s", error)  # it may have been rolled back, and nothing else would say so
             problem = error
     before = None
-    while (state := home.load()) != before:  # an update at work may switch, and take a bundle away that is being read
+    while (state := home.load()) != before:  # a running update may switch, and remove a bundle that is being read
         left: dict[str, list[VariantName]] = {}
         for digest in (None if state.trial else state.active, state.previous):
             if digest is None:
@@ -619,13 +629,13 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
             except OperatorError as error:
                 if digest == state.active or state.trial:
                     raise
-                log.warning("%s", error)  # of the bundle before, of which it was not asked
+                log.warning("%s", error)  # about the previous bundle, which the caller did not ask for
             except RoomError:
                 raise
             except (DeviceError, ManifestError) as error:
                 problem = error
         for digest, choices in left.items():
-            while choices:  # one was stopped for its time or memory, and no other bundle draws: perhaps a cheaper one does
+            while choices:  # a variant was stopped for its time or memory, and no other bundle draws: a cheaper variant may
                 log.warning("%s; variant %s draws", problem, choices[0])
                 try:
                     return _draw_first(home, digest, caption, seed, choices)
@@ -636,11 +646,11 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
 
 
 def _draw_first(home: Home, digest: str, caption: str, seed: int, choices: list[VariantName]) -> Drawn:
-    """Draw with the first variant that can; takes from the list what was tried.
+    """Draw with the first variant that can; remove from the list those that were tried.
 
     Raises:
-        UnfinishedError: one was stopped for its time or memory; those after it are left in the list.
-        DeviceError, ManifestError: none can.
+        UnfinishedError: a variant was stopped for its time or memory; those after it stay in the list.
+        DeviceError, ManifestError: no variant can draw.
     """
     while True:
         variant = choices.pop(0)
@@ -677,30 +687,26 @@ def _draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName
 def _generate_on_trial(home: Home, state: State, caption: str, seed: int, variant: VariantName | None) -> Drawn:
     """Draw with the bundle on trial; the caller holds the lock.
 
-    Each load is counted before it happens, so a bundle that kills the machine is taken back in the end.
+    Each load is counted before it happens, so that a bundle that kills the machine is rolled back in the end.
     """
     active, trial = state.active, state.trial
     if active is None or trial is None:
         raise StateError(f"nothing is on trial in {home.root}; run `ferry-agent update`")
-    if trial.loads == 0:  # perhaps it kills the machine, so it rests at once
+    if trial.loads == 0:  # it may kill the machine, so it has to wait before it is tried again
         tried = state.model_copy(update={"tries": {active: max(MAX_TRIES, state.tries.get(active, 0))}})
         _take_back(home, tried, active, "it did not get through its trial", refuse=False)
     counted = state.model_copy(update={"trial": trial.model_copy(update={"loads": trial.loads - 1})})
     home.save(counted)
     try:
         drawn = _draw(home, active, caption, seed, _choices(home, active, variant)[0], on_trial=True)
-    except (
-        OperatorError,
-        RoomError,
-        AgentError,
-    ):  # a wrong request, no process, software that is broken: nothing about the bundle
+    except (OperatorError, RoomError, AgentError):  # a wrong request, no process, broken software: not the bundle's fault
         home.save(state)
         raise
     except (UnfinishedError, DiedError):
-        raise  # perhaps its fault, perhaps the device's; it was counted
+        raise  # the bundle's fault or the device's; the load was counted
     except (StateError, BaseError) as error:  # this device's fault: the bundle is not refused for it, but tried again a few times
         if counted.trial and counted.trial.loads and is_sound(home, active):
-            raise  # a read that failed; perhaps it will not the next time
+            raise  # a read failed; the next one may succeed
         _take_back(home, state, active, str(error), refuse=False)  # the next update fetches what is damaged
     except (DeviceError, ManifestError) as error:
         _compare(home, state.previous, None, str(error))
@@ -719,7 +725,12 @@ def _count_good(home: Home, state: State, milliseconds: float) -> None:
 
 
 def _take_back(home: Home, state: State, failed: str, why: str, refuse: bool = True) -> NoReturn:
-    """Go back to the bundle before; the failed one is refused from now on, or it is only counted that its trying came to nothing."""
+    """Roll back to the previous bundle, report it, and raise.
+
+    Raises:
+        GateError: with `refuse`, the failed bundle is refused from now on.
+        StateError: without `refuse`, the count of its trials is kept, and the failed bundle is tried again.
+    """
     refused, tries = (state.refusing(failed, f"on trial: {why}"), {}) if refuse else (state.refused, state.tries)
     home.save(State(active=state.previous, seq=state.previous_seq, refused=refused, tries=tries))
     reports.queue(home, "rolled_back", failed, why)
@@ -731,14 +742,14 @@ def _take_back(home: Home, state: State, failed: str, why: str, refuse: bool = T
 
 
 def rollback(home: Home) -> tuple[str, str]:
-    """Go back to the bundle before, by hand; the present one is refused until it is forgotten.
+    """Roll back to the previous bundle by hand; the present one is refused until `forget` is called for it.
 
     Returns:
         The bundle that runs now, and the one that is refused.
 
     Raises:
-        OperatorError: there is none to go back to.
-        StateError: it is damaged; nothing was changed.
+        OperatorError: there is no bundle to go back to.
+        StateError: the previous bundle is damaged; nothing was changed.
     """
     state = home.load()
     if state.previous is None or state.active is None:
@@ -761,17 +772,17 @@ def rollback(home: Home) -> tuple[str, str]:
 
 
 def forget(home: Home, start: str) -> str:
-    """Forget that a bundle was refused, or how often its trying gave no answer: the next update treats it as new.
+    """Forget that a bundle was refused, or how often its trials gave no result; the next update treats it as new.
 
     Args:
         home: the agent's directory, locked by the caller.
-        start: the first digits of its hash.
+        start: the first digits of the bundle's hash.
 
     Returns:
-        Its whole hash.
+        The bundle's whole hash.
 
     Raises:
-        OperatorError: no such bundle is refused or rests, or several begin like this.
+        OperatorError: no bundle that is refused or waits has such a hash, or several do.
     """
     state = home.load()
     known = {*state.refused, *state.tries, *([rest.bundle] if (rest := home.rest()) else [])}
@@ -788,7 +799,7 @@ def forget(home: Home, start: str) -> str:
 
 
 def status(home: Home) -> dict[str, Any]:
-    """What runs, checked against its manifest: every file's hash is recomputed."""
+    """Report what runs, checked against its manifest: the hash of every file is recomputed."""
     config, state = home.config(), home.load()
     sound = is_sound(home, state.active) if state.active else None
     return {
@@ -808,7 +819,7 @@ def status(home: Home) -> dict[str, Any]:
 
 
 def is_sound(home: Home, digest: str) -> bool:
-    """Whether every file of a bundle has its hash."""
+    """Check whether every file of a bundle has the hash that its manifest lists."""
     try:
         slot = home.slot(digest)
         return all(_file_is(slot, entry) for entry in slot.manifest.objects.values())

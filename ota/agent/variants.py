@@ -1,8 +1,8 @@
-"""Which variant of a bundle draws, and when its routes have strayed: rules without I/O.
+"""Which variant of a bundle draws, and when its expert routing has shifted: rules without I/O.
 
-A bundle holds up to three variants of one network, from `full` (best, dearest) to `fast`. The device's owner says what matters:
-quality as far as a budget of time or energy allows, or the least of either. What a variant costs here is measured here, by `ferry-agent bench`
-and by every image that is drawn.
+A bundle holds up to three variants of one network, from `full` (best quality, highest cost) to `fast`. The device's owner chooses
+the goal: the best quality within a budget of time or energy, or the lowest time or energy. The cost of a variant is measured on
+this device, by `ferry-agent bench` and with every image that `ferry-agent serve` draws.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from ota.agent.state import Config
 from ota.manifest import VariantName
 
-LADDER: tuple[VariantName, ...] = ("full", "dev", "fast")  # by quality and by cost, both falling
-ROUTE_IMAGES = 32  # that the mean load is taken over before it is judged
-ROUTE_LIMIT = 0.3  # share of a block's load that may lie with other experts than in the factory
+LADDER: tuple[VariantName, ...] = ("full", "dev", "fast")  # from the highest to the lowest quality and cost
+ROUTE_IMAGES = 32  # images over which the expert load is averaged before it is checked
+ROUTE_LIMIT = 0.3  # share of a block's load that may go to other experts than at the factory
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What an image of a variant costs on this device; None where nobody measured it."""
+    """What one image of a variant costs on this device; None if it was not measured."""
 
     milliseconds: float | None = None
-    """That 95 of 100 images do not exceed."""
+    """95th percentile of the time of one image."""
     joules: float | None = None
 
 
@@ -37,20 +37,20 @@ def chain(
     config: Config,
     strayed: bool = False,
 ) -> list[VariantName]:
-    """The variants of a bundle in the order in which they are to be tried; each stands in for those before it.
+    """Return the variants of a bundle in the order in which to try them; each one replaces those before it if they fail.
 
     Args:
-        variants: that the bundle holds.
-        default: the factory's choice, which is taken where the owner asks for nothing and nothing has strayed.
-        figures: what is known of their cost here.
-        config: what the owner prefers, and the budgets.
-        strayed: routes lie far from the factory's, so the safe variant comes first.
+        variants: the variants that the bundle holds.
+        default: the factory's choice; first if the owner prefers it, it fits the budgets and the routing has not shifted.
+        figures: what is known of the variants' cost on this device.
+        config: the owner's preference and budgets.
+        strayed: the expert routing has shifted from the factory's, so the safe variant comes first.
     """
     ladder = [v for v in LADDER if v in variants]
     first = _chosen(ladder, default, figures, config)
     if strayed:
         first = config.safe if config.safe in ladder else ladder[-1]
-    below = ladder[ladder.index(first) + 1 :]  # cheaper ones first: what failed may have been too much for this device
+    below = ladder[ladder.index(first) + 1 :]  # cheaper ones first: the first may fail because it is too much for this device
     return [first, *below, *reversed(ladder[: ladder.index(first)])]
 
 
@@ -61,7 +61,7 @@ def _chosen(
         return figures.get(variant, UNKNOWN)
 
     def fits(variant: VariantName) -> bool:
-        """What was not measured fits no budget."""
+        """Check whether a variant fits the budgets; a cost that was not measured fits none."""
         limits = ((cost(variant).milliseconds, config.latency_ms), (cost(variant).joules, config.joules))
         return all(limit is None or (value is not None and value <= limit) for value, limit in limits)
 
@@ -80,16 +80,16 @@ def _chosen(
 
 
 def _or_rank(value: float | None, variant: VariantName) -> tuple[int, float]:
-    """A cost to compare by; what was not measured comes after what was, by its place on the ladder."""
+    """Return a sort key for a cost: measured costs come first, then unmeasured ones, the cheapest on the ladder first."""
     return (0, value) if value is not None else (1, -LADDER.index(variant))
 
 
 def routing_shift(loads: Sequence[Sequence[Sequence[float]]], reference: Sequence[Sequence[float]]) -> str | None:
-    """Why the routes through the experts are not those of the factory, if so.
+    """Say how the expert routing has shifted from the factory's; return None if it is within `ROUTE_LIMIT`.
 
     Args:
-        loads: gate mass of each expert of each block [M][E], of each of at least `ROUTE_IMAGES` images.
-        reference: its mean in the factory.
+        loads: gate mass of each expert of each block [M][E], for each of at least `ROUTE_IMAGES` images.
+        reference: mean gate mass [M][E] at the factory.
     """
     experts = [len(row) for row in reference]
     if any([len(row) for row in load] != experts for load in loads):

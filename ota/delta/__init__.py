@@ -1,13 +1,14 @@
-"""Deltas: the difference between two bundles, lossless, small, in bounded memory.
+"""Lossless binary deltas between two bundles, built and applied in bounded memory.
 
     >>> encode.build(pairs, base_sha256, target_sha256, Path("patch"))
     >>> with Path("patch").open("rb") as patch:
     ...     apply(patch, read_header(patch), open_base, open_output)
 
-What a device needs: `format` is the container and how it is applied, `numbers` what is known about numbers in files, `streams` how small
-numbers become bytes. What the factory adds: `plan` is what each record is about, `describe` how its numbers moved, `lowrank` finds thin
-products in that, `plain` and `blocks` are for bytes that are no numbers, `encode` writes it all, `forecast` says how large it would be.
-`files` does all of it for any two files.
+A device needs three modules: `format` reads and applies the container, `numbers` models how numbers in files change, and
+`streams` codes small numbers as bytes. The factory adds the others: `plan` decides what each record covers, `describe` how to
+encode changes of numbers, `lowrank` finds low-rank products in these changes, `plain` and `blocks` handle bytes that are not
+numbers, `encode` writes the delta, and `forecast` estimates its size. `files` builds, inspects and applies deltas between any two
+files.
 """
 
 from ota.delta.format import DeltaFile, Header, apply, read_header

@@ -1,6 +1,7 @@
-"""How the numbers of a piece moved, in as few bytes as may be: each for itself, in steps of one size, by a thin product, or from 0.
+"""Describe how the numbers of a piece moved, in as few bytes as possible.
 
-All choices are made on whole numbers or on what was rounded so far that machines agree: the same files give the same delta.
+Numbers move one by one, in steps of one size, by a product of thin matrices, or from 0. All choices compare integers, or floats
+that are rounded so coarsely that all machines agree. So the same files give the same delta on every machine.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from ota.delta.format import Product, Segment, pack_table
 from ota.delta.numbers import CONTEXTS, Kind
 from ota.delta.plan import File, Piece
 
-STREAM_COST = 80  # bytes that another stream costs before it holds anything
+STREAM_COST = 80  # bytes that one more stream costs, even if it is empty
 TOKEN_COST = 0.7  # bytes that a token adds to a Huffman table
 SCALE_COST = 0.65  # bytes that a row's or column's scale costs
-NEVER = -2000  # the scale of what does not move at all
-NEAR = 0.6  # share of their bytes from which numbers are also tried without their predecessors
-CLEARLY = 0.3  # bits of a number that need no closer look
+NEVER = -2000  # the scale of numbers that do not move at all
+NEAR = 0.6  # share of a piece's bytes; a description that takes more is also tried without predecessors
+CLEARLY = 0.3  # bits a number; a product that saves more than this is not compared with the description without it
 LEAST_MOVED = 0.3  # share of numbers that have to move before a product is looked for
-SAMPLE = 1 << 14  # numbers that are looked at to choose a description
+SAMPLE = 1 << 14  # numbers that are sampled to choose row and column scales
 MAX_STREAM_CONTEXTS = 24  # neighbouring contexts that may share a stream; bounds the search
 
 
 def payload_of(group: Sequence[Piece], made: bytes, old: File | None) -> bytes:
-    """The payload of a record of numbers."""
+    """Encode the payload of a record of numbers in the shortest of the ways that are tried."""
     said: list[Description] = []
     for piece in group:
         at = piece.start - group[0].start
@@ -43,7 +44,7 @@ def payload_of(group: Sequence[Piece], made: bytes, old: File | None) -> bytes:
     stream_of = _share(_joint(sample, streams.tokens(_sampled(together))[0]), len(ids) / len(sample))
     count = int(stream_of.max()) + 1
     ways: list[bytes] = []
-    if count == 1 or all(s.old is None for s in segments):  # in one stream, where zstd may find what contexts do not tell
+    if count == 1 or all(s.old is None for s in segments):  # one stream: zstd may find repetitions that contexts do not show
         plain = pack_table([replace(s, rows=None, columns=None) for s in segments], None)
         width = max(piece.kind.width for piece in group)
         ways += [plain + streams.encode(together) + rest, plain + streams.planes(together, width) + rest]
@@ -61,7 +62,7 @@ def _before(piece: Piece, old: File | None) -> numbers.Codes:
 
 @dataclass(frozen=True)
 class Description:
-    """How a piece is described: the segment, each number's context, what its streams hold, and what whole steps miss by."""
+    """How a piece is described: the segment, each number's context, the values of its streams, and the residuals of steps."""
 
     segment: Segment
     classes: npt.NDArray[np.uint8]
@@ -69,7 +70,11 @@ class Description:
     missed: list[streams.Numbers] = field(default_factory=list)
 
     def _tokens(self, values: streams.Numbers) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """As `streams.tokens`, but of floats without predecessors their exponents, which are what can be coded."""
+        """Return each value's token and the number of bits that the token leaves out, to estimate the cost.
+
+        They are those of `streams.tokens`. But of a float without a predecessor only the exponent can be compressed: the exponent
+        is its token, and all other bits count in full.
+        """
         kind = self.segment.kind
         if self.segment.old is not None or not kind.mantissa:
             return streams.tokens(values)
@@ -78,7 +83,7 @@ class Description:
 
     @functools.cached_property
     def cost(self) -> float:
-        """About how many bytes it takes, each context with a code of its own."""
+        """The estimated size in bytes, if each context had a code of its own."""
         symbols, below = self._tokens(_sampled(self.values))
         bits = _bits(_joint(_sampled(self.classes), symbols)) + int(below.sum(dtype=np.int64))
         apart = sum(map(alone, (*self.missed, *sides(self.segment))))
@@ -86,22 +91,23 @@ class Description:
 
 
 def _scales(segment: Segment) -> float:
-    """About how many bytes its scales take."""
+    """Estimate how many bytes a segment's row and column scales take."""
     return SCALE_COST * sum(len(side) for side in (segment.rows, segment.columns) if side is not None)
 
 
 def _bits(counts: npt.NDArray[np.int64]) -> float:
-    """About how many bits tokens take, each context with a code of its own.
+    """Estimate how many bits tokens take, if each context has a code of its own.
 
-    What few numbers show of their entropy is too little, by half a nat for each cell of the histogram (Miller 1955).
+    The entropy of a sample is too low, by half a nat for each occupied cell of the histogram (Miller 1955). This is added.
     """
     return float(_entropy(counts).sum()) + np.count_nonzero(counts) / (2 * math.log(2))
 
 
 def describe(piece: Piece, after: numbers.Codes, before: numbers.Codes) -> Description:
-    """The cheapest description of how the numbers of a piece moved.
+    """Choose the cheapest description of how the numbers of a piece moved.
 
-    Each for itself; by steps of one size; by a product of thin matrices; or from 0, if the old ones say little.
+    The choice is between moves one by one, steps of one size, a product of thin matrices, and moves from 0 if the old numbers
+    help little.
     """
     row = piece.row if 1 < piece.row < len(before) else 0
     plain = Segment(piece.kind, piece.length, row or len(before), piece.old, NEVER)
@@ -157,7 +163,7 @@ def _product(change: npt.NDArray[np.float32], before: numbers.Codes, row: int, k
 
 
 def sides(segment: Segment) -> list[streams.Numbers]:
-    """The factors of its product as they are stored."""
+    """Return the factors of a segment's product as they are stored, flat and zig-zag coded; none if it has no product."""
     p = segment.product
     return [numbers.zigzag(side.reshape(-1)) for side in (p.left, p.right) if side is not None] if p else []
 
@@ -165,7 +171,7 @@ def sides(segment: Segment) -> list[streams.Numbers]:
 def _scaled(
     plain: Segment, change: npt.NDArray[np.float32], before: numbers.Codes, values: streams.Numbers, row: int
 ) -> Description:
-    """How far the numbers are said to move: all alike, and by row and column where that pays."""
+    """Describe how far numbers move by one scale for all, and by further scales for rows and columns where these pay."""
     distance = np.abs(change)
     mean = float(distance.mean(dtype=np.float64)) if len(distance) else 0.0
     if not mean:
@@ -179,7 +185,7 @@ def _scaled(
 def _by_row_or_column(
     plain: Segment, distance: npt.NDArray[np.float32], before: numbers.Codes, values: streams.Numbers, row: int
 ) -> Segment:
-    """With a scale for each row, for each column, for both or for neither, whichever is cheapest in a sample of the rows."""
+    """Choose scales for each row, for each column, for both or for neither, whichever is cheapest in a sample of the rows."""
     whole = len(distance) // row * row
     table = distance[:whole].reshape(-1, row)
     rows, columns = table.mean(axis=1, dtype=np.float64), table.mean(axis=0, dtype=np.float64)
@@ -199,33 +205,34 @@ def _by_row_or_column(
 
 
 def _apart(means: npt.NDArray[np.float64], scale: int) -> npt.NDArray[np.int16]:
-    """How far rows or columns lie from what all of them have, in half octaves."""
+    """Return how far the mean of each row or column lies from the common scale, in half octaves, at most 20 either way."""
     return np.clip(_half_octaves(means) - scale, -20, 20).astype(np.int16)
 
 
 def _mean_bits(values: streams.Numbers) -> float:
-    """About how many bits a number takes, by a sample of them."""
+    """Estimate how many bits a number takes, from a sample."""
     return float(np.log2(values[:: max(1, len(values) // 4096)] + 1.0).mean()) + 1
 
 
 def alone(values: streams.Numbers) -> float:
-    """Bytes that numbers cost in a stream of their own."""
+    """Estimate how many bytes numbers cost in a stream of their own."""
     symbols, below = streams.tokens(values)
     return (float(_entropy(np.bincount(symbols, minlength=1)[None]).sum()) + int(below.sum(dtype=np.int64))) / 8
 
 
 def _sampled(found: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A quarter of many numbers, in pieces of a thousand."""
+    """Return a quarter of the numbers, in runs of 1,024; all of them if they are fewer than 32,768."""
     if len(found) < 1 << 15:
         return found
     return found[: len(found) // 4096 * 4096].reshape(-1, 4096)[:, :1024].reshape(-1)
 
 
 def _step(change: npt.NDArray[np.float32], after: numbers.Codes, before: numbers.Codes, kind: Kind) -> np.float32 | None:
-    """The size of the steps that all numbers moved by, if there is one.
+    """Find the size of the steps that all numbers moved by, if there is one.
 
-    Seen where the kind's own rounding is small against the change: the smallest changes are one step, and all are near multiples of it.
-    Then every number that moved says between which bounds the size must lie to have been rounded as it was.
+    Steps show where the kind's own rounding is small against the change: the smallest changes are one step, and all changes are
+    near multiples of it. Then every number that moved gives bounds for the size: only a size between them rounds to the new
+    number.
     """
     at = np.flatnonzero(change)
     few = at[:: max(1, len(at) // 4096)]
@@ -241,7 +248,7 @@ def _step(change: npt.NDArray[np.float32], after: numbers.Codes, before: numbers
         step = float((size * count).sum() / (count * count).sum()) if count.any() else 0.0
         if not 1e-30 < step < 1e30:
             return None
-    if float(np.abs(size / step - np.round(size / step)).mean()) > 0.05:  # 0.25 if there are no steps
+    if float(np.abs(size / step - np.round(size / step)).mean()) > 0.05:  # the mean is 0.25 if there are no steps
         return None
     at = at[:: max(1, len(at) // 32768)]
     size, new = np.abs(change[at]).astype(np.float64), numbers.values(after[at], kind).astype(np.float64)
@@ -269,14 +276,14 @@ def _step(change: npt.NDArray[np.float32], after: numbers.Codes, before: numbers
 
 
 def _half_octaves(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
-    """2 · log2 of values to the nearest whole number, on every machine alike."""
+    """Return 2 · log2 of values, rounded to the nearest integer in the same way on every machine."""
     part, exponent = np.frexp(np.maximum(values, 1e-60))  # parts in [1/2, 1)
     found: npt.NDArray[np.int32] = 2 * exponent - (part < 2**-0.25) - (part < 2**-0.75)
     return found
 
 
 def _joint(classes: npt.NDArray[np.uint8], symbols: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """How often each token comes in each context, [64, tokens]."""
+    """Count how often each token occurs in each context, [64, tokens]."""
     both = classes.astype(np.intp)
     both *= streams.TOKENS
     both += symbols
@@ -284,7 +291,7 @@ def _joint(classes: npt.NDArray[np.uint8], symbols: npt.NDArray[np.uint8]) -> np
 
 
 def _entropy(counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Bits for the tokens of each row of a histogram, each row with its own code; rounded so far that machines agree."""
+    """Return the bits for the tokens of each row of a histogram, each row with its own code; rounded so that machines agree."""
     total = counts.sum(axis=-1, dtype=np.float64)
     found: npt.NDArray[np.float64] = total * np.log2(np.maximum(total, 1)) - (counts * np.log2(np.maximum(counts, 1))).sum(
         axis=-1
@@ -293,13 +300,13 @@ def _entropy(counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def _share(counts: npt.NDArray[Any], each: float) -> npt.NDArray[np.uint8]:
-    """Which stream each context goes to: neighbours share one where that costs least.
+    """Assign each context to a stream; neighbouring contexts share one where that costs least.
 
-    Dynamic programming over where to cut the used contexts.
+    Dynamic programming finds where to cut the sequence of used contexts.
 
     Args:
         counts: of tokens in a sample, [64, tokens].
-        each: for how many numbers one of them stands.
+        each: how many numbers one sampled number stands for.
     """
     used = np.flatnonzero(counts.sum(axis=1))
     counts = counts[used][:, np.flatnonzero(counts.sum(axis=0))]
@@ -318,7 +325,7 @@ def _share(counts: npt.NDArray[Any], each: float) -> npt.NDArray[np.uint8]:
     while stop:
         starts.append((cut[stop], stop))
         stop = cut[stop]
-    # What the sample missed goes with its neighbours.
+    # Contexts that the sample missed join their neighbours.
     for number, (start, _) in enumerate(reversed(starts)):
         stream_of[used[start] if start else 0 :] = number
     return stream_of

@@ -1,4 +1,4 @@
-"""Making a delta: records are planned, then encoded in the shortest of the ways there are, a few at a time."""
+"""Build a delta: plan its records, then encode each in the shortest of the available ways, a few records at a time."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Built", "Elements", "Pair", "build", "write"]
 
-WORKERS = 2  # records that are encoded at once, on any machine: memory is the bound
-MANY = 32  # records from which on more than one is encoded at once
-LEVEL = 9  # of zstd, for what is made without a base
-FAR = 0.6  # share of its bytes from which a record of numbers is also tried as plain bytes
-LIKE_NUMBERS = 0.2  # share of its bytes from which a small file may be numbers that nobody described
-SEGMENT_COST = 5.0  # bytes that a segment's line in its record's table costs
-RECORD_COST = 400.0  # bytes that a record costs beside its numbers
-SPARSE_LOSS, DENSE_LOSS = 0.03, 0.005  # by which streams are longer than their entropy
-LOOKED = 128 * KiB  # bytes of a large tensor that say enough about its size
+WORKERS = 2  # records that are encoded at once, however many cores there are: each takes memory
+MANY = 32  # records of a file; from so many on, several are encoded at once
+LEVEL = 9  # of zstd, for numbers that are encoded without a base
+FAR = 0.6  # share of its bytes; a record of numbers that takes more is also tried as plain bytes
+LIKE_NUMBERS = 0.2  # share of its bytes; a small file that takes more is also tried as numbers of an unknown kind
+SEGMENT_COST = 5.0  # bytes that a segment's row in the record's table costs
+RECORD_COST = 400.0  # bytes that a record costs besides its numbers
+SPARSE_LOSS, DENSE_LOSS = 0.03, 0.005  # shares by which streams exceed their entropy, where few and where many numbers move
+LOOKED = 128 * KiB  # bytes of a large tensor that are enough to estimate its size
 
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Built:
-    """What building a delta gave."""
+    """The result of building a delta."""
 
     size: int
     by_kind: dict[str, int]
@@ -85,8 +85,8 @@ def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
         out: file to write.
 
     Raises:
-        DeltaError: a file that is not weights is larger than `MAX_SMALL`, or a file has more tensors than a delta can tell, or
-            `Elements` that overlap, end inside a number or go past the end.
+        DeltaError: a bundle's file that is not weights is larger than `MAX_SMALL`, or its predecessor is; a file takes more than
+            `MAX_RECORDS` records; or its `Elements` overlap, end inside a number or go past its end.
         OperatorError: a file became shorter while it was read.
     """
     with out.open("wb") as file:
@@ -94,7 +94,7 @@ def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
 
 
 def write(pairs: Sequence[Pair], base: str, target: str, file: BinaryIO) -> Built:
-    """As `build`, into an open file."""
+    """Write the delta to an open file; arguments and errors are those of `build`."""
     plans: list[list[list[Piece]]] = [plan(pair) for pair in pairs]
     file.write(header_of(pairs, base, target))
     by_kind = dict.fromkeys(KINDS.values(), 0)
@@ -108,7 +108,7 @@ def write(pairs: Sequence[Pair], base: str, target: str, file: BinaryIO) -> Buil
 
 
 def header_of(pairs: Sequence[Pair], base: str, target: str) -> bytes:
-    """What the delta begins with."""
+    """Make the bytes that a delta begins with: prefix and header."""
     files = [
         DeltaFile(
             target=pair.entry,
@@ -131,14 +131,14 @@ def _encode(pair: Pair, groups: list[list[Piece]]) -> Iterator[Record]:
 
 
 def _side_by_side(calls: Sequence[Callable[[], Made]]) -> Iterator[Made]:
-    """Results in order; a few at a time, so that memory holds no more than those."""
+    """Yield the results of calls in order; only a few calls are under way at once, so memory stays bounded."""
     workers = min(os.cpu_count() or 1, WORKERS)
-    if len(calls) < MANY:  # of small tensors most time is Python's own, and its lock would only be fought over
+    if len(calls) < MANY:  # small tensors take mostly Python's own time, in which threads would only compete for its lock
         yield from (call() for call in calls)
         return
-    from concurrent.futures import ThreadPoolExecutor  # brings logging with it, which small deltas can do without
+    from concurrent.futures import ThreadPoolExecutor  # imports logging, which small deltas do not need
 
-    with ThreadPoolExecutor(workers) as pool:  # numpy and zstd work outside the interpreter's lock
+    with ThreadPoolExecutor(workers) as pool:  # numpy and zstd release the interpreter's lock
         waiting: deque[Future[Made]] = deque()
         for call in calls:
             waiting.append(pool.submit(call))
@@ -172,7 +172,7 @@ def encode_group(group: list[Piece], new: File, old: File | None) -> list[Record
     if len(group) == 1 and is_plain(first):
         return encode_plain(first, made, old)
     ways = [[record(NUMBERS, made, 0, payload_of(group, made, old))]]
-    if size_of(ways[0]) > FAR * len(made):  # so far from the old ones that they say little
+    if size_of(ways[0]) > FAR * len(made):  # so far from the old numbers that these help little
         ways.append([record(ZSTD, made, 0, compress(made, LEVEL))])
         if old and len(old.blocks.places(np.frombuffer(made, np.uint8))) > WINDOWS // 2:
             ways.append([elsewhere(part, old, LEVELS) for part in parts_of(made, old)])

@@ -1,10 +1,10 @@
-"""Deltas between any two files: where the tensors of a model file lie, and which of the old ones they follow.
+"""Build, inspect and apply deltas between any two files; find the tensors of model files and match them with the old ones.
 
     >>> built = build(Path("old.onnx"), Path("new.onnx"), Path("patch"))
     >>> apply(Path("old.onnx"), Path("patch"), Path("again.onnx"))
 
-Tensors are found in ONNX files (inside the file, or in the external data that another ONNX file describes) and in safetensors files;
-everything else is bytes. Nothing depends on finding them but the size: every file comes back bit by bit.
+Tensors are found in ONNX files (inside the file, or in the external data that another ONNX file describes) and in safetensors
+files. Everything else is treated as bytes. Finding tensors only makes the delta smaller: every file is restored bit by bit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ONNX_KINDS: dict[int, KindName] = {
 _SAFETENSORS_KINDS: dict[str, KindName] = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "bytes", "BOOL": "bytes",
 }  # fmt: skip
-_MAX_SAFETENSORS_HEADER = 100 * MiB  # what the format itself allows
+_MAX_SAFETENSORS_HEADER = 100 * MiB  # the limit of the format itself
 _MAX_TENSORS = 1 << 20
 
 
@@ -57,7 +57,7 @@ class Tensor:
 
     @property
     def row(self) -> int:
-        """Numbers for each index of the first axis; 0: it has fewer than two axes."""
+        """How many numbers each index of the first axis has; 0 if there are fewer than two axes."""
         return math.prod(self.shape[1:]) if len(self.shape) > 1 else 0
 
 
@@ -69,13 +69,14 @@ def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph:
         new: the file after.
         out: where the delta goes; see `ota.output`.
         graph: the ONNX file that says where the tensors of `new` lie, if `new` is its external data.
-        old_graph: the same for `old`; None: as `graph`.
+        old_graph: the same for `old`; None: the same as `graph`.
 
     Raises:
-        OperatorError: a file is no regular file, cannot be read, is too large, or changes meanwhile; or `out` cannot be written, or is
-            one of them.
+        DeltaError: the delta would take too many records.
+        OperatorError: a file is not a regular file, cannot be read, is too large, or changes while it is read; or `out` cannot be
+            written, or is one of the input files.
     """
-    from ota.delta import encode  # which applying does without
+    from ota.delta import encode  # applying does not need it
 
     _check_inputs(old, new, graph, old_graph)
     output.check(out, [old, new, graph, old_graph])
@@ -86,12 +87,12 @@ def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph:
 
 
 def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> int:
-    """About how many bytes `build` would write; see `forecast`."""
+    """Estimate how many bytes `build` would write; see `forecast`."""
     return forecast(old, new, graph, old_graph).bytes
 
 
 def forecast(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> Forecast:
-    """About how many bytes `build` would write, and between which bounds, in a part of its time; see there for arguments and errors."""
+    """Estimate, with bounds, how many bytes `build` would write, in a fraction of its time; arguments and errors are the same."""
     from ota.delta.forecast import forecast
 
     _check_inputs(old, new, graph, old_graph)
@@ -109,34 +110,35 @@ def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None, old_
 
 @dataclass(frozen=True)
 class Part:
-    """One record of a delta, or if the base was given one segment of numbers, and what it is about."""
+    """One record of a delta, or one segment of numbers if the base was given."""
 
     kind: str
     offset: int  # in the new file
     length: int  # bytes that it makes
     size: float  # bytes that it costs
     holds: dict[str, int]
-    """How many numbers of which kind, and how they are said to move, in a record of numbers; such as "float32 by product"."""
+    """In a record of numbers: how many there are by kind and by the way they move, such as "float32 by product"."""
     streams: int
     tensors: list[str]
-    """Whose bytes they are, if the new file was given."""
+    """The tensors that have bytes in it, if the new file was given."""
 
 
 def inspect(
     patch: Path, of: Path | None = None, graph: Path | None = None, base: Path | None = None
 ) -> tuple[container.Header, list[Part]]:
-    """What a delta is made of.
+    """List what a delta consists of: its header and its parts.
 
     Args:
         patch: the delta.
-        of: the file that it makes, to call tensors by their names.
+        of: the file that the delta makes; it gives the names of the tensors.
         graph: as for `build`.
-        base: the file that it starts from, to say what each tensor costs: tensors share streams, and who is in which the base tells.
+        base: the file that the delta starts from. It is needed to say what each tensor costs: tensors share streams, and only the
+            base shows whose numbers are in which.
 
     Raises:
         DeltaError: the delta is damaged.
-        BaseError: `base` is another file.
-        OperatorError: a file is no regular file, or cannot be read.
+        BaseError: `base` is not the file that the delta starts from.
+        OperatorError: a file is not a regular file, or cannot be read; or `base` is given and the delta makes several files.
     """
     _check_inputs(patch, of, base, graph)
     named = sorted(tensors(of, graph), key=lambda t: t.offset) if of else []
@@ -171,14 +173,15 @@ def inspect(
 
 
 def apply(old: Path, patch: Path, out: Path) -> None:
-    """Make the new file; `out` appears when it is whole and right, and not before.
+    """Make the new file; `out` appears only when it is complete and verified.
 
-    Killed and repeated, it goes on: what the same delta, base and output left beside `out` is verified record by record and used.
+    After a kill, run it again: it resumes. What the killed run left beside `out`, from the same base to the same target, is
+    verified record by record and used.
 
     Raises:
-        DeltaError: the delta is damaged, or for something else.
+        DeltaError: the delta is damaged, or is not for a plain file.
         BaseError: `old` is not the file that the delta starts from.
-        OperatorError: a file is no regular file, or cannot be read; or `out` cannot be written, or is one of them.
+        OperatorError: a file is not a regular file, or cannot be read; or `out` cannot be written, or is one of the input files.
     """
     _check_inputs(old, patch)
     output.check(out, [old, patch])
@@ -189,7 +192,7 @@ def apply(old: Path, patch: Path, out: Path) -> None:
             with output.fresh(out, resume=f"{header.base} {header.target}") as file:
                 container.apply_plain(stream, header, base, file, kept=True)
                 file.truncate()
-    except OSError as error:  # of those that are read; of the other one, `output` speaks
+    except OSError as error:  # from reading: `output` reports its own errors of writing
         raise OperatorError(f"{shown(old)} or {shown(patch)} cannot be read: {error.strerror}; check the disk") from error
 
 
@@ -197,7 +200,7 @@ def apply(old: Path, patch: Path, out: Path) -> None:
 
 
 def _check_inputs(*paths: Path | None) -> None:
-    """Refuse what cannot be read again and again, such as a pipe; reading it would wait, or find nothing the second time."""
+    """Refuse a file that cannot be read repeatedly, such as a pipe: reading would wait, or find nothing the second time."""
     for path in paths:
         if path is None:
             continue
@@ -219,14 +222,14 @@ def _sha256(path: Path) -> str:
             digest, read, size = hashlib.file_digest(file, "sha256").hexdigest(), file.tell(), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise OperatorError(f"{shown(path)} cannot be read: {error.strerror}; check the disk") from error
-    if read != size:  # as the kernel's own files do, whose size is 0
+    if read != size:  # such as files in /proc, whose size is given as 0
         raise OperatorError(f"{shown(path)} gives {read} bytes and is said to have {size}; copy it, and name the copy")
     return digest
 
 
 @contextmanager
 def _unchanged(files: dict[Path, str]) -> Iterator[None]:
-    """Let nothing come of a block that reads files, or what went wrong in it, if they are not what they were."""
+    """Check after a block that its input files still have these hashes; if not, raise that in place of its result or error."""
     try:
         yield
     except Exception:
@@ -249,17 +252,18 @@ def _check_same(files: dict[Path, str]) -> None:
 
 
 def elements(old: Path | None, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> list[Elements]:
-    """Where the numbers of a file and those that they follow lie.
+    """Find where the numbers of a file lie, and where in the old file the numbers lie that they follow.
 
-    A tensor follows the one of its name, kind and shape; if there is none, the next of its kind and shape that nobody else follows.
-    What lies between tensors follows what lies as far from the tensor before it in the old file.
+    A tensor follows the old one of the same name, kind and shape. If there is none, it follows the next old one of the same kind
+    and shape that no other tensor follows. Bytes between tensors follow the old bytes at the same distance from the last matched
+    tensor.
     """
     after, before = tensors(new, graph), tensors(old, old_graph or graph) if old else []
     followed = follow(after, before)
     found: list[Elements] = []
     at, shift = 0, 0
     for tensor in sorted(after, key=lambda t: t.offset):
-        if tensor.offset < at or tensor.length % KINDS[tensor.kind].width:  # two names for one place, or not as it says
+        if tensor.offset < at or tensor.length % KINDS[tensor.kind].width:  # two names for one place, or an impossible length
             continue
         if tensor.offset > at:
             found.append(Elements(at, tensor.offset - at, "bytes", 0, max(0, at - shift)))
@@ -272,7 +276,7 @@ def elements(old: Path | None, new: Path, graph: Path | None = None, old_graph: 
 
 
 def follow(after: Sequence[Tensor], before: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The old tensor that each new one follows, by the new one's name."""
+    """Find the old tensor that each new one follows; return it by the new one's name."""
     named = {t.name: t for t in before}
     found = {t.name: named[t.name] for t in after if t.name in named and _kin(named[t.name]) == _kin(t)}
     taken = {t.name for t in found.values()}
@@ -294,10 +298,10 @@ def _kin(tensor: Tensor) -> tuple[KindName, tuple[int, ...]]:
 
 
 def tensors(path: Path, graph: Path | None = None) -> list[Tensor]:
-    """The tensors of a file that are numbers of a kind the codec knows; none if it is no model file.
+    """Find the tensors of a file whose kind of numbers the codec knows; none if it is not a model file.
 
     Raises:
-        OperatorError: a file cannot be read, or `graph` describes no external data.
+        OperatorError: a file cannot be read, or `graph` describes no external data in `path`.
     """
     try:
         size = path.stat().st_size
@@ -318,7 +322,7 @@ def tensors(path: Path, graph: Path | None = None) -> list[Tensor]:
 
 
 class _Bytes:
-    """A file's bytes, a few at a time; one that is mapped into memory ends the process if it becomes shorter."""
+    """A file's bytes, read a few at a time. The file is not mapped into memory: the process would die if it became shorter."""
 
     def __init__(self, file: FileIO) -> None:
         self._file, self._size = file, os.fstat(file.fileno()).st_size
@@ -328,18 +332,18 @@ class _Bytes:
         return self._size
 
     def __getitem__(self, at: int) -> int:
-        """One byte; those after it are kept, because they are asked for next."""
+        """Return one byte; cache those after it, because they are asked for next."""
         if not 0 <= at - self._start < len(self._held):
             self._start, self._held = at, self.piece(at, at + 4 * KiB)
         return self._held[at - self._start]
 
     def piece(self, start: int, stop: int) -> bytes:
-        """Some bytes, fewer if the file ends before."""
+        """Read the bytes from `start` to `stop`, fewer if the file ends before."""
         return os.pread(self._file.fileno(), stop - start, start)
 
 
 def _safetensors(data: _Bytes) -> list[Tensor]:
-    """By the format's own header: its length in eight bytes, then JSON."""
+    """Find tensors by the header of the safetensors format: its length in eight bytes, then JSON."""
     if len(data) < 8:
         return []
     length = int.from_bytes(data.piece(0, 8), "little")
@@ -361,9 +365,9 @@ def _safetensors(data: _Bytes) -> list[Tensor]:
 
 
 def _onnx(data: _Bytes, external: bool) -> list[Tensor]:
-    """By the wire format of protocol buffers: the model's graph (7), its initializers (5), of each what says where it is.
+    """Find tensors by the wire format of protocol buffers: in the model's graph (field 7), the places of its initializers (5).
 
-    The onnx package gives values and not their places in the file, and is not on devices.
+    The onnx package gives values but not their places in the file, and devices lack it.
     """
     found: list[Tensor] = []
     try:
@@ -374,7 +378,7 @@ def _onnx(data: _Bytes, external: bool) -> list[Tensor]:
                         tensor = _initializer(data, first, last, external)
                         found += [tensor] if tensor else []
     except (IndexError, ValueError):
-        return []  # no ONNX file
+        return []  # not an ONNX file
     return found
 
 

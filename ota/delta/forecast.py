@@ -1,7 +1,8 @@
-"""How large a delta would be, without making it: what is small is made, of what is large a part is looked at.
+"""Forecast how large a delta would be without building it: small records are built, large ones are sampled.
 
-A forecast has bounds, because no part tells everything: how much shorter zstd's slowest level gets it, how unlike tensors of one shape
-are. They hold for what was seen in public models and other files (tests/bench/results/delta.md), and are no proof.
+A forecast has bounds, because a sample does not show everything: how much zstd's slowest level gains, how much tensors of one
+shape differ. The bounds come from experience with public models and other files (tests/bench/results/delta.md); they are not
+proved.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ from ota.delta.plain import (
 from ota.delta.plan import LEAST_PLAIN, File, Pair, Piece, is_plain, open_file, plan
 from ota.manifest import KiB
 
-CLOSE = 1.3  # times that a forecast may be wrong by
-EXACT = 256 * KiB  # bytes of a file's smallest records that are made
-EXACT_PIECES = 96  # and pieces of them: each costs time of its own
-ONE_IN = 8  # pieces that are alike, of which one is looked at
-LEAST_SEEN = 2  # of those that are alike, if there are as many
-LOOKED = 128 * KiB  # bytes of a large piece of numbers that say enough about its size
-LEAST_ROWS = 64  # that moved, of those
-ALL = 0.97  # share of the blocks of another from which a piece was found as wholly as that
-SEGMENT_COST = 5.0  # bytes that a segment's line in its record's table costs
-RECORD_COST = 400.0  # bytes that a record costs beside its numbers
-SPARSE_LOSS, DENSE_LOSS = 0.03, 0.005  # by which streams are longer than their entropy
-CROWDED = 8 * KiB  # bytes of a record's pieces below which it is looked at as a whole
-UNLIKE = 0.15  # by which share things that are alike differ
-ENOUGH = 4  # of them that tell how much they do
-SPOT, SPOTS = 16 * KiB, 8  # bytes of a piece without numbers, in how many places, that are looked at closely
-APART = 128 * KiB  # from one spot to the next, where they are to tell what numbers these may be
-REACH = 64 * KiB  # bytes around a spot in the old file
+CLOSE = 1.3  # factor by which a forecast may be wrong and still be said as one number
+EXACT = 256 * KiB  # bytes of a file's smallest records that are built
+EXACT_PIECES = 96  # pieces of these records, at most: each takes time of its own
+ONE_IN = 8  # of so many similar pieces, one is examined
+LEAST_SEEN = 2  # similar pieces that are examined at least, if there are so many
+LOOKED = 128 * KiB  # bytes of a large piece of numbers that are enough to estimate its size
+LEAST_ROWS = 64  # rows that moved and are examined in such a piece
+ALL = 0.97  # share of an earlier piece's blocks; a piece with so many found elsewhere is taken to cost the same for each byte
+SEGMENT_COST = 5.0  # bytes that a segment's row in the record's table costs
+RECORD_COST = 400.0  # bytes that a record costs besides its numbers
+SPARSE_LOSS, DENSE_LOSS = 0.03, 0.005  # shares by which streams exceed their entropy, where few and where many numbers move
+CROWDED = 8 * KiB  # mean bytes of a record's pieces; below this the record is examined as a whole
+UNLIKE = 0.15  # share by which similar things differ, if too few were examined to measure it
+ENOUGH = 4  # things that are enough to measure it
+SPOT, SPOTS = 16 * KiB, 8  # bytes of a spot, and how many spots of a piece without numbers are examined
+APART = 128 * KiB  # bytes from one spot to the next, if spots are to show what kind of numbers these are
+REACH = 64 * KiB  # bytes of the old file around a spot that zstd may refer to
 
 Bounds = npt.NDArray[np.float64]  # low, likely, high: bytes
 Thing = TypeVar("Thing")
@@ -59,22 +60,22 @@ Thing = TypeVar("Thing")
 
 @dataclass(frozen=True)
 class Forecast:
-    """About how large a delta would be."""
+    """The estimated size of a delta, in bytes."""
 
     bytes: int
     low: int
-    """It is hardly smaller than this."""
+    """The delta is unlikely to be smaller."""
     high: int
-    """Nor larger than this."""
+    """The delta is unlikely to be larger."""
 
     @property
     def close(self) -> bool:
-        """Whether the bounds are so near that the middle tells enough."""
+        """Whether the bounds are so close that the estimate alone says enough."""
         return self.bytes <= CLOSE * self.low and self.high <= CLOSE * self.bytes
 
 
 def forecast(pairs: Sequence[Pair]) -> Forecast:
-    """About how large `encode.build` would make a delta; see there for arguments and errors."""
+    """Estimate how large `encode.build` would make a delta; see there for arguments and errors."""
     total, variance = _known(len(header_of(pairs, "0" * 64, "0" * 64))), 0.0
     for pair in pairs:
         new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
@@ -95,7 +96,7 @@ def _known(size: float) -> Bounds:
 
 
 def _small(new: File, old: File | None) -> Bounds:
-    """The ways that cost little are tried, and of the others it is known by how much they are shorter at most."""
+    """Estimate a file that is encoded as a whole: try the ways that take little time, and bound what the others may save."""
     if max(new.size, old.size if old else 0) <= EXACT:
         return _known(size_of(encode_small(new, old)) if new.size else 0)
     made, known = new[: new.size].tobytes(), old[: old.size].tobytes() if old else b""
@@ -116,7 +117,7 @@ def _small(new: File, old: File | None) -> Bounds:
 
 
 def _records(groups: Sequence[list[Piece]], new: File, old: File | None) -> tuple[Bounds, float]:
-    """What they take, and the variance of that which comes from having looked at some of them."""
+    """Estimate what records take, and the variance that comes from examining only some of them."""
     total, variance = np.zeros(3), 0.0
     alike: dict[tuple[object, ...], list[tuple[Piece, float]]] = {}
     crowded: list[list[Piece]] = []
@@ -159,9 +160,10 @@ def _made(group: list[Piece], new: File, old: File | None) -> Bounds:
 
 
 def _sampled(all_of: Sequence[tuple[int, Thing]], look: Callable[[Thing], tuple[Bounds, bool]]) -> tuple[Bounds, float]:
-    """What things take together, by one of some that weigh about as much if it stands for others, and the variance of that.
+    """Estimate what things take together, and the variance of that, by examining one of several that weigh about the same.
 
-    Neighbours in weight tell how unlike such things are; where there are too few, they are taken for as unlike as was seen elsewhere.
+    If the examined thing stands for no others, all of them are examined. Neighbours in weight show how much such things differ;
+    where too few were examined, `UNLIKE` is assumed.
     """
     runs: list[list[tuple[int, Thing]]] = []
     most = min(ONE_IN, max(1, len(all_of) // LEAST_SEEN))
@@ -193,15 +195,15 @@ def _sampled(all_of: Sequence[tuple[int, Thing]], look: Callable[[Thing], tuple[
 
 
 class _Numbers:
-    """What pieces of numbers of one kind and shape take."""
+    """Estimates how many bytes pieces of numbers of one kind and shape take."""
 
     def __init__(self, new: File, old: File | None) -> None:
         self._new, self._old = new, old
-        self._there: Bounds | None = None  # a byte of one that came from elsewhere
-        self._hits = 0  # blocks of it that were found
+        self._there: Bounds | None = None  # bytes of delta for each byte of a piece that came from elsewhere in the old file
+        self._hits = 0  # blocks of that piece that were found there
 
     def __call__(self, row: tuple[Piece, float]) -> tuple[Bounds, bool]:
-        """Of one with what its record costs, and whether others are like it: not if it comes from elsewhere."""
+        """Estimate a piece and its share of a record; tell whether it stands for others: not if it comes from elsewhere."""
         piece, own = row
         found = self._moved(piece, own)
         if found[1] <= FAR * piece.length or not self._old:
@@ -215,12 +217,12 @@ class _Numbers:
             self._hits = hits
         likely = self._there * piece.length
         there = np.minimum(found, likely * (0.7, 1, 1.5) + (0, 0, 2 * RECORD.size))
-        if windows < WINDOWS:  # it goes with its neighbours, wherever they come from
+        if windows < WINDOWS:  # a small piece shares its record with neighbours, which may not come from elsewhere
             there[2] = found[2]
         return there, False
 
     def _moved(self, piece: Piece, own: float) -> Bounds:
-        """By some of its rows if it is large, the more of them the fewer moved."""
+        """Estimate a piece by how its numbers moved; examine only some rows of a large piece, but more of them if few moved."""
         after, before = self._new[piece.start : piece.start + piece.length], np.zeros(piece.length, np.uint8)
         if self._old and piece.old is not None:
             before = self._old[piece.old : piece.old + piece.length]
@@ -244,11 +246,11 @@ class _Numbers:
 
 
 def _described(piece: Piece, after: bytes, before: bytes) -> tuple[Description, float]:
-    """How numbers moved, and about how many bytes that takes."""
+    """Describe how numbers moved, and estimate how many bytes that takes."""
     said = describe(piece, numbers.codes(after, piece.kind), numbers.codes(before, piece.kind))
     few = np.count_nonzero(said.values) < LEAST_MOVED * len(said.values)
     cost = said.cost * (1 + (SPARSE_LOSS if few else DENSE_LOSS))
-    if said.segment.old is None and piece.kind.mantissa:  # exponents tell neither what repeats nor what is no number
+    if said.segment.old is None and piece.kind.mantissa:  # exponents show neither repetitions nor bytes that are not numbers
         cost = min(len(streams.encode(said.values)), len(streams.planes(said.values, piece.kind.width)))
     return said, cost
 
@@ -279,7 +281,11 @@ def _plain(piece: Piece, new: File, old: File | None) -> Bounds:
 
 
 def _parts(made: bytes, old: File) -> tuple[list[bytes], float]:
-    """As `parts_of`, if cutting once pays; and if it does not, which share may be left if cutting more often does."""
+    """Cut bytes as `parts_of` does, if one cut pays; else keep them whole.
+
+    Returns:
+        The parts, and the share of their size that may be left if more cuts pay although one does not.
+    """
     whole, half = quick_size([made], old), len(made) // 2
     if half < LEAST_PART or whole < UNCUT_BELOW * len(made):
         return [made], 1.0
@@ -289,13 +295,13 @@ def _parts(made: bytes, old: File) -> tuple[list[bytes], float]:
 
 
 def _elsewhere(made: bytes, old: File) -> Bounds:
-    """As `elsewhere`, without its slowest level."""
+    """Estimate what `elsewhere` makes, without running zstd's slowest level on all of it."""
     size = size_of([elsewhere(made, old, LEVELS[:2])])
     return _known(size) if size < FAST_LEVEL_BELOW * len(made) else _harder(made, old, size)
 
 
 def _harder(made: bytes, old: File | None, size: int) -> Bounds:
-    """What zstd's slowest level makes of what the one before makes of that size: by how much shorter it gets some spots."""
+    """Estimate the size at zstd's slowest level from `size`, that of the level before it, by the gain on some spots."""
     before = after = 0
     for start in np.linspace(0, max(0, len(made) - SPOT), SPOTS).astype(int):
         spot = made[start : start + SPOT]
@@ -313,7 +319,7 @@ def _harder(made: bytes, old: File | None, size: int) -> Bounds:
 
 
 def _looks(made: bytes, at: int, old: File) -> float:
-    """Bytes that each byte costs as the kind of numbers that it looks most like, by some spots; see `plain.looks`."""
+    """Estimate the cost of each byte, in bytes, as the kind of numbers that spots of them look most like; see `plain.looks`."""
     count = max(SPOTS, len(made) // APART)
     length = min(SPOT // 2, len(made) // count // 2) // 8 * 8
     best = 1.0

@@ -1,12 +1,12 @@
-"""The delta's container, and what a device does with it: read records in order, make each stretch of the new files, check it.
+"""The container of a delta, and how a device applies it: read records in order, make each range of the new files, check it.
 
-Weights are numbers, and a record of them says how far each moved in the order of its kind (`numbers`), in streams of numbers that
-are expected to move equally far (`streams`). Bytes that are no numbers are made by zstd, which may refer to a range of the old file, and
-small files as a whole by bsdiff4 where that is shorter.
+A record of numbers, such as weights, states how far each number moved in the order of its kind (`numbers`). It groups these moves
+into streams of numbers that are expected to move equally far (`streams`). Other bytes are made by zstd, which may refer to a
+range of the old file. A small file may be made as a whole by bsdiff4, where that is shorter.
 
-A delta is read as a stream and its output written in order; memory is bounded by `MAX_CHUNK` for weights and
-`MAX_SMALL` for other files, whatever their size. The format is described to the byte in ../README.md.
-Every length is checked against a limit before anything is allocated for it.
+A delta is read as a stream, and its output is written in order. Memory is bounded by `MAX_CHUNK` for weights and by `MAX_SMALL`
+for other files, however large the files are. ../README.md describes the format to the byte. Every length is checked against a
+limit before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ MAGIC = b"DFDELTA"
 VERSION = 1
 MAX_HEADER = 64 * KiB
 MAX_CHUNK = 1 * MiB  # bytes of the new file that one record makes
-MAX_NUMBERS = 512 * KiB  # numbers in a record; decoding needs some forty bytes for each, at worst 130
-MAX_RECORDS = 64 * KiB  # of a file
-MAX_SEGMENTS = 128  # of a record: each costs time of its own, however few numbers it has
+MAX_NUMBERS = 512 * KiB  # numbers in a record; decoding takes some 40 bytes of memory for each, at worst 130
+MAX_RECORDS = 64 * KiB  # records of a file
+MAX_SEGMENTS = 128  # segments of a record: each takes time of its own, however few numbers it has
 MAX_TABLE = 1 * MiB  # bytes of a record's table of segments, unpacked
 MAX_SCALE = 4000  # half octaves
-MAX_RANK = 16  # of the product that a segment may be predicted by
-MAX_EXPONENT = 100  # of two, of that product
+MAX_RANK = 16  # rank of the product that a segment may be predicted by
+MAX_EXPONENT = 100  # exponent of the power of two that scales that product, either way
 MAX_RANGE = 8 * MiB  # bytes of the old file that a record of zstd may refer to
 MAX_SMALL = 8 * MiB  # bytes of a file that is handled whole (graph, tables, golden outputs)
 MAX_BSDIFF_CONTROL = 1 * MiB  # bytes of bsdiff4's control block, unpacked
@@ -72,17 +72,17 @@ class DeltaFile(Document):
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """What messages call the file."""
         return f"{self.target.role} file" if isinstance(self.target, FileEntry) else "file"
 
     @property
     def remedy(self) -> str:
-        """What to do when its base does not fit."""
+        """What the reader of a message should do if the base is another file than expected."""
         return "fetch the full bundle" if isinstance(self.target, FileEntry) else "name the file that it was built from"
 
 
 class Header(Document):
-    """What a delta is for and what it makes, in the order in which it makes it."""
+    """What a delta starts from and what it makes, with the files in the order in which it makes them."""
 
     base: Sha256 = Field(description="manifest of the bundle it starts from, or the plain file")
     target: Sha256 = Field(description="manifest of the bundle it makes, or the plain file")
@@ -91,63 +91,66 @@ class Header(Document):
 
 @dataclass(frozen=True)
 class Product:
-    """Two thin matrices of integers whose product says about how numbers moved; see `numbers.predicted`."""
+    """Two thin matrices of integers whose product predicts how numbers moved; see `numbers.predicted`."""
 
     rank: int
-    exponent: int  # of two
+    exponent: int  # of the power of two that scales the product
     left: Factors | None = None  # [rows, rank]; None: not read yet
     right: Factors | None = None  # [rank, columns]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Numbers of one kind that follow each other, and how far they are said to move; see `numbers.contexts`."""
+    """Consecutive numbers of one kind, and how far they are expected to move; see `numbers.contexts`."""
 
     kind: Kind
     length: int  # bytes
-    row: int  # numbers
-    old: int | None  # where their predecessors lie; None: they have none, and move from 0
+    row: int  # numbers in a row
+    old: int | None  # offset of the predecessors in the old file; None: there are none, and the numbers move from 0
     scale: int
     rows: Scales | None = None
     columns: Scales | None = None
-    step: np.float32 | None = None  # floats that move by whole steps of this size; the streams then count steps
-    product: Product | None = None  # by which they are moved before anything else
+    step: np.float32 | None = None  # floats move by whole steps of this size, and the streams count steps
+    product: Product | None = None  # the numbers are moved by it before anything else
 
     def contexts(self, old: numbers.Codes) -> npt.NDArray[np.uint8]:
-        """See `numbers.contexts`; how many steps a number moves has nothing to do with its own exponent."""
+        """Return each number's context as `numbers.contexts` does.
+
+        With steps, exponents are left out: how many steps a number moves does not depend on its own exponent.
+        """
         kind = self.kind if self.step is None else numbers.KINDS["int8"]
         return numbers.contexts(old, kind, self.scale, self.rows, self.columns, self.row)
 
     @property
     def count(self) -> int:
-        """Numbers in it."""
+        """How many numbers it has."""
         return self.length * 2 if self.kind.packed else self.length // self.kind.width
 
     def before(self, old: numbers.Codes) -> numbers.Codes:
-        """Where the numbers are said to be before the streams move them."""
+        """Return the numbers that the streams start from: the old ones, moved by the product if there is one."""
         if self.product is None or self.product.left is None or self.product.right is None:
             return old
         return numbers.predicted(old, self.product.left, self.product.right, self.product.exponent, self.kind)
 
     @property
     def way(self) -> str:
-        """How its numbers are said to move, in a word."""
+        """How its numbers move, in a word: new, product, each or steps."""
         if self.old is None:
             return "new"
         return "product" if self.product else "each" if self.step is None else "steps"
 
     @property
     def table_rows(self) -> int:
-        """Rows in it; the last may be shorter."""
+        """How many rows it has; the last may be shorter."""
         return -(-self.count // self.row)
 
 
 def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | None) -> bytes:
-    """What a record of numbers begins with: the table of its segments, then the factors of all their products.
+    """Pack the start of a record of numbers: the table of its segments, then the factors of all their products.
 
     Args:
         segments: in the order of the file.
-        stream_of: the stream of each of the contexts; None: there is one stream.
+        stream_of: the stream of each context; None: there is one stream.
     """
     made = _TABLE.pack(len(segments), 1 if stream_of is None else int(stream_of.max()) + 1)
     made += b"" if stream_of is None else stream_of.tobytes()
@@ -173,7 +176,7 @@ def read_header(patch: BinaryIO) -> Header:
     """Read and check everything before the first record; the stream then stands at the first record.
 
     Raises:
-        DeltaError: not a delta, of another version, or over a limit.
+        DeltaError: the bytes are not a delta, are damaged, are of another version, or exceed a limit.
     """
     prefix = patch.read(PREFIX.size)
     if len(prefix) != PREFIX.size:
@@ -190,7 +193,7 @@ def read_header(patch: BinaryIO) -> Header:
         header = parse(Header, data, MAX_HEADER)
     except ManifestError as error:
         raise DeltaError(f"the delta's header is damaged: {error}") from error
-    if header.canonical() != data:  # two readers of other bytes might not agree, say on a key that comes twice
+    if header.canonical() != data:  # two readers might read other forms differently, for example a key that occurs twice
         raise DeltaError("the delta's header is damaged: it is not canonical JSON; fetch it again")
     return header
 
@@ -198,7 +201,7 @@ def read_header(patch: BinaryIO) -> Header:
 def apply(patch: BinaryIO, header: Header, open_base: OpenBase, open_output: OpenOutput) -> None:
     """Make the new files, in the header's order.
 
-    Each record's result is checked before it is written, and each file's length and hash when it is complete.
+    Each record's result is checked before it is written. Each file's length and hash are checked when it is complete.
 
     Args:
         patch: the delta, standing at its first record (after `read_header`).
@@ -207,8 +210,8 @@ def apply(patch: BinaryIO, header: Header, open_base: OpenBase, open_output: Ope
         open_output: opens a new file for writing; it is closed when complete.
 
     Raises:
-        DeltaError: the delta is damaged or over a limit; the outputs are then to be thrown away.
-        BaseError: a file of the old bundle is not what the delta starts from.
+        DeltaError: the delta is damaged, exceeds a limit, or is for plain files; discard the outputs.
+        BaseError: a file of the old bundle is not the one that the delta starts from.
     """
     for file in header.files:
         if not isinstance(file.target, FileEntry):
@@ -219,17 +222,17 @@ def apply(patch: BinaryIO, header: Header, open_base: OpenBase, open_output: Ope
 
 
 def apply_plain(patch: BinaryIO, header: Header, base: BinaryIO, output: BinaryIO, kept: bool = False) -> None:
-    """Make the one plain file that a delta holds; its base is closed afterwards.
+    """Make the one plain file of a delta, then close its base.
 
     Args:
         patch: the delta, standing at its first record (after `read_header`).
         header: what `read_header` returned.
         base: the file that the delta starts from.
         output: the file to make.
-        kept: `output` can be read, and what it holds of the records already, from its start, stays.
+        kept: `output` can be read; results of records that it holds already, from its start, are verified and kept.
 
     Raises:
-        DeltaError: the delta is damaged, over a limit, or for a bundle; what was written is then to be thrown away.
+        DeltaError: the delta is damaged, exceeds a limit, or is for bundles; discard what was written.
         BaseError: `base` is not the file that the delta starts from.
     """
     (file, *others) = header.files
@@ -241,19 +244,19 @@ def apply_plain(patch: BinaryIO, header: Header, base: BinaryIO, output: BinaryI
 
 @dataclass(frozen=True)
 class SegmentInfo:
-    """What a record says of the numbers of one segment."""
+    """What a record states about the numbers of one segment."""
 
     kind: KindName
-    way: str  # how they are said to move: each, steps, product, or new
+    way: str  # how they move: each, steps, product, or new
     count: int
     length: int  # bytes of the new file
     cost: float | None
-    """About how many bytes of the delta it takes; None: that is told by the base alone, as segments share streams."""
+    """About how many bytes of the delta it takes; None: not known without the base, because segments share streams."""
 
 
 @dataclass(frozen=True)
 class RecordInfo:
-    """What a record says of itself."""
+    """What a record states about itself."""
 
     kind: int
     length: int  # bytes of the new file
@@ -263,16 +266,16 @@ class RecordInfo:
 
 
 def records(patch: BinaryIO, file: DeltaFile, base: BinaryIO | None = None) -> Iterator[RecordInfo]:
-    """What the records of one file say, without making anything; the stream must stand at the first of them.
+    """Yield what each record of one file states, without making the file.
 
     Args:
-        patch: the delta.
-        file: what it says of the file.
-        base: the file that it starts from, to say what each segment costs.
+        patch: the delta, standing at the first of these records.
+        file: the header's entry of the file.
+        base: the file that the delta starts from, to say what each segment costs.
 
     Raises:
         DeltaError: the delta is damaged.
-        BaseError: the base is another file.
+        BaseError: `base` is not the file that the delta starts from.
     """
     made = 0
     if base:
@@ -322,7 +325,7 @@ def _apply_file(
                 )
             if kind not in KINDS:
                 raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update the agent")
-            if not new_length:  # costs the patch next to nothing, and the device as much as any other
+            if not new_length:  # costs the sender a few bytes, and the device as much time as any other record
                 raise DeltaError("a record of the delta makes nothing; fetch it again")
             limit = MAX_SMALL if small and kind != NUMBERS else MAX_CHUNK
             if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:
@@ -344,7 +347,7 @@ def _apply_file(
                     raise DeltaError("a record of the delta that copies carries bytes of its own")
                 new = _base_range(base, file, base_offset, new_length)
             elif kind == BSDIFF:
-                # Each reads the whole base, so there is one at most.
+                # Every bsdiff record reads the whole base, so a file may have only one, which makes all of it.
                 if not small or file.base_size > MAX_SMALL or new_length != file.target.size:
                     raise DeltaError("the delta asks for bsdiff on a part of a file, or on one that is too large for it")
                 new = _bsdiff(payload, _base_range(base, file, 0, file.base_size), new_length)
@@ -387,7 +390,7 @@ def _base_range(base: BinaryIO | None, file: DeltaFile, offset: int, length: int
 
 
 def _numbers(payload: bytes, base: BinaryIO | None, file: DeltaFile, length: int) -> bytes:
-    """What a record of numbers makes."""
+    """Decode a record of numbers to the bytes that it makes."""
     reader = streams.Reader(payload)
     segments, stream_of, count = _read_table(reader, length)
     before, parts = _moved(reader, segments, stream_of, count, base, file)
@@ -404,7 +407,7 @@ def _moved(
     file: DeltaFile,
     spent: npt.NDArray[np.float64] | None = None,
 ) -> tuple[list[numbers.Codes], list[streams.Numbers]]:
-    """From where the numbers of each segment move, and how far; what that costs is added to `spent`."""
+    """Decode from where the numbers of each segment move, and how far; add the bytes that each segment takes to `spent`."""
     ranges = (bytes(s.length) if s.old is None else _base_range(base, file, s.old, s.length) for s in segments)
     before = [s.before(numbers.codes(data, s.kind)) for data, s in zip(ranges, segments, strict=True)]
     ends = np.cumsum([s.count for s in segments])
@@ -425,7 +428,7 @@ def _moved(
             spent += (reader.at - start) * weight / weight.sum()
     parts = np.split(by, ends[:-1])
     for i, segment in enumerate(segments):
-        if segment.step is not None:  # then the streams said how many steps, and what that misses by follows
+        if segment.step is not None:  # the streams counted steps; what the steps miss follows
             walked, start = parts[i] != 0, reader.at
             before[i] = numbers.stepped(before[i], numbers.signed(parts[i]), segment.step, segment.kind)
             for missed in (~walked, walked):
@@ -437,7 +440,11 @@ def _moved(
 
 
 def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt.NDArray[np.uint8], int]:
-    """The segments of a record of numbers, which must make `length` bytes, the stream of each context, and how many streams."""
+    """Read the table of a record of numbers, which must make `length` bytes.
+
+    Returns:
+        The segments, the stream of each context, and how many streams there are.
+    """
     table = streams.Reader(reader.frame(None, MAX_TABLE).tobytes())
     segments_count, count = _TABLE.unpack(table.take(_TABLE.size))
     if segments_count > MAX_SEGMENTS:
@@ -453,7 +460,7 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
         if kind is None or flags & ~known or abs(scale) > MAX_SCALE or size % kind.width:
             raise DeltaError("a record of the delta describes numbers in an unknown way; update the agent")
         segment = Segment(kind, size, row, None if flags & _NEW else old, scale)
-        if not 0 < row <= segment.count:  # scales are spread over whole rows, so a row is as good as an allocation
+        if not 0 < row <= segment.count:  # scales are allocated by whole rows, so the row's length must be limited
             raise DeltaError("a record of the delta has a row that is empty or longer than its numbers; fetch it again")
         segments.append(segment)
     if not segments or sum(s.length for s in segments) != length or sum(s.count for s in segments) > MAX_NUMBERS:
@@ -465,7 +472,7 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
         if step is not None and not (segment.kind.mantissa and 0 < step < np.inf):
             raise DeltaError("a record of the delta describes steps that cannot be; fetch it again")
         product = Product(*_PRODUCT.unpack(table.take(_PRODUCT.size))) if flags & _FACTORS else None
-        # It is made whole, the rest of the last row too, and has to be thin.
+        # The product is computed in full, with the unused end of the last row, so it has to be thin.
         if product and not (
             0 < product.rank <= MAX_RANK and abs(product.exponent) <= MAX_EXPONENT and segment.kind.name != "bytes"
             and product.rank * (segment.table_rows + segment.row) <= segment.count
@@ -500,7 +507,7 @@ def _read_factors(reader: streams.Reader, segments: list[Segment]) -> None:
 
 
 def _bsdiff(payload: bytes, old: bytes, length: int) -> bytes:
-    """bsdiff4, after its own header and the unpacked sizes of its three streams were checked.
+    """Apply a bsdiff4 patch after checking its header and the unpacked sizes of its three streams.
 
     bsdiff4 itself trusts the lengths in its header and unpacks without a limit.
     """

@@ -1,11 +1,12 @@
-"""Finding two thin matrices of integers whose product is most of a change; `numbers.predicted` is what a device does with them.
+"""Find two thin matrices of integers whose product is most of a change; a device uses them in `numbers.predicted`.
 
-A retraining of few steps, or one of low-rank factors that were merged into the weights (LoRA, Hu et al. 2022), moves a matrix by something
-close to a product of two thin ones. Sending those, and what they miss, is shorter than sending every number's move.
+A retraining of few steps moves a matrix by almost a product of two thin ones. So does a retraining of low-rank factors that are
+merged into the weights (LoRA, Hu et al. 2022). Sending the thin matrices, and what their product misses, takes fewer bytes than
+sending how far every number moved.
 
-This is subspace iteration from a fixed sketch (Halko, Martinsson, Tropp 2011) with one twist: what is multiplied are always integers, so
-small that no sum is ever rounded, and all else is done element by element. So, unlike a library's singular value decomposition, it
-finds the same integers on every machine.
+The method is subspace iteration from a fixed sketch (Halko, Martinsson, Tropp 2011), with one difference: matrices that are
+multiplied hold only integers, so small that no sum is rounded, and everything else is done element by element. So it finds the
+same integers on every machine, unlike a library's singular value decomposition.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ Matrix = npt.NDArray[np.float64]
 
 WIDTH = 12  # rows of the sketch, and so the largest rank that is found
 RANKS = (1, 2, 3, 4, 6, 8, 12)
-LEAST_SIDE = 16  # rows and columns below which it cannot pay
-LEAST_SHARE = 0.25  # of the change's energy that has to be found; a sketch finds a tenth of noise's
+LEAST_SIDE = 16  # rows and columns; with fewer of either a product cannot pay
+LEAST_SHARE = 0.25  # share of the change's energy that must be found; of noise, a sketch finds a tenth
 _FINE = 21  # bits of a change's root mean square as an integer
-_UNIT, _SHARP = 20, 28  # bits of a unit vector's length, and where a product leaves next to nothing
-_ROUGH = 14  # bits of what is multiplied with itself
-_EXACT = 1e-7  # of a change's energy
-_NOISE = 0.1  # of what a product misses anyway may be added by rounding its factors
+_UNIT, _SHARP = 20, 28  # bits of a unit vector's length; the second where a product misses almost nothing
+_ROUGH = 14  # bits to which vectors are rounded before products of them with each other
+_EXACT = 1e-7  # share of a change's energy; a product that misses less counts as exact
+_NOISE = 0.1  # share of the energy that a product misses, which rounding its factors may add
 
 
 def find(change: Matrix, least: float) -> Product | None:
-    """The product that promises to save most, or None if none does.
+    """Find the product that promises to save most, or None if none promises to save anything.
 
     Args:
-        change: by how much each number moved, [rows, columns]; is overwritten.
-        least: the distance of neighbouring numbers of the kind: what differs by less does not matter.
+        change: by how much each number moved, [rows, columns]; it is overwritten.
+        least: the distance between neighbouring numbers of the kind; smaller differences do not matter.
     """
     m, n = change.shape
     if min(m, n) < LEAST_SIDE:
@@ -59,7 +60,7 @@ def find(change: Matrix, least: float) -> Product | None:
         return None
     best = _planned(right, missed, m, least * 2.0**-unit)
     bits = _UNIT
-    if missed < _EXACT * energy:  # the change is such a product, but for its own rounding: then look more closely
+    if missed < _EXACT * energy:  # the change is such a product, apart from rounding, so find it more precisely
         bits, sizes = _SHARP, np.square(right).sum(axis=1)
         left = _orthonormal(_times(_orthonormal(right[sizes > _EXACT * energy], bits), whole.T, bits), bits)
         right, missed = _fitted(left, whole, bits, 0.0)
@@ -76,13 +77,16 @@ def find(change: Matrix, least: float) -> Product | None:
 
 
 def _fitted(left: Matrix, whole: Matrix, bits: int, least: float) -> tuple[Matrix | None, float]:
-    """The other side by least squares, [width, n], and the energy of what the product then misses; None if it finds less than `least`."""
+    """Fit the other side by least squares, [width, n]; return it and the energy that the product misses.
+
+    The side is None if `left` is degenerate, or if the first fit has less energy than `least`.
+    """
     right, rest, missed = np.zeros((len(left), whole.shape[1])), whole, math.inf
     factor = _cholesky(_gram(left, bits - _ROUGH))
     if factor is None:
         return None, missed
-    for _ in range(4):  # the factor is a rough one, so what is left is fitted again
-        found = _times(left, rest, bits) * 4.0 ** -(bits - _ROUGH)  # solved twice by the triangular factor
+    for _ in range(4):  # the triangular factor is coarse, so what is left is fitted again
+        found = _times(left, rest, bits) * 4.0 ** -(bits - _ROUGH)  # then solved twice by the triangular factor
         for i in range(len(left)):
             found[i] /= factor[i, i]
             found[i + 1 :] -= np.multiply.outer(factor[i, i + 1 :], found[i])
@@ -112,19 +116,19 @@ class _Plan:
 
 
 def _planned(right: Matrix, missed: float, m: int, least: float) -> _Plan:
-    """How many rows to take and how finely to round them, by how much of the change each explains."""
+    """Choose how many rows to take and how finely to round them, by how much of the change each explains."""
     found = np.square(right).sum(axis=1)  # energy
     order = np.argsort(-found, kind="stable")
     ranked, n, floor = found[order].tolist(), right.shape[1], least * least / 12
-    amplitudes = [math.sqrt(max(size, 1e-9) / (m * n)) for size in ranked]  # of the entries of each row's part of the product
+    amplitudes = [math.sqrt(max(size, 1e-9) / (m * n)) for size in ranked]  # root mean square of each row's part of the product
     logs = [_log2(amplitude) for amplitude in amplitudes]
     best, whole = _Plan(0.0, 0, order[:0], []), (missed + sum(ranked)) / (m * n) + floor
     for rank in RANKS:
         if rank <= len(ranked):
             rest = (missed + sum(ranked[rank:])) / (m * n) + floor
-            # Rounding both sides adds 2^exponent / 6 · sum(amplitudes) to the mean square, if both sides' entries are alike in size.
+            # Rounding both sides adds 2^exponent / 6 · sum(amplitudes) to the mean square, if their entries have similar sizes.
             exponent = math.floor(_log2(6 * _NOISE * rest / sum(amplitudes[:rank])))
-            entries = [(log - exponent) / 2 for log in logs[:rank]]  # their size, as a power of two
+            entries = [(log - exponent) / 2 for log in logs[:rank]]  # the entries' size, as a power of two
             saved = m * n * _log2(whole / rest) / 2 - (m + n) * sum(max(entry + 2.05, 1.0) for entry in entries)
             if saved > best.saved:
                 best = _Plan(saved, exponent, order[:rank], [round(max(entry, -10) + math.log2(m) / 2) for entry in entries])
@@ -132,7 +136,7 @@ def _planned(right: Matrix, missed: float, m: int, least: float) -> _Plan:
 
 
 def _orthonormal(rows: Matrix, bits: int) -> Matrix:
-    """Rows that span about the same as these, of unit length and nearly at right angles; each entry a whole number, 2^bits being 1."""
+    """Return rows that span almost the same space, of unit length and almost orthogonal; entries are integers, 2^bits being 1."""
     found = np.rint(rows * 2.0 ** (bits - math.frexp(np.abs(rows).max())[1]))
     factor = _cholesky(_gram(found, bits - _ROUGH))
     if factor is None:
@@ -145,7 +149,7 @@ def _orthonormal(rows: Matrix, bits: int) -> Matrix:
 
 
 def _times(left: Matrix, right: Matrix, bits: int) -> Matrix:
-    """The product of whole numbers; where the left ones have so many bits that a sum would be rounded, of their halves."""
+    """Multiply matrices of integers; if those of `left` have so many bits that sums would be rounded, in two halves."""
     if bits <= _UNIT:
         return multiplied(left, right)
     high = np.rint(left * 2.0**-_ROUGH)
@@ -153,14 +157,17 @@ def _times(left: Matrix, right: Matrix, bits: int) -> Matrix:
 
 
 def _gram(rows: Matrix, less: int) -> Matrix:
-    """Products of rows with each other, after so many bits were rounded away."""
+    """Return the products of rows with each other, after rounding `less` bits away."""
     rough = np.rint(rows * 2.0**-less)
     found: Matrix = rough @ rough.T
     return found
 
 
 def _cholesky(gram: Matrix) -> Matrix | None:
-    """The upper triangular R with R'R = gram; a row that hangs on those before it is made so long that nothing of it is left."""
+    """Compute the upper triangular R with R'R = gram; None if `gram` is zero or not finite.
+
+    A row that depends on those before it gets so large a diagonal entry that solving by R leaves nothing of it.
+    """
     factor, rest = np.zeros_like(gram), gram.copy()
     first = float(np.abs(gram).max())
     if not 0 < first < np.inf:
@@ -176,12 +183,12 @@ def _cholesky(gram: Matrix) -> Matrix | None:
 
 
 def _log2(value: float) -> float:
-    """Rounded so far that machines whose last digits differ agree."""
+    """Return the logarithm to base 2, rounded so that machines agree whose last digits differ."""
     return round(math.log2(max(value, 1e-300)), 6)
 
 
 @functools.lru_cache(maxsize=64)
 def _summary(width: int, n: int) -> Matrix:
-    """Fixed signs, [width, n]."""
+    """Return the fixed pseudo-random signs of the sketch, [width, n]."""
     drawn = np.frombuffer(hashlib.shake_256(b"deltaferry").digest(-(-width * n // 8)), np.uint8)
     return np.unpackbits(drawn)[: width * n].reshape(width, n).astype(np.float64) * 2 - 1

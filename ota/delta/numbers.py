@@ -1,8 +1,8 @@
-"""What is known about the numbers in a file: their order, how far one lies from another, and how far it may be expected to lie.
+"""The numbers in a file: their order, how far they move from old to new, and how far they are expected to move.
 
-Floats are mapped to integers in the floats' own order, so that a small change of a value is a small difference of integers (FM-Delta,
-Ning et al. 2024). How large that difference will be both sides can guess: a step of training moves all weights of a row or column
-about as far, and an old value says by its exponent how fine its own scale is. That guess is the context.
+Floats are mapped to integers in the floats' own order, so a small change of a value is a small difference of integers (FM-Delta,
+Ning et al. 2024). The factory and the device both estimate how large that difference is: a training step moves all weights of a
+row or column about equally far, and the exponent of an old value shows how fine its own scale is. This estimate is the context.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Numbers = npt.NDArray[np.uint32]
 Scales = npt.NDArray[np.int16]
 Factors = npt.NDArray[np.int32]
 
-MAX_FACTOR = 2**24  # sums of sixteen products of two such are whole numbers below 2^53, so float64 holds them
+MAX_FACTOR = 2**24  # a sum of 16 products of two such factors is an integer below 2^53, so float64 holds it exactly
 
-_ONE_THREAD = 1 << 18  # multiplications up to which OpenBLAS uses one
+_ONE_THREAD = 1 << 18  # multiplications; up to so many, OpenBLAS uses one thread
 
 KindName = Literal["bytes", "float32", "float16", "bfloat16", "int8", "int4"]
 CONTEXTS = 64
-_ZERO_CONTEXT = 14  # of numbers that are expected to move by one
+_ZERO_CONTEXT = 14  # context of numbers that are expected to move by one
 
 
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -33,7 +33,7 @@ _SIGNED: dict[int, type[np.signedinteger[Any]]] = {1: np.int8, 2: np.int16, 4: n
 
 @dataclass(frozen=True)
 class Kind:
-    """How the numbers of a stretch are stored."""
+    """A way to store numbers."""
 
     name: KindName
     code: int  # in the format
@@ -44,7 +44,7 @@ class Kind:
 
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
-        """Unsigned integers that hold a bit pattern."""
+        """The type of unsigned integers that hold a bit pattern."""
         return _UNSIGNED[self.width]
 
 
@@ -63,20 +63,20 @@ KIND_OF_CODE = {kind.code: kind for kind in KINDS.values()}
 
 
 def codes(data: bytes, kind: Kind) -> Codes:
-    """Bit patterns of the numbers in these bytes."""
+    """Return the bit patterns of the numbers in bytes."""
     found = np.frombuffer(data, kind.dtype)
     return np.stack((found & 15, found >> 4), axis=1).ravel() if kind.packed else found
 
 
 def data(found: Codes, kind: Kind) -> bytes:
-    """The inverse of `codes`."""
+    """Return the bytes of numbers by their bit patterns; the inverse of `codes`."""
     return (found[0::2] | found[1::2] << np.uint8(4)).tobytes() if kind.packed else found.tobytes()
 
 
 def ordered(found: Codes, kind: Kind) -> Codes:
-    """Float bit patterns as unsigned integers in the floats' own order: -inf … -0, +0 … +inf; its inverse is `bits`.
+    """Map bit patterns of floats to unsigned integers in the floats' own order: -inf … -0, +0 … +inf; `bits` is the inverse.
 
-    Negative floats have all bits flipped, others only the sign bit. Integers stay as they are.
+    Of negative floats all bits are flipped, of others only the sign bit. Integers stay as they are.
     """
     if not kind.mantissa:
         return found
@@ -86,7 +86,7 @@ def ordered(found: Codes, kind: Kind) -> Codes:
 
 
 def bits(found: Codes, kind: Kind) -> Codes:
-    """The inverse of `ordered`."""
+    """Map integers in the floats' own order back to bit patterns; the inverse of `ordered`."""
     if not kind.mantissa:
         return found
     positive = found.view(_SIGNED[kind.width]) >> (8 * kind.width - 1)
@@ -95,7 +95,10 @@ def bits(found: Codes, kind: Kind) -> Codes:
 
 
 def difference(new: Codes, old: Codes, kind: Kind) -> Codes:
-    """How far each number moved in the order of its kind, modulo its range; 0, -1, 1, -2, 2 … are coded as 0, 1, 2, 3, 4 (zig-zag)."""
+    """Return how far each number moved in the order of its kind, modulo its range and zig-zag coded.
+
+    Zig-zag codes 0, -1, 1, -2, 2 … as 0, 1, 2, 3, 4 ….
+    """
     by = (ordered(new, kind) - ordered(old, kind)).view(_SIGNED[kind.width])
     if kind.packed:
         by = by << 4 >> 4  # sixteen values, from -8
@@ -104,17 +107,18 @@ def difference(new: Codes, old: Codes, kind: Kind) -> Codes:
 
 
 def moved(old: Codes, by: Codes, kind: Kind) -> Codes:
-    """The inverse of `difference`."""
+    """Move each number by a zig-zag coded difference; the inverse of `difference`."""
     steps = by.astype(kind.dtype, copy=False)
     new = ordered(old, kind) + ((steps >> kind.dtype(1)) ^ (kind.dtype(0) - (steps & kind.dtype(1))))
     return new & np.uint8(15) if kind.packed else bits(new, kind)
 
 
 def stepped(old: Codes, steps: npt.NDArray[np.int32], size: np.float32, kind: Kind) -> Codes:
-    """What floats become that move by whole steps of one size, as a training does that rounds its update to a grid.
+    """Move floats by whole steps of one size, as a training does that rounds its update to a grid.
 
-    In float32, product and sum each rounded, then rounded to the kind (to nearest, ties to even), so it is the same on every machine.
-    Where that would touch denormals, infinities or NaNs, which machines treat in ways of their own, the number stays as it is.
+    The product and the sum are each rounded to float32, then the sum is rounded to the kind (to nearest, ties to even), so the
+    result is the same on every machine. A number that is denormal, zero, infinite or NaN before or after stays as it is, because
+    machines treat these differently.
     """
     at = np.flatnonzero(steps)
     before, result = old[at], old.copy()
@@ -126,16 +130,17 @@ def stepped(old: Codes, steps: npt.NDArray[np.int32], size: np.float32, kind: Ki
 
 
 def predicted(old: Codes, left: Factors, right: Factors, exponent: int, kind: Kind) -> Codes:
-    """What numbers become that move by the product of two thin matrices of integers, times a power of two.
+    """Move numbers by the product of two thin matrices of integers, times a power of two.
 
-    A product of such integers has no rounding, whoever multiplies in whatever order, so it is the same on every machine. Then floats are added in float32 and rounded to the
-    kind as in `stepped`, and integers take the nearest (ties to even) that the kind has.
+    The product of such integers is exact in whatever order a library adds, so it is the same on every machine. Floats are then
+    added in float32 and rounded to the kind as in `stepped`. Integers are rounded to the nearest (ties to even) that the kind
+    has.
 
     Args:
         old: the numbers before, row by row; the last row may be shorter.
         left: integers within ±`MAX_FACTOR`, [rows, rank].
         right: the same, [rank, columns].
-        exponent: of two.
+        exponent: of the power of two.
         kind: of the numbers.
     """
     product = multiplied(left.astype(np.float64), right.astype(np.float64)).reshape(-1)[: len(old)] * 2.0**exponent
@@ -149,7 +154,7 @@ def predicted(old: Codes, left: Factors, right: Factors, exponent: int, kind: Ki
 
 
 def multiplied(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The product of two matrices, in pieces so small that a BLAS does not start threads for them: those spin, for longer than this takes."""
+    """Multiply two matrices in pieces so small that a BLAS starts no threads, which would spin for longer than this takes."""
     (m, k), n = left.shape, right.shape[1]
     made = np.empty((m, n))
     if m > n:
@@ -164,7 +169,7 @@ def multiplied(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) ->
 
 
 def _rounded(found: npt.NDArray[np.float32], kind: Kind) -> Codes:
-    """float32 as the nearest of a kind, ties to even; infinities and NaNs come out as anything that is neither."""
+    """Round float32 to the nearest number of a kind, ties to even; infinities and NaNs become infinities, NaNs or zeros."""
     if kind.mantissa == 10:
         return found.astype(np.float16).view(np.uint16)
     wide = found.view(np.uint32)
@@ -174,7 +179,7 @@ def _rounded(found: npt.NDArray[np.float32], kind: Kind) -> Codes:
 
 
 def _where_normal(found: Codes, before: Codes, kind: Kind) -> Codes:
-    """The new number where it and the one before are neither denormal, zero, infinite nor NaN: of those machines have views of their own."""
+    """Return each new number, but the old one if either is denormal, zero, infinite or NaN: machines treat these differently."""
     top = kind.dtype((1 << (8 * kind.width - 1 - kind.mantissa)) - 1)
     exponents = [side >> kind.dtype(kind.mantissa) & top for side in (before, found)]
     plain = np.logical_and.reduce([(exponent != 0) & (exponent != top) for exponent in exponents])
@@ -188,27 +193,27 @@ def _as_float32(found: Codes, kind: Kind) -> npt.NDArray[np.float32]:
 
 
 def signed(zigzag: Numbers) -> npt.NDArray[np.int32]:
-    """What zig-zag coded numbers stand for."""
+    """Decode zig-zag coded numbers to signed integers."""
     return ((zigzag >> np.uint32(1)) ^ (np.uint32(0) - (zigzag & np.uint32(1)))).view(np.int32)
 
 
 def zigzag(steps: npt.NDArray[np.int32]) -> Numbers:
-    """The inverse of `signed`."""
+    """Encode signed integers by zig-zag coding; the inverse of `signed`."""
     return ((steps << np.int32(1)) ^ (steps >> np.int32(31))).view(np.uint32)
 
 
 def contexts(
     old: Codes, kind: Kind, scale: int, rows: Scales | None, columns: Scales | None, width: int
 ) -> npt.NDArray[np.uint8]:
-    """Which of 64 classes of expected distance each number is in, half an octave each.
+    """Return the context of each number: one of 64 classes of expected distance, each half an octave wide.
 
     Args:
         old: the numbers before, row by row.
         kind: of the numbers.
-        scale: by how much they move, in half octaves of their value.
-        rows: how much more or less each row moves, in half octaves; None: all alike.
+        scale: how far the values are expected to move, in half octaves.
+        rows: how much more or less each row moves, in half octaves; None: all move alike.
         columns: the same for columns.
-        width: numbers in a row; the last may be shorter.
+        width: numbers in a row; the last row may be shorter.
     """
     if kind.mantissa:
         exponent = (old >> kind.dtype(kind.mantissa) & kind.dtype(31 if kind.mantissa == 10 else 255)).astype(np.int16)
@@ -229,12 +234,15 @@ def contexts(
 
 
 def translated(found: npt.NDArray[np.uint8], table: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Each byte by a table of 256; two to four times as fast as indexing, which widens every index to eight bytes."""
+    """Map each byte by a table of 256 entries.
+
+    This is two to four times as fast as NumPy's indexing, which widens every index to eight bytes.
+    """
     return np.frombuffer(found.tobytes().translate(table.tobytes()), np.uint8)
 
 
 def changes(new: Codes, old: Codes, kind: Kind) -> npt.NDArray[np.float32]:
-    """By how much each value moved, as a value; what is not finite counts as not moved."""
+    """Return by how much each value moved, as float32; a change that is not finite counts as 0."""
     with np.errstate(invalid="ignore", over="ignore"):
         found = values(new, kind) - values(old, kind)
     if kind.mantissa and not np.isfinite(found).all():
@@ -243,7 +251,7 @@ def changes(new: Codes, old: Codes, kind: Kind) -> npt.NDArray[np.float32]:
 
 
 def values(found: Codes, kind: Kind) -> npt.NDArray[np.float32]:
-    """What bit patterns stand for."""
+    """Return the values of bit patterns, as float32."""
     if kind.mantissa:
         with np.errstate(invalid="ignore"):  # signalling NaNs
             return _as_float32(found, kind)

@@ -1,4 +1,7 @@
-"""Bytes that are no numbers, or numbers that nobody described: by zstd beside where they came from, or as what they look like."""
+"""Encode bytes that are not numbers, or are numbers of an unknown kind.
+
+zstd compresses them and may refer to the range of the old file they came from, or they are encoded as the numbers they look like.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +21,31 @@ from ota.delta.plan import LEAST_PLAIN, File, Piece
 from ota.manifest import KiB
 
 LEVELS = (3, 9, 19)  # of zstd; the last takes twenty times as long as the one before
-LEAST_KNOWN = 8  # bytes that zstd can refer to
-HALVINGS_WITHOUT_GAIN = 2  # times that a record is halved without getting smaller
-LEAST_PART = 2 * KiB  # bytes of a record below which it is not cut again
-UNCUT_BELOW = 0.002  # of its length: a record that packs to less is not cut
-FAST_LEVEL_BELOW = 0.03  # of its length: a record that packs to less is not packed at the slowest level
-LOOKED = 64 * KiB  # bytes that say what kind of numbers they are
+LEAST_KNOWN = 8  # bytes of the shortest range that zstd can refer to
+HALVINGS_WITHOUT_GAIN = 2  # times that a record may be halved in a row without getting smaller
+LEAST_PART = 2 * KiB  # bytes of the shortest part that a record is cut into
+UNCUT_BELOW = 0.002  # share of its length; a record that is compressed to less is not cut
+FAST_LEVEL_BELOW = 0.03  # share of its length; a record that is compressed to less is not tried at the slowest level
+LOOKED = 64 * KiB  # bytes that are examined to find what kind of numbers they are
 
 Record = tuple[int, int, bytes, int, bytes]  # kind, length, check, base offset, payload
 
 
 def record(kind: int, new: bytes, base_offset: int, payload: bytes) -> Record:
-    """One that makes `new`."""
+    """Build a record that makes `new`."""
     return kind, len(new), hashlib.blake2b(new, digest_size=16).digest(), base_offset, payload
 
 
 def size_of(records: Sequence[Record]) -> int:
-    """Bytes that they take."""
+    """Sum the bytes that records take in a delta."""
     return sum(RECORD.size + len(record[4]) for record in records)
 
 
 def encode_plain(piece: Piece, made: bytes, old: File | None) -> list[Record]:
-    """By zstd, beside where it came from; or as what numbers moved by, if it looks like numbers that lie where they lay."""
+    """Encode bytes by zstd against the old range they came from, or as differences of numbers if they look like numbers.
+
+    Differences are taken from the bytes at the piece's own offset in the old file. Each part of the piece takes the shorter way.
+    """
     if old is None:
         return [elsewhere(made, None, LEVELS)]
     found: list[Record] = []
@@ -58,7 +64,7 @@ def encode_plain(piece: Piece, made: bytes, old: File | None) -> list[Record]:
 
 
 def _guessed(piece: Piece, made: bytes, old: File) -> list[Piece]:
-    """Cut by the kind of numbers that the bytes look most like, and by where the first of them begins."""
+    """Cut a piece into the numbers that its bytes look most like, and the bytes before the first and after the last of them."""
     kind, phase, _ = looks(piece, made, old)
     if kind.name == "bytes":
         return [piece]
@@ -72,7 +78,11 @@ def _guessed(piece: Piece, made: bytes, old: File) -> list[Piece]:
 
 
 def looks(piece: Piece, made: bytes, old: File) -> tuple[Kind, int, float]:
-    """The kind of numbers that bytes look most like, from which byte on, and how many bytes each then costs; by some in the middle."""
+    """Find the kind of numbers that bytes look most like, by a sample from the middle.
+
+    Returns:
+        The kind, the byte at which the first number begins, and the estimated cost of each byte in bytes.
+    """
     best, middle = (KINDS["bytes"], 0, 1.0), len(made) // 2 // 8 * 8
     looked = min(LOOKED, len(made) - middle - 8)
     for kind in KINDS.values():
@@ -89,7 +99,7 @@ def looks(piece: Piece, made: bytes, old: File) -> tuple[Kind, int, float]:
 
 
 def parts_of(made: bytes, old: File, hope: int = HALVINGS_WITHOUT_GAIN) -> list[bytes]:
-    """Cut in halves as long as that pays, in the end: where they come from places that lie far apart."""
+    """Cut bytes in halves as long as that pays in the end, which it does if they come from places that lie far apart."""
     whole, half = quick_size([made], old), len(made) // 2
     if half < LEAST_PART or whole < UNCUT_BELOW * len(made) or not hope:
         return [made]
@@ -101,12 +111,12 @@ def parts_of(made: bytes, old: File, hope: int = HALVINGS_WITHOUT_GAIN) -> list[
 
 
 def quick_size(parts: Sequence[bytes], old: File) -> int:
-    """About how many bytes it takes to make them from elsewhere."""
+    """Estimate how many bytes parts take if made from elsewhere in the old file: their size at zstd's fastest level."""
     return size_of([elsewhere(part, old, LEVELS[:1]) for part in parts])
 
 
 def elsewhere(made: bytes, old: File | None, levels: Sequence[int]) -> Record:
-    """By zstd, beside what lies in the old file where most of these bytes came from, if they came from there."""
+    """Compress bytes by zstd against the range of the old file where most of them came from; alone if they came from none."""
     places = old.blocks.places(np.frombuffer(made, np.uint8)) if old else np.zeros(0, np.int64)
     known, start = b"", 0
     if old and len(places) and old.size >= LEAST_KNOWN:
@@ -121,5 +131,5 @@ def elsewhere(made: bytes, old: File | None, levels: Sequence[int]) -> Record:
 
 
 def compress(data: bytes, level: int) -> bytes:
-    """By zstd alone."""
+    """Compress bytes by zstd alone."""
     return zstd.compress(data, level)

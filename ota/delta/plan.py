@@ -1,6 +1,7 @@
-"""What a delta's records are about: where a file's numbers lie, what they follow, and what is the same.
+"""Plan the records of a delta: where a file's numbers lie, which old ones they follow, and which bytes are the same.
 
-Files are read in ranges, here once to plan the records, and by `encode` once more to write them. So memory does not grow with them.
+Files are read in ranges: here once to plan the records, and in `encode` once more to write them. So memory does not grow with the
+files.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from ota.errors import DeltaError, OperatorError
 from ota.manifest import FileEntry, KiB, MiB
 from ota.output import shown
 
-MAX_BSDIFF = 2 * MiB  # bytes of a plain file for which bsdiff4 is tried; it needs four seconds for each
-SAME_RUN = 64 * KiB  # bytes that are the same are worth a record of their own from here on
-LEAST_PLAIN = 64 * KiB  # bytes without numbers that are looked for elsewhere in the old file
-MAX_PLAIN = 4 * MiB  # and of them as many as go into a record
+MAX_BSDIFF = 2 * MiB  # bytes of the largest plain file for which bsdiff4 is tried; it may take four seconds
+SAME_RUN = 64 * KiB  # bytes of the shortest unchanged run that gets a record of its own
+LEAST_PLAIN = 64 * KiB  # bytes of the shortest piece without numbers that is searched for elsewhere in the old file
+MAX_PLAIN = 4 * MiB  # bytes of such a piece that go into one record
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Pair:
 
     @property
     def whole(self) -> bool:
-        """It goes into one record: it has no numbers, and is small or has to be."""
+        """Whether the file is encoded as a whole: a bundle's file other than weights, or a small plain file without numbers."""
         if isinstance(self.entry, FileEntry):
             return self.entry.role != "weights"
         return not self.elements and max(self.entry.size, self.old.stat().st_size if self.old else 0) <= MAX_BSDIFF
@@ -59,7 +60,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one record, or a part of one, is about."""
+    """What one record, or one segment of a record, covers."""
 
     start: int
     length: int
@@ -68,19 +69,19 @@ class Piece:
     old: int | None  # None: it has no predecessor
     same: bool
     changed: int = 0
-    """Bytes that are not as in the old file; those of a piece without a predecessor do not count."""
+    """How many bytes differ from the old file; 0 for a piece without a predecessor."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file that is read in ranges; mapped into memory, what was read once would stay there while there is room."""
+    """A file that is read in ranges. It is not mapped into memory: what was read would stay there as long as there is room."""
 
     path: Path
     size: int
 
     @functools.cached_property
     def blocks(self) -> Blocks:
-        """Its blocks by their hashes; read when first asked for."""
+        """The file's blocks, indexed by hash; they are read at the first access."""
         return Blocks((self[at : min(at + MAX_CHUNK, self.size)] for at in range(0, self.size, MAX_CHUNK)), self.size)
 
     def __getitem__(self, wanted: slice) -> npt.NDArray[np.uint8]:
@@ -93,12 +94,15 @@ class File:
 
 
 def open_file(path: Path) -> File:
-    """A file as it is now."""
+    """Return a file with its present size."""
     return File(path, path.stat().st_size)
 
 
 def plan(pair: Pair) -> list[list[Piece]]:
-    """What each record is about, in the order of the file; of a file that goes into one record, there is no more to say."""
+    """Plan what each record covers, in the order of the file.
+
+    A file that is encoded as a whole gets one empty group, or none if it is empty.
+    """
     if pair.whole:
         return [[]] if pair.entry.size else []
     new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
@@ -119,7 +123,7 @@ def _alone_in_record(piece: Piece) -> bool:
 
 
 def is_plain(piece: Piece) -> bool:
-    """It is no numbers, or numbers that nobody described, and so many that they may be looked for elsewhere in the old file."""
+    """Check whether a piece has no known kind of numbers and is long enough to be searched for elsewhere in the old file."""
     return piece.kind.name == "bytes" and piece.length >= LEAST_PLAIN
 
 
@@ -146,7 +150,7 @@ def _pieces(elements: Sequence[Elements], new: File, old: File | None, plain: in
 
 
 def _join(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """Pieces, with those that are the same and follow each other in both files made one, as long as a record may be."""
+    """Join unchanged pieces that follow each other in both files, up to the length of a record; pass the others on."""
     held: Piece | None = None
     for piece in pieces:
         if (
@@ -163,7 +167,7 @@ def _join(pieces: Iterator[Piece]) -> Iterator[Piece]:
 
 
 def _cover(elements: Sequence[Elements], size: int, old_size: int) -> Iterator[Elements]:
-    """The stretches of a file in order, with the gaps between them as plain bytes; bytes end where the old file does."""
+    """Cover a file by its stretches in order and the gaps between them as bytes; bytes are cut where the old file ends."""
     at = 0
     wanted = sorted((e for e in elements if e.length), key=lambda e: e.offset)
     for stretch in [*wanted, Elements(size, 0, "bytes", 0, None)]:
@@ -183,6 +187,6 @@ def _cover(elements: Sequence[Elements], size: int, old_size: int) -> Iterator[E
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, read in pieces."""
+    """Return the sha256 of a file, which is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,19 +1,19 @@
-"""Streams of small non-negative numbers as bytes: what is likely short is short, at a nanosecond or two for each number.
+"""Encode streams of small non-negative numbers in few bytes, at one or two nanoseconds for each number.
 
-The coder is zstd's Huffman stage, which is fast everywhere and already on the device. It spends whole bits on bytes, so numbers are
-first laid into bytes that hold some bits of information each:
+The coder is zstd's Huffman stage, which is fast everywhere and already on the device. It spends a whole number of bits on each
+byte, so numbers are first packed into bytes that hold several bits of information each:
 
     zero      nothing: all are 0
     pack1     one number in a byte; 255 says that the rest follows in a stream of its own
     pack2     two numbers in a byte, each 0 to 14, 15 as above
     pack4     four, each 0 to 2, 3 as above
-    flags     eight bits of "is not 0" in a byte; the others, less 1, follow in a stream of their own
-    gaps      how many zeros lie before each number that is not 0, as a stream of its own; the others, less 1, as another
-    token     the number's bit length and its next two bits in a byte, what is below them bit plane by bit plane
-    planes    the number's bytes, most significant first, for data with repetitions that zstd can find
+    flags     eight bits of "is not 0" in a byte; the numbers that are not 0, less 1, follow in a stream of their own
+    gaps      how many zeros lie before each number that is not 0, as a stream; these numbers, less 1, as another stream
+    token     the number's bit length and its next two bits in a byte; the bits below them, bit plane by bit plane
+    planes    the numbers' bytes, all most significant ones first, for data with repetitions that zstd can find
 
-All but `token` and `planes` may be told to set low bits aside, which then are noise and are stored as they are. On independent numbers the
-sum is 0.5 to 3 % above their entropy.
+All modes but `zero`, `token` and `planes` can first set low bits aside. These are noise and are stored in frames of their own. On
+independent numbers, the result is 0.5 to 3 % longer than their entropy.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ MODES = {
     ZERO: "zero", PACK1: "pack1", PACK2: "pack2", PACK4: "pack4", FLAGS: "flags", GAPS: "gaps", TOKEN: "token", PLANES: "planes",
 }  # fmt: skip
 MAX_DEPTH = 4  # of streams within streams
-DEEP = 3  # a stream that is this many streams inside others is written without another
+DEEP = 3  # a stream that lies this deep in others is written without a stream inside
 TOKENS = 16 + 4 * 28  # numbers below 16, and four for each bit length from 5 to 32
 _IN_A_BYTE = {PACK1: 1, PACK2: 2, PACK4: 4}
-_MOST = {ZERO: 0, TOKEN: 0, PLANES: 4}  # the largest argument; of the others, low bits: 31
+_MOST = {ZERO: 0, TOKEN: 0, PLANES: 4}  # the largest argument of a mode; that of the others, their low bits, is 31
 _HEAD = struct.Struct("<BB")  # mode, low bits set aside
 _LENGTH = struct.Struct("<I")
-_BASE = {1: 256, 2: 16, 4: 4, 8: 2}  # what lies below it goes so often into a byte
-# What a packed byte holds, as one word for each byte so that it is a single lookup.
+_BASE = {1: 256, 2: 16, 4: 4, 8: 2}  # by how many symbols a byte holds: the base that symbols lie below
+# The symbols of each packed byte as one word, so that unpacking a byte is a single lookup.
 _UNPACKED = {
     count: np.stack([np.arange(256) // base ** (count - 1 - i) % base for i in range(count)], axis=1)
     .astype(np.uint8)
@@ -55,26 +55,27 @@ _UNPACKED = {
 }
 
 # Choosing a mode
-SAMPLE = 1 << 13  # numbers that are looked at
-FRAME_COST = 15.0  # bytes around a frame's symbols
+SAMPLE = 1 << 13  # numbers that are sampled
+FRAME_COST = 15.0  # bytes of a frame besides its symbols
 SYMBOL_COST = 0.35  # bytes that a symbol adds to a Huffman table
-MAX_TABLE_COST = 100.0  # bytes of one
-_COMPARED = 1 << 13  # numbers for which the three best ways are all tried
+MAX_TABLE_COST = 100.0  # bytes of the largest Huffman table
+_COMPARED = 1 << 13  # numbers; up to so many, the three most promising ways are all tried
 
-# Matches cost more than they save among independent numbers, so zstd hardly looks for any and its Huffman coder does the work.
+# Among independent numbers, matches cost more than they save. So zstd hardly searches for them; its Huffman coder does the work.
 _P = zstd.CompressionParameter
 _HUFFMAN: dict[int, int] = {_P.compression_level: 1, _P.min_match: 7, _P.hash_log: 6, _P.chain_log: 6, _P.target_length: 0}
 _REPEATS: dict[int, int] = {_P.compression_level: 9}
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
-_LOW_LEVEL, _WINDOW = 6, 24  # below it zstd does not look through all that it may refer to; how far it does, in bits
+_LOW_LEVEL, _WINDOW = 6, 24  # zstd searches all that it may refer to only from this level on; its window there, as log2 of bytes
 
 
 @functools.cache
 def keep_memory() -> None:
-    """Ask the C library not to give memory back to the system between two records, only for the next to ask for it again.
+    """Ask the C library to keep freed memory for the next record instead of returning it to the system.
 
-    A fresh page costs as much as decoding the thousand numbers that it holds: without this, small deltas take twice the processor time. It is for this
-    process, and keeps at most 64 MiB that are free. Where the C library is not glibc nothing happens.
+    A fresh page costs as much as decoding the thousand numbers that it holds: without this, small deltas take twice the processor
+    time. The setting is for this process, which keeps at most 64 MiB of free memory. Where the C library is not glibc, nothing
+    happens.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option:
@@ -83,7 +84,7 @@ def keep_memory() -> None:
 
 
 class _Zstd(threading.local):
-    """For each thread its own, as they are not to be shared; making one costs as much as packing a thousand bytes."""
+    """The compressors of one thread: threads must not share them, and making one takes as long as packing a thousand bytes."""
 
     def __init__(self) -> None:
         self.huffman = zstd.ZstdCompressor(options=_HUFFMAN)
@@ -94,16 +95,16 @@ _ZSTD = _Zstd()
 
 
 def unpack(packed: bytes | memoryview, size: int | None, limit: int = 0, known: bytes | None = None) -> bytes:
-    """What one zstd frame holds; it must claim and hold `size` bytes, or if that is not known at most `limit`, and never none.
+    """Decompress one zstd frame, which must claim its true size: `size` bytes, or 1 to `limit` bytes if that is not known.
 
     Args:
         packed: the frame, and nothing after it.
         size: bytes that it must hold; None: not known.
-        limit: the most that it may hold, if `size` is not known.
-        known: what it may refer to; None: nothing.
+        limit: the most bytes that it may hold, if `size` is not known.
+        known: the bytes that it may refer to; None: it refers to none.
 
     Raises:
-        DeltaError: it does not.
+        DeltaError: the frame is damaged, is empty, or claims or holds another size.
     """
     try:
         claimed = zstd.get_frame_info(packed).decompressed_size
@@ -122,16 +123,16 @@ def unpack(packed: bytes | memoryview, size: int | None, limit: int = 0, known: 
 
 
 class Reader:
-    """Bytes that are consumed from the front, and never more of them than there are."""
+    """Bytes that are consumed from the front; to read past their end is an error."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self.at = memoryview(data), 0
 
     def take(self, count: int) -> memoryview:
-        """The next bytes.
+        """Take the next `count` bytes.
 
         Raises:
-            DeltaError: there are not so many.
+            DeltaError: fewer bytes are left.
         """
         if self.at + count > len(self._data):
             raise DeltaError("a record of the delta ends too early; fetch it again")
@@ -139,41 +140,44 @@ class Reader:
         return self._data[self.at - count : self.at]
 
     def rest(self) -> bytes:
-        """All that is left."""
+        """Take all bytes that are left."""
         return bytes(self.take(len(self._data) - self.at))
 
     def number(self) -> int:
-        """The next 32 bits."""
+        """Read the next 32 bits as an unsigned integer."""
         found: int = _LENGTH.unpack(self.take(_LENGTH.size))[0]
         return found
 
     def frame(self, size: int | None, limit: int = 0) -> Bytes:
-        """The next zstd frame, unpacked; it must claim and hold `size` bytes, or if that is not known at most `limit`.
+        """Decompress the next zstd frame; `size` and `limit` are those of `unpack`.
 
         Raises:
-            DeltaError: it does not.
+            DeltaError: the frame is damaged, is empty, or claims or holds another size.
         """
         return np.frombuffer(unpack(self.take(self.number()), size, limit), np.uint8)
 
     def end(self) -> None:
-        """Nothing may be left.
+        """Check that no bytes are left.
 
         Raises:
-            DeltaError: something is.
+            DeltaError: bytes are left.
         """
         if self.at != len(self._data):
             raise DeltaError("a record of the delta goes on after its end; fetch it again")
 
 
 def frame(data: Bytes | bytes, repeats: bool = False) -> bytes:
-    """A zstd frame with its length before it; with `repeats` zstd looks for them."""
+    """Compress bytes to a zstd frame with its length before it; with `repeats`, zstd searches for repetitions."""
     packer = _ZSTD.repeats if repeats else _ZSTD.huffman
     packed = packer.compress(data if isinstance(data, bytes) else data.tobytes(), packer.FLUSH_FRAME)
     return _LENGTH.pack(len(packed)) + packed
 
 
 def compress_with_prefix(data: bytes, known: bytes, level: int) -> bytes:
-    """A zstd frame that may refer to `known`, with the length of that before it; the lowest levels find long repetitions only."""
+    """Compress bytes to a zstd frame that may refer to `known`, with the length of `known` before it.
+
+    Levels below `_LOW_LEVEL` find only long repetitions.
+    """
     options: dict[int, int] = {_P.compression_level: level}
     options |= {_P.enable_long_distance_matching: 1} if level < _LOW_LEVEL else {_P.window_log: _WINDOW}
     packer = zstd.ZstdCompressor(options=options, zstd_dict=zstd.ZstdDict(known, is_raw=True).as_prefix)
@@ -184,7 +188,7 @@ def compress_with_prefix(data: bytes, known: bytes, level: int) -> bytes:
 
 
 def encode(values: Numbers, depth: int = 0) -> bytes:
-    """The numbers, which are `depth` streams inside another, in whatever way promises to be shortest."""
+    """Encode numbers as a stream, which lies `depth` streams deep in others, in the way that promises to be shortest."""
     count = len(values)
     others = int(np.count_nonzero(values))
     if not others:
@@ -198,7 +202,7 @@ def encode(values: Numbers, depth: int = 0) -> bytes:
 
 
 def _ways(values: Numbers, others: int) -> list[tuple[float, int, int]]:
-    """(bytes, mode, low bits set aside) of every way that may pay, by the entropies of a sample of independent numbers."""
+    """Estimate all ways that may pay, as (bytes, mode, low bits set aside), by the entropy of a sample as independent numbers."""
     count = len(values)
     sample = values[:: -(-count // SAMPLE)]
     each = count / len(sample)
@@ -209,7 +213,7 @@ def _ways(values: Numbers, others: int) -> list[tuple[float, int, int]]:
     for low in range(first, min(first + 9, 31)):
         counts = np.bincount(np.minimum(sample >> np.uint32(low), 255).astype(np.intp), minlength=256) if low else small
         far = int(counts[255])
-        rest = far * (np.log2(max(largest >> low, 256)) + 2) / 8  # about what those cost that do not fit
+        rest = far * (np.log2(max(largest >> low, 256)) + 2) / 8  # about what the numbers cost that do not fit into a symbol
         cost = (
             each * (_huffman(counts) + rest + len(sample) * low / 8)
             + _table(counts)
@@ -253,10 +257,10 @@ def _ways(values: Numbers, others: int) -> list[tuple[float, int, int]]:
 
 
 def _huffman(counts: npt.NDArray[Any]) -> float:
-    """About how many bytes zstd needs for symbols that come so often.
+    """Estimate how many bytes zstd needs for independent symbols with these counts.
 
-    Above their entropy by what whole bits cost and, where few symbols are common, by the repetitions that zstd finds all the same: fitted
-    to what it makes of independent symbols.
+    That is their entropy, and what codes of whole bits cost, and where few symbols are common also what the matches cost that
+    zstd makes nevertheless. The formula was fitted to what zstd makes of independent symbols.
     """
     top, entropy = _entropy(counts)
     total = float(counts.sum())
@@ -265,19 +269,19 @@ def _huffman(counts: npt.NDArray[Any]) -> float:
 
 
 def _entropy(counts: npt.NDArray[Any]) -> tuple[float, float]:
-    """The share of the commonest symbol, and the bytes that independent symbols need that come so often."""
+    """Return the share of the most common symbol, and the entropy of independent symbols with these counts, in bytes."""
     total = float(counts.sum())
     share = counts[counts > 0] / max(total, 1)
     return float(share.max(initial=0)), -total * float((share * np.log2(share)).sum()) / 8
 
 
 def _table(counts: npt.NDArray[Any]) -> float:
-    """About how many bytes a Huffman table takes."""
+    """Estimate how many bytes a Huffman table takes."""
     return min(MAX_TABLE_COST, 4 + SYMBOL_COST * np.count_nonzero(counts))
 
 
 def planes(values: Numbers, width: int) -> bytes:
-    """The numbers' lowest `width` bytes, plane by plane."""
+    """Encode the lowest `width` bytes of the numbers plane by plane, the most significant first."""
     if not len(values):
         return _HEAD.pack(ZERO, 0)
     found = [(values >> np.uint32(8 * i)).astype(np.uint8) for i in reversed(range(width))]
@@ -306,13 +310,13 @@ def _as(values: Numbers, mode: int, aside: int, depth: int) -> bytes:
 
 
 def _low(aside: int) -> list[tuple[int, int]]:
-    """The low bits that are set aside, as (first, width): whole bytes, then what fills bytes several times."""
+    """Split the low bits that are set aside into (first bit, width): whole bytes, then widths that fit a byte several times."""
     widths = [8] * (aside // 8) + [width for width in (4, 2, 1) if aside & width]
     return [(sum(widths[:i]), width) for i, width in enumerate(widths)]
 
 
 def _pack(symbols: Bytes, count: int) -> Bytes:
-    """`count` symbols in each byte; what is missing at the end counts as 0."""
+    """Pack `count` symbols into each byte; at the end, missing symbols count as 0."""
     if count == 1:
         return symbols
     if -len(symbols) % count:
@@ -324,7 +328,7 @@ def _pack(symbols: Bytes, count: int) -> Bytes:
 
 
 def _unpack(packed: Bytes, count: int, length: int) -> Bytes:
-    """The inverse of `_pack`."""
+    """Unpack `length` symbols; the inverse of `_pack`."""
     return packed if count == 1 else np.take(_UNPACKED[count], packed).view(np.uint8)[:length]
 
 
@@ -337,12 +341,12 @@ def _as_tokens(values: Numbers) -> bytes:
 
 
 def tokens(values: Numbers) -> tuple[Bytes, Bytes]:
-    """Each number's token, and how many of its bits the token does not tell."""
+    """Return each number's token, and how many of its low bits the token leaves out."""
     low = np.take(_TOKEN, values & np.uint32(0xFFFF))
     if len(values) and values.max() > 0xFFFF:
         high = values >> np.uint32(16)
         at = np.flatnonzero(high)
-        # The bits that a token tells are in the upper half, or both halves have some of them.
+        # The bits that a token holds may lie in both halves of the number, so they are taken from all of it.
         length = np.frexp(values[at].astype(np.float64))[1].astype(np.uint8)
         low[at] = 16 + 4 * (length - 5) + (values[at] >> (length - np.uint8(3)) & np.uint32(3)).astype(np.uint8)
     return low, np.take(_BELOW, low)
@@ -350,7 +354,7 @@ def tokens(values: Numbers) -> tuple[Bytes, Bytes]:
 
 def _token_of_small() -> Bytes:
     values = np.arange(1 << 16)
-    length = np.frexp(values)[1].astype(np.int32)  # of the number in bits
+    length = np.frexp(values)[1].astype(np.int32)  # of each number, in bits
     high = 16 + 4 * (length - 5) + (values >> np.maximum(length - 3, 0) & 3)
     return np.where(values < 16, values, high).astype(np.uint8)
 
@@ -363,7 +367,7 @@ _BELOW = np.array([0] * 16 + [2 + i // 4 for i in range(TOKENS - 16)], np.uint8)
 
 
 def decode(reader: Reader, count: int, depth: int = 0) -> Numbers:
-    """The inverse of `encode` and `planes`.
+    """Decode a stream of `count` numbers; the inverse of `encode` and `planes`.
 
     Raises:
         DeltaError: the bytes are damaged.
@@ -377,7 +381,10 @@ def decode(reader: Reader, count: int, depth: int = 0) -> Numbers:
 
 
 def decode_apart(reader: Reader, count: int, depth: int = 0) -> tuple[npt.NDArray[Any] | None, Numbers]:
-    """As `decode`, but of numbers that mostly are 0 only where the others are, and those; None: all of them follow.
+    """Decode a stream as `decode` does, but without the zeros where most numbers are 0.
+
+    Returns:
+        The places of the numbers that are not 0, and these numbers; or None, and all numbers.
 
     Raises:
         DeltaError: the bytes are damaged.
@@ -403,7 +410,7 @@ def decode_apart(reader: Reader, count: int, depth: int = 0) -> tuple[npt.NDArra
     if mode in _IN_A_BYTE:
         high = _packed(reader, count, _IN_A_BYTE[mode], depth)
         return None, high if low is None else high << np.uint32(aside) | low
-    # While the stream within is read, all streams around it wait: what they hold is to be small, and is spread out afterwards.
+    # Outer streams stay in memory while the inner one is read. So they hold little, and are expanded only afterwards.
     if mode == FLAGS:
         at: Any = np.flatnonzero(np.unpackbits(reader.frame(-(-count // 8)), count=count).view(np.bool_)).astype(np.uint32)
     else:
@@ -429,7 +436,7 @@ def _packed(reader: Reader, count: int, group: int, depth: int) -> Numbers:
 
 
 def _places(reader: Reader, count: int, depth: int) -> Numbers:
-    """Where the numbers are that are not 0, by the zeros before each of them."""
+    """Read the places of the numbers that are not 0, from how many zeros lie before each."""
     others = reader.number()
     at = np.cumsum(decode(reader, others, depth + 1) if 0 < others <= count else [count], dtype=np.int64)
     at += np.arange(len(at))

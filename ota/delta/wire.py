@@ -1,4 +1,4 @@
-"""The wire format of protocol buffers, as far as finding things in an ONNX file takes; the onnx package is not on devices."""
+"""The wire format of protocol buffers, as far as it takes to find tensors in an ONNX file; devices lack the onnx package."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Protocol
 
 
 class Bytes(Protocol):
-    """What gives its bytes by their places."""
+    """An object that returns one byte by its index."""
 
     def __getitem__(self, at: int, /) -> int: ...
 
 
 def fields(data: Bytes, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Find the fields of a message: (number, start, stop) of what each holds.
+    """Yield the fields of a message, each as its number and the start and stop of its content.
 
     Raises:
-        ValueError: these bytes are no message.
+        ValueError: the bytes are not a message.
     """
     while at < stop:
         tag, at = varint(data, at, stop)
@@ -39,10 +39,10 @@ def fields(data: Bytes, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
 
 
 def varint(data: Bytes, at: int, stop: int) -> tuple[int, int]:
-    """Read a number of variable length; returns it and where it ends.
+    """Read an integer of variable length; return it and the offset after it.
 
     Raises:
-        ValueError: these bytes are none.
+        ValueError: the bytes are not such an integer.
     """
     value = shift = 0
     while at < stop and shift < 64:

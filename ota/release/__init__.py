@@ -1,1 +1,1 @@
-"""The factory's side of an update: bundles, deltas, signed metadata, where they are published, who gets them when."""
+"""The factory's side of an update: bundles, deltas, signed metadata, publishing, rollouts and device reports."""

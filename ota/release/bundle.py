@@ -1,4 +1,4 @@
-"""Exported variants → a bundle with its manifest; two bundles → a delta that was applied once to prove it."""
+"""Bundles with manifests, made from exported variants; and deltas between two bundles, each applied once as a proof."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ MINIMUM_AGENT = "0.1.0"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder with a bundle's files, each named by its hash, and the manifest."""
+    """A folder with the manifest and the files of a bundle, each file named by its hash."""
 
     folder: Path
     manifest: Manifest
 
     def path(self, role: Role, variant: VariantName | None = None) -> Path:
-        """Where the file of a role lies."""
+        """Return the path of the file of a role."""
         return self.folder / self.manifest.entry(role, variant).sha256
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A proved delta between two bundles."""
+    """A delta between two bundles, which was applied once as a proof."""
 
     path: Path
     base: str
@@ -64,7 +64,7 @@ def assemble(
     exports: Mapping[VariantName, Path], *, line: str, device_class: str, tier: str, configuration: Literal["I", "II"],
     precision: Precision, origin: Origin, out: Path,
 ) -> Bundle:  # fmt: skip
-    """Put exported variants together as `out/<manifest's sha256>/`; the same input makes the same folder.
+    """Build a bundle from exported variants as `out/<manifest's sha256>/`; the same input makes the same folder.
 
     Raises:
         OperatorError: a file is missing, or the variants do not share one graph.
@@ -113,10 +113,11 @@ def assemble(
 
 
 def open_bundle(folder: Path) -> Bundle:
-    """A bundle that `assemble` made.
+    """Open a bundle that `assemble` made.
 
     Raises:
         OperatorError: it is not there.
+        ManifestError: its manifest is not valid.
     """
     try:
         return Bundle(folder, parse(Manifest, (folder / "manifest.json").read_bytes(), MAX_MANIFEST))
@@ -125,10 +126,10 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
-    """Build the delta from one bundle to another and apply it once; None if it is not smaller than the full bundle.
+    """Build the delta from one bundle to another and apply it once as a proof; None: it is not smaller than the full bundle.
 
     Raises:
-        DeltaError: what it makes is not the target (a fault of the codec: nothing is published).
+        DeltaError: the delta does not make the target (an error in the codec; nothing is published).
     """
     pairs = []
     for entry in target.manifest.files:
@@ -143,7 +144,7 @@ def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
         built = encode.build(pairs, base.manifest.digest, target.manifest.digest, path)
         _prove(path, base, target)
     except BaseException:
-        path.unlink(missing_ok=True)  # what is not proved must not lie where deltas are taken from
+        path.unlink(missing_ok=True)  # an unproved delta must not stay where deltas for a release are read
         raise
     if built.size >= target.manifest.size:
         path.unlink()

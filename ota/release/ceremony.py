@@ -1,8 +1,8 @@
-"""Metadata that wait for signatures: a file made where the repository is, signed where the keys are, and brought back.
+"""Metadata that wait for signatures: a file that is made where the repository is, signed where the keys are, and brought back.
 
-It holds new metadata and says which keys they wait for, so that a machine without repository and network can sign, and
-refuse a key that does not belong. Nothing that it says is believed when it is put in force: what counts then is the root
-that is in force (`Repository.put_in_force`).
+The file holds new metadata and says which keys they wait for. So a machine without repository and network can sign them, and
+can refuse a wrong key. When the metadata are put in force, nothing that the file says about keys is trusted: the root in force
+decides (`Repository.put_in_force`).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Need(Document):
 
     @classmethod
     def of(cls, whose: Literal["present", "new"], role: Role, keys: Mapping[str, Key], required: bool = True) -> Need:
-        """What a role asks for."""
+        """Describe the signatures that a role requires."""
         return cls(whose=whose, threshold=role.threshold, required=required, keys={i: keys[i].to_dict() for i in role.keyids})
 
     def public(self) -> dict[str, Key]:
-        """The keys."""
+        """Return the public keys, by id."""
         return {keyid: Key.from_dict(keyid, copy.deepcopy(key)) for keyid, key in self.keys.items()}
 
 
@@ -52,7 +52,7 @@ class Row(Document):
 
 
 class Waiting(Document):
-    """New metadata, what they wait for, and the key ring's new rows."""
+    """New metadata, the signatures that they wait for, and the key ring's new rows."""
 
     schema_version: Literal[1] = 1
     documents: dict[str, dict[str, Any]] = Field(min_length=1, description="role → metadata")
@@ -63,17 +63,17 @@ class Waiting(Document):
     def of(
         cls, documents: Mapping[str, Metadata[Any]], needs: Mapping[str, list[Need]], fresh: Mapping[str, Sequence[Entry]]
     ) -> Waiting:
-        """Metadata that nobody has signed yet."""
+        """Collect new, unsigned metadata with the signatures that they need and all keys of the roles whose keys change."""
         rows = {
             role: [Row(keyid=key.keyid, key=key.to_dict(), uri=uri) for key, uri in entries] for role, entries in fresh.items()
         }
         return cls(documents={role: m.to_dict() for role, m in documents.items()}, needs=dict(needs), ring=rows)
 
     def metadata(self) -> dict[str, Metadata[Any]]:
-        """The documents, by role.
+        """Return the documents as TUF metadata, by role.
 
         Raises:
-            OperatorError: one is no metadata of its role.
+            OperatorError: a document is not metadata of its role.
         """
         try:
             found = {role: Metadata[Any].from_dict(copy.deepcopy(d)) for role, d in self.documents.items()}
@@ -85,14 +85,14 @@ class Waiting(Document):
         return found
 
     def entries(self) -> dict[str, list[Entry]]:
-        """The key ring's new rows."""
+        """Return the key ring's new rows, by role."""
         return {
             role: [(Key.from_dict(row.keyid, copy.deepcopy(row.key)), row.uri) for row in rows]
             for role, rows in self.ring.items()
         }
 
     def signed(self, signers: Iterable[Signer]) -> Waiting:
-        """With as many signatures as it needs, as far as these signers go."""
+        """Sign with these signers, as far as their signatures are still needed; return the signed copy."""
         known = {signer.public_key.keyid: signer for signer in signers}
         documents = self.metadata()
         for role, metadata in documents.items():
@@ -103,10 +103,10 @@ class Waiting(Document):
         return self._with(documents)
 
     def signed_with(self, uri: str) -> tuple[Waiting, list[str]]:
-        """With the signature of the key behind a URI, wherever it counts; returns also what was signed.
+        """Sign with the key of a URI wherever it counts; return the signed copy, and a line for each signature.
 
         Raises:
-            OperatorError: it is none of the keys that this waits for, or cannot be used here.
+            OperatorError: the key is none of those that are waited for, or cannot be used here.
         """
         documents, done, problem = self.metadata(), [], "it is another key"
         for role, metadata in documents.items():
@@ -126,7 +126,7 @@ class Waiting(Document):
         return self.model_copy(update={"documents": {role: m.to_dict() for role, m in documents.items()}})
 
     def missing(self) -> list[str]:
-        """What it still waits for, one line each."""
+        """List the required signatures that are still missing, one line for each need."""
         lines = []
         for role, metadata in self.metadata().items():
             for need in self.needs[role]:
@@ -140,7 +140,7 @@ class Waiting(Document):
         return lines
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all.
+        """Write the file, complete or not at all.
 
         Raises:
             OperatorError: it cannot be written there.
@@ -150,10 +150,10 @@ class Waiting(Document):
 
     @classmethod
     def load(cls, path: Path) -> Waiting:
-        """Read it.
+        """Read a file that `save` wrote.
 
         Raises:
-            OperatorError: it is not such a file.
+            OperatorError: it cannot be read, or is not such a file.
         """
         try:
             return parse(cls, path.read_bytes(), MAX_WAITING)
@@ -164,18 +164,21 @@ class Waiting(Document):
 
 
 def taken_out(roles: Mapping[str, Role], lost: Collection[str], stolen: Collection[str]) -> dict[str, list[str]]:
-    """Which keys of each role go: those that are named, or all where none is.
+    """Choose the keys to remove from each role: the named ones, or all keys of a role of which none is named.
 
-    All go too where a thief has as many as the role needs. Devices forget the versions that he could raise only when too
-    few of the old keys are left to sign anything (`rules.binding` of the agent).
+    All keys of a role are removed, too, if a thief has as many of them as the role needs. The thief could have raised version
+    numbers, and devices forget these only when too few of the old keys are left to sign anything (`rules.binding` of the agent).
 
     Args:
-        roles: that are to change, with their keys.
-        lost: ids of keys, or their first digits.
-        stolen: the same.
+        roles: roles that are to change, with their keys.
+        lost: ids of lost keys, or the first digits of their ids.
+        stolen: ids of stolen keys, or the first digits of their ids.
+
+    Returns:
+        Ids of the keys to remove, by role.
 
     Raises:
-        OperatorError: a name is no key of these roles, or stands for several.
+        OperatorError: a name fits no key of these roles, or several.
     """
     everyone = {keyid for role in roles.values() for keyid in role.keyids}
 

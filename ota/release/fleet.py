@@ -1,4 +1,4 @@
-"""What devices reported: enrolled keys and signed reports, in tables of their own behind the workspace's database URL."""
+"""The fleet: keys of enrolled devices and their signed reports, in tables of their own in the workspace's database."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ _reports = Table(
 
 @dataclass(frozen=True)
 class Collected:
-    """What reading an inbox gave."""
+    """The result of reading an inbox."""
 
     accepted: list[DeviceReport]
     rejected: dict[str, str]
-    """File name → why."""
+    """File name → reason."""
 
 
 class Fleet:
     """Devices and their reports."""
 
     def __init__(self, database: str) -> None:
-        """Open the tables behind a SQLAlchemy URL, making them where they are missing.
+        """Open the tables in the database of a SQLAlchemy URL, and create those that are missing.
 
         Raises:
             TransferError: the database cannot be opened.
@@ -64,11 +64,11 @@ class Fleet:
             _metadata.create_all(self._engine)
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the database connections."""
         self._engine.dispose()
 
     def enroll(self, device: str, public_key: str) -> None:
-        """Accept reports of a device that signs with this key; the same key again changes nothing.
+        """Enrol a device, so that reports which it signs with this key are accepted; the same key again changes nothing.
 
         Args:
             device: its id.
@@ -91,10 +91,10 @@ class Fleet:
                 raise OperatorError(f"{device} is enrolled with another key; give the replaced device a new id")
 
     def receive(self, data: bytes) -> DeviceReport:
-        """Check one signed report and keep it; a repetition of a kept one is accepted and changes nothing.
+        """Check one signed report and keep it; a copy of a kept report is accepted and changes nothing.
 
         Raises:
-            ManifestError: it is malformed, not signed by an enrolled device, or its number was used for other content.
+            ManifestError: it is malformed, no enrolled device signed it, another report has its number, or it arrives twice at once.
         """
         signed, received = _opened(data)
         report = signed.report
@@ -130,9 +130,9 @@ class Fleet:
         return report
 
     def collect(self, inbox: Path) -> Collected:
-        """Receive every report file of a folder; accepted files are removed, rejected ones moved to `rejected/`.
+        """Receive every report file of a folder; remove the accepted files, and move the rejected ones to `rejected/`.
 
-        One that cannot be read or moved is told of and left, and keeps no other from being received.
+        A file that cannot be read or removed is listed as rejected and stays. It does not stop the others from being received.
         """
         accepted, rejected = [], {}
         for path in sorted(inbox.glob("*.json")):
@@ -148,7 +148,7 @@ class Fleet:
         return Collected(accepted, rejected)
 
     def reports(self, device: str | None = None) -> list[DeviceReport]:
-        """Kept reports, by device and number."""
+        """Return the kept reports of one device, or of all, by device and number."""
         query = select(_reports.c.body).order_by(_reports.c.device, _reports.c.number)
         if device:
             query = query.where(_reports.c.device == device)
@@ -156,29 +156,29 @@ class Fleet:
             return [DeviceReport.model_validate_json(body) for body in connection.execute(query).scalars()]
 
     def devices(self) -> dict[str, DeviceReport | None]:
-        """Every enrolled device with its last report."""
+        """Return every enrolled device with its last report; None: it has not reported."""
         with _foreign_errors(), self._engine.connect() as connection:
             names = connection.execute(select(_devices.c.device).order_by(_devices.c.device)).scalars().all()
             for name in names:
-                if not NAME_PATTERN.fullmatch(name):  # it goes to a terminal, and NULL would stand for all of them
+                if not NAME_PATTERN.fullmatch(name):  # a terminal shows it, and NULL would select all reports
                     raise ValueError(name)
         return {name: next(reversed(self.reports(name)), None) for name in names}
 
 
 def _opened(data: bytes) -> tuple[SignedReport, bytes]:
-    """Parse a signed report; returns it with the bytes that its signature is over.
+    """Parse a signed report, and return it with the bytes that its signature covers.
 
-    These are made of what was received, not of what was parsed: text is made printable by parsing.
+    These bytes are made from what was received, not from what was parsed, because parsing makes text printable.
 
     Raises:
-        ManifestError: it is too long, or malformed.
+        ManifestError: the report is too long, or malformed.
     """
     if len(data) > MAX_REPORT:
         raise ManifestError(f"the report has {len(data)} bytes, more than {MAX_REPORT}; look at the device that left it")
     try:
         found = json.loads(data)
         received = json.dumps(found["report"], sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-        again = json.dumps(found).encode()  # of two fields of one name JSON has one: the same for both readers
+        again = json.dumps(found).encode()  # drops duplicate fields, so that both parsers see the same value
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(
             "the report is not valid: it is no JSON object with a report; look at the device that left it"
@@ -187,7 +187,7 @@ def _opened(data: bytes) -> tuple[SignedReport, bytes]:
 
 
 def _read(path: Path) -> bytes:
-    """Read a file that others left, whatever they made of its name: a link is not followed, and a pipe not waited for.
+    """Read a file that others left; a link is not followed, and a pipe is not waited for.
 
     Raises:
         ManifestError: it is no regular file, or too large.
@@ -209,8 +209,8 @@ def _read(path: Path) -> bytes:
 
 
 def _set_aside(path: Path) -> None:
-    """Move a file to `rejected/`, which must not be a link to where somebody wants a file to appear."""
-    with suppress(OSError):  # then it is told of again next time
+    """Move a file to `rejected/`, unless that is a link, which could make the file appear in any other folder."""
+    with suppress(OSError):  # then the next call rejects it again
         place = path.parent / "rejected"
         with suppress(FileExistsError):
             place.mkdir()

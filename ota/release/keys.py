@@ -1,14 +1,14 @@
 """Signing keys: which keys a role has, and the URI under which the private half of each can be used.
 
-`keys.json` holds public keys and URIs only. A URI is anything that securesystemslib signs with: a file (`file2:`), a cloud
-KMS, an HSM. `create` makes files where no URI is given; root and targets keys are made apart from the others, because they
-belong on a medium that is not plugged in day by day.
+`keys.json` holds public keys and URIs only. A URI names anything with which securesystemslib can sign: a file (`file2:`), a
+cloud KMS, an HSM. `create` makes files where no URI is given. It makes the keys of root and targets in a separate folder,
+because they belong on a medium that is not plugged in every day.
 
-Who is trusted is said by the signed metadata alone. So the ring may know keys that are not trusted yet, or no longer, and
-a change of keys writes it first.
+Only the signed metadata decide which keys are trusted. So the ring may hold keys that are not trusted yet, or no longer, and
+a change of keys writes the ring first.
 
-Besides the roles of the repository the ring has the keys that sign the ledger, each from one entry on. No device knows them; the ring
-itself says which are trusted.
+The ring also holds the keys that sign the ledger, each from a certain entry on. No device knows them; the ring itself says
+which of them are trusted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROLES: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 OFFLINE = ("root", "targets")
 DELEGATED = ("models", "deltas", "rollout")
-LEDGER = "ledger"  # in the ring beside the roles
+LEDGER = "ledger"  # name of its keys in the ring, in addition to the roles
 SHORT = 8  # digits of a key's id that are shown
 
 Entry = tuple[Key, str]
@@ -52,7 +52,7 @@ class LedgerKey(NamedTuple):
     key: Key
     uri: str
     since: int
-    """Number of the first entry that it signs; the next key's is the first that it does not."""
+    """Number of the first entry that it signs. From the next key's number on, it signs no more."""
 
 
 class KeyRing:
@@ -72,7 +72,7 @@ class KeyRing:
             }
             self.ledger: list[LedgerKey] = [
                 LedgerKey(Key.from_dict(row["keyid"], dict(row["key"])), str(row["uri"]), int(row["since"]))
-                for row in rows.get(LEDGER, [])  # a ring of a ferry that did not sign the ledger has none
+                for row in rows.get(LEDGER, [])  # missing if an older ferry, which did not sign the ledger, wrote the ring
             ]
         except OSError as error:
             raise OperatorError(f"there is no key ring in {folder}; `ferry init` makes one") from error
@@ -81,16 +81,16 @@ class KeyRing:
 
     @staticmethod
     def threshold(role: str) -> int:
-        """Signatures that a role needs in a new repository."""
+        """Return how many signatures a role needs in a new repository."""
         return ROLES[role][1]
 
     def signers(self, role: str, trusted: Collection[str] | None = None, needed: int | None = None) -> list[Signer]:
-        """As many signers of a role as it needs.
+        """Open as many signers of a role as it needs.
 
         Args:
-            role: whose keys.
-            trusted: ids of the keys that count; None: all that the ring has.
-            needed: signatures; None: as in a new repository.
+            role: role whose keys sign.
+            trusted: ids of the keys that count; None: all that the ring has for the role.
+            needed: number of signatures; None: as in a new repository.
 
         Raises:
             OperatorError: too few private keys can be used here.
@@ -105,7 +105,7 @@ class KeyRing:
         return found[:count]
 
     def usable(self, role: str, trusted: Collection[str] | None = None) -> list[Signer]:
-        """The signers of a role that can be used here."""
+        """Open the signers of a role that can be used here."""
         return self._open(role, trusted)[0]
 
     def _open(self, role: str, trusted: Collection[str] | None) -> tuple[list[Signer], list[str]]:
@@ -127,18 +127,18 @@ class KeyRing:
         return f"file2:{self.folder / path}" if scheme == "file2" and not Path(path).is_absolute() else uri
 
     def uri(self, role: str, keyid: str) -> str:
-        """Where a key's private half is; empty where the ring does not know it."""
+        """Return the URI of a key's private half; empty: the ring does not know the key."""
         return next((uri for key, uri in self.keys[role] if key.keyid == keyid), "")
 
     def add(self, fresh: Mapping[str, Sequence[Entry]]) -> None:
-        """Know keys besides those that are known; durable on return."""
+        """Add keys to those in the ring; durable on return."""
         for role, entries in fresh.items():
             known = {key.keyid for key, _ in self.keys[role]}
             self.keys[role] = [*self.keys[role], *(entry for entry in entries if entry[0].keyid not in known)]
         self._save()
 
     def keep(self, only: Mapping[str, Sequence[Entry]]) -> None:
-        """Know of these roles these keys alone; durable on return. Private keys stay where they are."""
+        """Replace the ring's keys of these roles; durable on return. Private keys stay where they are."""
         self.keys |= {role: list(entries) for role, entries in only.items()}
         self._save()
 
@@ -148,18 +148,21 @@ class KeyRing:
     # The ledger
 
     def begin_ledger(self, since: int, entry: Entry | None = None) -> LedgerKey:
-        """Let a new key sign the ledger from an entry on; without one that signs already, or else in its place.
+        """Let a new key sign the ledger from an entry on, in place of the key that signs now, if there is one.
 
         Args:
             since: number of the first entry that it signs.
-            entry: a key that is somewhere else; None: a new file.
+            entry: a key that exists elsewhere; None: make a new file.
 
         Returns:
-            the key that signs from there: of two calls for the same first key at the same moment, the other's.
+            The key that signs from there on. If another process has added a key in the meantime, this is that key.
+
+        Raises:
+            OperatorError: the given key signs the ledger now, or did so before.
         """
         with FileLock(self.folder / ".lock"):
             present = KeyRing(self.folder)
-            if len(present.ledger) > len(self.ledger):  # another process was faster
+            if len(present.ledger) > len(self.ledger):  # another process has added a key
                 self.ledger = present.ledger
                 return self.ledger[-1]
             if entry is None:
@@ -174,11 +177,11 @@ class KeyRing:
 
     @property
     def since(self) -> int:
-        """Number of the first entry of the ledger that must be signed."""
+        """Number of the first ledger entry that must be signed."""
         return min((known.since for known in self.ledger), default=1)
 
     def sign(self, data: bytes) -> tuple[str, str]:
-        """Sign something of the ledger; returns the key's id and the signature in hex.
+        """Sign data of the ledger; return the key's id and the signature in hex.
 
         Raises:
             OperatorError: the key cannot be used here.
@@ -186,15 +189,15 @@ class KeyRing:
         key, uri, _ = self.ledger[-1]
         try:
             made = open_signer(self._absolute(uri), key).sign(data)
-            key.verify_signature(made, data)  # a KMS signs with whatever key it has under a name
-        except Exception as error:  # whatever a driver raises
+            key.verify_signature(made, data)  # a KMS signs with any key that it has under this name
+        except Exception as error:  # drivers raise errors of all kinds
             raise OperatorError(
                 f"the ledger's key {uri} cannot sign ({_reason(error)}), so nothing can be recorded; make it available"
             ) from error
         return key.keyid, made.signature
 
     def holds(self, number: int, keyid: str, signature: str, data: bytes) -> bool:
-        """Whether the key that was the ledger's at an entry signed something of it."""
+        """Check whether the signature is valid and by the key that signed the ledger at this entry."""
         in_use = [known for known in self.ledger if known.since <= number][-1:]
         if not in_use or in_use[0].key.keyid != keyid:
             return False
@@ -206,14 +209,14 @@ class KeyRing:
 
 
 def create(folder: Path, offline: Path | None = None, signers: Mapping[str, Sequence[Entry]] | None = None) -> KeyRing:
-    """Make Ed25519 keys for all roles as files; a key ring that is there is kept, and no file is ever overwritten.
+    """Create Ed25519 keys for all roles as files; keep a key ring that is there, and never overwrite a file.
 
-    Private keys are written before `keys.json`, which makes them count: a killed call is repeated from the beginning.
+    The private keys count only when `keys.json` is written, after them. So a killed call can be repeated from the beginning.
 
     Args:
-        folder: of the ring; online keys go below it.
-        offline: folder of the keys of root and targets; None: below `folder` too.
-        signers: keys that are somewhere else, by role or for the ledger; each takes the place of one file.
+        folder: folder of the ring; online keys go below it.
+        offline: folder for the keys of root and targets; None: below `folder`, too.
+        signers: keys that exist elsewhere, by role or for the ledger; each takes the place of one file.
     """
     if (folder / "keys.json").is_file():
         return KeyRing(folder)
@@ -238,14 +241,17 @@ def create(folder: Path, offline: Path | None = None, signers: Mapping[str, Sequ
 
 
 def place(folder: Path, signer: CryptoSigner, role: str, offline: Path | None = None, name: str = "") -> tuple[Entry, Path]:
-    """Where the file of a new private key goes; nothing is written yet.
+    """Choose where the file of a new private key goes; nothing is written yet.
 
     Args:
-        folder: of the ring.
-        signer: of the key.
-        role: whose key it is; says whether it is offline.
-        offline: where offline keys go; None: below `folder`.
-        name: of the file; where it is taken, and by default, one is made of the role and the key's id.
+        folder: folder of the ring.
+        signer: signer of the key.
+        role: role of the key; decides whether the key is offline.
+        offline: folder for offline keys; None: below `folder`.
+        name: name of the file; if it is empty or taken, the name is made from the role and the key's id.
+
+    Returns:
+        The key's entry for the ring, and the path of the file.
     """
     at = (offline.absolute() if offline else folder / "offline") if role in OFFLINE else folder / "online"
     if not name or (at / name).exists():
@@ -255,33 +261,33 @@ def place(folder: Path, signer: CryptoSigner, role: str, offline: Path | None = 
 
 
 def store(path: Path, signer: CryptoSigner) -> None:
-    """Write a private key, durable on return."""
+    """Write a private key to a file; durable on return."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     _write_durably(path, signer.private_bytes, 0o600)
 
 
 def existing(uri: str, public: Path | None = None) -> Entry:
-    """A key that is somewhere else.
+    """Make the ring's entry of a key that exists elsewhere.
 
     Args:
-        uri: of its private half; a relative path of a file starts at the present folder.
-        public: its public half as PEM; None: asked for where the private half is.
+        uri: URI of its private half; a relative path of a file starts at the present folder.
+        public: file with its public half as PEM; None: it is read from where the private half is.
 
     Raises:
-        OperatorError: the public half cannot be had.
+        OperatorError: the public half cannot be read.
     """
     place = placed(uri)
     try:
         if public:
             return SSlibKey.from_crypto(load_pem_public_key(public.read_bytes())), place
         return _imported(place), place
-    except Exception as error:  # whatever a driver raises
+    except Exception as error:  # drivers raise errors of all kinds
         asked = f"{public} is not a public key as PEM" if public else f"{uri} does not tell its public key"
         raise OperatorError(f"{asked} ({_reason(error)}); give it with --public ROLE=FILE") from error
 
 
 def placed(uri: str) -> str:
-    """A URI that means the same in every folder."""
+    """Return a URI that means the same in every folder: the path of a file is made absolute."""
     scheme, _, path = uri.partition(":")
     return f"file2:{Path(path).absolute()}" if scheme == "file2" else uri
 
@@ -300,10 +306,10 @@ def _imported(uri: str) -> Key:
 
 
 def open_signer(uri: str, key: Key) -> Signer:
-    """What signs with a key.
+    """Open the signer of a key.
 
     Raises:
-        OperatorError: it cannot be used here.
+        OperatorError: the key cannot be used here.
     """
     try:
         return Signer.from_priv_key_uri(uri, key, _secret)
@@ -312,10 +318,10 @@ def open_signer(uri: str, key: Key) -> Signer:
 
 
 def sign(metadata: Metadata[Any], signer: Signer) -> None:
-    """Add a signature, and check it: a KMS signs with whatever key it has under a name.
+    """Add a signature, and verify it: a KMS signs with any key that it has under a name.
 
     Raises:
-        OperatorError: the signer failed, or is of another key; nothing was added.
+        OperatorError: the signer failed, or signed with another key; nothing was added.
     """
     keyid = signer.public_key.keyid
     try:
@@ -328,7 +334,7 @@ def sign(metadata: Metadata[Any], signer: Signer) -> None:
 
 @cache
 def _secret(name: str) -> str:
-    """A PIN or passphrase, typed once."""
+    """Ask for a PIN or passphrase on the terminal, once for each name."""
     if not sys.stdin.isatty():
         raise ValueError(f"it asks for its {name}, and nobody is there to type it")
     return getpass.getpass(f"{name} of the signer: ")
@@ -347,7 +353,7 @@ def _write_ring(folder: Path, keys: Mapping[str, Sequence[Entry]], ledger: Seque
 
 
 def _write_durably(path: Path, data: bytes, mode: int) -> None:
-    """Whole or not at all; a key that a published root trusts must not be lost to a power cut."""
+    """Write a file completely or not at all: a power cut must not destroy a key that a published root trusts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.tmp")
     fresh.unlink(missing_ok=True)

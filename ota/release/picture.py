@@ -1,4 +1,4 @@
-"""A picture of a delta: where in the new file its bytes go, and which tensors they are for."""
+"""A picture of a delta: where its bytes go in the new file, and for which tensors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ota import output
 from ota.delta.files import Part
 from ota.errors import OperatorError
 
-MOST = 20  # tensors that are named
+MOST = 20  # most tensors that the picture names
 KINDS = (".svg", ".png", ".pdf")
 
 
 def check(path: Path, inputs: Iterable[Path | None] = ()) -> None:
-    """Refuse a place where no picture can or must be written, before the work.
+    """Refuse a place where the picture cannot or must not be written, before any work is done.
 
     Raises:
-        OperatorError: its name says no kind of picture; or see `ota.output.check`.
+        OperatorError: the file name does not end in a picture format; or as `ota.output.check`.
     """
     if path.suffix.lower() not in KINDS:
         raise OperatorError(f"{output.shown(path)} says no kind of picture; name a file that ends in .svg or .png")
@@ -26,20 +26,20 @@ def check(path: Path, inputs: Iterable[Path | None] = ()) -> None:
 
 
 def draw(parts: Sequence[Part], path: Path) -> None:
-    """Write the picture; its kind (svg, png, pdf) is the ending of its name.
+    """Draw the picture into a file; the ending of the file name sets the format (svg, png, pdf).
 
     Args:
-        parts: of the delta, from `ota.delta.files.inspect`.
-        path: where it goes.
+        parts: parts of the delta, from `ota.delta.files.inspect`.
+        path: where the picture goes.
 
     Raises:
-        OperatorError: there is nothing to draw, or no picture of that kind can be written there.
+        OperatorError: there is nothing to draw, or no picture of that format can be written there.
     """
     check(path)
     import matplotlib as mpl
 
     mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "delta"  # the same delta, the same picture
+    mpl.rcParams["svg.hashsalt"] = "delta"  # the same delta gives the same file
     import matplotlib.pyplot as plt
 
     shown = [part for part in parts if part.length]
@@ -59,7 +59,7 @@ def draw(parts: Sequence[Part], path: Path) -> None:
     along.set(
         xlabel="MB of the new file", ylabel="cost, in percent of the new bytes", title=f"{sum(p.size for p in shown):,.0f} bytes"
     )
-    # A few bytes between two tensors may cost more than they make, and would leave nothing else to be seen.
+    # The scale ignores short parts: a few bytes between two tensors may cost more than they make, and would hide the rest.
     wide = [part.size / part.length for part in shown if part.length > max(p.length for p in shown) / 50]
     along.set_ylim(0, 110 * max(wide))
     along.legend(fontsize=8)
@@ -82,12 +82,12 @@ def draw(parts: Sequence[Part], path: Path) -> None:
 
 
 def way_of(part: Part) -> str:
-    """In a word, how a part is made."""
+    """Name how a part is encoded, in a word or two."""
     return ", ".join(part.holds) if len(part.holds) <= 2 and part.holds else part.kind
 
 
 def by_tensor(parts: Sequence[Part]) -> dict[str, float]:
-    """Bytes of the delta for each tensor, of parts that are about one each."""
+    """Sum the bytes of the delta for each tensor, over the parts that concern only that tensor."""
     costs: dict[str, float] = {}
     for part in parts:
         if len(part.tensors) == 1:

@@ -1,15 +1,15 @@
 """The signed repository: TUF metadata by python-tuf over manifests, deltas and policies.
 
-    root ── targets ─┬─ models    bundles that may run; their release numbers; which may be gone back to
-    (2 of 3 keys,    ├─ deltas    ways from one bundle to another; a device follows one only to a bundle in `models`
-     offline)        └─ rollout   who may install which release when; short-lived; never names bytes
+    root ── targets ─┬─ models    bundles that may run, their release numbers, and which a rollback may return to
+    (2 of 3 keys,    ├─ deltas    patches from one bundle to another; a device applies one only to get a bundle in `models`
+     offline)        └─ rollout   who may install which release, and when; short-lived; cannot bring in other bytes
           └─ snapshot, timestamp  online
 
-A bundle's files are not targets of their own: they lie under `objects/` by their hash, and the manifest, which is a
-target, lists those hashes. That keeps the metadata that every device fetches small.
+A bundle's files are not targets of their own: they lie under `objects/`, named by their hash, and the manifest, which is a
+target, lists those hashes. This keeps the metadata small that every device fetches.
 
-What the repository holds is what its `timestamp.json` leads to. Everything else is written first, under names that are
-never reused for other content, and `timestamp.json` last, so a killed run leaves the previous state.
+The state of the repository is what its `timestamp.json` leads to. Everything else is written first, under names that are
+never reused for other content, and `timestamp.json` last. So a killed run leaves the previous state.
 """
 
 from __future__ import annotations
@@ -47,26 +47,26 @@ from ota.release import keys as signing
 from ota.release.ceremony import Need, Waiting
 from ota.release.keys import DELEGATED, Entry, KeyRing
 
-# How long signatures hold. Online ones are renewed by every release and by `ferry trust refresh`; a rollout that nobody
+# How long signatures are valid. Every release and `ferry trust refresh` renew snapshot and timestamp. A rollout that nobody
 # renews stops spreading.
 LIFETIMES = {
     "root": timedelta(days=365), "targets": timedelta(days=365), "models": timedelta(days=180),
     "deltas": timedelta(days=180), "rollout": timedelta(days=14), "snapshot": timedelta(days=14),
     "timestamp": timedelta(days=14),
 }  # fmt: skip
-RENEWED = ("root", "targets", "models", "deltas")  # what `Repository.renew` signs anew
-TOP = ("root", "targets", "snapshot", "timestamp")  # whose keys root names; those of the others are named by targets
-KEPT_RELEASES = 8  # of one line and class in `models`
-KEPT_DELTAS_TO = 2  # newest releases to which deltas are kept
-LOCK = ".signing.lock"  # in the folder, and never published
-SIGNING_SECONDS = 60.0  # that one process waits for another to end its change
+RENEWED = ("root", "targets", "models", "deltas")  # roles that `Repository.renew` can sign again
+TOP = ("root", "targets", "snapshot", "timestamp")  # root names the keys of these roles, targets those of the others
+KEPT_RELEASES = 8  # newest releases of one line and class that stay in `models`
+KEPT_DELTAS_TO = 2  # deltas are kept to this many of the newest releases
+LOCK = ".signing.lock"  # file in the folder of the repository, never published
+SIGNING_SECONDS = 60.0  # for which one process waits until another has finished its change
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _alone(change: Callable[Concatenate[Repository, P], R]) -> Callable[Concatenate[Repository, P], R]:
-    """Let a method that reads, signs and writes do so while nobody else does."""
+    """Wrap a method that reads, signs and writes, so that no other process does so at the same time."""
 
     @wraps(change)
     def held(self: Repository, /, *given: P.args, **more: P.kwargs) -> R:
@@ -77,7 +77,7 @@ def _alone(change: Callable[Concatenate[Repository, P], R]) -> Callable[Concaten
 
 
 class Release(Document):
-    """A bundle that was published."""
+    """A published bundle."""
 
     line: str
     device_class: str
@@ -88,23 +88,23 @@ class Release(Document):
     full_bytes: int
     revertible: bool
     floor: int = Field(default=0, ge=0, le=MAX_COUNT)
-    """Of its line and class when it was signed last: no release with a lower number may be installed."""
+    """Lowest release number of the line and class that devices may install, as of the last signature; 0: any."""
 
 
 @dataclass(frozen=True)
 class KeyState:
-    """A key that is trusted."""
+    """A trusted key."""
 
     keyid: str
     uri: str
-    """Empty where the key ring does not know it."""
+    """URI of its private half; empty: the key ring does not know it."""
     usable: bool
     """Whether its private half can be used here."""
 
 
 @dataclass(frozen=True)
 class RoleState:
-    """A role as it is in force."""
+    """The state of a role in the metadata in force."""
 
     role: str
     version: int
@@ -112,11 +112,11 @@ class RoleState:
     keys: tuple[KeyState, ...]
     expires: datetime
     empty: bool
-    """Whether it names nothing, so that nothing is lost when it expires."""
+    """Whether the role lists no targets, so that nothing is lost when it expires."""
 
     @property
     def alarm(self) -> bool:
-        """Whether more than half of its life is gone."""
+        """Whether more than half of its lifetime is over; never for an empty role."""
         return not self.empty and self.expires - datetime.now(UTC) < LIFETIMES[self.role] / 2
 
     @property
@@ -127,7 +127,7 @@ class RoleState:
 
 @dataclass(frozen=True)
 class DeltaTarget:
-    """A published way from one bundle to another."""
+    """A published delta from one bundle to another."""
 
     base: Sha256
     target: Sha256
@@ -135,17 +135,17 @@ class DeltaTarget:
 
 
 def manifest_path(line: str, device_class: str, digest: str) -> str:
-    """Target path of a bundle's manifest."""
+    """Return the target path of a bundle's manifest."""
     return f"models/{line}/{device_class}/{digest}.json"
 
 
 def delta_path(line: str, device_class: str, base: str, target: str) -> str:
-    """Target path of a delta."""
+    """Return the target path of a delta."""
     return f"deltas/{line}/{device_class}/{base}.{target}"
 
 
 def policy_path(line: str, device_class: str) -> str:
-    """Target path of a policy."""
+    """Return the target path of a policy."""
     return f"rollout/{line}/{device_class}.json"
 
 
@@ -156,7 +156,7 @@ class Repository:
         """Open a repository.
 
         Raises:
-            OperatorError: there is none.
+            OperatorError: there is no repository in the folder.
         """
         self.folder, self.keys = folder, keys
         self.metadata, self.target_files, self.objects = folder / "metadata", folder / "targets", folder / "objects"
@@ -166,10 +166,12 @@ class Repository:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from signing here; for moments only, because an emergency stop waits for it. It may be nested.
+        """Keep other processes from signing here; calls may be nested.
+
+        Hold it for moments only, because an emergency stop waits for it.
 
         Raises:
-            OperatorError: another process does not end its change.
+            OperatorError: another process does not finish its change within `SIGNING_SECONDS`.
         """
         try:
             self._lock.acquire(timeout=SIGNING_SECONDS)
@@ -185,7 +187,7 @@ class Repository:
 
     @classmethod
     def create(cls, folder: Path, keys: KeyRing) -> Repository:
-        """Make an empty, signed repository; one that is there is kept. Needs the offline keys."""
+        """Create an empty, signed repository, which needs the offline keys; open one that is there."""
         if (folder / "metadata" / "timestamp.json").is_file():
             return cls(folder, keys)
         for name in ("metadata", "targets", "objects"):
@@ -219,14 +221,14 @@ class Repository:
         _write(metadata / "timestamp.json", _signed(Metadata(timestamp), keys, "timestamp", root))
         return cls(folder, keys)
 
-    # What it holds
+    # Queries
 
     def root_bytes(self) -> bytes:
-        """The first root: what a device is given once, by hand, with its hash."""
+        """Return the first root, which a device is given once, by hand, with its hash."""
         return (self.metadata / "1.root.json").read_bytes()
 
     def releases(self, line: str, device_class: str) -> list[Release]:
-        """Published bundles of a line and class, oldest first."""
+        """Return the published bundles of a line and class, lowest release number first."""
         found = []
         for path, target in self._targets("models").targets.items():
             if path.startswith(f"models/{line}/{device_class}/"):
@@ -240,7 +242,7 @@ class Repository:
         return sorted(found, key=lambda release: release.seq)
 
     def deltas(self, line: str, device_class: str) -> list[DeltaTarget]:
-        """Published deltas of a line and class."""
+        """Return the published deltas of a line and class."""
         prefix = f"deltas/{line}/{device_class}/"
         return [
             DeltaTarget(base, to, target.length)
@@ -250,7 +252,7 @@ class Repository:
         ]
 
     def policy(self, line: str, device_class: str) -> Policy | None:
-        """The policy in force."""
+        """Return the policy in force; None: there is none."""
         path = policy_path(line, device_class)
         target = self._targets("rollout").targets.get(path)
         if target is None:
@@ -258,28 +260,28 @@ class Repository:
         return parse(Policy, self._target_file(path, target).read_bytes(), MAX_POLICY)
 
     def manifest(self, release: Release) -> Manifest:
-        """The manifest of a published bundle."""
+        """Return the manifest of a published bundle."""
         path = manifest_path(release.line, release.device_class, release.manifest)
         return parse(Manifest, self._target_file(path, self._targets("models").targets[path]).read_bytes(), MAX_MANIFEST)
 
     def metadata_bytes(self) -> int:
-        """Bytes of metadata that a device which knows only the root fetches."""
+        """Return how many bytes of metadata a device fetches that knows only the root."""
         versions = self._versions()
         names = ["timestamp.json", f"{self._snapshot_version()}.snapshot.json"]
         names += [f"{version}.{role}.json" for role, version in versions.items()]
         return sum((self.metadata / name).stat().st_size for name in names)
 
     def expiries(self) -> dict[str, datetime]:
-        """When each role's signature ends."""
+        """Return when the metadata of each role expire."""
         return {role: self._in_force(role).signed.expires for role in (*self._versions(), "root", "snapshot", "timestamp")}
 
     def roles(self) -> dict[str, Role]:
-        """Which keys each role has, and how many must sign, as the metadata in force say."""
+        """Return the trusted keys and the threshold of each role, from the metadata in force."""
         top = self._targets("targets")
         return {role: self._root().signed.roles[role] for role in TOP} | {r: top.get_delegated_role(r) for r in DELEGATED}
 
     def states(self) -> list[RoleState]:
-        """Every role: its version, keys and expiry."""
+        """Return the state of every role: its version, keys and expiry."""
         found = []
         for role, trusted in self.roles().items():
             signed = self._in_force(role).signed
@@ -294,23 +296,26 @@ class Repository:
         return found
 
     def entries(self, role: str) -> list[Entry]:
-        """The keys that a role is trusted with, and where their private halves are; "" where the ring does not know."""
+        """Return the trusted keys of a role with the URIs of their private halves; "": the ring does not know the key."""
         delegator: Root | Targets = self._root().signed if role in TOP else self._targets("targets")
         return [(delegator.get_key(i), self.keys.uri(role, i)) for i in delegator.get_delegated_role(role).keyids]
 
     def keys_ever_trusted(self, role: str) -> set[str]:
-        """Ids of the keys that a role has or had; one that was taken out must not come back, what it signed would hold again."""
+        """Return the ids of all keys that a role has or had.
+
+        A key that was removed must not come back, because everything that it signed would be valid again.
+        """
         name, found = ("root" if role in TOP else "targets"), set[str]()
         for path in self.metadata.glob(f"*.{name}.json"):
             found.update(self._load(path.name).signed.get_delegated_role(role).keyids)
         return found
 
     def newest_root(self) -> Path:
-        """The root in force, for devices that are set up from now on; older ones find their way to it from theirs."""
+        """Return the file of the root in force, for devices that are set up from now on; older ones reach it from their root."""
         return self.metadata / f"{self._root_version()}.root.json"
 
     def floor(self, line: str, device_class: str) -> int:
-        """The lowest release number of a line and class that a rollout may choose; 0 where any will do."""
+        """Return the lowest release number of a line and class that a rollout may choose; 0: any."""
         return max((release.floor for release in self.releases(line, device_class)), default=0)
 
     # Changes
@@ -322,14 +327,17 @@ class Repository:
         """Add a bundle and its deltas, and sign.
 
         Args:
-            manifest: of the bundle.
+            manifest: manifest of the bundle.
             files: folder that holds its files, each named by its hash.
-            ledger: head of the promotion ledger, signed with the release so that a truncated ledger shows.
-            deltas: base manifest's sha256 and delta file.
-            revertible: whether a rollout may go back to it later.
+            ledger: hash of the ledger's last entry; it is signed with the release, so that a truncated ledger is noticed.
+            deltas: sha256 of the base's manifest, and file of the delta.
+            revertible: whether a rollout may return to this release later.
+
+        Returns:
+            The new release; or the earlier one if the same bundle was published before, and then only deltas are added.
 
         Raises:
-            OperatorError: a file of the bundle is missing or has another hash.
+            OperatorError: a file of the bundle is missing or has another hash, or no release number is left.
         """
         line, device_class = manifest.line, manifest.device_class
         known = self.releases(line, device_class)
@@ -347,7 +355,7 @@ class Repository:
                     del all_deltas.targets[name]
 
         for release in known:
-            if release.manifest == manifest.digest:  # the same bytes again: gone back to, by ways that may be new
+            if release.manifest == manifest.digest:  # the bundle was published before; the deltas to it may be new
                 present = self._targets("deltas").targets
                 if any(present.get(delta.path) != delta for delta in delta_targets):
                     self._commit({"deltas": change_deltas})
@@ -365,7 +373,7 @@ class Repository:
             version=manifest.origin.version, full_bytes=manifest.size, revertible=revertible,
             floor=self.floor(line, device_class),
         )  # fmt: skip
-        # The path and the hash say the rest.
+        # The target's path and hash hold the other fields.
         custom = made.model_dump(exclude={"line", "device_class", "manifest"}, exclude_defaults=True)
         path = manifest_path(line, device_class, manifest.digest)
         target = self._add_target(path, manifest.canonical(), custom)
@@ -385,10 +393,10 @@ class Repository:
 
     @_alone
     def set_policy(self, policy: Policy) -> None:
-        """Sign a policy; it replaces the one of its line and class.
+        """Sign a policy; it replaces the policy of its line and class.
 
         Raises:
-            OperatorError: it names a release that is not published or lies below the floor, or another number than it has.
+            OperatorError: its release is not published, has another number, lies below the floor, or may not be returned to.
         """
         releases = {r.manifest: r for r in self.releases(policy.line, policy.device_class)}
         release = releases.get(policy.manifest)
@@ -412,7 +420,7 @@ class Repository:
 
     @_alone
     def set_floor(self, line: str, device_class: str, seq: int) -> None:
-        """Let no device install a release with a lower number any more, whatever a policy says.
+        """Set the lowest release number of a line and class that devices may install, whatever a policy says.
 
         Raises:
             OperatorError: there is no such release, or an older one is being rolled out.
@@ -436,18 +444,18 @@ class Repository:
 
     @_alone
     def refresh(self) -> None:
-        """Sign snapshot and timestamp anew, and nothing else: a rollout that nobody renews is meant to expire."""
+        """Sign snapshot and timestamp again, and nothing else: a rollout that nobody renews is meant to expire."""
         self._commit({})
 
     @_alone
     def renew(self, roles: Collection[str] = RENEWED) -> dict[str, datetime]:
-        """Sign roles anew, with nothing changed but their expiry, and snapshot and timestamp with them.
+        """Sign roles again with a new expiry and no other change, and snapshot and timestamp with them.
 
         Args:
-            roles: any of root, targets (both need the offline keys), models, deltas. A policy is renewed by the rollout.
+            roles: any of root, targets (both need the offline keys), models, deltas. A rollout renews its policy itself.
 
         Returns:
-            When each role's signature ends now.
+            When the metadata of each role expire now.
 
         Raises:
             OperatorError: there is no such role to renew, or too few of its keys can be used here; nothing was signed.
@@ -468,14 +476,14 @@ class Repository:
     # Changes that wait for signatures
 
     def prepare(self, fresh: Mapping[str, Sequence[Entry]], renewed: Collection[str] = ()) -> Waiting:
-        """New metadata of some roles, for their keys to sign; nothing is changed yet.
+        """Prepare new metadata of some roles, for their keys to sign; nothing is changed yet.
 
-        What cannot wait, because every release changes it, is signed when they are put in force: snapshot, timestamp, and
-        delegated roles that have new keys.
+        Some metadata cannot wait, because every release changes them: snapshot, timestamp, and delegated roles that have new
+        keys. These are signed when the prepared metadata are put in force.
 
         Args:
             fresh: role → all the keys that it is to have.
-            renewed: roles that are to be signed anew, because they are due or because their new keys are not here.
+            renewed: roles that are to be signed again, because they are due or because their new keys are not here.
         """
         present, root, targets = self._root(), self._root(), self._in_force("targets")
         documents: dict[str, Metadata[Any]] = {}
@@ -503,7 +511,7 @@ class Repository:
                 metadata = self._in_force(role)
                 ends = metadata.signed.expires
                 documents[role] = _next(metadata, role, self._unused(role, metadata.signed.version + 1))
-                if role == "rollout":  # as in `resign_below_root`
+                if role == "rollout":  # it keeps its expiry, as in `resign_below_root`
                     metadata.signed.expires = ends
                 delegations = targets.signed.delegations
                 needs[role] = [Need.of("new" if role in fresh else "present", delegations.roles[role], delegations.keys)]
@@ -511,11 +519,11 @@ class Repository:
 
     @_alone
     def resign_below_root(self, waiting: Waiting) -> bool:
-        """Bring all below the root to where it holds under the root that waits too, the timestamp last.
+        """Re-sign every role below root so that it also verifies under the waiting root, if there is one; the timestamp last.
 
         Returns:
-            Whether it still holds under the root in force. Then it can be published before the new root is, and there is no
-            moment in which devices find metadata that do not hold. It cannot be so where old keys are lost.
+            Whether all of it still verifies under the root in force. Then it can be published before the new root, and at no
+            moment do devices find metadata that do not verify. This is not possible if old keys are lost.
 
         Raises:
             OperatorError: signatures are missing, or something newer is in force; nothing was changed.
@@ -530,14 +538,14 @@ class Repository:
             ends = self._targets("rollout").expires
 
             def resign(role: str) -> Callable[[Targets], None]:
-                return partial(_end, ends) if role == "rollout" else _unchanged  # a rollout that nobody renews stays expired
+                return partial(_end, ends) if role == "rollout" else _unchanged  # a rollout that nobody renews keeps its expiry
 
             self._commit({role: resign(role) for role in again}, root, ready)
         return all(_holds(present, role, self._in_force(role)) for role in TOP[1:])
 
     @_alone
     def put_in_force(self, waiting: Waiting) -> None:
-        """Make what waited count, the root last; killed and repeated, it goes on.
+        """Put the waiting metadata in force, the root last; a killed call can be repeated, and continues.
 
         Raises:
             OperatorError: signatures are missing, or something newer is in force.
@@ -550,7 +558,11 @@ class Repository:
         self.keys.keep(waiting.entries())
 
     def _pending(self, waiting: Waiting) -> dict[str, Metadata[Any]]:
-        """What of it is not in force yet, checked against what is."""
+        """Check the waiting metadata against those in force, and return what is not in force yet, by role.
+
+        Raises:
+            OperatorError: signatures are missing, or something newer is in force.
+        """
         documents = waiting.metadata()
         pending = {}
         for role, metadata in documents.items():
@@ -579,7 +591,7 @@ class Repository:
                     raise OperatorError(f"{'; '.join(lines)}; sign it with `ferry trust sign FILE --key URI`")
         return pending
 
-    # Inside
+    # Private helpers
 
     def _commit(
         self,
@@ -590,10 +602,10 @@ class Repository:
         """Sign a new state, the timestamp last.
 
         Args:
-            changes: what is done to each role's targets before it is signed.
-            coming: root that is about to be put in force: by its keys, and by those of the present one as far as they can be
-                used here.
-            ready: roles that are signed already.
+            changes: change of each role's targets before it is signed.
+            coming: root that is about to be put in force. Its keys sign, and those of the present root as far as they can be
+                used here. None: the present root.
+            ready: metadata that are signed already, by role.
         """
         present, versions, ready = self._root().signed, self._versions(), ready or {}
         root, other = (coming or present), (present if coming else None)
@@ -636,7 +648,7 @@ class Repository:
             raise OperatorError(f"{self.metadata / name} is missing or damaged; restore the repository from a backup") from error
 
     def _unused(self, role: str, version: int) -> int:
-        """The first version from this one on whose name no killed run has used: it may have been copied already."""
+        """Return the first version, from this one on, whose file name no killed run has used: that file may be published."""
         while (self.metadata / f"{version}.{role}.json").exists():
             version += 1
         return version
@@ -681,7 +693,7 @@ class Repository:
         fresh.rename(place)
 
     def files(self) -> Iterator[tuple[str, Path]]:
-        """Everything to publish, in the order in which it must appear: objects, targets, metadata, the timestamp last."""
+        """Yield every file to publish, in the order in which it must appear: objects, targets, metadata, the timestamp last."""
         for folder in (self.objects, self.target_files, self.metadata):
             for path in sorted(folder.rglob("*")):
                 if path.is_file() and not path.name.startswith(".") and path.name != "timestamp.json":
@@ -694,7 +706,7 @@ def _expiry(role: str) -> datetime:
 
 
 def _next(metadata: Metadata[Any], role: str, version: int) -> Metadata[Any]:
-    """The same, as a version that nobody has signed yet."""
+    """Change metadata to another version, with a new expiry and without signatures; return the same object."""
     metadata.signatures.clear()
     metadata.signed.version = version
     metadata.signed.expires = _expiry(role)
@@ -702,7 +714,7 @@ def _next(metadata: Metadata[Any], role: str, version: int) -> Metadata[Any]:
 
 
 def _unchanged(_: Targets) -> None:
-    """Sign anew what there is."""
+    """Leave the targets of a role as they are; the role is only signed again."""
 
 
 def _end(when: datetime, targets: Targets) -> None:
@@ -716,7 +728,7 @@ def _holds(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> boo
 def _signed(
     metadata: Metadata[Any], keys: KeyRing, role: str, delegator: Root | Targets, other: Root | Targets | None = None
 ) -> Metadata[Any]:
-    """Sign with as many keys as a delegator asks for, and as another one does as far as its keys can be used here."""
+    """Sign with as many keys as a delegator requires, and with those of another one as far as they can be used here."""
     metadata.signatures.clear()
     trusted = delegator.get_delegated_role(role)
     signers = keys.signers(role, trusted.keyids, trusted.threshold)

@@ -1,7 +1,7 @@
-"""Who may install a release, and when: signed policies that devices obey by themselves.
+"""Rollouts: who may install a release, and when. They are signed policies that devices obey by themselves.
 
-A device puts itself into one of 10,000 buckets by an HMAC of its id under the policy's salt and installs when a wave that
-covers its bucket has opened. No server decides anything; a halt is a newer policy.
+A device computes its bucket, one of 10,000, as an HMAC of its id under the policy's salt. It installs the release when a wave
+that covers its bucket has opened. No server decides anything; a halt is a newer policy.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ FULL = 10_000  # basis points
 
 
 def start(release: Release, shares: Sequence[float], soak: int, now: int | None = None, revert: bool = False) -> Policy:
-    """The policy that spreads a release in waves.
+    """Make the policy that rolls a release out in waves.
 
     Args:
-        release: what to install.
-        shares: of the fleet in percent, rising, such as (1, 10, 100).
+        release: release to install.
+        shares: shares of the fleet in percent, rising, such as (1, 10, 100).
         soak: seconds between the openings of two waves.
-        now: seconds since 1970; the present by default.
-        revert: the release is older than what runs, on purpose.
+        now: seconds since 1970; None: the present time.
+        revert: whether the release is older than what runs, on purpose.
 
     Raises:
-        OperatorError: the shares do not rise, or do not lie between 0 and 100.
+        OperatorError: the shares do not rise, do not lie between 0 and 100 percent, or are too many.
     """
     begin, limits = int(time.time()) if now is None else now, check_shares(shares)
     return Policy(
@@ -40,7 +40,7 @@ def start(release: Release, shares: Sequence[float], soak: int, now: int | None 
 
 
 def check_shares(shares: Sequence[float]) -> list[int]:
-    """Shares of the fleet in basis points.
+    """Convert shares of the fleet from percent to basis points, and refuse invalid ones.
 
     Raises:
         OperatorError: they do not rise, do not lie between 0 and 100 percent, or are too many.
@@ -54,12 +54,12 @@ def check_shares(shares: Sequence[float]) -> list[int]:
 
 
 def halt(policy: Policy) -> Policy:
-    """The same policy, halted: no device installs it from now on, and none that has is told to go back."""
+    """Return the same policy, halted: no device installs the release any more, and none that has it is told to go back."""
     return policy.model_copy(update={"halt": True})
 
 
 def describe(policy: Policy, now: int | None = None) -> str:
-    """One line for people."""
+    """Describe the state of a rollout in one line for people."""
     moment = int(time.time()) if now is None else now
     if policy.halt:
         return f"release {policy.seq} is halted"

@@ -1,7 +1,7 @@
 """Where the repository is published: a folder, or an S3 bucket. Readers never see half a release.
 
 Files appear in the order in which `Repository.files` gives them. All but `timestamp.json` have names that are never reused
-for other content, so a reader that holds an older timestamp finds everything it needs at any moment.
+for other content, so a reader with an older timestamp finds everything that it needs at any moment.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ IMMUTABLE, SHORT = "public, max-age=31536000, immutable", "no-cache"
 
 
 def publish(files: Files, url: str, base: Path, endpoint: str | None = None, on_file: OnFile | None = None) -> int:
-    """Copy what is new to a folder or bucket; repeatable. Returns the number of files copied.
+    """Copy new files to a folder or bucket, and return how many were copied; the call can be repeated.
 
     Args:
         files: (name, local file), in the order in which they must appear.
         url: `s3://bucket/prefix`, or a folder, relative to `base`.
-        base: what a relative folder starts from.
-        endpoint: of an S3-compatible server other than AWS's own.
-        on_file: called with each name that was copied.
+        base: folder that a relative `url` starts from.
+        endpoint: URL of an S3-compatible server; None: AWS.
+        on_file: is called with the name of each file that was copied.
 
     Raises:
-        OperatorError: the URL is of another kind, or the bucket does not exist.
+        OperatorError: the URL is of another kind, the bucket does not exist, or the folder takes no file (as `ota.output.fresh`).
         TransferError: the server could not be reached or refused.
     """
     parts = urlsplit(url)
@@ -43,7 +43,7 @@ def publish(files: Files, url: str, base: Path, endpoint: str | None = None, on_
 
 
 def is_mutable(name: str) -> bool:
-    """Whether a published name may later hold other content."""
+    """Check whether a published name may later hold other content."""
     return name == "metadata/timestamp.json"
 
 
@@ -55,7 +55,7 @@ def _to_folder(files: Files, folder: Path, on_file: OnFile | None) -> int:
             if place.is_file() and place.stat().st_size == source.stat().st_size and not is_mutable(name):
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
-            with source.open("rb") as file, output.fresh(place) as published:  # where others may write, too
+            with source.open("rb") as file, output.fresh(place) as published:  # others may write to this folder, too
                 shutil.copyfileobj(file, published)
         except OSError as error:
             raise TransferError(f"cannot write {place}: {error.strerror}; make room or check the permissions") from error

@@ -1,6 +1,7 @@
-"""`make bench-commands`: processor time of the emergency stop and of refusals, each in a process of its own, in a workspace of its own.
+"""`make bench-commands`: measure the processor time of the emergency stop and of refusals, each call in its own process.
 
-Prints a table and writes build/bench/commands.json: the median of five calls, user and system time together.
+All calls use one temporary workspace. The bench prints a table and writes build/bench/commands.json: the median of five calls, user
+and system time together.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ CASES = {
     "wrong release": ("rollout", "start", "shapes", "--release", "9"),
     "held lock": ("release", "shapes"),
 }
-LIMITS = {"halt": 1.5}  # seconds; 1 for a refusal
+LIMITS = {"halt": 1.5}  # seconds; 1 for all other cases
 
 
 def seconds_of(words: tuple[str, ...], root: Path) -> tuple[float, int]:
-    """Processor seconds of a call, and its exit code."""
+    """Run a command in the workspace; return its processor seconds and its exit code."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "flows.cli", "-w", str(root), *words], capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -40,7 +41,7 @@ def seconds_of(words: tuple[str, ...], root: Path) -> tuple[float, int]:
 
 
 def roll_out(root: Path) -> None:
-    """Publish a release that is none of a model's, and open it."""
+    """Publish a release of made-up files and start its rollout to all devices."""
     import hashlib
 
     from ota.manifest import SIZE_LIMITS, FileEntry, Manifest, Origin
@@ -67,7 +68,7 @@ def roll_out(root: Path) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Measure all commands, print the table and write the figures."""
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "ws"

@@ -1,10 +1,10 @@
-"""`make bench-delta [PAIRS=folder]`: our delta beside what else makes patches, each call in a process of its own.
+"""`make bench-delta [PAIRS=folder]`: compare our delta with other patch tools; each call is a process of its own.
 
-    python -m tests.bench.delta [folder]      of pairs NAME/old.* and NAME/new.*; without one those of tests/bench/pairs.py
-    python -m tests.bench.delta --estimates [folder]      only the forecasts, of our own pairs and those of a folder (tests/bench/foreign.py)
+    python -m tests.bench.delta [folder]      for pairs NAME/old.* and NAME/new.*; by default those of tests/bench/pairs.py
+    python -m tests.bench.delta --estimates [folder]      only the forecasts, for our pairs and a folder's (tests/bench/foreign.py)
 
-Processor seconds, not the clock, so that what else the machine does changes little. What the others gave is kept in
-build/bench/delta/done until the pair or the call changes; ours is measured anew each time. `make clean` forgets all of it.
+Times are processor seconds, not wall time, so other load on the machine changes little. The results of other tools are kept in
+build/bench/delta/done until the pair or the call changes; our tool is measured anew each time. `make clean` deletes all of it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tests.bench.foreign import HELD_OUT, HELD_OUT_CHANGES
 
 BUILD, RESULTS = Path("build/bench/delta"), Path("tests/bench/results")
 LIMIT = 120  # processor seconds of one call
-APPLIES = 3  # of which the median counts: they are short
+APPLIES = 3  # times that a patch is applied; the median counts, because each takes little time
 SIZES = (10, 200, 1000)  # MB, of the scaling rows
 OURS, BASELINE = "ferry", "bsdiff4"
 ESTIMATES, STARTING = "## Estimates", "## Starting a tool and doing nothing"
-ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # for all: a second one of NumPy's only spins
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # for all tools: a second thread of NumPy would only spin
 
 
 # What is measured
@@ -42,14 +42,14 @@ ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # for all: a
 
 @dataclass(frozen=True)
 class Tool:
-    """How a tool is called: as Python over old, new, patch, made and kind, or as commands."""
+    """How a tool is called: as Python code with the variables old, new, patch, made and kind, or as commands."""
 
     imports: str
     build: str
     apply: str
 
     def call(self, todo: str, files: dict[str, str]) -> list[str]:
-        """The command line of one call; `todo` is "" for nothing but its start."""
+        """Return the command line of one call: build, apply, or "" to start the tool and do nothing."""
         if not self.imports:
             return (self.build if todo == "build" else self.apply).format(**files).split()
         script = f"import sys\n{self.imports}\nold, new, patch, made, kind = sys.argv[1:6]\n"
@@ -95,7 +95,7 @@ TOOLS = {
         ZIPNN + "data = read(patch); size = int.from_bytes(data[:8], 'little')\n"
         "write(made, xor(read(old), bytes(tool.decompress(data[8:])))[:size])",
     ),
-    # Told that int8 is bfloat16 it is shorter than told the truth (481 kB, not 673 kB, of gentle.int8).
+    # Its patches of int8 are shorter if it is told that int8 is bfloat16 (481 kB instead of 673 kB for gentle.int8).
     "z4ai delta": Tool(
         READ + "import z4ai; kind_of = {'float32': 'fp32', 'float16': 'fp16'}",
         "write(patch, z4ai.compress_delta(read(new), read(old), dtype=kind_of.get(kind, 'bf16'), threads=1))",
@@ -111,8 +111,8 @@ TOOLS = {
     ),
 }  # fmt: skip
 
-# A process starts with the peak memory of the one that started it, so a small one of some 7 MiB stands between; that is
-# the least that can be read.
+# A process starts with the peak memory of the process that started it. So a small process of some 7 MiB starts the tool; smaller
+# peaks cannot be measured.
 SPAWN = """
 import os, resource, sys
 child = os.fork()
@@ -125,15 +125,15 @@ print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_
 
 
 def spend(command: list[str]) -> tuple[float, float]:
-    """Processor seconds and peak MiB of a command; -1 seconds: it was not done in time.
+    """Run a command; return its processor seconds, -1 if it was not done in time, and its peak memory in MiB.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     spawn = [sys.executable, "-I", "-S", "-c", SPAWN, str(LIMIT), *command]
     said = subprocess.run(spawn, capture_output=True, text=True, check=True, env=os.environ | ONE_THREAD)
     code, seconds, mib = (float(word) for word in said.stdout.split()[-3:])
-    if code in (-24, -9):  # SIGXCPU, and what follows it
+    if code in (-24, -9):  # SIGXCPU, and the SIGKILL that follows it
         return -1, mib
     if code:
         raise RuntimeError(f"{' '.join(command)[:200]}: {said.stderr[-600:]}")
@@ -141,19 +141,19 @@ def spend(command: list[str]) -> tuple[float, float]:
 
 
 def digest_of(path: Path) -> str:
-    """Its sha256."""
+    """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def measured(tool: str, old: Path, new: Path, kind: str, times: int = APPLIES) -> dict[str, Any]:
-    """One tool on one pair: bytes, seconds and MiB, and whether it gave the new file again."""
+    """Measure one tool on one pair: bytes, seconds and MiB, and whether it restores the new file exactly."""
     if not TOOLS[tool].imports and not shutil.which(TOOLS[tool].build.split()[0]):
         return {"missing": "not available"}
     patch, made = BUILD / "patch", BUILD / "made"
     window = max(1 << 20, 1 << (old.stat().st_size - 1).bit_length())
     names = {"old": str(old), "new": str(new), "patch": str(patch), "made": str(made), "kind": kind, "window": str(window)}
-    made.write_bytes(b"")  # what another tool made must not count
+    made.write_bytes(b"")  # the output of another tool must not count
     try:
         build_seconds, build_mib = spend(TOOLS[tool].call("build", names))
         if build_seconds < 0:
@@ -168,12 +168,12 @@ def measured(tool: str, old: Path, new: Path, kind: str, times: int = APPLIES) -
 
 
 def kept(tool: str, old: Path, new: Path, kind: str) -> dict[str, Any]:
-    """A measurement of a tool that is not ours, made once."""
+    """Measure a tool that is not ours once, and keep the result."""
     key = f"{digest_of(old)} {digest_of(new)} {kind} {TOOLS[tool]} {LIMIT}"
     path = BUILD / "done" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if not path.is_file():
         result = measured(tool, old, new, kind)
-        if "failed" in result.get("missing", "not available"):  # may be mended without a word of the call
+        if "failed" in result.get("missing", "not available"):  # not kept: the cause may be fixed without a change of the call
             return result
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
@@ -182,10 +182,14 @@ def kept(tool: str, old: Path, new: Path, kind: str) -> dict[str, Any]:
 
 
 def yardstick(old: Path, new: Path, found: Iterable[Elements]) -> tuple[float, float]:
-    """Bytes of the differences' tokens at their entropy given the old number's exponent or code, tensor by tensor, and of the bits below.
+    """Compute a reference size: the entropy of the differences' tokens, given the old exponent or code, and the bits below them.
 
-    Not a bound: rows and columns that move alike go below it, and what a table costs is not in it. With hundreds of contexts and few numbers it is
-    lower than any code could be, by what the same contexts tell of old numbers in another order; the second figure has that added again.
+    It is computed tensor by tensor. It is not a lower bound: a codec can use less if rows or columns move alike, and the cost of code
+    tables is not included. With hundreds of contexts and few numbers, it is smaller than any code can be. The excess is estimated with
+    the old numbers in random order, and is added in the second figure.
+
+    Returns:
+        Both figures, in bytes.
     """
     before, after, draw = np.memmap(old, np.uint8, "r"), np.memmap(new, np.uint8, "r"), np.random.default_rng(0)
     bits = chance = 0.0
@@ -213,7 +217,7 @@ def yardstick(old: Path, new: Path, found: Iterable[Elements]) -> tuple[float, f
 
 
 def compared(folder: Path) -> dict[str, Any]:
-    """Every tool on one pair."""
+    """Measure every tool on one pair."""
     (old,), (new,) = folder.glob("old.*"), folder.glob("new.*")
     found = [e for e in files.elements(old, new) if e.kind != "bytes"]
     sizes: dict[str, int] = {}
@@ -244,7 +248,7 @@ print(json.dumps({"new": new.stat().st_size, "built": built, "estimate": said.by
 
 
 def forecasted(folder: Path) -> dict[str, Any]:
-    """What is said of every pair of a folder before it is built, and what is built; processor seconds without the process's start."""
+    """Forecast and then build every pair of a folder; the processor seconds leave out the start of the process."""
     rows: dict[str, Any] = {}
     for pair in sorted(path for path in folder.iterdir() if path.is_dir()):
         (old,), (new,) = pair.glob("old.*"), pair.glob("new.*")
@@ -256,13 +260,13 @@ def forecasted(folder: Path) -> dict[str, Any]:
 
 
 def right(row: dict[str, Any]) -> bool:
-    """A forecast that is said as one number is within 30 % of what was built, one that is said as a range holds it."""
+    """Check a forecast: its range holds the built size and, if it is said as one number, that is within 30 % of it."""
     holds: bool = row["low"] <= row["built"] <= row["high"]
     return holds and (not row["close"] or row["built"] / 1.3 <= row["estimate"] <= 1.3 * row["built"])
 
 
 def forecast_lines(found: dict[str, dict[str, Any]]) -> list[str]:
-    """The section of the report."""
+    """Format the section of the report about forecasts."""
     said = (
         "What `ferry delta estimate` says, and what `build` then writes. As one number, within 30 %, or as a range (its middle in italics) that "
         "holds it; s are processor seconds in a process that has built a first small patch. Own pairs are those above; foreign ones are two versions of files in "
@@ -281,7 +285,7 @@ def forecast_lines(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def forecast_row(name: str, row: dict[str, Any]) -> str:
-    """A pair's line."""
+    """Format a pair's line."""
     said = f"{row['estimate']:,}" if row["close"] else f"*{row['estimate']:,}*"
     wrong = "" if right(row) else " **wrong**"
     return (
@@ -317,7 +321,7 @@ def estimates(foreign: Path | None) -> None:
 
 
 def own_pairs() -> Path:
-    """The folder of our own pairs, made when missing."""
+    """Return the folder of our own pairs; make them if they are missing."""
     folder = BUILD / "pairs"
     if not any(folder.glob("*/new.*")):
         subprocess.run([sys.executable, "-m", "tests.bench.pairs"], check=True)
@@ -328,7 +332,7 @@ def own_pairs() -> Path:
 
 
 def onnx_of(path: Path, shape: tuple[int, int], pieces: Iterable[bytes], count: int) -> None:
-    """An ONNX file of `count` bfloat16 tensors of one shape, written piece by piece; the onnx package would hold all of it."""
+    """Write an ONNX file of `count` bfloat16 tensors of one shape, one at a time; the onnx package would hold all in memory."""
 
     def varint(value: int) -> bytes:
         return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
@@ -347,7 +351,7 @@ def onnx_of(path: Path, shape: tuple[int, int], pieces: Iterable[bytes], count: 
 
 
 def scaled(folder: Path, megabytes: int) -> tuple[Path, Path]:
-    """A pair of that size: the gentle pair's widest matrices again and again, with noise, the signs of their steps drawn anew."""
+    """Make a pair of that size: repeat the gentle pair's widest matrices with noise, and draw the signs of their changes anew."""
     source = BUILD / "pairs" / "gentle.bfloat16"
     kind, wide = numbers.KINDS["bfloat16"], 384
     old, new = (
@@ -372,7 +376,7 @@ def scaled(folder: Path, megabytes: int) -> tuple[Path, Path]:
 
 
 def scaling() -> dict[str, Any]:
-    """Ours by size."""
+    """Measure our delta at each of `SIZES`."""
     folder, rows = BUILD / "scaled", {}
     folder.mkdir(exist_ok=True)
     for megabytes in SIZES:
@@ -387,13 +391,13 @@ def scaling() -> dict[str, Any]:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Geometric mean."""
+    """Compute the geometric mean; NaN if there are no values."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 def summed(pair: dict[str, Any]) -> dict[str, Any]:
-    """Ours against the baseline and against whoever is best on this pair."""
+    """Compare our delta with the baseline and with the best other tool on this pair."""
     ours, others = pair["tools"][OURS], {k: v for k, v in pair["tools"].items() if k != OURS and "bytes" in v}
     best = min(others, key=lambda tool: others[tool]["bytes"])
     base = others.get(BASELINE, {})
@@ -409,12 +413,12 @@ def summed(pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(head: str, rows: Iterable[str]) -> list[str]:
-    """A table in Markdown."""
+    """Format a table in Markdown."""
     return [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {row} |" for row in rows), ""]
 
 
 def row_of(tool: str, row: dict[str, Any], new: int) -> str:
-    """A tool's line in the table of a pair."""
+    """Format a tool's line in the table of a pair."""
     if "bytes" not in row:
         return f"{tool} | {row['missing']} | | | | |"
     wrong = "" if row["exact"] else " **not the new file**"
@@ -425,7 +429,7 @@ def row_of(tool: str, row: dict[str, Any], new: int) -> str:
 
 
 def summary_table(pairs: dict[str, Any]) -> list[str]:
-    """A line for each pair, then geometric means of all and of each way to store."""
+    """Format a line for each pair, then geometric means of all pairs and of those of each kind of storage."""
     rows = {name: summed(pair) for name, pair in pairs.items()}
     ratios = [key for key in next(iter(rows.values())) if key != "best"]
     lines = [f"{name} | " + " | ".join(f"{row[key]:.2f}" for key in ratios) + f" | {row['best']}" for name, row in rows.items()]
@@ -443,7 +447,7 @@ def summary_table(pairs: dict[str, Any]) -> list[str]:
 
 
 def size_of(row: dict[str, Any], bare: float) -> str:
-    """Ours at one size."""
+    """Format the line of our delta at one size."""
     new, build, apply = row["new"] / 1e6, row["build_s"], row["apply_s"]
     return (
         f"{new:.0f} | {row['new'] / row['bytes']:.2f} | {build:.2f} | {new / build:.0f} | {row['build_mib'] - bare:.0f} | "
@@ -452,7 +456,7 @@ def size_of(row: dict[str, Any], bare: float) -> str:
 
 
 def plot(pairs: dict[str, Any]) -> None:
-    """Each tool where its patches are by size and by speed of applying, geometric means."""
+    """Plot the tools by the size of their patches and the speed of applying them, as geometric means."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -472,7 +476,7 @@ def plot(pairs: dict[str, Any]) -> None:
 
 
 def machine() -> str:
-    """What this was measured on."""
+    """Describe the machine and the commit that are measured."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "?")
     commit = subprocess.run(
@@ -482,7 +486,7 @@ def machine() -> str:
 
 
 def report(found: dict[str, Any]) -> None:
-    """Print the tables, and keep them."""
+    """Print the tables; write them to the results if the pairs are our own."""
     pairs, starts = found["pairs"], found["starts"]
     said = (
         f"`make bench-delta`. Every call is a process of its own; s are its processor seconds, start included (median of {APPLIES} for "
@@ -498,7 +502,7 @@ def report(found: dict[str, Any]) -> None:
         lines += ["![size against speed](delta.svg)", "", "## Size (ours; bfloat16, small steps)", ""]
         lines += [f"A bare interpreter with numpy and zstd has {bare:.0f} MiB.", ""]
         lines += table(head, (size_of(row, bare) for row in found["scaling"].values()))
-    if not found["folder"] and ESTIMATES in (before := (RESULTS / "delta.md").read_text()):  # they are measured apart
+    if not found["folder"] and ESTIMATES in (before := (RESULTS / "delta.md").read_text()):  # forecasts are measured apart
         lines += [ESTIMATES, *before.partition(f"{ESTIMATES}\n")[2].partition("\n## ")[0].split("\n")]
     lines += [STARTING, ""]
     lines += table("tool | s | MiB", (f"{tool} | {s:.2f} | {mib:.0f}" for tool, (s, mib) in starts.items()))
@@ -514,7 +518,7 @@ def report(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure, write, and fail if any patch did not give the new file."""
+    """Measure everything, write the report, and fail if any patch does not restore the new file."""
     BUILD.mkdir(parents=True, exist_ok=True)
     if sys.argv[1:2] == ["--estimates"]:
         estimates(Path(sys.argv[2]) if len(sys.argv) > 2 else None)

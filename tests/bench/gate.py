@@ -1,8 +1,8 @@
-"""`python -m tests.bench.gate`: how often the gate is wrong, at its default sample size; table to tests/bench/results/gate.md.
+"""`python -m tests.bench.gate`: measure how often the gate is wrong at its default sample size; writes tests/bench/results/gate.md.
 
-Made-up models whose images are points: in each of two feature spaces held-out points are standard normal, a model's are shifted. So every true
-difference is known in closed form, and everything that decides is the real thing: `model.evaluate.compare`, `registry.selection.decide`.
-Challenger and champion share their noise as models of one seed do.
+The models are made up, and their images are points. In each of two feature spaces, held-out points are standard normal, and those of a
+model are shifted. So every true difference is known in closed form. The code that decides is the real one: `model.evaluate.compare` and
+`registry.selection.decide`. Challenger and champion share noise, as models that draw from the same seeds do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RESULTS = Path("tests/bench/results")
 
 
 def distance(shift: float) -> float:
-    """The true squared kernel distance of a model from the data."""
+    """Compute the true squared kernel distance of a model from the data."""
     total = 0.0
     for width in (w * SCALE for w in WIDTHS):
         spread = width**2 + 2
@@ -56,13 +56,13 @@ MARGIN = 0.1 * NOISE
 
 
 def shift_of(wanted: float) -> float:
-    """The shift of a model at a distance."""
+    """Find the shift of a model that lies at the distance `wanted`."""
     return float(optimize.brentq(lambda shift: distance(shift) - wanted, 0, FAR))
 
 
 @dataclass(frozen=True)
 class Held:
-    """Held-out points of both spaces; the parts of `Dataset` and `FeatureSpaces` that a comparison uses."""
+    """Held-out points of both spaces, with the parts of `Dataset` and `FeatureSpaces` that a comparison uses."""
 
     images: Features  # [N, 2 D]
     groups: Any  # [N]
@@ -71,25 +71,25 @@ class Held:
     sha256: str = "f" * 64
 
     def reference(self) -> Any:
-        """All of them."""
+        """Return the indices of all held-out points."""
         return np.arange(len(self.images))
 
     def reference_groups(self) -> Any:
-        """Of each."""
+        """Return the group of each held-out point."""
         return self.groups
 
     def __call__(self, space: str, images: Features) -> Features:
-        """A space's half of the coordinates."""
+        """Return the half of the coordinates that belongs to a space."""
         return images[:, :D] if space == SPACES[0] else images[:, D:]
 
     def scale(self, space: str) -> float:  # noqa: ARG002 - both are alike
-        """As of the real ones."""
+        """Return the scale of the kernels in a space."""
         return SCALE
 
 
 @dataclass(frozen=True)
 class Groups:
-    """How held-out images hang together."""
+    """How held-out images are grouped."""
 
     name: str
     count: int
@@ -104,14 +104,14 @@ GROUPS = (
 
 
 def hold_out(rng: np.random.Generator, groups: Groups) -> Held:
-    """A held-out set."""
+    """Draw a held-out set."""
     of = np.sort(np.arange(N) % groups.count)
     common, own = rng.normal(size=(groups.count, 2 * D))[of], rng.normal(size=(N, 2 * D))
     return Held(math.sqrt(groups.alike) * common + math.sqrt(1 - groups.alike) * own, of)
 
 
 def draw(rng: np.random.Generator, seeds: Features, shift: tuple[float, float], shared: float = SHARED) -> Drawn:
-    """What a model draws from noise seeds, shifted by so much in each space."""
+    """Draw what a model makes from noise seeds, shifted in each space."""
     points = math.sqrt(shared) * seeds + math.sqrt(1 - shared) * rng.normal(size=seeds.shape)
     points[:, 0] += shift[0]
     points[:, D] += shift[1]
@@ -121,7 +121,7 @@ def draw(rng: np.random.Generator, seeds: Features, shift: tuple[float, float], 
 def compared(
     held: Held, challenger: Drawn, other: Drawn, against: Literal["champion", "anchor"] = "champion", sha256: str = CHAMPION
 ) -> list[Comparison]:
-    """On both splits, which are one where the data did not change."""
+    """Compare two models on both splits, which are the same here because the data did not change."""
     rows = compare(cast("FeatureSpaces", held), cast("Dataset", held), challenger, other, "old", sha256, against)
     return [row.model_copy(update={"split": split}) for row in rows for split in ("old", "new")]
 
@@ -134,7 +134,7 @@ def deciding(
     sha256: str = CHAMPION,
     spaces: tuple[str, ...] = SPACES[:1],
 ) -> list[Comparison]:
-    """The same for images alone, in the spaces that are named; the other sees no difference, so it decides nothing."""
+    """Compare by images alone, in the named spaces; the other space sees no difference, so it decides nothing."""
     rows = []
     for space in SPACES:
         x, c, h = (held(space, cast("Features", images)) for images in (held.images, challenger.images, other.images))
@@ -158,10 +158,10 @@ def deciding(
 
 
 def decided(rows: list[Comparison], allowed: float = LIMITS.alpha, anchor: str | None = None) -> Decision:
-    """What the gate says to such comparisons, all floors met."""
+    """Ask the gate to decide on these comparisons, with all floors met."""
     alone = {"n": N, "reference": N, "noise_kd": NOISE, "band": None, "captions_band": None}
     quality = [q.model_copy(update=alone) for q in card().quality]
-    # What may be lost is fixed here, so that the truth of "worse by a margin" is known.
+    # The loss that may be tolerated is fixed here, so that it is known which models are truly worse by a margin.
     fixed = [row.model_copy(update={"champion_kd": MARGIN / LIMITS.tolerance}) for row in rows]
     made = card().model_copy(update={"comparisons": fixed, "quality": quality})
     return decide(made, LIMITS, Budgets(latency_ms=1000), CHAMPION, anchor=anchor, level=allowed)
@@ -172,20 +172,20 @@ def decided(rows: list[Comparison], allowed: float = LIMITS.alpha, anchor: str |
 
 @dataclass
 class Single:
-    """One challenger after another against one champion."""
+    """Counts over many runs of one challenger against one champion."""
 
     covered: int = 0
     intervals: int = 0
     promoted: int = 0
     harmless: int = 0
-    """Promoted, or could be for another reason than quality."""
+    """Promoted, or could be promoted for another reason than quality."""
     runs: int = 0
 
 
 def single(
     rng: np.random.Generator, groups: Groups, worse: float, runs: int, shared: float = SHARED, both: bool = False
 ) -> Single:
-    """Challengers worse by so many margins, in both spaces or in the one that decides; intervals at 95 %."""
+    """Judge challengers that are worse by so many margins, in both spaces or in the first alone, and count the 95 % intervals."""
     found, shift = Single(runs=runs), shift_of(distance(CLOSE) + worse * MARGIN)
     quantile = stats.t.ppf(0.975, groups.count - 1)
     for _ in range(runs):
@@ -202,10 +202,11 @@ def single(
 
 
 def family(rng: np.random.Generator, better: tuple[bool, ...], runs: int, hand_on: bool = True) -> tuple[int, float]:
-    """Runs of retraining in which some challenger is promoted wrongly, and the mean share of better ones that is promoted.
+    """Count the retraining runs that promote a challenger wrongly, and measure the share of better challengers promoted.
 
-    A wrong one is equal in both spaces, which is the nearest to better that is wrong: a gain in either would do. A better one gains in the first
-    only. All share held-out images and seeds, and what is drawn for a student depends on whether its teacher passed.
+    A challenger that is wrong to promote equals the champion in both spaces. That is the hardest case, because a gain in either space
+    would make it better. A better one gains in the first space only. All challengers share held-out images and seeds. What is drawn
+    for a student depends on whether its teacher passed.
     """
     wrong, right, base = 0, 0, distance(CLOSE)
     gain = shift_of(base - 0.06 * MARGIN)
@@ -226,10 +227,10 @@ def family(rng: np.random.Generator, better: tuple[bool, ...], runs: int, hand_o
 
 
 def slide(rng: np.random.Generator, groups: Groups, step: float, steps: int, anchored: bool = True) -> float:
-    """How far, in budgets, a model comes to lie behind the best ever when each challenger is worse by `step` margins.
+    """Measure how far, in budgets, the champion falls behind the best model ever if each challenger is worse by `step` margins.
 
-    Each starts from the champion; one that is refused is followed by another as bad. None is better, so each is promoted for another
-    reason than quality. Held-out images and seeds stay, as they do in practice.
+    Each challenger starts from the champion. If one is refused, the next is equally bad. None is better, so each is promoted for another
+    reason than quality. Held-out images and seeds stay the same, as they do in practice.
     """
     held, seeds = hold_out(rng, groups), rng.normal(size=(N, 2 * D))
     base = distance(CLOSE)
@@ -248,12 +249,12 @@ def slide(rng: np.random.Generator, groups: Groups, step: float, steps: int, anc
 
 
 def rate(hits: int, runs: int) -> str:
-    """A share with its 95 % bounds (Clopper and Pearson)."""
+    """Format a share in percent with its exact 95 % bounds (Clopper and Pearson)."""
     found = stats.binomtest(hits, runs).proportion_ci(method="exact")
     return f"{100 * hits / runs:.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
 
 
-SINGLE = (  # groups, margins worse, of shared seeds, in both spaces
+SINGLE = (  # groups, margins worse, correlation by shared seeds, in both spaces
     (GROUPS[0], 0.0, SHARED, True),
     (GROUPS[0], 1.0, SHARED, False),
     (GROUPS[1], 0.0, SHARED, False),
@@ -271,7 +272,7 @@ SLIDES = (  # groups, margins a step, steps, with the anchor, share of the runs
 
 
 def singles(runs: int) -> list[str]:
-    """The first table."""
+    """Simulate one challenger at a time and format the first table."""
     said = (
         f"{runs} runs a row, in one space but for the first row. Held: 95 % intervals that hold the truth. No harm: the gate would promote it, for its "
         "quality or for another reason; of an equal model this must be 90 % at least; of one worse by the margin the bounds must reach "
@@ -291,7 +292,7 @@ def singles(runs: int) -> list[str]:
 
 
 def families(runs: int) -> list[str]:
-    """The second table."""
+    """Simulate runs of six models and format the second table."""
     said = (
         f"Wrong: runs in which a model is promoted that is not better; must be {100 * LIMITS.alpha:.0f} % at most. Right: share of better ones that is "
         "promoted. B is better by 0.06 margins, = is equal, in the order of two ladders full, dev, fast."
@@ -307,7 +308,7 @@ def families(runs: int) -> list[str]:
 
 
 def slides(runs: int) -> list[str]:
-    """The third table."""
+    """Simulate series of small losses and format the third table."""
     said = (
         "Series of retrainings, worse in one of the two spaces. Beyond: series that end further behind the best model ever than the budget; must "
         "be 5 % at most."
@@ -325,7 +326,7 @@ def slides(runs: int) -> list[str]:
 
 
 def main() -> None:
-    """Simulate, print, and keep."""
+    """Simulate all three tables at once, and write them."""
     began, runs = time.monotonic(), int(sys.argv[1]) if len(sys.argv) > 1 else RUNS
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()

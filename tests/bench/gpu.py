@@ -1,7 +1,8 @@
-"""`make bench-gpu`: what a GPU makes of training, beside all cores of its own machine, in one run.
+"""`make bench-gpu`: compare training on a GPU with training on all processor cores of the same machine, in one run.
 
-Real training (`model.train.train`), images a second after the first steps, in which compilers work; arithmetic counted by torch, forward
-and backward as three forward passes. Prints a table for tests/bench/results/gpu.md; nothing else should run meanwhile.
+The bench runs the real training (`model.train.train`) and measures images per second after the first steps, in which compilers work.
+torch counts the arithmetic; forward and backward together count as three forward passes. The bench prints a table for
+tests/bench/results/gpu.md. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ DATA = DataVersion(line="bench", path="data/bench", rev="0" * 40, md5="0" * 32 +
 
 
 def noise(config: ModelConfig, items: int = 2048) -> Dataset:
-    """Random images and captions: what they show costs nothing."""
+    """Make random images and captions; what they show does not change the time."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (items, config.channels, config.image_size, config.image_size), dtype=np.uint8)
     ids = rng.integers(1, 200, (items, config.text_length))
@@ -47,7 +48,7 @@ def noise(config: ModelConfig, items: int = 2048) -> Dataset:
 
 
 def flops(config: ModelConfig) -> float:
-    """Of one evaluation for one image, two for each multiplication with addition."""
+    """Count the floating-point operations of one evaluation for one image, two for each multiplication with addition."""
     network, batch = Network(config), 4
     x = torch.zeros(batch, config.channels, config.image_size, config.image_size)
     times = torch.full((batch,), 0.5)
@@ -58,10 +59,10 @@ def flops(config: ModelConfig) -> float:
 
 
 def images_a_second(config: ModelConfig, hardware: Hardware, batch: int) -> tuple[float, float]:
-    """Median over the timed steps, and the seconds before the first of them."""
+    """Measure images per second, the median over the timed steps, and the seconds before the first of them."""
     warm, timed = (WARM, TIMED) if hardware.gpu else (WARM_CPU, TIMED_CPU)
     moments = [time.perf_counter()]
-    watcher = Watcher(lambda _number, _figures: moments.append(time.perf_counter()))  # its figures were fetched: the step is done
+    watcher = Watcher(lambda _number, _figures: moments.append(time.perf_counter()))  # its figures are fetched, so the step is done
     with tempfile.TemporaryDirectory() as folder:
         options = TrainOptions(steps=warm + timed, batch=batch, save_every=10_000)
         train(config, noise(config), DATA, options, Path(folder) / "run", watcher=watcher, hardware=hardware)
@@ -70,7 +71,7 @@ def images_a_second(config: ModelConfig, hardware: Hardware, batch: int) -> tupl
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure all rows and print the table."""
     here = Hardware.here()
     if not here.gpu:
         sys.exit("there is no GPU here that CUDA sees; this bench is for one")

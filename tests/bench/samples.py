@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from flows.retrain import champion_files, open_dataset
+from flows.steps import champion_files, open_dataset
 from flows.workspace import Workspace
 from model import session
 from model.data import to_bytes
@@ -39,9 +39,9 @@ def main() -> None:
     for line, captions in ROWS.items():
         (champion,) = champions(workspace, workspace.class_subjects(line, "edge")).values()
         files = champion_files(workspace, champion)
-        data = load_checkpoint(Path(files["checkpoint"])).lineage.data
+        data = load_checkpoint(files.checkpoint).lineage.data
         dataset = open_dataset(workspace, workspace.line(line), "I", data)
-        model = session.load(Path(files["bundle"]))
+        model = session.load(files.bundle)
         for caption in captions:
             real = [i for i in range(len(dataset.captions)) if dataset.captions[i] == caption]
             held_out = [i for i in real if dataset.held_out[i]]

@@ -1,0 +1,251 @@
+"""The steps of a retraining as Prefect tasks: pull, train, export, evaluate, register.
+
+Every step is a function that works without Prefect (`step.fn(...)`), and is keyed by the content of what it depends on: the
+same data, code and settings mean no work, and a run that was killed resumes at the step that was cut.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from prefect import task
+from prefect.context import TaskRunContext
+from prefect.tasks import exponential_backoff
+
+from flows import progress, training_log
+from flows.settings import Line, Training
+from flows.workspace import Workspace
+from model import distill, export, features, train, versions
+from model.config import TEACHERS, ConfigurationName, VariantName
+from model.data import Dataset, prepare
+from model.drawing import Drawer, picture, sampler_of
+from model.errors import CheckpointError
+from model.score import Contest, pictures, score
+from model.scorecard import DataVersion, Frozen, Lineage, Sampler, Scorecard
+from registry.catalog import Subject, card_text
+from registry.champions import judged
+from registry.errors import SealError
+from registry.seal import SCORECARD, Part, Seal, files_of, sealed_bytes
+from registry.selection import Decision
+
+RETRIES: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": exponential_backoff(2),
+    "retry_jitter_factor": 0.5,
+}  # where I/O is
+CARD, SAMPLES, REAL = "scorecard.json", "samples.png", "real.png"
+
+
+class ModelFiles(Frozen):
+    """Name a model's files on this machine."""
+
+    checkpoint: Path
+    bundle: Path
+    """What was exported from the checkpoint."""
+
+
+class Lesson(Frozen):
+    """Say what is trained, on which data, and from what."""
+
+    data: DataVersion
+    configuration: ConfigurationName
+    variant: VariantName
+    parent: Path | None
+    """Checkpoint that training starts from; None: from noise."""
+    teacher: Path | None
+    """Checkpoint that a student is taught by."""
+
+    @property
+    def subject(self) -> Subject:
+        """What the checkpoint will be a version of."""
+        return Subject(line=self.data.line, configuration=self.configuration, variant=self.variant)
+
+    def settings(self, line: Line) -> Training:
+        """Choose the settings: from noise, from the champion, or of a student.
+
+        A student that starts from its teacher's weights is not rounded to a grid around them: no device has them as its own.
+        """
+        if self.teacher is None:
+            return line.retraining if self.parent else line.training
+        if train.load_checkpoint(cast("Path", self.parent)).lineage.variant == self.variant:
+            return line.distillation
+        return line.distillation.model_copy(update={"update_grid": 0.0})
+
+    def guidance(self, line: Line) -> float | None:
+        """Return the guidance of `full` that a student learns to do without, where `full` teaches it."""
+        return line.sampler.guidance if TEACHERS.get(self.variant) == "full" else None
+
+
+class Rivals(Frozen):
+    """Name the models that a challenger is compared with, as far as there are any."""
+
+    champion: ModelFiles | None
+    anchor: Path | None
+    """Bundle of the best model ever, where it is not the champion."""
+    full: Path | None
+    """Bundle of the `full` that a student is compared with at equal network evaluations."""
+
+
+def by_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Cache by the content that a step depends on, not by the names of files."""
+    return f"{context.task.name}:{parameters['workspace'].root}:{parameters['key']}"  # results are paths below the root
+
+
+def renewed(step: Any, result: Path) -> Any:
+    """Run a step again, although Prefect remembers its result, when the files of that result are gone."""
+    return step if result.is_file() else step.with_options(refresh_cache=True)
+
+
+@task(name="pull data", **RETRIES)
+def pull_data(workspace: Workspace, data: DataVersion) -> str:
+    """Deliver and verify a data revision; returns its folder."""
+    with workspace.locked("data"):
+        return str(versions.pull(workspace.root, data, workspace.work / "data"))
+
+
+@task(name="train", cache_key_fn=by_key, persist_result=True, result_serializer="json")
+def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
+    """Train or distil, or resume it; returns the checkpoint's folder."""
+    line = workspace.line(lesson.data.line)
+    settings = lesson.settings(line)
+    teacher = train.load_checkpoint(lesson.teacher) if lesson.teacher else None
+    objective = None
+    if teacher:
+        objective = distill.stage(teacher.network(), teacher.lineage.variant, lesson.variant, line.sampler.guidance)
+    with training_log.watching(workspace, lesson.subject, key, settings.steps, picture, lesson.data) as watcher:
+        checkpoint = train.train(
+            line.config(lesson.configuration),
+            open_dataset(workspace, line, lesson.configuration, lesson.data),
+            lesson.data,
+            settings.options(line.precision(lesson.configuration)),
+            workspace.work / "runs" / key,
+            variant=lesson.variant,
+            parent=train.load_checkpoint(lesson.parent) if lesson.parent else None,
+            teacher=teacher,
+            objective=objective,
+            watcher=watcher,
+        )
+    return str(checkpoint.folder)
+
+
+@task(name="export", cache_key_fn=by_key, persist_result=True, result_serializer="json")
+def export_model(workspace: Workspace, checkpoint: Path, key: str) -> str:
+    """Write and check the files that devices run; returns their folder."""
+    opened = train.load_checkpoint(checkpoint)
+    data, configuration, variant = opened.lineage.data, opened.lineage.config.configuration, opened.lineage.variant
+    line = workspace.line(data.line)
+    captions = sorted(set(open_dataset(workspace, line, configuration, data).captions))
+    out = workspace.work / "exports" / key
+    export.export(
+        opened, line.precision(configuration), line.sampler_of(variant), captions, line.latency_ms(configuration, variant), out
+    )
+    return str(out)
+
+
+@task(name="evaluate", cache_key_fn=by_key, persist_result=True, result_serializer="json")
+def evaluate_model(workspace: Workspace, model: ModelFiles, rivals: Rivals, key: str) -> str:
+    """Draw images and score them beside those of the rivals; returns the folder with the scorecard and the pictures."""
+    opened = train.load_checkpoint(model.checkpoint)
+    lineage, configuration = opened.lineage, opened.lineage.config.configuration
+    line = workspace.line(lineage.data.line)
+    dataset = open_dataset(workspace, line, configuration, lineage.data)
+    frozen = workspace.feature_spaces(lineage.data.line)
+    if rivals.champion and not frozen.is_file():  # fitted anew, they would be other spaces, and past figures would mean nothing
+        raise CheckpointError(f"{frozen} is missing; restore it from a backup, past figures depend on it")
+    datasets: dict[Literal["new", "old"], Dataset] = {"new": dataset}
+    if rivals.champion:
+        old = train.load_checkpoint(rivals.champion.checkpoint).lineage.data
+        folder = pull_data.fn(workspace, old)
+        datasets["old"] = prepare(Path(folder), lineage.config, workspace.work / "cache", old.md5)
+    champion, anchor = rivals.champion, rivals.anchor
+    solver = distill.solver(lineage.variant, line.sampler.guidance)
+    contest = Contest(
+        spaces=features.fit(dataset, frozen),
+        datasets=datasets,
+        n=line.gate.images,
+        challenger=drawer(workspace, lineage.data.line, model.bundle, line.sampler_of(lineage.variant)),
+        champion=drawer(workspace, lineage.data.line, champion.bundle) if champion else None,
+        anchor=drawer(workspace, lineage.data.line, anchor) if anchor else None,
+        full=drawer(workspace, lineage.data.line, rivals.full, solver) if rivals.full else None,
+    )
+    card = score(contest, lineage, line.precision(configuration))
+    out = workspace.work / "evaluations" / key
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CARD).write_text(card.model_dump_json(indent=1))
+    pictures(contest, out)
+    return str(out)
+
+
+@task(name="register", **RETRIES)
+def register_model(workspace: Workspace, model: ModelFiles, evaluation: Path, decision: Decision) -> int:
+    """Record the model in MLflow, and the decision with what it is about in the ledger; returns the version's number.
+
+    What the ledger holds are hashes of the files that were evaluated here, not of what MLflow made of them.
+    """
+    opened, card = train.load_checkpoint(model.checkpoint), read_card(evaluation)
+    subject = subject_of(opened.lineage)
+    files = {
+        **files_of("bundle", model.bundle), **files_of("checkpoint", opened.folder), **files_of("pictures", evaluation),
+        SCORECARD: sealed_bytes(card_text(card).encode()),
+    }  # fmt: skip
+    version = workspace.catalog.register(
+        subject, opened.lineage, card, decision, opened.folder, model.bundle,
+        {"samples": evaluation / SAMPLES, "captions": (evaluation / SAMPLES).with_suffix(".json"), "real": evaluation / REAL},
+        training_log.points(json.loads((opened.folder / train.CURVE).read_bytes())),
+        training_log.retraining(workspace, opened.lineage.data),
+        {number: str(entry.facts["scorecard"]) for number, entry in judged(workspace, subject).items()},
+    )  # fmt: skip
+    seal = Seal.of(str(subject), version.number, opened.lineage, card, files)
+    with workspace.locked("records"):
+        entries = [e for e in workspace.ledger.entries(str(subject)) if e.facts.get("version") == version.number]
+        before = [e for e in entries if "seal" in e.facts or e.kind == "gate"]
+        others = {str(e.facts.get("seal", e.facts)["scorecard"]) for e in before} - {card.sha256}
+        if others:
+            raise SealError(
+                f"MLflow gave {seal.name} to another model than the ledger has under that number: somebody deleted and made it again; "
+                "restore MLflow from a backup"
+            )
+        if not any(e.facts.get("decision") == decision.sha256 for e in entries):
+            known = any("seal" in e.facts for e in entries)
+            workspace.ledger.append(
+                "gate", str(subject), decision.reason,
+                {
+                    "version": version.number, "outcome": decision.outcome, "decision": decision.sha256, "scorecard": decision.scorecard,
+                    "champion": decision.champion or "", "verdict": decision.model_dump(mode="json"),
+                } | ({} if known else {"seal": seal.facts}),
+            )  # fmt: skip
+    return version.number
+
+
+def read_card(evaluation: Path) -> Scorecard:
+    """Read the scorecard of an evaluation's folder."""
+    return Scorecard.model_validate_json((evaluation / CARD).read_bytes())
+
+
+def drawer(workspace: Workspace, line: str, bundle: Path, sampler: Sampler | None = None) -> Drawer:
+    """Open exported files for drawing, with a sampler or as their own table says."""
+    return Drawer(
+        bundle, workspace.work / "draws", sampler or sampler_of(bundle),
+        lambda weights, done, total: progress.advance(f"draw {line} {weights}", done, total),
+    )  # fmt: skip
+
+
+def champion_files(workspace: Workspace, champion: Seal) -> ModelFiles:
+    """Fetch the champion's checkpoint and exported files from MLflow, checked against what the gate saw."""
+    into = workspace.work / "champions"
+    parts: tuple[Part, Part] = ("checkpoint", "bundle")
+    checkpoint, bundle = (workspace.catalog.files(champion, part, into) for part in parts)
+    return ModelFiles(checkpoint=checkpoint, bundle=bundle)
+
+
+def subject_of(lineage: Lineage) -> Subject:
+    """Name what a checkpoint is a version of."""
+    return Subject(line=lineage.data.line, configuration=lineage.config.configuration, variant=lineage.variant)
+
+
+def open_dataset(workspace: Workspace, line: Line, configuration: ConfigurationName, data: DataVersion) -> Dataset:
+    """Open a pulled revision, decoded once."""
+    folder = workspace.work / "data" / data.md5.removesuffix(".dir")
+    return prepare(folder, line.config(configuration), workspace.work / "cache", data.md5)

@@ -1,0 +1,93 @@
+"""What an exported model draws in an evaluation: drawn once, kept, and shown as a grid."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from model import evaluate, session
+from model.config import canonical_sha256
+from model.evaluate import Drawn
+from model.scorecard import Sampler
+
+GRID_COLUMNS, GRID_ROWS = 8, 6
+OnImage = Callable[[str, int, int], None]
+"""(beginning of the weights' hash, images drawn, images to draw)"""
+
+
+@dataclass
+class Drawer:
+    """An exported model with a sampler; what it draws for given captions is kept, keyed by its weights."""
+
+    folder: Path
+    """Of the exported files."""
+    kept: Path
+    """Folder in which drawn images are kept."""
+    sampler: Sampler
+    on_image: OnImage | None = None
+
+    def __post_init__(self) -> None:
+        with (self.folder / "weights.bin").open("rb") as file:
+            self.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self._session: session.Session | None = None
+
+    def draw(self, captions: list[str]) -> Drawn:
+        """Draw an image for each caption, or load what was drawn for them before."""
+        key = canonical_sha256([self.weights_sha256, captions, self.sampler.model_dump(), evaluate.EVALUATION_SEED])[:32]
+        path = self.kept / f"{key}.npz"
+        try:
+            with np.load(path) as file:
+                return Drawn(file["images"], file["by_step"], float(file["bad"]))
+        except (OSError, ValueError, KeyError):
+            self._session = self._session or session.load(self.folder)
+            drawn = evaluate.draw(self._session, captions, self.sampler, self._progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".tmp.npz")
+        np.savez(fresh, images=drawn.images, by_step=drawn.load, bad=drawn.bad)
+        fresh.replace(path)
+        return drawn
+
+    def by_caption(self, captions: list[str]) -> dict[str, list[Any]]:
+        """Group the images that are drawn for captions by caption."""
+        groups: dict[str, list[Any]] = {}
+        for caption, image in zip(captions, self.draw(captions).images, strict=True):
+            groups.setdefault(caption, []).append(image)
+        return groups
+
+    def _progress(self, done: int, total: int) -> None:
+        if self.on_image:
+            self.on_image(self.weights_sha256[:8], done, total)
+
+
+def sampler_of(bundle: Path) -> Sampler:
+    """Read from its sampler table how a device draws with a bundle."""
+    table = json.loads((bundle / "sampler.json").read_bytes())
+    return Sampler(method=table["method"], steps=len(table["times"]) - 1, guidance=table["guidance"])
+
+
+def picture(groups: dict[str, list[Any]], path: Path, scale: int = 4) -> list[str]:
+    """Write a grid of images, a row for each of the most frequent captions; return these, which also go into `<path>.json`.
+
+    Args:
+        groups: images [C, R, R] by caption.
+        path: PNG file to write.
+        scale: screen pixels for a pixel of an image.
+    """
+    rows = sorted(groups, key=lambda caption: (-len(groups[caption]), caption))[:GRID_ROWS]
+    channels, size = groups[rows[0]][0].shape[:2]
+    cell = size * scale + 2
+    sheet = np.full((len(rows) * cell, GRID_COLUMNS * cell, channels), 255, dtype=np.uint8)
+    for y, caption in enumerate(sorted(rows)):
+        for x, image in enumerate(groups[caption][:GRID_COLUMNS]):
+            large = image.transpose(1, 2, 0).repeat(scale, axis=0).repeat(scale, axis=1)
+            sheet[y * cell + 1 : y * cell + 1 + len(large), x * cell + 1 : x * cell + 1 + len(large)] = large
+    Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet).save(path)
+    path.with_suffix(".json").write_text(json.dumps(sorted(rows)))
+    return sorted(rows)

@@ -1,0 +1,92 @@
+"""Score a challenger: draw its images, and beside them those of the models that it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from model import evaluate
+from model.config import PrecisionName
+from model.data import Dataset
+from model.drawing import GRID_COLUMNS, Drawer, picture
+from model.evaluate import Drawn
+from model.features import FeatureSpaces
+from model.scorecard import Comparison, Following, Lineage, Quality, Scorecard
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What a challenger is scored on and against."""
+
+    spaces: FeatureSpaces
+    datasets: dict[Literal["new", "old"], Dataset]
+    """The challenger's own data revision and, where there is a champion, the champion's."""
+    n: int
+    """Images for the held-out items of a split."""
+    challenger: Drawer
+    champion: Drawer | None = None
+    anchor: Drawer | None = None
+    """The best model ever, where it is not the champion."""
+    full: Drawer | None = None
+    """Of a student: `full`, drawn by a second-order solver with as many network evaluations."""
+
+    def asked(self, split: Literal["new", "old"]) -> list[str]:
+        """List the captions that are drawn for a split: on the new one also those that are looked at one by one."""
+        data = self.datasets[split]
+        captions = evaluate.held_out_captions(data, self.n)
+        return captions + [data.captions[i] for i in evaluate.further_items(data, self.n)] if split == "new" else captions
+
+
+def score(contest: Contest, lineage: Lineage, precision: PrecisionName) -> Scorecard:
+    """Draw and score.
+
+    Args:
+        contest: the models and the data.
+        lineage: of the challenger.
+        precision: of the challenger's exported weights.
+    """
+    challenger, spaces, n = contest.challenger, contest.spaces, contest.n
+    data, asked = contest.datasets["new"], contest.asked("new")
+    drawn = challenger.draw(asked)
+    first = drawn.first(n)
+    qualities, comparisons, follows = _by_split(contest)
+    if contest.full:
+        images = contest.full.draw(asked[:n])
+        comparisons += evaluate.compare(spaces, data, first, images, "new", contest.full.weights_sha256, "solver")
+    beside = contest.champion.draw(asked) if contest.champion else None
+    return evaluate.scorecard(
+        lineage, lineage.config, challenger.weights_sha256, challenger.sampler, precision, first, qualities, comparisons,
+        evaluate.memorisation(spaces, data, first), evaluate.by_caption(spaces, data, first, asked[:n]),
+        evaluate.measure_cost(challenger.folder, data.captions[0], challenger.sampler),
+        contest.full.sampler if contest.full else None, follows,
+        evaluate.asked_for(spaces, data, drawn, beside, n), evaluate.plausibility(spaces, data, drawn, beside, n),
+        evaluate.group_hashes(data),
+    )  # fmt: skip
+
+
+def _by_split(contest: Contest) -> tuple[list[Quality], list[Comparison], list[Following]]:
+    """Compute the figures that each split has of its own."""
+    qualities: list[Quality] = []
+    comparisons: list[Comparison] = []
+    follows: list[Following] = []
+    rivals: tuple[tuple[Literal["champion", "anchor"], Drawer | None], ...] = (
+        ("champion", contest.champion), ("anchor", contest.anchor),
+    )  # fmt: skip
+    for split, data in contest.datasets.items():
+        asked = contest.asked(split)
+        drawn: Drawn = contest.challenger.draw(asked).first(contest.n)
+        qualities += evaluate.quality(contest.spaces, data, drawn, split)
+        follows += evaluate.following(contest.spaces, data, drawn, split)
+        for against, rival in rivals:
+            if rival:
+                images = rival.draw(asked).first(contest.n)
+                comparisons += evaluate.compare(contest.spaces, data, drawn, images, split, rival.weights_sha256, against)
+    return qualities, comparisons, follows
+
+
+def pictures(contest: Contest, folder: Path) -> None:
+    """Write what the challenger draws (samples.png), and real images of the same captions (real.png)."""
+    shown = picture(contest.challenger.by_caption(contest.asked("new")), folder / "samples.png")
+    data = contest.datasets["new"]
+    picture({caption: evaluate.real_images(data, caption, GRID_COLUMNS) for caption in shown}, folder / "real.png")
