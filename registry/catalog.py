@@ -1,10 +1,10 @@
 """MLflow: runs, versions and aliases of our models. Only this file and `registry.dataset` import MLflow.
 
-There is one registered model for each line, configuration and variant. A version's run is opened when its training begins, and is
-filled while the training goes on. At the end it holds the checkpoint and the exported files byte for byte. It also holds MLflow's ONNX
-flavour, which is a view for people and tools and is never signed. The runs of one retraining are nested in a run of its own.
-`champion`, `challenger` and `anchor` are aliases (MLflow's stages are deprecated). Tags hold the facts that lead back to data, code
-and parent.
+There is one registered model for each line, configuration and variant. A version's run is opened when its training begins, and
+is filled while the training goes on. At the end it holds the checkpoint and the exported files byte for byte. It also holds
+MLflow's ONNX flavour, which is a view for people and tools and is never signed. The runs of one retraining are nested in a run
+of its own. `champion`, `challenger` and `anchor` are aliases (MLflow's stages are deprecated). Tags hold the facts that lead
+back to data, code and parent.
 
     >>> catalog = Catalog("sqlite:///mlflow.db", Path("mlartifacts"))
     >>> catalog.champion(Subject.parse("surfaces/I/full"))
@@ -66,7 +66,7 @@ if not any(source is DvcDatasetSource for source in cast("list[Any]", get_regist
 
 CHAMPION, CHALLENGER, ANCHOR = "champion", "challenger", "anchor"  # aliases
 CHECKPOINT, BUNDLE = "checkpoint", "bundle"
-FOLLOWS = "ledger.champion"  # tag of a registered model: number of the ledger entry that its champion alias follows; see registry/promotion.py
+FOLLOWS = "ledger.champion"  # tag of a registered model: entry that its champion alias follows; see registry/promotion.py
 TRAINING, RETRAINING = (
     "training.key",
     "retraining.key",
@@ -139,7 +139,7 @@ class Retraining(Frozen):
 
 
 class Training:
-    """An MLflow run that is filled while a network is trained; `Catalog.register` continues it. Each call may raise StoreError."""
+    """A run that is filled while a network is trained; `Catalog.register` continues it. Each call may raise StoreError."""
 
     def __init__(self, client: MlflowClient, run_id: str, logged: set[int]) -> None:
         self.run_id = run_id
@@ -210,9 +210,9 @@ class Catalog:
         ledger has under this scorecard. Or it must be a version that the ledger does not have, because its registration was
         interrupted, and that holds the same files.
 
-        The version is created last, in one call, so an interrupted registration leaves a run but never half a version. Everything is
-        recorded in the run that the training opened, or that an interrupted registration left. Of the training curve, only what is
-        missing is added. The newest version that the gate let through is `challenger` until it is champion.
+        The version is created last, in one call, so an interrupted registration leaves a run but never half a version.
+        Everything is recorded in the run that the training opened, or that an interrupted registration left. Of the training
+        curve, only what is missing is added. The newest version that the gate let through is `challenger` until it is champion.
 
         Args:
             subject: line, configuration and variant of the version.
@@ -681,8 +681,8 @@ def _check_place(client: MlflowClient, run_id: str) -> None:
     """Check that what is written into a run's folder stays there: others may have placed a link in it, such as one to a key.
 
     Raises:
-        StoreError: there is a link, a file with a second name, or something that is neither file nor folder; or the folder is not the
-            run's own.
+        StoreError: there is a link, a file with a second name, or something that is neither file nor folder; or the folder is
+            not the run's own.
     """
     told = client.get_run(run_id).info.artifact_uri
     try:

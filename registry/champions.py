@@ -144,9 +144,9 @@ def promote(
 ) -> Entry:
     """Make a version champion: record it with the reason, and point the alias `champion` at it.
 
-    A version that was champion before and had passed the gate may always become champion again. Any other version must have passed
-    the gate against the present champion, unless the gate is overruled, which is recorded. If two calls start from the same champion
-    at the same moment, one succeeds and the other raises PromotionError.
+    A version that was champion before and had passed the gate may always become champion again. Any other version must have
+    passed the gate against the present champion, unless the gate is overruled, which is recorded. If two calls start from the
+    same champion at the same moment, one succeeds and the other raises PromotionError.
 
     Raises:
         CatalogError: there is no such version, or it was not registered by ferry.
@@ -243,7 +243,8 @@ def _check_unmoved(subject: Subject, expected: SubjectState, now: SubjectState) 
 def _follow(records: Records, subject: Subject) -> None:
     """Make MLflow follow the ledger: first the anchor, then the champion, and last the number of the entry. May be repeated.
 
-    Other hosts may promote at the same time, and MLflow has no compare-and-set. So the ledger is read again after an alias was moved.
+    Other hosts may promote at the same time, and MLflow has no compare-and-set. So the ledger is read again after an alias was
+    moved.
     """
     catalog = records.catalog
     for _ in range(MOVES):

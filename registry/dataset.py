@@ -1,6 +1,6 @@
 """A data revision as an MLflow dataset: its Git repository, commit, folder and hash.
 
-MLflow finds the class by the entry point `mlflow.dataset_source`, so everybody who has this package gets the source back from a run:
+MLflow finds the class by the entry point `mlflow.dataset_source`. So everybody with this package gets the source back from a run:
 
     >>> run = mlflow.get_run(run_id)
     >>> source = mlflow.data.get_source(run.inputs.dataset_inputs[0])

@@ -1,12 +1,12 @@
 """The ledger: an append-only record of decisions in the workspace's database.
 
-Each entry is signed and names the hash of the entry before it. MLflow's aliases say which version is champion now, but not which one
-was. The ledger says which one was, since when, who decided it and why. Where the two disagree, the ledger is right.
+Each entry is signed and names the hash of the entry before it. MLflow's aliases say which version is champion now, but not
+which one was. The ledger says which one was, since when, who decided it and why. Where the two disagree, the ledger is right.
 
-Other people may write to the database, too. So an entry counts only if a key of the workspace has signed its hash, and thereby all
-entries before it: nobody who can merely write to the database can change or add an entry. Two things show that the last entries are
-missing: a small file of the workspace notes the newest entry that it has seen, and releases contain the signed hash of the last
-entry. Entries that an older ferry wrote without signatures are covered by the first signed entry.
+Other people may write to the database, too. So an entry counts only if a key of the workspace has signed its hash, and thereby
+all entries before it: nobody who can merely write to the database can change or add an entry. Two things show that the last
+entries are missing: a small file of the workspace notes the newest entry that it has seen, and releases contain the signed hash
+of the last entry. Entries that an older ferry wrote without signatures are covered by the first signed entry.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class Ledger:
         Args:
             database: its URL.
             signing: keys of the workspace.
-            seen: file that notes the newest entry that this workspace has seen. It is outside the database, whose owner could change it.
+            seen: file that notes the newest entry that this workspace has seen. It is outside the database, whose owner could
+                change it.
 
         Raises:
             StoreError: the database cannot be opened.
@@ -127,21 +128,23 @@ class Ledger:
     ) -> Entry:
         """Record a decision.
 
-        The number is the table's primary key, and each entry names the hash of the one before it. If two processes record at the same
-        moment, on one host or on several, the database accepts one of them. The other reads the new entries and tries again.
+        The number is the table's primary key, and each entry names the hash of the one before it. If two processes record at
+        the same moment, on one host or on several, the database accepts one of them. The other reads the new entries and tries
+        again.
 
         Args:
             kind: of decision.
             subject: what it is about, such as surfaces/I/full.
             why: the reason given.
             facts: numbers and hashes; must be JSON.
-            guard: is called with the subject's entries before the new one is written, and raises an error to forbid it. None: no check.
+            guard: is called with the subject's entries before the new one is written, and raises an error to forbid it. None:
+                no check.
             who: who decided; None: the user of this process.
 
         Raises:
             LedgerError: an entry was changed, added outside ferry, or removed.
-            StoreError: the database refuses, or other processes were faster at every attempt (nothing was recorded); or the newest
-                entry cannot be noted in the workspace.
+            StoreError: the database refuses, or other processes were faster at every attempt (nothing was recorded); or the
+                newest entry cannot be noted in the workspace.
             Exception: what `Signing.sign` raises if the key cannot be used here (nothing was recorded).
         """
         tried = 0
@@ -294,7 +297,8 @@ class Ledger:
     def _note(self, number: int, digest: Sha256) -> None:
         """Note the newest entry that this workspace has seen, durably.
 
-        After a kill the note may name an earlier entry. Then fewer missing entries are noticed, but no complete ledger is refused.
+        After a kill the note may name an earlier entry. Then fewer missing entries are noticed, but no complete ledger is
+        refused.
         """
         if number <= self._noted()[0]:
             return

@@ -1,7 +1,7 @@
 """Tags that lead from a version back to everything that it was made of, so that MLflow can search for it.
 
-The facts come from the checkpoint's lineage, the scorecard and the decision, each with its hash, and from the environment in which
-they were recorded. The names of the tags do not change: a search written today finds next year's versions.
+The facts come from the checkpoint's lineage, the scorecard and the decision, each with its hash, and from the environment in
+which they were recorded. The names of the tags do not change: a search written today finds next year's versions.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ two cases that look alike:
 
 - The tag does not name the present champion's entry: a promotion was interrupted after the ledger and before the alias. The alias
   is set to what the ledger says.
-- The tag names the present champion's entry: a person moved the alias in MLflow. This is treated as a promotion request, which goes
-  through the same gate as `ferry promote`.
+- The tag names the present champion's entry: a person moved the alias in MLflow. This is treated as a promotion request, which
+  goes through the same gate as `ferry promote`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class SubjectState:
         """Return the seal of a version: the hashes of what the gate saw.
 
         Raises:
-            CatalogError: the gate never saw the version, it judged another model under this number, or an older ferry kept no hashes.
+            CatalogError: the gate never saw the version, it judged another model under this number, or an older ferry
+                kept no hashes of it.
         """
         if version in self.seals:
             seal, gate = self.seals[version], self.judged.get(version)
@@ -99,8 +100,8 @@ class SubjectState:
 def subject_state(entries: Iterable[Entry]) -> SubjectState:
     """Compute the state of one subject from its ledger entries, which are given in order.
 
-    If an earlier champion becomes champion again, those after it leave `line`: after 1, 2, 3 and back to 2, the champion before is 1.
-    A version stops waiting for approval when it is promoted or refused, or when another version begins to wait.
+    If an earlier champion becomes champion again, those after it leave `line`: after 1, 2, 3 and back to 2, the champion before
+    is 1. A version stops waiting for approval when it is promoted or refused, or when another version begins to wait.
     """
     champion: Entry | None = None
     line: list[int] = []
@@ -139,8 +140,8 @@ def subject_state(entries: Iterable[Entry]) -> SubjectState:
 def check(subject: str, version: int, tagged: Sha256, now: SubjectState, reason: str = "") -> None:
     """Check that a version may become champion.
 
-    It may if it was champion before and had passed the gate, or if the gate let it through against the present champion. If the gate
-    found it harmless but no better ("promote if reasoned"), a person must give a reason other than quality.
+    It may if it was champion before and had passed the gate, or if the gate let it through against the present champion. If the
+    gate found it harmless but no better ("promote if reasoned"), a person must give a reason other than quality.
 
     Args:
         subject: LINE/CONFIG/VARIANT.
@@ -197,9 +198,9 @@ def _goes_on(facts: Mapping[str, Any], passed: Mapping[int, Sha256]) -> bool:
 def _anchor_after(anchor: int | None, facts: Mapping[str, Any], passed: Mapping[int, Sha256]) -> int | None:
     """Return the anchor, the best model so far, after a promotion.
 
-    A promotion that follows the gate (`goes_on`) makes its version the anchor if the gate said so. Otherwise the anchor stays; if there
-    is none yet, the previous champion becomes it. A rollback from the anchor says that it is not the best, so the version that it
-    returns to becomes the anchor. A promotion that overrules the gate changes nothing.
+    A promotion that follows the gate (`goes_on`) makes its version the anchor if the gate said so. Otherwise the anchor stays;
+    if there is none yet, the previous champion becomes it. A rollback from the anchor says that it is not the best, so the
+    version that it returns to becomes the anchor. A promotion that overrules the gate changes nothing.
 
     Args:
         anchor: the anchor before the promotion.
@@ -258,8 +259,8 @@ def reconcile_alias(subject: str, alias: Alias, now: SubjectState, approval: boo
         approval: whether a promotion needs the approval of a named person.
 
     Returns:
-        An answer and its reason. *agrees*: do nothing; *put back*: point the alias at the ledger's champion, or delete it if there is
-        none; *recorded*: append the promotion to the ledger; *refused*: record the refusal and put the alias back.
+        An answer and its reason. *agrees*: do nothing; *put back*: point the alias at the ledger's champion, or delete the alias
+        if there is none; *recorded*: append the promotion to the ledger; *refused*: record the refusal and put the alias back.
     """
     if alias.version == now.version:
         if now.champion and alias.weights != now.weights:

@@ -1,9 +1,9 @@
 """Blind rating: people compare images of two versions, in addition to the metrics, and the answers say which draws better.
 
-A *sheet* has a number of pairs that is fixed before anybody looks. A pair is one caption and one seed, drawn by both versions. Chance
-decides which version is on the left, and this assignment stays in the factory. A sheet counts only if it is answered to its end, so
-nobody can stop at a favourable moment. A pair counts once, by majority, however many people saw it. A pair without a majority is a
-tie, which says nothing about which version is better.
+A *sheet* has a number of pairs that is fixed before anybody looks. A pair is one caption and one seed, drawn by both versions.
+Chance decides which version is on the left, and this assignment stays in the factory. A sheet counts only if it is answered to
+its end, so nobody can stop at a favourable moment. A pair counts once, by majority, however many people saw it. A pair without
+a majority is a tie, which says nothing about which version is better.
 """
 
 from __future__ import annotations

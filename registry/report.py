@@ -186,8 +186,8 @@ class _DeviceGroup:
 def distance(qualities: Iterable[Quality]) -> Distance:
     """Compute the distance from real images as a share of that of noise, in the feature space where this share is largest.
 
-    The share is the square root of the kernel distance divided by that of noise. Its 95 % interval uses Student's t over the groups
-    of held-out images.
+    The share is the square root of the kernel distance divided by that of noise. Its 95 % interval uses Student's t over the
+    groups of held-out images.
     """
     found = list(qualities)
     worse = max(found, key=lambda q: q.kd / q.noise_kd)

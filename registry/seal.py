@@ -1,7 +1,7 @@
-"""Seals: hashes of what the gate saw of a version. The ledger keeps them, and files from MLflow are checked before they are opened.
+"""Seals: hashes of what the gate saw of a version. The ledger keeps them; files from MLflow are checked before they are opened.
 
-MLflow's users can replace files and edit tags. This must not change what is promoted, signed, or used to start a training. So only
-the number of a version is taken from MLflow; its weights, its lineage and its files must be those of its seal.
+MLflow's users can replace files and edit tags. This must not change what is promoted, signed, or used to start a training. So
+only the number of a version is taken from MLflow; its weights, its lineage and its files must be those of its seal.
 """
 
 from __future__ import annotations

@@ -2,24 +2,24 @@
 
 Promotion needs
 
-- *superiority* on the held-out items of the new data revision, in one of the feature spaces, of images alone or of pairs of image and
-  caption. A gain may show in only one of these tests, so each takes its part of the error probability;
-- *non-inferiority* on the new data and on the champion's own data, in every feature space, of images and of pairs: the upper bound of
-  challenger minus champion lies below a margin. The margin is a share of the champion's own distance from the data, or a multiple of
-  the distance between two sets of 25 groups of real images, whichever is larger;
-- *no slow decay*: many small losses, each within the margin, must not add up. The upper bound of challenger minus anchor (the best
-  model so far) lies below a multiple of the margin;
+- *superiority* on the held-out items of the new data revision, in one of the feature spaces, of images alone or of pairs of
+  image and caption. A gain may show in only one of these tests, so each takes its part of the error probability;
+- *non-inferiority* on the new data and on the champion's own data, in every feature space, of images and of pairs: the upper
+  bound of challenger minus champion lies below a margin. The margin is a share of the champion's own distance from the data, or
+  a multiple of the distance between two sets of 25 groups of real images, whichever is larger;
+- *no slow decay*: many small losses, each within the margin, must not add up. The upper bound of challenger minus anchor (the
+  best model so far) lies below a multiple of the margin;
 
-and it needs floors, which hold without a champion, too: images go with their captions; each caption, and each word of captions, is
-drawn; few images are unlike all real ones or like each other; and there are limits on coverage, copying, bad images, unused experts,
-latency and memory. A distilled variant must also be better than `full` sampled by a second-order solver with as many network
-evaluations, because that solver needs no second set of weights on a device. With too few images the answer is not "refuse" but "more
-data", and says how much.
+and it needs floors, which hold without a champion, too: images go with their captions; each caption, and each word of captions,
+is drawn; few images are unlike all real ones or like each other; and there are limits on coverage, copying, bad images, unused
+experts, latency and memory. A distilled variant must also be better than `full` sampled by a second-order solver with as many
+network evaluations, because that solver needs no second set of weights on a device. With too few images the answer is not
+"refuse" but "more data", and says how much.
 
 A challenger may be promoted for a recorded reason other than quality ("promote if reasoned", then `reasoned`) if it fails only
-superiority, and is within the margin on the new data, too. If it is shown to be worse within the margin, a person must accept this
-explicitly. All tests of one challenger must pass, so they need no correction for each other (Berger 1982). The decisions of one run do
-(see `level`), and so do the attempts on one held-out set (see `spent`).
+superiority, and is within the margin on the new data, too. If it is shown to be worse within the margin, a person must accept
+this explicitly. All tests of one challenger must pass, so they need no correction for each other (Berger 1982). The decisions
+of one run do (see `level`), and so do the attempts on one held-out set (see `spent`).
 """
 
 from __future__ import annotations
@@ -136,12 +136,12 @@ class Decision(Frozen):
 def level(alpha: float, tests: float, before: Decision | None) -> float:
     """Return the chance of a wrong promotion that the next decision of a run may take, so that all decisions share alpha.
 
-    This is the fallback procedure (Wiens 2003; Wiens and Dmitrienko 2005): each decision has its share, and a decision that promotes
-    passes its whole level on to the next one. The levels that wrong challengers use, up to the first wrong promotion, never add up to
-    more than alpha. The procedure takes the decisions one after another, as they come: a student is trained after the decision on its
-    teacher. Holm's procedure would need all decisions first. A fixed sequence without shares would leave a student nothing when its
-    teacher's new version fails, although the champion teaches it then. The level is never less than Bonferroni's share. It is alpha for
-    the last decision of a run in which all pass.
+    This is the fallback procedure (Wiens 2003; Wiens and Dmitrienko 2005): each decision has its share, and a decision that
+    promotes passes its whole level on to the next one. The levels that wrong challengers use, up to the first wrong promotion,
+    never add up to more than alpha. The procedure takes the decisions one after another, as they come: a student is trained
+    after the decision on its teacher. Holm's procedure would need all decisions first. A fixed sequence without shares would
+    leave a student nothing when its teacher's new version fails, although the champion teaches it then. The level is never less
+    than Bonferroni's share. It is alpha for the last decision of a run in which all pass.
 
     Args:
         alpha: chance of a wrong promotion in the whole run.
@@ -154,9 +154,10 @@ def level(alpha: float, tests: float, before: Decision | None) -> float:
 def spent(alpha: float, held_out: Sequence[str], scorecard: Sha256, before: Sequence[Decision], ahead: int = 0) -> float:
     """Return the chance of a wrong promotion that a decision may take on a held-out set that may have been used before.
 
-    Attempt k gets alpha 6 / (pi k)², so that all attempts that will ever be made take at most alpha together. A set that shares half of
-    its groups with an earlier one inherits that one's attempts. A repeated decision on the same scorecard is the same attempt. If the
-    same weights are sampled otherwise, or measured in other feature spaces, this is another attempt. First versions use up no attempt.
+    Attempt k gets alpha 6 / (pi k)², so that all attempts that will ever be made take at most alpha together. A set that shares
+    half of its groups with an earlier one inherits that one's attempts. A repeated decision on the same scorecard is the same
+    attempt. If the same weights are sampled otherwise, or measured in other feature spaces, this is another attempt. First
+    versions use up no attempt.
 
     Args:
         alpha: chance of a wrong promotion in all attempts on this set.
@@ -175,7 +176,7 @@ def spent(alpha: float, held_out: Sequence[str], scorecard: Sha256, before: Sequ
 
 
 def _overlap(a: Sequence[str], b: Sequence[str]) -> float:
-    """Estimate the share of the first set that is in the second, from the smallest hashes of both (Broder 1997); 0: one is empty."""
+    """Estimate the share of the first set that is in the second, from their smallest hashes (Broder 1997); 0: one is empty."""
     if not a or not b:
         return 0.0
     known = min(max(a), max(b)) if max(len(a), len(b)) >= HASHES else max(*a, *b)
@@ -288,8 +289,8 @@ def _superior(rows: Sequence[Comparison], split: str, alpha: float, again: float
 def _margin(card: Scorecard, row: Comparison, limits: Limits) -> float:
     """Return how much worse a challenger may be, in one space and aspect.
 
-    The margin is the larger of a share of the champion's distance from the data and a multiple of the distance between two sets of
-    real images. It never depends on the distance of noise.
+    The margin is the larger of a share of the champion's distance from the data and a multiple of the distance between two sets
+    of real images. It never depends on the distance of noise.
     """
     place = next(q for q in card.quality if (q.space, q.split) == (row.space, row.split))
     band = place.band if row.aspect == "images" else place.captions_band
@@ -310,7 +311,8 @@ def reasoned(decision: Decision, reason: str, accept_worse: bool = False) -> Dec
     """Turn a decision into a promotion for a reason other than quality, such as a corrected error, a format or a licence.
 
     Raises:
-        PromotionError: the gate did not find the model harmless, the reason is empty, or it is shown to be worse and nobody accepts that.
+        PromotionError: the gate did not find the model harmless, the reason is empty, or it is shown to be worse and nobody
+            accepts that.
     """
     if decision.outcome != "promote if reasoned":
         raise PromotionError(
@@ -329,8 +331,8 @@ def reasoned(decision: Decision, reason: str, accept_worse: bool = False) -> Dec
 def choose(candidates: Sequence[Decision], between: Mapping[tuple[Sha256, Sha256], Sequence[Comparison]]) -> Decision | None:
     """Choose which challenger of a champion to promote: the best, or among those as good the one with the smallest update.
 
-    A challenger is as good as the best if the two cannot be told apart: in each feature space the paired interval of the difference
-    covers zero. The champion would have the smallest update of all, so it is never chosen as its own challenger.
+    A challenger is as good as the best if the two cannot be told apart: in each feature space the paired interval of the
+    difference covers zero. The champion would have the smallest update of all, so it is never chosen as its own challenger.
 
     Args:
         candidates: the gate's decision on each challenger.
@@ -396,8 +398,8 @@ def _too_few(qualities: list[Quality], limits: Limits) -> str | None:
 def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float, again: float, champion: bool) -> list[_Finding]:
     """Check what every model must meet, with or without a champion.
 
-    A person may waive some of the floors for a reason: those on images and captions of a first version, and on captions that cannot
-    be judged.
+    A person may waive some of the floors for a reason: those on images and captions of a first version, and on captions that
+    cannot be judged.
     """
     coverage = min(q.coverage for q in card.quality if q.split == "new")
     groups = min(q.groups for q in card.quality if q.split == "new")
@@ -432,7 +434,7 @@ def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float, agai
 
 
 def _odd(card: Scorecard, limits: Limits, champion: bool) -> list[_Finding]:
-    """Test whether few images are unlike all real ones, like each other, or copies, by exact bounds (Clopper and Pearson 1934)."""
+    """Test whether few images are unlike all real ones, like each other, or copies; exact bounds (Clopper and Pearson 1934)."""
     rows = []
     if card.plausibility:
         n, odd, same = card.plausibility.n, card.plausibility.implausible, card.plausibility.duplicates
@@ -502,9 +504,9 @@ def _follows(row: Following, alpha: float, champion: bool) -> _Finding:
 def _draws(row: CaptionCheck, alpha: float) -> _Finding:
     """Test whether a caption is drawn, if that can be judged; a caption that the champion does not draw either is no new harm.
 
-    A test must reject that the model draws nothing of it, so a model that drops the caption passes with a chance of at most alpha. How
-    much of it is drawn is an estimate: it must be more than a third of what real images show, or more than half of what the champion
-    draws if that is less.
+    A test must reject that the model draws nothing of it, so a model that drops the caption passes with a chance of at most
+    alpha. How much of it is drawn is an estimate: it must be more than a third of what real images show, or more than half of
+    what the champion draws if that is less.
     """
     name = f"{'word' if row.word else 'caption'} {row.caption!r}"
     times = quantile(row.groups, alpha)
@@ -519,7 +521,7 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
     at = f"{row.reference} held-out images in {row.groups} groups"
     least = FOLLOW if row.champion_share is None else min(FOLLOW, KEPT * row.champion_share)
     if not enough:
-        # Compared with the champion's share on the same real images, the estimate is reliable even then. Without it, a test decides.
+        # Compared with the champion's share on the same real images, the estimate is reliable even then. Else a test decides.
         shown = row.drawn + times * row.drawn_se < least * row.apart
         seems = row.share <= least and row.apart > 2 * row.apart_se
         dropped = seems if row.champion_share is not None else shown

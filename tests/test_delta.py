@@ -134,7 +134,7 @@ def test_published_delta_is_read(name):
 
 
 def special_codes(kind: KindName) -> list[int]:
-    """Return the bit patterns of zero, the smallest and largest denormal, the largest number, infinity and NaNs, of both signs."""
+    """Return bit patterns of zero, the smallest and largest denormal, the largest number, infinity and NaNs, of both signs."""
     width, mantissa = KINDS[kind].width, KINDS[kind].mantissa or 3
     top = 1 << (8 * width - 1)
     infinity = (top - 1) >> mantissa << mantissa
@@ -295,7 +295,7 @@ def test_only_normal_numbers_are_moved_by_rules(kind, way):
         left, right = np.full((3, 1), -(2**12), np.int32), np.full((1, 3), 2**12, np.int32)
         reach = min(exponent + 24, container.MAX_EXPONENT)
         found = numbers.predicted(old, left, right, -reach, KINDS[kind])
-        if reach != exponent + 24:  # here every product is too large for denormals and for the smallest normal numbers
+        if reach != exponent + 24:  # here no product is as small as the distance between the smallest normal numbers
             assert (found[:3] == old[:3]).all()
             assert (found[5:] == old[5:]).all()
             return

@@ -54,7 +54,7 @@ def seen(folder: Path) -> dict[str, tuple[int, int, Any]]:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    """old, new, their graphs, and the patch between them, in an otherwise empty folder."""
+    """Write an old and a new file into an otherwise empty folder."""
     (tmp_path / "old").write_bytes(save({"w": OLD}))
     (tmp_path / "new").write_bytes(save({"w": NEW}))
     return tmp_path

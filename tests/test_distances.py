@@ -309,7 +309,7 @@ def test_share_is_what_asking_changes_not_where_the_images_lie() -> None:
 
 
 def test_weights_make_others_as_mixed_as_the_caption() -> None:
-    """Weight the other images: if defects are on one surface only, the surface itself would pass for the defect."""
+    """Weigh the other images: if defects are on one surface only, the surface itself would pass for the defect."""
     rng = np.random.default_rng(55)
     real = surfaces(rng, 30, 6)
     holes = np.array([caption == "b, hole" for caption in real.captions])

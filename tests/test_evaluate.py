@@ -385,7 +385,7 @@ def test_expert_that_wakes_late_is_not_dead() -> None:
 def test_entropy_says_how_evenly_experts_are_used() -> None:
     made = usage(np.array([[[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0] * 4]], dtype=np.float32))
     assert made.entropy == [1, 0, 0.5, 0]
-    assert usage(np.zeros((3, 2, 0), np.float32)) == Usage(load=[[], []], by_step=[[[], []]] * 3, entropy=[1, 1], dead=0)  # a dense network
+    assert usage(np.zeros((3, 2, 0), np.float32)) == Usage(load=[[], []], by_step=[[[], []]] * 3, entropy=[1, 1], dead=0)  # dense
 
 
 def test_scorecard_names_what_it_scored(

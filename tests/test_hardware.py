@@ -1,4 +1,7 @@
-"""bfloat16 and compiled steps: near what float32 computes, decided in float32, kept in float32. GPUs where there are any."""
+"""Training in bfloat16 and with compiled steps: close to float32, with routing and weights in float32.
+
+Tests on GPUs run where there are any.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ compiling = pytest.mark.filterwarnings("default")  # torch's compiler warns abou
 
 
 class PowerCut(Exception):  # noqa: N818
-    """What ends a run in the middle."""
+    """Ends a run in the middle, as a power cut does."""
 
 
 def cut(number: int, _: Figures) -> None:
@@ -54,7 +57,7 @@ def run(dataset: Dataset, folder: Path, hardware: Hardware, router: str = "exper
 def test_bfloat16_learns_as_float32_does_and_keeps_float32(dataset: Dataset, tmp_path: Path, router: str) -> None:
     whole, half = (run(dataset, tmp_path / str(h.autocast), h, router) for h in (Hardware(), HALF))
     assert losses(half) == pytest.approx(losses(whole), rel=0.03)
-    assert losses(half) != losses(whole)  # it was bfloat16
+    assert losses(half) != losses(whole)  # so bfloat16 was used
     weights = load_file(half.folder / WEIGHTS)
     assert list(weights) == list(load_file(whole.folder / WEIGHTS))
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -106,7 +109,7 @@ def test_what_decides_is_compiled_and_token_choice_is_not(
     for router in ROUTERS:
         run(dataset, tmp_path / router, Hardware(compiled=True), router)
     run(dataset, tmp_path / "eager", Hardware())
-    assert compiled == ["traced"]  # by the first alone
+    assert compiled == ["traced"]  # by the first run alone
 
 
 @pytest.mark.slow

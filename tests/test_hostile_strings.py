@@ -1,6 +1,6 @@
-"""Every string that a stranger could send, with hostile values: whatever it says, it reaches no path, URL, header, log or shell.
+"""Hostile values in every string that a stranger could send: none reaches a path, URL, header, log or shell.
 
-Whoever has the factory's online keys can sign any of these. A device may refuse an update for it, and has to go on afterwards.
+Whoever has the factory's online keys can sign any of these. A device may refuse an update because of one, but must continue.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tests.fleet_kit import (
     sign_in_place,
 )
 
-pytestmark = pytest.mark.slow  # minutes in all; `make test-slow` and `make attacks` run it
+pytestmark = pytest.mark.slow  # takes minutes; `make test-slow` and `make attacks` run it
 
 pytest_plugins = ("tests.fleet_kit",)
 
@@ -56,7 +56,10 @@ HOSTILE = [
     "http://evil.example/x", "file:///etc/passwd", "CON", "٣" * 64, "A" * 64, "0" * 63, "0" * 65, "0" * 64 + "\n", "../" + "0" * 61,
 ]  # fmt: skip
 SIGNED = ["../config.json", "../device.key", "/etc/passwd", "", "a\0b", "a\nb", "\x1b[2J", "x" * 300, "٣" * 64, "0" * 64 + "\n"]
-"""Those that are signed and taken through a whole update; the others are held against the types alone. Canonical JSON has no half characters."""
+"""Values that are signed and go through a whole update; the others are tested against the types alone.
+
+Canonical JSON cannot hold half a character (a lone surrogate).
+"""
 
 
 def named(value: str) -> str:
@@ -65,19 +68,19 @@ def named(value: str) -> str:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries do not wait."""
+    """Remove the pause between retries."""
     monkeypatch.setattr(transport, "BACKOFF", 0)
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """All files around a device but what a look at the metadata may change: they lie where an attack would write."""
+    """Read all files where an attack would write: those around a device, except what a look at the metadata may change."""
     passing = ("device/metadata", "device/highwater.json", "device/lock", "repository")
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in sorted(files.items()) if not name.startswith(passing)}
 
 
 def goes_on(field: Field) -> None:
-    """The device still says what runs, and draws."""
+    """Check that the device still says what runs, and draws."""
     assert field.device.sound
     assert "sound" in field.device.command("status")
     field.device.command("generate", "--output", str(field.folder / "drawn.png"))
@@ -85,7 +88,7 @@ def goes_on(field: Field) -> None:
 
 
 def refused(field: Field, update: Any = None) -> OtaError:
-    """An update is refused by an error of ours in one printable line, and changes nothing but the marks."""
+    """Check that an update fails with an error of ours in one printable line, and changes nothing but the marks."""
     (field.folder / "victim").write_bytes(b"precious")
     before = everything(field.folder)
     with pytest.raises(OtaError) as caught:
@@ -101,7 +104,7 @@ def refused(field: Field, update: Any = None) -> OtaError:
 
 
 def rename_hash(repository: Repository, role: str, value: str) -> None:
-    """What the holder of a role's key can do: call the file of each of its targets by any hash."""
+    """Give the file of each of a role's targets any hash, as the holder of the role's key can."""
 
     def change(signed: Targets) -> None:
         for name, target in list(signed.targets.items()):
@@ -112,7 +115,7 @@ def rename_hash(repository: Repository, role: str, value: str) -> None:
 
 @pytest.mark.parametrize("value", few(SIGNED, 2), ids=named)
 def test_hash_of_a_delta_is_no_path(offered, bundles, value):
-    # The critical one: a thief of `deltas` named a path in place of a hash, and what lay there was removed or written to.
+    # The critical one: the thief of the `deltas` key names a path in place of a hash, once a way to delete or overwrite files.
     rename_hash(offered.repository, "deltas", value)
     (offered.folder / "victim").write_bytes(b"precious")
     kept = {name: data for name, data in everything(offered.folder).items() if "state" not in name and "queue" not in name}
@@ -167,8 +170,8 @@ def test_signed_number_is_a_number(offered, field, value):
 
 @pytest.mark.parametrize("name", few(["root", "timestamp", "snapshot", "targets", "models", "rollout", *SIGNED], 2), ids=named)
 def test_role_named_by_a_thief_is_not_kept(offered, bundles, name):
-    # A thief of `deltas` delegates to a role of any name. python-tuf keeps a role's file under its name in the cache, and what
-    # lies there under "root" or "models" becomes a mark.
+    # The thief of the `deltas` key delegates to a role of any name. python-tuf caches a role's file under the role's name, and a
+    # file under "root" or "models" there becomes a mark.
     honest = metadata_file(offered.repository, "deltas").read_bytes()
     thief = CryptoSigner.generate_ed25519()
 
@@ -226,7 +229,7 @@ def test_name_in_the_snapshot_is_no_path(offered, bundles, value):
 
 
 def test_key_id_that_is_none_is_not_remembered(offered):
-    # Signed by the offline keys, so by a faulty tool rather than a thief; without a limit the marks would outgrow their file.
+    # The offline keys signed this, so it is a faulty tool rather than a thief. Without a limit, the marks would grow too large.
     def change(signed: Targets) -> None:
         assert signed.delegations
         role = signed.delegations.roles["rollout"]
@@ -244,7 +247,7 @@ def test_key_id_that_is_none_is_not_remembered(offered):
 
 
 def test_length_signed_by_a_thief_fills_no_memory(offered):
-    # The snapshot's word on a length would take the place of our limit.
+    # A length in the snapshot would replace our own limit.
     def change(signed: Any) -> None:
         signed.meta["models.json"].length = 10**12
 
@@ -266,7 +269,7 @@ OWN = {("Target", "name")}  # strings that the agent makes itself
 
 
 def strings_of(kind: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[tuple[type[BaseModel], str, bool]]:
-    """Every field of a document and of those in it that holds strings, and whether it takes any string."""
+    """Yield every field of a document, and of those in it, that holds strings, and whether it takes any string."""
     if kind in seen:
         return
     seen.add(kind)
@@ -339,12 +342,12 @@ EXAMPLES: dict[type[Document], dict[str, Any]] = {
     Config: {"device": "d", "line": "a", "device_class": "b", "repository": "https://updates.example/f", "root_sha256": "1" * 64,
              "reports": "/mnt/inbox", "window": "22:00-05:00", "prefer": "default", "safe": "full"},
 }  # fmt: skip
-PLACES = {("repository",), ("reports",)}  # folders and addresses of the device's owner: any but control characters
+PLACES = {("repository",), ("reports",)}  # folders and addresses from the device's owner: all but control characters
 TEXTS = {("report", "reason")}  # for people: made printable
 
 
 def spots(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where strings are in a document, names of fields that are free included."""
+    """Yield where strings are in a document, including names of fields that are free."""
     if isinstance(value, str):
         yield at
     elif isinstance(value, dict):
@@ -357,7 +360,7 @@ def spots(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def placed(value: Any, at: tuple[Any, ...], hostile: str) -> Any:
-    """A document with a hostile string in one spot; None at the end of a spot: as the name of the field."""
+    """Return a document with a hostile string in one spot; a spot that ends with None is the name of a field."""
     if not at:
         return hostile
     if isinstance(value, dict) and at[1:] == (None,):
@@ -399,7 +402,7 @@ def test_hostile_string_in_a_document_is_refused(kind, at):
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e400"])
 @pytest.mark.parametrize("at", ["low", "high", "tolerance", "latency_ms"])
 def test_reference_holds_numbers_only(value, at):
-    # A running bundle whose range is NaN would keep every later one out.
+    # A device that runs a bundle whose range is NaN would refuse every later one.
     data = json.dumps(EXAMPLES[Reference])
     hostile = re.sub(rf'"{at}": [0-9.]+', f'"{at}": {value}', data)
     assert hostile != data
@@ -441,11 +444,11 @@ def test_init_takes_no_control_characters(scene, tmp_path, option, value):
     assert not (tmp_path / "new").exists()
 
 
-# Whatever is signed, only our own errors leave an update, and nothing ends `run`
+# Whatever is signed, an update raises only our own errors, and nothing ends `run`
 
 
 def sign_raw(repository: Repository, role: str, path: str, data: bytes, **custom: Any) -> None:
-    """What the holder of a role's key can do: sign any bytes under one of its names."""
+    """Sign any bytes under one of a role's names, as the holder of the role's key can."""
     target = repository._add_target(path, data, custom)
 
     def change(signed: Targets) -> None:
@@ -509,12 +512,12 @@ def test_error_that_nobody_foresaw_does_not_end_run(offered, monkeypatch):
     goes_on(offered)
 
 
-# What a thief's bundle says of itself
+# False claims in a thief's bundle
 
 
 def test_floor_takes_away_what_a_thiefs_bundle_claims(keys, bundles: dict[str, Bundle], tmp_path):
-    # With the models key a thief has devices run garbage, beside which every good bundle looks wrong. After the rotation the
-    # factory raises the floor above it, and what it claims counts for nothing any more.
+    # With the models key, a thief makes devices run garbage, next to which every good bundle looks wrong. After the rotation,
+    # the factory raises the floor above that release, and its claims no longer count.
     repository = Repository.create(tmp_path / "repository", keys)
     publish(repository, bundles["garbage"])
     devices = [
@@ -532,8 +535,8 @@ def test_floor_takes_away_what_a_thiefs_bundle_claims(keys, bundles: dict[str, B
 
 @pytest.mark.parametrize("number", few([2, 2**53], 1))
 def test_rotation_takes_away_what_a_thiefs_bundle_brought_about(bundles: dict[str, Bundle], tmp_path, number):
-    # Under a release number beyond all that the factory will ever reach, no floor could help. What the device saw is the thief's
-    # copy of the repository; the factory's own goes on from before the theft, with new keys.
+    # The thief's release number is beyond all that the factory will ever reach, so no floor could help. The device saw the
+    # thief's copy of the repository; the factory's own continues from before the theft, with new keys.
     factory = Repository.create(tmp_path / "factory" / "repository", create(tmp_path / "keys"))
     first = publish(factory, bundles["first"])
     shutil.copytree(factory.folder, tmp_path / "thief")
@@ -564,7 +567,7 @@ def test_rotation_takes_away_what_a_thiefs_bundle_brought_about(bundles: dict[st
 
 
 def rotate_models(repository: Repository) -> None:
-    """What `ferry trust rotate` does with the online keys, by the offline ones."""
+    """Rotate the online keys as `ferry trust rotate` does, signed by the offline keys."""
     repository.keys = KeyRing(shutil.copytree(repository.keys.folder, repository.folder.parent / "keys"))  # others use it too
     ring = create(repository.folder.parent / "fresh-keys")
     fresh = {role: list(ring.keys[role]) for role in ("models", "deltas", "rollout", "snapshot", "timestamp")}
@@ -579,7 +582,7 @@ def rotate_models(repository: Repository) -> None:
 
 
 def test_rotation_keeps_what_the_new_keys_name(offered, bundles):
-    # Keys are also rotated without a theft: what runs is signed anew, and nothing of what is known of it is lost.
+    # Keys are also rotated without a theft: the running bundle is signed anew, and nothing that is known of it is lost.
     offered.device.update()
     state = offered.device.state.model_copy(update={"refused": {"7" * 64: "full: it was bad"}})
     offered.device.home.save(state)
@@ -589,7 +592,7 @@ def test_rotation_keeps_what_the_new_keys_name(offered, bundles):
 
 
 def test_state_that_was_filled_by_refusals_can_still_be_read(scene):
-    # A thief signs bundle after bundle whose refusals quote as much as they can: a graph's names, in letters of twelve bytes each.
+    # A thief signs many bundles whose refusals quote as much as possible: a graph's names, in letters of twelve bytes each.
     state = scene.device.state
     for i in range(100):
         state = state.model_copy(update={"refused": state.refusing(f"{i:064x}", "\U0001f600" * 10_000)})

@@ -1,4 +1,4 @@
-"""The ledger finds out when an entry was changed, removed or cut off."""
+"""The ledger detects entries that were changed, removed or cut off."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def database(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> KeyRing:
-    """The keys of a workspace."""
+    """Create the keys of a workspace."""
     return create(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture
 def opened(database: Path, ring: KeyRing):
-    """Open the ledger, as one process of a workspace does after the other."""
+    """Provide a function that opens the ledger, as one process of a workspace does after the other."""
     made: list[Ledger] = []
 
     def open_one(keys: KeyRing = ring, seen: str = "ledger.seen") -> Ledger:
@@ -82,7 +82,7 @@ def test_only_the_asked_subject_is_shown(ledger: Ledger):
     for name in ("shapes/edge-2", "shapes/edge"):
         ledger.append("rollout", name, "other", {})
     assert len(ledger.entries("shapes/I/full")) == 3
-    assert [e.subject for e in ledger.entries("shapes/edge")] == ["shapes/edge"]  # not that of a name that begins alike
+    assert [e.subject for e in ledger.entries("shapes/edge")] == ["shapes/edge"]  # not those of a name that begins alike
     assert len(ledger.entries()) == 6
 
 
@@ -143,7 +143,7 @@ def test_any_changed_character_of_any_row_is_found_out(ledger: Ledger, database:
 
 
 def rewrite(database: Path, first: int, change: Callable[[dict[str, object]], None]) -> None:
-    """What a writer of the database can do: change an entry, and make the chain fit from there on."""
+    """Change an entry and make the chain fit from there on, as a writer of the database can."""
     connection = sqlite3.connect(database)
     rows = connection.execute("SELECT number, body FROM ledger_entries WHERE number >= ? ORDER BY number", (first,)).fetchall()
     previous = connection.execute("SELECT sha256 FROM ledger_entries WHERE number = ?", (first - 1,)).fetchone()
@@ -161,7 +161,7 @@ def rewrite(database: Path, first: int, change: Callable[[dict[str, object]], No
 
 
 def insert(database: Path, kind: str, facts: dict[str, object], signature: tuple[str, str] | None = None) -> None:
-    """What a writer of the database can do: add an entry that fits the chain."""
+    """Add an entry that fits the chain, as a writer of the database can."""
     connection = sqlite3.connect(database)
     number, previous = connection.execute("SELECT number, sha256 FROM ledger_entries ORDER BY number DESC LIMIT 1").fetchone()
     body = {"number": number + 1, "previous": previous, "kind": kind, "subject": "shapes/I/full", "who": "root",
@@ -209,7 +209,7 @@ def test_inserted_decision_is_found_out(ledger: Ledger, opened, database: Path, 
     ["DELETE FROM ledger_signatures", "DROP TABLE ledger_signatures", "DELETE FROM ledger_signatures WHERE number = 2"],
 )
 def test_removed_signatures_are_found_out(ledger: Ledger, opened, database: Path, statement: str):
-    # Without them the ledger looks as one of a ferry that did not sign.
+    # Without signatures, the ledger looks like that of an older version, which did not sign.
     three_entries(ledger)
     edit(database, statement)
     with pytest.raises(LedgerError, match="is not signed by a key of this workspace"):
@@ -229,7 +229,7 @@ def test_entries_that_were_cut_off_are_found_out(ledger: Ledger, opened, databas
 
 
 def test_other_history_under_the_same_key_is_found_out(ledger: Ledger, opened, database: Path, tmp_path: Path):
-    # A copy of the database that went on elsewhere: every entry is signed, and they are not those that were seen here.
+    # A copy of the database continues elsewhere: every entry is signed, but they are not those that were seen here.
     three_entries(ledger)
     other = Ledger(f"sqlite:///{tmp_path / 'other.db'}", ledger._signing, tmp_path / "other.seen")
     for number in range(4):
@@ -245,7 +245,8 @@ def test_other_history_under_the_same_key_is_found_out(ledger: Ledger, opened, d
 def test_signed_entry_of_another_history_is_found_out(
     ledger: Ledger, opened, database: Path, tmp_path: Path, row: int, common: int
 ):
-    # Signed by the key of this workspace, under the same number, so only the chain tells; what was seen here is the third, which stays.
+    # The entry is signed by the key of this workspace, under the same number, so only the chain shows the change. The third
+    # entry, the newest that was seen here, stays.
     if common:
         ledger.append("promotion", "shapes/I/full", "reason 1", {"version": 1})
         source, target = sqlite3.connect(database), sqlite3.connect(tmp_path / "other.db")
@@ -265,7 +266,7 @@ def test_signed_entry_of_another_history_is_found_out(
             for table in ("ledger_entries", "ledger_signatures")
         ),
     )
-    changed = row > common  # the first is the same where both began with it
+    changed = row > common  # the first is the same if both began with it
     for look in (ledger, opened(), opened(seen="of another host")):
         if changed:
             with pytest.raises(LedgerError, match=r"entry \d of the ledger was changed after it was written"):
@@ -278,7 +279,7 @@ def test_note_of_what_was_seen_is_needed_only_where_it_was_made(ledger: Ledger, 
     three_entries(ledger)
     note = database.parent / "ledger.seen"
     assert note.stat().st_mode & 0o077 == 0
-    note.unlink()  # as its message says, where entries are lost for good
+    note.unlink()  # as the error says to do if entries are lost for good
     edit(database, "DELETE FROM ledger_entries WHERE number = 3")
     edit(database, "DELETE FROM ledger_signatures WHERE number = 3")
     assert len(opened().entries()) == 2
@@ -310,7 +311,7 @@ def test_key_signs_its_own_entries_only(database: Path, tmp_path: Path):
 
 
 def unsigned(database: Path, tmp_path: Path) -> None:
-    """A ledger as a ferry left it that did not sign."""
+    """Create a ledger as an older version, which did not sign, left it."""
     ledger = Ledger(f"sqlite:///{database}", create(tmp_path / "old-keys"), tmp_path / "old-seen")
     three_entries(ledger)
     ledger.close()
@@ -321,12 +322,12 @@ def test_ledger_of_a_ferry_that_did_not_sign_goes_on(database: Path, tmp_path: P
     unsigned(database, tmp_path)
     ring = create(tmp_path / "keys")
     ring.ledger = []
-    ring._save()  # as that ferry made it
+    ring._save()  # as that version made it
     assert ring.begin_ledger(Ledger.length(f"sqlite:///{database}") + 1).since == 4
     ledger = Ledger(f"sqlite:///{database}", KeyRing(ring.folder), tmp_path / "seen")
     assert (len(ledger.entries()), ledger.unsigned) == (3, 3)
     ledger.append("gate", "shapes/I/full", "a fourth", {})
-    rewrite(database, 2, lambda body: body.update(why="another"))  # covered by the first that is signed
+    rewrite(database, 2, lambda body: body.update(why="another"))  # covered by the first signed entry
     with pytest.raises(LedgerError, match="entry 4 of the ledger is not signed"):
         Ledger(f"sqlite:///{database}", KeyRing(ring.folder), tmp_path / "of another host").entries()
     with pytest.raises(LedgerError):
@@ -354,7 +355,7 @@ def test_unusable_key_records_nothing(ledger: Ledger, ring: KeyRing, tmp_path: P
     for record in (lambda: reading.append("gate", "shapes/I/full", "a fourth", {}), reading.check_ready):
         with pytest.raises(OperatorError, match=r"the ledger's key file2:gone\.pem cannot sign"):
             record()
-    other = create(tmp_path / "other")  # a KMS that has another key under that name
+    other = create(tmp_path / "other")  # like a KMS that has another key under that name
     broken.ledger = [broken.ledger[0]._replace(uri=f"file2:{other.folder / 'online' / 'ledger.pem'}")]
     with pytest.raises(OperatorError, match="cannot sign"):
         reading.append("gate", "shapes/I/full", "a fourth", {})
@@ -371,7 +372,7 @@ def test_who_is_not_what_the_environment_says(ledger: Ledger, monkeypatch: pytes
 
 def test_recording_beside_others_never_loses_an_entry_nor_breaks_the_chain(opened: Callable[..., Ledger]):
     def record(name: int) -> None:
-        own = opened()  # as of another process, without a lock in common
+        own = opened()  # like another process, without a common lock
         for _ in range(10):
             own.append("gate", f"line{name}/I/full", "r", {})
 
@@ -396,7 +397,7 @@ def test_entry_that_another_process_adds_while_the_ledger_is_read_is_not_missed(
 
     monkeypatch.setattr(Entry, "model_validate_json", parse)
     assert len(ledger.entries()) == 3
-    assert (database.parent / "ledger.seen").read_text().startswith("4 ")  # the slower one does not take the note back
+    assert (database.parent / "ledger.seen").read_text().startswith("4 ")  # the slower process does not set the note back
     assert len(ledger.entries()) == 4
 
 
@@ -406,7 +407,7 @@ def test_guard_sees_what_was_recorded_meanwhile_and_forbids(ledger: Ledger, open
 
     def guard(entries: list[Entry]) -> None:
         seen.append(len(entries))
-        if len(seen) == 1:  # another host records between the look and the writing
+        if len(seen) == 1:  # another host records between reading and writing
             opened().append("gate", "shapes/I/full", "faster", {})
         else:
             raise PromotionError("no more")

@@ -1,4 +1,4 @@
-"""Two hosts and a link of 64 kbit/s that loses packets and is cut: an update comes through, and costs little more than its bytes."""
+"""Two hosts and a link of 64 kbit/s that loses packets and is cut: an update arrives, and costs little more than its bytes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.link_kit import Link, why_not
 pytest_plugins = ["tests.fleet_kit"]
 pytestmark = pytest.mark.slow
 PORT = 8123
-CHANGED = 300_000  # weights; the delta then weighs about as much as the demo's
+CHANGED = 300_000  # weights; the delta is then about as large as the demo's
 
 
 @dataclass
 class Pair:
-    """Two bundles of a model as large as a factory's, and the delta between them; a smaller one would cost mostly its connection."""
+    """Two bundles of a model as large as a factory's, and their delta; a smaller one would cost mostly its connection."""
 
     first: Bundle
     second: Bundle
@@ -67,7 +67,7 @@ def pair(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture
 def scene(pair: Pair, keys: KeyRing, tmp_path: Path) -> Field:
-    """A repository that offers a delta to a device that has its base."""
+    """Provide a repository that offers a delta to a device that has its base."""
     repository = Repository.create(tmp_path / "repository", keys)
     publish(repository, pair.first)
     device = Device.init(tmp_path / "device", repository)
@@ -87,7 +87,7 @@ def link() -> Iterator[Link]:
 
 @contextmanager
 def served(link: Link, folder: Path) -> Iterator[str]:
-    """The repository on the far host, behind a server that knows ranges."""
+    """Serve the repository on the far host, with a server that supports ranges."""
     script = "import sys; from pathlib import Path; from tests.test_link import serve; serve(Path(sys.argv[1]))"
     with subprocess.Popen(
         link.words("far", [sys.executable, "-c", script, str(folder)]), stdout=subprocess.PIPE, text=True
@@ -151,12 +151,12 @@ def test_delta_update_costs_little_more_than_its_bytes(link: Link, scene: Field,
     ("seconds", "window"),
     [
         pytest.param(4, 0, id="shorter than a connection lives"),
-        # What lies in the kernel behind a lost packet is gone with its connection, and no agent can have it back.
+        # Bytes that wait in the kernel behind a lost packet are gone with their connection, and no agent can recover them.
         pytest.param(35, 32 * 1024, id="longer than the agent waits for a byte"),
     ],
 )
 def test_cut_link_costs_nothing_twice(link: Link, scene: Field, pair: Pair, seconds: int, window: int):
-    """The link dies in the middle of the delta, and comes back."""
+    """Cut the link in the middle of the delta, and bring it back."""
     cut_at = pair.step.stat().st_size // 3
 
     def cut() -> None:

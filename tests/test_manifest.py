@@ -35,7 +35,7 @@ def entry(role: str, variant: str | None, number: int, size: int = 10) -> dict[s
 
 
 def manifest(*variants: str, **fields: Any) -> dict[str, Any]:
-    """A manifest that is in order, as JSON would give it, with some fields replaced."""
+    """Return a valid manifest, as JSON would give it, with some fields replaced."""
     names = variants or ("full",)
     files = [entry("graph", None, 0)]
     files += [entry(role, name, len(files) + i) for name in names for i, role in enumerate(ROLES_OF_VARIANT)]
@@ -84,7 +84,7 @@ def read(kind: type[Document], value: Any, limit: int = MAX_MANIFEST) -> Documen
 
 
 def refused(kind: type[Document], value: Any) -> str:
-    """The sentence with which a document is refused."""
+    """Check that a document is refused in one line, and return the line."""
     with pytest.raises(ManifestError) as caught:
         read(kind, value)
     sentence = str(caught.value)

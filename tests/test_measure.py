@@ -1,4 +1,4 @@
-"""`ferry evaluate`: a version's figures as they were registered, and a FID over images that are drawn anew."""
+"""`ferry evaluate`: a version's figures as they were registered, and a FID over newly drawn images."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ FIGURES = {
 
 
 class Means(nn.Module):
-    """In Inception's place: mean of each channel."""
+    """A stand-in for Inception: the mean of each channel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3))
 
 
 class Map(nn.Module):
-    """Gives pictures, not features."""
+    """Returns pictures instead of features."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -78,7 +78,7 @@ def scripted(module: nn.Module, path: Path) -> Path:
 
 
 def card(checkpoint: Checkpoint, exported: Export) -> Scorecard:
-    """Every figure another number, so that none can stand in another's place."""
+    """Make a scorecard in which every figure is another number, so that none can stand in another's place."""
     quality = [
         Quality(
             space=space, space_sha256="f" * 64, split="new", n=N, reference=12, groups=12, fd_se=0.2, kd_se=0.0045, noise_kd=0.5,
@@ -95,7 +95,7 @@ def card(checkpoint: Checkpoint, exported: Export) -> Scorecard:
 
 
 def register(workspace: Workspace, checkpoint: Checkpoint, exported: Export, folder: Path) -> Checkpoint:
-    """A version of the trained model that says it was trained on the workspace's present revision; the folder holds what is kept."""
+    """Register a version of the trained model as if it was trained on the present revision; `folder` keeps its checkpoint."""
     shutil.copytree(checkpoint.folder, folder)
     data = versions.resolve(workspace.root, "data/shapes", "shapes")
     (folder / LINEAGE).write_text(checkpoint.lineage.model_copy(update={"data": data}).model_dump_json())
@@ -117,7 +117,7 @@ def register(workspace: Workspace, checkpoint: Checkpoint, exported: Export, fol
 
 @pytest.fixture(scope="module")
 def workspace(checkpoint: Checkpoint, exported: Export, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """Version 1, the champion, was trained on 80 images; version 2 on one more that is broken."""
+    """Create a workspace: version 1, the champion, was trained on 80 images; version 2 on one more that is broken."""
     root = tmp_path_factory.mktemp("measure")
     made = create(root / "ws", [], SETTINGS)
     write_images(made.root / "data/shapes")

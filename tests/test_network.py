@@ -1,4 +1,4 @@
-"""What the network promises whatever its weights are: shapes, independence of batch mates, order without positions."""
+"""What the network promises for all weights: shapes, independence of batch mates, order without positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = Tier(width=8, heads=1, experts=4, active=1, expert_width=8, shared_width
 
 
 def network_of(tier: str = "test", configuration: str = "I", channels: int = 1, size: int = 16) -> Network:
-    """A network in which every weight counts (a fresh one draws nothing: its head is zero)."""
+    """Make a network in which every weight counts; a fresh one draws nothing, because its head is zero."""
     torch.manual_seed(7)
     network = Network(
         ModelConfig.model_validate(
@@ -41,7 +41,7 @@ def inputs(network: Network, captions: list[str], seed: int = 0) -> tuple[Tensor
 
 @torch.inference_mode()
 def same_noise(network: Network, captions: list[str]) -> Tensor:
-    """Velocities for several captions on one noise at one time."""
+    """Compute velocities for several captions on one noise at one time."""
     x, t, _, _ = inputs(network, captions[:1])
     ids = torch.tensor([caption_ids(caption, TEXT) for caption in captions])
     n = len(captions)
@@ -110,16 +110,16 @@ def test_order_comes_from_depthwise_convolution() -> None:
             block.dw.zero_()
     ab, ba, ac = same_noise(network, ["ab", "ba", "ac"])
     torch.testing.assert_close(ab, ba, rtol=1e-4, atol=1e-5)
-    assert float((ab - ac).abs().max()) > 1e-3  # which bytes there are still counts
+    assert float((ab - ac).abs().max()) > 1e-3  # which bytes there are still matters
 
 
 @pytest.mark.parametrize("convolved", [True, False])
 def test_places_come_from_depthwise_padding(convolved: bool) -> None:
-    """On a constant picture, a place inside differs from the middle only by the zeros around the blocks' convolutions."""
+    """Tell a place from the middle of a constant picture, only by the zeros around the blocks' convolutions."""
     network = network_of()
     with torch.no_grad():
         for block in network.blocks:
-            block.experts.w2.zero_()  # or the choice among equal tokens would tell them apart
+            block.experts.w2.zero_()  # otherwise the choice among equal tokens would tell places apart
             if not convolved:
                 block.dw.zero_()
     x, t, _, ids = inputs(network, ["bar"])
@@ -147,12 +147,12 @@ def test_both_times_are_read() -> None:
 
 @pytest.mark.parametrize("tier", ["test", "small"])
 def test_expert_load_is_gate_mass(tier: str) -> None:
-    """Each expert takes C of T tokens, the best for it: its mass is at most C/T, all masses together between C/T and 1."""
+    """Check the masses of experts that take the best C of T tokens: at most C/T each, between C/T and 1 together."""
     network = network_of(tier)
     c = network.config
     with torch.inference_mode():
         load = network(*inputs(network, ["bar", "disc"]))[1]
-    # image, text, image and text
+    # Dual blocks have image tokens and text tokens apart; single blocks have both together.
     tokens = [c.tokens, c.text_length] * c.shape.dual + [c.tokens + c.text_length] * c.shape.single
     for block, T in enumerate(tokens):
         share = c.capacity(T) / T
@@ -200,7 +200,7 @@ def test_tokens_take_best_experts_after_the_bias() -> None:
     kept = torch.zeros_like(scores).scatter(2, chosen, scores.gather(2, chosen))
     torch.testing.assert_close(load, kept.mean(dim=1))
     with torch.no_grad():
-        experts.gate_bias[3] = 10.0  # everybody now takes expert 3, at the weight that its score says
+        experts.gate_bias[3] = 10.0  # every token now takes expert 3, weighted by its score
     _, load, chosen = experts(x, 0)
     assert bool((chosen == 3).any(dim=2).all())
     torch.testing.assert_close(load[:, 3], scores[:, :, 3].mean(dim=1))
@@ -242,7 +242,7 @@ def test_ablation_switches_off_what_it_says(ablation: AblationName) -> None:
     assert (load.shape[2] == 0) == (ablation == "dense")
     assert config.blocks == (2 if ablation == "single-stream" else 3)
     mirrored = network(x.transpose(2, 3), t, r, ids)[0].transpose(2, 3)
-    assert not torch.allclose(v, mirrored, atol=1e-3)  # each of them still knows places
+    assert not torch.allclose(v, mirrored, atol=1e-3)  # every ablation still knows places
 
 
 def test_dense_row_computes_as_much_as_a_token_meets() -> None:

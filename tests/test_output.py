@@ -1,4 +1,4 @@
-"""Files that a user names: whole or not at all, over nothing that must not be lost, and no other file is touched."""
+"""Files that a user names: written whole or not at all, never over what must not be lost, and no other file is touched."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_owner_of_a_replaced_file_stays(tmp_path):
 @pytest.mark.parametrize("was_there", [True, False])
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_of_a_block_that_fails(tmp_path, error, was_there):
-    """Its own error passes unchanged: an OSError of it is about what it read."""
+    """Pass on the block's own error unchanged: an OSError of the block is about what it read."""
     if was_there:
         (tmp_path / "out").write_bytes(WAS)
 
@@ -112,7 +112,7 @@ def test_no_name_that_can_be_guessed_is_touched(tmp_path):
 
 
 def special(folder: Path, kind: str) -> Path:
-    """Something in a folder that is no regular file."""
+    """Make something in a folder that is no regular file, and return its path."""
     path = folder / "out"
     if kind == "folder":
         path.mkdir()
@@ -216,7 +216,7 @@ for refusing in (output.check, lambda path: output.fresh(path).__enter__()):
 
 
 def as_nobody(path: Path) -> str:
-    """What is said to a user whose rights are not root's."""
+    """Return what a user without root's rights is told."""
     script = AS_NOBODY if not os.geteuid() else re.sub(r"(?m)^os\.set.*$", "", AS_NOBODY)
     done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True)
     assert not done.stderr
@@ -224,7 +224,7 @@ def as_nobody(path: Path) -> str:
 
 
 def test_what_is_protected_is_refused_before_the_work():
-    """Also a file in a folder in which it could be replaced."""
+    """Refuse a protected file, even in a folder in which it could be replaced."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "out").write_bytes(WAS)
@@ -240,7 +240,7 @@ def test_what_is_protected_is_refused_before_the_work():
 
 
 def test_file_that_grows_too_large_leaves_nothing(tmp_path):
-    """As on a full disk: the write fails in the middle."""
+    """Fail in the middle of a write, as on a full disk."""
     (tmp_path / "out").write_bytes(WAS)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))

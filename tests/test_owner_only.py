@@ -1,7 +1,8 @@
-"""Who may use the factory's services: their owner. Real servers; another local user, where the tests run as root, is `nobody`.
+"""Who may use the factory's services: only their owner. The servers are real.
 
-A request over HTTP says nothing of the user who makes it, so those of the tests without credentials are what every local user and
-every web page can send. What only a user id decides (files, /proc) is tried by a process of `nobody`.
+A request over HTTP says nothing about the user who makes it. The tests' requests without credentials are therefore what every
+local user and every web page can send. What only a user id decides (files, /proc) is tried by a process of another local
+user, `nobody`, if the tests run as root.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def environment_after(root: Path, **given: str) -> subprocess.CompletedProcess[str]:
-    """The variables that decide who is let in, as JSON, once a process has opened a workspace."""
+    """Open a workspace in a process, and return as JSON the variables that decide who is let in."""
     code = (
         "import json, os, sys; from pathlib import Path; from flows.workspace import Workspace\n"
         "Workspace(Path(sys.argv[1])); print(json.dumps({k: v for k, v in os.environ.items() if k.startswith('PREFECT_')}))"
@@ -107,7 +108,7 @@ def test_folder_of_pickles_and_logs_is_the_owners_alone(root: Path):
     home = root / "work" / "prefect"
     configure_environment(root)
     assert home.stat().st_mode & 0o777 == 0o700
-    home.chmod(0o775)  # as a ferry before this one made it
+    home.chmod(0o775)  # as an older version made it
     (home / "prefect.db").touch()
     configure_environment(root)
     assert home.stat().st_mode & 0o777 == 0o700
@@ -124,7 +125,10 @@ def test_secret_is_written_into_a_new_file_only(tmp_path: Path):
 
 
 def test_nobody_can_take_the_port_of_a_server_that_starts(root: Path, monkeypatch: pytest.MonkeyPatch):
-    """Whoever could would be believed, since a server shows its clients nothing: they would send him the secret, and do what he says."""
+    """Hold the port until the server has it.
+
+    A server shows its clients nothing. So clients would believe whoever took the port, send him the secret, and do what he says.
+    """
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
 
     class TriedError(Exception):
@@ -156,7 +160,7 @@ class Refusing(BaseHTTPRequestHandler):
         self.do_GET()
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -186,12 +190,12 @@ def test_server_that_refuses_is_named(refusing: str, root: Path):
     assert "Traceback" not in told.stderr
 
 
-# `ferry serve`, and who asks
+# Requests to `ferry serve`
 
 
 @dataclass(frozen=True)
 class Served:
-    """A `ferry serve` that runs."""
+    """A running `ferry serve`."""
 
     workspace: Workspace
     process: subprocess.Popen[str]
@@ -206,7 +210,7 @@ class Served:
     def ask(
         self, method: str, path: str, body: object = None, secret: str | None = None, **headers: str
     ) -> tuple[int, Any, dict[str, str]]:
-        """Status, answer and headers of a request; `_` in a header's name is `-`."""
+        """Send a request and return status, answer and headers; `_` in a header's name is sent as `-`."""
         given = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
         if secret is not None:
             given["Authorization"] = f"Basic {base64.b64encode(secret.encode()).decode()}"
@@ -219,9 +223,9 @@ class Served:
         return reply.status, json.loads(data or b"null") if "json" in told.get("content-type", "") else data.decode(), told
 
     def state(self) -> dict[str, Any]:
-        """All that could be changed about the deployments, and the runs that somebody asked for."""
+        """Return all that could be changed about the deployments, and the runs that somebody asked for."""
         _, found, _ = self.ask("POST", "/api/deployments/filter", {}, self.secret)
-        moving = {"last_polled", "status", "updated"}  # by the runner
+        moving = {"last_polled", "status", "updated"}  # the runner changes these
         _, runs, _ = self.ask("POST", "/api/flow_runs/filter", {}, self.secret)
         return {
             "deployments": {d["name"]: {k: v for k, v in d.items() if k not in moving} for d in found},
@@ -233,11 +237,11 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """In a folder that every local user can enter, as a home of 0755 is."""
+    """Run `ferry serve` in a folder that every local user can enter, as a home of 0755 is."""
     folder = Path(tempfile.mkdtemp(prefix="ferry-owner-"))
     folder.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))  # of this process, which outlives the folder
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))  # for this process, which outlives the folder
         workspace = prepared(folder / "ws")
     command = [*FERRY, "-w", str(workspace.root), "serve", "--cron", "0 0 1 1 *", "--look-every", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_environment())
@@ -251,7 +255,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             found = made.ask("POST", "/api/deployments/filter", {}, made.secret)[1]
             return [d for d in found if d["name"] == "ws-shapes"]
 
-        # The data are a first event: the factory's own run, by server, runner and a process for the flow.
+        # The data are a first event. It starts the factory's own run: server, runner and a process for the flow.
         wait_for(lambda: workspace.catalog.champion(SUBJECT) is not None, process)
         wait_for(
             lambda: all(
@@ -298,7 +302,7 @@ def test_stranger_can_neither_read_nor_change(served: Served):
         for headers in wrong:
             status, answer, _ = served.ask(method, path.replace("ID", served.deployment), body, None, **headers)
             assert status in (401, 403), (method, path, headers, answer)
-    for path in ("/api/health", "/api/ready", "/ui-settings", "/", "/v2/"):  # what is open tells nothing
+    for path in ("/api/health", "/api/ready", "/ui-settings", "/", "/v2/"):  # open pages reveal nothing
         status, answer, _ = served.ask("GET", path)
         assert status == 200
         assert served.secret not in json.dumps(answer)
@@ -309,7 +313,7 @@ SOCKETS = ["/events/in", "/events/out", "/logs/out", "/task_runs/subscriptions/s
 
 
 def is_let_in(address: str, path: str, token: str | None) -> bool:
-    """Whether a websocket answers to a token, or hangs up."""
+    """Check whether a websocket answers to a token, or hangs up."""
     try:
         with connect(
             f"{address.replace('http:', 'ws:')}/api{path}", subprotocols=[Subprotocol("prefect")], proxy=None
@@ -321,7 +325,7 @@ def is_let_in(address: str, path: str, token: str | None) -> bool:
 
 
 def assert_needs_the_handshake(address: str, path: str) -> None:
-    """As clients of before the handshake connect, which by default are let in."""
+    """Check that clients from before the handshake, which are let in by default, are refused."""
     with pytest.raises(InvalidStatus, match="403"):
         connect(f"{address.replace('http:', 'ws:')}/api{path}", proxy=None)
 
@@ -357,7 +361,7 @@ def test_web_page_is_refused_and_may_read_nothing(origin: str, served: Served):
             status, _, headers = served.ask(method, path, body, None, Origin=origin, Content_Type=kind)
             assert status == 401
             assert "access-control-allow-origin" not in headers
-            assert "www-authenticate" not in headers  # so no browser keeps what somebody typed, and sends it for other pages
+            assert "www-authenticate" not in headers  # so no browser stores typed credentials and sends them for other pages
     for path in ("/", "/ui-settings", "/api/health"):
         assert "access-control-allow-origin" not in served.ask("GET", path, None, None, Origin=origin)[2]
     assert "access-control-allow-origin" not in served.ask("POST", "/api/flows/filter", {}, served.secret, Origin=origin)[2]
@@ -367,7 +371,7 @@ def test_web_page_is_refused_and_may_read_nothing(origin: str, served: Served):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "0.0.0.0", "[::1]", ""])
 def test_other_name_of_this_host_is_not_answered(name: str, served: Served):
-    """A page whose name its owner points at the loopback is of one origin with the server (DNS rebinding)."""
+    """Refuse DNS rebinding: a page whose name its owner points at the loopback has the server's origin."""
     port = urlsplit(served.address).port
     for host in (name, f"{name}:{port}"):
         for path in ("/", "/ui-settings", "/api/health", "/api/admin/version"):
@@ -376,14 +380,14 @@ def test_other_name_of_this_host_is_not_answered(name: str, served: Served):
 
 @pytest.mark.slow
 def test_page_asks_this_server_and_cannot_be_framed(served: Served):
-    """Not port 4200, where another user could wait for what a person types."""
+    """Let the page ask this server, not port 4200, where another user could wait for what is typed."""
     _, settings, headers = served.ask("GET", "/ui-settings")
     assert (settings["api_url"], settings["auth"]) == ("/api", "BASIC")
     assert headers["content-security-policy"] == "connect-src 'self'; frame-ancestors 'none'"
 
 
 def as_another_user(code: str, *words: str) -> str:
-    """What a program of `nobody` prints."""
+    """Run a program as `nobody` and return what it prints."""
     python = shutil.which("python3", path=os.defpath)
     if os.geteuid() != 0 or python is None:
         pytest.skip("only root can start a program of another user, and it needs a Python that others may run")
@@ -414,13 +418,13 @@ def test_another_user_can_read_no_secret(served: Served):
     ours = [served.process.pid, *(child.pid for child in psutil.Process(served.process.pid).children(recursive=True))]
     assert len(ours) > 1
     tried = [home, served.file, home / "prefect.db", home / "server.log", *(f"/proc/{pid}/environ" for pid in ours)]
-    assert as_another_user(TRY, "/etc/passwd").split() == ["open", "/etc/passwd", "PermissionError"]  # it can tell
+    assert as_another_user(TRY, "/etc/passwd").split() == ["open", "/etc/passwd", "PermissionError"]  # so the test can tell
     assert set(as_another_user(TRY, *map(str, tried)).split()) == {"PermissionError"}
 
 
 @pytest.mark.slow
 def test_secret_is_in_one_file_and_in_no_arguments(served: Served):
-    """After runs, whose parameters, states and logs Prefect keeps."""
+    """Look for the secret after runs, whose parameters, states and logs Prefect keeps."""
     sought = [served.secret.encode(), served.secret.partition(":")[2].encode(), base64.b64encode(served.secret.encode())]
     assert served.file.stat().st_mode & 0o777 == 0o600
     assert served.workspace.ledger.entries()
@@ -454,7 +458,7 @@ def test_owners_event_makes_a_run(served: Served):
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether every thread of a process is: a signal reaches them one after another."""
+    """Check whether every thread of a process is stopped; a signal reaches them one after another."""
     states = [task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
     return set(states) == {"T"}
 
@@ -470,7 +474,7 @@ def test_server_that_dies_ends_ferry_serve_and_gives_its_port_to_nobody(tmp_path
         address = process.stderr.readline().rsplit(" ", 1)[1].strip()
         (server,) = [child for child in psutil.Process(process.pid).children() if "flows.serve:app" in child.cmdline()]
         process.send_signal(signal.SIGSTOP)
-        wait_for(lambda: is_stopped(process.pid), process)  # else one of its threads may still see the server die
+        wait_for(lambda: is_stopped(process.pid), process)  # otherwise one of its threads may still see the server die
         server.kill()
         wait_for(lambda: server.status() == psutil.STATUS_ZOMBIE, process)  # its files are closed
         with pytest.raises(OSError, match="in use"):
@@ -505,7 +509,7 @@ def test_in_process_server_of_a_command_is_closed_too(tmp_path: Path):
     command = [*FERRY, "--quiet", "-w", str(workspace.root), "retrain", "shapes", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment())
     wait_for(lambda: any(workspace.work.glob("runs/*/lineage.json")) or any((workspace.work / "data").glob("*")), process)
-    process.send_signal(signal.SIGSTOP)  # its server goes on
+    process.send_signal(signal.SIGSTOP)  # its server still runs
     try:
         listening = [
             c.laddr
@@ -586,7 +590,7 @@ const attempt = async (what, promise) => {
 
 @pytest.fixture
 def evil_page(served: Served) -> Iterator[int]:
-    """The port of a web server whose one page attacks the deployment."""
+    """Provide the port of a web server whose one page attacks the deployment."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -599,7 +603,7 @@ def evil_page(served: Served) -> Iterator[int]:
             self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -689,6 +693,6 @@ def test_owner_uses_the_page_with_the_credentials(served: Served, browser: str, 
         tab.open(f"{served.address}/v2/deployments", "document.body.innerText.includes('ws-shapes')")
         asked = {url for url in tab.asked.values() if url.startswith("http")}
         assert f"{served.address}/api/deployments/count" in asked
-        assert {url for url in asked if not url.startswith(f"{served.address}/")} == tab.blocked  # nothing phones home
+        assert {url for url in asked if not url.startswith(f"{served.address}/")} == tab.blocked  # none gets out
     finally:
         tab.close()

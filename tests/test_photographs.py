@@ -28,7 +28,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both deliveries of surfaces; do not write into it."""
+    """Create both deliveries of surfaces; do not write into the folder."""
     folder = tmp_path_factory.mktemp("surfaces") / "data"
     surfaces(folder, 1, patches=40)
     surfaces(folder, 2, patches=40)
@@ -69,7 +69,7 @@ def test_repeated_delivery_leaves_no_duplicates(tmp_path: Path, repeated: int) -
 
 
 def test_killed_delivery_is_completed(tmp_path: Path) -> None:
-    """The images came, the lines did not; then the run was started again."""
+    """Complete a delivery that was killed after the images and before the lines."""
     surfaces(tmp_path / "whole", 1, patches=4)
     surfaces(tmp_path / "killed", 1, patches=4)
     (tmp_path / "killed" / METADATA).unlink()
@@ -79,7 +79,7 @@ def test_killed_delivery_is_completed(tmp_path: Path) -> None:
 
 
 def test_metadata_is_replaced_whole(tmp_path: Path) -> None:
-    """The second delivery never writes into the list of the first, so a kill leaves the one or the other."""
+    """Replace the list as a whole, so that a kill leaves either the first delivery's list or the second's."""
     surfaces(tmp_path / "data", 1, patches=2)
     before = (tmp_path / "data" / METADATA).read_bytes()
     (tmp_path / "old").hardlink_to(tmp_path / "data" / METADATA)
@@ -134,7 +134,7 @@ def test_second_delivery_is_darker(both: Path) -> None:
 
 @pytest.mark.parametrize("surface", list(EVERY_SURFACE))
 def test_patches_of_two_tiles_share_no_pixel(surface: str) -> None:
-    """A photograph whose every pixel tells its place: no pixel turns up under two group names, and each patch is whole."""
+    """Cut a photograph whose every pixel tells its tile: no pixel is in two groups, and each patch is from one tile."""
     side, tile = EVERY_SURFACE[surface]
     height, width = _photograph(surface).shape
     tile_of_pixel = (np.arange(height)[:, None] // tile * (width // tile + 1) + np.arange(width)[None, :] // tile).astype(
@@ -144,15 +144,15 @@ def test_patches_of_two_tiles_share_no_pixel(surface: str) -> None:
     groups: dict[str, set[float]] = defaultdict(set)
     for _ in range(300):
         patch, group = _patch(tile_of_pixel, side, tile, rng)
-        assert patch.min() == patch.max()  # not a pixel of a neighbour
+        assert patch.min() == patch.max()  # no pixel of a neighbouring tile
         groups[group].add(float(patch[0, 0]))
     assert all(len(places) == 1 for places in groups.values())
     assert len({next(iter(places)) for places in groups.values()}) == len(groups)
-    assert len(groups) > 0.9 * (height // tile) * (width // tile)  # and none is left out
+    assert len(groups) > 0.9 * (height // tile) * (width // tile)  # and hardly a tile is left out
 
 
 def test_groups_never_straddle_the_split(both: Path, tmp_path: Path) -> None:
-    """A tile that is cut in both deliveries is held out in both, or in none."""
+    """Hold out a tile that is cut in both deliveries in both of them, or in none."""
     deliveries = defaultdict(set)
     for row in rows(both):
         deliveries[row["group"]].add(row["file_name"].split("/")[1][0])
@@ -175,7 +175,7 @@ def test_every_tile_name_belongs_to_its_surface(both: Path, surface: str) -> Non
 @pytest.mark.parametrize("defect", DEFECTS)
 @pytest.mark.parametrize("surface", list(EVERY_SURFACE))
 def test_defect_changes_patch_visibly(surface: str, defect: str) -> None:
-    """Seen at the model's 16 pixels: some pixels change a lot, and most of the patch stays what it was."""
+    """Look at the model's 16 pixels: some pixels change a lot, and most of the patch stays what it was."""
     side, tile = EVERY_SURFACE[surface]
     visible = 0
     for seed in range(20):
@@ -195,7 +195,7 @@ def test_defect_changes_patch_visibly(surface: str, defect: str) -> None:
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first delivery of digits; do not write into it."""
+    """Create the first delivery of digits; do not write into the folder."""
     folder = tmp_path_factory.mktemp("digits") / "data"
     digits(folder, 1)
     return folder
@@ -216,7 +216,7 @@ def test_digits_come_in_two_halves(scans: Path, tmp_path: Path) -> None:
 
 
 def test_digit_pictures_show_their_name(scans: Path, tmp_path: Path) -> None:
-    """The mean picture of each digit is nearest to the scans of that name, far above chance."""
+    """Find the nearest mean picture of each scan: it is that of the scan's name far more often than by chance."""
     data = prepare(scans, ModelConfig(tier="test", image_size=8, text_length=8), tmp_path / "cache")
     flat = np.array(data.images, dtype=np.float64).reshape(len(data.images), -1)
     captions = np.array(data.captions)

@@ -1,4 +1,4 @@
-"""Rollouts as an operator makes them: what is refused, what is printed, and what a halt must not wait for."""
+"""Rollouts as an operator makes them: what is refused, what is printed, and that a halt does not wait."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEAVY = ("prefect", "mlflow", "torch", "dvc", "onnx", "matplotlib", "pandas")  #
 
 
 class Factory:
-    """A workspace in which champions are made and released; only what a rollout needs of it."""
+    """A workspace in which champions are made and released, with only what a rollout needs."""
 
     def __init__(self, workspace: Workspace, bundles: dict[str, Bundle]) -> None:
         self.workspace, self.bundles, self.versions = workspace, bundles, dict[str, int]()
@@ -65,7 +65,7 @@ class Factory:
         return result.output
 
     def facts(self) -> dict[str, bytes]:
-        """All that a rollout may change."""
+        """Collect all that a rollout may change."""
         places = [self.workspace.root / name for name in ("repository", "published")]
         files = {str(path): path.read_bytes() for place in places for path in sorted(place.rglob("*")) if path.is_file()}
         return files | {"ledger": self.workspace.ledger.head().encode()}
@@ -96,7 +96,7 @@ def factory(tmp_path: Path, bundles: dict[str, Bundle]) -> Iterator[Factory]:
 
 @pytest.fixture
 def two(factory: Factory) -> Factory:
-    """Two releases; the second, of the present champion, is rolled out."""
+    """Make two releases; the second, of the present champion, is rolled out."""
     for name in ("first", "second"):
         factory.promote(name)
         factory.release(name)
@@ -113,7 +113,7 @@ def refused(factory: Factory, sentence: str, *words: str, code: int = 3) -> str:
 
 
 def test_start_takes_the_release_of_the_present_champion(two: Factory):
-    two.release("garbage")  # newer, and of no champion
+    two.release("garbage")  # newer, but of no champion
     two.ferry("rollout", "start", LINE)
     policy = two.workspace.repository.policy(LINE, CLASS)
     assert policy is not None
@@ -156,7 +156,7 @@ def test_older_release_is_not_signed_while_a_device_runs_a_newer_one(factory: Fa
 
 
 def test_printed_commands_take_a_device_back(two: Factory, tmp_path: Path):
-    """After a rollback nothing that is printed leads to the version just taken back."""
+    """Follow what is printed after a rollback: nothing leads to the version just rolled back."""
     device = two.device(tmp_path, seq=2)
     two.promote("first")  # what `ferry rollback` writes
     hint = policies.after_promotion(two.workspace, LINE, "I", "full")
@@ -243,7 +243,7 @@ def test_each_change_holds_the_lock(two: Factory, monkeypatch: pytest.MonkeyPatc
 def test_nothing_is_halted_between_reading_a_policy_and_signing_it_anew(
     two: Factory, monkeypatch: pytest.MonkeyPatch, change: str
 ):
-    """A halt that came in between would be undone by what was read before it."""
+    """Hold the lock from reading to signing, or a halt in between would be undone."""
     read, lock = Repository.policy, two.workspace.repository._lock.lock_file
     free = list[bool]()
 
@@ -265,7 +265,7 @@ def test_nothing_is_halted_between_reading_a_policy_and_signing_it_anew(
 
 
 def test_halt_goes_out_while_another_ferry_holds_the_records(two: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Whoever holds them may have been suspended, and an emergency stop waits for nobody."""
+    """Halt while another command holds the records: it may be suspended, and an emergency stop waits for nobody."""
     monkeypatch.setattr(policies, "HALT_SECONDS", 0.0)
     entries = two.workspace.ledger.head()
     device = Device.init(tmp_path / "device", two.workspace.repository, address=str(two.workspace.root / "published"))
@@ -281,7 +281,10 @@ def test_halt_goes_out_while_another_ferry_holds_the_records(two: Factory, tmp_p
 
 
 def test_halt_does_not_wait_for_the_files_of_a_release_that_is_being_published(two: Factory):
-    """They may take minutes, and no policy names them yet; the command that publishes them copies them all."""
+    """Publish a halt without the files of a new release, which may take minutes.
+
+    No policy names these files yet, and the command that publishes the release copies them all.
+    """
     large = two.workspace.repository.objects / ("e" * 64)
     large.write_bytes(b"large")
     published = two.workspace.root / "published"
@@ -304,7 +307,7 @@ def test_process_that_never_ends_its_signing_is_named(two: Factory, monkeypatch:
 
 
 def test_changes_at_the_same_moment_are_all_signed(two: Factory):
-    """Of processes that share no lock but the repository's own, such as a halt beside a release."""
+    """Change the repository from processes that share no other lock, as a halt and a release do."""
     folder, keys = two.workspace.repository.folder, two.workspace.keys
     first = json.loads((folder / "metadata/timestamp.json").read_bytes())["signed"]["version"]
 
@@ -403,7 +406,10 @@ def test_shares_that_do_not_rise_are_refused_before_anything_is_read(two: Factor
 
 
 def test_one_process_at_a_time_opens_mlflow(factory: Factory, monkeypatch: pytest.MonkeyPatch):
-    """MLflow sets a new database up step by step; two processes that did so together failed with "duplicate column name"."""
+    """Open MLflow in one process at a time.
+
+    MLflow sets a new database up step by step. Two processes that did so together failed with "duplicate column name".
+    """
     lock, opened = FileLock(factory.workspace.work / "mlflow.lock"), []
 
     def catalog(*given: object) -> object:

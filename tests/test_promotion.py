@@ -1,4 +1,4 @@
-"""Promotion, going back, approval, and aliases that somebody moved in MLflow: real MLflow and ledger, versions without files."""
+"""Promotion, rollback, approval, and aliases that somebody moved in MLflow: real MLflow and ledger, versions without files."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def judged(
     best: bool = False,
     worse: str | None = None,
 ) -> None:
-    """A version in MLflow, as it is registered but without a model, and what the gate said of it in the ledger."""
+    """Register a version in MLflow, without a model, and record in the ledger what the gate said of it."""
     client = workspace.catalog._client
     run = client.create_run(workspace.catalog._experiment(subject.line)).info
     why = "because" if outcome == "promote" else "coverage is 0.1"
@@ -86,7 +86,7 @@ def judged(
 
 
 def gate(ledger: Ledger, subject: Subject, number: int, made: Decision) -> None:
-    """What the ledger holds of a version that was judged."""
+    """Record in the ledger what it holds of a version that was judged."""
     seal = Seal(
         subject=str(subject), version=number, weights=made.challenger, lineage="d" * 64, scorecard=made.scorecard, data_rev="0" * 40,
         data_md5="0" * 32 + ".dir", code="1" * 64, parent=None, teacher=None, files={},
@@ -99,7 +99,7 @@ def gate(ledger: Ledger, subject: Subject, number: int, made: Decision) -> None:
 
 
 def registered(workspace: Workspace, line: str) -> Subject:
-    """A subject with versions 1 to 3 in MLflow; the gate let 1 through as the first, 2 against 1, and refused 3."""
+    """Make a subject with versions 1 to 3 in MLflow: the gate let 1 through as the first, 2 against 1, and refused 3."""
     subject = Subject.parse(f"{line}/I/full")
     workspace.catalog._client.create_registered_model(subject.model)
     for number, outcome, against in ((1, "promote", ""), (2, "promote", weights(1)), (3, "refuse", weights(1))):
@@ -114,7 +114,7 @@ def subject(workspace: Workspace) -> Subject:
 
 @pytest.fixture
 def approved(workspace: Workspace) -> Subject:
-    """The same, of a line that requires approval."""
+    """Make a subject like `subject`, of a line that requires approval."""
     return registered(workspace, next(_approved))
 
 
@@ -123,7 +123,7 @@ def ferry(workspace: Workspace, *arguments: str) -> Result:
 
 
 def champion(workspace: Workspace, subject: Subject) -> int | None:
-    """Who is, by ledger and alias alike."""
+    """Return the version of the champion, on which ledger and alias must agree."""
     now = subject_state(workspace.ledger.entries(str(subject)))
     seen = workspace.catalog.champion(subject)
     assert (seen.number if seen else None) == now.version
@@ -139,7 +139,7 @@ def reconciled(workspace: Workspace, subject: Subject) -> list[rules.Reconciled]
     return rules.reconcile(workspace, workspace.subjects([subject.line]), workspace.needs_approval)
 
 
-# Promoting and going back
+# Promotion and rollback
 
 
 def test_rollback_makes_the_champion_before_champion_and_says_how_to_release_it(workspace: Workspace, subject: Subject):
@@ -272,7 +272,7 @@ def test_promotion_killed_between_ledger_and_alias_is_completed_and_not_taken_fo
     killed(workspace, subject, "2")
     seen = workspace.catalog.champion(subject)
     assert seen is not None
-    assert seen.number == 1  # 1 may always be gone back to: were this a person's wish, it would be granted
+    assert seen.number == 1  # a rollback to 1 is always allowed: if a person asked for it, it would be granted
     before = entries(workspace, subject)
     assert before[-1].facts["version"] == 2
     (row,) = reconciled(workspace, subject)
@@ -280,7 +280,7 @@ def test_promotion_killed_between_ledger_and_alias_is_completed_and_not_taken_fo
     assert "was cut off before MLflow's alias moved" in row.text
     assert entries(workspace, subject) == before
 
-    killed(workspace, subject, "back")  # and once more, ended by the same command
+    killed(workspace, subject, "back")  # and once more, completed by the same command
     assert rules.rollback(workspace, subject, "back").number == entries(workspace, subject)[-1].number
     assert champion(workspace, subject) == 1  # once, not twice
 
@@ -303,7 +303,7 @@ def away(*_: object) -> None:
 
 @contextmanager
 def mlflow_lost_after_the_ledger() -> Iterator[None]:
-    """Whoever promotes within it gets as far as the ledger."""
+    """Lose MLflow: whoever promotes inside gets as far as the ledger."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Catalog, "set_alias", away)
         patched.setattr(Catalog, "promote", away)
@@ -337,21 +337,21 @@ def test_reconcile_also_completes_who_is_the_best_model_ever(workspace: Workspac
     assert anchor(workspace, subject) is None
     (row,) = reconciled(workspace, subject)
     assert (row.answer, champion(workspace, subject)) == ("put back", 2)
-    assert anchor(workspace, subject) == 1  # there was none, so the one before
+    assert anchor(workspace, subject) == 1  # there was no anchor, so it is the champion before
 
     rules.promote(workspace, subject, 4, "best")
     assert anchor(workspace, subject) == 4
     with mlflow_lost_after_the_ledger():
         rules.rollback(workspace, subject, "back")
     reconciled(workspace, subject)
-    assert (champion(workspace, subject), anchor(workspace, subject)) == (2, 2)  # it is not the best if it was taken back
+    assert (champion(workspace, subject), anchor(workspace, subject)) == (2, 2)  # a version that was rolled back is not the best
 
 
 @pytest.mark.parametrize("to", [3, 4, None])
 def test_best_model_ever_is_whom_the_ledger_says_and_not_whom_mlflow_shows(
     workspace: Workspace, subject: Subject, client: MlflowClient, to: int | None
 ):
-    # Whoever moves the alias to a bad version, or to one that nobody judged, would have later ones held against that.
+    # Whoever moves the alias to a bad or unjudged version could have later ones compared with that.
     judged(workspace, workspace.ledger, subject, 4, "promote", weights(1), best=True)
     rules.promote(workspace, subject, 1, "first")
     rules.promote(workspace, subject, 4, "best")
@@ -368,7 +368,7 @@ def test_best_model_ever_is_whom_the_ledger_says_and_not_whom_mlflow_shows(
 
 
 def test_verdict_on_another_model_promotes_nothing(workspace: Workspace, subject: Subject):
-    # The entry says promote, and is about other files than were sealed under this number.
+    # The entry says promote, but it is about other files than those sealed under this number.
     rules.promote(workspace, subject, 1, "first")
     other = Decision(
         outcome="promote", reason="better", checks=[], n=9, champion=weights(1), challenger=weights(7), limits=Limits(), scorecard="e" * 64
@@ -382,7 +382,7 @@ def test_verdict_on_another_model_promotes_nothing(workspace: Workspace, subject
 
 
 def test_best_model_ever_outlives_several_cuts(workspace: Workspace, subject: Subject):
-    """Each of them is followed, in order, also where only the last is repeated."""
+    """Complete each promotion that was cut, in order, even if only the last is repeated."""
     judged(workspace, workspace.ledger, subject, 4, "promote", weights(1), best=True)
     judged(workspace, workspace.ledger, subject, 5, "promote", weights(4))
     rules.promote(workspace, subject, 1, "first")
@@ -395,7 +395,7 @@ def test_best_model_ever_outlives_several_cuts(workspace: Workspace, subject: Su
 
 @pytest.mark.parametrize("how", ["wish", "by hand"])
 def test_alias_that_was_there_first_still_gets_its_anchor(workspace: Workspace, subject: Subject, client: MlflowClient, how: str):
-    """The alias is where the ledger says, but what follows from the promotion was cut off."""
+    """Complete a promotion whose alias is where the ledger says, but whose anchor was cut off."""
     judged(workspace, workspace.ledger, subject, 4, "promote", weights(1), best=True)
     rules.promote(workspace, subject, 1, "first")
     if how == "wish":
@@ -464,7 +464,7 @@ except PromotionError as error:
 
 
 def same_moment(roots: list[Path], subject: Subject) -> list[str]:
-    """What two processes say that promote different versions of one subject, each with its own lock: two hosts."""
+    """Promote different versions of one subject from two processes with their own locks, like two hosts; return their output."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROMOTER, str(root), str(subject), name], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -482,12 +482,12 @@ def same_moment(roots: list[Path], subject: Subject) -> list[str]:
 
 
 def two_hosts(workspace: Workspace, subject: Subject, tmp_path: Path, database: str) -> list[Path]:
-    """Two folders that share the database and MLflow, as on two hosts."""
+    """Create two folders that share the database and MLflow, as on two hosts."""
     roots = [tmp_path / "here", tmp_path / "there"]
     for root in roots:
         root.mkdir()
         stores = f'[stores]\ndatabase = "{database}"\nmlflow = "sqlite:///{workspace.root}/mlflow.db"\n'
-        # Hosts that share a ledger sign it with one key; what each has seen of it is its own.
+        # Hosts that share a ledger sign it with one key, but each keeps its own note of what it has seen.
         shutil.copytree(workspace.root / "keys", root / "keys", ignore=shutil.ignore_patterns("ledger.seen"))
         (root / "ferry.toml").write_text(f'schema = 1\n{stores}[lines.{subject.line}]\ndata = "data"\n')
     return roots
@@ -506,7 +506,7 @@ def held_against(workspace: Workspace, subject: Subject, ledger: Ledger, told: l
 
 
 def another_first(workspace: Workspace, subject: Subject, ledger: Ledger) -> None:
-    """A version 4 which, like 1, the gate let through when there was no champion."""
+    """Register a version 4 which, like 1, the gate let through when there was no champion."""
     judged(workspace, ledger, subject, 4, "promote", "")
     if ledger is not workspace.ledger:
         gate(ledger, subject, 1, rules.verdict(workspace, subject, 1))
@@ -519,7 +519,7 @@ def test_promotion_that_was_overtaken_while_it_looked_is_told_by_whom(
 
     def overtaken(catalog: Catalog, of: Subject, number: int) -> Version:
         monkeypatch.setattr(Catalog, "version", looked)
-        # of another host, which the file lock does not stop
+        # The ledger of another host, which the file lock does not stop.
         other = Ledger(workspace.database, workspace.keys, workspace.work / "seen there")
         facts = {"version": 1, "from": None, "weights": weights(1), "gate": "promote", "decision": "", "overruled": False}
         other.append("promotion", str(of), "faster", facts, who="anna")
@@ -568,7 +568,7 @@ def test_alias_that_the_gate_refuses_is_put_back_and_the_refusal_is_kept(
     workspace: Workspace, subject: Subject, client: MlflowClient
 ):
     rules.promote(workspace, subject, 1, "first")
-    for _ in range(2):  # the second time it fills neither ledger nor page
+    for _ in range(2):  # the second time, nothing is added to ledger and page
         client.set_registered_model_alias(subject.model, "champion", "3")
         result = ferry(workspace, "reconcile")
         assert result.exit_code == 5
@@ -660,7 +660,7 @@ def waiting_version(workspace: Workspace, subject: Subject, number: int) -> None
 
 
 def test_waiting_version_is_listed_and_promoted_by_a_named_person(workspace: Workspace, approved: Subject):
-    for _ in range(2):  # a schedule comes again
+    for _ in range(2):  # a schedule asks again
         waiting_version(workspace, approved, 1)
     assert champion(workspace, approved) is None
     listed = ferry(workspace, "approve")
@@ -679,7 +679,7 @@ def test_waiting_version_is_listed_and_promoted_by_a_named_person(workspace: Wor
 
 @pytest.mark.parametrize("when", ["before it was asked", "while it waits"])
 def test_approval_is_of_the_weights_that_the_gate_saw(workspace: Workspace, approved: Subject, client: MlflowClient, when: str):
-    # An MLflow user edits the tag, and a person approves what stands there.
+    # An MLflow user edits the tag, and a person approves what the tag says.
     if when == "while it waits":
         waiting_version(workspace, approved, 1)
     client.set_model_version_tag(approved.model, "1", "weights.sha256", "f" * 64)
@@ -721,7 +721,7 @@ def test_of_two_answers_at_the_same_moment_one_counts(
 
     def overtaken(ledger: Ledger, *arguments: Any) -> Entry:
         monkeypatch.setattr(Ledger, "append", append)
-        # of another host, which the file lock does not stop
+        # The ledger of another host, which the file lock does not stop.
         other = Ledger(workspace.database, workspace.keys, tmp_path / "seen there")
         other.append("refusal", str(approved), "too dark", {"how": "approval", "version": 1}, who="anna")
         other.close()
@@ -768,7 +768,7 @@ def test_alias_names_nobody_and_so_approves_nothing(workspace: Workspace, approv
     [
         (Alias(None, "", 0), "agrees"),
         (Alias(1, weights(1), 0), "refused"),  # the ledger never heard of it
-        (Alias(1, weights(1), 4), "put back"),  # MLflow follows a ledger that is gone
+        (Alias(1, weights(1), 4), "put back"),  # MLflow's alias follows a ledger that is gone
     ],
 )
 def test_alias_without_any_promotion(alias: Alias, answer: str):
@@ -776,7 +776,7 @@ def test_alias_without_any_promotion(alias: Alias, answer: str):
 
 
 def history(*rows: tuple[str, int, dict[str, Any]]) -> list[Entry]:
-    """Entries of one subject: kind, version and further facts."""
+    """Make entries of one subject from kind, version and further facts."""
     return [
         Entry(
             number=number, previous="0" * 64, kind=kind, subject="shapes/I/full", who="ada", when="2026-11-28T10:00:00+00:00", why="why",
@@ -791,7 +791,7 @@ def promotion(version: int, left: int | None, **facts: Any) -> tuple[str, int, d
 
 
 def seal_of(version: int, scorecard: str) -> dict[str, Any]:
-    """The facts of a seal of version 1, whose weights are those of `version`."""
+    """Return the facts of a seal of version 1, whose weights are those of `version`."""
     made = Seal(
         subject="shapes/I/full", version=1, weights=weights(version), lineage="d" * 64, scorecard=scorecard, data_rev="0" * 40,
         data_md5="0" * 32 + ".dir", code="1" * 64, parent=None, teacher=None, files={},
@@ -844,9 +844,9 @@ sys.exit(not ask_in_prefect(Workspace(Path(sys.argv[1])), Subject.parse(sys.argv
 
 
 def prefect(address: str, secret: str, path: str, body: dict[str, object]) -> Any:
-    """What Prefect's page asks of its server."""
+    """Ask Prefect's server as its page does."""
     headers = {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
-    for _ in range(20):  # its database may be locked for longer than it waits; its page and client ask again, too
+    for _ in range(20):  # its database may be locked for longer than it waits; its page and client retry, too
         answer = httpx.post(f"{address}/api{path}", json=body, headers=headers, timeout=60)
         if answer.status_code != 503:
             break

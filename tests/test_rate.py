@@ -1,4 +1,4 @@
-"""People rate blind: nothing on the page tells whose an image is, only finished sheets count, and few answers say nothing."""
+"""People rate blind: nothing on the page shows whose an image is, only finished sheets count, and few answers decide nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dealt(pairs: int = 20, seed: int = 1, identity: str = IDENTITY) -> Sheet:
 
 
 def answered(sheet: Sheet, wins: int, losses: int, rater: str = "Anna") -> Answers:
-    """So many votes for the challenger, so many against it, the rest alike."""
+    """Fill in a sheet with so many votes for the challenger, so many against it, and the rest alike."""
     wanted = ["challenger"] * wins + ["before"] * losses + ["equal"] * (len(sheet.captions) - wins - losses)
     votes = [
         "=" if want == "equal" else "1" if (want == "challenger") == left else "2"
@@ -70,7 +70,7 @@ def test_page_does_not_tell_whose_an_image_is():
         rating.page(side, [(b"left", b"right")] * 20)
         for side in (sheet, sheet.model_copy(update={"challenger_left": [not s for s in sheet.challenger_left]}))
     ]
-    assert pages[0] == pages[1]  # the lot does not reach the page
+    assert pages[0] == pages[1]  # the drawn sides do not reach the page
     shown = json.loads(re.search(r'id="shown">(.*?)</script>', pages[0]).group(1))  # type: ignore[union-attr]
     assert shown.keys() == {"sheet", "captions", "pairs"}
     assert shown["pairs"][0] == [base64.b64encode(side).decode() for side in (b"left", b"right")]
@@ -155,7 +155,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 @pytest.fixture
 def sheet(made: Workspace, request: pytest.FixtureRequest) -> Sheet:
-    """A sheet of its own for each test, kept in the workspace."""
+    """Provide a sheet of its own for each test, kept in the workspace."""
     identity = hashlib.md5(request.node.name.encode()).hexdigest()
     sheet = dealt(identity=identity)
     (made.root / "ratings").mkdir(exist_ok=True)
@@ -191,7 +191,7 @@ def test_answers_in_files_become_decisions_of_record(made: Workspace, sheet: She
 def call(
     address: str, data: bytes | None = None, path: str = "", host: str = "", origin: str | None = None
 ) -> tuple[int, str, dict[str, str]]:
-    """A request as a browser at the address would send it, or with some of it otherwise."""
+    """Send a request as a browser at the address would, or with parts of it changed."""
     url = urlsplit(address)
     connection = HTTPConnection(url.netloc, timeout=10)
     headers = {"Host": host or url.netloc}
@@ -205,7 +205,7 @@ def call(
 
 
 def announce(address: str, length: str) -> int:
-    """The status of a request that only says how long it will be."""
+    """Return the status of a request that only announces its length."""
     url = urlsplit(address)
     connection = HTTPConnection(url.netloc, timeout=10)
     connection.putrequest("POST", url.path + "answers")
@@ -245,7 +245,7 @@ def test_others_can_neither_read_a_sheet_nor_answer_it(made: Workspace, sheet: S
         assert call(address, good, host=f"evil.example:{port}", origin=f"http://evil.example:{port}")[0] == 421
         assert call(address, good, origin="http://evil.example")[0] == 403
         assert call(address, good, origin="null")[0] == 403
-        assert call(address, good, origin="")[0] == 403  # a program without one has `--answers`
+        assert call(address, good, origin="")[0] == 403  # a program, which sends no Origin, can use `--answers`
         for length in (str(rating.MAX_ANSWERS + 1), "-1", "many", "9" * 5000):
             assert announce(address, length) == 413
         assert call(address, b"{}")[0] == 400

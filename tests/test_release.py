@@ -1,4 +1,4 @@
-"""The factory's side: keys, bundles, deltas, the signed repository, and the places where it is published."""
+"""The factory's side: keys, bundles, deltas, the signed repository, and where it is published."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytest_plugins = ("tests.fleet_kit",)
 
 
 def clone(bundle: Bundle, version: int) -> Bundle:
-    """The same files under another manifest: a release that costs nothing to build."""
+    """Put the same files under another manifest: a release that costs nothing to build."""
     manifest = bundle.manifest.model_copy(update={"origin": origin(version)})
     return replace(bundle, manifest=manifest)
 
@@ -54,7 +54,7 @@ def versions(repository: Repository) -> dict[str, int]:
 
 @pytest.fixture
 def own_keys(keys: KeyRing, tmp_path: Path) -> KeyRing:
-    """A copy of the key ring, to be damaged."""
+    """Copy the key ring, to be damaged."""
     shutil.copytree(keys.folder, tmp_path / "keys")
     return KeyRing(tmp_path / "keys")
 
@@ -177,7 +177,7 @@ TOLD: dict[str, Any] = {"ledger": LEDGER, "version": 1, "full_bytes": 1, "revert
 
 @pytest.mark.parametrize("number", [2**53, 2**53 + 1, 2**70, 0, -1, "1", None])
 def test_release_number_that_no_ferry_gave_is_said(repository, bundles, number):
-    """A thief of the models key signed it, or somebody's copy of the repository was restored."""
+    """Report a number that a thief of the models key signed, or that came with a restored copy of the repository."""
     first = release(repository, bundles["first"])
     name_manifest(repository, bundles["first"].manifest, number, **TOLD)
     with pytest.raises(OperatorError, match="run `ferry trust rotate models`"):
@@ -232,7 +232,7 @@ def test_same_bundle_is_same_release(repository, bundles):
 
 
 def test_known_bundle_gets_new_deltas(repository, bundles, tmp_path):
-    # Going back: the bundle is published already, the way to it from what runs now is not.
+    # Going back: the bundle is published already, but not the delta to it from what runs now.
     first = publish(repository, bundles["first"])
     release(repository, bundles["second"])
     back = make_delta(bundles["second"], bundles["first"], tmp_path)
@@ -361,11 +361,11 @@ def test_root_is_the_anchor(repository):
 
 
 class Cut(Exception):  # noqa: N818
-    """Stands for the power cut."""
+    """A simulated power cut."""
 
 
 def cut_before(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let the process die when it is about to write a file."""
+    """Make the process die when it is about to write a file."""
     write = repository_module._write
 
     def dying(path: Path, data: bytes) -> None:
@@ -419,7 +419,7 @@ def assembled(exports: dict[Any, Path], out: Path, **fields: Any) -> Bundle:
 
 @pytest.fixture
 def export(exported, tmp_path) -> Path:
-    """A copy of the exported files, to be damaged."""
+    """Copy the exported files, to be damaged."""
     shutil.copytree(exported.folder, tmp_path / "export")
     return tmp_path / "export"
 
@@ -502,7 +502,7 @@ def test_delta_is_smaller_and_says_how(bundles, step, tmp_path):
 
 
 def test_delta_no_smaller_is_dropped(export, tmp_path):
-    # A graph that is next to nothing, and nothing but noise beside it.
+    # An almost empty graph, and weights that are nothing but noise.
     initializer = onnx.TensorProto(name="w", data_type=onnx.TensorProto.BFLOAT16, dims=[5000])
     initializer.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", "weights.bin"), ("offset", "0"), ("length", "10000")):
@@ -532,7 +532,7 @@ def test_delta_is_proved_before_use(bundles, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "build", faulty)
     with pytest.raises(DeltaError):
         make_delta(bundles["first"], bundles["second"], tmp_path)
-    assert list(tmp_path.iterdir()) == []  # nothing unproved is left where deltas are taken from
+    assert list(tmp_path.iterdir()) == []  # no unproved delta is left where deltas are taken from
 
 
 def test_delta_over_another_graph_still_follows_the_weights(bundles, export, tmp_path):
@@ -621,7 +621,7 @@ def test_unknown_scheme_refused(repository, tmp_path, url):
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
-    """An S3 server on a free port of the loopback."""
+    """Start an S3 server on a free port of the loopback."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -641,7 +641,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bucket(s3_server: str, credentials: None, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """An empty bucket of the test's own."""
+    """Create an empty bucket of the test's own."""
     name = "b-" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
     made = boto3.resource("s3", endpoint_url=s3_server).Bucket(name)
     made.create()
@@ -654,7 +654,7 @@ def contents(bucket: Any, prefix: str = "") -> dict[str, bytes]:
 
 
 def puts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The keys that are put from now on, in order, as the client sends them."""
+    """Collect the keys that are put from now on, in order, as the client sends them."""
     seen: list[str] = []
     boto3.setup_default_session()
     boto3.DEFAULT_SESSION.events.register("before-parameter-build.s3.PutObject", lambda params, **_: seen.append(params["Key"]))

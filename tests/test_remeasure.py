@@ -1,4 +1,4 @@
-"""`ferry remeasure`: new feature spaces for a line, its champion and best version measured in them, and nothing else changed."""
+"""`ferry remeasure`: new feature spaces for a line; its champion and best version are measured in them; nothing else changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GATE = "\n[lines.shapes.gate]\nimages = 24\n"
 
 @pytest.fixture
 def workspace(checkpoint: Checkpoint, exported: Export, tmp_path: Path) -> Iterator[Workspace]:
-    """As an older ferry left it: a champion, and feature spaces of which there are two."""
+    """Create a workspace as an older version left it: with a champion, and with only two feature spaces."""
     made = create(tmp_path / "ws", [], SETTINGS.replace("\n[lines.empty]", f"{GATE}\n[lines.empty]"))
     write_images(made.root / "data/shapes")
     versions.add(made.root, "data/shapes", "shapes", "first")
@@ -72,7 +72,7 @@ def test_line_of_an_older_ferry_gets_the_new_space_by_one_command(workspace: Wor
     assert spaces.names == ("trained", "random", "scattering")
     made = json.loads(told.stdout)
     assert (made["spaces_sha256"], made["before"], made["versions"]) == (spaces.sha256, before, ["shapes/I/full 1"])
-    assert digest(workspace.root / "features" / f"shapes.{before[:16]}.safetensors") == before  # past figures can be had again
+    assert digest(workspace.root / "features" / f"shapes.{before[:16]}.safetensors") == before  # past figures can be reproduced
     (facts,) = measured(workspace)
     assert (facts["version"], facts["spaces"], facts["before"]) == (1, spaces.sha256, before)
     assert [(q["space"], q["space_sha256"], q["n"]) for q in facts["quality"]] == [(s, spaces.sha256, 24) for s in spaces.names]
@@ -122,7 +122,7 @@ def test_killed_call_is_rerun_and_records_once(workspace: Workspace, monkeypatch
             remeasure.remeasure(workspace, "shapes", "for a test")
     assert digest(workspace.feature_spaces("shapes")) == before
     assert len(workspace.ledger.entries()) == entries + (cut != "before the ledger")
-    assert remeasure.figures(workspace, SUBJECT, 1) is None  # what was measured in spaces that are not in use is not shown
+    assert remeasure.figures(workspace, SUBJECT, 1) is None  # figures in spaces that are not in use are not shown
     made = remeasure.remeasure(workspace, "shapes", "for a test")
     assert made.versions == ([] if cut != "before the ledger" else ["shapes/I/full 1"])
     assert digest(workspace.feature_spaces("shapes")) == made.spaces_sha256 != before
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(workspace: Workspace):
         in ferry(workspace, "shapes", "--reason", "x").stderr
     )
     settings.write_text(whole)
-    write_images(workspace.root / "data/shapes", 9)  # which nobody recorded
+    write_images(workspace.root / "data/shapes", 9)  # not recorded
     assert "data/shapes" in ferry(workspace, "shapes", "--reason", "x").stderr
     assert digest(workspace.feature_spaces("shapes")) == before
     workspace.feature_spaces("shapes").write_bytes(b"torn")

@@ -1,4 +1,4 @@
-"""The page is one self-contained file that counts honestly, and what strangers wrote in it stays text."""
+"""The page is one self-contained file with honest counts, and what strangers wrote in it stays text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WORK = Work(joules=3.6, update_bytes=906_000, training_seconds=360)
 
 
 def samples(rows: int = 3, columns: int = 5, cell: int = 66) -> bytes:
-    """A picture as large as those of the page."""
+    """Make a picture as large as those of the page."""
     rng = np.random.default_rng(0)
     file = BytesIO()
     pixels = rng.integers(0, 255, (rows * cell // 4, columns * cell // 4), dtype=np.uint8)
@@ -130,7 +130,7 @@ def test_page_shows_figures_and_way_back(shown: str):
 def test_real_images_stand_beside_what_is_drawn():
     drawn, real = samples(), samples(2)
     beside = replace(REPORT.models[0], samples=drawn, real=real)
-    alone = replace(beside, real=None)  # of a version that an older ferry registered
+    alone = replace(beside, real=None)  # like a version that an older ferry registered
     shown = [base64.b64encode(picture).decode() for picture in (drawn, real)]
     page = render(replace(REPORT, models=[beside]))
     assert [page.count(picture) for picture in shown] == [1, 1]
@@ -215,7 +215,7 @@ def test_captions_that_are_drawn_worst_are_named():
         for caption, share in (("brick", 0.9), ("hole", 0.12), ("stain", -0.2), ("mesh", 0.8), ("new", None))
     ]
     assert worst(rows) == ["stain: 0 %", "hole: 12 %", "mesh: 80 %"]
-    assert worst([asked(0.1, apart_se=0.2)]) == []  # no feature space tells it apart, so how far it is drawn is not known
+    assert worst([asked(0.1, apart_se=0.2)]) == []  # no feature space tells it apart, so how well it is drawn is not known
     page = render(replace(REPORT, models=[replace(REPORT.models[0], worst=worst(rows)), *REPORT.models[1:]]))
     assert "stain: 0 % · hole: 12 % · mesh: 80 %" in page
     assert "What it draws worst" not in render(REPORT)

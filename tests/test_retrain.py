@@ -1,4 +1,4 @@
-"""What makes a retraining run, and what is left of it when it is killed: real processes, a real Prefect server."""
+"""What starts a retraining, and what is left of it when it is killed: real processes, a real Prefect server."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ OUTPUTS = ["data/*/metadata.jsonl", "runs/*/lineage.json", "exports/*/reference.
 
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a process that uses one Prefect server for all of these tests."""
+    """Provide the environment of a process that uses one Prefect server for all of these tests."""
     workspace = create(tmp_path_factory.mktemp("prefect") / "ws", [], SETTINGS)
     with server(workspace) as (address, _):
         yield clean_environment() | {"PREFECT_API_URL": address, "PREFECT_API_AUTH_STRING": os.environ["PREFECT_API_AUTH_STRING"]}
@@ -89,7 +89,7 @@ def test_killed_in_any_task_it_goes_on_there(tmp_path: Path, prefect: dict[str, 
         )
         assert process.returncode == -signal.SIGKILL, (where, process.stderr)
         assert all(path.stat().st_mtime == when for path, when in made.items()), f"done again after {where}"
-        for pattern in OUTPUTS[:place]:  # of the tasks that were done when it was killed; its own is begun again
+        for pattern in OUTPUTS[:place]:  # outputs of the tasks that were done before the kill; the killed task starts again
             made |= {path: path.stat().st_mtime for path in killed.work.glob(pattern)}
         assert len(made) == min(place, len(OUTPUTS))
     assert retrained(killed, prefect)["outcome"] == "promote"
@@ -130,7 +130,7 @@ configuration = "II"
 
 
 def test_one_variant_that_fails_loses_no_other(tmp_path: Path, prefect: dict[str, str]):
-    """Configurations in parallel; what one of them needs is in the way of the other's export."""
+    """Run two configurations in parallel; the export of one fails, and the other is registered all the same."""
     workspace = prepared(tmp_path / "ws", BOTH)
     broken = (
         "import sys; from flows import cli, steps; real = steps.export.export\n"
@@ -154,7 +154,7 @@ def test_one_variant_that_fails_loses_no_other(tmp_path: Path, prefect: dict[str
 
 
 def test_each_event_makes_one_run(tmp_path: Path, prefect: dict[str, str]):
-    """New data, an event left twice, a `ferry serve` that is killed and started again."""
+    """Leave new data, an event twice, and a `ferry serve` that is killed and started again."""
     workspace = prepared(tmp_path / "factory", SETTINGS.replace("steps = 60", "steps = 400"))
     command = [*FERRY, "-w", str(workspace.root), "serve", "--cron", "0 0 1 1 *", "--look-every", "1"]
 

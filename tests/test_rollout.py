@@ -122,7 +122,7 @@ def test_halt_stops_everybody():
 
 
 def test_release_that_is_waited_for_is_not_settled():
-    # What was fetched of it is kept.
+    # What was already fetched of it is kept.
     assert not want(policy(waves=[])).settled
     assert not want(policy(), state=State(active=CURRENT, seq=4)).settled
 
@@ -281,7 +281,7 @@ def test_policy_described_for_people(made, sentence):
     assert rollout.describe(made, NOON) == sentence
 
 
-# Whether what was tried is fit to run
+# Whether a bundle that was tried is fit to run
 
 
 def reference(low: float, high: float, latency: float = 100.0) -> Reference:

@@ -26,7 +26,7 @@ CAPTIONS = ["bar", "", "disc"]
 
 @pytest.fixture(scope="module")
 def factory(exported: Export) -> session.Session:
-    """The exported model as the factory opens it, on one thread like the device."""
+    """Open the exported model as the factory does, on one thread like the device."""
     return session.load(exported.folder, threads=1)
 
 
@@ -135,7 +135,7 @@ def test_damaged_graph_not_loaded(exported, damage):
 
 
 def test_graph_opens_no_other_file(exported, tmp_path, monkeypatch):
-    # The same graph, naming another file of the same length for its weights.
+    # The same graph, but it names another file of the same length for its weights.
     monkeypatch.chdir(tmp_path)
     weights = (exported.folder / "weights.bin").read_bytes()
     graph = (exported.folder / "graph.onnx").read_bytes().replace(b"weights.bin", b"secrets.bin")

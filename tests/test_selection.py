@@ -47,7 +47,10 @@ def card(
     milliseconds: float = 10,
     against: str = CHAMPION,
 ) -> Scorecard:
-    """A challenger with (difference, standard error) to the champion on new and old data; the margin is half of the champion's 0.1."""
+    """Make the scorecard of a challenger with (difference, standard error) to the champion on new and old data.
+
+    The margin is half of the champion's 0.1.
+    """
     quality = [
         Quality(
             space=space, space_sha256="f" * 64, split=split, n=n, reference=reference, groups=groups, fd=1, fd_se=0.1, kd=0.02,
@@ -122,7 +125,7 @@ def test_floors_hold_with_and_without_a_champion(champion: str | None):
 def test_better_point_value_with_wide_interval_is_not_promoted():
     decision = judged(card(new=(-0.01, 0.04)))
     assert decision.outcome == "more data"
-    # 100 * (2.394 * 0.04 / 0.01)²; generating more alone would not do, so the groups are named too
+    # 100 * (2.394 * 0.04 / 0.01)²; more generated images alone would not suffice, so the groups are named too
     assert "is undecided at n = 100 and 10000 held-out groups, about 9173 and 917292 are needed next time" in decision.reason
 
 
@@ -160,7 +163,7 @@ def test_many_variants_decided_together_need_more_evidence():
 
 
 def student(delta: float, se: float) -> Scorecard:
-    """A challenger that passes everything else, with this difference to `full` drawn at as many evaluations."""
+    """Make a challenger that passes everything else, with this difference to `full` drawn at as many evaluations."""
     beside = [
         row.model_copy(update={"against": "solver", "against_sha256": "e" * 64, "delta": delta, "se": se})
         for row in card().comparisons
@@ -203,9 +206,9 @@ def test_margin_is_a_share_of_the_champions_distance_or_of_what_real_images_lie_
     assert judged(card(old=(0.04, 0.005))).outcome == "promote"  # upper bound 0.048 of 0.05
     assert judged(card(old=(0.045, 0.005))).outcome == "more data"
     made = card(old=(0.045, 0.005))
-    apart = [row.model_copy(update={"band": 0.04, "captions_band": 0.04}) for row in made.quality]  # 1.5 of these are 0.06
+    apart = [row.model_copy(update={"band": 0.04, "captions_band": 0.04}) for row in made.quality]  # 1.5 times this is 0.06
     assert judged(made.model_copy(update={"quality": apart})).outcome == "promote"
-    mixed = [row.model_copy(update={"band": 0.04}) for row in made.quality]  # of pairs with captions they are still 0.03
+    mixed = [row.model_copy(update={"band": 0.04}) for row in made.quality]  # for pairs with captions it is still 0.03
     assert judged(made.model_copy(update={"quality": mixed})).outcome == "more data"
     best = [row.model_copy(update={"champion_kd": -0.01}) for row in card(old=(0.02, 0.005)).comparisons]
     assert (
@@ -222,7 +225,7 @@ def test_decision_keeps_every_number_that_made_it():
 
 
 def anchored(new: tuple[float, float], old: tuple[float, float], made: Scorecard | None = None) -> Decision:
-    """A challenger that passes against the champion, with these differences to the best model ever."""
+    """Judge a challenger that passes against the champion, with these differences to the best model ever."""
     made = made or card()
     beside = [
         row.model_copy(update={"against": "anchor", "against_sha256": ANCHOR, "delta": delta, "se": se})
@@ -264,7 +267,7 @@ def test_missing_comparison_with_the_anchor_is_a_refusal():
     ("new", "old", "moves"),
     [
         ((-0.1, 0.01), (-0.1, 0.01), True),
-        ((-0.1, 0.01), (0.0, 0.005), False),  # better on the new data, only not worse on the old: the old must not slip away
+        ((-0.1, 0.01), (0.0, 0.005), False),  # better on the new data, but only not worse on the old, which must not decay
         ((0.0, 0.005), (-0.1, 0.01), False),
         ((-0.01, 0.02), (-0.1, 0.01), False),  # perhaps better
     ],
@@ -275,7 +278,10 @@ def test_anchor_moves_only_to_what_is_better_everywhere(new: tuple[float, float]
 
 
 def test_anchor_stays_where_one_place_is_only_not_worse():
-    """Else the best model ever could lose in one feature space, step by step, what it gains in another."""
+    """Keep the anchor if the new model is better in all places but one.
+
+    Otherwise the best model ever could lose in one feature space, step by step, what it gains in another.
+    """
     made = card()
     for place in range(len(made.comparisons)):
         rows = [
@@ -300,7 +306,7 @@ def test_champion_that_is_the_anchor_is_not_compared_twice():
     assert decide(card(old=(-0.1, 0.01)), LIMITS, BUDGETS, CHAMPION, anchor=CHAMPION).becomes_anchor
     tight = LIMITS.model_copy(
         update={"total_tolerance": 0.5}
-    )  # tighter than the margin: then the champion's rows have to hold it
+    )  # tighter than the margin: then the champion's rows have to meet it
     assert decide(card(old=(0.04, 0.005)), tight, BUDGETS, CHAMPION, anchor=CHAMPION).outcome == "refuse"
 
 
@@ -363,7 +369,7 @@ def test_levels_are_handed_on_by_what_passes_only():
     assert level(0.06, 3, None) == pytest.approx(0.02)
     assert level(0.06, 3, passed.model_copy(update={"level": 0.02})) == pytest.approx(0.04)
     assert level(0.06, 3, refused.model_copy(update={"level": 0.02})) == pytest.approx(0.02)
-    reason = judged(card(new=(0.0, 0.005)))  # its superiority was not shown, so it has used what it could take
+    reason = judged(card(new=(0.0, 0.005)))  # its superiority was not shown, so it has used up its level
     assert level(0.06, 3, reason.model_copy(update={"level": 0.02})) == pytest.approx(0.02)
 
 
@@ -400,13 +406,13 @@ def test_models_that_were_not_compared_are_not_tied():
     assert choose([candidate("1", None), second], {("1" * 64, "2" * 64): between(0.0, 0.01)}) == second
 
 
-# Places that differ: what the gate looks at is looked at in each of them
+# One place (space, split, aspect) differs: the gate looks at each place by itself
 
 PLACES = [(space, split, aspect) for split in SPLITS for space in SPACES for aspect in ASPECTS]
 
 
 def only(rows: Sequence[Any], space: str, split: str | None, **fields: Any) -> list[Any]:
-    """Rows of which one place's has other values."""
+    """Change values in the rows of one place only."""
     return [
         row.model_copy(update=fields) if row.space == space and split in (None, getattr(row, "split", None)) else row
         for row in rows
@@ -431,7 +437,7 @@ def test_worse_in_one_place_is_harm(space: str, split: str, aspect: str):
 
 @pytest.mark.parametrize(("space", "split", "aspect"), PLACES)
 def test_band_of_real_images_is_that_of_the_same_place(space: str, split: str, aspect: str):
-    """Where real images lie far apart, much may be lost, and nowhere else."""
+    """Allow a large loss only in the place where real images lie far apart."""
     made = card(new=(0.06, 0.005), old=(0.06, 0.005))
     wide = [
         row.model_copy(update={"captions_band" if aspect == "captions" else "band": 0.05})
@@ -445,7 +451,7 @@ def test_band_of_real_images_is_that_of_the_same_place(space: str, split: str, a
 
 @pytest.mark.parametrize(("space", "split", "aspect"), PLACES)
 def test_margin_is_that_of_the_same_place(space: str, split: str, aspect: str):
-    """Where the champion is near to the data, little may be lost, and nowhere else."""
+    """Allow only a small loss where the champion is near to the data, and the usual loss elsewhere."""
     made = card(new=(0.03, 0.005), old=(0.03, 0.005))
     near = [
         row.model_copy(update={"champion_kd": 0.01}) if (row.space, row.split, row.aspect) == (space, split, aspect) else row
@@ -546,11 +552,11 @@ def test_caption_that_is_dropped_is_refused():
     ) in dropped.reason
     assert (
         judged(made.model_copy(update={"asked": [asked(0.3, champion_share=0.5)]})).outcome == "promote"
-    )  # more than half of that
+    )  # more than half of the champion's share
     assert judged(made.model_copy(update={"asked": [asked(0.3, champion_share=0.7)]})).outcome == "refuse"
     assert (
         judged(made.model_copy(update={"asked": [asked(0.35, champion_share=1.4)]})).outcome == "promote"
-    )  # than a third of all
+    )  # more than a third of what tells real images apart
     assert "word 'hole'" in judged(made.model_copy(update={"asked": [asked(0.1, word=True, caption="hole")]})).reason
     assert judged(made.model_copy(update={"asked": [asked(0.5, se=0.06)]})).outcome == "more data"
 
@@ -638,7 +644,7 @@ def test_model_of_odd_images_is_refused(counts: dict[str, int], says: str):
         (0.04, 0.02, 0.1, "promote"),
         (0.04, 0.03, 0.1, "more data"),
         (0.085, 0.02, 0.1, "refuse"),
-        (0.085, 0.02, 0.3, "promote"),  # half of what the champion has, if that is more
+        (0.085, 0.02, 0.3, "promote"),  # the limit is half of the champion's share, if that is more
         (0.16, 0.02, 0.3, "refuse"),
         (-0.2, 0.02, 0.3, "promote"),
     ],
@@ -660,7 +666,7 @@ def test_images_unlike_all_real_ones_may_not_become_much_more_frequent(more: flo
     for pairs in (None, 0, 1):
         alone = made.model_copy(update={"plausibility": some.model_copy(update={"pairs": pairs})})
         assert judged(alone).outcome == "promote"
-    assert judged(made, None).outcome == "promote"  # a first version has nothing beside it
+    assert judged(made, None).outcome == "promote"  # a first version is compared with nothing
 
 
 def test_copies_are_counted_by_the_images_nearer_than_any_held_out_one():
@@ -724,7 +730,7 @@ def test_set_that_shares_half_of_its_groups_inherits_attempts():
     for shared, inherits in ((20, True), (19, False), (0, False)):
         mixed = sorted([*GROUPS[:shared], *fresh[: 40 - shared]])
         assert (spent(0.05, mixed, "f" * 64, [looked("1" * 64)]) < first) == inherits
-    assert spent(0.05, [], "f" * 64, [looked("1" * 64, [])]) == first  # an older ferry kept none
+    assert spent(0.05, [], "f" * 64, [looked("1" * 64, [])]) == first  # an older version kept no groups
 
 
 def test_first_versions_take_no_chance():
@@ -740,7 +746,7 @@ def test_overlap_of_large_sets_is_told_from_their_smallest_hashes():
     assert _overlap(new, new) == 1
 
 
-# Scorecards and decisions of an older ferry
+# Scorecards and decisions of an older version
 
 
 def test_scorecard_of_an_older_ferry_keeps_its_hash():
@@ -769,7 +775,7 @@ def test_undecided_attempt_says_what_the_next_one_needs_which_may_take_less_of_a
     assert reasons[0] == reasons[1]
     needs = [int(re.findall(r"about (\d+) and", reason)[0]) for reason in reasons[1:]]
     tests = len([row for row in made.comparisons if row.split == "new"])
-    for alpha, need in zip((0.03, 0.0075), needs, strict=True):  # the same n times the square of what the interval must shrink by
+    for alpha, need in zip((0.03, 0.0075), needs, strict=True):  # n times the square of how much the interval must shrink
         assert need == pytest.approx(100 * (stats.t.ppf(1 - alpha / tests, 9999) * 0.04 / 0.01) ** 2, abs=1)
 
 

@@ -1,7 +1,7 @@
-"""The loop on real servers, started here on free ports of the loopback: `make test-servers`.
+"""The loop on real servers, which the tests start on free ports of the loopback: `make test-servers`.
 
-The same story is told with nothing but files, with Prefect's and MLflow's servers, and with PostgreSQL and S3 behind them; then MLflow is
-taken away in the middle of it.
+The same story runs with nothing but files, with Prefect's and MLflow's servers, and with PostgreSQL and S3 behind them.
+Then MLflow is taken away in the middle of it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Engines:
 
 @contextmanager
 def running(words: list[str], address: str, log: Path, **environment: str) -> Iterator[str]:
-    """A server of ours, up when the block begins and gone when it ends."""
+    """Run a server of ours, which is up when the block begins and gone when it ends."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     with log.open("ab") as out:
         started = subprocess.Popen(
@@ -82,18 +82,18 @@ def free_port() -> int:
 
 @contextmanager
 def mlflow_server(backend: str, artifacts: str, folder: Path, **environment: str) -> Iterator[str]:
-    """MLflow with its files proxied, so that clients need no way to them."""
+    """Run MLflow with its files proxied, so that clients need no access to where they are."""
     port = free_port()
     words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--backend-store-uri", backend]
     words += ["--serve-artifacts", "--artifacts-destination", artifacts]
-    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes more, for what judges chats
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # it would start eight more processes, to judge chats
     with running(words, f"http://127.0.0.1:{port}", folder / "mlflow.log", **environment) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the API of a Prefect server."""
+    """Provide the address of the API of a Prefect server."""
     folder, port = tmp_path_factory.mktemp("prefect"), free_port()
     words = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     quiet = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
@@ -110,7 +110,7 @@ def mlflow_on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """The address of an S3 server with one empty bucket."""
+    """Provide the address of an S3 server with one empty bucket."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -129,7 +129,10 @@ def bucket(address: str) -> Any:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL server, without a database; Debian's, which refuses to run as root."""
+    """Provide the URL of a PostgreSQL server, to which the name of a database is added.
+
+    Debian's PostgreSQL refuses to run as root, so `postgres` runs it then.
+    """
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
     if not found:
         pytest.skip("there is no PostgreSQL; `apt-get install postgresql` brings it")
@@ -151,7 +154,7 @@ def postgres() -> Iterator[str]:
     options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
     call("pg_ctl", "start", *place, "--wait", "--timeout", "300", "--log", str(folder / "server.log"), "-o", options)
     try:
-        for database in ("mlflow", "ferry", "promotions"):  # a ledger is signed by one workspace
+        for database in ("mlflow", "ferry", "promotions"):  # several, as only one workspace signs a ledger
             call("createdb", "--host", "127.0.0.1", "--port", str(port), "--username", "ferry", database)
         yield f"postgresql://ferry@127.0.0.1:{port}"
     finally:
@@ -183,7 +186,7 @@ def engines(request: pytest.FixtureRequest) -> Engines:
 
 @contextmanager
 def opened(root: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch, line: str = "shapes") -> Iterator[Workspace]:
-    """A new workspace with images that are not yet a revision."""
+    """Create a new workspace with images that are not yet a revision."""
     for name in ("PREFECT_API_URL", "PREFECT_HOME", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in engines.environment.items():
@@ -202,7 +205,7 @@ def words(workspace: Workspace, *arguments: str) -> list[str]:
 
 
 def ferry(workspace: Workspace, *arguments: str) -> dict[str, Any]:
-    """What the command answers, in a process of its own: Prefect reads its address when it is imported."""
+    """Run the command in a process of its own, because Prefect reads its address at import; return its answer."""
     done = subprocess.run(words(workspace, *arguments, "--json"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -215,7 +218,7 @@ def runs(workspace: Workspace, line: str) -> list[Run]:
 
 
 def assert_nested_and_finished(found: list[Run]) -> None:
-    """One run of the retraining, one of its only variant in it, both at their end."""
+    """Check for one run of the retraining and, nested in it, one of its only variant, both finished."""
     assert [run.info.status for run in found] == ["FINISHED"] * 2
     (parent,) = (run for run in found if RETRAINING in run.data.tags)
     (child,) = (run for run in found if RETRAINING not in run.data.tags)
@@ -265,7 +268,7 @@ def test_same_story_on_all_engines(engines: Engines, tmp_path: Path, monkeypatch
 
 
 def flow_runs(address: str) -> list[dict[str, Any]]:
-    """All that Prefect's server knows."""
+    """Return all flow runs that Prefect's server knows."""
     request = urllib.request.Request(f"{address}/flow_runs/filter", b"{}", {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         found: list[dict[str, Any]] = json.load(answer)
@@ -273,7 +276,7 @@ def flow_runs(address: str) -> list[dict[str, Any]]:
 
 
 class Between:
-    """Stands between a client and its server, sees what is asked, and can be down, silent, or lose an answer."""
+    """A proxy between a client and its server: it sees what is asked, and can be down, silent, or lose an answer."""
 
     def __init__(self, server: str) -> None:
         self._server = ("127.0.0.1", int(server.rsplit(":", 1)[1]))
@@ -297,7 +300,7 @@ class Between:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        """One connection; an answer is passed on as a whole before the next request is read."""
+        """Serve one connection; an answer is passed on as a whole before the next request is read."""
         with client, socket.create_connection(self._server) as server, suppress(OSError):
             threading.Thread(target=self._back, args=(client, server), daemon=True).start()
             try:
@@ -348,7 +351,7 @@ def test_registration_that_was_cut_is_done_once_when_repeated(
                 begun.send_signal(signal.SIGKILL)
             between.down = True
 
-        between.when = (b"/bundle/weights.bin", cut)  # in the middle of what a version consists of
+        between.when = (b"/bundle/weights.bin", cut)  # in the middle of a version's files
         out, said = begun.communicate()
         if lost == "server":
             assert (begun.returncode, out) == (4, "")
@@ -359,9 +362,9 @@ def test_registration_that_was_cut_is_done_once_when_repeated(
             assert "Traceback" not in said
         between.down = False
         assert workspace.catalog.versions(subject) == []
-        assert "RUNNING" in {run.info.status for run in runs(workspace, line)}  # nobody could say that it ended
+        assert "RUNNING" in {run.info.status for run in runs(workspace, line)}  # nobody could record that it ended
 
-        between.unanswered = b"model-versions/create"  # and now it is slow: asked a second time, although it was done
+        between.unanswered = b"model-versions/create"  # now it is slow: it is asked again for what it has done
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         (row,) = ferry(workspace, "retrain", line)["models"]
         assert (row["outcome"], row["version"], row["promoted"]) == ("promote", 1, True)
@@ -385,7 +388,7 @@ def test_server_that_hangs_ends_the_command_with_one_sentence(between: Between, 
 
 
 def test_of_two_promotions_at_the_same_moment_one_wins_on_postgres(postgres: str, tmp_path: Path):
-    """Two hosts that share MLflow and the database, and no file lock."""
+    """Promote from two hosts that share MLflow and the database, but no file lock."""
     root = tmp_path / "factory"
     root.mkdir()
     (root / "ferry.toml").write_text(test_promotion.SETTINGS)

@@ -41,7 +41,7 @@ def prepared(root: Path, settings: str = SETTINGS) -> Workspace:
 
 
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Poll until something happened; fail when the process ends first or patience does."""
+    """Poll until something happened; fail if the process ends first, or after PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
         if process.poll() is not None:
@@ -57,7 +57,7 @@ def test_schedule_fires_and_ends_with_its_server(tmp_path: Path):
     command = [*FERRY, "-w", str(workspace.root), "serve", "--cron", "* * * * *"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_environment())
     try:
-        wait_for(lambda: workspace.catalog.champion(SUBJECT) is not None, process)  # what a promotion does last
+        wait_for(lambda: workspace.catalog.champion(SUBJECT) is not None, process)  # the last step of a promotion
         started = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -78,7 +78,7 @@ def test_killed_retraining_goes_on_and_ends_in_the_same_weights(tmp_path: Path):
     wait_for(lambda: any(killed.work.glob("runs/*/resume.safetensors")), process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
-    for child in children:  # its Prefect server, which it could not end itself any more
+    for child in children:  # its Prefect server, which the killed process could not end
         child.kill()
     process.communicate()
     assert killed.catalog.versions(SUBJECT) == []

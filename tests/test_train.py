@@ -1,4 +1,4 @@
-"""Training: the same inputs give the same bits, killed or not; what is not finished never looks finished."""
+"""Training: the same inputs give the same bits, killed or not; what is unfinished never looks finished."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FRESH = TrainOptions(steps=1, batch=1, warmup=0, learning_rate=1e-12, weight_dec
 
 
 class PowerCut(Exception):  # noqa: N818
-    """What ends a run in the middle."""
+    """Ends a run in the middle, as a power cut does."""
 
 
 def cut_after(step: int) -> Watcher:
@@ -65,12 +65,12 @@ def forbidden(number: int, figures: Figures) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The run that all others are held against."""
+    """Train the run with which all others are compared."""
     return train(CONFIG, dataset, VERSION, OPTIONS, tmp_path_factory.mktemp("undisturbed"))
 
 
 def test_same_inputs_give_same_bits(undisturbed: Checkpoint, dataset: Dataset, tmp_path: Path) -> None:
-    torch.rand(5)  # whatever the process drew before
+    torch.rand(5)  # what the process drew before does not matter
     again = train(CONFIG, dataset, VERSION, OPTIONS, tmp_path)
     assert again.weights_sha256 == undisturbed.weights_sha256
     assert again.lineage == undisturbed.lineage
@@ -84,7 +84,7 @@ def test_every_option_changes_weights(undisturbed: Checkpoint, dataset: Dataset,
 
 
 class Recording(FlowMatching):
-    """The usual objective; keeps what it was given, and what the network was to answer."""
+    """The usual objective, which keeps the captions that it was given and the targets for the network."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale, self.ids, self.targets = scale, list[torch.Tensor](), list[torch.Tensor]()
@@ -139,7 +139,7 @@ def test_gradient_of_a_bad_batch_is_clipped(dataset: Dataset, tmp_path: Path, mo
 
 
 def test_weights_decay_and_gains_and_biases_do_not(dataset: Dataset, tmp_path: Path) -> None:
-    """A network that answers 0 where 0 is asked for has no gradient, so only the decay moves it."""
+    """Train a network that answers 0 where 0 is asked for: without a gradient, only the decay moves it."""
     before, after = (
         train(CONFIG, dataset, VERSION, FRESH.model_copy(update=more), tmp_path / name, objective=Recording(0.0)).network()
         for name, more in (("before", {}), ("after", {"learning_rate": 0.1, "weight_decay": 1.0}))
@@ -163,7 +163,7 @@ def test_processes_share_the_rows_of_a_batch(world: int) -> None:
     ("ema", "decays"), [(0.9999, (1 / 10, 2 / 11, 3 / 12)), (0.15, (1 / 10, 0.15, 0.15)), (0.0, (0.0, 0.0, 0.0))]
 )
 def test_average_follows_the_weights(dataset: Dataset, tmp_path: Path, ema: float, decays: tuple[float, ...]) -> None:
-    """It forgets its beginning at first, so that a short run is not averaged with noise."""
+    """Forget the beginning quickly at first, so that a short run is not averaged with noise."""
     options, average = OPTIONS.model_copy(update={"ema": ema, "save_every": 1}), dict[str, torch.Tensor]()
     for step, decay in enumerate(decays, start=1):
         with pytest.raises(PowerCut):
@@ -232,7 +232,10 @@ train(config, prepare(Path(sys.argv[1]), config, Path(sys.argv[2]) / "cache", "k
 @pytest.mark.slow
 @pytest.mark.parametrize("router", ["expert-choice", "token-choice"])
 def test_two_processes_follow_the_curve_of_one(images: Path, dataset: Dataset, tmp_path: Path, router: str) -> None:
-    """torchrun with two real processes: the same loss and learning rate at every recorded step, within 1e-4 of the loss."""
+    """Run torchrun with two real processes.
+
+    At every recorded step, the learning rate is the same and the loss is the same within 1e-4 of its value.
+    """
     alone = train(CONFIG.model_copy(update={"router": router}), dataset, VERSION, OPTIONS, tmp_path / "alone")
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
@@ -314,7 +317,7 @@ def test_finished_run_of_others_is_replaced(undisturbed: Checkpoint, dataset: Da
 
 
 def test_old_lineage_never_names_new_weights(undisturbed: Checkpoint, dataset: Dataset, tmp_path: Path) -> None:
-    """The run ends between its weights and its lineage; the checkpoint that was there before must not claim them."""
+    """End the run between its weights and its lineage: the old checkpoint must not claim the new weights."""
     folder = Path(shutil.copytree(undisturbed.folder, tmp_path / "run"))
     (folder / CURVE).unlink()
     (folder / CURVE).mkdir()  # writing the curve fails
@@ -363,7 +366,7 @@ def test_parent_of_other_shape_is_refused(checkpoint: Checkpoint, dataset: Datas
         train(other, dataset, VERSION, OPTIONS, tmp_path, parent=checkpoint, watcher=Watcher(forbidden))
 
 
-# Too high from the start; so high that only the weights of the last step show it.
+# One learning rate is too high from the start. Of the other, only the weights of the last step show that it is too high.
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -387,7 +390,7 @@ def test_diverged_run_keeps_older_checkpoint(undisturbed: Checkpoint, dataset: D
 
 
 def test_broken_images_stop_training(dataset: Dataset, tmp_path: Path) -> None:
-    """A loss that is not a number at step 8 stops the run there; the state of step 5 stays for whoever looks into it."""
+    """Stop the run at step 8, whose loss is not a number; the state of step 5 stays for whoever looks into it."""
 
     class Poisoned(Dataset):
         def batch(self, seed: int, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -482,7 +485,7 @@ def test_unreadable_weights_are_refused(tmp_path: Path, content: bytes) -> None:
 
 @pytest.fixture
 def pair(checkpoint: Checkpoint, changed: Callable[[str, float], Checkpoint]) -> tuple[Network, Network]:
-    """A network a small step away from its parent, and the parent."""
+    """Provide a network a small step away from its parent, and the parent."""
     return changed("rounding", 0.05).network(), checkpoint.network()
 
 
@@ -503,7 +506,7 @@ def test_rounded_update_lies_on_grid(pair: tuple[Network, Network], grid: float)
         assert float((steps - steps.round()).abs().max()) < 1e-3
         assert float((weight - before[name]).abs().max()) <= float(step) * 0.501  # each went to the nearest point
         small = (before[name] - start).abs() < 0.499 * step
-        assert torch.equal(weight[small], start[small])  # to the bit, or the delta would pay for it
+        assert torch.equal(weight[small], start[small])  # equal to the bit, or the delta would grow
         unchanged, total = unchanged + int((weight == start).sum()), total + weight.numel()
     assert unchanged / total > {0.5: 0.15, 2.0: 0.6, 3.0: 0.8}[grid]
 

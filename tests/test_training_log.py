@@ -1,4 +1,4 @@
-"""A training watched through MLflow: live, once, and never at the price of the training."""
+"""A training watched through MLflow: live, nothing twice, and never at the expense of the training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEY = "c" * 32
 
 
 class PowerCut(Exception):  # noqa: N818
-    """What ends a run in the middle."""
+    """Ends a run in the middle, as a power cut does."""
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def test_broken_store_ends_no_training_and_is_told_once(
 ) -> None:
     def break_store(step: int) -> None:
         if step == 5:
-            workspace.catalog._client.delete_run(workspace.catalog.open_training(SUBJECT, KEY).run_id)  # in MLflow's page
+            workspace.catalog._client.delete_run(workspace.catalog.open_training(SUBJECT, KEY).run_id)  # as in MLflow's web page
 
     assert run(workspace, dataset, break_store).weights_sha256 == unwatched.weights_sha256
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert said[0].startswith("ferry: MLflow does not show this training until it is registered: MLflow refused")
-    assert len(list((workspace.work / "runs" / KEY / "samples").glob("*.png"))) == 4  # registration has them from here
+    assert len(list((workspace.work / "runs" / KEY / "samples").glob("*.png"))) == 4  # registration takes them from here
 
 
 def test_store_that_cannot_be_opened_ends_no_training(

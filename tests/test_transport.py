@@ -1,4 +1,4 @@
-"""One deadline for a whole transfer, whatever the other side spends it on, and regular files only out of a folder."""
+"""One deadline for a whole transfer, whatever the other side spends it on; a folder gives regular files only."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from tests.fleet_kit import Field
 
 pytest_plugins = ("tests.fleet_kit",)
 
-PATIENCE = 60.0  # seconds until a test that hangs is called one
+PATIENCE = 60.0  # seconds after which a test counts as hanging
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deadlines of a moment, and no second attempt."""
+    """Shorten deadlines to a moment, and allow no second attempt."""
     monkeypatch.setattr(transport, "DEADLINE_FLOOR", 0.4)
     monkeypatch.setattr(transport, "ATTEMPTS", 1)
 
 
 class Dripper:
-    """A server that says a beginning and then one piece after the other, for ever, until the caller hangs up."""
+    """A server that sends a beginning and then one piece after the other, for ever, until the caller hangs up."""
 
     def __init__(self, beginning: bytes, piece: bytes) -> None:
         self._beginning, self._piece = beginning, piece
@@ -73,7 +73,7 @@ class Dripper:
 
 
 def ends(work: Callable[[], Any]) -> Exception | None:
-    """What a call ends with; it fails the test where it does not end at all."""
+    """Return the exception with which a call ends, or None; fail the test if the call does not end at all."""
     found: list[Exception] = []
 
     def run() -> None:
@@ -116,7 +116,7 @@ def test_dripping_server_is_left_at_the_deadline(what, monkeypatch):
         error = ends(lambda: read_small(web, "metadata/timestamp.json", 10**7))
         assert isinstance(error, TransferError)
         assert "it will be tried again" in str(error)
-        # The thread that reads is not left behind: a device that runs for years would have a thousand of them.
+        # The reading thread must not be left behind: a device that runs for years would have a thousand of them.
         assert server.hung_up.wait(PATIENCE)
 
 
@@ -131,7 +131,7 @@ def test_dripping_server_holds_neither_agent_nor_lock(offered: Field, what):
 
 
 def test_all_documents_of_a_look_share_a_deadline(offered: Field, monkeypatch):
-    # Each within its own time, a mirror could hold an agent for as long as there are documents.
+    # With a deadline for each document instead, a mirror could hold an agent for as long as there are documents.
     monkeypatch.setattr("ota.agent.trust.LOOK_SECONDS", -1.0)
     assert isinstance(ends(offered.device.update), TransferError)
 
@@ -146,7 +146,7 @@ def test_name_that_is_never_found_is_not_waited_for(monkeypatch):
 
 
 class Keeping(ThreadingHTTPServer):
-    """An ordinary web server, which keeps each connection for as long as its caller does."""
+    """An ordinary web server, which keeps each connection open for as long as its caller does."""
 
     daemon_threads = True
 
@@ -189,7 +189,7 @@ class Keeping(ThreadingHTTPServer):
             self._changed.notify_all()
 
     def all_are_closed(self) -> bool:
-        """Whether each caller has hung up, for which it waits."""
+        """Wait for each caller to hang up, and return whether all did."""
         with self._changed:
             return self._changed.wait_for(lambda: not self.open, PATIENCE)
 
@@ -206,14 +206,14 @@ def test_connection_is_kept_between_files(offered: Field, monkeypatch):
 
 @pytest.mark.parametrize("how", ["look", "look that fails", "doctor"])
 def test_look_leaves_no_connection_open(offered: Field, monkeypatch, how):
-    # `ferry-agent run` looks for years: one descriptor a look, and after a thousand it can open nothing any more.
+    # `ferry-agent run` looks for years. If each look left a descriptor open, it could open nothing after a thousand looks.
     monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
     looks = 3
     with Keeping(offered.repository.folder) as server:
         offered.device.configure(repository=server.address)
         if how == "look that fails":
             (offered.repository.folder / "metadata/timestamp.json").write_bytes(b"{}")
-        gc.disable()  # that it would be closed at some time is not enough
+        gc.disable()  # it is not enough that it would be closed at some time
         try:
             for _ in range(looks):
                 if how == "doctor":
@@ -253,12 +253,12 @@ def test_bytes_that_arrive_earn_time(tmp_path):
 
 
 def test_downloads_of_an_update_end_after_an_hour_together(offered: Field, monkeypatch):
-    # However fast it arrives: meanwhile no halt would reach the device, and nobody could take the lock.
+    # Fast downloads must end too: meanwhile, no halt reaches the device, and nobody can take the lock.
     before = offered.device.facts(marks=False)
     pieces, gone_on = Folder._pieces, threading.Event()
 
     def slow(self: Folder, name: str, offset: int) -> Iterator[bytes]:
-        if name.startswith(("objects/", "targets/deltas/")):  # else all could arrive before anybody looks at the clock
+        if name.startswith(("objects/", "targets/deltas/")):  # otherwise all could arrive before anybody looks at the clock
             gone_on.wait()
         yield from pieces(self, name, offset)
 
@@ -277,12 +277,12 @@ def test_downloads_of_an_update_end_after_an_hour_together(offered: Field, monke
     assert offered.device.facts() != before
 
 
-# Folders and sticks
+# Folders and USB sticks
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A repository's folder with a thing of each kind in it."""
+    """Create a repository's folder with one thing of each kind in it."""
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "folder").mkdir()
@@ -306,7 +306,7 @@ def test_what_is_no_file_is_not_read(folder, name):
 
 @pytest.mark.parametrize("name", ["folder", "pipe", "zero", "socket"])
 def test_what_is_no_file_is_not_even_opened(folder, name, monkeypatch):
-    # A pipe wakes whoever waits to write into it, and some devices begin to do something.
+    # To open a pipe wakes whoever waits to write into it, and to open some devices starts something.
     monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
     opened, real = [], os.open
 
@@ -324,7 +324,7 @@ def test_what_is_no_file_is_not_even_opened(folder, name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["file", "link"])
 def test_file_behind_a_link_is_read(folder, name):
-    # Web servers and rsync publish by links; what is fetched is verified in any case.
+    # Web servers and rsync publish through links, and everything that is fetched is verified in any case.
     assert read_small(Folder(folder), name, 100) == b"content"
 
 
@@ -377,7 +377,7 @@ def test_mount_that_hangs_is_left_at_the_deadline(folder, monkeypatch):
 
 
 def test_mount_that_hangs_holds_one_thread(offered: Field, monkeypatch):
-    # The thread cannot be ended. One more at each look, and after some years the device has no memory left.
+    # The thread cannot be ended. With one more at each look, the device would have no memory left after some years.
     reading, writing = os.pipe()
     monkeypatch.setattr(Folder, "_pieces", lambda *_: iter(lambda: os.read(reading, 1), b""))
     threads = threading.active_count()
@@ -453,7 +453,7 @@ def test_what_arrived_before_the_deadline_is_kept(tmp_path, monkeypatch):
 
 
 def test_fast_server_without_an_end_is_left_at_the_deadline(tmp_path, monkeypatch):
-    # There is always a next piece, so whoever looks for the deadline only where none is waiting never sees it.
+    # There is always a next piece, so a reader that checks the deadline only while it waits for one never sees it.
     with Dripper(OK + b"\r\n", b"a" * 1_000_000) as server:
         pieces = Web(f"http://127.0.0.1:{server.port}").read("x", deadline=at_most(1))
         error = ends(lambda: [None for _ in pieces])

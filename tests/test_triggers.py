@@ -1,4 +1,4 @@
-"""Events that ask for a retraining: left once, read by whoever serves, and one run for each."""
+"""Events that ask for a retraining: left once, read by `ferry serve`, and one run for each."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_file_that_is_no_event_stops_no_other(workspace: Workspace, capfd: pytes
 
 
 def test_run_is_asked_for_once_for_the_same_data_and_event(workspace: Workspace):
-    """Prefect makes one run for each key."""
+    """Compare the keys of runs, because Prefect makes one run for each key."""
     key = triggers.key_of(workspace, DATA)
     assert triggers.key_of(Workspace(workspace.root), DATA.model_copy(update={"rev": "2" * 40, "files": 10})) == key
     settings = workspace.root / "ferry.toml"

@@ -1,7 +1,7 @@
 """The runbook's drills on keys, with the commands that it shows and real agents: loss, theft, root rotation, raised versions.
 
-Each ends with what did not change (the bundle that runs) and with devices that follow: one that looked on, one that was
-away all the time, one that lost its cache. The thief's copies are tried on all of them afterwards.
+Each drill ends with what did not change (the running bundle), and with devices that follow: one that kept looking, one that
+was away all the time, one that lost its cache. Afterwards the thief's copies are tried on all of them.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ from tests.fleet_kit import (
 )
 from tests.test_agent_attacks import raise_in_snapshot
 
-pytestmark = pytest.mark.slow  # minutes in all; `make test-slow` and `make attacks` run it
+pytestmark = pytest.mark.slow  # takes minutes; `make test-slow` and `make attacks` run it
 
 pytest_plugins = ("tests.fleet_kit",)
 
 
 class Killed(Exception):  # noqa: N818 - stands for the end of a `ferry`, for a runner that reports exceptions only
-    """The process ends here."""
+    """A simulated kill: the process ends here."""
 
 
 ONLINE = ("timestamp", "snapshot", "models", "deltas", "rollout")
@@ -108,7 +108,7 @@ class Plant:
         return [key["keyid"] for role in roles for key in found[role]]
 
     def start(self, *words: str, code: int = 0) -> str:
-        """Roll the newest release out, unless another is named; no champion was promoted here."""
+        """Roll out the newest release, unless another is named; no champion was promoted here."""
         newest = str(self.repository.releases(LINE, CLASS)[-1].seq)
         return self.ferry("rollout", "start", LINE, *words, *(() if "--release" in words else ("--release", newest)), code=code)
 
@@ -118,14 +118,14 @@ class Plant:
         self.start("--waves", "100", "--soak", "0")
 
     def thief(self) -> Repository:
-        """A copy of the repository in the hands of somebody with a copy of all online keys, and of nothing else."""
+        """Copy the repository for somebody who has a copy of all online keys, and nothing else."""
         loot = self.folder / "thief"
         shutil.copytree(self.ws / "repository", loot / "repository")
         shutil.copytree(self.ws / "keys", loot / "keys", ignore=shutil.ignore_patterns("offline"))
         return Repository(loot / "repository", KeyRing(loot / "keys"))
 
     def follow(self, bundle: Bundle) -> None:
-        """Every device still runs what it ran, and sees the next release; one lost its cache before, the one away installs it."""
+        """Check that all devices run what they ran and see the next release, one without its cache; the one away installs it."""
         for device in self.devices:
             assert (device.state.seq, device.sound) == (1, True)
         forget(self.torn)
@@ -137,7 +137,7 @@ class Plant:
         assert (self.away.active, self.away.sound) == (bundle.manifest.digest, True)
 
     def refuse(self, folder: Path, says: str = "") -> None:
-        """No device takes anything from another repository, with its cache or without."""
+        """Check that no device takes anything from another repository, with its cache or without."""
         for device in self.devices:
             for cache in ("kept", "lost"):
                 if cache == "lost":
@@ -148,13 +148,13 @@ class Plant:
 
 
 def forget(device: Device) -> None:
-    """What a power cut may do to python-tuf's files."""
+    """Delete python-tuf's files, as a power cut may do."""
     shutil.rmtree(device.root / "metadata", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def prepared(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Plant:
-    """Copied by each test."""
+    """Create a plant; each test copies it."""
     plant = Plant(tmp_path_factory.mktemp("drills") / "plant")
     assert ferry("init", plant.ws, "--line", LINE).exit_code == 0
     plant.release(bundles["first"])
@@ -194,7 +194,7 @@ def test_drill_lost_offline_key(plant, bundles, role):
     assert plant.ids(role)[:2] == kept
     assert (plant.role(role)["version"], plant.role(role)["threshold"], len(plant.ids(role))) == (2, 2, 3)
     assert plant.near.update().reason == "release 1 is installed"
-    (plant.ws / f"keys/offline/{role}-2.pem").unlink()  # two of the three are one kept and the new one
+    (plant.ws / f"keys/offline/{role}-2.pem").unlink()  # what is left of the three: one kept and the new one
     plant.ferry("trust", "renew", role)
     plant.follow(bundles["second"])
 
@@ -231,12 +231,12 @@ def test_drill_stolen_online_keys(plant, bundles):
 
 
 def test_stolen_root_keys_lead_no_device_along_another_chain(plant, bundles, tmp_path):
-    # A thief with two of three root keys: the factory is faster. From then on the first root is worth nothing.
+    # A thief has two of three root keys, but the factory is faster. From then on the first root is worth nothing.
     stolen = plant.ids("root")[:2]
     thief = plant.thief()
     shutil.copytree(plant.ws / "keys/offline", thief.keys.folder / "offline")
     plant.ferry("trust", "rotate", "root", *(word for keyid in stolen for word in ("--stolen", keyid)))
-    assert not set(plant.ids("root")) & {key.keyid for key, _ in thief.keys.keys["root"]}  # all three
+    assert not set(plant.ids("root")) & {key.keyid for key, _ in thief.keys.keys["root"]}  # all three are replaced
     plant.follow(bundles["second"])
 
     own = keys_module.create(tmp_path / "own")
@@ -261,7 +261,7 @@ def test_stolen_root_keys_lead_no_device_along_another_chain(plant, bundles, tmp
             device.update()
         device.configure(repository=str(plant.ws / "published"))
         device.update(check_only=True)  # his roots were not kept
-    # Cut before his roots were thrown away: the next look finds out, the one after that follows.
+    # A cut before the thief's roots were deleted: the next look finds them, and the look after that follows the factory.
     for root in thief.metadata.glob("*.root.json"):
         shutil.copy(root, plant.near.root / "metadata/root_history" / root.name)
     with untouched(plant.near, TrustError, "do not hold"):
@@ -332,13 +332,13 @@ def test_drill_root_rotation_by_ceremony(plant, bundles, tmp_path):
 
 
 def kept_keys(plant: Plant) -> list[tuple[Key, str]]:
-    """The first root's keys of its own."""
+    """Return the keys of the root role in the first root."""
     root: Metadata[Any] = Metadata.from_file(str(plant.ws / "repository/metadata/1.root.json"))
     return [(root.signed.keys[keyid], "") for keyid in root.signed.roles["root"].keyids]
 
 
 def again(plant: Plant, file: Path) -> str:
-    """Put in force what something newer has overtaken."""
+    """Try to put a file in force that something newer has overtaken; check that nothing changes, and return the output."""
     plant.ferry("trust", "rotate", "timestamp")
     before = plant.status()
     output = plant.ferry("trust", "sign", file, "--publish", code=3)
@@ -350,7 +350,7 @@ def again(plant: Plant, file: Path) -> str:
 
 
 def raise_versions(thief: Repository, *roles: str) -> None:
-    """What the holder of the online keys can do: sign all that there is as a version far ahead."""
+    """Sign the metadata of these roles as a version far ahead, as the holder of the online keys can."""
     versions = {role: FAR if role in roles else version for role, version in thief._versions().items()}
     for role in versions.keys() & set(roles):
         far = thief.metadata / f"{FAR}.{role}.json"
@@ -378,7 +378,7 @@ def set_far(signed: Any) -> None:
 
 
 def visit(device: Device, folder: Path) -> Any:
-    """Look at a repository; returns the device's marks."""
+    """Look at a repository, and return the device's marks."""
     device.configure(repository=str(folder))
     device.update(check_only=True)
     return device.home.high_water()
@@ -397,7 +397,7 @@ def test_drill_fast_forward_recovery(plant, bundles):
         device.configure(repository=str(plant.ws / "published"))
         with untouched(device, TrustError, says):
             device.update()
-    # A new key for the timestamp alone lets them forget its mark, and no other.
+    # A new key for the timestamp lets them forget the mark of the timestamp, and no other.
     output = plant.ferry("trust", "rotate", "timestamp", "--stolen", *plant.ids("timestamp"))
     assert "once snapshot and timestamp are rotated too" in output
     for device in (plant.near, plant.torn):
@@ -421,7 +421,7 @@ def test_drill_fast_forward_recovery(plant, bundles):
 
 
 def test_marks_hold_where_keys_did_not_change(plant):
-    # Somebody with the new keys of timestamp and snapshot has a policy of before the rotation come back.
+    # Somebody with the new keys of timestamp and snapshot brings back a policy from before the rotation.
     before = plant.near.home.high_water().versions["rollout"]
     plant.ferry("rollout", "halt", LINE)
     visit(plant.near, plant.ws / "published")
@@ -483,7 +483,7 @@ def test_cut_while_marks_are_reset_loses_none(plant, monkeypatch):
         cuts += after != before
         forget(plant.near)
         plant.near.configure(repository=str(thief.folder))
-        if after["root"] == 2:  # from here on, the thief's copies are of the past
+        if after["root"] == 2:  # from here on, the thief's copies are outdated
             with untouched(plant.near, TrustError, "version 1 of root, this device has seen 2"):
                 plant.near.update()
         plant.near.configure(repository=str(plant.ws / "published"))
@@ -512,7 +512,7 @@ def test_rotation_signs_only_what_it_must(plant, roles, kept):
     files = {role: metadata_file(plant.repository, role).read_bytes() for role in ("deltas", "rollout")}
     plant.ferry("trust", "rotate", *roles)
     after = {role["role"]: role for role in plant.status()["roles"]}
-    assert {role: metadata_file(plant.repository, role).read_bytes() for role in files} == files  # never a policy
+    assert {role: metadata_file(plant.repository, role).read_bytes() for role in files} == files  # no policy is signed
     for role, state in after.items():
         assert (state["keys"] == before[role]["keys"]) == (role not in roles)
         assert role not in kept or state["version"] == before[role]["version"] + (role == "snapshot")
@@ -609,7 +609,7 @@ def test_other_roles_wait_for_a_rotation_that_was_cut(plant, monkeypatch):
         assert isinstance(ferry("-w", plant.ws, "trust", "rotate", "timestamp").exception, Killed)
     assert "finish it with `ferry trust rotate timestamp` first" in plant.ferry("trust", "renew", "targets", code=3)
     assert "a rotation was cut" in plant.ferry("trust", "status")
-    plant.ferry("trust", "rotate", "models")  # finishes that one, then does its own
+    plant.ferry("trust", "rotate", "models")  # finishes that rotation, then does its own
     assert (plant.role("root")["version"], plant.role("targets")["version"]) == (2, 2)
     plant.ferry("trust", "renew", "targets")
 
@@ -667,7 +667,7 @@ def test_outside_a_workspace_nothing_is_made(words, tmp_path):
 
 
 class Vault(Signer):
-    """A signer behind a URI of its own, as a cloud KMS is: it says no public key, and signs with what it has under a name."""
+    """A signer behind a URI of its own, like a cloud KMS: it shows no public key, and signs with what it has under a name."""
 
     keys: ClassVar[dict[str, CryptoSigner]] = {}
 
@@ -689,7 +689,7 @@ class Vault(Signer):
 
 @pytest.fixture
 def vault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
-    """Makes a key in the vault; returns the file of its public half."""
+    """Provide a function that makes a key in the vault and returns the file of its public half."""
     monkeypatch.setitem(SIGNER_FOR_URI_SCHEME, "vault", Vault)
 
     def make(name: str) -> Path:
@@ -705,7 +705,7 @@ def vault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 @pytest.fixture
 def bare(plant: Plant) -> Plant:
-    """A workspace without keys, as a clone of its Git repository is."""
+    """Remove the keys of a workspace, so that it is like a clone of its Git repository."""
     for name in ("keys", "repository", "published"):
         shutil.rmtree(plant.ws / name)
     (plant.ws / "root.json").unlink()
@@ -792,7 +792,7 @@ def test_ledger_key_moves_to_a_vault_and_signs_from_there_on(plant, vault):
     plant.ferry("trust", "rotate", "ledger", "--signer", "ledger=vault:ledger", "--public", f"ledger={public}")
     entries = len(json.loads(plant.ferry("history", "--json"))["entries"])
     assert [(key["uri"], key["since"]) for key in plant.status()["ledger"]] == [(old["uri"], 1), ("vault:ledger", entries + 1)]
-    (plant.ws / "keys" / "online" / "ledger.pem").unlink()  # it only signed what is there
+    (plant.ws / "keys" / "online" / "ledger.pem").unlink()  # it only signed the entries that are there
     plant.ferry("rollout", "halt", LINE, "--reason", "a drill")
     assert f"{entries + 1} of them are signed by the ledger's key" in plant.ferry("history", "--verify")
     vault("ledger")  # somebody made another key under its name
@@ -819,7 +819,7 @@ def test_halt_reaches_devices_also_where_it_cannot_be_recorded(plant, bundles):
 
 
 def test_promotion_key_that_is_not_here(plant, tmp_path, bundles):
-    # As where approval is required: the models key is on a stick, which signs what its rotation needs, too.
+    # As if approval is required: the models key is on a USB stick, which also signs what its rotation needs.
     assert any("promotion signature" in risk for risk in plant.status()["risks"])
     stick = tmp_path / "stick.pem"
     signer = CryptoSigner.generate_ed25519()
@@ -860,7 +860,7 @@ def test_renewal_waits_for_keys_elsewhere(plant, tmp_path, bundles):
     assert plant.role("root")["version"] == 2
     plant.ferry("trust", "sign", file, "--publish")  # repeated: nothing more happens
     assert plant.role("root")["version"] == 2
-    # Signed properly too, but what is in force is version 2 already; no device may ever be shown another one.
+    # This file is signed properly too, but version 2 is already in force, and no device may ever see another version 2.
     value = json.loads(late.read_bytes())
     value["documents"]["root"]["signed"]["expires"] = "2040-01-01T00:00:00Z"
     late.write_text(json.dumps(value))
@@ -885,7 +885,7 @@ def test_altered_file_is_not_put_in_force(plant, tmp_path):
     before = tree(plant.ws)
     value = json.loads(file.read_bytes())
     value["documents"]["targets"]["signed"]["delegations"]["roles"][0]["threshold"] = 2
-    value["needs"]["targets"] = []  # what it waits for is believed by whoever signs, not by what puts it in force
+    value["needs"]["targets"] = []  # signers believe this list, but the step that puts the file in force does not
     file.write_text(json.dumps(value))
     assert "the signatures of targets are not of the keys that are trusted now" in plant.ferry(
         "trust", "sign", file, "--publish", code=3
@@ -923,7 +923,7 @@ def test_floor_holds_against_the_rollout_key(plant, bundles, tmp_path):
         plant.repository.publish_release(bundle.manifest, bundle.folder, "0" * 64, [])
     thief = plant.thief()
     old, bad, _ = thief.releases(LINE, CLASS)
-    # Without a floor the thief of the rollout key has devices install any release that is still listed.
+    # Without a floor, the thief of the rollout key can make devices install any release that is still listed.
     name_policy(thief, everyone(bad))
     assert visit_reason(plant.near, thief.folder) == "release 2 is open to this device"
     shutil.rmtree(thief.folder.parent)
@@ -936,14 +936,14 @@ def test_floor_holds_against_the_rollout_key(plant, bundles, tmp_path):
     assert "lies below the floor, 3" in plant.start("--release", "1", "--revert", code=3)
     thief = plant.thief()
     (tmp_path / "new").mkdir()
-    new = Device.init(tmp_path / "new" / "device", thief)  # on which nothing runs, so that no release is older
+    new = Device.init(tmp_path / "new" / "device", thief)  # it runs nothing, so no release is older
     plant.near.configure(repository=str(thief.folder))
     for release, revert, devices in ((bad, False, (plant.near, new)), (bad, True, (plant.near, new)), (old, True, (new,))):
         name_policy(thief, start(release, (100,), 0, now=0, revert=revert))
         for device in devices:
             with untouched(device, TrustError, f"release {release.seq} lies below the floor, 3", marks=False):
                 device.update()
-    assert plant.near.update().reason == "release 1 is installed"  # it is what runs
+    assert plant.near.update().reason == "release 1 is installed"  # it runs already
     plant.away.update()
     plant.away.configure(repository=str(thief.folder))
     with untouched(plant.away, TrustError, "release 1 lies below the floor, 3", marks=False):

@@ -1,6 +1,7 @@
-"""The systemd units as they are shipped: the timer simulated, the services under a real systemd that is process 1 of namespaces of its own.
+"""The systemd units as they are shipped: the timer is simulated, and the services run under a real systemd.
 
-A mount namespace gives them `/usr/local/bin/ferry-agent`, the user deltaferry and empty state folders; the machine keeps nothing of it.
+That systemd is process 1 of namespaces of its own. A mount namespace gives it `/usr/local/bin/ferry-agent`, the user
+deltaferry and empty state folders; the machine keeps nothing of it.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ agent init --device dev-1 --line shapes --class edge --repository /mnt/at/field/
 
 
 def boots() -> bool:
-    """Whether a systemd can be started here as process 1 of new namespaces."""
+    """Check whether a systemd can be started here as process 1 of new namespaces."""
     if os.geteuid() != 0 or not SYSTEMD.exists() or not all(map(shutil.which, ("unshare", "setpriv", "systemctl"))):
         return False
     return subprocess.run(["unshare", "--fork", "--pid", "--mount", "--cgroup", "true"], capture_output=True).returncode == 0
@@ -120,7 +121,7 @@ needs_systemd = pytest.mark.skipif(not boots(), reason="needs root, systemd and 
 
 
 def play(at: Path, field: Field, steps: str, reports: str = "/mnt/factory/inbox") -> list[str]:
-    """Boot a systemd that has the shipped units, set a device up as the user deltaferry, and take steps; returns what they told."""
+    """Boot a systemd with the shipped units, set a device up as the user deltaferry, and return what the steps print."""
     (at / "root.json").write_bytes(field.repository.root_bytes())
     (at / "units").mkdir()
     for path in UNITS.iterdir():

@@ -1,6 +1,6 @@
-"""Distilled variants in one workspace, with real Prefect, MLflow, signatures and a device: who teaches whom, and what is fielded.
+"""Distilled variants in one workspace, with real Prefect, MLflow, signatures and a device: who teaches whom, what is fielded.
 
-The tests of this file tell one story and run in order.
+The tests of this file build on each other and run in order.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ variants = ["fast", "dev"]
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """A workspace with a first data revision."""
+    """Create a workspace with a first data revision."""
     made = create(tmp_path_factory.mktemp("factory") / "ws", [], SETTINGS)
     write_images(made.root / "data/shapes", 120)
     versions.add(made.root, "data/shapes", "shapes", "first")

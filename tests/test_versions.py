@@ -1,4 +1,4 @@
-"""Data revisions: what was recorded is what is delivered, or nothing is."""
+"""Data revisions: exactly what was recorded is delivered, or nothing is."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def commits(root: Path) -> int:
 
 @pytest.fixture(autouse=True)
 def own_site_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DVC keeps an index of what it has seen outside the workspace; each test starts as a new machine does."""
+    """Start each test as on a new machine; DVC keeps an index of what it has seen outside the workspace."""
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
 
 
 def workspace(place: Path) -> Path:
-    """A workspace with one data folder that no revision has yet, and a folder as its remote."""
+    """Create a workspace with one data folder that no revision has yet, and a folder as its remote."""
     root = place / "workspace"
     root.mkdir()
     init(root, str(place / "remote"))
@@ -60,7 +60,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with one revision; leave its `PATH` alone."""
+    """Create a workspace with one revision; leave its `PATH` alone."""
     root = workspace(tmp_path_factory.mktemp("recorded"))
     add(root, PATH, LINE, "first delivery")
     return root
@@ -68,12 +68,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def version(root: Path) -> DataVersion:
-    """The first revision."""
+    """Add the first revision."""
     return add(root, PATH, LINE, "first delivery")
 
 
 def objects(store: Path, text: str | None) -> Path:
-    """Where a store keeps the bytes of a text; None: the list of the folder's files."""
+    """Return where a store keeps the bytes of a text, or, for None, the list of the folder's files."""
     if text is None:
         (path,) = store.rglob("*.dir")
         return path
@@ -94,7 +94,7 @@ def damage(root: Path, where: str, text: str | None, content: bytes | None) -> N
 
 
 def forget_cache(root: Path) -> None:
-    """What another machine sees: the Git history and the remote."""
+    """Delete the cache, so that only the Git history and the remote are left, as on another machine."""
     shutil.rmtree(root / ".dvc" / "cache")
 
 
@@ -127,7 +127,7 @@ def test_other_commits_leave_version_alone(root: Path, version: DataVersion) -> 
 
 
 def test_staged_work_of_user_stays(root: Path, version: DataVersion) -> None:
-    """What the user has staged for a commit of their own goes into no data revision."""
+    """Leave out of a data revision what the user has staged for a commit of their own."""
     (root / "notes.txt").write_text("half a thought")
     git(root, "add", "notes.txt")
     add(root, PATH, LINE, "nothing new")
@@ -238,7 +238,7 @@ def test_delivered_before_is_verified_again(
     assert pull(root, version, tmp_path / "out") == place
     assert read(place) == FILES
     assert not any(path.is_symlink() for path in [place, *place.rglob("*")])
-    assert all(path.read_text() == text for path, text in beside.items())  # a link was taken away, not what it led to
+    assert all(path.read_text() == text for path, text in beside.items())  # a link was removed, not what it led to
 
 
 def test_damaged_delivery_without_remote_is_not_used(root: Path, version: DataVersion, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ BAD = {
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
 def test_version_whose_parts_lead_elsewhere_is_none(field: str, value: str) -> None:
-    """Its fields become paths, arguments of Git and names, and it comes out of files that others can write."""
+    """Refuse them: the fields become paths, arguments of Git and names, and others can write the files with them."""
     with pytest.raises(ValidationError, match=field):
         DataVersion.model_validate(GOOD | {field: value})
     with pytest.raises(ValidationError, match=field):
@@ -301,7 +301,7 @@ def test_pointer_with_a_path_for_a_hash_is_no_revision(root: Path, version: Data
     few(["Füllerei", "a b", "it's", 'say "hi"', "both' \"of them", "a#b", "a,b", "100%", "[x]", "日本", "a;b=c", " x "], 4),
 )
 def test_remote_of_any_name_is_kept(tmp_path: Path, name: str) -> None:
-    """Also beside what somebody else wrote into DVC's settings."""
+    """Keep a remote of any name, also beside what somebody else wrote into DVC's settings."""
     root = write(tmp_path / "workspace", {f"{PATH}/a.txt": "one"})
     init(root, str(tmp_path / "elsewhere"))
     config = root / ".dvc/config"
@@ -360,14 +360,14 @@ def test_pointer_that_is_none_is_refused(recorded: Path, pointer: str) -> None:
     write(recorded, {"data/broken.dvc": pointer})
     git(recorded, "add", "data/broken.dvc")
     git(recorded, *commit)
-    git(recorded, "rm", "-q", "data/broken.dvc")  # DVC itself would stumble over it
+    git(recorded, "rm", "-q", "data/broken.dvc")  # DVC itself would fail on it
     git(recorded, *commit)
     with pytest.raises(RevisionError, match="revision 'HEAD~1' holds no data for broken"):
         resolve(recorded, "data/broken", "broken", "HEAD~1")
 
 
 def refused(root: Path, version: DataVersion, out: Path, sentence: str) -> None:
-    """Nothing is delivered, and what is wrong is said in one sentence."""
+    """Check that nothing is delivered, and that the error is one line."""
     with pytest.raises(RevisionError, match=sentence) as caught:
         pull(root, version, out)
     assert "\n" not in str(caught.value)
@@ -387,7 +387,7 @@ def test_damaged_remote_is_never_delivered(root: Path, version: DataVersion, tmp
 
 
 def test_good_remote_heals_bad_cache(root: Path, version: DataVersion, tmp_path: Path) -> None:
-    """The way out that the refusal names."""
+    """Follow the advice that the refusal gives."""
     damage(root, "cache", "two", b"2wo")
     bad = objects(root / ".dvc" / "cache", "two")
     refused(root, version, tmp_path / "out", f"delete the object {bad.relative_to(root / '.dvc/cache')} from .dvc/cache")
@@ -407,7 +407,7 @@ def test_missing_remote_is_refused(root: Path, version: DataVersion, tmp_path: P
     refused(root, version, tmp_path / "out", "of parts cannot be fetched")
 
 
-LIST_WITH_STRANGER = b'[{"md5": "f97c5d29941bfb1b2fdab0874906ab82", "relpath": "../../../stranger.txt"}]'  # of "one"
+LIST_WITH_STRANGER = b'[{"md5": "f97c5d29941bfb1b2fdab0874906ab82", "relpath": "../../../stranger.txt"}]'  # hash of "one"
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ LIST_WITH_STRANGER = b'[{"md5": "f97c5d29941bfb1b2fdab0874906ab82", "relpath": "
 def test_damaged_list_is_never_followed(
     root: Path, version: DataVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None, where: str
 ) -> None:
-    """The object that lists the folder's files is damaged, and this machine has not seen it before."""
+    """Damage the object that lists the folder's files, and read it on a machine that has not seen it before."""
     damage(root, where, None, content)
     if where == "remote":
         forget_cache(root)
@@ -427,7 +427,7 @@ def test_damaged_list_is_never_followed(
 
 
 def rewrite_history(root: Path, keep_content: bool) -> None:
-    """Another commit in the place of the last one, as after an amend or a rebase, and the old one collected."""
+    """Replace the last commit by another one, as an amend or a rebase does, and delete the old one."""
     identity = ("-c", "user.name=a", "-c", "user.email=a@b")
     if not keep_content:
         write(root / PATH, {"a.txt": "something else"})
@@ -463,7 +463,7 @@ def test_rewritten_history_without_the_content_says_what_to_do(root: Path, versi
 
 
 def test_delivery_must_have_recorded_hash(root: Path, version: DataVersion, tmp_path: Path) -> None:
-    """A version whose hash was exchanged on its way is not satisfied with the commit's own data."""
+    """Refuse the commit's own data if the version's hash was exchanged on its way."""
     refused(root, version.model_copy(update={"md5": "0" * 32 + ".dir"}), tmp_path / "out", "do not have the recorded hash")
 
 
@@ -483,7 +483,7 @@ def test_damaged_list_is_refused_as_list(
 
 
 def test_remote_is_asked_for_each_file(root: Path, version: DataVersion, tmp_path: Path) -> None:
-    """Where the list is there, DVC takes the files for there, too."""
+    """Ask for each file, because DVC takes all files for present if the list is."""
     assert missing(root, version) == []
     damage(root, "remote", "two", None)
     assert missing(root, version) == ["deep/er/b.txt"]
@@ -501,7 +501,7 @@ def test_adding_again_sends_what_the_remote_lost(root: Path, version: DataVersio
 def test_damaged_cache_is_not_sent(root: Path, version: DataVersion) -> None:
     damage(root, "remote", "two", None)
     damage(root, "cache", "two", b"2wo")
-    objects(root / ".dvc" / "cache", "two").chmod(0o444)  # as DVC left it: then it does not look again
+    objects(root / ".dvc" / "cache", "two").chmod(0o444)  # as DVC left it; then it does not check again
     with pytest.raises(RevisionError, match=r"did not have the recorded bytes of deep/er/b.txt and is deleted; repeat"):
         add(root, PATH, LINE, "again")
     assert missing(root, version) == ["deep/er/b.txt"]
@@ -566,7 +566,7 @@ def test_folder_put_back_is_clean(root: Path, version: DataVersion) -> None:
 
 
 def test_killed_add_is_dirty_and_repeatable(root: Path, version: DataVersion, tmp_path: Path) -> None:
-    """The run ends between DVC and Git: the folder is not what HEAD says, however content DVC is."""
+    """End the run between DVC and Git: the folder is not what HEAD says, although DVC finds no change."""
     edit(root / PATH)
     (root / ".git" / "index.lock").write_text("")
     with pytest.raises(RevisionError, match=r"git update-index failed: Unable to create .*index\.lock': File exists"):
@@ -626,7 +626,7 @@ def test_init_completes_what_was_killed(tmp_path: Path, killed: Callable[[Path],
 
 
 def test_lost_settings_lose_no_data(root: Path, version: DataVersion, tmp_path: Path) -> None:
-    """The remote may be gone, too: then the cache is the only place."""
+    """Keep the data even if the remote is gone, too, and only the cache is left."""
     shutil.rmtree(tmp_path / "remote")
     (root / ".dvc/config").unlink()
     init(root, str(tmp_path / "remote"))
@@ -657,7 +657,7 @@ def test_init_again_keeps_history(root: Path, version: DataVersion, tmp_path: Pa
 
 
 def test_commits_need_no_identity(root: Path, version: DataVersion) -> None:
-    """A build machine knows no user; a workspace that does keeps its own."""
+    """Commit without an identity, as on a build machine; a workspace that has one keeps it."""
     assert git(root, "log", "-1", "--format=%an") == "ferry"
     git(root, "config", "user.name", "Ada")
     git(root, "config", "user.email", "ada@example.com")

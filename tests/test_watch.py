@@ -1,4 +1,4 @@
-"""Watching a training: what is said is true, and nothing of it reaches the weights."""
+"""Watching a training: what is reported is true, and nothing of it reaches the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALBUM = list[tuple[int, list[str], Any]]
 
 
 class PowerCut(Exception):  # noqa: N818
-    """What ends a run in the middle."""
+    """Ends a run in the middle, as a power cut does."""
 
 
 @pytest.fixture(scope="module")

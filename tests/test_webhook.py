@@ -1,4 +1,4 @@
-"""MLflow's webhooks: what is not MLflow's own is refused and does nothing; a lost one loses nothing."""
+"""MLflow's webhooks: what does not come from MLflow is refused and does nothing; if a webhook is lost, nothing is lost."""
 
 from __future__ import annotations
 
@@ -83,11 +83,14 @@ def test_what_is_not_mlflows_is_refused(change: dict[str, str], says: str):
     given = {"delivery": "one", "stamp": str(NOW), "signatures": signed()} | change
     with pytest.raises(RefusedError, match=says):
         deliveries.check(**given, body=b"{}", now=NOW)
-    deliveries.check("one", str(NOW), signed(), b"{}", NOW)  # nobody can use up another's id
+    deliveries.check("one", str(NOW), signed(), b"{}", NOW)  # a refused request does not use up the id
 
 
 def post(address: tuple[str, int], path: str = "/mlflow", body: bytes = b"{}", method: str = "POST", **headers: str) -> int:
-    """Status of a request that MLflow could have sent, but for what is given; `_` in a header's name is `-`."""
+    """Send a request that MLflow could have sent, but for what is given, and return its status.
+
+    `_` in a header's name is sent as `-`.
+    """
     stamp = str(int(time.time()))
     delivery = headers.pop("delivery", "one")
     made = {
@@ -136,7 +139,7 @@ def test_refused_requests_wake_nobody(receiver: Receiver):
 
 @pytest.fixture(scope="module")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database as MLflow sets it up, which takes it seconds."""
+    """Let MLflow set up a database once, because that takes it seconds."""
     root = tmp_path_factory.mktemp("migrated")
     a_workspace(root).catalog.versions(Subject.parse("shapes/I/full"))
     return root / "mlflow.db"
@@ -159,7 +162,7 @@ def a_workspace(root: Path, mlflow: str = "sqlite:///mlflow.db") -> Workspace:
 
 
 def looks(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[list[str]]:
-    """The answers of each look at the aliases, as it ends."""
+    """Collect the answers of each look at the aliases in a queue, as the look ends."""
     answers: queue.Queue[list[str]] = queue.Queue()
 
     def told(*asked: Any) -> list[Reconciled]:
@@ -300,7 +303,7 @@ def test_alias_set_on_an_mlflow_server_comes_into_the_ledger_by_its_webhook(tmp_
             person.set_registered_model_alias(subject.model, "champion", "1")
             assert answers.get(timeout=120) == ["recorded"]
             person.set_registered_model_alias(subject.model, "champion", "3")  # which the gate had refused
-            while (answer := answers.get(timeout=120)) == ["agrees"]:  # the webhooks of what ferry itself set
+            while (answer := answers.get(timeout=120)) == ["agrees"]:  # webhooks for aliases that ferry itself set
                 pass
             assert answer == ["refused"]
         seen = workspace.catalog.champion(Subject.parse("shapes/I/full"))

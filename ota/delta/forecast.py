@@ -36,7 +36,7 @@ from ota.delta.plain import (
 from ota.delta.plan import LEAST_PLAIN, File, Pair, Piece, is_plain, open_file, plan
 from ota.manifest import KiB
 
-CLOSE = 1.3  # factor by which a forecast may be wrong and still be said as one number
+CLOSE = 1.3  # factor by which a forecast may be wrong and still be given as one number
 EXACT = 256 * KiB  # bytes of a file's smallest records that are built
 EXACT_PIECES = 96  # pieces of these records, at most: each takes time of its own
 ONE_IN = 8  # of so many similar pieces, one is examined

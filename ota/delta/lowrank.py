@@ -149,7 +149,7 @@ def _orthonormal(rows: Matrix, bits: int) -> Matrix:
 
 
 def _times(left: Matrix, right: Matrix, bits: int) -> Matrix:
-    """Multiply matrices of integers; if those of `left` have so many bits that sums would be rounded, in two halves."""
+    """Multiply matrices of integers exactly; split those of `left` in two if their many bits would make sums be rounded."""
     if bits <= _UNIT:
         return multiplied(left, right)
     high = np.rint(left * 2.0**-_ROUGH)
@@ -183,7 +183,7 @@ def _cholesky(gram: Matrix) -> Matrix | None:
 
 
 def _log2(value: float) -> float:
-    """Return the logarithm to base 2, rounded so that machines agree whose last digits differ."""
+    """Return the logarithm to base 2, rounded so that machines agree even if their last digits differ."""
     return round(math.log2(max(value, 1e-300)), 6)
 
 

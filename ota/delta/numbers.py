@@ -63,7 +63,7 @@ KIND_OF_CODE = {kind.code: kind for kind in KINDS.values()}
 
 
 def codes(data: bytes, kind: Kind) -> Codes:
-    """Return the bit patterns of the numbers in bytes."""
+    """Return the bit patterns of the numbers that bytes hold."""
     found = np.frombuffer(data, kind.dtype)
     return np.stack((found & 15, found >> 4), axis=1).ravel() if kind.packed else found
 
@@ -76,7 +76,7 @@ def data(found: Codes, kind: Kind) -> bytes:
 def ordered(found: Codes, kind: Kind) -> Codes:
     """Map bit patterns of floats to unsigned integers in the floats' own order: -inf … -0, +0 … +inf; `bits` is the inverse.
 
-    Of negative floats all bits are flipped, of others only the sign bit. Integers stay as they are.
+    Negative floats get all bits flipped, others only the sign bit. Integers stay as they are.
     """
     if not kind.mantissa:
         return found

@@ -44,7 +44,7 @@ _IN_A_BYTE = {PACK1: 1, PACK2: 2, PACK4: 4}
 _MOST = {ZERO: 0, TOKEN: 0, PLANES: 4}  # the largest argument of a mode; that of the others, their low bits, is 31
 _HEAD = struct.Struct("<BB")  # mode, low bits set aside
 _LENGTH = struct.Struct("<I")
-_BASE = {1: 256, 2: 16, 4: 4, 8: 2}  # by how many symbols a byte holds: the base that symbols lie below
+_BASE = {1: 256, 2: 16, 4: 4, 8: 2}  # symbols in a byte, and their base: each symbol lies below it
 # The symbols of each packed byte as one word, so that unpacking a byte is a single lookup.
 _UNPACKED = {
     count: np.stack([np.arange(256) // base ** (count - 1 - i) % base for i in range(count)], axis=1)

@@ -94,7 +94,8 @@ class Fleet:
         """Check one signed report and keep it; a copy of a kept report is accepted and changes nothing.
 
         Raises:
-            ManifestError: it is malformed, no enrolled device signed it, another report has its number, or it arrives twice at once.
+            ManifestError: it is malformed, no enrolled device signed it, another report has its number, or it arrives twice at
+                once.
         """
         signed, received = _opened(data)
         report = signed.report

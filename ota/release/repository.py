@@ -519,7 +519,9 @@ class Repository:
 
     @_alone
     def resign_below_root(self, waiting: Waiting) -> bool:
-        """Re-sign every role below root so that it also verifies under the waiting root, if there is one; the timestamp last.
+        """Make every role below root verify under the waiting root, or under the root in force if none waits; the timestamp last.
+
+        Writes the waiting roles, and re-signs the delegated roles that would not verify, the snapshot and the timestamp.
 
         Returns:
             Whether all of it still verifies under the root in force. Then it can be published before the new root, and at no

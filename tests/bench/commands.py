@@ -1,7 +1,7 @@
 """`make bench-commands`: measure the processor time of the emergency stop and of refusals, each call in its own process.
 
-All calls use one temporary workspace. The bench prints a table and writes build/bench/commands.json: the median of five calls, user
-and system time together.
+All calls use one temporary workspace. The bench prints a table and writes build/bench/commands.json: the median of five calls,
+user and system time together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`make bench-delta [PAIRS=folder]`: compare our delta with other patch tools; each call is a process of its own.
 
     python -m tests.bench.delta [folder]      for pairs NAME/old.* and NAME/new.*; by default those of tests/bench/pairs.py
-    python -m tests.bench.delta --estimates [folder]      only the forecasts, for our pairs and a folder's (tests/bench/foreign.py)
+    python -m tests.bench.delta --estimates [folder]      only forecasts, for our pairs and a folder's (tests/bench/foreign.py)
 
 Times are processor seconds, not wall time, so other load on the machine changes little. The results of other tools are kept in
 build/bench/delta/done until the pair or the call changes; our tool is measured anew each time. `make clean` deletes all of it.
@@ -184,9 +184,9 @@ def kept(tool: str, old: Path, new: Path, kind: str) -> dict[str, Any]:
 def yardstick(old: Path, new: Path, found: Iterable[Elements]) -> tuple[float, float]:
     """Compute a reference size: the entropy of the differences' tokens, given the old exponent or code, and the bits below them.
 
-    It is computed tensor by tensor. It is not a lower bound: a codec can use less if rows or columns move alike, and the cost of code
-    tables is not included. With hundreds of contexts and few numbers, it is smaller than any code can be. The excess is estimated with
-    the old numbers in random order, and is added in the second figure.
+    It is computed tensor by tensor. It is not a lower bound: a codec can use less if rows or columns move alike, and the cost of
+    code tables is not included. With hundreds of contexts and few numbers, it is smaller than any code can be. The excess is
+    estimated with the old numbers in random order, and is added in the second figure.
 
     Returns:
         Both figures, in bytes.

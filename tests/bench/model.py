@@ -1,11 +1,11 @@
-"""`make bench-model`: quality and speed of the network beside its peers and beside itself with one idea switched off.
+"""`make bench-model`: compare the network's quality and speed with its peers, and with itself when one idea is switched off.
 
-    python -m tests.bench.model [quality|distil|speed|report ...]   without a word: everything
+    python -m tests.bench.model [quality|distil|speed|report ...]   by default all parts
 
-Quality: every contender trains by the same loop on the same batches, one thread each, and is measured twice: when it has used
-`SECONDS` of processor time, and when it has used as much arithmetic as the yardstick network does in half of that. Processor
-time, not the clock, so that what else the machine does changes little. Parts that are done are kept in build/bench/model and
-not done again; `make clean` forgets them.
+Quality: every contender trains by the same loop on the same batches, with one thread, and is measured twice: after `SECONDS` of
+processor time, and after as much arithmetic as configuration I does in half of that time. Processor time is used instead of wall
+time, so other load on the machine changes little. Finished parts are kept in build/bench/model and are not repeated; `make clean`
+deletes them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ EMA, WARMUP = 0.995, 20
 ROWS = ("I", "II", "DiT", "U-Net", "no-conv", "positions", "dense", "single-stream")
 PEERS = ("DiT", "U-Net")
 ROUNDS = 40  # of interleaved timings
-# Many sessions take turns in one process: threads of one that wait spinning would take the cores from the next.
+# Many sessions take turns in one process. If waiting threads of one session spun, they would take the cores from the next.
 QUIET = {"session.intra_op.allow_spinning": "0"}
 
 
@@ -69,7 +69,7 @@ QUIET = {"session.intra_op.allow_spinning": "0"}
 
 
 def config(row: str, tier: str = "nano", size: int = SIZE) -> ModelConfig:
-    """The configuration of a row that is a form of our own network."""
+    """Return the configuration of a row that is a form of our own network."""
     ablation: Any = row if row not in ("I", "II") else "none"
     return ModelConfig(
         tier=tier, configuration="II" if row == "II" else "I", image_size=size, channels=1, text_length=TEXT, ablation=ablation
@@ -77,11 +77,11 @@ def config(row: str, tier: str = "nano", size: int = SIZE) -> ModelConfig:
 
 
 class Widened(ModelConfig):
-    """Without routed experts, but with a feed-forward layer as wide as all of them together: the same number of weights."""
+    """A network without routed experts, whose feed-forward layer is as wide as all experts together: it has as many weights."""
 
     @property
     def shape(self) -> Tier:
-        """The tier with its experts melted into the shared one."""
+        """The tier with its routed experts merged into the shared one."""
         from dataclasses import replace
 
         tier = TIERS[self.tier]
@@ -89,7 +89,7 @@ class Widened(ModelConfig):
 
 
 def make(row: str, labels: int, tier: str = "nano", size: int = SIZE) -> nn.Module:
-    """A contender with fresh weights."""
+    """Make a contender with fresh weights."""
     if row == "DiT":
         width, depth = {"nano": (128, 7), "small": (192, 12)}[tier]
         return DiT(size, labels, width, depth, TIERS[tier].heads)
@@ -101,7 +101,7 @@ def make(row: str, labels: int, tier: str = "nano", size: int = SIZE) -> nn.Modu
 
 
 def inputs(row: str, labels: int, batch: int, size: int = SIZE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random inputs of a contender."""
+    """Make random inputs for a contender."""
     g = torch.Generator().manual_seed(0)
     x, t = torch.randn((batch, 1, size, size), generator=g), torch.rand(batch, generator=g)
     ids = torch.randint(1, labels, (batch,), generator=g) if row in PEERS else torch.randint(1, 257, (batch, TEXT), generator=g)
@@ -109,9 +109,9 @@ def inputs(row: str, labels: int, batch: int, size: int = SIZE) -> tuple[Tensor,
 
 
 def flops(row: str, labels: int, tier: str = "nano", size: int = SIZE) -> float:
-    """Floating-point operations of one evaluation for one image, two for each multiplication with addition."""
+    """Count the floating-point operations of one evaluation for one image, two for each multiplication with addition."""
     network, batch = make(row, labels, tier, size), 4
-    # The counter does not know the fused attention of CPUs; spelled out, it is matrix products.
+    # The counter does not know the fused attention of CPUs, so attention is computed by plain matrix products here.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         network(*inputs(row, labels, batch, size))
     return counter.get_total_flops() / batch
@@ -121,7 +121,7 @@ def flops(row: str, labels: int, tier: str = "nano", size: int = SIZE) -> float:
 
 
 def dataset() -> Dataset:
-    """Surfaces, cut once: 600 patches of each of the four, and four with slanting light and printed pages."""
+    """Prepare the surfaces: 400 patches of each of the four, then 200 of each in slanting light, and 200 of printed pages."""
     folder = BUILD / "data"
     if not (folder / "metadata.jsonl").is_file():
         photographs.surfaces(folder, 1, patches=400)
@@ -130,7 +130,7 @@ def dataset() -> Dataset:
 
 
 class Words:
-    """What a contender is told about an image: caption bytes, or the number of the caption."""
+    """What a contender gets as caption of an image: the caption's bytes, or its number."""
 
     def __init__(self, row: str, data: Dataset) -> None:
         self.names = sorted(set(data.captions))
@@ -139,12 +139,12 @@ class Words:
 
     @property
     def labels(self) -> int:
-        """How many numbers there are, with the one for no caption."""
+        """How many caption numbers there are, including the one for no caption."""
         return len(self.names) + 1
 
 
 class Trainer:
-    """A training that can be stopped at a budget and gone on with; the same for every contender."""
+    """A training that can be paused at a budget and continued; the same for every contender."""
 
     def __init__(
         self, network: nn.Module, row: str, data: Dataset, rate: float, seed: int, teaching: Teaching | None = None
@@ -157,7 +157,7 @@ class Trainer:
         self.parameters, self.steps, self.seconds = parameters, 0, 0.0
 
     def step(self) -> None:
-        """One step; its processor time is counted."""
+        """Train one step, and count its processor time."""
         began = time.thread_time()
         images, chosen = self._batch()
         g = torch.Generator().manual_seed(mix(self.seed, self.steps, 2))
@@ -196,7 +196,7 @@ class Trainer:
 def judge(
     network: nn.Module, row: str, data: Dataset, spaces: features.FeatureSpaces, seed: int, sampler: Sampler = DRAW
 ) -> dict[str, float]:
-    """Held-out loss, and distances of generated images to held-out ones."""
+    """Measure the held-out loss, and the distances of generated images to held-out ones."""
     words, reference = Words(row, data).table, data.reference()
     held_out = to_unit(data.images[reference])
     g = torch.Generator().manual_seed(5)
@@ -234,13 +234,13 @@ def judge(
 
 
 def commit() -> str:
-    """What is measured: the commit, with a mark if files differ from it."""
+    """Return the commit that is measured, with a mark if files differ from it."""
     said = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True)
     return said.stdout.strip() or "unknown"
 
 
 def kept(name: str, make_it: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A part's result, made once."""
+    """Return a part's result; make it only once for each budget, and keep it."""
     path = BUILD / f"{name}.json"
     if not path.is_file() or json.loads(path.read_bytes())["budget"] != SECONDS:
         result = make_it() | {"budget": SECONDS, "commit": commit()}
@@ -252,14 +252,14 @@ def kept(name: str, make_it: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def setting() -> tuple[Dataset, features.FeatureSpaces, int]:
-    """Data, feature spaces and number of labels, in a process with one thread."""
+    """Prepare the data, the feature spaces and the number of labels, and limit the process to one thread."""
     torch.set_num_threads(1)
     data = dataset()
     return data, features.fit(data, BUILD / "features.safetensors"), Words("I", data).labels
 
 
 def sweep_one(row: str, rate: float) -> dict[str, Any]:
-    """Held-out loss after a fifth of the time, on a seed that is not reported."""
+    """Measure the held-out loss after a fifth of the time, on a seed that is not reported."""
 
     def run() -> dict[str, Any]:
         data, spaces, labels = setting()
@@ -297,7 +297,7 @@ def quality_one(row: str, seed: int, rate: float, compute: float) -> dict[str, A
 
 
 def distil_one(seed: int, rate: float) -> dict[str, Any]:
-    """full → dev → fast from one seed's network, each beside `full` under solvers with as many evaluations."""
+    """Distil full → dev → fast from one seed's network; compare each with `full` under solvers with as many evaluations."""
 
     def run() -> dict[str, Any]:
         data, spaces, _ = setting()
@@ -330,7 +330,7 @@ def distil_one(seed: int, rate: float) -> dict[str, Any]:
 
 
 def in_two(calls: list[tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]]) -> None:
-    """Run parts in two processes, saying what is done."""
+    """Run parts in two processes, and print which are done."""
     with ProcessPoolExecutor(2) as pool:
         waiting = {pool.submit(call, *arguments): (call.__name__, *arguments) for call, arguments in calls}
         for done, future in enumerate(as_completed(waiting), start=1):
@@ -340,7 +340,7 @@ def in_two(calls: list[tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]]) -
 
 
 def rates() -> dict[str, float]:
-    """The learning rate of each row: the best of the sweep; an ablation takes that of the network it ablates."""
+    """Choose the learning rate of each row: the best of the sweep, or for an ablation that of configuration I."""
     swept = ("I", "II", "DiT", "U-Net")
     in_two([(sweep_one, (row, rate)) for row in swept for rate in SWEEP])
     best = {row: min(SWEEP, key=lambda rate, row=row: sweep_one(row, rate)["loss"]) for row in swept}
@@ -348,7 +348,7 @@ def rates() -> dict[str, float]:
 
 
 def quality() -> None:
-    """All contenders, all seeds; the budget of arithmetic is what configuration I does in half of the time."""
+    """Measure all contenders with all seeds; the budget of arithmetic is what configuration I does in half of the time."""
     setting()
     chosen = rates()
 
@@ -364,7 +364,7 @@ def quality() -> None:
 
 
 def distil() -> None:
-    """All seeds."""
+    """Distil with all seeds."""
     rate = rates()["I"] / 3
     in_two([(distil_one, (seed, rate)) for seed in SEEDS])
 
@@ -374,10 +374,10 @@ def distil() -> None:
 
 @cache
 def exported(row: str, labels: int, tier: str, size: int) -> bytes:
-    """A contender as ONNX by torch's own exporter, for batches of one; it takes a quarter of a minute, so once."""
+    """Export a contender to ONNX by torch's own exporter, for batches of one; cached, because it takes 15 seconds."""
     network = make(row, labels, tier, size).eval()
     with torch.no_grad():
-        for parameter in network.parameters():  # zeros and equal tensors would be folded away
+        for parameter in network.parameters():  # the exporter would fold zeros and equal tensors away
             parameter.add_(0.01 * torch.randn(parameter.shape))
     path = BUILD / "exported.onnx"
     torch.onnx.export(network, inputs(row, labels, 1, size), str(path), dynamo=True, external_data=False, verbose=False)
@@ -385,7 +385,7 @@ def exported(row: str, labels: int, tier: str, size: int) -> bytes:
 
 
 def runners(row: str, labels: int, tier: str, size: int, threads: int) -> dict[str, Callable[[], object]]:
-    """One evaluation of one image: in ONNX Runtime from each exporter that takes the row, and in torch."""
+    """Make calls that evaluate one image: in ONNX Runtime from each exporter that supports the row, and in torch."""
     torch.manual_seed(0)
     arguments = inputs(row, labels, 1, size)
     arrays = [a.numpy() for a in arguments]
@@ -415,11 +415,11 @@ def runners(row: str, labels: int, tier: str, size: int, threads: int) -> dict[s
 
 
 def interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Milliseconds of each call, round by round, so that a slow moment of the machine meets all alike."""
+    """Measure the milliseconds of each call round by round, so that a slow moment of the machine affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = np.random.default_rng(0)
     for round_ in range(ROUNDS + 3):
-        for name in order.permutation(list(calls)):  # nobody always follows the same one's spinning threads
+        for name in order.permutation(list(calls)):  # so that no call always follows the spinning threads of the same one
             began = time.perf_counter()
             calls[name]()
             if round_ >= 3:
@@ -428,14 +428,14 @@ def interleaved(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> list[float]:
-    """Median of the rounds' ratios, and its 95 % interval (order statistics)."""
+    """Compute the median of the rounds' ratios, and its 95 % interval (order statistics)."""
     ratios = sorted(np.array(times[slow]) / np.array(times[fast]))
     low = int(stats.binom.ppf(0.025, len(ratios), 0.5))  # the interval from the low-th smallest to the low-th largest
     return [float(np.median(ratios)), float(ratios[low - 1]), float(ratios[-low])]
 
 
 def speed_one(tier: str, size: int, threads: int) -> dict[str, Any]:
-    """All rows of one tier and size with one number of threads."""
+    """Measure all rows of one tier and size with one number of threads."""
 
     def run() -> dict[str, Any]:
         torch.set_num_threads(threads)
@@ -460,7 +460,7 @@ def speed_one(tier: str, size: int, threads: int) -> dict[str, Any]:
 
 
 def images_one(threads: int) -> dict[str, Any]:
-    """Seconds for one image of each variant, nano, as the device's sampler draws it."""
+    """Measure the seconds for one image of each variant in the nano tier, as the device's sampler draws it."""
 
     def run() -> dict[str, Any]:
         found = {}
@@ -489,7 +489,7 @@ def images_one(threads: int) -> dict[str, Any]:
 
 
 def throughput() -> dict[str, Any]:
-    """Training: images a second of our rows and the dense peer, in turns of five steps, one thread each."""
+    """Measure the images per second in training of five rows, in turns of five steps, with one thread."""
 
     def run() -> dict[str, Any]:
         data, _, labels = setting()
@@ -519,7 +519,7 @@ def throughput() -> dict[str, Any]:
 
 
 def speed() -> None:
-    """Every tier, size and number of threads; nothing else should run meanwhile."""
+    """Measure every tier, size and number of threads; nothing else should run meanwhile."""
     for tier, size in (("nano", 16), ("nano", 32), ("small", 32)):
         for threads in (1, 2):
             speed_one(tier, size, threads)
@@ -533,13 +533,13 @@ def speed() -> None:
 
 
 def mean_interval(values: list[float]) -> str:
-    """Mean over seeds and the half width of its 95 % interval (Student's t)."""
+    """Format the mean over seeds and the half width of its 95 % interval (Student's t)."""
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
     return f"{np.mean(values):.4f} ± {half:.4f}"
 
 
 def machine() -> str:
-    """What this was measured on."""
+    """Describe the machine and the commits that were measured."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
         "?",
@@ -552,12 +552,12 @@ def machine() -> str:
 
 
 def read(pattern: str) -> dict[str, Any]:
-    """The parts that are done, by name."""
+    """Read the finished parts, by name."""
     return {path.stem: json.loads(path.read_bytes()) for path in sorted(BUILD.glob(pattern))}
 
 
 def quality_table(budget: str) -> list[str]:
-    """One row for each contender, and whether ours is better, seed by seed."""
+    """Format one row for each contender, and whether ours is better, seed by seed."""
     parts = read("quality-*.json")
     by_row = {row: {s: parts[f"quality-{row}-{s}"] for s in SEEDS if f"quality-{row}-{s}" in parts} for row in ROWS}
     lines = [
@@ -580,7 +580,7 @@ def quality_table(budget: str) -> list[str]:
 
 
 def distil_table() -> list[str]:
-    """Variants beside solvers."""
+    """Format the table of variants and solvers."""
     parts = list(read("distil-*.json").values())
     lines = ["| sampler | kd trained | kd random | coverage | fd trained |", "|---|---|---|---|---|"]
     for name in [name for name in parts[0] if "(" in name or "at" in name] if len(parts) > 1 else ():
@@ -596,7 +596,7 @@ def distil_table() -> list[str]:
 
 
 def speed_table() -> list[str]:
-    """Milliseconds and the ratios that were asked for."""
+    """Format the milliseconds and the ratios of the speed measurements."""
     lines = []
     for name, part in read("speed-*.json").items():
         _, tier, size, threads = name.split("-")
@@ -618,7 +618,7 @@ def speed_table() -> list[str]:
 
 
 def report() -> None:
-    """Print the tables, and keep them and their figures."""
+    """Print the tables, and write them and their figures."""
     everything = {"machine": machine(), "seconds": SECONDS, "seeds": SEEDS, **read("*.json")}
     everything = {k: v for k, v in everything.items() if not k.startswith("index")}
     sweeps = {name.removeprefix("sweep-").rsplit("-", 1)[0]: {} for name in read("sweep-*.json")}  # type: dict[str, dict[float, float]]
@@ -657,7 +657,7 @@ def report() -> None:
 
 
 def main() -> None:
-    """Do the named parts, or all."""
+    """Run the named parts, or all."""
     BUILD.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parts: dict[str, Callable[[], None]] = {"quality": quality, "distil": distil, "speed": speed, "report": report}

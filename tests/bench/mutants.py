@@ -1,9 +1,11 @@
-"""`make mutants`: does a test notice when the code is wrong? Changes it in one place at a time, and runs the tests that concern it.
+"""`make mutants`: check that a test fails when the code is wrong: change one place at a time, and run the tests of that file.
 
-The list is by hand: each entry is a mistake that would harm somebody, and most tests of a file run in seconds. A mutant is killed when a test
-fails. Those that survive are equivalent to the code, which `EXPLAINED` then says, or the tests have a gap. Prints a table and writes
-build/bench/mutants.json; what is not reached in MUTANTS_SECONDS is counted as not run. `MUTANTS=word,word` runs those whose file or harm holds
-one of the words. Each runs in a copy of the project, so the working tree is never changed.
+The list is written by hand. Each entry is a mistake that would harm somebody. The tests of most files run in seconds. A mutant is
+killed when a test fails. If a mutant survives, it is equivalent to the code and `EXPLAINED` says why, or the tests have a gap.
+
+The command prints a table and writes build/bench/mutants.json. Mutants that are not reached within MUTANTS_SECONDS count as not
+run. `MUTANTS=word,word` runs those whose file or harm contains one of the words. Each mutant runs in a copy of the project, so
+the working tree is never changed.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ OUT = ROOT / "build/bench/mutants.json"
 SECONDS = float(os.environ.get("MUTANTS_SECONDS", "5400"))
 WANTED = os.environ.get("MUTANTS", "").split(",")
 WORKERS = int(os.environ.get("MUTANTS_WORKERS", "2"))
-PATIENCE = 600.0  # seconds for the tests of one mutant; what hangs is killed by that
-LEAST = 0.95  # of those that ran
+PATIENCE = 600.0  # seconds for one file of tests; a mutant that makes it hang counts as killed
+LEAST = 0.95  # share of the mutants that ran; at least so many must be killed
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Mutant:
 
 
 UPDATE, ATTACKS, TRUST = "tests/test_agent_update.py", "tests/test_agent_attacks.py", "tests/test_trust_drills.py"
-# The tests that concern a file, quick ones first; the first that fails ends it.
+# The tests that concern a file, quick ones first; the first failure ends them.
 CONCERNED = {
     "ota/agent/rules.py": ["tests/test_rollout.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
     "ota/agent/trust.py": [TRUST, ATTACKS, "tests/test_hostile_strings.py", UPDATE],
@@ -457,7 +459,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
 }
 # fmt: on
 
-# Survivors that are no gap, by file and harm, and why.
+# Survivors that do not show a gap in the tests, by file and harm, and why.
 EXPLAINED: dict[tuple[str, str], str] = {
     ("ota/agent/trust.py", "marks are kept under keys that signed nothing"): (
         "the same: python-tuf's result of a verification is true exactly where it is verified"
@@ -469,7 +471,7 @@ EXPLAINED: dict[tuple[str, str], str] = {
 
 
 def mutants() -> Iterator[Mutant]:
-    """All that are wanted, in the list's order."""
+    """Yield all wanted mutants, in the order of the list."""
     for file, changes in MUTATIONS.items():
         for old, new, harm in changes:
             if any(word in file or word in harm for word in WANTED):
@@ -477,10 +479,10 @@ def mutants() -> Iterator[Mutant]:
 
 
 def check() -> None:
-    """See that each old text is in its file exactly once; code that moved takes its mutants along.
+    """Check that each old text is in its file exactly once; if code moves to another file, its mutants must move with it.
 
     Raises:
-        SystemExit: one is not.
+        SystemExit: an old text is missing, or occurs more than once.
     """
     wrong = [
         f"{m.file}: {m.harm!r}: {(ROOT / m.file).read_text().count(m.old)} times: {m.old!r}"
@@ -492,7 +494,7 @@ def check() -> None:
 
 
 def failure(tests: str, place: Path) -> str:
-    """Run a file of tests in a copy of the project: the first that fails, "time", or "" where all pass."""
+    """Run a file of tests in a copy of the project; return the first that fails, "time" if it hangs, or "" if all pass."""
     environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-p", "no:randomly", tests]
     if "\npytestmark = pytest.mark.slow" in (place / tests).read_text():
@@ -508,7 +510,7 @@ def failure(tests: str, place: Path) -> str:
 
 
 def run(mutant: Mutant, place: Path) -> str:
-    """What became of a mutant in a copy of the project: the test that killed it, "time", or "" where it survived."""
+    """Run a mutant in a copy of the project; return the test that killed it, "time" if one hung, or "" if it survived."""
     path = place / mutant.file
     whole = path.read_text()
     path.write_text(whole.replace(mutant.old, mutant.new))
@@ -519,7 +521,7 @@ def run(mutant: Mutant, place: Path) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Check the list, run the tests on the unchanged code, then run all wanted mutants and report."""
     check()
     rows, free = list[dict[str, object]](), SimpleQueue[Path]()
     with tempfile.TemporaryDirectory() as folder:
@@ -554,7 +556,7 @@ def main() -> None:
                 free.put(place)
 
         with ThreadPoolExecutor(WORKERS) as pool:
-            # A test that fails on the code as it is would kill every mutant.
+            # A test that fails on the unchanged code would kill every mutant.
             concerned = list(dict.fromkeys(tests for mutant in mutants() for tests in CONCERNED[mutant.file]))
             red = list(filter(None, pool.map(unchanged, concerned)))
             if red:
@@ -565,10 +567,10 @@ def main() -> None:
 
 
 def report(rows: list[dict[str, object]]) -> None:
-    """Print what there is by file, and the survivors with why; write all.
+    """Print the results by file and the survivors with their explanations; write everything.
 
     Raises:
-        SystemExit: too many survived, or one that nobody explained.
+        SystemExit: too many mutants survived, or one without an explanation.
     """
     print(f"\n{'file':30} {'killed':>7} {'survived':>9} {'not run':>8}")
     for file in MUTATIONS:

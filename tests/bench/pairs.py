@@ -2,10 +2,11 @@
 
     python -m tests.bench.pairs      writes build/bench/delta/pairs/WAY.STORED/{old,new}.onnx
 
-The ways: `full` and `gentle` are full retrainings at 3e-4 and 2e-5; `experts` trains the experts of two blocks only; `lowrank` trains rank-4
-factors and merges them; `sparse` moves the twentieth of each tensor's weights that moved most in a trial of 40 steps; `grid` is
-`full` in whole steps from what is stored, as the flow does it (`update_grid` 2); `scratch` is another seed, from noise. Each is one ONNX file with its weights inside;
-under int8 and int4 the scales are those of the first model.
+The ways: `full` and `gentle` retrain all weights at learning rates of 3e-4 and 2e-5; `experts` trains only the experts of two
+blocks; `lowrank` trains rank-4 factors and merges them; `sparse` trains only the 5 % of each tensor's weights that moved most in
+a trial of 40 steps; `grid` moves the stored weights by the change of `full` in whole steps, as the flow does (`update_grid` 2);
+`scratch` trains another seed from fresh weights. Each model is one ONNX file with its weights inside. int8 and int4 use the
+scales of the first model.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ class Factors(nn.Module):
         self.b = nn.Parameter(torch.randn(*weight.shape[:-2], rank, weight.shape[-1]) * weight.shape[-1] ** -0.5)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The merged weight."""
+        """Return the merged weight."""
         return weight + self.a @ self.b
 
 
 def deliveries() -> tuple[Dataset, Dataset]:
-    """The surfaces before and after the light changed."""
+    """Prepare the surfaces as they are before and after the light changes."""
     found = []
     for last in (1, 2):
         folder = BUILD / f"data-{last}"
@@ -66,7 +67,7 @@ def deliveries() -> tuple[Dataset, Dataset]:
 def trained(
     network: Network, data: Dataset, rate: float, steps: int, seed: int, mask: dict[str, Tensor] | None = None
 ) -> Network:
-    """The average of a training, which is what is published."""
+    """Train a network; return the average of its weights, which is what is published."""
     trainer = Trainer(network, "I", data, rate, seed)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     for _ in range(steps):
@@ -84,7 +85,7 @@ def trained(
 
 
 def moved_most(first: Network, data: Dataset, share: float) -> dict[str, Tensor]:
-    """Where each tensor's largest changes are after a short trial."""
+    """Find where each tensor's largest changes are after a short trial."""
     trial = trained(copy.deepcopy(first), data, 3e-4, 40, 1)
     found = {}
     for (name, before), after in zip(first.named_parameters(), trial.parameters(), strict=True):
@@ -94,7 +95,7 @@ def moved_most(first: Network, data: Dataset, share: float) -> dict[str, Tensor]
 
 
 def retrained(way: str, first: Network, data: Dataset) -> Network:
-    """The first model after one way of retraining."""
+    """Retrain the first model in one of the ways."""
     network = copy.deepcopy(first).train()
     if way == "scratch":
         torch.manual_seed(7)
@@ -129,7 +130,7 @@ def retrained(way: str, first: Network, data: Dataset) -> Network:
 
 
 def gridded(first: Network, after: Network, as_type: str) -> Network:
-    """The flow's own way: what is stored, moved by the change of a full retraining in whole steps."""
+    """Move the stored weights by the change of a full retraining in whole steps, as the flow does."""
     made = copy.deepcopy(first)
     round_to_stored(made, "bfloat16" if as_type == "bfloat16" else "float32")
     with torch.no_grad():
@@ -142,7 +143,7 @@ def gridded(first: Network, after: Network, as_type: str) -> Network:
 
 
 def once(name: str, make: Callable[[], Network]) -> Network:
-    """A network, trained once and kept."""
+    """Return a network; train it only once, and keep it."""
     path = BUILD / "models" / f"{name}.safetensors"
     network = Network(CONFIG)
     if not path.is_file():
@@ -153,7 +154,7 @@ def once(name: str, make: Callable[[], Network]) -> Network:
 
 
 def stored(network: Network, as_type: str, scales_of: Network) -> bytes:
-    """The network's weights in an ONNX file, each as an initializer and, where it is quantised, its way back to float32."""
+    """Store the network's weights as initializers of an ONNX file; quantised ones get a node that converts them to float32."""
     initializers, nodes = [], []
     for tensor in layout(network.config, "float32")[0]:
         values, like = tensor_of(network, tensor.name).detach(), tensor_of(scales_of, tensor.name).detach()

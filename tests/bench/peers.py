@@ -1,6 +1,6 @@
-"""The two designs that the network is measured against, written small, with the same call: `(x, t, r, labels) -> (v, load)`.
+"""Short versions of the two designs that the network is compared with; both are called by `(x, t, r, labels) -> (v, load)`.
 
-Both are told the caption as a class label (0: no caption), which is their own way and an advantage: they need not read.
+Both get the caption as a class label (0: no caption), as in their own design. That is an advantage: they need not read text.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class DiT(nn.Module):
-    """A dense transformer on patches, after Peebles and Xie 2023: fixed sinusoids for places, adaLN-Zero, GELU, multiply by 4.
+    """A dense transformer on patches, after Peebles and Xie 2023: fixed sinusoidal positions, adaLN-Zero, GELU, MLP ratio 4.
 
-    Its times and labels are embedded as theirs are; the width is that of the network it is measured against, the depth is
-    chosen for the same active compute.
+    Times and labels are embedded as in that paper. The width is that of the network it is compared with; the depth is chosen for
+    the same active compute.
     """
 
     def __init__(self, size: int, labels: int, width: int, depth: int, heads: int, patch: int = 2) -> None:
@@ -36,7 +36,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor) -> tuple[Tensor, None]:
-        """x [B, 1, R, R], t [B], labels [B] -> v [B, 1, R, R]."""
+        """Predict v [B, 1, R, R] from x [B, 1, R, R], t [B] and labels [B]."""
         del r
         rates = torch.exp(-math.log(10_000.0) * torch.arange(128, device=x.device) / 128)
         angle = 1000 * t[:, None] * rates
@@ -66,7 +66,7 @@ class DiTBlock(nn.Module):
         nn.init.zeros_(self.ada.bias)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        """h [B, N, D], c [B, D] -> [B, N, D]."""
+        """Transform tokens h [B, N, D] by the condition c [B, D] to [B, N, D]."""
         width = h.shape[2:]
         s1, m1, g1, s2, m2, g2 = self.ada(c).unsqueeze(1).chunk(6, dim=2)
         y = F.layer_norm(h, width, eps=1e-6) * (1 + m1) + s1
@@ -77,7 +77,7 @@ class DiTBlock(nn.Module):
 
 
 def places(side: int, width: int) -> Tensor:
-    """Sinusoids of row and column, [side * side, width]."""
+    """Compute sinusoids of row and column, [side * side, width]."""
     quarter = width // 4
     rates = torch.exp(-math.log(10_000.0) * torch.arange(quarter) / quarter)
     along = torch.arange(side)[:, None] * rates  # [side, quarter]
@@ -97,6 +97,6 @@ class UNet(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor, labels: Tensor) -> tuple[Tensor, None]:
-        """x [B, 1, R, R], t [B], labels [B] -> v [B, 1, R, R]."""
+        """Predict v [B, 1, R, R] from x [B, 1, R, R], t [B] and labels [B]."""
         del r
         return self.inner(x, 1000 * t, class_labels=labels, return_dict=False)[0], None

@@ -1,6 +1,6 @@
 """Make the README's picture out of a demo's workspace: `python -m tests.bench.samples WORKSPACE OUT.png`.
 
-Left, held-out photographs; right, what the champion draws for the same captions.
+The left half shows held-out photographs, the right half what the champion draws for the same captions.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ COLUMNS, SCALE, LABEL, GAP = 7, 3, 92, 12
 
 
 def enlarged(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Images [n, C, R, R] in a row, each pixel a square."""
+    """Put images [n, C, R, R] into a row and enlarge each pixel to a square."""
     cells = [np.pad(i[0].repeat(SCALE, 0).repeat(SCALE, 1), 1, constant_values=255) for i in images]
     return np.concatenate(cells, axis=1)
 
 
 def main() -> None:
-    """Draw and write."""
+    """Draw the picture and write it."""
     workspace, out = Workspace(Path(sys.argv[1])), Path(sys.argv[2])
     rows: list[tuple[str, npt.NDArray[np.uint8]]] = []
     for line, captions in ROWS.items():
@@ -46,7 +46,7 @@ def main() -> None:
             real = [i for i in range(len(dataset.captions)) if dataset.captions[i] == caption]
             held_out = [i for i in real if dataset.held_out[i]]
             if len(held_out) < COLUMNS:
-                continue  # fewer than a row that no model has seen
+                continue  # too few images that no model has seen to fill a row
             photographs = dataset.images[[held_out[i * len(held_out) // COLUMNS] for i in range(COLUMNS)]]
             drawn, _ = model.generate(model.encode([caption] * COLUMNS), list(range(COLUMNS)), workspace.line(line).sampler)
             gap = np.full((enlarged(photographs).shape[0], GAP), 255, np.uint8)

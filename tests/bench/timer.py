@@ -1,8 +1,9 @@
-"""`make bench-timer`: which timer lets devices look for updates that are switched on for hours or minutes only.
+"""`make bench-timer`: find a timer by which devices look for updates although they are switched on only for hours or minutes.
 
-Simulates systemd's timers as systemd.timer(5) defines them: OnBootSec counts from each start of the machine, OnUnitActiveSec from the last
-look, RandomizedDelaySec is added each time (the same each time with FixedRandomDelay), and Persistent makes up for a missed OnCalendar at
-the next start, after that delay, too. Prints a table and writes build/bench/timer.json.
+The bench simulates systemd's timers as systemd.timer(5) defines them. OnBootSec counts from each start of the machine,
+OnUnitActiveSec from the last look. RandomizedDelaySec is added each time (the same delay each time with FixedRandomDelay).
+Persistent makes up for a missed OnCalendar at the next start, also after that delay. The bench prints a table and writes
+build/bench/timer.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Uptimes = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Timer:
-    """A way to decide when a device looks."""
+    """A rule by which a device decides when to look for updates."""
 
     name: str
     delay: float
@@ -33,7 +34,7 @@ class Timer:
     every: float = 6 * HOUR
 
     def looks(self, uptimes: Uptimes, draw: random.Random) -> Iterator[float]:
-        """The moments at which a device looks that is on from each first to each second moment."""
+        """Yield the moments, in seconds, at which a device looks that is on from the start to the stop of each of `uptimes`."""
         own = draw.random() * self.delay
 
         def delayed() -> float:
@@ -55,10 +56,10 @@ class Timer:
 
 
 class Run(Timer):
-    """`ferry-agent run` as a service: within five minutes of its start, then every hour, a quarter more or less."""
+    """`ferry-agent run` as a service: it looks within five minutes of its start, then every 45 to 75 minutes."""
 
     def looks(self, uptimes: Uptimes, draw: random.Random) -> Iterator[float]:
-        """As above."""
+        """Yield the moments at which the service looks; see `Timer.looks`."""
         for start, stop in uptimes:
             at = start + 300 * draw.random()
             while at < stop:
@@ -67,7 +68,7 @@ class Run(Timer):
 
 
 def daily(hours: float) -> Callable[[random.Random], Uptimes]:
-    """On once a day at a time of the device's own, an hour earlier or later."""
+    """Return a profile of devices that are on once a day for `hours`, each at its own time, an hour earlier or later."""
 
     def made(draw: random.Random) -> Uptimes:
         begin = draw.random() * (DAY - hours * HOUR - 2 * HOUR) + HOUR
@@ -77,12 +78,12 @@ def daily(hours: float) -> Callable[[random.Random], Uptimes]:
 
 
 def shift(_: random.Random) -> Uptimes:
-    """All on from six to two, five days a week."""
+    """Return the uptimes of a shift: all devices are on from 6:00 to 14:00, five days a week."""
     return [(day * DAY + 6 * HOUR, day * DAY + 14 * HOUR) for day in range(DAYS) if day % 7 < 5]
 
 
 def bursts(draw: random.Random) -> Uptimes:
-    """On for ten minutes, off for some hours."""
+    """Return uptimes of ten minutes, each one to five hours after the one before."""
     made, at = [], draw.random() * HOUR
     while at < DAYS * DAY:
         made.append((at, at + 10 * MINUTE))
@@ -104,7 +105,7 @@ TIMERS = (
 
 
 def measure(timer: Timer, profile: Callable[[random.Random], Uptimes], seed: int) -> dict[str, float]:
-    """What a fleet of one kind of devices does in two weeks; a release is published at a moment of the first week."""
+    """Simulate a fleet of one kind of devices for two weeks; for each device a release is published in the first week."""
     draw = random.Random(seed)
     never, waits, looks, minutes = 0, [], 0, dict[int, int]()
     for _ in range(DEVICES):
@@ -125,7 +126,7 @@ def measure(timer: Timer, profile: Callable[[random.Random], Uptimes], seed: int
 
 
 def main() -> None:
-    """Entry point."""
+    """Simulate every timer under every profile, print the table and write the figures."""
     rows = []
     print(
         f"{DEVICES} devices, {DAYS} days, seed 1; a release is published in the first week. never: share that does not look in all that time"

@@ -1,8 +1,8 @@
-"""A factory without end: made-up photographs of surfaces, so that every run of a simulation sees held-out images that no other run saw.
+"""An endless source of made-up photographs of surfaces: every run of a simulation gets held-out images that no other run saw.
 
-A photograph fixes pitch, light and contrast; patches of one photograph share them, so they are one group, as patches of real ones are.
-Three surfaces, each clean or with one of three defects: twelve captions, of which the defects are rare. tests/test_asked.py judges by it
-what a model draws for a caption.
+A photograph fixes pitch, light, contrast and slope. Patches of one photograph share them, so they are one group, as patches of
+real photographs are. There are three surfaces, each clean or with one of three defects: twelve captions, of which those with
+defects are rare. tests/test_asked.py uses this world to judge what a model draws for a caption.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Images = npt.NDArray[np.uint8]  # [n, 1, SIDE, SIDE]
 
 
 def patch(surface: str, shot: dict[str, float], rng: np.random.Generator) -> Plane:
-    """One patch of a photograph without a defect."""
+    """Draw one patch of a photograph, without a defect."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] + rng.uniform(0, 40, size=(2, 1, 1))
     if surface == "brick":  # light mortar around dark bricks, each row moved by half a brick
         high, wide = 5.0 * shot["pitch"], 9.0 * shot["pitch"]
@@ -51,14 +51,14 @@ def patch(surface: str, shot: dict[str, float], rng: np.random.Generator) -> Pla
 
 
 def shoot(rng: np.random.Generator, dim: float = 0.0) -> dict[str, float]:
-    """What the patches of one photograph share."""
+    """Choose at random what the patches of one photograph share: pitch, light, contrast and slope."""
     return {
         "pitch": rng.normal(1, 0.07), "light": rng.normal(0.48, 0.05) * (1 - dim), "contrast": rng.normal(1, 0.1), "slope": rng.normal(0, 0.05),
     }  # fmt: skip
 
 
 def drawn(rng: np.random.Generator, captions: list[str]) -> Images:
-    """What a perfect model draws: for each caption a patch of a photograph of its own."""
+    """Draw as a perfect model does: for each caption, a patch of a photograph of its own."""
     made = []
     for caption in captions:
         surface, _, defect = caption.partition(", ")
@@ -68,13 +68,13 @@ def drawn(rng: np.random.Generator, captions: list[str]) -> Images:
 
 
 def pixels(plane: Plane) -> Images:
-    """As stored, [1, SIDE, SIDE]."""
+    """Convert a patch to the stored form, [1, SIDE, SIDE]."""
     stored: Images = (plane.clip(0, 1) * 255).round().astype(np.uint8)[None]
     return stored
 
 
 def blemish(plane: Plane, defect: str, rng: np.random.Generator) -> Plane:
-    """A patch with one defect."""
+    """Add one defect to a patch."""
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(float)
     cy, cx = rng.uniform(0.3 * SIDE, 0.7 * SIDE, size=2)
     if defect == "scratch":
@@ -90,13 +90,13 @@ def blemish(plane: Plane, defect: str, rng: np.random.Generator) -> Plane:
 
 
 def collect(rng: np.random.Generator, photographs: int, patches: int, dim: float = 0.0) -> tuple[Images, list[str], list[str]]:
-    """Patches of new photographs: images, captions and the photograph of each.
+    """Collect patches of new photographs: images, captions and the photograph of each.
 
     Args:
-        rng: whose draws decide everything.
-        photographs: of each surface.
-        patches: of each photograph.
-        dim: how much darker the light is, 0 to 1: a world that has drifted.
+        rng: the source of all random choices.
+        photographs: how many of each surface.
+        patches: how many of each photograph.
+        dim: how much darker the light is, 0 to 1; above 0 the world has drifted.
     """
     images, captions, groups = [], [], []
     for surface in SURFACES:
@@ -115,6 +115,6 @@ def collect(rng: np.random.Generator, photographs: int, patches: int, dim: float
 
 
 def dataset(images: Images, captions: list[str], groups: list[str], held_out: Any) -> Dataset:
-    """As the flow opens one."""
+    """Make a dataset as the flow opens one."""
     ids = np.array([caption_ids(caption, CONFIG.text_length) for caption in captions], dtype=np.int64)
     return Dataset(images, captions, ids, np.asarray(held_out, dtype=np.bool_), groups, {})
