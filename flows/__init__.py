@@ -1,1 +1,1 @@
-"""Order, retries, schedules and the command `ferry`; what is done at each step lives in `model`, `registry` and `ota`."""
+"""Flows: the order of the steps, retries, schedules, and the command `ferry`; `model`, `registry` and `ota` do the steps."""

@@ -1,10 +1,11 @@
-"""What can go wrong in `flows` itself; errors of `model`, `registry` and `ota` pass through as they are.
+"""Errors of `flows` itself; errors of `model`, `registry` and `ota` pass through unchanged.
 
 FlowError
-├── WorkspaceError   not a workspace, or its ferry.toml does not say what it must
-├── BusyError        another ferry is at work in it
+├── WorkspaceError   the folder is not a workspace, or its ferry.toml or a name in it is wrong
+├── BusyError        another process holds a part of the workspace
 ├── VariantError     some variants could not be retrained; the others were
-└── ServerError      Prefect's server does not start or answer
+├── ServerError      Prefect's server does not start or answer
+└── DemoError        a step of `ferry demo` failed (in `flows.demo`)
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ class FlowError(Exception):
 
 
 class WorkspaceError(FlowError):
-    """The folder is not a workspace, or its settings are wrong."""
+    """The folder is not a workspace, or its settings or a name in it are wrong."""
 
 
 class BusyError(FlowError):
-    """Another process holds the workspace."""
+    """Another process holds a part of the workspace."""
 
 
 class VariantError(FlowError):
-    """Some variants failed, for the reason that is its cause; `rows` says what came of each."""
+    """Some variants failed. `__cause__` is the first error; `rows` has the result of every variant."""
 
     def __init__(self, message: str, rows: list[dict[str, Any]]) -> None:
         super().__init__(message)

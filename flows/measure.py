@@ -12,6 +12,7 @@ from model.scorecard import Frozen, PublishedFid, Scorecard
 from registry.catalog import Subject
 from registry.champions import champion_of, judged, sealed
 from registry.errors import CatalogError
+from registry.lineage import file_sha256
 from registry.seal import Seal
 
 FEATURES = "inception:"  # and a file; the only features that are not the line's own
@@ -26,6 +27,8 @@ class Measured(Frozen):
     outcome: str
     reason: str
     scorecard: Scorecard
+    current: bool = True
+    """Whether its scorecard has figures in the line's present feature spaces."""
     anew: Figures | None = None
     """Hold what `ferry remeasure` found in the line's present feature spaces; None where it was not called."""
     fid: PublishedFid | None = None
@@ -90,7 +93,7 @@ def measure(
     known = Measured(
         subject=version.subject, version=version.version, champion=champion is not None and champion.version == version.version,
         outcome=said.facts["outcome"], reason=said.why, scorecard=card,
-        anew=figures(workspace, subject, version.version),
+        anew=figures(workspace, subject, version.version), current=_is_current(workspace, subject.line, card),
     )  # fmt: skip
     if file is None:
         return known
@@ -124,6 +127,12 @@ def measure(
     return known.model_copy(update={"fid": evaluate.published_fid(folder, drawn.images, file), "images": str(folder)})
 
 
+def _is_current(workspace: Workspace, line: str, card: Scorecard) -> bool:
+    """Check whether a scorecard has figures in the line's present feature spaces."""
+    present = workspace.feature_spaces(line)
+    return not present.is_file() or file_sha256(present) in {q.space_sha256 for q in card.quality}
+
+
 def text(measured: Measured) -> str:
     """The figures as a short table."""
     card = measured.scorecard
@@ -137,13 +146,7 @@ def text(measured: Measured) -> str:
             f"{q.split:10}{q.space:10}{q.n:6d}{q.kd:10.4f}{q.kd_se:9.4f}{q.fd:9.2f}{q.coverage:10.2f}{q.precision:11.2f}{q.recall:8.2f}"
             for q in (measured.anew.quality if measured.anew else card.quality)
         ),
-        *(
-            [
-                f"measured anew by `ferry remeasure` on data revision {measured.anew.data_rev[:12]}; the gate decided by the figures of the scorecard"
-            ]
-            if measured.anew
-            else []
-        ),
+        *_measured_in(measured),
         "",
         f"experts   {usage.dead} dead of {sum(map(len, usage.load))}",
         f"time      {cost.milliseconds:.1f} ms for an image, one thread, {cost.machine}",
@@ -156,3 +159,16 @@ def text(measured: Measured) -> str:
             f"the network {fid.features_sha256}"
         )
     return "\n".join(rows)
+
+
+def _measured_in(measured: Measured) -> list[str]:
+    """Say in which feature spaces the figures are, where these are not the scorecard's or not the line's present ones."""
+    if measured.anew:
+        return [
+            f"measured anew by `ferry remeasure` on data revision {measured.anew.data_rev[:12]}; the gate decided by the figures of the scorecard"
+        ]
+    if measured.current:
+        return []
+    return [
+        "measured in feature spaces that the line had before `ferry remeasure`; do not compare with figures in the present ones"
+    ]

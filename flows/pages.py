@@ -1,6 +1,6 @@
-"""What a run shows on Prefect's page besides its log: progress of long steps, the gate's decision, samples.
+"""Show a run on Prefect's page, beyond its log: the progress of long steps, the gate's decision, and samples.
 
-What the page does not get changes nothing: all of it is in MLflow and the ledger too.
+Nothing depends on the page: MLflow and the ledger hold the figures, the decision and the samples, too.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ EVERY = 5.0  # percent between two updates of a bar
 
 @contextmanager
 def progress() -> Iterator[None]:
-    """Show on Prefect's page, too, how far the steps in the block are."""
+    """Show the progress of the steps in the block on Prefect's page, too."""
     bars: dict[str, tuple[UUID, float]] = {}
     lock = threading.Lock()
 
     def show(label: str, done: int, total: int) -> None:
         percent = 100.0 * done / max(total, 1)
-        with lock, suppress(Exception):  # a page that cannot be written to stops no training
+        with lock, suppress(Exception):  # training goes on even if the page cannot be written
             if label not in bars:
                 made: Any = create_progress_artifact(progress=percent, key=_key(label), description=label)
                 bars[label] = made, percent
@@ -49,13 +49,13 @@ def progress() -> Iterator[None]:
 
 
 def decision(subject: Subject, number: int, made: Decision, samples: Path) -> None:
-    """Show what the gate said of a version, every check of it, and what the version draws."""
+    """Show the gate's decision on a version with all its checks, and the samples that the version draws."""
     checks = "\n".join(f"| {'yes' if c.passed else '**no**'} | {c.text} |" for c in made.checks)
     create_markdown_artifact(
         key=_key(f"decision {subject}"), description=f"{subject} version {number}: {made.outcome}",
         markdown=f"# {subject} version {number}: {made.outcome}\n\n{made.reason}\n\n| passed | check |\n|---|---|\n{checks}\n",
     )  # fmt: skip
-    # Inside the page: a browser shows no file of another machine, and none of this one to a page from the network.
+    # The picture is part of the page: for a page from the network, a browser loads no file from any disk, not even its own.
     picture = base64.b64encode(samples.read_bytes()).decode()
     create_image_artifact(
         image_url=f"data:image/png;base64,{picture}", key=_key(f"samples {subject}"), description=f"{subject} version {number}"
@@ -63,5 +63,5 @@ def decision(subject: Subject, number: int, made: Decision, samples: Path) -> No
 
 
 def _key(text: str) -> str:
-    """Prefect's keys hold lower-case letters, digits and dashes."""
+    """Turn a text into a key of Prefect's: only lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

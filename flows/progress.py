@@ -1,4 +1,4 @@
-"""How far a long step is: said by the step, shown by whoever listens (a bar on stderr, Prefect's page)."""
+"""Progress of long steps: a step reports it, and listeners show it (bars on stderr, Prefect's page)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 Listener = Callable[[str, int, int], None]
-"""Called with a label, the steps done, and the steps to do."""
+"""Called with the step's label, how much is done, and how much there is to do in all."""
 
 _listeners: list[Listener] = []
 
 
 def advance(label: str, done: int, total: int) -> None:
-    """Say how far the step with this label is."""
+    """Tell all listeners how far the step with this label is."""
     for listener in _listeners:
         listener(label, done, total)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Hear of progress within the block."""
+    """Call a listener with the progress that is reported within the block."""
     _listeners.append(listener)
     try:
         yield
@@ -34,7 +34,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def bars() -> Iterator[None]:
-    """Show progress on stderr: moving bars on a terminal, a line now and then elsewhere."""
+    """Show progress on stderr: moving bars on a terminal, lines elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         with listening(_lines()):
@@ -56,7 +56,7 @@ def bars() -> Iterator[None]:
 
 
 def _lines(every: float = 15.0) -> Listener:
-    """A listener that writes a line when a step begins, ends, or has gone on for a while."""
+    """Make a listener that prints a line when a step begins or ends, and about every `every` seconds in between."""
     spoken: dict[str, float] = {}
 
     def show(label: str, done: int, total: int) -> None:

@@ -26,7 +26,7 @@ PREVIOUS = 2  # releases before this one that get a delta even if no device repo
 
 
 class Released(Frozen):
-    """What the flow published."""
+    """A published release, as the flow returns it."""
 
     line: str
     device_class: str
@@ -42,7 +42,7 @@ class Released(Frozen):
 
 @task(name="bundle")
 def make_bundle(root: str, line: str, device_class: str) -> str:
-    """Put the champions of a line together for a device class; returns the bundle's folder."""
+    """Build the bundle of a line's champions for a device class, and return its folder."""
     workspace = Workspace(Path(root))
     settings = workspace.device_class(line, device_class)
     found = champions(workspace, workspace.class_subjects(line, device_class))
@@ -56,7 +56,7 @@ def make_bundle(root: str, line: str, device_class: str) -> str:
         )
     subject = Subject.parse(first.subject)
     promoted = next(e for e in promotions(workspace, subject) if e.facts["version"] == first.version)
-    # The first promotion: going back to a version later must find the bundle that devices know, byte for byte.
+    # The origin names the first promotion: a later rollback to this version must make the bundle that devices know, byte for byte.
     origin = Origin(
         data_rev=first.data_rev, data_md5=first.data_md5, code=first.code, lineage=first.lineage,
         scorecard=first.scorecard, decision=promoted.sha256, model=subject.model, version=first.version,
@@ -70,7 +70,7 @@ def make_bundle(root: str, line: str, device_class: str) -> str:
 
 @task(name="deltas")
 def make_deltas(root: str, folder: str) -> list[Delta]:
-    """Deltas to a bundle from every bundle that is fielded, and from the releases before it."""
+    """Build the deltas to a bundle from every bundle of `fielded`; leave out those that are not smaller than the bundle."""
     workspace = Workspace(Path(root))
     target = bundle.open_bundle(Path(folder))
     bases = fielded(workspace, target)
@@ -86,7 +86,7 @@ def make_deltas(root: str, folder: str) -> list[Delta]:
 
 
 def fielded(workspace: Workspace, target: Bundle) -> list[Bundle]:
-    """Published bundles from which devices will come: those they report, and the last few releases."""
+    """Return the published bundles from which devices may come: those that they report, and those of the last `PREVIOUS` releases."""
     releases = workspace.repository.releases(target.manifest.line, target.manifest.device_class)
     reported = {report.active for report in workspace.fleet.devices().values() if report}
     chosen = [r for r in releases if r.manifest in reported or r in releases[-PREVIOUS:]]
@@ -99,7 +99,7 @@ def fielded(workspace: Workspace, target: Bundle) -> list[Bundle]:
 
 @task(name="sign", **RETRIES)
 def sign(root: str, folder: str, deltas: list[Delta]) -> Release:
-    """Add the bundle and its deltas to the signed repository, and record it."""
+    """Add a bundle and its deltas to the signed repository, record the release in the ledger once, and return it."""
     workspace = Workspace(Path(root))
     made = bundle.open_bundle(Path(folder))
     with workspace.locked("records"):
@@ -118,15 +118,15 @@ def sign(root: str, folder: str, deltas: list[Delta]) -> Release:
 
 @task(name="publish", **RETRIES)
 def publish(root: str) -> int:
-    """Copy what is new in the repository to where devices fetch it; returns the number of files."""
+    """Copy new files of the repository to where devices fetch them, and return their number."""
     return policies.publish(Workspace(Path(root)))
 
 
 @flow(name="release", persist_result=False)
 def release(root: str, line: str, device_class: str) -> dict[str, Any]:
-    """Publish a line's champions for a device class; returns a `Released` as plain data.
+    """Publish the champions of a line for a device class, and return a `Released` as plain data.
 
-    Who may install it is a matter of its own: `ferry rollout start`.
+    This does not decide which devices may install the release; `ferry rollout start` does.
     """
     workspace = Workspace(Path(root))
     with workspace.locked("release"):

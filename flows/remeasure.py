@@ -1,8 +1,9 @@
-"""Give a line new feature spaces, and measure its champions and best versions ever in them.
+"""Give a line new feature spaces, and measure its champions and anchors in them.
 
-Figures in different spaces are never compared. So a line keeps its spaces until somebody asks for new ones: because a newer ferry measures
-in more of them, or because captions have come that the old ones never saw. From then on all that the gate compares is measured in the new
-ones. Scorecards stay as they are; the ledger holds the new figures of the versions that go on to be compared with.
+Figures in different spaces are never compared. So a line keeps its spaces until somebody asks for new ones: because a newer
+ferry measures in more of them, or because captions have come that the old spaces never saw. From then on the gate compares only
+figures in the new spaces. Scorecards stay as they are. The ledger gets the new figures of those versions with which challengers
+are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from registry.seal import Seal
 
 
 class Figures(Frozen):
-    """Hold what the ledger has of a version that was measured anew."""
+    """Figures of a version that was measured anew, as the ledger holds them."""
 
     version: int
     weights: Sha256
@@ -37,7 +38,7 @@ class Figures(Frozen):
 
 
 class Remeasured(Frozen):
-    """Hold what came of a call."""
+    """Result of a call of `remeasure`."""
 
     line: str
     spaces: list[str]
@@ -48,7 +49,7 @@ class Remeasured(Frozen):
 
 
 def figures(workspace: Workspace, subject: Subject, version: int, spaces: Sha256 | None = None) -> Figures | None:
-    """Find the figures of a version in feature spaces, the line's present ones by default; None where only its scorecard has figures.
+    """Find a version's recorded figures in these feature spaces, by default the line's present ones; None: nobody remeasured it in them.
 
     Raises:
         LedgerError: a newer ferry measured it.
@@ -68,17 +69,18 @@ def figures(workspace: Workspace, subject: Subject, version: int, spaces: Sha256
 def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remeasured:
     """Fit new feature spaces on a data revision, measure in them, then let the line use them. Rerun a killed call; it resumes.
 
-    Where the line has these spaces already, champions that were not measured in them are, such as one that somebody went back to.
+    If the line has these spaces already, only versions that were not measured in them are measured, such as a champion that
+    somebody went back to.
 
     Args:
         workspace: where.
         line: whose spaces.
-        why: the reason given.
-        rev: Git revision of the data; the present one by default, whose folder must be as it was recorded.
+        why: reason, for the ledger.
+        rev: Git revision of the data; "": the present one, and the data folder must not differ from it.
 
     Raises:
         WorkspaceError: there is no such line, or its pictures have another format now than those of its champions.
-        CatalogError: no model of the line is champion yet, so that it has no figures.
+        CatalogError: the line has no feature spaces yet.
         RevisionError: there is no such revision, or the folder was changed since.
         CheckpointError: the present spaces are missing or damaged.
         BusyError: a retraining runs.
@@ -95,10 +97,8 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remea
             for configuration, variant in settings.combinations()
             if (champion := champion_of(workspace, subject := Subject(line=line, configuration=configuration, variant=variant)))
         ]
-        if not found:
-            raise CatalogError(
-                f"{line} has no champion, so nothing was measured yet; run `ferry retrain {line}`, which makes its spaces"
-            )
+        if not found and not present.is_file():
+            raise CatalogError(f"{line} has no feature spaces yet; run `ferry retrain {line}`, which makes them")
         before = features.load(present)
         workspace.ledger.check_ready()
         if not rev:
@@ -109,14 +109,15 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remea
             for subject, champion in found
             for version in {seal.version: seal for seal in (champion, anchor_of(workspace, subject)) if seal}.values()
         ]
-        config = settings.config(found[0][0].configuration)
+        configuration = settings.combinations()[0][0]
+        config = settings.config(configuration)
         for _, version, bundle in measured:
             table = json.loads((bundle / "sampler.json").read_bytes())["image"]
             check_same_pictures(version.name, (table["size"], table["channels"]), config)
         pull_data.fn(workspace, data)
-        dataset = open_dataset(workspace, settings, found[0][0].configuration, data)
+        dataset = open_dataset(workspace, settings, configuration, data)
         key = canonical_sha256([data.md5, config.sha256, code_sha256()])[:16]
-        fresh = present.with_name(f".{line}.{key}.safetensors")  # kept by a killed call
+        fresh = present.with_name(f".{line}.{key}.safetensors")  # a killed call leaves it for the next one
         for other in present.parent.glob(f".{line}.{'[0-9a-f]' * 16}.safetensors"):
             if other != fresh or not _is_whole(other):
                 other.unlink()
@@ -144,7 +145,7 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remea
 
 
 def _is_whole(path: Path) -> bool:
-    """Say whether a killed call left spaces that can be used."""
+    """Check whether a file holds complete feature spaces; a killed call may have left a part of them."""
     from model import features
     from model.errors import CheckpointError
 
@@ -156,20 +157,20 @@ def _is_whole(path: Path) -> bool:
 
 
 def _put_in_place(fresh: Path, present: Path, before: Sha256) -> None:
-    """Make new spaces the present ones, and keep those from before, which past scorecards name."""
+    """Make the new spaces the line's present ones, and keep the previous ones, because past scorecards name them."""
     if file_sha256(fresh) == before:
         fresh.unlink()
         return
     kept = present.with_name(f"{present.stem}.{before[:16]}.safetensors")
     if not kept.exists():
         copy = kept.with_name(f".{kept.name}.tmp")
-        shutil.copyfile(present, copy)  # no link: not every file system has them
+        shutil.copyfile(present, copy)  # no link, because not every file system has links
         copy.replace(kept)
     fresh.replace(present)
 
 
 def text_of(made: Remeasured) -> str:
-    """Say what came of it, for people."""
+    """Format the result as text."""
     spaces = f"{', '.join(made.spaces)} features"
     if not made.versions and made.spaces_sha256 == made.before:
         return f"{made.line} already measures in these {spaces}; nothing was changed"

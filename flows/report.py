@@ -28,8 +28,9 @@ from ota.release import rollout
 from ota.release.repository import Release
 from registry import cost, report
 from registry.catalog import Subject
-from registry.champions import champion_of, promotions, seals
+from registry.champions import champion_of, judged, promotions, seals
 from registry.errors import CatalogError
+from registry.promotion import about, kind_of
 from registry.seal import Seal
 
 DECISIONS_SHOWN = 6
@@ -39,7 +40,7 @@ REAL = "pictures/real.png"
 
 @dataclass(frozen=True)
 class _Champion:
-    """A champion with what its run holds."""
+    """A champion, with the figures and pictures that its run in MLflow holds."""
 
     subject: Subject
     version: Seal
@@ -51,7 +52,7 @@ class _Champion:
 
 
 def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
-    """Write the page; returns its path.
+    """Write the page, and return its path.
 
     Args:
         workspace: what to report on.
@@ -61,7 +62,8 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
     Raises:
         WorkspaceError: there is no such line.
         CatalogError: there is no champion yet, so there is nothing to report, or an older ferry kept no hashes of one.
-        SealError: MLflow holds other files of one than the gate saw.
+        SealError: MLflow holds other files of a champion than the gate saw.
+        OperatorError: the page cannot be written there.
     """
     output.check(out)
     if line is not None:
@@ -70,6 +72,7 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
     champions = [c for name in lines for c in _champions(workspace, name)]
     if not champions:
         raise CatalogError("there is no champion yet; run `ferry retrain` first")
+    decisions = _decisions(workspace, line)
     page = report.render(
         report.Report(
             title="What the models cost and bring",
@@ -77,7 +80,8 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
             models=[_model(workspace, c, champions) for c in champions],
             releases=[row for name in lines for row in _releases(workspace, name, champions)],
             devices=_devices(workspace, lines),
-            decisions=_decisions(workspace, line),
+            decisions=decisions[-DECISIONS_SHOWN:][::-1],
+            older=max(0, len(decisions) - DECISIONS_SHOWN),
             prices=workspace.settings.prices,
             go_back=_go_back(workspace, [c.subject for c in champions]),
         )
@@ -123,7 +127,7 @@ def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> re
         data_rev=c.version.data_rev,
         data_message=_message(workspace, c.version.data_rev),
         distance=report.distance(anew.quality if anew else new),
-        change=None if anew else report.change(new, compared),  # which was measured in the spaces from before
+        change=None if anew else report.change(new, compared),  # the comparison was measured in the previous spaces
         replaced=weights.get(compared[0].against_sha256) if compared else None,
         reason=_why(workspace, c.version),
         steps=card.sampler.steps,
@@ -137,12 +141,14 @@ def _model(workspace: Workspace, c: _Champion, champions: list[_Champion]) -> re
         real=real,
         captions=captions,
         worst=report.worst(anew.asked if anew else card.asked),
+        refused=_refused(workspace, c.version),
+        anew=anew.data_rev if anew else None,
         ratings=[v.text for v in verdicts(workspace, str(subject)) if v.challenger == c.version.version],
     )
 
 
 def _samples(c: _Champion, same_line: list[_Champion]) -> tuple[bytes, bytes | None, list[str]]:
-    """Choose a champion's images and real ones of captions that all variants of its line drew; of its own, if they share none."""
+    """Choose a champion's images, and real ones, of captions that all champions of its line drew, or else of its own captions."""
     shared = reduce(lambda known, other: [caption for caption in known if caption in other.captions], same_line, c.captions)
     rows = (shared or c.captions)[:SAMPLE_ROWS]
     chosen = [c.captions.index(caption) for caption in rows]
@@ -150,7 +156,7 @@ def _samples(c: _Champion, same_line: list[_Champion]) -> tuple[bytes, bytes | N
 
 
 def _rows(picture: bytes, chosen: list[int]) -> bytes:
-    """Cut some rows out of a grid of images, and its first columns."""
+    """Cut the chosen rows out of a grid of images, and the first columns of each."""
     with Image.open(BytesIO(picture)) as grid:
         cell = grid.width // GRID_COLUMNS
         sheet = Image.new(grid.mode, (SAMPLE_COLUMNS * cell, len(chosen) * cell))
@@ -162,15 +168,18 @@ def _rows(picture: bytes, chosen: list[int]) -> bytes:
 
 
 def _message(workspace: Workspace, rev: str) -> str:
-    """What was written of a data revision when it was recorded."""
+    """Return the message with which a data revision was recorded (its first line)."""
     try:
         return versions.git(workspace.root, "log", "-1", "--format=%s", rev)
-    except RevisionError:  # history was rewritten since; the hash still says which
+    except RevisionError:  # the history was rewritten; the report still shows the hash
         return "a revision that Git no longer has"
 
 
 def _fielded(workspace: Workspace, line: str, device_class: str) -> Release | None:
-    """The release that devices are meant to run: what the policy names unless it was halted, else what they run, else the newest."""
+    """Find the release that devices of a class are meant to run; None: there is none.
+
+    This is the release that the policy names, unless it was halted; otherwise the newest that a device runs; otherwise the newest.
+    """
     releases = workspace.repository.releases(line, device_class)
     policy = workspace.repository.policy(line, device_class)
     wanted = [r for r in releases if policy and not policy.halt and r.manifest == policy.manifest]
@@ -180,7 +189,11 @@ def _fielded(workspace: Workspace, line: str, device_class: str) -> Release | No
 
 
 def _on_devices(workspace: Workspace, subject: Subject) -> tuple[float, int] | None:
-    """Median milliseconds of an image on devices that run the fielded release, and how many told; devices time their default variant."""
+    """Return the median milliseconds of an image on devices, and the number of devices; None: no report has a time.
+
+    Reports on the fielded release count, the last one of each device. Devices time only their default variant, so other variants
+    have no figure.
+    """
     told: dict[str, DeviceReport] = {}
     for name, settings in workspace.line(subject.line).classes.items():
         shown = _fielded(workspace, subject.line, name)
@@ -190,7 +203,7 @@ def _on_devices(workspace: Workspace, subject: Subject) -> tuple[float, int] | N
 
 
 def _energy(workspace: Workspace, subject: Subject) -> report.Energy | None:
-    """What ferry.toml says of the first class that runs a variant; devices' reports carry no joules."""
+    """Return the energy of an image from ferry.toml, for the first class that has a figure; devices' reports carry no joules."""
     for name, settings in workspace.line(subject.line).classes.items():
         given = workspace.settings.energy.get(subject.line, {}).get(name, {}).get(subject.variant)
         if given and settings.configuration == subject.configuration:
@@ -253,30 +266,38 @@ def _devices(workspace: Workspace, lines: list[str]) -> list[report.DeviceRow]:
 
 def _decisions(workspace: Workspace, line: str | None) -> list[report.DecisionRow]:
     entries = [e for e in workspace.ledger.entries() if line is None or e.subject.split("/")[0] == line]
-    # One command measures many versions, for one reason.
+    # One `ferry remeasure` makes many entries with one reason; the last of them stands for all.
     entries = [e for e, after in zip_longest(entries, entries[1:]) if e.kind != "measured" or after is None or after.why != e.why]
     return [
-        report.DecisionRow(number=e.number, when=e.when, who=e.who, kind=e.kind, subject=e.subject, why=e.why)
-        for e in reversed(entries[-DECISIONS_SHOWN:])
+        report.DecisionRow(number=e.number, when=e.when, who=e.who, kind=kind_of(e), subject=about(e), why=e.why) for e in entries
     ]
 
 
 def _why(workspace: Workspace, champion: Seal) -> str:
-    """Why a champion is one, as the ledger has it."""
+    """Say why a champion was promoted, according to the ledger; if more than once, also why the last time."""
     made = [e for e in promotions(workspace, Subject.parse(champion.subject)) if e.facts["version"] == champion.version]
     first = f"the gate was overruled: {made[0].why}" if made[0].facts["overruled"] else made[0].why
     return first if len(made) == 1 else f"{first}; again: {made[-1].why}"
 
 
+def _refused(workspace: Workspace, champion: Seal) -> str | None:
+    """Return what the gate said of a champion that it had refused; None: it never was promoted by overruling the gate."""
+    subject = Subject.parse(champion.subject)
+    made = [e for e in promotions(workspace, subject) if e.facts["version"] == champion.version]
+    said = judged(workspace, subject).get(champion.version)
+    return said.why if said and all(e.facts["overruled"] for e in made) else None
+
+
 def _go_back(workspace: Workspace, subjects: list[Subject]) -> list[str]:
-    """The commands that put every device back on the version before, for each device class."""
-    commands = []
+    """List the commands that return all devices to the previous version, for each subject and device class with a release of it."""
+    commands: list[str] = []
     for subject in subjects:
         champion = champion_of(workspace, subject)
         was = [e.facts["version"] for e in promotions(workspace, subject, overruled=False)]
         earlier = [v for v in was if champion and v != champion.version]
         if not earlier:
             continue
+        found = len(commands)
         for device_class, settings in workspace.line(subject.line).classes.items():
             releases = workspace.repository.releases(subject.line, device_class)
             known = [r.seq for r in releases if r.version == earlier[-1]]
@@ -286,4 +307,6 @@ def _go_back(workspace: Workspace, subjects: list[Subject]) -> list[str]:
                     f'ferry promote {subject} {earlier[-1]} --reason "going back" && ferry release {place} && '
                     f"ferry rollout start {place} --release {known[-1]} --revert --waves 100 --soak 0"
                 )
+        if len(commands) == found:  # no device ever had it
+            commands.append(f'ferry rollback {subject} --to {earlier[-1]} --reason "going back"')
     return commands

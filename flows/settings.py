@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from flows.errors import WorkspaceError
@@ -123,20 +123,20 @@ class Gate(Section):
             )  # fmt: skip
         return given
 
-    images: int = Field(default=256, ge=8, description="generated images for each evaluation")
-    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    images: int = Field(default=256, ge=8, le=100_000, description="generated images for each evaluation")
+    alpha: float = Field(default=0.05, ge=1e-6, lt=0.5)
     tolerance: float = Field(default=0.5, gt=0, le=2)
     tolerance_bands: float = Field(default=1.5, ge=0, le=10)
     total_tolerance: float = Field(default=2.0, gt=0, le=10)
-    minimum_images: int = Field(default=96, ge=8)
+    minimum_images: int = Field(default=96, ge=8, le=100_000)
     coverage: float = Field(default=0.3, ge=0, le=1)
     copying: float = Field(default=0.8, gt=0.5, le=1)
     copies: float = Field(default=0.1, gt=0, le=1)
     implausible: float = Field(default=0.3, gt=0, le=1)
     implausible_more: float = Field(default=0.08, gt=0, le=1)
     duplicates: float = Field(default=0.3, gt=0, le=1)
-    captions: bool = Field(default=True, description="images must go with their captions, and each caption be drawn")
-    beat_solver: bool = Field(default=True, description="of dev and fast: better than full, drawn with as many evaluations")
+    captions: StrictBool = Field(default=True, description="images must go with their captions, and each caption be drawn")
+    beat_solver: StrictBool = Field(default=True, description="of dev and fast: better than full, drawn with as many evaluations")
 
 
 class DeviceClass(Section):
@@ -169,7 +169,9 @@ class Line(Section):
     distillation: Training = Training(steps=200, learning_rate=5e-4, update_grid=2.0)
     sampler: Sampler = Sampler()
     gate: Gate = Gate()
-    require_approval: bool | None = Field(default=None, description="of promotions, by a person; None: as the workspace says")
+    require_approval: StrictBool | None = Field(
+        default=None, description="of promotions, by a person; None: as the workspace says"
+    )
     classes: dict[LineName, DeviceClass] = Field(default={"edge": DeviceClass()}, min_length=1)
 
     @model_validator(mode="after")
@@ -233,7 +235,7 @@ class Settings(Section):
     parallel: int = Field(default=1, ge=1, le=8, description="configurations that are retrained at a time")
     stores: Stores = Stores()
     prices: Prices = Prices()
-    require_approval: bool = Field(default=False, description="a winner waits for a person; see `ferry approve`")
+    require_approval: StrictBool = Field(default=False, description="a winner waits for a person; see `ferry approve`")
     poll_seconds: float = Field(default=60, ge=1, le=86_400, description="between looks at MLflow's aliases in `ferry serve`")
     lines: dict[LineName, Line] = Field(min_length=1)
     energy: dict[LineName, dict[LineName, dict[VariantName, Energy]]] = Field(default={}, description="by line, class, variant")

@@ -1,7 +1,7 @@
-"""From a hash back to the data that it comes from, and forward to the devices that run what came of it.
+"""Trace a hash back to the data that it comes from, and forward to the devices that run what was made of it.
 
-All is joined by hashes that the things themselves hold: a device reports its bundle, a bundle's manifest names its files, its ledger
-entry and its data, a version's tags name its weights, its parent and its data.
+Things are linked by hashes that they hold themselves: a device reports its bundle; a bundle's manifest names its files, a scorecard
+and a ledger entry; a version's seal in the ledger names its weights, its parent, its teacher and its data.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from registry.ledger import Entry
 from registry.seal import Seal
 
 Kind = Literal["device", "delta", "bundle", "version", "decision", "data"]
-SHORTEST = 6  # letters of a hash; fewer would find anything
+SHORTEST = 6  # digits of a hash; fewer would match too much
 
 
 @dataclass
 class Thing:
-    """Something with a hash, or a device."""
+    """A thing that has hashes, or a device."""
 
     kind: Kind
     name: str
     hashes: dict[str, str]
-    """What its hashes are called, such as manifest or weights."""
+    """Its hashes by their names, such as manifest or weights."""
     facts: dict[str, Any] = field(default_factory=dict)
     comes_from: list[str] = field(default_factory=list)
-    """Hashes of other things."""
+    """Hashes of the things that it comes from."""
     files: list[str] = field(default_factory=list)
     """Hashes of its files, by which it can be found as well."""
 
 
 def trace(workspace: Workspace, text: str) -> dict[str, Any]:
-    """What a hash (six letters or more), data revision or device leads to, backwards and forwards.
+    """Find what a hash (`SHORTEST` digits or more), data revision or device comes from, and what came of it.
 
     Returns:
-        `of` the thing itself, `back` what it comes from, each once and with its `depth`, and `forward` what came of it.
+        the thing itself as `of`, what it comes from as `back`, and what came of it as `forward`, each thing once and with its `depth`.
 
     Raises:
-        WorkspaceError: nothing or more than one thing is called so.
+        WorkspaceError: nothing has this name or a hash that begins so, or several hashes do.
     """
     things = list(gather(workspace))
     found = [t for t in things if called(t, text)]
@@ -57,7 +57,7 @@ def trace(workspace: Workspace, text: str) -> dict[str, Any]:
     if len(meant) > 1:
         names = ", ".join(f"{t.kind} {t.name}" for t in found[:5])
         raise WorkspaceError(f"{text!r} is the beginning of several hashes ({names}); give more of it")
-    owners: dict[str, list[Thing]] = {}  # the same weights may be two versions, stored or drawn otherwise
+    owners: dict[str, list[Thing]] = {}  # two versions may share a hash: the same weights, stored or drawn differently
     for t in things:
         for value in t.hashes.values():
             owners.setdefault(value, []).append(t)
@@ -69,14 +69,14 @@ def trace(workspace: Workspace, text: str) -> dict[str, Any]:
 
 
 def called(thing: Thing, text: str) -> bool:
-    """Whether a name or the beginning of a hash means a thing."""
+    """Check whether a text is the name of a device, or the beginning of a hash of the thing or of its files."""
     if thing.kind == "device" and thing.name == text:
         return True
     return len(text) >= SHORTEST and any(value.startswith(text.lower()) for value in (*thing.hashes.values(), *thing.files))
 
 
 def walked(start: Thing, following: Callable[[Thing], list[Thing]]) -> Iterator[tuple[int, Thing]]:
-    """Everything that can be reached, each once with its distance, nearest first along each way."""
+    """Walk depth first through what can be reached from a thing; yield each thing once, with the depth at which it was found."""
     seen = {id(start)}
 
     def below(thing: Thing, depth: int) -> Iterator[tuple[int, Thing]]:
@@ -90,12 +90,12 @@ def walked(start: Thing, following: Callable[[Thing], list[Thing]]) -> Iterator[
 
 
 def shown(thing: Thing, depth: int) -> dict[str, Any]:
-    """A thing as plain data."""
+    """Convert a thing to plain data."""
     return {"depth": depth, "kind": thing.kind, "name": thing.name, "hashes": thing.hashes, "facts": thing.facts}
 
 
 def text_of(found: dict[str, Any]) -> str:
-    """A trace for people."""
+    """Format a trace as text."""
 
     def line(row: dict[str, Any]) -> str:
         hashes = ", ".join(f"{name} {value[:12]}" for name, value in row["hashes"].items())
@@ -109,11 +109,11 @@ def text_of(found: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-# What there is
+# The things of a workspace
 
 
 def gather(workspace: Workspace) -> Iterator[Thing]:
-    """Everything that has a hash in a workspace."""
+    """Yield everything in a workspace that has a hash, and its devices."""
     for name, line in workspace.settings.lines.items():
         for version, message in versions.log(workspace.root, line.data, name):
             yield Thing(
@@ -138,7 +138,7 @@ def gather(workspace: Workspace) -> Iterator[Thing]:
 
 
 def _version(seal: Seal, said: Entry, made: Version | None) -> Thing:
-    """A version as the gate saw it; what MLflow says of it now is where its run is, and what points at it."""
+    """Describe a version as the gate saw it; only its run and its present aliases come from MLflow."""
     hashes = {"weights": seal.weights, "checkpoint": seal.checkpoint, "lineage": seal.lineage, "scorecard": seal.scorecard}
     facts = {"gate": said.facts["outcome"], "code": seal.code[:12], "run": made.run_id if made else "deleted"}
     if made and made.aliases:
@@ -150,7 +150,7 @@ def _version(seal: Seal, said: Entry, made: Version | None) -> Thing:
 def _published(workspace: Workspace, line: str, device_class: str) -> Iterator[Thing]:
     for release in workspace.repository.releases(line, device_class):
         manifest = workspace.repository.manifest(release)
-        first = manifest.origin.model.rpartition("-")[2]  # of it the manifest names the scorecard, of the others the weights
+        first = manifest.origin.model.rpartition("-")[2]  # the manifest names the scorecard of this variant only; the others are found by their weights
         yield Thing(
             "bundle", f"{line}/{device_class} release {release.seq}", {"manifest": release.manifest}, {"bytes": release.full_bytes},
             [

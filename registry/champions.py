@@ -154,6 +154,8 @@ def promote(
         StoreError: MLflow or the database failed; if the ledger holds the decision, the message says so.
         BusyError: another process is recording something.
     """
+    if overrule and not reason.strip():
+        raise PromotionError(f"overruling the gate needs its reason: `ferry promote {subject} {number} --overrule --reason ...`")
     expected = _state(records, subject)  # before waiting for the lock: a call must not overwrite what it has not seen
     with records.locked("records"):
         return _promote(records, subject, number, reason, expected, "command", overrule, accept_worse=accept_worse)
@@ -165,6 +167,8 @@ def rollback(records: Records, subject: Subject, reason: str, to: int | None = N
     Raises:
         CatalogError, PromotionError, StoreError, BusyError: as `promote`; PromotionError also if there is nothing to go back to.
     """
+    if not reason.strip():
+        raise PromotionError(f"a rollback needs its reason: `ferry rollback {subject} --reason ...`")
     expected = _state(records, subject)
     with records.locked("records"):
         last = expected.champion
@@ -176,6 +180,7 @@ def rollback(records: Records, subject: Subject, reason: str, to: int | None = N
         if number == expected.version:
             raise PromotionError(f"{subject} {number} is champion already; nothing was changed")
         if number not in expected.passed:
+            records.catalog.version(subject, number)  # which says what versions there are
             raise PromotionError(
                 f"{subject} {number} never was champion through the gate; `ferry promote {subject} {number}` asks the gate"
             )

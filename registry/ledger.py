@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pwd
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from registry.errors import LedgerError, StoreError
 START: Sha256 = "0" * 64
 Kind = Literal["gate", "seal", "promotion", "pending", "refusal", "rating", "release", "rollout", "halt", "trigger", "measured"]
 ATTEMPTS = 100  # to record an entry; each that fails means that another process was faster
+LINES = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
 _metadata = MetaData()
 _entries = Table(
@@ -147,6 +149,7 @@ class Ledger:
                 newest entry cannot be noted in the workspace.
             Exception: what `Signing.sign` raises if the key cannot be used here (nothing was recorded).
         """
+        why = LINES.sub(" ", why)  # a list of entries shows each on one line; a reason must not look like another entry
         tried = 0
         for _ in range(ATTEMPTS):
             with _foreign_errors():

@@ -166,9 +166,11 @@ def check(subject: str, version: int, tagged: Sha256, now: SubjectState, reason:
     if gate is None:
         raise PromotionError(f"the ledger holds no decision of the gate on {subject} {version}; `ferry retrain` lets it judge")
     if gate.facts["outcome"] == "promote if reasoned" and not reason.strip():
+        found = "harmless and no better" if gate.facts.get("champion") else "a first version that misses floors"
+        worse = " --accept-worse" if (gate.facts.get("verdict") or {}).get("worse") else ""
         raise PromotionError(
-            f"the gate found {subject} {version} harmless and no better ({gate.why}); a promotion that is not for quality needs its reason: "
-            f"`ferry promote {subject} {version} --reason ...`"
+            f"the gate found {subject} {version} {found} ({gate.why}); a promotion that is not for quality needs its reason: "
+            f"`ferry promote {subject} {version} --reason ...{worse}`"
         )
     if gate.facts["outcome"] not in ("promote", "promote if reasoned"):
         raise PromotionError(
@@ -221,6 +223,20 @@ def was_taken_back(weights: Sha256, promoted: Sequence[Sha256]) -> bool:
         promoted: hashes of all that were made champion, in order.
     """
     return weights in promoted[:-1] and weights != promoted[-1]
+
+
+def kind_of(entry: Entry) -> str:
+    """Say in one word what a ledger entry is about: for a promotion also how it came about."""
+    if entry.kind != "promotion":
+        return entry.kind
+    return "overrule" if entry.facts.get("overruled") else "rollback" if entry.facts.get("how") == "rollback" else entry.kind
+
+
+def about(entry: Entry) -> str:
+    """Name what a ledger entry is about: the subject, the version, and what the gate answered."""
+    version, outcome = entry.facts.get("version"), entry.facts.get("outcome")
+    named = f"{entry.subject} {version}" if isinstance(version, int) else entry.subject
+    return f"{named}: {outcome}" if entry.kind == "gate" and outcome else named
 
 
 def before(subject: str, now: SubjectState) -> int:

@@ -46,7 +46,8 @@ class Distance:
             return f"cannot be told from real images by this measure (n = {self.n})"
         if not self.real:
             return "measurably different from real images"
-        return f"measurably different: {self.share / self.real:.1f} times as far from real images as two sets of real images are from each other"
+        times = f"{self.share / self.real:.1f} times as far from real images as two sets of real images are from each other"
+        return f"measurably different{', but not by much' if self.share < self.real else ''}: {times}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Change:
     @property
     def word(self) -> str:
         """The change in plain words."""
-        return "closer to real" if self.high < 0 else "further from real" if self.low > 0 else "no certain difference"
+        said = "closer to real" if self.high < 0 else "further from real" if self.low > 0 else "no certain difference"
+        return f"{said} on the new data"
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ class ModelColumn:
     """Results of blind comparisons by people, one text each."""
     worst: list[str] = field(default_factory=list)
     """Captions and words that it draws worst, each with the share that it draws in percent."""
+    refused: str | None = None
+    """What the gate said of a version that was promoted although the gate had refused it."""
+    anew: str | None = None
+    """Data revision on which likeness and worst captions were measured anew; None: they are those of the scorecard."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,8 @@ class Report:
     decisions: list[DecisionRow]
     prices: Prices
     go_back: list[str] = field(default_factory=list)
+    older: int = 0
+    """Decisions that are not on the page."""
 
 
 @dataclass(frozen=True)
@@ -347,8 +355,8 @@ and {{ "{:,}".format(r.prices.fleet) }} devices cost <b>{{ here | money }} {{ r.
 <div class="scroll" tabindex="0" role="region" aria-label="Comparison of the models"><table class="side">
 <thead><tr><th scope="col">Model</th>{% for m in r.models %}<th scope="col">{{ m.subject }}<br><span class="soft">version {{ m.version }}, size “{{ m.tier }}”</span></th>{% endfor %}</tr></thead>
 <tbody>
-<tr><th scope="row">Likeness to real images</th>{% for m in r.models %}<td><b>{{ m.distance.word }}</b>{{ m.distance | bar }}
-<span class="soft">distance {{ m.distance.share | share }} ({{ m.distance.low | share }} to {{ m.distance.high | share }}), {{ m.distance.n }} images</span></td>{% endfor %}</tr>
+<tr><th scope="row">Likeness to real images</th>{% for m in r.models %}<td>{% if m.refused %}<b class="bad">The gate refused this model, and a person overruled it:</b> {{ m.refused | truncate(300) }}<br>{% endif %}<b>{{ m.distance.word }}</b>{{ m.distance | bar }}
+<span class="soft">distance {{ m.distance.share | share }} ({{ m.distance.low | share }} to {{ m.distance.high | share }}), {{ m.distance.n }} images{% if m.anew %}; measured anew on data revision {{ m.anew[:8] }}{% endif %}</span></td>{% endfor %}</tr>
 <tr><th scope="row">What it draws</th>{% for m in r.models %}<td><div class="pair"><figure><img class="samples" alt="samples drawn by {{ m.subject }} for: {{ m.captions | join(', ') }}" src="data:image/png;base64,{{ m.samples | image }}"><figcaption>drawn</figcaption></figure>
 {% if m.real %}<figure><img class="samples" alt="real images that the model never saw, of: {{ m.captions | join(', ') }}" src="data:image/png;base64,{{ m.real | image }}"><figcaption>real, never seen by the model</figcaption></figure>{% endif %}</div>
 <span class="soft">{{ m.captions | join(" · ") }}</span></td>{% endfor %}</tr>
@@ -406,12 +414,13 @@ Prices are yours to enter in ferry.toml under [prices].</p>
 <thead><tr><th scope="col" class="n">No.</th><th scope="col">When (UTC)</th><th scope="col">Who</th><th scope="col">What</th><th scope="col">Why</th></tr></thead>
 <tbody>
 {% for e in r.decisions %}
-<tr><td class="n">{{ e.number }}</td><td>{{ e.when[:16] | replace("T", " ") }}</td><td>{{ e.who | truncate(16) }}</td><td>{{ e.kind }}, {{ e.subject }}</td><td>{{ e.why | truncate(100) }}</td></tr>
+<tr><td class="n">{{ e.number }}</td><td>{{ e.when[:16] | replace("T", " ") }}</td><td>{{ e.who | truncate(16) }}</td><td>{{ e.kind }}, {{ e.subject | truncate(80) }}</td><td>{{ e.why | truncate(100) }}</td></tr>
 {% endfor %}
 </tbody></table></div>
+{% if r.older %}<p class="soft">{{ r.older }} older: <code>ferry history</code></p>{% endif %}
 
 <h2>How to go back</h2>
-{% for command in r.go_back %}<p><code>{{ command }}</code></p>{% else %}<p>There is nothing to go back to yet.</p>{% endfor %}
+{% for command in r.go_back %}<p><code>{{ command }}</code></p>{% else %}<p>No model has an earlier version that passed the gate.</p>{% endfor %}
 </body>
 </html>
 """

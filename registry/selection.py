@@ -246,7 +246,8 @@ def decide(
         outcome, reason = "more data", too_few
     elif not failed:
         outcome = "promote"
-        reason = "first version, all floors are met" if champion is None else "better on the new data, not worse on the old"
+        reason = _first(limits) if champion is None else "better on the new data, not worse on the old"
+        reason += _untested(card, limits)
     elif all(f.check.passed or f.waivable for f in [*harmless, *found]):
         outcome = "promote if reasoned"
         reason = "; ".join(f.needed or f.check.text for f in failed)
@@ -284,6 +285,29 @@ def _superior(rows: Sequence[Comparison], split: str, alpha: float, again: float
         key=lambda i: tested[i].delta / tested[i].se if tested[i].se else math.copysign(math.inf, tested[i].delta),
     )
     return passed[0] if passed else each[likely]
+
+
+def _first(limits: Limits) -> str:
+    """Say that a first version meets the floors, and which of them are switched off."""
+    off = [
+        name
+        for name, is_off in (
+            ("coverage", limits.coverage <= 0), ("implausible", limits.implausible >= 1), ("duplicates", limits.duplicates >= 1),
+            ("copies", limits.copies >= 1), ("copying", limits.copying >= 1), ("captions", not limits.captions),
+        )
+        if is_off
+    ]  # fmt: skip
+    switched_off = f" (switched off in ferry.toml: {', '.join(off)})" if off else ""
+    return f"first version, all floors are met{switched_off}"
+
+
+def _untested(card: Scorecard, limits: Limits) -> str:
+    """Say that no test of the captions could be made; empty where one was, or none was asked for."""
+    if not limits.captions or card.plausibility is None:  # older scorecards have no such figures
+        return ""
+    shown = any(row.real - quantile(row.groups, limits.alpha) * row.real_se > 0 for row in card.following)
+    judged = any(_is_judgeable(row, limits.alpha) for row in card.asked)
+    return "" if shown or judged else "; whether it follows its captions could not be tested with these data"
 
 
 def _margin(card: Scorecard, row: Comparison, limits: Limits) -> float:
@@ -324,8 +348,18 @@ def reasoned(decision: Decision, reason: str, accept_worse: bool = False) -> Dec
     if decision.worse and not accept_worse:
         raise PromotionError(f"the gate found it {decision.worse}; add --accept-worse if it is to be promoted all the same")
     found = f"accepted as {decision.worse}" if decision.worse else "not worse anywhere by more than the margin"
+    waived = [check.text for check in decision.checks if not check.passed and not _is_about_the_champion(check)]
+    if decision.champion is None:
+        found = "first version"
+    if waived:
+        found += f"; promoted although {'; although '.join(waived)}"
     text = f"not for its quality, but: {reason.strip()}; {found} (n = {decision.n})"
     return decision.model_copy(update={"outcome": "promote", "reason": text, "other_reason": reason.strip()})
+
+
+def _is_about_the_champion(check: Check) -> bool:
+    """Check whether a finding compares with the champion; what it says is in `Decision.worse` already."""
+    return check.name.startswith(("superiority", "non-inferiority"))
 
 
 def choose(candidates: Sequence[Decision], between: Mapping[tuple[Sha256, Sha256], Sequence[Comparison]]) -> Decision | None:
@@ -501,6 +535,15 @@ def _follows(row: Following, alpha: float, champion: bool) -> _Finding:
     )
 
 
+def _is_judgeable(row: CaptionCheck, alpha: float) -> bool:
+    """Check whether there are enough real images of a caption, and whether they differ clearly enough from others.
+
+    They must differ at twice the bound. Otherwise the error is so large that a share of 1 could not be told from 1/3.
+    """
+    times = quantile(row.groups, alpha)
+    return row.reference >= JUDGED_IMAGES and row.groups >= JUDGED_GROUPS and row.apart > 2 * times * row.apart_se
+
+
 def _draws(row: CaptionCheck, alpha: float) -> _Finding:
     """Test whether a caption is drawn, if that can be judged; a caption that the champion does not draw either is no new harm.
 
@@ -510,8 +553,7 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
     """
     name = f"{'word' if row.word else 'caption'} {row.caption!r}"
     times = quantile(row.groups, alpha)
-    # Real images must differ at twice the bound. Otherwise the error is so large that a share of 1 could not be told from 1/3.
-    enough = row.reference >= JUDGED_IMAGES and row.groups >= JUDGED_GROUPS and row.apart > 2 * times * row.apart_se
+    enough = _is_judgeable(row, alpha)
     if row.share is None or (row.champion_share is not None and row.champion_share <= FOLLOW / 2):
         text = f"{name}: " + (
             "no feature space tells its images from others" if row.share is None else "the champion does not draw it either"
@@ -568,20 +610,31 @@ def _below(row: Comparison, bound: float, what: str, alpha: float, again: float)
     needed = None
     if upper >= bound > row.delta:
         needed = f"{what} is undecided at n = {row.n} and {row.groups} held-out groups, "
-        needed += _more(row.n, row.groups, quantile(row.groups, again) * row.se, bound - row.delta) + _lacking(row)
+        needed += _more(row.n, row.groups, quantile(row.groups, again) * row.se, bound - row.delta, _by_drawing(row))
     return _Finding(Check(name=f"{what} ({row.space}, {row.aspect})", passed=upper < bound, text=text), needed)
 
 
-def _more(n: int, groups: int, reach: float, room: float) -> str:
-    """Say how many images and groups would reduce `reach`, from estimate to upper bound, to `room`, from estimate to limit."""
+def _more(n: int, groups: int, reach: float, room: float, by_drawing: bool | None = None) -> str:
+    """Say how many images and groups would reduce `reach`, from estimate to upper bound, to `room`, from estimate to limit.
+
+    Args:
+        n: generated images now.
+        groups: held-out groups now.
+        reach: see above.
+        room: see above.
+        by_drawing: whether more generated images alone would do; None: that was not measured.
+    """
     times = (reach / room) ** 2 if groups > 1 else 8.0
-    return f"about {math.ceil(n * times)} and {math.ceil(groups * times)} are needed next time"
+    images, needed = math.ceil(n * times), math.ceil(groups * times)
+    if by_drawing:
+        return f"about {images} generated images are needed next time (gate.images)"
+    return f"about {images} images in {needed} held-out groups are needed next time" + (
+        "; generating more images of the present ones would not do" if by_drawing is False else ""
+    )
 
 
-def _lacking(row: Comparison) -> str:
-    """Say whether more drawn images would narrow an interval, or only more held-out groups; empty: that was not measured."""
+def _by_drawing(row: Comparison) -> bool | None:
+    """Check whether most of an interval's width comes of the drawing, not of the held-out groups; None: that was not measured."""
     if row.drawn_se is None or row.groups < 2:
-        return ""
-    if row.drawn_se**2 > row.se**2 / 2:
-        return "; drawing more would do (gate.images)"
-    return "; the held-out groups limit it, drawing more would not do"
+        return None
+    return row.drawn_se**2 > row.se**2 / 2

@@ -85,6 +85,20 @@ def test_unknown_tier(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("images = 256", "images = 10000000000", "Input should be less than or equal to 100000"),
+        ("minimum_images = 96", "minimum_images = 999999999", "Input should be less than or equal to 100000"),
+        ("alpha = 0.05", "alpha = 1e-300", "Input should be greater than or equal to 0.000001"),
+        ("captions = true", 'captions = "no"', "Input should be a valid boolean"),
+        ("captions = true", "captions = 0", "Input should be a valid boolean"),
+    ],
+)
+def test_keys_of_the_gate_without_sense_are_refused_before_any_training(root: Path, old: str, new: str, says: str) -> None:
+    assert setting(root, f"\n{old} ", f"\n{new} ") == f"lines.shapes.gate.{old.split(maxsplit=1)[0]}: {says}"
+
+
+@pytest.mark.parametrize(
     ("key", "successor"),
     [
         ("margin = 0.1", "tolerance (a share of the champion's own distance; 0.5 unless given)"),

@@ -235,13 +235,62 @@ def test_version_that_somebody_made_in_mlflow_by_hand_is_not_promoted(
 ):
     run = client.get_model_version(subject.model, "1").run_id
     client.create_model_version(subject.model, source="file:///nowhere", run_id=run)
-    result = ferry(workspace, "promote", str(subject), "4", "--overrule")
+    result = ferry(workspace, "promote", str(subject), "4", "--overrule", "--reason", "it is mine")
     assert result.exit_code == 3
     assert f"the gate never saw {subject} 4, so nothing of it is used" in result.stderr
     client.set_registered_model_alias(subject.model, "champion", "4")
     (row,) = reconciled(workspace, subject)
     assert row.answer == "refused"
     assert champion(workspace, subject) is None
+
+
+@pytest.mark.parametrize("reason", [[], ["--reason", ""], ["--reason", " \n"]])
+def test_overruling_and_going_back_need_a_reason(workspace: Workspace, subject: Subject, reason: list[str]):
+    result = ferry(workspace, "promote", str(subject), "3", "--overrule", *reason)
+    assert result.exit_code == 5
+    assert "overruling the gate needs its reason" in result.stderr
+    assert entries(workspace, subject) == []
+    rules.promote(workspace, subject, 1, "first")
+    rules.promote(workspace, subject, 2, "better")
+    if reason:  # without the option there is one by default
+        result = ferry(workspace, "rollback", str(subject), *reason)
+        assert result.exit_code == 5
+        assert "a rollback needs its reason" in result.stderr
+    assert champion(workspace, subject) == 2
+
+
+def test_reason_with_line_breaks_forges_no_entry(workspace: Workspace, subject: Subject):
+    forged = "good\n   9  2099-01-01T00:00  root        promotion  shapes/I/full 9: \x1b[31mforged\u2028more"
+    assert ferry(workspace, "promote", str(subject), "1", "--reason", forged).exit_code == 0
+    (line,) = [line for line in ferry(workspace, "history", str(subject)).stdout.splitlines() if "forged" in line]
+    assert f"promotion  {subject} 1: good 9  2099" in line
+    assert "\x1b" not in line
+    assert "forged more" in line
+
+
+def test_history_says_which_version_and_what_the_gate_answered(workspace: Workspace, subject: Subject):
+    rules.promote(workspace, subject, 1, "first")
+    rules.promote(workspace, subject, 3, "a drill", overrule=True)
+    lines = ferry(workspace, "history", str(subject)).stdout.splitlines()
+    assert f"promotion  {subject} 1: " in lines[-2]
+    assert f"overrule   {subject} 3: a drill" in lines[-1]
+    assert any(f"gate       {subject} 3: refuse: " in line for line in lines)
+
+
+def test_promoting_the_champion_again_says_that_nothing_was_recorded(workspace: Workspace, subject: Subject):
+    assert (
+        f"{subject} version 1 is champion (ledger" in ferry(workspace, "promote", str(subject), "1", "--reason", "first").stdout
+    )
+    said = ferry(workspace, "promote", str(subject), "1", "--reason", "another").stdout
+    assert f"{subject} version 1 is champion already, nothing was recorded (ledger" in said
+    assert [e.why for e in entries(workspace, subject)] == ["first"]
+
+
+def test_going_back_to_a_version_that_is_not_there_names_those_that_are(workspace: Workspace, subject: Subject):
+    rules.promote(workspace, subject, 1, "first")
+    result = ferry(workspace, "rollback", str(subject), "--to", "99", "--reason", "no")
+    assert f"{subject} has no version 99" in result.stderr
+    assert "asks the gate" not in result.stderr
 
 
 # Killed between ledger and alias

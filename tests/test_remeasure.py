@@ -147,9 +147,31 @@ def test_champion_that_was_never_measured_in_the_present_spaces_is_measured_by_t
     assert len(list((workspace.root / "features").iterdir())) == 2
 
 
+def test_line_without_a_champion_gets_new_spaces_too(workspace: Workspace):
+    before = digest(workspace.feature_spaces("shapes"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remeasure, "champion_of", lambda *_: None)
+        made = remeasure.remeasure(workspace, "shapes", "new captions")
+    assert (made.versions, measured(workspace)) == ([], [])
+    assert digest(workspace.feature_spaces("shapes")) == made.spaces_sha256 != before
+    assert digest(workspace.former_feature_spaces("shapes")[0]) == before
+
+
+def test_figures_from_former_spaces_are_marked(workspace: Workspace, checkpoint: Checkpoint, exported: Export, tmp_path: Path):
+    def told(version: str) -> str:
+        return CliRunner().invoke(app, ["--quiet", "-w", str(workspace.root), "evaluate", "shapes/I/full", version]).stdout
+
+    write_images(workspace.root / "data/shapes", 90)
+    versions.add(workspace.root, "data/shapes", "shapes", "second")
+    register(workspace, checkpoint, exported, tmp_path / "second")
+    remeasure.remeasure(workspace, "shapes", "for a test")  # measures champion and anchor
+    assert "measured in feature spaces that the line had before" in told("2")
+    assert "measured in feature spaces that the line had before" not in told("1")
+
+
 REFUSED = (
     (("nothing", "--reason", "x"), "there is no line 'nothing'"),
-    (("empty", "--reason", "x"), "empty has no champion, so nothing was measured yet; run `ferry retrain empty`"),
+    (("empty", "--reason", "x"), "empty has no feature spaces yet; run `ferry retrain empty`, which makes them"),
     (("shapes", "--reason", " "), "new feature spaces need their reason; give it with --reason"),
     (("shapes", "--reason", "x", "--data", "nowhere"), "nowhere"),
 )

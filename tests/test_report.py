@@ -191,7 +191,7 @@ def test_first_version_has_nothing_before_it():
 def test_empty_fleet_is_said_so():
     page = render(replace(REPORT, devices=[], go_back=[], releases=[]))
     assert "No device has reported yet." in page
-    assert "There is nothing to go back to yet." in page
+    assert "No model has an earlier version that passed the gate." in page
 
 
 def test_distance_is_the_worse_space_with_its_interval():
@@ -202,11 +202,32 @@ def test_distance_is_the_worse_space_with_its_interval():
     assert found.high == pytest.approx(((0.045 + 2.776 * 0.01) / 0.5) ** 0.5, rel=1e-3)  # Student's t with 4 degrees
     assert found.real == pytest.approx(0.2)  # two sets of real images lie 0.02 apart
     assert found.word == "measurably different: 1.5 times as far from real images as two sets of real images are from each other"
+    close = distance([quality[0].model_copy(update={"kd": 0.01, "kd_se": 0.001})])
+    assert close.word.startswith("measurably different, but not by much: 0.7 times as far from real images as two sets")
     near = distance([quality[0].model_copy(update={"kd": 0.01})])
     assert near.low == 0
     assert near.word == "cannot be told from real images by this measure (n = 100)"
     assert distance([quality[0].model_copy(update={"band": None})]).word == "measurably different from real images"
     assert distance([quality[0].model_copy(update={"kd": -0.001})]).share == 0
+
+
+def test_champion_that_the_gate_refused_is_shown_as_such():
+    says = "The gate refused this model, and a person overruled it:"
+    assert says not in render(REPORT)
+    refused = replace(REPORT.models[0], refused="coverage is 0.06, the floor is 0.30")
+    page = render(replace(REPORT, models=[refused, *REPORT.models[1:]]))
+    assert f"{says}</b> coverage is 0.06, the floor is 0.30" in page
+
+
+def test_figures_that_were_measured_anew_are_marked():
+    assert "measured anew" not in render(REPORT)
+    models = [replace(REPORT.models[0], anew="0123456789abcdef"), *REPORT.models[1:]]
+    assert "measured anew on data revision 01234567" in render(replace(REPORT, models=models))
+
+
+def test_older_decisions_are_counted():
+    assert "older:" not in render(REPORT)
+    assert "4 older: <code>ferry history</code>" in render(replace(REPORT, older=4))
 
 
 def test_captions_that_are_drawn_worst_are_named():
@@ -229,11 +250,11 @@ def test_change_is_certain_only_where_its_interval_says_so():
     )
     found = change(quality, rows)
     assert found is not None
-    assert (found.word, found.n) == ("closer to real", 100)
+    assert (found.word, found.n) == ("closer to real on the new data", 100)
     assert (found.low, found.high) == (pytest.approx(-0.1196, abs=1e-4), pytest.approx(-0.0804, abs=1e-4))
     doubtful = change(quality, [rows[0], rows[1].model_copy(update={"se": 0.08})])
     assert doubtful is not None
-    assert doubtful.word == "no certain difference"
+    assert doubtful.word == "no certain difference on the new data"
     assert change(quality, []) is None
 
 

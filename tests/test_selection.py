@@ -126,7 +126,10 @@ def test_better_point_value_with_wide_interval_is_not_promoted():
     decision = judged(card(new=(-0.01, 0.04)))
     assert decision.outcome == "more data"
     # 100 * (2.394 * 0.04 / 0.01)²; more generated images alone would not suffice, so the groups are named too
-    assert "is undecided at n = 100 and 10000 held-out groups, about 9173 and 917292 are needed next time" in decision.reason
+    assert (
+        "is undecided at n = 100 and 10000 held-out groups, about 9173 images in 917292 held-out groups are needed next time"
+        in decision.reason
+    )
 
 
 def test_few_groups_of_held_out_images_ask_for_more_evidence():
@@ -254,7 +257,7 @@ def test_undecided_decay_says_how_much_data_would_settle_it():
     decision = anchored((0.09, 0.01), (0.0, 0.005))
     assert decision.outcome == "more data"
     assert "total loss against the anchor on the new data is undecided at n = 100 and 10000 held-out groups" in decision.reason
-    assert "about 271 and 27061 are needed next time" in decision.reason  # 100 * (1.645 * 0.01 / 0.01)²
+    assert "about 271 images in 27061 held-out groups are needed next time" in decision.reason  # 100 * (1.645 * 0.01 / 0.01)²
 
 
 def test_missing_comparison_with_the_anchor_is_a_refusal():
@@ -331,7 +334,10 @@ def test_copying_is_decided_by_its_bound():
     assert judged(close).outcome == "promote"  # 0.7 + 1.645 * 0.055 = 0.79
     decision = judged(close, together=3)  # 0.7 + 2.128 * 0.055 = 0.82
     assert decision.outcome == "more data"
-    assert "copying is undecided in trained features, about 138 and 13703 are needed next time" in decision.reason
+    assert (
+        "copying is undecided in trained features, about 138 images in 13703 held-out groups are needed next time"
+        in decision.reason
+    )
     assert judged(copying(0.7, 0.055, groups=6)).outcome == "more data"
 
 
@@ -612,7 +618,38 @@ def test_first_version_that_drops_a_caption_needs_a_reason():
     decision = judged(card().model_copy(update={"asked": [first]}), None)
     assert decision.outcome == "promote if reasoned"
     assert "a first version may be promoted without this for a reason that is recorded" in decision.reason
-    assert reasoned(decision, "a trial line").outcome == "promote"
+    promoted = reasoned(decision, "a trial line")
+    assert promoted.outcome == "promote"
+    # There was no champion, so nothing is said of a margin; what was waived stands in the record.
+    assert promoted.reason.startswith(
+        "not for its quality, but: a trial line; first version; promoted although caption 'brick, hole': 0.10 of what tells"
+    )
+    assert "margin" not in promoted.reason
+
+
+def test_switched_off_floors_of_a_first_version_are_named():
+    made = card().model_copy(update={"asked": [asked(1.0, champion_share=None)]})
+    off = {"coverage": 0.0, "implausible": 1.0, "duplicates": 1.0, "copies": 1.0, "copying": 1.0, "captions": False}
+    assert judged(made, None).reason == "first version, all floors are met (n = 100)"
+    for name, value in off.items():
+        found = decide(made, LIMITS.model_copy(update={name: value}), BUDGETS, None)
+        assert found.reason == f"first version, all floors are met (switched off in ferry.toml: {name}) (n = 100)"
+
+
+def test_captions_that_could_not_be_tested_are_said_to_be_so():
+    plain = Plausibility(n=100, training=500, implausible=0, held_out=0.02, duplicates=0)
+    made = card().model_copy(update={"plausibility": plain, "asked": []})
+    says = "; whether it follows its captions could not be tested with these data"
+    for champion in (None, CHAMPION):
+        assert says in judged(made, champion).reason
+        assert says not in judged(made.model_copy(update={"asked": [asked(1.0)]}), champion).reason
+        few = asked(1.0, reference=9)
+        assert says in judged(made.model_copy(update={"asked": [few]}), champion).reason
+        follows = Following(
+            space="trained", split="new", groups=100, real=0.1, real_se=0.01, share=0.9, excess=0.1, excess_se=0.01
+        )
+        assert says not in judged(made.model_copy(update={"following": [follows]}), champion).reason
+        assert says not in decide(made, LIMITS.model_copy(update={"captions": False}), BUDGETS, champion).reason
 
 
 @pytest.mark.parametrize(
@@ -773,7 +810,7 @@ def test_undecided_attempt_says_what_the_next_one_needs_which_may_take_less_of_a
     made = card(new=(-0.01, 0.04))
     reasons = [decide(made, LIMITS, BUDGETS, CHAMPION, level=0.03, again=again).reason for again in (None, 0.03, 0.0075)]
     assert reasons[0] == reasons[1]
-    needs = [int(re.findall(r"about (\d+) and", reason)[0]) for reason in reasons[1:]]
+    needs = [int(re.findall(r"about (\d+) images", reason)[0]) for reason in reasons[1:]]
     tests = len([row for row in made.comparisons if row.split == "new"])
     for alpha, need in zip((0.03, 0.0075), needs, strict=True):  # n times the square of how much the interval must shrink
         assert need == pytest.approx(100 * (stats.t.ppf(1 - alpha / tests, 9999) * 0.04 / 0.01) ** 2, abs=1)
@@ -787,8 +824,8 @@ def test_next_attempt_counts_the_present_one():
 def test_need_says_whether_drawing_more_would_do():
     made = card(new=(-0.01, 0.04))
     for drawn_se, says in (
-        (0.035, "drawing more would do (gate.images)"),
-        (0.01, "the held-out groups limit it, drawing more would not do"),
+        (0.035, "generated images are needed next time (gate.images)"),
+        (0.01, "held-out groups are needed next time; generating more images of the present ones would not do"),
     ):
         rows = [row.model_copy(update={"drawn_se": drawn_se}) for row in made.comparisons]
-        assert f"are needed next time; {says}" in judged(made.model_copy(update={"comparisons": rows})).reason
+        assert says in judged(made.model_copy(update={"comparisons": rows})).reason

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.shared import Json, answer, open_workspace, reported_errors
+from ota.errors import printable
 
 if TYPE_CHECKING:
     from flows.workspace import Workspace
@@ -37,12 +38,16 @@ def promote(
         workspace = open_workspace()
         from registry.catalog import Subject
         from registry.champions import promote as make_champion
+        from registry.champions import promotions
 
-        entry = make_champion(workspace, Subject.parse(subject), version, reason, overrule, accept_worse)
+        chosen = Subject.parse(subject)
+        known = {made.number for made in promotions(workspace, chosen)}
+        entry = make_champion(workspace, chosen, version, reason, overrule, accept_worse)
+        said = "is champion already, nothing was recorded" if entry.number in known else "is champion"
         answer(
             as_json,
             _plain(entry),
-            f"{subject} version {version} is champion (ledger entry {entry.number}); {_next(workspace, subject)}",
+            f"{subject} version {version} {said} (ledger entry {entry.number}); {_next(workspace, subject)}",
         )
 
 
@@ -149,20 +154,24 @@ def history(
         workspace = open_workspace()
         from flows.policies import check_ledger
         from registry.ledger import START
+        from registry.promotion import about, kind_of
 
         if subject:
             workspace.line(subject.split("/", maxsplit=1)[0])
         entries = workspace.ledger.entries(subject or None)
         signed = check_ledger(workspace)
         if not verify:
-            lines = [f"{e.number:4d}  {e.when[:16]}  {e.who:10.10}  {_kind(e):9}  {e.subject}: {e.why}" for e in entries]
+            lines = [
+                printable(f"{e.number:4d}  {e.when[:16]}  {e.who:10.10}  {kind_of(e):9}  {about(e)}: {e.why}", limit=1_000_000)
+                for e in entries
+            ]
             answer(
                 as_json, {"entries": [e.model_dump(mode="json") for e in entries]}, "\n".join(lines) or "nothing was decided yet"
             )
             return
         hashes = workspace.ledger.hashes()
         head, covered, unsigned = hashes[-1] if hashes else START, max(signed.values(), default=0), workspace.ledger.unsigned
-        overruled = [e.number for e in workspace.ledger.entries() if _kind(e) == "overrule"]
+        overruled = [e.number for e in workspace.ledger.entries() if kind_of(e) == "overrule"]
         own = max(0, len(hashes) - unsigned)
         before = (
             f"; the {unsigned} before, of a ferry that did not sign, are covered by the {'first' if own else 'next'}"
@@ -188,12 +197,6 @@ def history(
             },
             text,
         )
-
-
-def _kind(entry: Entry) -> str:
-    if entry.kind != "promotion":
-        return entry.kind
-    return "overrule" if entry.facts.get("overruled") else "rollback" if entry.facts.get("how") == "rollback" else entry.kind
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

@@ -272,7 +272,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("passed=least > 0, text=text), needed", "passed=row.excess > 0, text=text), needed", "going with captions is an estimate"),
         ("passed=row.share > least and shown, text=text)", "passed=shown, text=text)", "a caption that is hardly drawn passes"),
         ("passed=row.share > least and shown, text=text)", "passed=row.share > least, text=text)", "a caption that is drawn by luck passes"),
-        ("enough = row.reference >= JUDGED_IMAGES and row.groups >= JUDGED_GROUPS", "enough = row.groups >= JUDGED_GROUPS", "nine images judge a caption"),
+        ("return row.reference >= JUDGED_IMAGES and row.groups >= JUDGED_GROUPS", "return row.groups >= JUDGED_GROUPS", "nine images judge a caption"),
         ("min(FOLLOW, KEPT * row.champion_share)", "FOLLOW * row.champion_share", "a caption that the champion draws badly may be lost"),
         ("dropped = seems if row.champion_share is not None else shown", "dropped = shown", "a rare caption is dropped and nobody is asked"),
         ("row.champion_share is not None and row.champion_share <= FOLLOW / 2)", "row.champion_share is None)", "what the champion does not draw either blocks every successor"),
