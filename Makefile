@@ -105,11 +105,12 @@ test-offline: install wheelhouse ## the quick suite again with the network cut o
 	$(BIN)/python -m tests.offline $(PYTEST) $(TESTS)
 
 .PHONY: lint
-lint: install ## ruff, mypy strict, import contracts
+lint: install ## ruff, mypy strict, import contracts, docstrings that begin with a verb
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.docstrings
 
 .PHONY: fix
 fix: install ## let ruff mend what it can

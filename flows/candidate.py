@@ -35,7 +35,7 @@ from registry.selection import Budgets, Decision, Limits, decide, spent
 
 
 class Retrained(Frozen):
-    """Say what the flow did for one subject."""
+    """What the flow did for one subject."""
 
     subject: str
     data_rev: str
@@ -48,7 +48,7 @@ class Retrained(Frozen):
 
 @dataclass(frozen=True)
 class Incumbent:
-    """Hold a subject's champion with its files."""
+    """A subject's champion with its files."""
 
     seal: Seal
     files: ModelFiles
@@ -56,7 +56,7 @@ class Incumbent:
 
 @dataclass(frozen=True)
 class Judged:
-    """Hold what came of a checkpoint: what the gate said, its files, and whether it may teach the next variant."""
+    """Result for a checkpoint: the gate's decision, the files, and whether it may teach the next variant (`fit`)."""
 
     row: Retrained
     decision: Decision
@@ -78,13 +78,13 @@ def judge(
         workspace: where.
         checkpoint: folder.
         champion: the present one, if any.
-        allowed: chance of a wrong promotion, before what earlier attempts on these held-out images took of it; None: `gate.alpha`.
+        allowed: chance of a wrong promotion, of which earlier attempts on these held-out images have used a part; None: `gate.alpha`.
         promote_winners: promote what the gate lets through.
         full: bundle of the `full` that a student is compared with at equal network evaluations.
     """
     opened = train.load_checkpoint(checkpoint)
     data, subject = opened.lineage.data, subject_of(opened.lineage)
-    anchor = (anchor_of(workspace, subject) or champion.seal) if champion else None  # the champion where a workspace has none yet
+    anchor = (anchor_of(workspace, subject) or champion.seal) if champion else None  # a workspace may have no anchor yet
     key = _key(workspace, opened)
     exported = renewed(export_model, workspace.work / "exports" / key / "reference.json")(workspace, checkpoint, key)
     model = ModelFiles(checkpoint=checkpoint, bundle=Path(exported))
@@ -107,7 +107,7 @@ def judge(
 
 
 def _key(workspace: Workspace, opened: train.Checkpoint) -> str:
-    """Hash what an export depends on."""
+    """Hash everything that an export depends on."""
     line = workspace.line(opened.lineage.data.line)
     settings = canonical_sha256([
         line.sampler.model_dump(), line.gate.model_dump(), {k: c.model_dump() for k, c in line.classes.items()}, opened.lineage.data.md5,
@@ -118,7 +118,7 @@ def _key(workspace: Workspace, opened: train.Checkpoint) -> str:
 def _evaluated(
     workspace: Workspace, model: ModelFiles, key: str, champion: Incumbent | None, anchor: Seal | None, full: Path | None
 ) -> Path:
-    """Evaluate a model once beside these rivals, in the line's present feature spaces; returns the evaluation's folder."""
+    """Evaluate a model once beside these rivals, in the line's present feature spaces; return the evaluation's folder."""
     line = train.load_checkpoint(model.checkpoint).lineage.data.line
     scored = anchor if anchor and champion and anchor.weights != champion.seal.weights else None
     frozen = workspace.feature_spaces(line)
@@ -146,7 +146,7 @@ def _decided(
     anchor: Seal | None,
     allowed: float | None,
 ) -> Decision:
-    """Ask the gate, at the level that earlier attempts on these held-out images left."""
+    """Ask the gate, at the level that earlier attempts on these held-out images have left."""
     line, subject, configuration = workspace.line(lineage.data.line), subject_of(lineage), lineage.config.configuration
     limits = Limits(**line.gate.model_dump(exclude={"images"}))
     budgets = Budgets(
@@ -164,7 +164,7 @@ def _decided(
 
 
 def _promoted(workspace: Workspace, subject: Subject, number: int, decision: Decision) -> tuple[bool, str, str]:
-    """Promote what the gate let through, or let it wait for a person; returns whether it is champion, the reason and the outcome."""
+    """Promote what the gate let through, or let it wait for a person; return whether it is champion, the reason and the outcome."""
     current = champion_of(workspace, subject)
     if current is not None and current.version == number:
         return True, decision.reason, decision.outcome
@@ -184,10 +184,10 @@ def _update_bytes(old: Path, new: Path) -> int:
 
 
 def check_same_pictures(who: str, drawn: tuple[int, int], wanted: ModelConfig) -> None:
-    """Refuse to judge pictures of one format by those of another.
+    """Refuse to compare pictures of different formats.
 
     Raises:
-        WorkspaceError: size or channels are not the champion's.
+        WorkspaceError: ferry.toml asks for another size or other channels than this model draws.
     """
     if drawn != (wanted.image_size, wanted.channels):
         raise WorkspaceError(
@@ -197,7 +197,7 @@ def check_same_pictures(who: str, drawn: tuple[int, int], wanted: ModelConfig) -
 
 
 def is_exported_so(workspace: Workspace, champion: Incumbent, line: Line) -> bool:
-    """Check whether a champion is stored and drawn as the settings say."""
+    """Check whether a champion was exported with the sampler, the precision and the latency budget of the settings."""
     card = workspace.catalog.card(champion.seal)
     wanted = (
         line.sampler_of(card.variant),

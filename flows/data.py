@@ -1,6 +1,6 @@
-"""Data revisions of a line: recorded with what was found in them, and compared with each other.
+"""Record data revisions of a line together with a data report, and compare them with each other.
 
-What a look at a revision yields is kept in `work/sketches`, so that a revision is fetched and decoded once for all comparisons.
+The summary of each revision is kept in `work/sketches`, so that a revision is fetched and decoded once for all comparisons.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from model.scorecard import DataVersion, Frozen
 
 
 class Status(Frozen):
-    """How a line's data folder stands to its last revision."""
+    """State of a line's data folder, compared with its last revision."""
 
     revision: DataVersion | None = Field(description="the last one recorded")
     dirty: bool = Field(description="whether the folder holds something that no revision has")
@@ -33,7 +33,7 @@ class Status(Frozen):
 
 
 class Difference(Frozen):
-    """One revision against an earlier one."""
+    """Difference of one revision, `after`, from another, `before`."""
 
     before: DataVersion
     after: DataVersion
@@ -44,11 +44,11 @@ class Difference(Frozen):
 
 
 def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, DataReport]:
-    """Look at a line's data folder, compare it with the last revision, record and push it together with what was found.
+    """Check a line's data folder, compare it with the last revision, and record and push it together with the data report.
 
     Raises:
-        DataError: the folder holds what no revision can, or not one image can be used; then nothing is recorded.
-        RevisionError: the folder changed meanwhile, or Git, DVC or the remote refuse; then no revision is made.
+        DataError: the folder holds something that cannot or must not be recorded, or no usable image; nothing is recorded.
+        RevisionError: the folder changed in the meantime, or Git, DVC or the remote fails; no revision is made.
     """
     settings = workspace.line(line)
     after = _scan(_checked(workspace, settings), settings, line)
@@ -58,7 +58,7 @@ def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Dat
         raise DataError(f"not one image in {settings.data} can be used, the first: {name} {why}")
     with workspace.locked("data"):
         progress.advance("record and push", 0, 1)
-        versions.init(workspace.root, workspace.data_remote, workspace.settings.stores.s3_endpoint)  # as ferry.toml says now
+        versions.init(workspace.root, workspace.data_remote, workspace.settings.stores.s3_endpoint)  # ferry.toml may name another remote by now
         found = _reported(workspace, line, after)
 
         def report(md5: str) -> str:
@@ -71,7 +71,7 @@ def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Dat
 
 
 def recorded(workspace: Workspace, version: DataVersion) -> DataReport | None:
-    """What was found when a revision was recorded; None: it was recorded without, or by another version of ferry."""
+    """Return the data report that was recorded with a revision; None: there is none, or another version of ferry wrote it."""
     text = versions.report_of(workspace.root, version)
     try:
         found = DataReport.model_validate_json(text) if text else None
@@ -81,10 +81,10 @@ def recorded(workspace: Workspace, version: DataVersion) -> DataReport | None:
 
 
 def status(workspace: Workspace, line: str) -> Status:
-    """How the data folder stands: against its last revision, in the remote, and in itself.
+    """Compare the data folder with its last revision, find what the remote lacks of that revision, and report on the content.
 
     Raises:
-        DataError: the folder cannot be read, or holds what no revision can.
+        DataError: the folder cannot be read, or holds something that cannot or must not be recorded.
         RevisionError: Git does not have the revision.
     """
     settings = workspace.line(line)
@@ -112,10 +112,12 @@ def status(workspace: Workspace, line: str) -> Status:
 
 
 def diff(workspace: Workspace, line: str, rev1: str, rev2: str) -> Difference:
-    """What the second revision has that the first has not, and the other way round; both are fetched and verified.
+    """Compare two revisions: find what each has that the other has not.
+
+    A revision whose summary is not kept yet is fetched and verified first.
 
     Raises:
-        RevisionError: a revision does not exist, or cannot be fetched whole.
+        RevisionError: a revision does not exist, or cannot be fetched completely.
     """
     settings = workspace.line(line)
     before, after = (versions.resolve(workspace.root, settings.data, line, rev) for rev in (rev1, rev2))
@@ -129,7 +131,7 @@ def diff(workspace: Workspace, line: str, rev1: str, rev2: str) -> Difference:
 
 
 def _reported(workspace: Workspace, line: str, after: FolderSummary) -> DataReport:
-    """Against the last revision with other content: recording the same twice must not compare it with itself."""
+    """Report on the folder against the last revision with other content, so that it is never compared with itself."""
     md5 = versions.list_md5(after.files)
     rows = versions.log(workspace.root, workspace.line(line).data, line, newest=2)
     previous = next((version for version, _ in rows if version.md5 != md5), None)
@@ -138,7 +140,7 @@ def _reported(workspace: Workspace, line: str, after: FolderSummary) -> DataRepo
 
 
 def _summary(workspace: Workspace, line: str, version: DataVersion) -> tuple[FolderSummary | None, str]:
-    """A revision's summary, or why it cannot be had: what arrives now is recorded all the same."""
+    """Return a revision's summary, or the reason why there is none; new data are recorded without the comparison, too."""
     try:
         return _fetched(workspace, line, version), ""
     except DataError as error:
@@ -150,7 +152,7 @@ def _fetched(workspace: Workspace, line: str, version: DataVersion) -> FolderSum
     place = _place(workspace, settings, version.md5)
     try:
         return FolderSummary.load(place)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # missing or incomplete
         pulled = versions.pull(workspace.root, version, workspace.work / "data")
         made = _scan(pulled, settings, f"{line} {version.rev[:7]}")
         made.save(place)
@@ -163,13 +165,13 @@ def _place(workspace: Workspace, settings: Line, md5: str) -> Path:
 
 
 def _checked(workspace: Workspace, settings: Line) -> Path:
-    """A line's data folder, once it holds nothing that must not be, or cannot be, recorded."""
+    """Check that a line's data folder holds nothing that cannot or must not be recorded, and return its path."""
     live = folder.check(workspace.root, settings.data)
     folder.check_apart(live, workspace.root / "keys")
     return live
 
 
 def _scan(place: Path, settings: Line, label: str) -> FolderSummary:
-    from model import data  # with torch; what is refused by its name needs none
+    from model import data  # imports torch, which is not needed to refuse a folder for its names
 
     return data.scan(place, settings.text_length, lambda done, total: progress.advance(f"check {label}", done, total))

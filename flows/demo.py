@@ -1,8 +1,8 @@
-"""The whole story in one workspace: data, training, registry, release, devices, drift, update by delta, a broken release.
+"""`ferry demo`: all of ferry in one workspace: data, training, registry, release, devices, drift, update by delta, a broken release.
 
-Steps that were finished are written down in `work/demo.json`, so a demo that was killed goes on where it was cut. The
-summary is read from the stores (MLflow, the ledger, the signed repository, the devices' folders, the fleet's reports), not from
-what the steps returned.
+Finished steps are recorded in `work/demo.json`, so a killed demo resumes at the step that was interrupted. The summary is read
+from the stores (MLflow, the ledger, the signed repository, the devices' folders, the fleet's reports), not from what the steps
+returned.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEVICES = ("press-01", "press-02", "press-03")
 CAPTIONS = {"press-01": "brick", "press-02": "coins", "press-03": "gravel, hole"}
 CAPTIONS_AFTER = {"press-01": "dim brick", "press-02": "dim coins", "press-03": "page"}
 
-# Sizes chosen so that everything ends within five minutes on two cores, and the samples still look like what they are.
+# These sizes let everything end within five minutes on two cores, while the samples can still be recognised.
 SETTINGS = """\
 # The demo's workspace. Relative paths start at this folder.
 schema = 1
@@ -99,7 +99,7 @@ class DemoError(FlowError):
 
 
 class Demo:
-    """The story's state: which steps are done, what was read back after each act, how long it took."""
+    """State of the demo: which steps are done, how long each took, and what the devices ran after each update."""
 
     def __init__(self, root: Path, say: Callable[[str], None]) -> None:
         self.root, self._say = root.absolute(), say
@@ -115,7 +115,7 @@ class Demo:
         self.workspace = create(self.root, [], SETTINGS)
 
     def step(self, name: str, text: str, action: Callable[[], object]) -> None:
-        """Do a step unless it is done, and write down that it is."""
+        """Do a step, unless it was done before; record that it is done, and how long it took."""
         if name in self.notes["done"]:
             return
         self._say(text)
@@ -132,7 +132,7 @@ class Demo:
         fresh.replace(self._path)
 
     def play(self) -> None:
-        """All steps, in order."""
+        """Play all steps, in order."""
         from model import photographs
 
         self.step(
@@ -160,7 +160,7 @@ class Demo:
         self.step("recover", "halt, and go back to version 2", self._recover)
         self.step("report", "the one-page report", self._report)
 
-    # Acts
+    # The steps
 
     def _deliver(self, message: str, deliveries: dict[str, Callable[[Path], int]]) -> None:
         from flows import data
@@ -191,7 +191,7 @@ class Demo:
             policies.start(self.workspace, line, CLASS, [100], soak=0, number=made["release"], why="to all devices at once")
 
     def _update(self, act: str, captions: dict[str, str], refuses: bool = False) -> None:
-        """Every device updates, in processes of their own, at the same time; then its folder is read."""
+        """Update all devices at the same time, each in a process of its own; then read their folders and reports."""
         with ThreadPoolExecutor(len(DEVICES)) as pool:
             list(pool.map(lambda device: self._one_update(device, captions.get(device), refuses), DEVICES))
         for device in DEVICES:
@@ -200,7 +200,7 @@ class Demo:
 
     def _one_update(self, device: str, caption: str | None, refuses: bool) -> None:
         folder = self.root / "devices" / device
-        if device not in self.workspace.fleet.devices():  # both calls are repeatable: a kill may come between them
+        if device not in self.workspace.fleet.devices():  # both calls may be repeated, because a kill may come between them
             anchor = self.root / "root.json"
             known = agent(
                 folder, "init", "--device", device, "--line", LINE, "--class", CLASS,
@@ -209,7 +209,7 @@ class Demo:
             )  # fmt: skip
             self.workspace.fleet.enroll(device, known["public_key"])
         if refuses:
-            # 6: it refuses now. 0: it did before, in a run of the demo that was killed.
+            # Exit code 6: the device refuses the release now. 0: it refused it before, in a run of the demo that was killed.
             agent(folder, "update", expect=(6, 0))
             wanted = self.workspace.repository.policy(LINE, CLASS)
             if wanted is None or wanted.manifest not in refusals(folder):
@@ -223,7 +223,7 @@ class Demo:
             agent(folder, "generate", caption, "--output", str(pictures / name), "--seed", str(DEVICES.index(device)))
 
     def _break(self) -> None:
-        """Register the champion with its weights shuffled, as a fault in the factory might; then overrule the gate."""
+        """Register the champion with shuffled weights, as after a fault in the factory, and promote it by overruling the gate."""
         import torch
 
         from flows.retrain import register_checkpoint
@@ -232,7 +232,7 @@ class Demo:
         from registry.champions import champion_of, promote, promotions
 
         if promotions(self.workspace, self._subject())[-1].facts["overruled"]:
-            return  # done, in a run of the demo that was killed
+            return  # a run of the demo that was killed has done this
         champion = champion_of(self.workspace, self._subject())
         if champion is None:
             raise DemoError(f"{self._subject()} has no champion to break")
@@ -277,10 +277,10 @@ class Demo:
 
         return Subject(line=LINE, configuration="I", variant="full")
 
-    # What happened, read back
+    # The summary
 
     def summary(self) -> dict[str, Any]:
-        """The story's figures, each from the store that keeps it."""
+        """Collect the figures of the demo, each from the store that keeps it."""
         from flows import data
         from model import versions
         from registry.champions import judged
@@ -318,7 +318,7 @@ class Demo:
 
 
 def is_finished(root: Path) -> bool:
-    """Whether a folder holds a demo that was played to its end, or something else altogether."""
+    """Check whether a new demo needs another folder: this one holds a finished demo, or something else than a demo."""
     notes = root / "work" / "demo.json"
     if notes.is_file():
         return "report" in json.loads(notes.read_bytes())["done"]
@@ -326,10 +326,10 @@ def is_finished(root: Path) -> bool:
 
 
 def agent(folder: Path, *arguments: str, expect: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    """Call the real `ferry-agent` in a process of its own; returns what it answers.
+    """Run the real `ferry-agent` in a process of its own, and return its answer.
 
     Raises:
-        DemoError: it ended otherwise than expected.
+        DemoError: its exit code is not an expected one.
     """
     command = [sys.executable, "-m", "ota.agent.cli", "--quiet", *arguments, "--dir", str(folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
@@ -340,19 +340,19 @@ def agent(folder: Path, *arguments: str, expect: tuple[int, ...] = (0,)) -> dict
 
 
 def active_manifest(folder: Path) -> str:
-    """sha256 of the manifest of the bundle that a device runs, from its folder."""
+    """Compute the sha256 of the manifest of the bundle that a device runs, from its folder."""
     active = json.loads((folder / "state.json").read_bytes())["state"]["active"]
     return file_sha256(folder / "slots" / active / "manifest.json")
 
 
 def refusals(folder: Path) -> dict[str, str]:
-    """What a device refused and why, from its folder."""
+    """Read from a device's folder which bundles it refused, and why: the reason by the sha256 of the manifest."""
     found: dict[str, str] = json.loads((folder / "state.json").read_bytes())["state"]["refused"]
     return found
 
 
 def text(summary: dict[str, Any]) -> str:
-    """The summary for people."""
+    """Format the summary as text."""
     b, g = summary["bytes"], summary["gate"]
     place = os.path.relpath(summary["workspace"])
     first, second = summary["data_versions"][0][:8], summary["data_versions"][-1][:8]
@@ -383,6 +383,6 @@ def text(summary: dict[str, Any]) -> str:
 
 
 def _first(reason: str) -> str:
-    """The first of several reasons, for one line of text; --json has them all."""
+    """Shorten several reasons to the first one, so that they fit into a line; --json has all of them."""
     first, *others = reason.partition(" (n = ")[0].split("; ")
     return f"{first} (and {len(others)} more)" if others else first

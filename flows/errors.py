@@ -1,7 +1,7 @@
 """Errors of `flows` itself; errors of `model`, `registry` and `ota` pass through unchanged.
 
 FlowError
-├── WorkspaceError   the folder is not a workspace, or its ferry.toml or a name in it is wrong
+├── WorkspaceError   the folder is not a workspace, or its ferry.toml or an argument is wrong
 ├── BusyError        another process holds a part of the workspace
 ├── VariantError     some variants could not be retrained; the others were
 ├── ServerError      Prefect's server does not start or answer
@@ -18,7 +18,7 @@ class FlowError(Exception):
 
 
 class WorkspaceError(FlowError):
-    """The folder is not a workspace, or its settings or a name in it are wrong."""
+    """The folder is not a workspace, or its settings or an argument are wrong."""
 
 
 class BusyError(FlowError):

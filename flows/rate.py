@@ -1,6 +1,7 @@
-"""Ask people which of two versions draws the better image: draw the pairs, show them here or in a file, keep the answers.
+"""Ask people which of two versions draws the better image: draw the pairs, show them here or in a file, record the answers.
 
-The answer sheet, which says what each pair is, stays in `ratings/` of the workspace; the page that raters see does not hold it.
+The answer sheet says which version drew which image. It stays in `ratings/` of the workspace, and the page that raters see does
+not contain it.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ REQUEST_SECONDS = 30.0
 
 
 def prepare(workspace: Workspace, subject: str, version: int | None, against: int | None, pairs: int) -> tuple[Sheet, str]:
-    """Deal a sheet, draw its images, keep the answer sheet; returns it and the page.
+    """Deal a sheet, draw its images and write the answer sheet; return the sheet and the page.
 
     Args:
         workspace: whose versions.
         subject: LINE/CONFIG/VARIANT.
-        version: to judge; None: the newest that is not champion, or else the champion.
-        against: to compare with; None: the champion, or for the champion itself the one before it.
-        pairs: how many.
+        version: version to judge; None: the newest if it is newer than the champion, otherwise the champion.
+        against: version to compare with; None: the champion, or for the champion itself the last one before it.
+        pairs: number of pairs.
 
     Raises:
         CatalogError: there are no two versions to compare.
-        RatingError: they are one and the same, or the pairs are too few.
+        RatingError: both are the same version, there are too few pairs, or the scorecard lists no captions.
         WorkspaceError: there is no such line.
     """
     asked = Subject.parse(subject)
@@ -88,7 +89,7 @@ def _couple(workspace: Workspace, subject: Subject, version: int | None, against
 
 
 def _draw(workspace: Workspace, version: Seal, card: Scorecard, sheet: Sheet) -> list[bytes]:
-    """The version's image of each pair, as PNG, in the session that devices use."""
+    """Draw a version's image of each pair in the session that devices use, and return the images as PNG."""
     import torch
 
     from model import session
@@ -105,7 +106,7 @@ def _draw(workspace: Workspace, version: Seal, card: Scorecard, sheet: Sheet) ->
 
 
 def _png(image: Any) -> bytes:
-    """A picture uint8 [C, R, R] as PNG."""
+    """Encode a picture, uint8 [C, R, R], as PNG."""
     pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -113,7 +114,7 @@ def _png(image: Any) -> bytes:
 
 
 def write(workspace: Workspace, sheet: Sheet, page: str) -> Path:
-    """Keep the page as a file that can be sent to raters; returns its path."""
+    """Write the page to a file that can be sent to raters, and return its path."""
     path = workspace.root / "ratings" / f"{sheet.id}.html"
     _save(path, page)
     return path
@@ -125,10 +126,11 @@ def _save(path: Path, text: str) -> None:
 
 
 def collect(workspace: Workspace, subject: str, files: list[Path]) -> list[Rated]:
-    """Keep the answers in files that raters sent back; what was kept before changes nothing.
+    """Record the answers in files that raters sent back; answers that were recorded before change nothing.
 
     Raises:
-        RatingError: a file holds no answers to a sheet of this workspace and subject.
+        RatingError: a file holds no answers to a sheet of this workspace and subject, and nothing was recorded; also as `keep`.
+        StoreError, BusyError: as `keep`.
     """
     workspace.line(Subject.parse(subject).line)
     found = []
@@ -145,10 +147,10 @@ def collect(workspace: Workspace, subject: str, files: list[Path]) -> list[Rated
 
 
 def open_sheet(workspace: Workspace, identity: str) -> Sheet:
-    """An answer sheet of this workspace.
+    """Read an answer sheet of this workspace.
 
     Raises:
-        RatingError: it has none of that name, or what is there is damaged.
+        RatingError: the workspace has no sheet of this name, or the file is damaged.
     """
     path = workspace.root / "ratings" / f"{identity}.json"
     try:
@@ -163,7 +165,7 @@ def keep(workspace: Workspace, sheet: Sheet, answers: Answers) -> Rated:
     """Record a finished sheet in the ledger; the same answers again change nothing.
 
     Raises:
-        RatingError: the answers do not fit, or this rater gave others before.
+        RatingError: the answers do not fit the sheet, or this rater gave other answers before.
         StoreError: the database failed; nothing was recorded.
         BusyError: another process is recording something.
     """
@@ -189,22 +191,22 @@ def _rated(workspace: Workspace, subject: str) -> list[Rated]:
 
 
 def verdicts(workspace: Workspace, subject: str) -> list[Verdict]:
-    """What all finished sheets of a subject come to, by the two versions that were compared."""
+    """Combine all finished sheets of a subject; return one result for each two versions that were compared."""
     return rating.judge(_rated(workspace, subject))
 
 
 @contextmanager
 def server(workspace: Workspace, sheet: Sheet, page: str, port: int = 0) -> Iterator[str]:
-    """Show a sheet on the loopback and keep the answers that come back, as long as the block lasts.
+    """Show a sheet on the loopback interface and record the answers that come back, as long as the block lasts.
 
-    Only requests that name this host and port are answered, and answers are taken from the page itself alone, so another page in the
-    rater's browser can neither read the sheet nor answer it. The path is made up here and written nowhere, so other users of the machine
-    do not know it; the sheet's id would be no secret, a file is called so.
+    Only requests that name this host and port are served, and only the page itself may send answers. So another page in the rater's
+    browser can neither read the sheet nor answer it. The path is random and is written nowhere, so other users of the machine do
+    not know it. The sheet's id would not be secret, because it is the name of a file.
 
     Yields:
         the address to open.
     """
-    workspace.ledger.head()  # opened here, not by two requests at once
+    workspace.ledger.head()  # opens the ledger here, so that two requests do not open it at once
     path = f"/{secrets.token_urlsafe(16)}/"
     with ThreadingHTTPServer(("127.0.0.1", port), _handler(workspace, sheet, page, path)) as listening:
         listening.daemon_threads = True
@@ -218,7 +220,7 @@ def server(workspace: Workspace, sheet: Sheet, page: str, port: int = 0) -> Iter
 
 
 def wait() -> None:
-    """Until somebody presses Ctrl-C."""
+    """Wait until somebody presses Ctrl-C."""
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
@@ -229,23 +231,23 @@ def _handler(workspace: Workspace, sheet: Sheet, page: str, path: str) -> type[B
     body = page.encode()
 
     class Handler(BaseHTTPRequestHandler):
-        """One page, and one place for answers."""
+        """Serves the page at one path, and takes answers at another."""
 
         timeout = REQUEST_SECONDS
         server_version, sys_version = "ferry", ""
 
         def do_GET(self) -> None:
-            """The page."""
+            """Send the page."""
             if self._is_for_us(path):
                 self._reply(HTTPStatus.OK, body, "text/html; charset=utf-8")
 
         def do_POST(self) -> None:
-            """Answers."""
+            """Check answers and record them."""
             length = self.headers.get("Content-Length", "")
             if not (length.isascii() and length.isdigit() and len(length) < 10) or int(length) > MAX_ANSWERS:
                 self._say(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"answers of at most {MAX_ANSWERS} bytes are taken")
                 return
-            data = self.rfile.read(int(length))  # also of a request that is refused: closing on unread bytes may lose the reply
+            data = self.rfile.read(int(length))  # also if the request is refused: closing with unread bytes may lose the reply
             if not self._is_for_us(f"{path}answers"):
                 return
             if self.headers.get("Origin") != f"http://{self.headers['Host']}":
@@ -285,6 +287,6 @@ def _handler(workspace: Workspace, sheet: Sheet, page: str, path: str) -> type[B
             self.wfile.write(data)
 
         def log_message(self, *_: object) -> None:
-            """Nothing: the address is for the raters alone."""
+            """Log nothing: the path in the address must stay known to the raters alone."""
 
     return Handler

@@ -1,6 +1,7 @@
 """The flow `retrain`: pull a data revision, then train, export, evaluate, gate, register and promote each model of a line.
 
-This is the order. What each step does is in `flows.steps`, a challenger's way from checkpoint to champion in `flows.candidate`.
+This module has the order of the steps. `flows.steps` has the steps themselves, and `flows.candidate` has a challenger's way from
+checkpoint to champion.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from registry.selection import Decision, level
 
 
 def _tell(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001 - Prefect fixes the names
-    """Write one line for whoever watches `ferry serve`; a run that was started by hand says it through the command."""
+    """Write one line for whoever watches `ferry serve`; a run that was started by hand reports its failure through the command."""
     if flow_run.deployment_id:
         sys.stderr.write(f"ferry: the scheduled retraining {flow_run.name} failed: {state.message}\n")
 
@@ -47,17 +48,18 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
         promote_winners: False registers only; a person promotes with `ferry promote`.
 
     Returns:
-        one `Retrained`, as plain data, for each configuration and variant; the outcome of a student whose teacher has no version
-        that passed the gate is "no teacher", its version 0; of one that passed it and waits for a person "pending", and "refused" of
-        one that a person refused.
+        one `Retrained`, as plain data, for each configuration and variant. Its outcome is the gate's, or "unchanged": the champion
+        is up to date; "no teacher": a student, whose teacher has no version that passed the gate (the version is 0); "pending": it
+        passed the gate and waits for a person; "refused": it passed the gate and a person refused it.
 
     Raises:
-        VariantError: some variants failed; the others are done and registered, and stay so when it is repeated.
+        VariantError: some variants failed; the others are done and registered, and a repeated call does not redo them. If the line
+            has only one variant, its own error is raised instead.
     """
     workspace = Workspace(Path(root))
     settings = workspace.line(line)
     with workspace.locked("retraining"), pages.progress():
-        # What is trained from, and judged against, is the ledger's champion.
+        # Training starts from the ledger's champion, and challengers are judged against it.
         reconcile(workspace, workspace.subjects([line]), workspace.needs_approval)
         data = versions.resolve(workspace.root, settings.data, line, rev)
         pull_data(workspace, data)
@@ -72,10 +74,10 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
 
 @flow(name="look for data", persist_result=False)
 def look_for_data(root: str, lines: list[str]) -> int:
-    """Ask for the retrainings that new data revisions and events make; for a schedule where no `ferry serve` looks.
+    """Ask for the retrainings that new data revisions and events make; for a schedule where no `ferry serve` looks for them.
 
     Returns:
-        how many runs there are for what is there now, old ones included.
+        number of runs for the data and events that are there now, including runs that were made before.
     """
     return len(triggers.look(Workspace(Path(root)), lines))
 
@@ -92,12 +94,11 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
         lineage = train.load_checkpoint(Path(checkpoint)).lineage
         pull_data(workspace, lineage.data)
         subject = subject_of(lineage)
-        full = champion_of(workspace, subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
+        incumbent = _incumbent(workspace, subject)
+        teacher = champion_of(workspace, subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
+        full = champion_files(workspace, teacher).bundle if teacher else None
         with training_log.ending(workspace, lineage.data) as tell:
-            judged = judge(
-                workspace, Path(checkpoint), _incumbent(workspace, subject), None, promote_winners=False,
-                full=champion_files(workspace, full).bundle if full else None,
-            )  # fmt: skip
+            judged = judge(workspace, Path(checkpoint), incumbent, None, promote_winners=False, full=full)
             row = judged.row.model_dump()
             tell([row])
         return row
@@ -105,32 +106,32 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
 
 @dataclass
 class _Ladder:
-    """Hold what came of the variants of one configuration, and what a run hands on from one of them to the next.
+    """Results of the variants of one configuration, and what one variant passes on to the next.
 
-    `files` are those of what may teach the next variant: the new version if the gate let it through, else the champion. A version that
-    somebody took back teaches nobody, nor does one of another shape.
+    `files` has, by variant, the model that may teach the next variant: the new version if the gate let it through, otherwise the
+    champion. A version from which somebody went back may not teach, nor may a champion of another network configuration.
     """
 
     candidates: int
-    """Models that the whole run may decide on."""
+    """Number of models that the whole run may decide on."""
     rows: list[Retrained] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
     files: dict[VariantName, ModelFiles] = field(default_factory=dict)
     last: Decision | None = None
-    """The gate's last one."""
+    """The gate's last decision in this configuration; None: there is none yet."""
 
     def teacher_of(self, variant: VariantName) -> ModelFiles | None:
-        """Return the files of the variant that teaches this one, if it may."""
+        """Return the files of the variant that teaches this one; None: this one has no teacher, or the teacher has no model."""
         taught_by = TEACHERS.get(variant)
         return self.files.get(taught_by) if taught_by else None
 
     def allowed(self, line: Line, attempts: int) -> float:
-        """Return the chance of a wrong promotion that a model may take, who has so many attempts: each is a chance to pass by luck."""
+        """Return the chance of a wrong promotion that one of a model's attempts may take; each attempt may pass by luck."""
         return level(line.gate.alpha, self.candidates * attempts, self.last)
 
 
 def _retrain_configurations(workspace: Workspace, data: DataVersion, promote_winners: bool) -> list[_Ladder]:
-    """Retrain all configurations of a line, one after another or in threads."""
+    """Retrain all configurations of a line, one after another or in `parallel` threads."""
     line = workspace.line(data.line)
     jobs: list[dict[str, Any]] = [
         {
@@ -164,7 +165,7 @@ def retrain_ladder(
     candidates: int,
     promote_winners: bool,
 ) -> _Ladder:
-    """Retrain the variants of a configuration one after another, each after the one that teaches it; none loses the others."""
+    """Retrain the variants of a configuration one after another, teachers first; an error in one does not stop the others."""
     ladder = _Ladder(candidates)
     for variant in variants:
         subject = Subject(line=data.line, configuration=configuration, variant=variant)
@@ -192,7 +193,7 @@ def _retrain_one(workspace: Workspace, data: DataVersion, subject: Subject, ladd
             ladder.files[variant] = champion.files
         if _is_current(before.lineage, line, data, teacher):
             if is_exported_so(workspace, champion, line):
-                # A run that was cut off after this promotion takes for the rest what it would have taken.
+                # If a run was interrupted after this promotion, the next run must leave the other models the same level.
                 ladder.last = verdict(workspace, subject, champion.seal.version)
                 why = "the champion was trained on these data with these settings"
                 return _row(subject, data, champion.seal.version, "unchanged", why)
@@ -201,7 +202,7 @@ def _retrain_one(workspace: Workspace, data: DataVersion, subject: Subject, ladd
             judged = judge(workspace, champion.files.checkpoint, champion, allowed, promote_winners, full)
             return _noted(ladder, variant, judged)
         if before.lineage.config.tier == config.tier:  # weights of another tier have other shapes
-            # A student goes on from the student before, so that the update is small; if that does not pass, from its teacher.
+            # A student starts from the previous student, so that the update is small; if the result does not pass, from its teacher.
             starts = [champion.files.checkpoint, *(starts if teacher else ())]
     for parent in starts:
         lesson = Lesson(
@@ -221,7 +222,7 @@ def _retrain_one(workspace: Workspace, data: DataVersion, subject: Subject, ladd
 
 
 def _noted(ladder: _Ladder, variant: VariantName, judged: Judged) -> Retrained:
-    """Remember what the gate said, and who may teach the next variant."""
+    """Keep the gate's decision, and the model if it may teach the next variant; return the row."""
     ladder.last = judged.decision
     if judged.fit:
         ladder.files[variant] = judged.files
@@ -229,7 +230,7 @@ def _noted(ladder: _Ladder, variant: VariantName, judged: Judged) -> Retrained:
 
 
 def _row(subject: Subject, data: DataVersion, version: int, outcome: str, reason: str) -> Retrained:
-    """Say of a subject why nothing was judged."""
+    """Make the row of a subject for which nothing was judged, with the reason."""
     return Retrained(
         subject=str(subject), data_rev=data.rev, version=version, outcome=outcome, reason=reason, n=0, promoted=False
     )
@@ -261,7 +262,7 @@ def _is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: ModelF
         if teacher
         else [line.training, line.retraining]
     )
-    options = {way.options(stored).sha256 for way in ways for stored in get_args(PrecisionName)}  # storing is not training
+    options = {way.options(stored).sha256 for way in ways for stored in get_args(PrecisionName)}  # another stored precision alone needs no training
     guidance = line.sampler.guidance if TEACHERS.get(lineage.variant) == "full" else None
     return (
         lineage.data.md5 == data.md5

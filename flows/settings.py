@@ -1,4 +1,4 @@
-"""ferry.toml: what it may say, what each key means, and what holds where it says nothing."""
+"""ferry.toml: its keys, what they mean, and their defaults."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from model.train import TrainOptions
 
 SETTINGS = "ferry.toml"
-FORMAT = 1  # of ferry.toml and of all that lies in a workspace
-TEACHING_MS = 3_600_000.0  # for an image of a variant that no device class runs
-# What lies in a workspace beside the data, each for one purpose; compared without case, as some file systems do.
+FORMAT = 1  # version of the format of ferry.toml and of everything else in a workspace
+TEACHING_MS = 3_600_000.0  # latency budget of one image, for a variant that no device class runs
+# Names in a workspace that serve other purposes than data; compared without case, because some file systems ignore case.
 NOT_DATA = frozenset({
     "keys", "repository", "published", "dvc-remote", "mlartifacts", "features", "inbox", "events", "ratings", "work", "ferry.toml",
     "ferry.db", "mlflow.db", "root.json", "report.html",
@@ -29,7 +29,11 @@ NOT_DATA = frozenset({
 
 
 def _data_folder(path: str) -> str:
-    """A data folder's path, written in one way; below the workspace, in nothing that serves another purpose, and plain for DVC and Git."""
+    """Normalise the path of a data folder, so that equal paths are written in one way.
+
+    Raises:
+        PydanticCustomError: it is not below the workspace, serves another purpose, is too long, or DVC reads its name otherwise.
+    """
     parts = [part for part in path.split("/") if part not in {"", "."}]
     named = {"path": shown(path)}
     if not parts or path.startswith("/") or ".." in parts or "://" in path:
@@ -62,7 +66,7 @@ class Section(BaseModel):
 
 
 class Stores(Section):
-    """Where things are kept. Relative paths start at the workspace."""
+    """Places where things are stored. Relative paths start at the workspace."""
 
     data: str = "dvc-remote"
     database: str = "sqlite:///ferry.db"
@@ -98,20 +102,20 @@ class Training(Section):
     seed: int = 0
 
     def options(self, stored: PrecisionName) -> TrainOptions:
-        """As training takes them, for weights that will be stored so."""
+        """Convert to the options that `model.train` takes, for weights that will be stored in this precision."""
         from model.train import TrainOptions
 
         return TrainOptions(stored=stored, **self.model_dump())
 
 
-SUCCESSORS = {  # keys of [lines.*.gate] that are no more, because they were shares of pure noise's distance
+SUCCESSORS = {  # removed keys of [lines.*.gate], which were shares of pure noise's distance, and what replaces them
     "margin": "tolerance (a share of the champion's own distance; 0.5 unless given)",
     "decay": "total_tolerance (how many such losses in all; 2.0 unless given)",
 }
 
 
 class Gate(Section):
-    """What promotion asks for; see `registry.selection.Limits`."""
+    """Limits of the promotion gate; see `registry.selection.Limits`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -182,14 +186,14 @@ class Line(Section):
         return self
 
     def config(self, configuration: ConfigurationName) -> ModelConfig:
-        """The network of a configuration."""
+        """Return the settings of the network for a configuration."""
         return ModelConfig(
             tier=self.tier, configuration=configuration, image_size=self.image_size, channels=self.channels,
             text_length=self.text_length, router=self.router,
         )  # fmt: skip
 
     def combinations(self) -> list[tuple[ConfigurationName, VariantName]]:
-        """What has to be trained: every (configuration, variant) that some class runs, each after the one that teaches it."""
+        """List what must be trained: each (configuration, variant) that a class runs, and its teachers; teachers come first."""
         wanted: set[tuple[ConfigurationName, VariantName]] = set()
         for device_class in self.classes.values():
             for variant in device_class.variants:
@@ -201,35 +205,35 @@ class Line(Section):
         return sorted(wanted, key=lambda pair: (pair[0], ladder.index(pair[1])))
 
     def ladders(self) -> dict[ConfigurationName, list[VariantName]]:
-        """The same by configuration; those of different ones need nothing of each other."""
+        """Group `combinations` by configuration; different configurations do not depend on each other."""
         found: dict[ConfigurationName, list[VariantName]] = {}
         for configuration, variant in self.combinations():
             found.setdefault(configuration, []).append(variant)
         return found
 
     def sampler_of(self, variant: VariantName) -> Sampler:
-        """How a variant is drawn: `full` as the settings say, a distilled one in the steps that it was taught."""
+        """Return the sampler of a variant: for `full` that of the settings, for a distilled variant the steps that it was taught."""
         if VARIANTS[variant].guided:
             return self.sampler
         return Sampler(method="mean", steps=VARIANTS[variant].steps, guidance=1.0)
 
     def precision(self, configuration: ConfigurationName) -> PrecisionName:
-        """How the classes with a configuration store weights."""
+        """Return the precision in which the classes of a configuration store weights; all of them share it."""
         return next(c.precision for c in self.classes.values() if c.configuration == configuration)
 
     def latency_ms(self, configuration: ConfigurationName, variant: VariantName) -> float:
-        """The tightest budget among the classes that run a variant; for one that only teaches, an hour."""
+        """Return the smallest latency budget of the classes that run a variant, in ms; an hour for a variant that only teaches."""
         budgets = [c.latency_ms for c in self.classes.values() if c.configuration == configuration and variant in c.variants]
         return min(budgets, default=TEACHING_MS)
 
     def memory_mib(self, configuration: ConfigurationName, variant: VariantName) -> float | None:
-        """The tightest memory budget among the classes that run a variant, if any has one."""
+        """Return the smallest memory budget of the classes that run a variant, in MiB; None: no class has one."""
         running = [c for c in self.classes.values() if c.configuration == configuration and variant in c.variants]
         return min((c.memory_mib for c in running if c.memory_mib is not None), default=None)
 
 
 class Settings(Section):
-    """ferry.toml."""
+    """The content of ferry.toml."""
 
     schema_version: Literal[1] = Field(alias="schema")
     parallel: int = Field(default=1, ge=1, le=8, description="configurations that are retrained at a time")
@@ -265,7 +269,7 @@ def read(path: Path) -> Settings:
     """Read and check a ferry.toml.
 
     Raises:
-        WorkspaceError: it is not valid; the sentence names the line or the key.
+        WorkspaceError: it is not valid; the message names the line or the key.
     """
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -284,10 +288,10 @@ def read(path: Path) -> Settings:
 
 
 def _check_format(path: Path, found: object) -> None:
-    """There is one format so far; another is not guessed at.
+    """Refuse a workspace whose format is not the one that this ferry knows; there is only one so far.
 
     Raises:
-        WorkspaceError: the workspace was made by another ferry.
+        WorkspaceError: a newer ferry made the workspace, or ferry.toml names no known format.
     """
     if isinstance(found, int) and found > FORMAT:
         raise WorkspaceError(

@@ -1,4 +1,4 @@
-"""Making a workspace: `ferry init`."""
+"""Make a workspace (`ferry init`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.scorecard import LineName
 
 
 def create(root: Path, lines: list[str], settings: str | None = None) -> Workspace:
-    """Make a workspace; repeatable: what is there is kept, what a killed call left out is made.
+    """Make a workspace, or complete one that a killed call left incomplete; what is there is kept.
 
     Args:
         root: the folder; made when missing.
@@ -25,8 +25,8 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
         settings: content of a new `ferry.toml`; None: defaults for the lines, with comments.
 
     Raises:
-        WorkspaceError: a name is not valid, or the folder holds something else; then nothing was made.
-        DataError: a line's data would lie behind a link; then, too.
+        WorkspaceError: a name is not valid, or the folder holds something else; nothing was made.
+        DataError: a line's data folder would lie behind a link; in a new workspace, nothing was made.
     """
     from model import versions
     from ota.release import keys, repository
@@ -80,10 +80,10 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
 
 
 def _check_name(root: Path) -> None:
-    """Refuse a folder whose name some part of a workspace could not keep: settings, addresses of databases, DVC's configuration.
+    """Refuse a folder whose path does not fit into all parts of a workspace: settings, URLs of databases, DVC's configuration.
 
     Raises:
-        WorkspaceError: it is such a name.
+        WorkspaceError: the path does not fit.
     """
     from model import versions
 
@@ -94,7 +94,7 @@ def _check_name(root: Path) -> None:
     except (UnicodeEncodeError, RevisionError):
         unfit = True
     else:
-        unfit = not name.isprintable() or bool({*"?#"} & {*name})  # which end the path of an address
+        unfit = not name.isprintable() or bool({*"?#"} & {*name})  # ? and # end the path in a URL
     if unfit:
         raise WorkspaceError(f"a workspace cannot be kept in {shown(name)}; choose a path of letters, digits, '-' and '_'")
 
@@ -106,7 +106,7 @@ IGNORED = (
 
 
 def template(lines: list[str]) -> str:
-    """A ferry.toml with the defaults written out and explained."""
+    """Return the text of a ferry.toml for these lines, with the defaults written out and explained."""
     head = """\
 # A DeltaFerry workspace. Relative paths start at this folder.
 schema = 1

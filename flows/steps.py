@@ -1,7 +1,7 @@
 """The steps of a retraining as Prefect tasks: pull, train, export, evaluate, register.
 
-Every step is a function that works without Prefect (`step.fn(...)`), and is keyed by the content of what it depends on: the
-same data, code and settings mean no work, and a run that was killed resumes at the step that was cut.
+Every step is a function that works without Prefect (`step.fn(...)`). Its key is the content that it depends on, so the same data,
+code and settings need no work, and a killed run resumes at the step that was interrupted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.tasks import exponential_backoff
 
@@ -34,20 +35,20 @@ RETRIES: dict[str, Any] = {
     "retries": 2,
     "retry_delay_seconds": exponential_backoff(2),
     "retry_jitter_factor": 0.5,
-}  # where I/O is
+}  # of steps that do I/O
 CARD, SAMPLES, REAL = "scorecard.json", "samples.png", "real.png"
 
 
 class ModelFiles(Frozen):
-    """Name a model's files on this machine."""
+    """Paths of a model's files on this machine."""
 
     checkpoint: Path
     bundle: Path
-    """What was exported from the checkpoint."""
+    """Folder of what was exported from the checkpoint."""
 
 
 class Lesson(Frozen):
-    """Say what is trained, on which data, and from what."""
+    """What is trained, on which data, and from which weights."""
 
     data: DataVersion
     configuration: ConfigurationName
@@ -55,17 +56,18 @@ class Lesson(Frozen):
     parent: Path | None
     """Checkpoint that training starts from; None: from noise."""
     teacher: Path | None
-    """Checkpoint that a student is taught by."""
+    """Checkpoint that teaches a student; None: it is no student."""
 
     @property
     def subject(self) -> Subject:
-        """What the checkpoint will be a version of."""
+        """Subject of which the checkpoint will be a version."""
         return Subject(line=self.data.line, configuration=self.configuration, variant=self.variant)
 
     def settings(self, line: Line) -> Training:
-        """Choose the settings: from noise, from the champion, or of a student.
+        """Choose the settings of the training: from noise, from a parent, or of a student.
 
-        A student that starts from its teacher's weights is not rounded to a grid around them: no device has them as its own.
+        If a student starts from its teacher's weights, its update is not rounded to a grid: no device has those weights as weights
+        of this variant, so the delta would not be smaller.
         """
         if self.teacher is None:
             return line.retraining if self.parent else line.training
@@ -79,7 +81,7 @@ class Lesson(Frozen):
 
 
 class Rivals(Frozen):
-    """Name the models that a challenger is compared with, as far as there are any."""
+    """Models that a challenger is compared with; None: there is no such model."""
 
     champion: ModelFiles | None
     anchor: Path | None
@@ -98,16 +100,16 @@ def renewed(step: Any, result: Path) -> Any:
     return step if result.is_file() else step.with_options(refresh_cache=True)
 
 
-@task(name="pull data", **RETRIES)
+@task(name="pull data", cache_policy=NO_CACHE, **RETRIES)
 def pull_data(workspace: Workspace, data: DataVersion) -> str:
-    """Deliver and verify a data revision; returns its folder."""
+    """Deliver and verify a data revision, and return its folder."""
     with workspace.locked("data"):
         return str(versions.pull(workspace.root, data, workspace.work / "data"))
 
 
 @task(name="train", cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
-    """Train or distil, or resume it; returns the checkpoint's folder."""
+    """Train or distil a network, or resume an interrupted training; return the checkpoint's folder."""
     line = workspace.line(lesson.data.line)
     settings = lesson.settings(line)
     teacher = train.load_checkpoint(lesson.teacher) if lesson.teacher else None
@@ -132,7 +134,7 @@ def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
 
 @task(name="export", cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def export_model(workspace: Workspace, checkpoint: Path, key: str) -> str:
-    """Write and check the files that devices run; returns their folder."""
+    """Write and check the files that devices run, and return their folder."""
     opened = train.load_checkpoint(checkpoint)
     data, configuration, variant = opened.lineage.data, opened.lineage.config.configuration, opened.lineage.variant
     line = workspace.line(data.line)
@@ -146,13 +148,13 @@ def export_model(workspace: Workspace, checkpoint: Path, key: str) -> str:
 
 @task(name="evaluate", cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def evaluate_model(workspace: Workspace, model: ModelFiles, rivals: Rivals, key: str) -> str:
-    """Draw images and score them beside those of the rivals; returns the folder with the scorecard and the pictures."""
+    """Draw images and score them beside those of the rivals; return the folder with the scorecard and the pictures."""
     opened = train.load_checkpoint(model.checkpoint)
     lineage, configuration = opened.lineage, opened.lineage.config.configuration
     line = workspace.line(lineage.data.line)
     dataset = open_dataset(workspace, line, configuration, lineage.data)
     frozen = workspace.feature_spaces(lineage.data.line)
-    if rivals.champion and not frozen.is_file():  # fitted anew, they would be other spaces, and past figures would mean nothing
+    if rivals.champion and not frozen.is_file():  # new spaces would differ, so past figures could not be compared
         raise CheckpointError(f"{frozen} is missing; restore it from a backup, past figures depend on it")
     datasets: dict[Literal["new", "old"], Dataset] = {"new": dataset}
     if rivals.champion:
@@ -178,11 +180,14 @@ def evaluate_model(workspace: Workspace, model: ModelFiles, rivals: Rivals, key:
     return str(out)
 
 
-@task(name="register", **RETRIES)
+@task(name="register", cache_policy=NO_CACHE, **RETRIES)
 def register_model(workspace: Workspace, model: ModelFiles, evaluation: Path, decision: Decision) -> int:
-    """Record the model in MLflow, and the decision with what it is about in the ledger; returns the version's number.
+    """Record the model in MLflow, and the decision with the model's hashes in the ledger; return the version's number.
 
-    What the ledger holds are hashes of the files that were evaluated here, not of what MLflow made of them.
+    The hashes are those of the files that were evaluated here, not of the copies in MLflow.
+
+    Raises:
+        SealError: the ledger has another model under this version's number.
     """
     opened, card = train.load_checkpoint(model.checkpoint), read_card(evaluation)
     subject = subject_of(opened.lineage)
@@ -225,7 +230,7 @@ def read_card(evaluation: Path) -> Scorecard:
 
 
 def drawer(workspace: Workspace, line: str, bundle: Path, sampler: Sampler | None = None) -> Drawer:
-    """Open exported files for drawing, with a sampler or as their own table says."""
+    """Open exported files for drawing, with this sampler; None: with that of their own table."""
     return Drawer(
         bundle, workspace.work / "draws", sampler or sampler_of(bundle),
         lambda weights, done, total: progress.advance(f"draw {line} {weights}", done, total),
@@ -241,11 +246,11 @@ def champion_files(workspace: Workspace, champion: Seal) -> ModelFiles:
 
 
 def subject_of(lineage: Lineage) -> Subject:
-    """Name what a checkpoint is a version of."""
+    """Return the subject of which a checkpoint is a version."""
     return Subject(line=lineage.data.line, configuration=lineage.config.configuration, variant=lineage.variant)
 
 
 def open_dataset(workspace: Workspace, line: Line, configuration: ConfigurationName, data: DataVersion) -> Dataset:
-    """Open a pulled revision, decoded once."""
+    """Open a revision that was pulled before; its images are decoded only the first time."""
     folder = workspace.work / "data" / data.md5.removesuffix(".dir")
     return prepare(folder, line.config(configuration), workspace.work / "cache", data.md5)

@@ -1,7 +1,7 @@
-"""A training, watched: progress for whoever listens, figures and samples into MLflow while it runs.
+"""Watch a training: report its progress, and log figures and samples to MLflow while it runs.
 
-What MLflow misses changes nothing: figures and pictures also lie in the training's own folder, and registration completes the
-run from there.
+If MLflow fails, nothing is lost: figures and pictures are also in the training's own folder, and the registration completes the run
+from there.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from registry.lineage import shortened
 
 SAMPLES = "samples"  # folder of the pictures, inside the checkpoint's
 Picture = Callable[[dict[str, list[Any]], Path], object]
-"""(images by caption, the file to write)"""
+"""Called with images by caption, and the file to write."""
 
 
 def retraining(workspace: Workspace, data: DataVersion) -> Retraining:
-    """MLflow's run around all that is made of a data revision with the present code and settings; opened when first asked for.
+    """Open MLflow's run around all that is made of a data revision with the present code and settings; the first call creates it.
 
     Raises:
         StoreError: MLflow cannot be reached.
@@ -45,10 +45,10 @@ def _key(workspace: Workspace, data: DataVersion) -> str:
 
 @contextmanager
 def ending(workspace: Workspace, data: DataVersion) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """Leave no run of a line marked as running, neither of a killed call before nor of this one, however it ends.
+    """End all MLflow runs of a line: first those of killed calls, after the block also those of this call, however it ends.
 
     Yields:
-        takes what came of the retraining, `Retrained` as plain data, for the page of its run.
+        a function that takes the results, each `Retrained` as plain data, for the page of the retraining's run.
 
     Raises:
         StoreError: MLflow cannot be reached.
@@ -68,7 +68,7 @@ def ending(workspace: Workspace, data: DataVersion) -> Iterator[Callable[[list[d
     try:
         yield tell
     except BaseException:
-        with suppress(StoreError):  # what went wrong first is said; the next call ends what is left
+        with suppress(StoreError):  # the first error is reported; the next call ends the runs that are left
             workspace.catalog.end_runs(data.line, key, "FAILED")
         raise
     workspace.catalog.end_runs(data.line, key, "FINISHED", told)
@@ -78,15 +78,18 @@ def ending(workspace: Workspace, data: DataVersion) -> Iterator[Callable[[list[d
 def watching(
     workspace: Workspace, subject: Subject, key: str, steps: int, picture: Picture, data: DataVersion
 ) -> Iterator[Watcher]:
-    """Show a training to whoever listens and log it to MLflow; no failure there ends or changes the training.
+    """Report a training to the listeners and log it to MLflow; a failure of MLflow neither ends nor changes the training.
 
     Args:
         workspace: where it is trained, in work/runs/`key`.
         subject: what is trained.
-        key: of its content; a killed training finds its run by it.
-        steps: how many there will be.
+        key: hash of what the training depends on; a killed training finds its run again by this key.
+        steps: number of steps in all.
         picture: writes a grid of samples.
         data: what is trained on.
+
+    Yields:
+        what the training must call at each step and with each samples.
     """
     folder, label = workspace.work / "runs" / key, f"train {subject}"
     live = _Live(workspace, subject, key, data)
@@ -115,7 +118,7 @@ def watching(
 
 
 class _Live:
-    """MLflow's side of a training, given up at its first failure."""
+    """MLflow's run of a training; after the first failure it is not used any more."""
 
     def __init__(self, workspace: Workspace, subject: Subject, key: str, data: DataVersion) -> None:
         self._training: Training | None = None
@@ -123,7 +126,7 @@ class _Live:
             self._training = workspace.catalog.open_training(subject, key, retraining(workspace, data))
 
     def tell(self, act: Callable[[Training], None]) -> None:
-        """Do something with MLflow's run, if it is still there."""
+        """Call a function with MLflow's run, unless an earlier call failed."""
         if self._training:
             with self._whatever_happens():
                 act(self._training)
@@ -138,5 +141,5 @@ class _Live:
 
 
 def points(curve: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """The figures of a recorded curve that are single numbers; the load by expert stays in the checkpoint's file."""
+    """Select the figures of a recorded curve that are single numbers; the load by expert stays in the checkpoint's file."""
     return [{name: value for name, value in row.items() if not isinstance(value, list)} for row in curve]

@@ -1,7 +1,8 @@
-"""What makes a retraining besides a schedule: a new data revision, or an event that somebody left. One event makes one run.
+"""Triggers of a retraining besides the schedule: a new data revision, or an event that somebody left. Each makes one run.
 
-A run's idempotency key is what it would be made from (data, code, settings) and, for an event, its name. Prefect makes one run for a
-key however often it is asked, so looking again, being killed in between, or two machines looking change nothing.
+The idempotency key of a run is a hash of what it would be made from (data, code, settings) and of the event's name, if there is an
+event. Prefect makes one run for a key, however often it is asked. So nothing changes if ferry looks again, is killed in between, or
+looks from two machines.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ EVENTS = "events"  # folder of a workspace in which events wait
 
 
 class Event(Frozen):
-    """Something that asks for a retraining: a drift seen in the field, or a person's wish."""
+    """A request for a retraining, made because of a drift in the field or by hand."""
 
     name: str = Field(min_length=1, max_length=200, description="the same name is the same event")
     line: str
@@ -58,7 +59,7 @@ def leave(workspace: Workspace, line: str, name: str, reason: str) -> Path:
 
 
 def waiting(workspace: Workspace) -> Iterator[tuple[Path, Event]]:
-    """Events that were left and not yet taken up; what is none is named on stderr and left where it is."""
+    """Yield the events that wait; name a file that is not an event on stderr, and leave it where it is."""
     for path in sorted((workspace.root / EVENTS).glob("*.json")):
         try:
             yield path, Event.model_validate_json(path.read_bytes())
@@ -67,19 +68,19 @@ def waiting(workspace: Workspace) -> Iterator[tuple[Path, Event]]:
 
 
 def deployment_name(workspace: Workspace, line: str) -> str:
-    """What Prefect calls the retraining of a line of this workspace."""
+    """Return the name of Prefect's deployment that retrains a line of this workspace."""
     return f"{workspace.root.name}-{line}"
 
 
 def key_of(workspace: Workspace, data: DataVersion, event: str = "") -> str:
-    """The idempotency key: data, code and settings of a line, and the event's name."""
-    from model.train import code_sha256  # loads torch, which leaving an event does without
+    """Compute the idempotency key: a hash of the data, code and settings of a line, and of the event's name."""
+    from model.train import code_sha256  # loads torch, which is not needed to leave an event
 
     return canonical_sha256([data.line, data.md5, code_sha256(), workspace.line(data.line).model_dump(mode="json"), event])
 
 
 def fire(workspace: Workspace, data: DataVersion, why: str, event: str = "") -> FlowRun:
-    """Ask Prefect for the retraining that an event makes, and record why, both once.
+    """Ask Prefect for a retraining, and record the reason in the ledger; both happen once for each key.
 
     Raises:
         StoreError: the ledger cannot be written.
@@ -99,15 +100,15 @@ def fire(workspace: Workspace, data: DataVersion, why: str, event: str = "") -> 
 
 
 def look(workspace: Workspace, lines: list[str], fired: set[str] | None = None) -> list[FlowRun]:
-    """Fire what has happened: new data revisions, and events that wait. Looking twice makes no second run.
+    """Ask for the retrainings of new data revisions and of events that wait; looking twice makes no second run.
 
     Args:
-        workspace: whose.
-        lines: whose data and events.
-        fired: keys of data that this process fired before; they are left out, and new ones added.
+        workspace: workspace of the lines.
+        lines: lines whose data and events are looked at.
+        fired: keys of data for which this process asked before; they are left out, and new ones are added.
 
     Returns:
-        the runs, also those that were there already.
+        the runs, including those that were made before.
     """
     runs = []
     known = set[str]() if fired is None else fired
@@ -127,7 +128,7 @@ def look(workspace: Workspace, lines: list[str], fired: set[str] | None = None) 
 
 
 def keep_looking(workspace: Workspace, lines: list[str], every: float, stop: threading.Event) -> None:
-    """Look again and again; what fails is said once and tried again."""
+    """Look every `every` seconds until `stop` is set; an error is printed once, and looking goes on."""
     said, fired = "", set[str]()
     while not stop.wait(every):
         try:
@@ -140,9 +141,9 @@ def keep_looking(workspace: Workspace, lines: list[str], every: float, stop: thr
 
 
 def take_up(workspace: Workspace, lines: list[str]) -> int:
-    """Let Prefect begin again what ran when an earlier `ferry serve` was killed; returns how many runs.
+    """Schedule those runs again that an earlier `ferry serve`, which was killed, left unfinished; return their number.
 
-    To be called while no other one serves this workspace: whatever is called running then has nobody who runs it.
+    Call it only while no other process serves this workspace: then no process executes the runs that Prefect calls running.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (

@@ -1,4 +1,4 @@
-"""`ferry trust`: the life of keys. What is signed, and by whom, is decided in `ota.release`; here are its steps in order."""
+"""`ferry trust`: make, replace and use signing keys. `ota.release` decides what is signed and by whom; here is the order of steps."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ EVERY_COMMAND = ("snapshot", "timestamp")  # roles that sign whenever anything i
 
 
 def named(option: str, pairs: Sequence[str]) -> dict[str, list[str]]:
-    """ROLE=VALUE, given several times, by role.
+    """Group the values of an option by role; each is written as ROLE=VALUE.
 
     Raises:
-        OperatorError: one is not of this form.
+        OperatorError: one is not written so, or names no role.
     """
     found: dict[str, list[str]] = {}
     for pair in pairs:
@@ -42,14 +42,14 @@ def named(option: str, pairs: Sequence[str]) -> dict[str, list[str]]:
 
 
 def signers_of(uris: Sequence[str], files: Sequence[str]) -> dict[str, list[Entry]]:
-    """Keys that are somewhere else, by role.
+    """Return the keys that exist elsewhere, by role.
 
     Args:
         uris: ROLE=URI.
-        files: ROLE=FILE, public keys as PEM; for a role none, or as many as it has URIs.
+        files: ROLE=FILE, public keys as PEM; for each role none, or one for each of its URIs.
 
     Raises:
-        OperatorError: a public key cannot be had.
+        OperatorError: a public key cannot be read, files and URIs do not match, or a key is named twice.
     """
     places, public = named("--signer", uris), named("--public", files)
     for role, found in public.items():
@@ -71,10 +71,10 @@ def signers_of(uris: Sequence[str], files: Sequence[str]) -> dict[str, list[Entr
 
 
 def init(workspace: Workspace, offline: Path | None, signers: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
-    """Make keys and the first metadata; what a killed call left out is made.
+    """Make keys and the first metadata, or complete what a killed call left incomplete.
 
     Raises:
-        OperatorError: there are keys, or too few of them can be used here.
+        OperatorError: the repository is signed already, there are other keys, or too few keys can be used here.
     """
     folder, repository = workspace.root / "keys", workspace.root / "repository"
     with workspace.locked("records"):
@@ -92,7 +92,7 @@ def init(workspace: Workspace, offline: Path | None, signers: Mapping[str, Seque
 
 
 def status(workspace: Workspace) -> tuple[dict[str, Any], str]:
-    """Every role's version, keys and expiry, what is due, and which risks are taken; as JSON and as text."""
+    """Report each role's version, keys and expiry, what is due, and which risks are accepted; as JSON and as text."""
     states = sorted(workspace.repository.states(), key=lambda state: list(ROLES).index(state.role))
     alarms = [_alarm(state) for state in states if state.alarm]
     approval = any(workspace.needs_approval(line) for line in workspace.settings.lines)
@@ -161,20 +161,20 @@ def rotate(
     offline: Path | None,
     out: Path | None,
 ) -> tuple[dict[str, Any], str]:
-    """Replace keys, and sign anew all that they had signed; killed and repeated, it goes on.
+    """Replace keys, and sign everything again that they had signed. Rerun a killed call; it resumes.
 
     Args:
         workspace: whose keys.
         roles: that get new keys.
-        lost: ids of keys to take out; of a role of which none is named here or in `stolen`, all go.
-        stolen: the same, for keys that somebody else has.
-        new: keys that each role gets; None: as many as go.
-        signers: new keys that are somewhere else, by role; the others are made as files.
-        offline: where new files of offline roles go; None: keys/offline.
-        out: where the new metadata wait for signatures; None: enough keys are here.
+        lost: ids of keys to remove; if neither this nor `stolen` names a key of a role, all its keys are removed.
+        stolen: ids of keys to remove that somebody else has; if they are enough to sign for a role, all its keys are removed.
+        new: number of new keys for each role; None: as many as are removed.
+        signers: new keys that exist elsewhere, by role; the others are made as files.
+        offline: folder for new key files of offline roles; None: keys/offline.
+        out: file in which the new metadata wait for signatures; None: enough keys are here.
 
     Raises:
-        OperatorError: too few keys can be used here, or a name does not fit; nothing was changed.
+        OperatorError: too few keys can be used here, or an argument does not fit; nothing was changed.
     """
     wrong = [role for role in (*roles, *signers) if role not in (*ROLES, LEDGER) or role not in roles]
     if wrong:
@@ -252,7 +252,7 @@ def rotate(
 
 
 def _rotate_ledger(workspace: Workspace, entry: Entry | None) -> tuple[dict[str, Any], str]:
-    """Let a new key sign the ledger; what the one before signs from now on counts for nothing."""
+    """Let a new key sign the ledger; from now on, entries that the old key signs are not valid."""
     with workspace.locked("records"):
         entries = len(workspace.ledger.hashes())
         old = workspace.keys.ledger[-1].key.keyid
@@ -266,10 +266,11 @@ def _rotate_ledger(workspace: Workspace, entry: Entry | None) -> tuple[dict[str,
 
 
 def put_in_force(workspace: Workspace, waiting: Waiting) -> None:
-    """Make what waited count, and publish it.
+    """Put the waiting metadata in force, and publish them.
 
-    All that the new root says differently is signed and published for both roots before the new one is, so that a device
-    that looks meanwhile finds what holds.
+    The roles below root are signed again so that they verify under both roots, and are published before the new root. So a
+    device that updates in the meantime finds metadata that verify. If old keys are lost, this is not possible; then all is
+    published once the new root is in force.
 
     Raises:
         OperatorError: signatures are missing, or something newer is in force.
@@ -285,10 +286,10 @@ def put_in_force(workspace: Workspace, waiting: Waiting) -> None:
 
 
 def check_finished(workspace: Workspace) -> None:
-    """Refuse to change what a rotation that was cut has yet to change.
+    """Refuse to change metadata while an interrupted rotation still has to change them.
 
     Raises:
-        OperatorError: one was cut.
+        OperatorError: a rotation was interrupted.
     """
     if _journal(workspace).is_file():
         roles = " ".join(Waiting.load(_journal(workspace)).ring)
@@ -300,7 +301,7 @@ def _journal(workspace: Workspace) -> Path:
 
 
 def _here(repository: Repository, fresh: Mapping[str, Sequence[Entry]]) -> list[Signer]:
-    """Every signer that can be used on this machine."""
+    """Open all signers, of present keys and of the new ones in `fresh`, that can be used on this machine."""
     found = [signer for role in ROLES for signer in repository.keys.usable(role)]
     known = {signer.public_key.keyid for signer in found}
     for key, uri in (entry for entries in fresh.values() for entry in entries if entry[0].keyid not in known):
@@ -351,10 +352,10 @@ def _changed(changes: Mapping[str, Any], fresh: Mapping[str, Sequence[Entry]]) -
 
 
 def wait(workspace: Workspace, role: str, out: Path) -> tuple[dict[str, Any], str]:
-    """Write a role's metadata, new only in their version and expiry, to a file that waits for signatures.
+    """Write a role's metadata, with a new version and expiry and no other change, to a file that waits for signatures.
 
     Raises:
-        OperatorError: it is no role of which the signatures may wait.
+        OperatorError: the signatures of this role cannot wait, or the file exists.
     """
     if role not in RENEWED:
         raise OperatorError(f"{role} cannot wait for signatures; sign it with `{REMEDIES[role]}`")
@@ -368,10 +369,10 @@ def wait(workspace: Workspace, role: str, out: Path) -> tuple[dict[str, Any], st
 
 
 def add(path: Path, uris: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Sign what waits in a file with more keys; needs no workspace.
+    """Add the signatures of more keys to a file that waits for them; no workspace is needed.
 
     Raises:
-        OperatorError: a key is none of those that are waited for; the file keeps the signatures that it has.
+        OperatorError: the file does not wait for a key, or the key cannot be used here; the file keeps the signatures that it has.
     """
     waiting, done = Waiting.load(path), []
     for uri in uris:
@@ -382,10 +383,10 @@ def add(path: Path, uris: Sequence[str]) -> tuple[dict[str, Any], str]:
 
 
 def publish_waiting(workspace: Workspace, path: Path) -> tuple[dict[str, Any], str]:
-    """Put in force what waited in a file.
+    """Put the metadata of a file that waited in force, and publish them.
 
     Raises:
-        OperatorError: it still waits, or something newer is in force.
+        OperatorError: signatures are missing, something newer is in force, or an interrupted rotation must be finished first.
     """
     check_finished(workspace)
     waiting = Waiting.load(path)
@@ -398,7 +399,7 @@ def _waits(waiting: Waiting, path: Path) -> dict[str, Any]:
 
 
 def text_of(waiting: Waiting, path: Path) -> str:
-    """What a file still waits for."""
+    """Say which signatures a file still waits for, and which command comes next."""
     lines = waiting.missing()
     if lines:
         return "\n".join([*lines, f"carry {path} to each key: `ferry trust sign {path} --key URI`"])

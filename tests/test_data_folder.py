@@ -382,15 +382,15 @@ CHANGES = [(swapped, "001.png"), (leaked, "001.png"), (gone, "001.png"), (arrive
 def test_file_that_changes_after_it_was_checked_is_named(
     root: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], name: str
 ) -> None:
-    judge = flow._judge
+    report = flow._reported
 
     def meanwhile(*arguments: Any) -> Any:
         change(root / DATA / "001.png")
-        return judge(*arguments)
+        return report(*arguments)
 
-    monkeypatch.setattr(flow, "_judge", meanwhile)
+    monkeypatch.setattr(flow, "_reported", meanwhile)
     assert_refused(root, f"{DATA}/{name} " + ("is a link" if change is leaked else "changed while it was checked"), "add")
-    monkeypatch.setattr(flow, "_judge", judge)
+    monkeypatch.setattr(flow, "_reported", report)
     if change is leaked:
         (root / DATA / "001.png").unlink()
     assert ferry(root, "add", "shapes")[0] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -292,7 +293,7 @@ def test_key_signs_its_own_entries_only(database: Path, tmp_path: Path):
     ring = create(tmp_path / "keys")
     ledger = Ledger(f"sqlite:///{database}", ring, tmp_path / "seen")
     three_entries(ledger)
-    stolen = KeyRing(ring.folder)
+    stolen = KeyRing(shutil.copytree(ring.folder, tmp_path / "stolen"))
     ring.begin_ledger(4)
     ledger.append("gate", "shapes/I/full", "a fourth", {})
     assert len({key.key.keyid for key in ring.ledger}) == 2
@@ -307,6 +308,20 @@ def test_key_signs_its_own_entries_only(database: Path, tmp_path: Path):
     with pytest.raises(LedgerError, match="entry 5 of the ledger is not signed by a key of this workspace"):
         again.entries()
     for opened in (ledger, again, thief):
+        opened.close()
+
+
+def test_process_that_is_open_while_the_key_is_replaced_signs_with_the_new_one(database: Path, tmp_path: Path):
+    """A training takes hours; its entry must not make the ledger unreadable."""
+    ring = create(tmp_path / "keys")
+    url = f"sqlite:///{database}"
+    long, other = Ledger(url, KeyRing(ring.folder), tmp_path / "seen"), Ledger(url, KeyRing(ring.folder), tmp_path / "seen")
+    three_entries(long)
+    ring.begin_ledger(4)
+    long.append("gate", "shapes/I/full", "a fourth", {})
+    fresh = Ledger(url, KeyRing(ring.folder), tmp_path / "seen")
+    for opened in (fresh, other, long):
+        assert len(opened.entries()) == 4
         opened.close()
 
 

@@ -128,7 +128,7 @@ def _listed(what: str, listed: Listed) -> list[str]:
 
 
 def _findings(report: DataReport) -> list[str]:
-    """What a person should know of an report, a line each; nothing of what is in order."""
+    """What a person should know of a report, a line each; nothing of what is in order."""
     duplicates = report.duplicates
     return [
         *_listed("the same image several times", duplicates.copies),

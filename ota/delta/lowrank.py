@@ -53,7 +53,7 @@ def find(change: Matrix, least: float) -> Product | None:
     np.rint(np.clip(whole, -(2.0**28), 2.0**28, out=whole), out=whole)
     energy = power * m * n * 4.0**-unit
     width = min(WIDTH, min(m, n) // 4)
-    over = _orthonormal(multiplied(_summary(width, m), whole), _UNIT)  # [width, n]
+    over = _orthonormal(multiplied(_sketch(width, m), whole), _UNIT)  # [width, n]
     left = _orthonormal(multiplied(over, whole.T), _UNIT)  # [width, m]
     right, missed = _fitted(left, whole, _UNIT, LEAST_SHARE * energy)
     if right is None:
@@ -188,7 +188,7 @@ def _log2(value: float) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _summary(width: int, n: int) -> Matrix:
+def _sketch(width: int, n: int) -> Matrix:
     """Return the fixed pseudo-random signs of the sketch, [width, n]."""
     drawn = np.frombuffer(hashlib.shake_256(b"deltaferry").digest(-(-width * n // 8)), np.uint8)
     return np.unpackbits(drawn)[: width * n].reshape(width, n).astype(np.float64) * 2 - 1

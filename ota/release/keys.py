@@ -186,6 +186,7 @@ class KeyRing:
         Raises:
             OperatorError: the key cannot be used here.
         """
+        self._look_again()
         key, uri, _ = self.ledger[-1]
         try:
             made = open_signer(self._absolute(uri), key).sign(data)
@@ -196,8 +197,16 @@ class KeyRing:
             ) from error
         return key.keyid, made.signature
 
+    def _look_again(self) -> None:
+        """Read whether another process has replaced the ledger's key: a ring may be open for hours, as long as a training takes."""
+        present = KeyRing(self.folder).ledger
+        if len(present) > len(self.ledger):
+            self.ledger = present
+
     def holds(self, number: int, keyid: str, signature: str, data: bytes) -> bool:
         """Check whether the signature is valid and by the key that signed the ledger at this entry."""
+        if keyid not in {known.key.keyid for known in self.ledger}:
+            self._look_again()
         in_use = [known for known in self.ledger if known.since <= number][-1:]
         if not in_use or in_use[0].key.keyid != keyid:
             return False
