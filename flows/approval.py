@@ -1,6 +1,6 @@
-"""Approval in Prefect's page: a flow run for each version that waits, suspended until a person fills in its form.
+"""Approval on Prefect's page: each version that waits has a flow run, which is suspended until a person fills in its form.
 
-The run holds nothing and is no record: what waits and who decided is in the ledger, so `ferry approve` works without it, and ends it.
+The run is not a record. The ledger says what waits and who decided, so `ferry approve` works without the run, and ends it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from registry.ledger import Entry
 
 
 class Approval(RunInput):
-    """What a person says."""
+    """A person's decision."""
 
     who: str = Field(min_length=1, max_length=100, description="your name; it is recorded, and nobody checks it")
     promote: bool = Field(description="no: it is refused, and not asked about again")
@@ -36,7 +36,7 @@ class Approval(RunInput):
 
 
 def name_of(workspace: Workspace) -> str:
-    """What Prefect calls the deployment."""
+    """Return the name of Prefect's deployment for approvals."""
     return workspace.root.name
 
 
@@ -48,7 +48,7 @@ def _find(workspace: Workspace, subject: Subject, version: int) -> Entry | None:
 
 @flow(name="approval", flow_run_name="approve {subject} {version}", persist_result=False)
 def approval(root: str, subject: str, version: int) -> str:
-    """Suspend until a person approves or refuses a version; Prefect begins the flow anew with what the person said."""
+    """Suspend until a person approves or refuses a version; then Prefect starts the flow again, with the person's answer."""
     workspace, chosen = Workspace(Path(root)), Subject.parse(subject)
     asked = _find(workspace, chosen, version)
     if asked is None:
@@ -61,7 +61,11 @@ def approval(root: str, subject: str, version: int) -> str:
 
 
 def ask_in_prefect(workspace: Workspace, subject: Subject, version: int) -> bool:
-    """Make the run in which a person approves, once; False where no Prefect server is configured, or nothing serves approvals."""
+    """Make the run in which a person approves a version, once.
+
+    Returns:
+        False if the version does not wait, no Prefect server is configured, or nothing serves approvals.
+    """
     asked = _find(workspace, subject, version)
     if asked is None or not os.environ.get("PREFECT_API_URL"):
         return False
@@ -79,7 +83,7 @@ def ask_in_prefect(workspace: Workspace, subject: Subject, version: int) -> bool
 
 
 def close(workspace: Workspace, entry: Entry, promoted: bool) -> None:
-    """End the run of what was decided by `ferry approve`; that it cannot be is told and changes nothing."""
+    """End the run of a version that `ferry approve` has decided on; if this fails, it is printed and changes nothing."""
     if not os.environ.get("PREFECT_API_URL"):
         return
     said: dict[str, Any] = {"who": entry.who, "promote": promoted, "reason": entry.why}

@@ -78,7 +78,7 @@ def judge(
         workspace: where.
         checkpoint: folder.
         champion: the present one, if any.
-        allowed: chance of a wrong promotion, of which earlier attempts on these held-out images have used a part; None: `gate.alpha`.
+        allowed: chance of a wrong promotion that all attempts on these held-out images may take together; None: `gate.alpha`.
         promote_winners: promote what the gate lets through.
         full: bundle of the `full` that a student is compared with at equal network evaluations.
     """
@@ -164,7 +164,7 @@ def _decided(
 
 
 def _promoted(workspace: Workspace, subject: Subject, number: int, decision: Decision) -> tuple[bool, str, str]:
-    """Promote what the gate let through, or let it wait for a person; return whether it is champion, the reason and the outcome."""
+    """Promote what the gate let through, or let it wait for a person; return whether it is champion, reason and outcome."""
     current = champion_of(workspace, subject)
     if current is not None and current.version == number:
         return True, decision.reason, decision.outcome

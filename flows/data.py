@@ -58,7 +58,8 @@ def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, Dat
         raise DataError(f"not one image in {settings.data} can be used, the first: {name} {why}")
     with workspace.locked("data"):
         progress.advance("record and push", 0, 1)
-        versions.init(workspace.root, workspace.data_remote, workspace.settings.stores.s3_endpoint)  # ferry.toml may name another remote by now
+        # ferry.toml may name another remote by now.
+        versions.init(workspace.root, workspace.data_remote, workspace.settings.stores.s3_endpoint)
         found = _reported(workspace, line, after)
 
         def report(md5: str) -> str:

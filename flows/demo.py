@@ -1,4 +1,4 @@
-"""`ferry demo`: all of ferry in one workspace: data, training, registry, release, devices, drift, update by delta, a broken release.
+"""Play all of ferry in one workspace: data, training, registry, release, devices, drift, update by delta, a broken release.
 
 Finished steps are recorded in `work/demo.json`, so a killed demo resumes at the step that was interrupted. The summary is read
 from the stores (MLflow, the ledger, the signed repository, the devices' folders, the fleet's reports), not from what the steps

@@ -1,4 +1,4 @@
-"""What is known of a registered version: the figures of its scorecard and, on request, a FID as papers print it."""
+"""Figures of a registered version: those of its scorecard and, on request, an FID as papers print it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from registry.errors import CatalogError
 from registry.lineage import file_sha256
 from registry.seal import Seal
 
-FEATURES = "inception:"  # and a file; the only features that are not the line's own
+FEATURES = "inception:"  # a file name follows; these are the only features that are not the line's own
 
 
 class Measured(Frozen):
@@ -30,17 +30,17 @@ class Measured(Frozen):
     current: bool = True
     """Whether its scorecard has figures in the line's present feature spaces."""
     anew: Figures | None = None
-    """Hold what `ferry remeasure` found in the line's present feature spaces; None where it was not called."""
+    """Figures from `ferry remeasure` in the line's present feature spaces; None: it did not measure this version in them."""
     fid: PublishedFid | None = None
     images: str | None = None
     """The folder that the FID compares with."""
 
 
 def find(workspace: Workspace, subject: str, number: int | None = None) -> Seal:
-    """A version of LINE/CONFIG/VARIANT as the gate saw it; the champion without a number.
+    """Find a version of LINE/CONFIG/VARIANT as the gate saw it; without a number, find the champion.
 
     Raises:
-        CatalogError: there is none, the gate never saw it, or the subject is not written so.
+        CatalogError: there is no such version or champion, the gate never saw it, or the subject is not written so.
         WorkspaceError: there is no such line.
     """
     asked = Subject.parse(subject)
@@ -58,7 +58,7 @@ def find(workspace: Workspace, subject: str, number: int | None = None) -> Seal:
 
 
 def network_file(features: str) -> Path:
-    """The file that `inception:FILE` names.
+    """Return the file that `inception:FILE` names.
 
     Raises:
         ConfigError: it is not written so.
@@ -81,7 +81,8 @@ def measure(
         version: what to look at.
         file: TorchScript of the network in whose features the FID is computed; None: no FID.
         images: the folder to compare with; None: the data revision that the version was trained on, all of it.
-        n: images to draw; None: as many as the scorecard counts. They are drawn as in an evaluation, so those are the same images.
+        n: images to draw; None: as many as the scorecard counts. Then they are the images of the evaluation, because they are
+            drawn in the same way.
 
     Raises:
         DataError: there is no such file or folder, or it holds what cannot be compared with.
@@ -101,7 +102,7 @@ def measure(
     from model.data import prepare
     from model.train import load_checkpoint
 
-    network, _ = features.published_features(file)  # what cannot be used is refused before anything is drawn
+    network, _ = features.published_features(file)  # an unusable file is refused before anything is drawn
     if images is not None and not images.is_dir():
         raise DataError(f"there is no folder {images}; put the images there, or name another one with --images")
     kept = workspace.work / "champions"
@@ -134,7 +135,7 @@ def _is_current(workspace: Workspace, line: str, card: Scorecard) -> bool:
 
 
 def text(measured: Measured) -> str:
-    """The figures as a short table."""
+    """Format the figures as a short table."""
     card = measured.scorecard
     cost, drawn, usage = card.cost, card.sampler, card.usage
     head = f"{measured.subject} version {measured.version}{' (champion)' if measured.champion else ''}"

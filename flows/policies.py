@@ -1,6 +1,6 @@
 """Change what is rolled out: sign it, write it into the ledger and publish it, all under one lock.
 
-Prefect is not needed for that and takes seconds to load, so nothing here imports it: a halt is an emergency stop.
+A halt is an emergency stop. Prefect is not needed for it and takes seconds to load, so nothing here imports Prefect.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from registry.errors import LedgerError, RegistryError
 from registry.ledger import START
 from registry.promotion import subject_state
 
-HALT_SECONDS = 5.0  # that a halt which has gone out waits to be recorded
+HALT_SECONDS = 5.0  # that a published halt waits to be recorded
 
 
 @dataclass(frozen=True)
 class Halted:
-    """Hold a rollout that was stopped."""
+    """A rollout that was halted."""
 
     policy: Policy
     unrecorded: RegistryError | OtaError | BusyError | None
-    """Why the ledger does not say so; a damaged record must not keep a bad release going."""
+    """Why the halt is not in the ledger; None: it is. A damaged record must not keep a bad release going."""
 
 
 def publish(workspace: Workspace) -> int:
-    """Copy what is new in the repository to where devices fetch it; returns the number of files.
+    """Copy new files of the repository to where devices fetch them, and return their number.
 
     Raises:
         TransferError, OperatorError: it cannot be written there.
@@ -48,9 +48,9 @@ def _copy(workspace: Workspace, urgent: bool = False) -> int:
     """Copy objects and targets first, which may take long; then, while nobody signs, the metadata that lead to them.
 
     Args:
-        workspace: whose.
-        urgent: copy only what a policy needs. The files of a release that another process is just uploading may take minutes, and no policy
-            names them yet.
+        workspace: workspace of the repository.
+        urgent: copy only what a policy needs. The files of a release that another process is uploading now may take minutes, and
+            no policy names them yet.
     """
     stores, repository = workspace.settings.stores, workspace.repository
     copied: list[str] = []
@@ -66,13 +66,13 @@ def _copy(workspace: Workspace, urgent: bool = False) -> int:
         progress.advance("publish", len(copied), total)
 
     large = [] if urgent else [file for file in repository.files() if not file[0].startswith("metadata/")]
-    count = put(large) if large else 0  # a bucket is listed even for nothing
+    count = put(large) if large else 0  # `put` lists a bucket even if there is no file
     with repository.held():
         there = {name for name, _ in large}
         urgently = ("metadata/", "targets/rollout/") if urgent else ""
         count += put([file for file in repository.files() if file[0] not in there and file[0].startswith(urgently)])
     if copied:
-        progress.advance("publish", total, total)  # the others were there
+        progress.advance("publish", total, total)  # the other files were there before
     return count
 
 
@@ -80,10 +80,10 @@ def _change(workspace: Workspace, target: str, why: str, sign: Callable[[], dict
     """Sign a change, write it into the ledger and publish it, all under one lock; nothing is signed that the ledger cannot take.
 
     Args:
-        workspace: whose.
+        workspace: workspace of the repository and the ledger.
         target: LINE/CLASS, the ledger's subject.
-        why: in words.
-        sign: signs, and returns what the ledger is to keep of it.
+        why: reason, for the ledger.
+        sign: signs the change, and returns the facts for the ledger.
     """
     with workspace.locked("records"):
         workspace.ledger.check_ready()
@@ -100,14 +100,14 @@ def start(
     """Open a release to the fleet, wave by wave.
 
     Args:
-        workspace: whose.
+        workspace: workspace of the release.
         line: of the release.
         device_class: of the release.
         shares: of the fleet in percent, rising.
         soak: seconds between two waves.
         number: of the release; 0: the one that holds the present champions.
-        revert: it is older than what devices run, on purpose.
-        why: for the ledger.
+        revert: the release is older than what devices run, on purpose.
+        why: reason, for the ledger.
 
     Raises:
         OperatorError: there is no such release, or it is older than what was rolled out and `revert` does not say so.
@@ -119,7 +119,7 @@ def start(
 
     def sign() -> dict[str, Any]:
         newest = newest_fielded(workspace, line, device_class)
-        if release.floor <= release.seq < newest and not revert:  # below the floor nothing can be gone back to either
+        if release.floor <= release.seq < newest and not revert:  # below the floor `set_policy` refuses even a revert
             raise OperatorError(
                 f"release {release.seq} is older than {newest}, which was rolled out or runs on devices: each of them would refuse it; to go back on "
                 f"purpose, `ferry rollout start {line}/{device_class} --release {release.seq} --revert`"
@@ -176,8 +176,8 @@ def newest_fielded(workspace: Workspace, line: str, device_class: str) -> int:
 def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Halted:
     """Let no further device install the release that is rolled out.
 
-    It goes out first and is recorded afterwards: neither a damaged ledger nor another ferry that holds the records, perhaps for ever, may keep a
-    bad release going.
+    The halt is published first and recorded afterwards. So neither a damaged ledger nor another process that holds the records,
+    perhaps for ever, can keep a bad release going.
 
     Raises:
         OperatorError: nothing is rolled out, or another process does not end its signing.
@@ -197,7 +197,7 @@ def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Hal
 
 
 def renew(workspace: Workspace, line: str, device_class: str) -> tuple[Policy, str]:
-    """Sign the present policy anew, unchanged; returns it, and when its signature ends.
+    """Sign the present policy anew, unchanged; return it, and when its signature ends.
 
     Raises:
         OperatorError: nothing is rolled out.
@@ -238,7 +238,7 @@ def _rolled_out(workspace: Workspace, line: str, device_class: str, doing: str) 
 
 
 def next_step(workspace: Workspace, line: str, device_class: str, number: int) -> str:
-    """Say what a release that is published means for devices, and which command comes next."""
+    """Say what a published release means for devices, and which command comes next."""
     target, policy = f"{line}/{device_class}", workspace.repository.policy(line, device_class)
     if policy and policy.seq == number:
         return rollout.describe(policy)
@@ -260,10 +260,10 @@ def after_promotion(workspace: Workspace, line: str, configuration: str, variant
 
 
 def check_ledger(workspace: Workspace) -> dict[str, int]:
-    """Hold the ledger against the heads that were signed into releases.
+    """Check that the ledger still holds the heads that were signed into releases.
 
     Returns:
-        for each of these releases the number of the entry that was the last.
+        for each release, by its name: number of the ledger's last entry when it was signed.
 
     Raises:
         LedgerError: entries that were there when a release was signed are gone.

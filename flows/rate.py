@@ -199,9 +199,9 @@ def verdicts(workspace: Workspace, subject: str) -> list[Verdict]:
 def server(workspace: Workspace, sheet: Sheet, page: str, port: int = 0) -> Iterator[str]:
     """Show a sheet on the loopback interface and record the answers that come back, as long as the block lasts.
 
-    Only requests that name this host and port are served, and only the page itself may send answers. So another page in the rater's
-    browser can neither read the sheet nor answer it. The path is random and is written nowhere, so other users of the machine do
-    not know it. The sheet's id would not be secret, because it is the name of a file.
+    Only requests that name this host and port are served, and only the page itself may send answers. So another page in the
+    rater's browser can neither read the sheet nor answer it. The path is random and is written nowhere, so other users of the
+    machine do not know it. The sheet's id would not be secret, because it is the name of a file.
 
     Yields:
         the address to open.

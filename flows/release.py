@@ -56,7 +56,8 @@ def make_bundle(root: str, line: str, device_class: str) -> str:
         )
     subject = Subject.parse(first.subject)
     promoted = next(e for e in promotions(workspace, subject) if e.facts["version"] == first.version)
-    # The origin names the first promotion: a later rollback to this version must make the bundle that devices know, byte for byte.
+    # The origin names the first promotion, so that a later rollback to this version makes the bundle that devices know, byte for
+    # byte.
     origin = Origin(
         data_rev=first.data_rev, data_md5=first.data_md5, code=first.code, lineage=first.lineage,
         scorecard=first.scorecard, decision=promoted.sha256, model=subject.model, version=first.version,
@@ -86,7 +87,7 @@ def make_deltas(root: str, folder: str) -> list[Delta]:
 
 
 def fielded(workspace: Workspace, target: Bundle) -> list[Bundle]:
-    """Return the published bundles from which devices may come: those that they report, and those of the last `PREVIOUS` releases."""
+    """Return the published bundles from which devices may come: those that they report, and the last `PREVIOUS` ones."""
     releases = workspace.repository.releases(target.manifest.line, target.manifest.device_class)
     reported = {report.active for report in workspace.fleet.devices().values() if report}
     chosen = [r for r in releases if r.manifest in reported or r in releases[-PREVIOUS:]]

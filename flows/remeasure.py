@@ -49,7 +49,9 @@ class Remeasured(Frozen):
 
 
 def figures(workspace: Workspace, subject: Subject, version: int, spaces: Sha256 | None = None) -> Figures | None:
-    """Find a version's recorded figures in these feature spaces, by default the line's present ones; None: nobody remeasured it in them.
+    """Find a version's recorded figures in these feature spaces, by default the line's present ones; None: there are none.
+
+    Only `remeasure` records figures. Those of a version that it never measured are in the scorecard.
 
     Raises:
         LedgerError: a newer ferry measured it.

@@ -178,7 +178,8 @@ def _message(workspace: Workspace, rev: str) -> str:
 def _fielded(workspace: Workspace, line: str, device_class: str) -> Release | None:
     """Find the release that devices of a class are meant to run; None: there is none.
 
-    This is the release that the policy names, unless it was halted; otherwise the newest that a device runs; otherwise the newest.
+    This is the release that the policy names, unless it was halted; otherwise the newest one that a device runs; otherwise the
+    newest one.
     """
     releases = workspace.repository.releases(line, device_class)
     policy = workspace.repository.policy(line, device_class)
@@ -289,7 +290,10 @@ def _refused(workspace: Workspace, champion: Seal) -> str | None:
 
 
 def _go_back(workspace: Workspace, subjects: list[Subject]) -> list[str]:
-    """List the commands that return all devices to the previous version, for each subject and device class with a release of it."""
+    """List the commands that go back to the previous version, for each subject and device class.
+
+    Where no release holds that version, the command makes it champion only.
+    """
     commands: list[str] = []
     for subject in subjects:
         champion = champion_of(workspace, subject)

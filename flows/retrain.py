@@ -32,7 +32,7 @@ from registry.selection import Decision, level
 
 
 def _tell(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001 - Prefect fixes the names
-    """Write one line for whoever watches `ferry serve`; a run that was started by hand reports its failure through the command."""
+    """Write one line for whoever watches `ferry serve`; if a run was started by hand, its command reports the failure."""
     if flow_run.deployment_id:
         sys.stderr.write(f"ferry: the scheduled retraining {flow_run.name} failed: {state.message}\n")
 
@@ -48,13 +48,13 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
         promote_winners: False registers only; a person promotes with `ferry promote`.
 
     Returns:
-        one `Retrained`, as plain data, for each configuration and variant. Its outcome is the gate's, or "unchanged": the champion
-        is up to date; "no teacher": a student, whose teacher has no version that passed the gate (the version is 0); "pending": it
-        passed the gate and waits for a person; "refused": it passed the gate and a person refused it.
+        one `Retrained`, as plain data, for each configuration and variant. Its outcome is the gate's, or one of these.
+        "unchanged": the champion is up to date. "no teacher": a student whose teacher has no version that passed the gate; the
+        version is 0. "pending": it passed the gate and waits for a person. "refused": it passed the gate, and a person refused it.
 
     Raises:
-        VariantError: some variants failed; the others are done and registered, and a repeated call does not redo them. If the line
-            has only one variant, its own error is raised instead.
+        VariantError: some variants failed; the others are done and registered, and stay so if the call is repeated. If the line
+            has only one model, its own error is raised instead.
     """
     workspace = Workspace(Path(root))
     settings = workspace.line(line)
@@ -202,7 +202,7 @@ def _retrain_one(workspace: Workspace, data: DataVersion, subject: Subject, ladd
             judged = judge(workspace, champion.files.checkpoint, champion, allowed, promote_winners, full)
             return _noted(ladder, variant, judged)
         if before.lineage.config.tier == config.tier:  # weights of another tier have other shapes
-            # A student starts from the previous student, so that the update is small; if the result does not pass, from its teacher.
+            # A student starts from the previous student, so that the update is small; if that does not pass, from its teacher.
             starts = [champion.files.checkpoint, *(starts if teacher else ())]
     for parent in starts:
         lesson = Lesson(
@@ -262,7 +262,8 @@ def _is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: ModelF
         if teacher
         else [line.training, line.retraining]
     )
-    options = {way.options(stored).sha256 for way in ways for stored in get_args(PrecisionName)}  # another stored precision alone needs no training
+    # A change of the stored precision alone needs no training.
+    options = {way.options(stored).sha256 for way in ways for stored in get_args(PrecisionName)}
     guidance = line.sampler.guidance if TEACHERS.get(lineage.variant) == "full" else None
     return (
         lineage.data.md5 == data.md5

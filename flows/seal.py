@@ -1,7 +1,8 @@
-"""Seal versions that a ferry registered which kept no hashes of their files: what MLflow has of them now, held against all that is known.
+"""Seal versions of an older ferry, which kept no hashes of their files: hash the files that MLflow has now, and check them.
 
-What is known: the ledger has the hashes of scorecard and decision, the scorecard those of weights and lineage, a later version's lineage
-that of the checkpoint it was trained from, and signed releases those of all that devices run. For the rest nothing vouches, and that is said.
+The files are compared with all hashes that are known: the ledger has those of scorecard and decision; the scorecard has those
+of weights and lineage; the lineage of a later version has that of the checkpoint from which it was trained; signed releases have
+those of everything that devices run. Nothing vouches for the other files, and the result says so.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NAMES = (SCORECARD, DECISION, *(f"{part}/{name}" for part, names in PARTS.items(
 
 
 class Sealed(Frozen):
-    """What became of one version."""
+    """Result for one version."""
 
     subject: str
     version: int
@@ -42,7 +43,7 @@ class Sealed(Frozen):
 
 @dataclass(frozen=True)
 class _Found:
-    """A version whose files fit to all that is known of it."""
+    """A version whose files agree with all that is known of it."""
 
     seal: Seal
     lineage: Lineage
@@ -51,10 +52,10 @@ class _Found:
 
 
 def seal(workspace: Workspace) -> list[Sealed]:
-    """Seal what is not sealed yet; one version that does not fit keeps no other from being sealed. Repeatable.
+    """Seal all versions that are not sealed yet; one whose files do not fit does not stop the others. May be repeated.
 
     Raises:
-        LedgerError, StoreError, BusyError: nothing more was sealed; call it again.
+        LedgerError, StoreError, BusyError: it stopped at a version, so later ones are not sealed; call it again.
     """
     found: list[_Found] = []
     rows: list[Sealed] = []
@@ -81,7 +82,7 @@ def seal(workspace: Workspace) -> list[Sealed]:
 
 
 def text_of(rows: list[Sealed]) -> str:
-    """What became of them, for people."""
+    """Format the results as text."""
     lines = []
     for row in rows:
         name = f"{row.subject} {row.version}"
@@ -98,11 +99,11 @@ def text_of(rows: list[Sealed]) -> str:
 
 
 def _examined(workspace: Workspace, subject: Subject, number: int, now: SubjectState, entries: list[Entry]) -> _Found:
-    """Fetch a version's files and hold them against all that is known.
+    """Fetch a version's files, and check them against all that is known.
 
     Raises:
         CatalogError: MLflow does not have the version any more.
-        SealError: a file is missing, or is not what something else says of it.
+        SealError: a file is missing, or its hash is not the known one.
     """
     version = workspace.catalog.version(subject, number)
     gates = [e for e in entries if e.kind == "gate" and e.facts["version"] == number]
@@ -135,7 +136,7 @@ def _examined(workspace: Workspace, subject: Subject, number: int, now: SubjectS
         if DECISION in files and _content(files[DECISION]) == gates[-1].facts["decision"]:
             verdict = json.loads(files[DECISION].read_bytes())
     made = Seal.of(str(subject), number, lineage, card, facts)
-    # Hashed as they were written, not as this ferry would write them: later ones have more fields.
+    # These are hashes of the documents as they were written. This ferry might write them with more fields.
     exact = {"scorecard": str(gates[-1].facts["scorecard"]), "lineage": card.lineage_sha256}
     return _Found(made.model_copy(update=exact), lineage, verdict, known)
 
@@ -148,7 +149,7 @@ def _same(file: str, found: str, known: set[str], what: str) -> None:
 
 
 def _content(path: Path) -> str:
-    """The hash of a document's content, as the value that was written had it."""
+    """Hash the content of a JSON file, as its value was hashed when it was written; return no hash if it is not JSON."""
     try:
         return canonical_sha256(json.loads(path.read_bytes()))
     except (ValueError, RecursionError):
@@ -156,7 +157,7 @@ def _content(path: Path) -> str:
 
 
 def _released(workspace: Workspace, subject: Subject, weights: str) -> list[tuple[str, Role, str]]:
-    """What signed releases hold of a version's bundle: release, role and hash."""
+    """List what signed releases with these weights hold of a version's bundle: release, role and hash of each other file."""
     found: list[tuple[str, Role, str]] = []
     for device_class in workspace.line(subject.line).classes:
         for release in workspace.repository.releases(subject.line, device_class):

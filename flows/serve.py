@@ -1,7 +1,7 @@
-"""Retraining on one machine: a Prefect server of our own where none is configured, the flow `retrain` by cron, data and events.
+"""Retrain on one machine, by cron, for new data and for events; start our own Prefect server if none is configured.
 
-A server of our own admits its owner alone. `flows.workspace` makes the secret that it asks for; here is what a secret cannot do: keep its
-port from other users, and other names and web pages from it.
+Only the owner of our own server may use it. `flows.workspace` makes the secret that it asks for. This module does what a secret
+cannot do: it keeps the port from other users, and keeps other host names and web pages from the server.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ NO_CRON = "{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 
 def server(workspace: Workspace) -> Iterator[tuple[str, str]]:
     """Serve a workspace: with the configured Prefect server, or with one of our own that lives as long as the block.
 
-    Must be entered before `prefect` is imported, which reads the address only once.
+    Enter the block before `prefect` is imported, because Prefect reads the address only once.
 
     Yields:
-        the address of its API, and the file that holds what its page asks for; empty where the server is not ours.
+        the address of its API, and the file with the password that its page asks for; "" if the server is not ours.
 
     Raises:
-        BusyError: another one serves this workspace.
-        ServerError: our server does not come up, or others could read the file.
+        BusyError: another process serves this workspace.
+        ServerError: our server does not start or fails, or others could read the file.
     """
     with workspace.locked("serving"):
         if configured := os.environ.get("PREFECT_API_URL"):
             yield configured, ""
             return
         asked = workspace.work / "prefect" / "credentials"
-        # systemd ends services by SIGTERM, which by default leaves no chance to end the server as well.
+        # systemd ends services with SIGTERM; without a handler, ferry could not end the server as well.
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
-            # By default the page asks port 4200, and so sends what a person types to whoever has that port.
+            # By default the page calls port 4200, so whoever has that port would get what a person types.
             with _own(workspace, {"PREFECT_SERVER_UI_API_URL": "/api"}, apart=True) as (process, address):
-                asked.unlink(missing_ok=True)  # of a server that was killed
+                asked.unlink(missing_ok=True)  # left by a server that was killed
                 write_secret(asked, os.environ["PREFECT_SERVER_API_AUTH_STRING"])
                 os.environ["PREFECT_API_URL"] = address
                 try:
                     yield address, str(asked)
                 finally:
-                    if process.poll() not in (None, 0, -signal.SIGTERM):  # systemd ends the server at the same moment as us
+                    if process.poll() not in (None, 0, -signal.SIGTERM):  # systemd ends the server at the same moment as ferry
                         raise ServerError(
                             f"Prefect's server ended with code {process.returncode}; see {_log_of(workspace)}, then repeat the command to go on"
                         )
@@ -78,16 +78,17 @@ def server(workspace: Workspace) -> Iterator[tuple[str, str]]:
 def start_in_process(workspace: Workspace) -> None:
     """Start Prefect's in-process server, at a port that no other user can take from it; it ends with this process.
 
-    By itself Prefect chooses a port, shows it to the whole machine in the server's arguments, and believes whoever answers there first.
+    Prefect's own start chooses a port, shows it to the whole machine in the server's arguments, and trusts whoever answers there
+    first.
 
     Raises:
-        ServerError: it does not come up.
+        ServerError: it does not start.
     """
     if os.environ.get("PREFECT_API_URL"):
         return
     from prefect.server.api.server import SubprocessASGIServer
 
-    known = SubprocessASGIServer()  # the one that every client of this process asks for
+    known = SubprocessASGIServer()  # the object that every client in this process uses
     if known.running:
         return
     life = ExitStack()
@@ -99,15 +100,19 @@ def start_in_process(workspace: Workspace) -> None:
 
 @contextmanager
 def _own(workspace: Workspace, settings: dict[str, str], *, apart: bool) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A Prefect server that lives as long as the block, and the address of its API.
+    """Start a Prefect server that lives as long as the block; yield its process and the address of its API.
 
-    The port is ours from before it starts until after it has ended: whoever had it instead would be sent the secret, and could say what
-    flows run. A server `apart` does not hear Ctrl-C, so that it can still be told how flows ended; when it ends by itself, so does ferry.
+    Ferry holds the port from before the server starts until after it has ended. Another process on that port would receive the
+    secret, and could decide which flows run. A server `apart` does not get Ctrl-C, so flows can still report to it how they
+    ended; if it ends by itself, ferry ends, too.
+
+    Raises:
+        ServerError: it does not start.
     """
     log_path = _log_of(workspace)
     with socket.create_server(("127.0.0.1", 0)) as listening, log_path.open("ab") as log:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
-        # -P and --app-dir: no code from the present folder.
+        # -P and --app-dir: import no code from the present folder.
         process = subprocess.Popen(  # noqa: S603
             [
                 sys.executable, "-P", "-m", "uvicorn", "--factory", "flows.serve:app", "--fd", str(listening.fileno()),
@@ -129,18 +134,18 @@ def _own(workspace: Workspace, settings: dict[str, str], *, apart: bool) -> Iter
 
 
 def _watch(process: subprocess.Popen[bytes], listening: socket.socket, ending: threading.Event, apart: bool) -> None:
-    """Hang up on whoever asks a server that has ended: nobody waits for it, and nobody else answers in its place."""
+    """Wait until the server ends, then close each new connection: no client waits, and no other process answers in its place."""
     process.wait()
-    if apart and not ending.is_set():  # Prefect would go on without it for ever, and do nothing
+    if apart and not ending.is_set():  # without its server, Prefect would run for ever and do nothing
         os.kill(os.getpid(), signal.SIGTERM)
-    listening.setblocking(True)  # the server shared it, and did not want to wait
+    listening.setblocking(True)  # the server shared the socket, and had set it to non-blocking
     with suppress(OSError):
         while True:
             listening.accept()[0].close()
 
 
 def app() -> FastAPI:
-    """Make Prefect's server. It answers to the names of this machine only, so that no other name can be pointed at it (DNS rebinding)."""
+    """Make Prefect's server; it answers only to 127.0.0.1 and localhost, so DNS rebinding does not reach it."""
     from prefect.server.api.server import create_app
     from starlette.middleware.base import RequestResponseEndpoint
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -151,7 +156,7 @@ def app() -> FastAPI:
 
     @made.middleware("http")
     async def alone(request: Request, call_next: RequestResponseEndpoint) -> Response:
-        """Keep the page from sending anything elsewhere: before it is let in, it cannot know that analytics are off."""
+        """Keep the page from sending anything elsewhere: before the password is given, it does not know that analytics are off."""
         response = await call_next(request)
         response.headers["Content-Security-Policy"] = "connect-src 'self'; frame-ancestors 'none'"
         return response
@@ -165,10 +170,10 @@ def _log_of(workspace: Workspace) -> Path:
 
 
 def write_secret(path: Path, secret: str) -> None:
-    """Write a secret into a new file for us alone.
+    """Write a secret into a new file that only this user can read.
 
     Raises:
-        FileExistsError: something is there.
+        FileExistsError: the file is there already.
         ServerError: others may read what is written there.
     """
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -207,10 +212,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def check_cron(cron: str) -> None:
-    """Refuse early what is certainly no schedule; what only Prefect knows (`@daily`, `?`, ranges that wrap) is left to it, which takes seconds to load.
+    """Refuse what is certainly no cron schedule, before Prefect is loaded, which takes seconds.
+
+    Forms that only Prefect knows (`@daily`, `?`, ranges that wrap) are left to Prefect.
 
     Raises:
-        WorkspaceError: it is none, or its moment never comes.
+        WorkspaceError: it is no schedule, or it is never due.
     """
     if set("@?-R") & set(cron):
         return
@@ -221,14 +228,14 @@ def check_cron(cron: str) -> None:
 
 
 def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> None:
-    """Run `retrain` for lines by a cron schedule, for new data and for events, until interrupted. One run at a time.
+    """Run `retrain` for lines by a cron schedule, for new data and for events, until interrupted; one run at a time.
 
-    To be called within `server`: while no other one serves this workspace.
+    Call it within `server`, so that no other process serves this workspace.
 
     Args:
-        workspace: whose.
-        lines: to be retrained.
-        cron: five fields, in UTC.
+        workspace: workspace of the lines.
+        lines: lines to retrain.
+        cron: five fields, in UTC, or another form that Prefect knows.
         every: seconds between two looks for new data revisions and events.
 
     Raises:

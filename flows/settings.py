@@ -212,7 +212,7 @@ class Line(Section):
         return found
 
     def sampler_of(self, variant: VariantName) -> Sampler:
-        """Return the sampler of a variant: for `full` that of the settings, for a distilled variant the steps that it was taught."""
+        """Return the sampler of a variant: for `full` that of the settings, for a student the steps that it was taught."""
         if VARIANTS[variant].guided:
             return self.sampler
         return Sampler(method="mean", steps=VARIANTS[variant].steps, guidance=1.0)
@@ -222,7 +222,7 @@ class Line(Section):
         return next(c.precision for c in self.classes.values() if c.configuration == configuration)
 
     def latency_ms(self, configuration: ConfigurationName, variant: VariantName) -> float:
-        """Return the smallest latency budget of the classes that run a variant, in ms; an hour for a variant that only teaches."""
+        """Return the smallest latency budget of the classes that run a variant, in ms; an hour if the variant only teaches."""
         budgets = [c.latency_ms for c in self.classes.values() if c.configuration == configuration and variant in c.variants]
         return min(budgets, default=TEACHING_MS)
 

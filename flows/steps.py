@@ -66,8 +66,8 @@ class Lesson(Frozen):
     def settings(self, line: Line) -> Training:
         """Choose the settings of the training: from noise, from a parent, or of a student.
 
-        If a student starts from its teacher's weights, its update is not rounded to a grid: no device has those weights as weights
-        of this variant, so the delta would not be smaller.
+        If a student starts from its teacher's weights, its update is not rounded to a grid around them, because no device has
+        those weights as weights of this variant.
         """
         if self.teacher is None:
             return line.retraining if self.parent else line.training

@@ -1,7 +1,7 @@
 """Trace a hash back to the data that it comes from, and forward to the devices that run what was made of it.
 
-Things are linked by hashes that they hold themselves: a device reports its bundle; a bundle's manifest names its files, a scorecard
-and a ledger entry; a version's seal in the ledger names its weights, its parent, its teacher and its data.
+Things are linked by hashes that they hold themselves: a device reports its bundle; a bundle's manifest names its files, a
+scorecard and a ledger entry; a version's seal in the ledger names its weights, its parent, its teacher and its data.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def trace(workspace: Workspace, text: str) -> dict[str, Any]:
     """Find what a hash (`SHORTEST` digits or more), data revision or device comes from, and what came of it.
 
     Returns:
-        the thing itself as `of`, what it comes from as `back`, and what came of it as `forward`, each thing once and with its `depth`.
+        `of`: the thing itself; `back`: what it comes from; `forward`: what came of it; each thing once and with its `depth`.
 
     Raises:
         WorkspaceError: nothing has this name or a hash that begins so, or several hashes do.
@@ -150,7 +150,8 @@ def _version(seal: Seal, said: Entry, made: Version | None) -> Thing:
 def _published(workspace: Workspace, line: str, device_class: str) -> Iterator[Thing]:
     for release in workspace.repository.releases(line, device_class):
         manifest = workspace.repository.manifest(release)
-        first = manifest.origin.model.rpartition("-")[2]  # the manifest names the scorecard of this variant only; the others are found by their weights
+        # The manifest names the scorecard of this variant only. The other variants are found by their weights.
+        first = manifest.origin.model.rpartition("-")[2]
         yield Thing(
             "bundle", f"{line}/{device_class} release {release.seq}", {"manifest": release.manifest}, {"bytes": release.full_bytes},
             [

@@ -1,7 +1,7 @@
 """Watch a training: report its progress, and log figures and samples to MLflow while it runs.
 
-If MLflow fails, nothing is lost: figures and pictures are also in the training's own folder, and the registration completes the run
-from there.
+If MLflow fails, nothing is lost: figures and pictures are also in the training's own folder, and the registration completes the
+run from there.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def watching(
         data: what is trained on.
 
     Yields:
-        what the training must call at each step and with each samples.
+        the watcher that the training calls after each step and with its samples.
     """
     folder, label = workspace.work / "runs" / key, f"train {subject}"
     live = _Live(workspace, subject, key, data)

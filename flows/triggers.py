@@ -1,8 +1,8 @@
 """Triggers of a retraining besides the schedule: a new data revision, or an event that somebody left. Each makes one run.
 
-The idempotency key of a run is a hash of what it would be made from (data, code, settings) and of the event's name, if there is an
-event. Prefect makes one run for a key, however often it is asked. So nothing changes if ferry looks again, is killed in between, or
-looks from two machines.
+The idempotency key of a run is a hash of what it would be made from (data, code, settings) and of the event's name, if there is
+an event. Prefect makes one run for a key, however often it is asked. So nothing changes if ferry looks again, is killed in
+between, or looks from two machines.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def keep_looking(workspace: Workspace, lines: list[str], every: float, stop: thr
 
 
 def take_up(workspace: Workspace, lines: list[str]) -> int:
-    """Schedule those runs again that an earlier `ferry serve`, which was killed, left unfinished; return their number.
+    """Let Prefect start those runs again that an earlier `ferry serve`, which was killed, left unfinished; return their number.
 
     Call it only while no other process serves this workspace: then no process executes the runs that Prefect calls running.
     """

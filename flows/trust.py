@@ -1,4 +1,4 @@
-"""`ferry trust`: make, replace and use signing keys. `ota.release` decides what is signed and by whom; here is the order of steps."""
+"""Make, replace and use signing keys (`ferry trust`): the steps in order; `ota.release` decides what is signed and by whom."""
 
 from __future__ import annotations
 
@@ -372,7 +372,7 @@ def add(path: Path, uris: Sequence[str]) -> tuple[dict[str, Any], str]:
     """Add the signatures of more keys to a file that waits for them; no workspace is needed.
 
     Raises:
-        OperatorError: the file does not wait for a key, or the key cannot be used here; the file keeps the signatures that it has.
+        OperatorError: the file does not wait for a key, or the key cannot be used here; earlier signatures stay in the file.
     """
     waiting, done = Waiting.load(path), []
     for uri in uris:

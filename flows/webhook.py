@@ -1,12 +1,14 @@
-"""Looking at MLflow's aliases beside `ferry serve`: every few seconds, and at once when MLflow says that one was moved.
+"""Watch MLflow's aliases beside `ferry serve`: every `poll_seconds`, and at once when MLflow says that an alias was moved.
 
-MLflow keeps what it has to deliver in memory, so a webhook may be lost; it is a hint and no more. What counts is read from MLflow itself,
-and nothing in a delivery's body is believed or even parsed. The signature keeps strangers from making us look all the time.
+MLflow keeps undelivered webhooks in memory, so a webhook may be lost; it is only a hint. The aliases are read from MLflow
+itself, and the body of a delivery is neither trusted nor parsed. The signature keeps strangers from making ferry look all the
+time.
 
-Set up in MLflow (whose server wants MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY, or forgets the secret when it restarts):
+Set it up in MLflow (without MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY, its server forgets the secret when it restarts):
 
     >>> MlflowClient(uri).create_webhook(
-    ...     "ferry", "https://factory.example/mlflow", ["model_version_alias.created", "model_version_alias.deleted"], secret=secret
+    ...     "ferry", "https://factory.example/mlflow", ["model_version_alias.created", "model_version_alias.deleted"],
+    ...     secret=secret,
     ... )
 """
 
@@ -36,14 +38,14 @@ from registry.champions import reconcile
 PATH = "/mlflow"
 SECRET = "FERRY_WEBHOOK_SECRET"  # noqa: S105 - the variable's name
 SHORTEST = 24  # characters of a secret
-MAX_AGE = 300.0  # seconds between signing and arrival, either way: clocks differ
+MAX_AGE = 300.0  # seconds between signing and arrival, in either direction, because clocks differ
 MAX_BODY = 64 * 1024  # bytes; MLflow sends some hundred
-MAX_SEEN = 10_000  # deliveries within MAX_AGE
-PATIENCE = 10.0  # seconds for a sender to go on
+MAX_SEEN = 10_000  # deliveries that are remembered; with so many, new ones are refused until old ones expire
+PATIENCE = 10.0  # seconds to wait for more bytes from a sender
 
 
 class RefusedError(Exception):
-    """A delivery that is not MLflow's, or came before."""
+    """The delivery is not from MLflow, or came before."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
         super().__init__(text)
@@ -51,17 +53,18 @@ class RefusedError(Exception):
 
 
 class Deliveries:
-    """Tells MLflow's deliveries from others, and from those that came before.
+    """Check that a delivery is from MLflow, and did not come before.
 
-    The scheme is that of mlflow.webhooks.delivery, as Standard Webhooks has it: base64 of HMAC-SHA256 over `id.timestamp.body`.
+    The scheme is that of mlflow.webhooks.delivery, which follows Standard Webhooks: base64 of HMAC-SHA256 over
+    `id.timestamp.body`.
     """
 
     def __init__(self, secret: str) -> None:
         self._secret = secret.encode()
-        self._seen: dict[str, float] = {}  # delivery → when it is too old to come again
+        self._seen: dict[str, float] = {}  # id → Unix time after which the delivery is too old to be accepted
 
     def check(self, delivery: str, stamp: str, signatures: str, body: bytes, now: float) -> None:
-        """Accept a delivery once.
+        """Accept a delivery, but only once.
 
         Args:
             delivery: its id.
@@ -71,7 +74,7 @@ class Deliveries:
             now: Unix time, in seconds.
 
         Raises:
-            RefusedError: it is not signed with the secret, too old, or was accepted before.
+            RefusedError: it is not signed with the secret, is too old, or was accepted before; or there are too many.
         """
         version, _, given = signatures.partition(",")
         signed = f"{delivery}.{stamp}.".encode() + body
@@ -93,14 +96,14 @@ class Deliveries:
 
 
 class Receiver(HTTPServer):
-    """Takes deliveries, one at a time: a slow sender holds up hints and nothing else."""
+    """Server that takes deliveries, one at a time: a slow sender delays only other hints."""
 
     def __init__(self, address: tuple[str, int], secret: str, wake: threading.Event) -> None:
         self.deliveries, self.wake = Deliveries(secret), wake
         super().__init__(address, _Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A sender that hung up is no news."""
+        """Ignore an error in a request, such as a sender that hung up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "ferry", ""
 
     def do_POST(self) -> None:
-        """A delivery."""
+        """Check a delivery; if it is good, let the aliases be looked at now."""
         receiver = cast("Receiver", self.server)
         try:
             if self.path != PATH:
@@ -138,15 +141,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name
-        """Nobody reads it."""
+        """Log nothing, because nobody would read it."""
 
 
 def secret_of(workspace: Workspace) -> tuple[str, str]:
-    """The secret that ferry shares with MLflow, and where it is kept: the environment, or keys/webhook.secret, made when missing.
+    """Return the secret that ferry shares with MLflow, and where it is kept.
+
+    It is kept in the environment variable FERRY_WEBHOOK_SECRET or else in keys/webhook.secret, which is made if it is missing.
 
     Raises:
-        WorkspaceError: it is too short, or others may read the file.
-        ServerError: a new file could be read by others.
+        WorkspaceError: the secret is too short, or others may read the file.
+        ServerError: others could read the new file.
     """
     given = os.environ.get(SECRET)
     if given is not None:
@@ -169,7 +174,7 @@ def secret_of(workspace: Workspace) -> tuple[str, str]:
 
 
 def address_of(text: str) -> tuple[str, int]:
-    """Read PORT or HOST:PORT; the host is the loopback unless it is said.
+    """Parse PORT or HOST:PORT; without a host, it is 127.0.0.1.
 
     Raises:
         WorkspaceError: it is neither.
@@ -182,18 +187,20 @@ def address_of(text: str) -> tuple[str, int]:
 
 @contextmanager
 def watching(workspace: Workspace, webhooks: tuple[str, int] | None) -> Iterator[tuple[str, int] | None]:
-    """Hold aliases against the ledger beside the block: at once, every `poll_seconds`, and when a webhook says so.
+    """Compare MLflow's aliases with the ledger during the block: at once, every `poll_seconds`, and after each webhook.
+
+    Differences are settled as by `ferry reconcile`, and printed.
 
     Args:
-        workspace: where.
-        webhooks: where to take deliveries; None: nowhere, only poll.
+        workspace: workspace whose aliases are looked at.
+        webhooks: host and port at which deliveries are taken; None: there are no webhooks, only polling.
 
     Yields:
-        where deliveries are taken.
+        host and port at which deliveries are taken; None: there are no webhooks.
 
     Raises:
-        ServerError: the address cannot be had.
-        WorkspaceError: there is no good secret.
+        ServerError: the address cannot be used, or others could read a new file with the secret.
+        WorkspaceError: the secret is too short, or others may read its file.
     """
     wake, ending = threading.Event(), threading.Event()
     receiver = None
@@ -214,20 +221,20 @@ def watching(workspace: Workspace, webhooks: tuple[str, int] | None) -> Iterator
         if receiver:
             receiver.shutdown()
             receiver.server_close()
-        looking.join(PATIENCE)  # a store that hangs does not hold up the end
+        looking.join(PATIENCE)  # not longer, because a store may hang
 
 
 def _look(workspace: Workspace, wake: threading.Event, ending: threading.Event) -> None:
     told = ""
     while not ending.is_set():
-        wake.clear()  # before looking: what is moved meanwhile is looked at next
+        wake.clear()  # before looking, so that an alias that is moved meanwhile is looked at next
         try:
             news = "; ".join(
                 row.text for row in reconcile(workspace, workspace.subjects(), workspace.needs_approval) if row.answer != "agrees"
             )
         except Exception as error:  # noqa: BLE001 - whatever somebody puts into MLflow, the watcher goes on
             news = f"MLflow's aliases cannot be looked at: {error}"
-        if news and news != told:  # what lasts is said once
+        if news and news != told:  # the same news is printed once
             sys.stderr.write(f"ferry: {news}\n")
         told = news
         wake.wait(workspace.settings.poll_seconds)

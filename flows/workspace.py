@@ -1,14 +1,14 @@
-"""A workspace: the folder in which `ferry` works, its settings, and the way to everything that it holds.
+"""A workspace: the folder in which `ferry` works, its settings, and access to everything in it.
 
 ferry.toml      settings; the only file that is written by hand
 data/           the lines' data folders, versioned by DVC
 keys/           signing keys (keys.json holds the public halves)
 repository/     the signed repository; copied to where it is published
 ferry.db        ledger and fleet      mlflow.db, mlartifacts/   catalogue
-features/       the frozen feature spaces, one file for each line
+features/       the frozen feature spaces: for each line one file, and those of its former spaces
 inbox/          where devices leave reports
-events/         what asks for a retraining; taken up by `ferry serve`
-ratings/        answer sheets of `ferry rate`, which say what each pair of images is
+events/         requests for a retraining, which `ferry serve` reads
+ratings/        answer sheets of `ferry rate`, which say which version drew which image
 work/           everything that can be made again: caches, checkpoints, bundles, Prefect's own files
 """
 
@@ -41,7 +41,7 @@ LOCK_SECONDS = 60.0
 
 
 class Workspace:
-    """An opened workspace; its parts are opened when they are first asked for."""
+    """An open workspace; each part is opened when it is first used."""
 
     def __init__(self, root: Path) -> None:
         """Open a workspace.
@@ -62,11 +62,11 @@ class Workspace:
         return self.root / "features" / f"{line}.safetensors"
 
     def former_feature_spaces(self, line: str) -> list[Path]:
-        """List the files of the feature spaces that a line had before, each under the beginning of its hash."""
+        """List the files of the feature spaces that a line had before; each name contains the beginning of the file's hash."""
         return sorted((self.root / "features").glob(f"{line}.{'[0-9a-f]' * 16}.safetensors"))
 
     def line(self, name: str) -> Line:
-        """A line's settings.
+        """Return a line's settings.
 
         Raises:
             WorkspaceError: there is no such line.
@@ -78,10 +78,10 @@ class Workspace:
             raise WorkspaceError(f"there is no line {name!r} in {SETTINGS}; there is {known}") from None
 
     def device_class(self, line: str, name: str) -> DeviceClass:
-        """A device class's settings.
+        """Return a device class's settings.
 
         Raises:
-            WorkspaceError: the line has no such class.
+            WorkspaceError: there is no such line, or it has no such class.
         """
         try:
             return self.line(line).classes[name]
@@ -112,17 +112,17 @@ class Workspace:
         return [Subject(line=line, configuration=settings.configuration, variant=variant) for variant in settings.variants]
 
     def needs_approval(self, line: str) -> bool:
-        """Whether what wins waits for a person."""
+        """Check whether a version of this line that passes the gate waits for a person's approval."""
         own = self.line(line).require_approval
         return self.settings.require_approval if own is None else own
 
     @property
     def database(self) -> str:
-        """The URL behind which ledger and fleet are kept."""
+        """URL of the database that holds the ledger and the fleet."""
         return self._sqlite(self.settings.stores.database)
 
     def _sqlite(self, url: str) -> str:
-        """A relative SQLite path starts at the workspace, wherever `ferry` was called."""
+        """Let a relative SQLite path start at the workspace, wherever `ferry` is called; other URLs stay as they are."""
         prefix = "sqlite:///"
         if url.startswith(prefix) and not url.startswith(prefix + "/"):
             return prefix + str(self.root / url.removeprefix(prefix))
@@ -130,7 +130,7 @@ class Workspace:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """MLflow. One process at a time opens it: MLflow sets a new database up step by step, and two that do so together fail."""
+        """The catalogue in MLflow; one process at a time opens it, because two that set up a new database together fail."""
         from registry.catalog import Catalog
 
         self.work.mkdir(exist_ok=True)
@@ -139,7 +139,7 @@ class Workspace:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """The record of decisions; a workspace of a ferry that did not sign it begins to, with its next entry."""
+        """The record of decisions; if an older ferry did not sign it, its entries are signed from the next one on."""
         from registry.ledger import Ledger
 
         ring = self.keys
@@ -183,17 +183,17 @@ class Workspace:
     def locked(
         self, part: Literal["retraining", "release", "data", "records", "serving"], patience: float | None = None
     ) -> Iterator[None]:
-        """Hold a part of the workspace against a second process that would change it.
+        """Lock a part of the workspace, so that no second process changes it.
 
-        `records` (ledger, aliases, signed repository) and `data` are held for moments and waited for; so a rollout can be
-        halted while a model is trained.
+        `records` (ledger, aliases, signed repository) and `data` are locked only for moments, so callers wait for them. Callers
+        do not wait for the other parts. With separate parts, a rollout can be halted while a model is trained.
 
         Args:
             part: of the workspace.
-            patience: seconds to wait for it; None: as is usual for the part.
+            patience: seconds to wait for it; None: `LOCK_SECONDS` for `records` and `data`, 0 for the others.
 
         Raises:
-            BusyError: another one holds it.
+            BusyError: another process holds it.
         """
         self.work.mkdir(exist_ok=True)
         lock = FileLock(self.work / f"{part}.lock")
@@ -209,16 +209,17 @@ class Workspace:
 
 
 def configure_environment(root: Path) -> None:
-    """Set what Prefect, MLflow and DVC read from the environment; before they are imported. What is set already wins.
+    """Set the environment variables of Prefect, MLflow and DVC, before these are imported; a variable that is set already stays.
 
     Raises:
-        WorkspaceError: Prefect's server and its clients are given different secrets.
+        WorkspaceError: the environment gives Prefect's server and its clients different secrets.
     """
-    forget_redirections()  # MLflow asks Git, too
+    forget_redirections()  # MLflow calls Git, too
     home = root / "work" / "prefect"
     home.mkdir(mode=0o700, parents=True, exist_ok=True)  # Prefect makes only the last folder of a path
     status = home.stat()
-    # Prefect unpickles the results that it keeps there: who writes them runs code as the owner. Who reads them reads logs and parameters.
+    # Prefect unpickles results from there: whoever can write them runs code as the owner. Whoever can read there sees logs and
+    # parameters.
     if status.st_mode & 0o077 and status.st_uid == os.geteuid():
         home.chmod(0o700)
     for name, value in {
@@ -226,19 +227,19 @@ def configure_environment(root: Path) -> None:
         # The in-process server needs longer than the default 20 s on a small or busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "none",  # is no origin; by default every web page may read what the server answers
-        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # a failed flow is told in one sentence, not by its traceback
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": "none",  # not an origin; by default every web page may read the answers
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",  # the command reports a failed flow in one sentence, without its traceback
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        # A server that restarts is waited for (1, 2, 4, 8 s, with jitter), one that is gone or hangs is named within three minutes;
-        # MLflow's own values would wait half an hour.
+        # MLflow's client waits for a server that restarts (1, 2, 4, 8 s, with jitter), and reports one that is gone or hangs
+        # within three minutes. With its own values it would wait half an hour.
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "DVC_NO_ANALYTICS": "1",
-        # Torch's threads wait for each other by spinning. Beside any other busy process the default (some milliseconds) makes
-        # a step up to fifty times slower; this (some ten microseconds) costs nothing where the machine is idle.
+        # Torch's threads wait for each other by spinning. If another process is busy, the default (some milliseconds) makes a
+        # step up to fifty times slower. This value (some ten microseconds) costs nothing on an idle machine.
         "GOMP_SPINCOUNT": "10000",
     }.items():
         os.environ.setdefault(name, value)
@@ -247,31 +248,35 @@ def configure_environment(root: Path) -> None:
 
 
 def _share_a_secret(server: str, client: str) -> None:
-    """Give the Prefect server that this process starts, and its clients, one secret by these two variables, unless they have one.
+    """Give the Prefect server that this process starts, and its clients, the same new secret, unless they have one.
 
-    It ends with the process. Clients send it with each request, and an open page goes on doing so when its server is gone; whoever has
-    taken the port by then has learned nothing that opens the next server.
+    The secret is valid as long as the process runs. Clients send it with each request, and an open page keeps sending it when its
+    server is gone. Another process that has taken the port by then learns a secret, but not that of the next server.
+
+    Args:
+        server: environment variable of the server's secret.
+        client: environment variable of the clients' secret.
 
     Raises:
-        WorkspaceError: they have different ones.
+        WorkspaceError: the two variables have different values.
     """
     given = {os.environ.get(name, "") for name in (server, client)}
     if len(given) > 1:
         raise WorkspaceError(f"{server} and {client} differ; unset both, and ferry makes a secret, or give both the same")
-    if given != {""}:  # which is no secret to Prefect
+    if given != {""}:  # an empty variable is no secret to Prefect
         return
     os.environ[server] = os.environ[client] = f"ferry:{secrets.token_urlsafe(32)}"
-    if "prefect" in sys.modules:  # it has read its settings already
+    if "prefect" in sys.modules:  # Prefect has read its settings already
         from prefect.context import refresh_global_settings_context
 
         refresh_global_settings_context()
 
 
 def line_and_class(text: str, workspace: Workspace) -> tuple[str, str]:
-    """LINE/CLASS, or LINE alone where it has one class.
+    """Split LINE/CLASS into its parts; LINE alone is enough if it has one class.
 
     Raises:
-        WorkspaceError: there is no such line or class, or the class is not clear.
+        WorkspaceError: there is no such line or class, or the line has several classes and none is named.
     """
     line, _, device_class = text.partition("/")
     classes = list(workspace.line(line).classes)

@@ -577,10 +577,10 @@ def test_bundle_whose_trying_gives_no_answer_rests_longer_each_time_and_is_not_c
             assert device.state == before.model_copy(update={"tries": {second: tries}})
         for tries, hours in ((3, 1), (4, 2), (5, 4)):
             events = len(device.events())
-            assert f"rests for {60 * hours} more minutes, its trying began {tries} times" in device.update().reason
+            assert f"rests for {60 * hours} more minutes, its trial started {tries} times" in device.update().reason
             told = device.reports()[-1]
             assert (told.event, told.manifest) == ("refused", second)
-            assert f"began {tries} times and gave no answer; it is tried again in {hours} h" in told.reason
+            assert f"started {tries} times and never finished; it is tried again in {hours} h" in told.reason
             assert f"{second[:12]} is tried again after 20" in device.command("status")
             later.seconds += hours * 3600 - 60
             assert "rests for" in device.update().reason
@@ -631,7 +631,7 @@ def test_wait_without_an_answer_is_no_try(offered, bundles, later):
             with pytest.raises(LateError):
                 device.update()
             assert device.state == before
-            assert "rests for 60 more minutes, its trying did not end in time" in device.update().reason
+            assert "rests for 60 more minutes, its trial did not finish in time" in device.update().reason
             later.seconds += 3601
     assert device.events()[3:] == []
     assert device.update().changed

@@ -84,7 +84,7 @@ def test_routes_like_the_factorys_do_not_stray():
 def test_routes_through_other_experts_stray():
     problem = routing_shift([[[1.0, 1.0, 2.0], [0.1, 0.1, 0.8]]], [[1.0, 1.0, 2.0], [0.5, 0.5, 0.0]])
     assert problem
-    assert "80 % of block 1's load" in problem
+    assert "block 1 sends 80 % of its load to other experts than at the factory (limit" in problem
     share = ROUTE_LIMIT + 0.01
     assert routing_shift([[[1 - share, share]]], [[1.0, 0.0]])
     assert not routing_shift([[[1 - share + 0.02, share - 0.02]]], [[1.0, 0.0]])

@@ -94,6 +94,14 @@ def test_shown_help_is_current(document: str, monkeypatch: pytest.MonkeyPatch):
         assert shown.strip() == told.strip(), f"{document}: run `{call} --help` at {WIDTH} columns and paste it"
 
 
+@pytest.mark.parametrize("group", ["", "data", "rollout", "fleet", "trust", "delta"])
+def test_help_cuts_no_summary_at_80_columns(group: str):
+    told = CliRunner().invoke(cli.app, [*group.split(), "--help"], prog_name="ferry", terminal_width=80).stdout
+    summaries = told.partition("Commands:")[2].strip().splitlines()
+    assert len(summaries) > 1
+    assert [line for line in summaries if line.endswith("...")] == []
+
+
 def test_readme_shows_some_help():
     assert len(HELP.findall((ROOT / "README.md").read_text())) >= 2
 

@@ -526,7 +526,7 @@ def test_floor_takes_away_what_a_thiefs_bundle_claims(keys, bundles: dict[str, B
     for device in devices:
         device.update()
     publish(repository, bundles["second"])
-    with pytest.raises(OtaError, match="the running model's lies between"):
+    with pytest.raises(OtaError, match="the running model's range is"):
         devices[0].update()
     repository.set_floor(LINE, CLASS, 2)
     devices[1].update()
@@ -552,7 +552,7 @@ def test_rotation_takes_away_what_a_thiefs_bundle_brought_about(bundles: dict[st
     device = Device.init(tmp_path / "device", thief)
     device.update()
     roll_out("second", min(number + 1, 2**53))
-    with pytest.raises(GateError, match="the running model's lies between"):
+    with pytest.raises(GateError, match="the running model's range is"):
         device.update()
     assert (device.active, device.state.seq) == (bundles["garbage"].manifest.digest, number)
     assert bundles["second"].manifest.digest in device.state.refused

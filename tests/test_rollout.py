@@ -317,9 +317,9 @@ def test_fit_bundle_has_no_reasons():
         ({"load": ()}, "other experts"),
         ({"milliseconds": 150.0, "computing": 101.0}, "an image takes 101 ms of computing, the budget is 100 ms"),
         ({"peak_mib": 1025.0}, "it takes 1025 MiB, 1024 are allowed"),
-        ({"statistics": (("mean", float("nan")),)}, "the images' mean is nan"),
-        ({"statistics": (("mean", 0.26),)}, "the images' mean is 0.26, the running model's lies between 0.05 and 0.15"),
-        ({"statistics": (("mean", -0.06),)}, "the images' mean is -0.06, the running model's lies between 0.05 and 0.15"),
+        ({"statistics": (("mean", float("nan")),)}, "the images' mean brightness is nan"),
+        ({"statistics": (("mean", 0.26),)}, "the images' mean brightness is 0.26; the running model's range is 0.05 to 0.15"),
+        ({"statistics": (("mean", -0.06),)}, "the images' mean brightness is -0.06; the running model's range is 0.05 to 0.15"),
     ],
 )
 def test_unfit_bundle_refused_with_reason(fields, reason):
@@ -338,7 +338,7 @@ def test_time_that_a_busy_device_took_is_not_held_against_a_bundle():
 @pytest.mark.parametrize("mean", ["0.41", "-0.21"])
 def test_bundle_unlike_itself_refused(mean):
     reasons = rules.judge(trying(statistics=(("mean", float(mean)),)), OWN, None)
-    assert reasons == [f"the images' mean is {mean}, its own reference lies between 0.00 and 0.20"]
+    assert reasons == [f"the images' mean brightness is {mean}; its own reference range is 0.00 to 0.20"]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_small_demo_killed_twice_still_tells_the_whole_story(tmp_path: Path, mon
     for acts in summary["devices"].values():
         assert acts["installed"] != acts["updated"] == acts["after_broken"]
     assert summary["bytes"]["delta"] < summary["bytes"]["full"]
-    assert all("the running model's lies between" in reason for reason in summary["refused"].values())
+    assert all("the running model's range is" in reason for reason in summary["refused"].values())
     assert Path(summary["report"]).read_text().startswith("<!doctype html>")
     assert demo.text(summary)
 

@@ -1,4 +1,4 @@
-"""The command `ferry` and nothing else: parse, call one function, print. A module for each group of commands; `main` puts them together."""
+"""The command `ferry`: parse, call one function, print. Each group of commands has a module; `main` puts them together."""
 
 from flows.cli.main import app, main
 

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # names on a line; --json has them all
 
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data revisions: DVC keeps the bytes, Git their hashes.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data revisions: DVC keeps the bytes, Git the hashes.")
 
 
 @data_app.command("add")
 def data_add(
-    line: Annotated[str, typer.Argument(help="Whose data folder to record.")],
-    message: Annotated[str, typer.Option("--message", "-m", help="What is new.")] = "new data",
+    line: Annotated[str, typer.Argument(help="Line whose data folder is recorded.")],
+    message: Annotated[str, typer.Option("--message", "-m", help="Message of the revision.")] = "new data",
     as_json: Json = False,
 ) -> None:
-    """Check a line's data folder, compare it with the last revision, and record it as a new one.
+    """Check a line's data folder and record it as a new revision.
 
-    Images and captions that cannot be used are listed; they are recorded all the same but never trained on. What was found
-    (copies, leaks into the held-out images, balance, drift) is kept in Git beside the data, for `ferry data status`.
+    It reports unusable files, duplicates, held-out images that leak into training, captions with few images, and drift since the last
+    revision. Unusable files are recorded but never trained on. The report is kept in Git, for `ferry data status`.
     """
     with reported_errors():
         from flows import data
@@ -56,8 +56,11 @@ def data_add(
 
 
 @data_app.command("status")
-def data_status(line: Annotated[str, typer.Argument(help="Whose data folder to look at.")], as_json: Json = False) -> None:
-    """Show what changed since the last revision, whether the remote holds it, what cannot be used, balance and drift."""
+def data_status(line: Annotated[str, typer.Argument(help="Line whose data folder is checked.")], as_json: Json = False) -> None:
+    """Show changes since the last revision, and the data report.
+
+    It also checks that the remote holds every file.
+    """
     with reported_errors():
         from flows import data
 
@@ -69,12 +72,12 @@ def data_status(line: Annotated[str, typer.Argument(help="Whose data folder to l
 
 @data_app.command("diff")
 def data_diff(
-    line: Annotated[str, typer.Argument(help="Whose revisions.")],
-    rev1: Annotated[str, typer.Argument(help="The earlier one: a commit, tag or branch.")],
-    rev2: Annotated[str, typer.Argument(help="The later one.")] = "HEAD",
+    line: Annotated[str, typer.Argument(help="Line whose revisions are compared.")],
+    rev1: Annotated[str, typer.Argument(help="Earlier revision: a commit, tag or branch.")],
+    rev2: Annotated[str, typer.Argument(help="Later revision.")] = "HEAD",
     as_json: Json = False,
 ) -> None:
-    """Compare two data revisions: files, captions, balance and drift. Both are fetched and verified."""
+    """Compare two data revisions: files, captions, balance, drift."""
     with reported_errors():
         from flows import data
 
@@ -85,8 +88,8 @@ def data_diff(
 
 
 @data_app.command("log")
-def data_log(line: Annotated[str, typer.Argument(help="Whose revisions.")], as_json: Json = False) -> None:
-    """List a line's data revisions, newest first, with the verdict on drift that was recorded with each."""
+def data_log(line: Annotated[str, typer.Argument(help="Line whose revisions are listed.")], as_json: Json = False) -> None:
+    """List a line's data revisions with their drift, newest first."""
     with reported_errors():
         from flows import data
         from model import versions
@@ -119,7 +122,7 @@ def _short(drift: Drift | None) -> str:
 
 
 def _told(what: str, names: list[str], n: int) -> list[str]:
-    """One line that says how many there are and names the first; none where there are none."""
+    """Summarise names in one line: their number and the first of them; return no line if there are none."""
     return [shown(f"{what} ({n}): {', '.join(names[:SHOWN])}{' …' if n > SHOWN else ''}")] if n else []
 
 
@@ -128,7 +131,7 @@ def _listed(what: str, listed: Listed) -> list[str]:
 
 
 def _findings(report: DataReport) -> list[str]:
-    """What a person should know of a report, a line each; nothing of what is in order."""
+    """List what a person should know of a report, one line each: duplicates and leaks if there are any, balance, drift."""
     duplicates = report.duplicates
     return [
         *_listed("the same image several times", duplicates.copies),

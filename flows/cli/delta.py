@@ -12,13 +12,13 @@ import typer
 from flows.cli.shared import Json, answer, reported_errors
 from ota.output import shown
 
-delta_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Deltas between any two files, in no workspace.")
+delta_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Deltas between any two files; no workspace needed.")
 
 AGAIN = "nothing was written, repeat the command to begin again"
 
 
 def _named(text: str) -> Path:
-    """A file by its name; what stands for standard input or output elsewhere is none, because files are read more than once."""
+    """Convert an argument to a path; refuse "" and "-", because files are read more than once and cannot be standard input."""
     if text in ("", "-"):
         raise typer.BadParameter(f"{text!r} names no file; a file that is called - is ./-")
     return Path(text)
@@ -27,35 +27,39 @@ def _named(text: str) -> Path:
 Graph = Annotated[
     Path | None,
     typer.Option(
-        "--graph", parser=_named, metavar="<path>", help="The ONNX file that describes NEW, if NEW is its external data.",
+        "--graph", parser=_named, metavar="<path>", help="ONNX file that describes NEW, if NEW is its external data.",
         show_default=False,
     ),
 ]  # fmt: skip
 OldGraph = Annotated[
     Path | None,
     typer.Option(
-        "--old-graph", parser=_named, metavar="<path>", help="The same for OLD; without it, as --graph.", show_default=False
+        "--old-graph",
+        parser=_named,
+        metavar="<path>",
+        help="ONNX file that describes OLD; --graph by default.",
+        show_default=False,
     ),
 ]
 
 
 @delta_app.callback()
 def _one_thread() -> None:
-    """Deltas between any two files, in no workspace."""
+    """Let OpenBLAS use one thread in all `ferry delta` commands."""
     # OpenBLAS's second thread has nothing to do here, and spins for longer than most deltas take.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @delta_app.command("build")
 def delta_build(
-    old: Annotated[Path, typer.Argument(parser=_named, help="The file before.")],
-    new: Annotated[Path, typer.Argument(parser=_named, help="The file after: ONNX, safetensors, or any other.")],
-    output: Annotated[Path, typer.Option("--output", "-o", parser=_named, metavar="<path>", help="Where the delta goes.")],
+    old: Annotated[Path, typer.Argument(parser=_named, help="Old file.")],
+    new: Annotated[Path, typer.Argument(parser=_named, help="New file: ONNX, safetensors, or any other.")],
+    output: Annotated[Path, typer.Option("--output", "-o", parser=_named, metavar="<path>", help="Delta file to write.")],
     graph: Graph = None,
     old_graph: OldGraph = None,
     as_json: Json = False,
 ) -> None:
-    """Write what turns one file into another, bit by bit."""
+    """Write a delta that turns one file into another."""
     with reported_errors(AGAIN):
         from ota.delta import files
 
@@ -67,11 +71,14 @@ def delta_build(
 
 @delta_app.command("apply")
 def delta_apply(
-    old: Annotated[Path, typer.Argument(parser=_named, help="The file that the delta was built from.")],
-    patch: Annotated[Path, typer.Argument(parser=_named, help="The delta.")],
-    output: Annotated[Path, typer.Option("--output", "-o", parser=_named, metavar="<path>", help="Where the new file goes.")],
+    old: Annotated[Path, typer.Argument(parser=_named, help="Old file, from which the delta was built.")],
+    patch: Annotated[Path, typer.Argument(parser=_named, help="Delta file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", parser=_named, metavar="<path>", help="New file to write.")],
 ) -> None:
-    """Make the new file; it appears when it is whole and has its hash. Killed and repeated, it goes on."""
+    """Rebuild the new file from the old file and a delta.
+
+    The new file appears only when it is complete and its hash is right. Rerun a killed command; it resumes.
+    """
     with reported_errors(AGAIN):
         from ota.delta import files
 
@@ -81,14 +88,14 @@ def delta_apply(
 
 @delta_app.command("inspect")
 def delta_inspect(
-    patch: Annotated[Path, typer.Argument(parser=_named, help="The delta.")],
+    patch: Annotated[Path, typer.Argument(parser=_named, help="Delta file.")],
     of: Annotated[
         Path | None,
         typer.Option(
             "--of",
             parser=_named,
             metavar="<path>",
-            help="The file that it makes, to call tensors by their names.",
+            help="New file, to show tensor names.",
             show_default=False,
         ),
     ] = None,
@@ -98,20 +105,21 @@ def delta_inspect(
             "--from",
             parser=_named,
             metavar="<path>",
-            help="The file that it starts from, to say what each tensor costs.",
+            help="Old file, to show the bytes of each tensor.",
             show_default=False,
         ),
     ] = None,
     graph: Graph = None,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            "--plot", parser=_named, metavar="<path>", help="Draw it, into a file named .svg or .png.", show_default=False
-        ),
+        typer.Option("--plot", parser=_named, metavar="<path>", help="Picture to write: .svg or .png.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a delta is made of: by record, and with --of and --from by tensor."""
+    """Show the parts of a delta and their sizes.
+
+    With --of and --from it shows them by tensor.
+    """
     with reported_errors(AGAIN):
         from ota.delta import files
         from ota.release import picture
@@ -136,13 +144,13 @@ def delta_inspect(
 
 @delta_app.command("estimate")
 def delta_estimate(
-    old: Annotated[Path, typer.Argument(parser=_named, help="The file before.")],
-    new: Annotated[Path, typer.Argument(parser=_named, help="The file after.")],
+    old: Annotated[Path, typer.Argument(parser=_named, help="Old file.")],
+    new: Annotated[Path, typer.Argument(parser=_named, help="New file.")],
     graph: Graph = None,
     old_graph: OldGraph = None,
     as_json: Json = False,
 ) -> None:
-    """Forecast how large a delta would be, and between which bounds, without building it."""
+    """Forecast the size of a delta, with bounds, without building it."""
     with reported_errors(AGAIN):
         from ota.delta import files
 
@@ -155,5 +163,5 @@ def delta_estimate(
 
 
 def _share(of: int, *counts: int) -> str:
-    """How much of the new file that is; nothing to say of an empty one."""
+    """Format numbers of bytes as shares of the new file; return "" for an empty file."""
     return f", {' to '.join(f'{count / of:.1%}' for count in counts)} of {of:,}" if of else ""

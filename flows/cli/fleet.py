@@ -8,31 +8,36 @@ import typer
 
 from flows.cli.shared import Json, answer, fail, open_workspace, reported_errors, showing_progress
 
-rollout_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may install a release, and when.")
-fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and what they reported.")
+rollout_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Open a release to the fleet in waves, halt it, renew it."
+)
+fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and their reports.")
 MAX_SOAK = 365 * 86_400  # seconds; a longer one is a slip
 
 
 @rollout_app.command("start")
 def rollout_start(
-    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")],
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE if it has one class.")],
     number: Annotated[
         int | None,
-        typer.Option("--release", min=1, show_default=False, help="Release number; that of the present champions by default."),
+        typer.Option("--release", min=1, show_default=False, help="Release number; that of the current champions by default."),
     ] = None,
     waves: Annotated[
         str | None,
-        typer.Option(show_default=False, help="Rising shares of the fleet in percent; 1,10,100 by default, 100 with --revert."),
+        typer.Option(
+            show_default=False, help="Rising shares of the fleet in percent; 1,10,100 by default, or 100 with --revert."
+        ),
     ] = None,
     soak: Annotated[int, typer.Option(min=0, max=MAX_SOAK, help="Seconds between two waves.")] = 86_400,
-    revert: Annotated[
-        bool, typer.Option("--revert", help="The release is older than what runs, on purpose; all devices go back at once.")
-    ] = False,
+    revert: Annotated[bool, typer.Option("--revert", help="Roll all devices back to an older release, at once.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Sign the policy that opens a release to the fleet, wave by wave; devices obey it by themselves."""
+    """Open a release to the fleet, wave by wave.
+
+    Signs and publishes a policy, which devices obey on their own.
+    """
     with reported_errors():
-        # What is gone back from harms whoever runs it, and what is gone back to has run on devices before.
+        # A revert opens to all at once: the present release does harm, and the release to return to has run on devices before.
         waves = waves if waves is not None else "100" if revert else "1,10,100"
         try:
             shares = [float(part) for part in waves.split(",")]
@@ -59,11 +64,14 @@ def rollout_start(
 
 @rollout_app.command("halt")
 def rollout_halt(
-    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")],
-    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "halted by hand",
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE if it has one class.")],
+    reason: Annotated[str, typer.Option(help="Reason; recorded in the ledger.")] = "halted by hand",
     as_json: Json = False,
 ) -> None:
-    """Sign a policy that lets no further device install the release; it goes out also where it cannot be recorded."""
+    """Stop a rollout: no further device installs the release.
+
+    The halt is signed and published even if the ledger cannot record it.
+    """
     with reported_errors():
         workspace = open_workspace()
         from flows import policies
@@ -82,9 +90,12 @@ def rollout_halt(
 
 @rollout_app.command("renew")
 def rollout_renew(
-    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")], as_json: Json = False
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE if it has one class.")], as_json: Json = False
 ) -> None:
-    """Sign the present policy anew, its waves unchanged, before its signature ends after 14 days."""
+    """Renew the signature of the current policy.
+
+    A policy's signature expires after 14 days. The waves stay as they are.
+    """
     with reported_errors():
         workspace = open_workspace()
         from flows import policies
@@ -99,9 +110,9 @@ def rollout_renew(
 
 @rollout_app.command("status")
 def rollout_status(
-    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")], as_json: Json = False
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE if it has one class.")], as_json: Json = False
 ) -> None:
-    """Say how far the present rollout is."""
+    """Show the progress of the current rollout."""
     with reported_errors():
         workspace = open_workspace()
         from flows.workspace import line_and_class
@@ -117,11 +128,11 @@ def rollout_status(
 
 @fleet_app.command("enroll")
 def fleet_enroll(
-    device: Annotated[str, typer.Argument(help="Id of the device.")],
-    public_key: Annotated[str, typer.Argument(help="Its public key, as `ferry-agent init` printed it.")],
+    device: Annotated[str, typer.Argument(help="ID of the device.")],
+    public_key: Annotated[str, typer.Argument(help="Public key that `ferry-agent init` printed.")],
     as_json: Json = False,
 ) -> None:
-    """Accept the reports of a device."""
+    """Accept a device's reports."""
     with reported_errors():
         open_workspace().fleet.enroll(device, public_key)
         answer(as_json, {"device": device}, f"{device} is enrolled")
@@ -129,7 +140,7 @@ def fleet_enroll(
 
 @fleet_app.command("status")
 def fleet_status(as_json: Json = False) -> None:
-    """Read the reports that devices left, and show each device's last one."""
+    """Read new reports and show the last one of each device."""
     with reported_errors():
         workspace = open_workspace()
         collected = workspace.fleet.collect(workspace.inbox)

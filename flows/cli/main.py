@@ -20,9 +20,9 @@ from flows.cli.trust import trust_app
 from flows.errors import VariantError
 
 EXIT_CODES = """
-Exit codes: 0 done, or nothing to do · 1 a fault of ferry itself · 2 wrong usage · 3 what was handed in does not fit
-(workspace, data, name, key) · 4 a store or server cannot be used now, try later · 5 the gate did not let a version through ·
-6 a record was changed after the fact · 7 a signature is past half of its life (`trust status --check`) · 130 interrupted.
+Exit codes: 0 success, or nothing to do · 1 internal error · 2 wrong usage · 3 invalid input (workspace, data, name, key) ·
+4 a store or server is not available, try later · 5 the gate did not pass a version · 6 a record was changed afterwards ·
+7 a signature is past half of its lifetime (`trust status --check`) · 130 interrupted.
 """
 
 app = typer.Typer(
@@ -32,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help=(
         "Retrain small image-generating models, promote the better ones, and ferry only the difference to the devices.\n\n"
-        "A workspace (`ferry init`) holds everything; commands work on the one in the present folder, or the one that "
-        f"--workspace names.\n{EXIT_CODES}"
+        "Everything is in a workspace, which `ferry init` creates. Commands use the workspace in the current folder, or the "
+        f"one that --workspace names.\n{EXIT_CODES}"
     ),
 )
 app.add_typer(data_app, name="data")
@@ -52,8 +52,8 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     workspace: Annotated[Path, typer.Option("--workspace", "-w", envvar="FERRY_WORKSPACE", help="The workspace.")] = Path(),
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries log.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Do not show progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' logs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Hide progress.")] = False,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
     ] = False,
@@ -64,18 +64,18 @@ def options(
     if debug:
         os.environ["PREFECT_LOGGING_LEVEL"] = "DEBUG"
     else:
-        warnings.simplefilter("ignore")  # of libraries, about themselves; the tests turn them into errors
+        warnings.simplefilter("ignore")  # warnings of libraries are not for the user; the tests turn them into errors
 
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Folder of the workspace; made when missing.")] = Path(),
-    line: Annotated[list[str] | None, typer.Option(help="Name of a line (product); may be given several times.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of the workspace; created if missing.")] = Path(),
+    line: Annotated[list[str] | None, typer.Option(help="Name of a line (product); repeat for several lines.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a workspace: Git and DVC with a folder remote, ferry.toml, keys, an empty signed repository.
+    """Create a workspace with ferry.toml, keys and a repository.
 
-    Repeated, it completes what a killed call left out and changes nothing else.
+    Git and DVC are set up with a folder as remote. Run it again if it was killed: it completes the workspace and changes nothing else.
     """
     with reported_errors():
         from flows.setup import create
@@ -92,21 +92,22 @@ def init(
 
 @app.command()
 def retrain(
-    line: Annotated[str, typer.Argument(help="Whose models to retrain.")],
-    data: Annotated[str, typer.Option("--data", help="Git revision of the data; the present one by default.")] = "",
-    promote: Annotated[bool, typer.Option(help="Promote what the gate lets through.")] = True,
+    line: Annotated[str, typer.Argument(help="Line whose models are retrained.")],
+    data: Annotated[str, typer.Option("--data", help="Git revision of the data; the current one by default.")] = "",
+    promote: Annotated[bool, typer.Option(help="Promote versions that pass the gate.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Pull a data revision, train, evaluate, gate, register, and promote the winners.
+    """Train, evaluate and register a line's models; promote winners.
 
-    Killed and repeated, it goes on where it was cut; with nothing new it does nothing.
+    Pulls a data revision, trains, exports, evaluates, asks the gate, registers in MLflow and promotes. Rerun a killed command; it
+    resumes. Without new data, code or settings it does nothing.
     """
     with reported_errors():
         workspace = open_workspace()
         from model import versions
 
         settings = workspace.line(line)
-        with workspace.locked("retraining"):  # so that who comes too late is told before anything large is loaded
+        with workspace.locked("retraining"):  # if another process holds it, say so before large modules are loaded
             pass
         versions.resolve(workspace.root, settings.data, line, data or "HEAD")
         if not data:
@@ -133,12 +134,17 @@ def retrain(
 
 @app.command()
 def trigger(
-    line: Annotated[str, typer.Argument(help="Whose models to retrain.")],
-    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")],
-    event: Annotated[str, typer.Option(help="Name of the event; the same name makes no second run.", show_default=False)] = "",
+    line: Annotated[str, typer.Argument(help="Line whose models are retrained.")],
+    reason: Annotated[str, typer.Option(help="Reason; recorded in the ledger.")],
+    event: Annotated[
+        str, typer.Option(help="Name of the event; a second event of this name makes no run.", show_default=False)
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """Ask `ferry serve` for a retraining, now or when it is next up: for a drift seen in the field, or by hand."""
+    """Ask `ferry serve` to retrain a line.
+
+    Use it for a drift seen in the field, or by hand. If `ferry serve` is not running, it retrains at its next start.
+    """
     with reported_errors():
         workspace = open_workspace()
         from datetime import UTC, datetime
@@ -155,18 +161,20 @@ def evaluate(
     subject: Annotated[str, typer.Argument(help="LINE/CONFIG/VARIANT, such as surfaces/I/full.")],
     version: Annotated[int | None, typer.Argument(min=1, help="Version in MLflow; the champion by default.")] = None,
     features: Annotated[
-        str, typer.Option(help="inception:FILE, a network in TorchScript (a program: one you trust); computes the FID of papers.")
+        str, typer.Option(help="inception:FILE, a TorchScript network for FID. It is a program: use one that you trust.")
     ] = "",
     images: Annotated[
-        Path | None, typer.Option(help="Folder to compare with for FID; the version's own data revision by default.")
+        Path | None, typer.Option(help="Folder to compare with for FID; the version's data revision by default.")
     ] = None,
-    n: Annotated[int | None, typer.Option("--n", min=2, help="Images to draw for FID; as in the scorecard by default.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=2, help="Images to draw for FID; as many as in the scorecard by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show a version's figures: quality, time, memory, experts.
 
-    With --features also the FID that papers print. It falls with the number of images: compare it only at equal --n (papers: 50000)
-    and with the same network and folder.
+    With --features it also computes the FID that papers print. FID depends on the number of images: compare it only at equal --n
+    (papers: 50000), with the same network and folder.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -184,17 +192,17 @@ def evaluate(
 
 @app.command()
 def remeasure(
-    line: Annotated[str, typer.Argument(help="Whose models to measure anew.")],
-    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")],
+    line: Annotated[str, typer.Argument(help="Line whose models are measured again.")],
+    reason: Annotated[str, typer.Option(help="Reason; recorded in the ledger.")],
     data: Annotated[
-        str, typer.Option("--data", help="Git revision of the data to fit the feature spaces on; the present one by default.")
+        str, typer.Option("--data", help="Git revision of the data to fit the feature spaces on; the current one by default.")
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Fit new feature spaces for a line and measure its champions and best versions in them.
+    """Fit new feature spaces for a line; measure champions in them.
 
-    Use it when a newer ferry measures in more feature spaces, or when captions have come that the old ones never saw. The gate compares in the
-    new spaces from then on. Rerun a killed command; it resumes.
+    Use it if a newer ferry has more feature spaces, or if the data have captions that the old spaces never saw. The gate then compares
+    in the new spaces. The best version ever (anchor) is measured, too. Rerun a killed command; it resumes.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -203,7 +211,7 @@ def remeasure(
             from model.errors import ConfigError
 
             raise ConfigError("new feature spaces need their reason; give it with --reason")
-        with workspace.locked("retraining"):  # so that who comes too late is told before anything large is loaded
+        with workspace.locked("retraining"):  # if another process holds it, say so before large modules are loaded
             pass
         from flows import remeasure as measuring
 
@@ -222,15 +230,18 @@ app.command()(promotion.seal)
 
 @app.command()
 def release(
-    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")], as_json: Json = False
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE if it has one class.")], as_json: Json = False
 ) -> None:
-    """Publish a line's champions: bundle, deltas from what is fielded, signatures, then to where devices fetch it."""
+    """Publish a line's champions as a signed release with deltas.
+
+    Builds the bundle and deltas from the fielded bundles, signs them, and copies the repository to where devices fetch it.
+    """
     with reported_errors():
         workspace = open_workspace()
         from flows.workspace import line_and_class
 
         line, device_class = line_and_class(target, workspace)
-        with workspace.locked("release"):  # so that who comes too late is told before anything large is loaded
+        with workspace.locked("release"):  # if another process holds it, say so before large modules are loaded
             pass
         from flows import policies
         from flows.policies import check_ledger
@@ -258,10 +269,13 @@ app.command()(rate)
 
 @app.command()
 def trace(
-    what: Annotated[str, typer.Argument(metavar="HASH|DEVICE", help="Of a bundle, file, version, decision or data revision.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="HASH|DEVICE", help="Hash of a bundle, file, version, decision or data revision; or a device."),
+    ],
     as_json: Json = False,
 ) -> None:
-    """Say what something comes from, back to the data, and what came of it, down to the devices; by hashes alone."""
+    """Trace a hash or device back to its data, and on to devices."""
     with reported_errors():
         workspace = open_workspace()
         from flows import trace as tracing
@@ -274,17 +288,17 @@ def trace(
 @app.command()
 def serve(
     lines: Annotated[list[str] | None, typer.Argument(help="Lines to retrain; all by default.")] = None,
-    cron: Annotated[str, typer.Option(help="When, as five cron fields in UTC.")] = "0 3 * * 1",
-    look_every: Annotated[float, typer.Option(min=1, help="Seconds between two looks for new data and events.")] = 30,
+    cron: Annotated[str, typer.Option(help="Schedule as five cron fields, in UTC.")] = "0 3 * * 1",
+    look_every: Annotated[float, typer.Option(min=1, help="Seconds between two checks for new data and events.")] = 30,
     webhooks: Annotated[
         str,
-        typer.Option(metavar="[HOST:]PORT", show_default=False, help="Take MLflow's webhooks there, signed; polling goes on."),
+        typer.Option(metavar="[HOST:]PORT", show_default=False, help="Address for MLflow's signed webhooks; polling goes on."),
     ] = "",
 ) -> None:
-    """Retrain by a schedule, for each new data revision and for events (`ferry trigger`), until interrupted.
+    """Retrain by schedule, for new data and events, until stopped.
 
-    Aliases that somebody moves in MLflow are settled as `ferry reconcile` does, every poll_seconds and for each webhook.
-    Starts a Prefect server of its own unless PREFECT_API_URL names one. Killed and started again, it goes on with what ran.
+    Events come from `ferry trigger`. Every poll_seconds, and for each webhook, it does what `ferry reconcile` does. It starts its own
+    Prefect server unless PREFECT_API_URL names one. After a crash, restart it: interrupted runs resume.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -320,9 +334,9 @@ def demo(
     folder: Annotated[Path | None, typer.Option("--dir", help="Folder to play in; a new one by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Play the whole story on real photographs in a fresh folder, then say what happened. About five minutes.
+    """Play the whole story on real photographs in a fresh folder.
 
-    In a folder where a demo was killed, it goes on where it was cut.
+    It takes about five minutes and prints a summary. If it is killed, run it again in the same folder; it resumes.
     """
     with reported_errors():
         from flows.demo import Demo, text
@@ -337,7 +351,7 @@ def demo(
 
 
 def _fresh_folder() -> Path:
-    """The first folder in which no demo was played to its end."""
+    """Find the first folder in which no demo was played to its end."""
     from flows.demo import is_finished
 
     candidates = (Path("ferry-demo" if i == 1 else f"ferry-demo-{i}") for i in range(1, 1000))
@@ -345,5 +359,5 @@ def _fresh_folder() -> Path:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command `ferry`."""
     app()

@@ -21,18 +21,22 @@ def promote(
     subject: SubjectName,
     version: Annotated[int, typer.Argument(min=1, help="Version in MLflow.")],
     reason: Annotated[
-        str, typer.Option(show_default=False, help="Why; recorded in the ledger. Needed where the gate found no gain in quality.")
+        str,
+        typer.Option(show_default=False, help="Reason; recorded in the ledger. Required if the gate found no gain in quality."),
     ] = "",
-    overrule: Annotated[bool, typer.Option("--overrule", help="Although the gate did not let it through.")] = False,
+    overrule: Annotated[
+        bool, typer.Option("--overrule", help="Promote it although the gate did not pass it; needs a reason.")
+    ] = False,
     accept_worse: Annotated[
         bool,
-        typer.Option("--accept-worse", help="Although the gate found it worse, by less than the margin; needs a reason too."),
+        typer.Option("--accept-worse", help="Promote it although it is worse, by less than the margin; needs a reason."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a version champion: an entry in the ledger, and MLflow's alias.
+    """Make a version the champion.
 
-    Of two promotions from the same champion at the same moment one wins, and the other is told.
+    Adds an entry to the ledger and moves MLflow's alias. If two people promote at the same moment, one succeeds and the other gets an
+    error.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -54,14 +58,15 @@ def promote(
 def rollback(
     subject: SubjectName,
     to: Annotated[
-        int | None, typer.Option("--to", min=1, show_default=False, help="An earlier champion; the one before by default.")
+        int | None,
+        typer.Option("--to", min=1, show_default=False, help="Version to return to; the previous champion by default."),
     ] = None,
-    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "taken back by hand",
+    reason: Annotated[str, typer.Option(help="Reason; recorded in the ledger.")] = "taken back by hand",
     as_json: Json = False,
 ) -> None:
-    """Make an earlier champion champion again; it must have passed the gate in its time. Devices follow once it is released.
+    """Roll back to an earlier champion that passed the gate.
 
-    Called twice, it goes back twice.
+    Devices follow after `ferry release`. Each call goes one champion further back.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -77,13 +82,18 @@ def rollback(
 
 
 def approve(
-    subject: Annotated[str, typer.Argument(metavar="[SUBJECT]", help="What waits; without it, all that waits is listed.")] = "",
+    subject: Annotated[
+        str, typer.Argument(metavar="[SUBJECT]", help="LINE/CONFIG/VARIANT; without it, all waiting versions are listed.")
+    ] = "",
     version: Annotated[int | None, typer.Argument(min=1, metavar="[VERSION]", help="Version in MLflow.")] = None,
-    reason: Annotated[str, typer.Option(help="Why; recorded in the ledger.")] = "",
-    refuse: Annotated[bool, typer.Option("--refuse", help="Do not promote it, and do not ask about it again.")] = False,
+    reason: Annotated[str, typer.Option(help="Reason; recorded in the ledger.")] = "",
+    refuse: Annotated[bool, typer.Option("--refuse", help="Refuse it; it is not asked about again.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Promote a version that waits for a person (require_approval in ferry.toml), or refuse it. Your user name is recorded."""
+    """Approve or refuse a version that waits for a person.
+
+    Versions wait if ferry.toml says require_approval = true. Your user name is recorded.
+    """
     with reported_errors():
         workspace = open_workspace()
         from registry import champions as rules
@@ -111,9 +121,10 @@ def approve(
 
 
 def reconcile(as_json: Json = False) -> None:
-    """Settle where MLflow's champion aliases differ from the ledger; `ferry serve` does so all the time.
+    """Bring MLflow's champion aliases in line with the ledger.
 
-    An alias that somebody set in MLflow is a wish: it is recorded if the gate let that version through, else put back.
+    An alias set by hand in MLflow is treated as a promotion request: it is recorded if the version passed the gate, and otherwise put
+    back. `ferry serve` does this all the time.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -130,9 +141,10 @@ def reconcile(as_json: Json = False) -> None:
 
 
 def seal(as_json: Json = False) -> None:
-    """Record the hashes of versions that an older ferry registered, as MLflow has their files now, and say what vouches for them.
+    """Record the hashes of versions from an older ferry.
 
-    Only what is sealed is trained from, compared with and released. What the gate judges from now on is sealed by itself.
+    It hashes the files that MLflow has now and says what confirms them. Only sealed versions are trained from, compared with and
+    released. New versions are sealed automatically.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -145,11 +157,11 @@ def seal(as_json: Json = False) -> None:
 
 
 def history(
-    subject: Annotated[str, typer.Argument(help="Only this subject, such as surfaces/I/full.")] = "",
-    verify: Annotated[bool, typer.Option("--verify", help="Say what was checked instead of listing it; for an auditor.")] = False,
+    subject: Annotated[str, typer.Argument(help="Only this model, such as surfaces/I/full.")] = "",
+    verify: Annotated[bool, typer.Option("--verify", help="Report what was checked instead of listing decisions.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the ledger, after checking that nobody changed it."""
+    """Check the ledger and list its decisions."""
     with reported_errors():
         workspace = open_workspace()
         from flows.policies import check_ledger
@@ -204,7 +216,7 @@ def _plain(entry: Entry) -> dict[str, Any]:
 
 
 def _next(workspace: Workspace, subject: str) -> str:
-    """Say how the champion gets to devices; what is wrong with the repository must not make a promotion look undone."""
+    """Say how the champion gets to devices; an error in the repository is only named, because the promotion is done."""
     from flows import policies
     from ota.errors import OtaError
 

@@ -15,7 +15,10 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; report.html by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the one-page report: quality, time, energy, bytes and cost beside a cloud, what changed, how to go back."""
+    """Write the one-page report on quality, cost and changes.
+
+    It shows quality, time, energy, bytes, the cost compared with a cloud, and how to roll back.
+    """
     with reported_errors():
         workspace = open_workspace()
         from flows.report import write
@@ -28,21 +31,22 @@ def report(
 def rate(
     subject: Annotated[str, typer.Argument(help="LINE/CONFIG/VARIANT, such as surfaces/I/full.")],
     version: Annotated[
-        int | None, typer.Argument(min=1, help="Version to judge; the newest by default that is not champion.")
+        int | None, typer.Argument(min=1, help="Version to rate; the newest one that is not champion by default.")
     ] = None,
     against: Annotated[int | None, typer.Option(min=1, help="Version to compare with; the champion by default.")] = None,
     pairs: Annotated[int, typer.Option(min=1, max=500, help="Pairs of images on the sheet.")] = 40,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Show the sheet on this machine until interrupted, and keep the answers.")
+        bool, typer.Option("--serve", help="Show the sheet on this machine until interrupted, and save the answers.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Of --serve; 0 takes a free one.")] = 0,
-    answers: Annotated[list[Path] | None, typer.Option(help="Files that raters sent back; may be given several times.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port for --serve; 0 chooses a free one.")] = 0,
+    answers: Annotated[list[Path] | None, typer.Option(help="File that a rater sent back; repeat for several files.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask people, blind, which of two versions draws the better image of the same caption and seed.
+    """Let people compare the images of two versions blind.
 
-    Writes a page to send to raters; what it saves comes back with --answers. With --serve it is shown on this machine instead. Every
-    finished sheet is an entry of the ledger; what all of them come to is told in the end, and on the report.
+    Writes a page with pairs of images of the same caption and seed. Send it to raters; read the files that they send back with
+    --answers. --serve shows the page on this machine instead. Each finished sheet becomes an entry of the ledger. The combined result is
+    printed at the end and shown in the report.
     """
     with reported_errors():
         workspace = open_workspace()

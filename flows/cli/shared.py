@@ -1,4 +1,4 @@
-"""What every command of `ferry` is made with: its options, its answer, and one sentence for each error."""
+"""What all commands of `ferry` share: common options, the printed answer, and one sentence for each error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 
 class Options:
-    """What was given before the command."""
+    """Options that were given before the command."""
 
     workspace = Path()
     debug = False
@@ -31,7 +31,7 @@ class Options:
 
 
 def open_workspace() -> Workspace:
-    """The workspace that --workspace names, or the present folder."""
+    """Open the workspace that --workspace names; by default, the present folder."""
     from flows.workspace import Workspace
 
     return Workspace(Options.workspace)
@@ -56,7 +56,7 @@ def answer(as_json: bool, value: dict[str, Any], text: str) -> None:
 
 @contextmanager
 def reported_errors(after_interrupt: str = "repeat the command to go on") -> Iterator[None]:
-    """Turn our own exceptions into one sentence and an exit code; others are faults and keep their traceback.
+    """Turn expected errors into one sentence and an exit code; others are faults of ferry and keep their traceback.
 
     Args:
         after_interrupt: what to do after Ctrl-C.
@@ -84,13 +84,13 @@ def reported_errors(after_interrupt: str = "repeat the command to go on") -> Ite
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether Prefect's server wants other credentials."""
+    """Check whether Prefect's server refused the credentials."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return type(error).__module__.startswith(("httpx", "prefect")) and status in (401, 403)
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether Prefect's client did not reach its server; it says so by a bare RuntimeError, or by httpx's errors."""
+    """Check whether Prefect's client did not reach its server; then it raises a bare RuntimeError, or an error of httpx."""
     return "Failed to reach API" in str(error) or type(error).__module__.startswith(("httpx", "httpcore"))
 
 
@@ -108,5 +108,5 @@ def _exit_code(error: BaseException) -> int:
 
 def fail(message: str, code: int) -> NoReturn:
     """Say what went wrong in one line, and end with a code."""
-    typer.echo(f"ferry: {printable(message)}", err=True)  # it may quote a stranger: a tag in MLflow, a device's report
+    typer.echo(f"ferry: {printable(message)}", err=True)  # it may quote untrusted text: a tag in MLflow, a device's report
     raise typer.Exit(code)

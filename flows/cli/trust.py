@@ -17,13 +17,13 @@ Signers = Annotated[
         "--signer",
         metavar="ROLE=URI",
         show_default=False,
-        help="A key that is somewhere else (file2:, hsm:, awskms:, gcpkms:, … as securesystemslib writes it), in place of a new file.",
+        help="An existing key in place of a new file: a securesystemslib URI such as file2:, hsm:, awskms: or gcpkms:.",
     ),
 ]
 Public = Annotated[
     list[str] | None,
     typer.Option(
-        "--public", metavar="ROLE=FILE", show_default=False, help="Its public half as PEM, where the URI does not tell it."
+        "--public", metavar="ROLE=FILE", show_default=False, help="Public key of a --signer as PEM, if its URI does not give it."
     ),
 ]
 Offline = Annotated[
@@ -36,9 +36,9 @@ Offline = Annotated[
 
 @trust_app.command("init")
 def trust_init(offline: Offline = None, signer: Signers = None, public: Public = None, as_json: Json = False) -> None:
-    """Make keys and the first signed metadata, in a workspace that has none; `ferry init` does the same with files only.
+    """Create keys and the first signed metadata.
 
-    Keys that are there are never overwritten.
+    Use it instead of the keys that `ferry init` creates as files. Existing keys are never overwritten.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -51,7 +51,10 @@ def trust_init(offline: Offline = None, signer: Signers = None, public: Public =
 
 @trust_app.command("refresh")
 def trust_refresh(as_json: Json = False) -> None:
-    """Sign snapshot and timestamp anew and publish them, so that devices do not find expired metadata. Run it daily."""
+    """Renew snapshot and timestamp signatures; run it daily.
+
+    It publishes them, so that devices never find expired metadata.
+    """
     with reported_errors():
         workspace = open_workspace()
         from flows import policies
@@ -66,10 +69,10 @@ def trust_refresh(as_json: Json = False) -> None:
 
 @trust_app.command("renew")
 def trust_renew(
-    roles: Annotated[list[str] | None, typer.Argument(help="Of root, targets (both need keys/offline), models, deltas.")] = None,
+    roles: Annotated[list[str] | None, typer.Argument(help="root and targets (both need keys/offline), models, deltas.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Sign roles anew before their signatures end; models and deltas unless others are named."""
+    """Renew the signatures of roles; models and deltas by default."""
     with reported_errors():
         workspace = open_workspace()
         from flows import policies
@@ -86,10 +89,13 @@ def trust_renew(
 
 @trust_app.command("status")
 def trust_status(
-    check: Annotated[bool, typer.Option("--check", help="End with code 7 where there is an ALARM; for a cron job.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with code 7 if there is an ALARM; for a cron job.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show each role's version, keys and expiry; an ALARM where more than half of a signature's life is gone."""
+    """Show each role's version, keys and expiry.
+
+    It shows ALARM if a signature is past half of its lifetime.
+    """
     with reported_errors():
         workspace = open_workspace()
         from flows import trust
@@ -103,30 +109,32 @@ def trust_status(
 @trust_app.command("rotate")
 def trust_rotate(
     roles: Annotated[
-        list[str], typer.Argument(help="Of root, targets, models, deltas, rollout, snapshot, timestamp; or ledger, alone.")
+        list[str], typer.Argument(help="root, targets, models, deltas, rollout, snapshot, timestamp; or ledger alone.")
     ],
     lost: Annotated[
-        list[str] | None, typer.Option(metavar="KEYID", show_default=False, help="A key to take out; may be given several times.")
+        list[str] | None, typer.Option(metavar="KEYID", show_default=False, help="A lost key to remove; repeat for several keys.")
     ] = None,
     stolen: Annotated[
-        list[str] | None, typer.Option(metavar="KEYID", show_default=False, help="The same, of a key that somebody else has.")
+        list[str] | None,
+        typer.Option(metavar="KEYID", show_default=False, help="A stolen key to remove; repeat for several keys."),
     ] = None,
     new: Annotated[
-        int | None, typer.Option("--new", min=0, show_default=False, help="New keys for each role; as many as go by default.")
+        int | None,
+        typer.Option("--new", min=0, show_default=False, help="Number of new keys per role; as many as are removed by default."),
     ] = None,
     signer: Signers = None,
     public: Public = None,
     offline: Offline = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", show_default=False, help="Where it waits for `trust sign`, if too few offline keys are here."),
+        typer.Option("--out", show_default=False, help="File for `trust sign`, if too few offline keys are on this machine."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Replace keys, sign anew all that they had signed, and publish it; devices follow by themselves.
+    """Replace keys, renew what they signed, and publish it.
 
-    Of a role of which no key is named, all go. Keys of models, deltas and rollout are replaced by targets, the others by root; both
-    need their offline keys. After a theft of online keys, name all of them in one call.
+    Devices follow automatically. If you name no key of a role, all its keys are replaced. targets replaces the keys of models, deltas
+    and rollout; root replaces the others. Both need their offline keys. After a theft of online keys, name all of them in one call.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -140,21 +148,26 @@ def trust_rotate(
 
 @trust_app.command("sign")
 def trust_sign(
-    what: Annotated[str, typer.Argument(metavar="ROLE|FILE", help="Root, targets, models or deltas; or a file that waits.")],
+    what: Annotated[
+        str, typer.Argument(metavar="ROLE|FILE", help="root, targets, models or deltas; or a FILE that waits for signatures.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", show_default=False, help="Of a ROLE: where its new metadata wait for signatures.")
+        Path | None,
+        typer.Option("--out", show_default=False, help="With a ROLE: file for its new metadata, which waits for signatures."),
     ] = None,
     key: Annotated[
         list[str] | None,
-        typer.Option("--key", metavar="URI", show_default=False, help="Of a FILE: sign with this key. No workspace is needed."),
+        typer.Option("--key", metavar="URI", show_default=False, help="With a FILE: sign with this key. No workspace is needed."),
     ] = None,
-    publish: Annotated[bool, typer.Option("--publish", help="Of a FILE: put it in force, once it has its signatures.")] = False,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="With a FILE: put it into force when it has its signatures.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Collect the signatures of keys that lie on other machines or media, one by one.
+    """Collect signatures of keys on other machines, one by one.
 
-    A ROLE with --out begins, or `trust rotate --out`; the FILE goes to each key; with --publish, back in the workspace, it counts.
-    Without options a FILE says what it waits for.
+    `sign ROLE --out FILE` starts it, as `trust rotate --out` does. Sign the FILE on each key's machine with --key. `sign FILE --publish`
+    in the workspace puts it into force. Without options it shows what the FILE waits for.
     """
     with reported_errors():
         from flows import trust
@@ -178,11 +191,14 @@ def trust_sign(
 
 @trust_app.command("floor")
 def trust_floor(
-    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE where it has one class.")],
-    number: Annotated[int, typer.Argument(min=1, metavar="RELEASE", help="The lowest release that may still be installed.")],
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE if it has one class.")],
+    number: Annotated[int, typer.Argument(min=1, metavar="RELEASE", help="Lowest release number that devices may install.")],
     as_json: Json = False,
 ) -> None:
-    """Let no device install a release with a lower number any more, whatever a rollout says; the models key signs it."""
+    """Set the lowest release number that devices may install.
+
+    It overrides every rollout. The models key signs it.
+    """
     with reported_errors():
         workspace = open_workspace()
         from flows import policies

@@ -30,11 +30,11 @@ from ota.agent import rules
 from ota.agent.state import Config, Home, OwnerError, Rest
 from ota.errors import DeviceError, GateError, OperatorError, OtaError, RepositoryError, TransferError, own_errors, printable
 
-ABOUT = """Keep the model of this device fresh: verify, apply, try out and, if need be, take back updates.
+ABOUT = """Keep this device's model up to date: verify, apply and try updates, and roll them back if necessary.
 
-Exit codes: 0 done, or nothing to do · 1 a fault of the agent itself · 2 wrong usage · 3 this device cannot (disk, state,
-software, name given) · 4 the repository, or the place of reports, cannot be reached, try later · 5 what is published does
-not hold and was not installed · 6 the new bundle was tried on this device and refused.
+Exit codes: 0 success, or nothing to do · 1 internal error · 2 wrong usage · 3 this device cannot do it (disk, state, software,
+name) · 4 the repository or the folder of reports cannot be reached, try later · 5 the published update failed verification;
+nothing was installed · 6 the new bundle failed its trial on this device and was refused.
 """
 
 DEFAULT_DIR = Path("/var/lib/deltaferry")
@@ -85,47 +85,47 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--class", dest="device_class", required=True, metavar="CLASS", help="device class, as the factory calls it"
     )
+    made.add_argument("--repository", required=True, metavar="PLACE", help="published repository: http(s) address or folder")
     made.add_argument(
-        "--repository", required=True, metavar="PLACE", help="where releases are published: http(s) address or folder"
+        "--root", type=Path, required=True, metavar="FILE", help="trust anchor: the repository's root.json, copied by hand"
     )
     made.add_argument(
-        "--root", type=Path, required=True, metavar="FILE", help="trust anchor: the repository's first root.json, brought by hand"
+        "--root-sha256", required=True, metavar="HEX", help="sha256 of FILE, from another channel (never trust on first use)"
     )
+    made.add_argument("--reports", default="", metavar="FOLDER", help="folder for reports; the agent never creates it")
+    made.add_argument("--window", default="", metavar="HOURS", help="UTC hours in which it may switch, such as 22:00-05:00")
     made.add_argument(
-        "--root-sha256", required=True, metavar="HEX", help="its sha256, told over another way (never trusted on first use)"
+        "--prefer", default="default", help="choice of the variant: default, quality, latency or energy (%(default)s)"
     )
-    made.add_argument("--reports", default="", metavar="FOLDER", help="folder in which reports are left; it is never made here")
-    made.add_argument("--window", default="", metavar="HOURS", help="hours of UTC in which it may switch, as 22:00-05:00")
-    made.add_argument(
-        "--prefer", default="default", help="which variant draws: default, quality, latency or energy (%(default)s)"
-    )
-    made.add_argument("--latency-ms", type=float, metavar="N", help="budget of milliseconds for one image")
-    made.add_argument("--joules", type=float, metavar="N", help="budget of joules for one image")
-    made.add_argument("--safe", metavar="VARIANT", help="variant for when routes have strayed; the cheapest if not given")
+    made.add_argument("--latency-ms", type=float, metavar="N", help="time budget for one image, in milliseconds")
+    made.add_argument("--joules", type=float, metavar="N", help="energy budget for one image, in joules")
+    made.add_argument("--safe", metavar="VARIANT", help="variant to use after a routing shift; the cheapest by default")
     made.add_argument(
         "--watts",
         default="",
         metavar="IDLE,CORE",
-        help="what the device takes at rest, and a busy core besides, if it has no sensor",
+        help="power at rest, and of one busy core in addition, if there is no sensor",
     )
 
     made = command(update)
-    made.add_argument("--check", action="store_true", help="only say what would be done")
+    made.add_argument("--check", action="store_true", help="only print what would be done")
 
     command(status)
 
     made = command(generate)
-    made.add_argument("caption", nargs="?", default="", metavar="CAPTION", help="what to draw; empty for anything")
+    made.add_argument("caption", nargs="?", default="", metavar="CAPTION", help="caption to draw; empty for any image")
     made.add_argument(
         "-o", "--output", type=Path, default=Path("image.png"), metavar="FILE", help="PNG file to write (%(default)s)"
     )
-    made.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="same seed, same image (%(default)s)")
-    made.add_argument("--variant", default="", help="full, dev or fast; the bundle's default when not given")
+    made.add_argument(
+        "--seed", type=_at_least(0), default=0, metavar="N", help="seed; the same seed gives the same image (%(default)s)"
+    )
+    made.add_argument("--variant", default="", help="full, dev or fast; the bundle's default by default")
 
     command(rollback)
 
     made = command(forget)
-    made.add_argument("bundle", metavar="HASH", help="its hash, or the digits of it that `ferry-agent status` shows")
+    made.add_argument("bundle", metavar="HASH", help="hash of the bundle, or its first digits as `ferry-agent status` shows them")
 
     command(report)
 
@@ -135,17 +135,17 @@ def parser() -> argparse.ArgumentParser:
         type=_at_least(10, 30 * 86_400),
         default=3600,
         metavar="N",
-        help="seconds between two looks; each device varies them (%(default)s)",
+        help="seconds between two checks; each device varies them (%(default)s)",
     )
-    made.add_argument("--now", action="store_true", help="look at once, not within some minutes")
+    made.add_argument("--now", action="store_true", help="check at once, not after a few minutes")
 
     made = command(serve, answers=False)
     made.add_argument(
         "--socket", type=Path, default=DEFAULT_SOCKET, metavar="FILE",
-        help="Unix socket to listen on, for its owner and group (%(default)s)",
+        help="Unix socket to listen on, for owner and group (%(default)s)",
     )  # fmt: skip
     made.add_argument("--group", default="", help="group that may use the socket")
-    made.add_argument("--port", type=_at_least(0, 65535), metavar="N", help="a port of the loopback instead of a socket")
+    made.add_argument("--port", type=_at_least(0, 65535), metavar="N", help="loopback port to listen on instead of a socket")
 
     made = command(bench)
     made.add_argument(
@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"images to draw with each variant, {rules.LEAST_IMAGES} to {rules.MOST_IMAGES} (%(default)s)",
     )
-    made.add_argument("--no-joules", dest="joules", action="store_false", help="do not measure joules, which takes minutes")
+    made.add_argument("--no-joules", dest="joules", action="store_false", help="do not measure energy, which takes minutes")
 
     made = command(doctor)
     made.add_argument("--no-draw", dest="draw", action="store_false", help="do not draw an image with each variant")
@@ -178,9 +178,9 @@ def _at_least(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def init(given: Arguments) -> None:
-    """Set this device up: who it is, where it looks, whom it trusts. Prints the public key to enroll.
+    """Set up this device: identity, repository, trust anchor.
 
-    Run again, it changes the addresses and the window, and keeps what is installed.
+    It prints the public key to enroll. Run it again to change addresses or the window; what is installed stays.
     """
     from ota.agent import reports as report_queue
     from ota.agent.transport import Folder, bare, connect
@@ -225,7 +225,7 @@ def init(given: Arguments) -> None:
 
 
 def update(given: Arguments) -> None:
-    """Bring this device to the release that the signed policy wants of it."""
+    """Install the release that the signed policy selects for this device."""
     from ota.agent import updater
 
     home = Home(given.dir)
@@ -239,7 +239,7 @@ def update(given: Arguments) -> None:
 
 
 def status(given: Arguments) -> None:
-    """Say what runs; every file of it is hashed again."""
+    """Show what runs, and verify every file of it again."""
     from ota.agent import updater
 
     found = updater.status(Home(given.dir))
@@ -273,7 +273,7 @@ def generate(given: Arguments) -> None:
 
 
 def rollback(given: Arguments) -> None:
-    """Roll back to the bundle before; the present one is refused until it is forgotten."""
+    """Roll back to the previous bundle, and refuse the current one."""
     from ota.agent import updater
 
     home = Home(given.dir)
@@ -288,7 +288,7 @@ def rollback(given: Arguments) -> None:
 
 
 def forget(given: Arguments) -> None:
-    """Forget that a bundle was refused; the next update tries it again if it is still offered."""
+    """Lift the refusal of a bundle, so that an update may try it again."""
     from ota.agent import updater
 
     home = Home(given.dir)
@@ -302,7 +302,7 @@ def forget(given: Arguments) -> None:
 
 
 def report(given: Arguments) -> None:
-    """Deliver reports that are still waiting; exit code 4 if some cannot be delivered."""
+    """Deliver waiting reports; exit code 4 if some cannot be delivered."""
     from ota.agent import reports
 
     home = Home(given.dir)
@@ -317,7 +317,7 @@ def report(given: Arguments) -> None:
 
 
 def run(given: Arguments) -> None:
-    """Look for updates from time to time, until stopped. May be killed at any moment."""
+    """Check for updates regularly, until stopped; safe to kill."""
     from ota.agent import poll
     from ota.agent.updater import Outcome
 
@@ -333,7 +333,10 @@ def run(given: Arguments) -> None:
 
 
 def serve(given: Arguments) -> None:
-    """Draw for other programs on this device: POST /generate, GET /status. Goes on while updates are at work."""
+    """Serve images to other programs: POST /generate, GET /status.
+
+    It goes on during updates.
+    """
     from ota.agent import serve as endpoint
 
     home = Home(given.dir)
@@ -351,7 +354,7 @@ def serve(given: Arguments) -> None:
 
 
 def bench(given: Arguments) -> None:
-    """Measure what an image costs here: time, memory, joules with their source or none."""
+    """Measure an image here: time, memory, and energy with its source."""
     from ota.agent import bench as measuring
 
     found = measuring.run(Home(given.dir), given.images, given.joules, (lambda _: None) if given.quiet else _tell)
@@ -359,7 +362,10 @@ def bench(given: Arguments) -> None:
 
 
 def doctor(given: Arguments) -> int:
-    """Say whether this device is fit to run, to update and to report, and what to do if not; exit code 3 if it is not."""
+    """Check that this device can run, update and report.
+
+    It says what to do about each problem. Exit code 3 if there is one.
+    """
     from ota.agent import doctor as looks
 
     found = looks.examine(Home(given.dir), given.draw)
@@ -507,7 +513,7 @@ def call(words: list[str]) -> int:
 
 
 def main() -> None:
-    """Run the program: the entry point."""
+    """Run the command `ferry-agent`."""
     os.umask(0o077)
     for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:  # it was closed: otherwise the next file that we open would receive the output

@@ -23,6 +23,8 @@ LONGEST_REST = 7 * 86_400
 LEAST_IMAGES = 20  # of a benchmark; fewer give no 95th percentile
 MOST_IMAGES = 10_000
 MEMORY_LIMIT = 1024  # MiB that trying or running a bundle may take at its peak
+MEASURED = {"mean": "mean brightness", "deviation": "contrast", "edges": "edge strength"}
+"""Names of the statistics of images, for people."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def resting(found: Rest) -> str:
     """Say until when a bundle waits for its next trial, and how to end the wait."""
     until = datetime.fromtimestamp(found.until, UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
-        f"{found.bundle[:12]} is tried again after {until}: its trying gave no answer; `ferry-agent forget {found.bundle[:12]}` "
+        f"{found.bundle[:12]} is tried again after {until}: its trial never finished; `ferry-agent forget {found.bundle[:12]}` "
         "has it tried at once"
     )
 
@@ -303,5 +305,6 @@ def unlike(statistics: Sequence[tuple[str, float]], reference: Reference, whose:
             continue
         width = max(expected.high - expected.low, STATISTIC_FLOOR)
         if not expected.low - width <= value <= expected.high + width:
-            reasons.append(f"the images' {name} is {value:.2f}, {whose} lies between {expected.low:.2f} and {expected.high:.2f}")
+            said = f"the images' {MEASURED[name]} is {value:.2f}"
+            reasons.append(f"{said}; {whose} range is {expected.low:.2f} to {expected.high:.2f}")
     return reasons

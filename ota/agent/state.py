@@ -96,7 +96,7 @@ class State(Document):
     previous_seq: int = Field(default=0, ge=0)
     trial: Trial | None = None
     refused: dict[str, str] = Field(default_factory=dict, description="bundle → why this device will not have it")
-    tries: dict[str, int] = Field(default_factory=dict, description="bundle → times its trying began and gave no answer")
+    tries: dict[str, int] = Field(default_factory=dict, description="bundle → times its trial started and never finished")
 
     def refusing(self, digest: str, why: str) -> dict[str, str]:
         """Return `refused` with one more bundle; beyond `MAX_REFUSED` the oldest is dropped.

@@ -426,7 +426,7 @@ def _resting(home: Home, plan: _Plan) -> str:
     if rest is None or (rest.bundle, rest.tries) != (digest, tries):
         if tries < MAX_TRIES:
             return ""
-        told = f"not condemned, it only rests: its trying began {tries} times and gave no answer; it is tried again in {length // 3600} h"
+        told = f"not refused, it only waits: its trial started {tries} times and never finished; it is tried again in {length // 3600} h"
         reports.queue(home, "refused", digest, told)
         reports.send(home)
         rest = _rest(home, digest, tries, now + length)
@@ -434,7 +434,7 @@ def _resting(home: Home, plan: _Plan) -> str:
         rest = _rest(home, digest, tries, now + length)
     if rest.until <= now:
         return ""
-    why = f"its trying began {tries} times and gave no answer" if tries >= MAX_TRIES else "its trying did not end in time"
+    why = f"its trial started {tries} times and never finished" if tries >= MAX_TRIES else "its trial did not finish in time"
     return (
         f"release {plan.policy.seq} rests for {(rest.until - now + 59) // 60} more minutes, {why}; mend what this device lacks, "
         f"then run `ferry-agent forget {digest[:12]}` to have it tried at once"

@@ -105,6 +105,4 @@ def routing_shift(loads: Sequence[Sequence[Sequence[float]]], reference: Sequenc
             worst, where = moved, block
     if worst <= ROUTE_LIMIT:
         return None
-    return (
-        f"{100 * worst:.0f} % of block {where}'s load lies with other experts than in the factory, {100 * ROUTE_LIMIT:.0f} % may"
-    )
+    return f"block {where} sends {100 * worst:.0f} % of its load to other experts than at the factory (limit {100 * ROUTE_LIMIT:.0f} %)"

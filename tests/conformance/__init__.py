@@ -1,1 +1,1 @@
-"""What the TUF conformance suite drives; `make conformance TUF_CONFORMANCE=checkout` runs it."""
+"""The client that the TUF conformance suite tests; `make conformance TUF_CONFORMANCE=checkout` runs the suite."""

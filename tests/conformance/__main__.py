@@ -1,6 +1,7 @@
-"""`make conformance TUF_CONFORMANCE=checkout`: run the suite against `tuf_cli`, in a virtual environment of its own beside the checkout.
+"""`make conformance TUF_CONFORMANCE=checkout`: run the suite against `tuf_cli`, in a virtual environment of its own.
 
-The suite pins another python-tuf than we do, so it cannot live in ours. Without a checkout nothing is run, and this says so.
+The environment is build/conformance/venv. The suite pins another python-tuf than we do, so it cannot run in our environment.
+Without a checkout, nothing is run and a message says so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ BUILD = ROOT / "build" / "conformance"
 
 
 def main() -> int:
-    """The suite's own exit code."""
+    """Run the suite, and return its exit code; without a checkout, return 0."""
     checkout = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 and sys.argv[1] else None
     if checkout is None or not (checkout / "tuf_conformance").is_dir():
         sys.stdout.write("skipped: there is no checkout of theupdateframework/tuf-conformance; name one with TUF_CONFORMANCE=\n")
@@ -38,7 +39,7 @@ def main() -> int:
         "-m",
         "pytest",
         "-q",
-        "-c",  # else it may find our settings, for the entry point lies below them
+        "-c",  # otherwise it may find our settings, because the entry point lies below our root
         checkout / "pyproject.toml",
         "tuf_conformance",
         "--entrypoint",

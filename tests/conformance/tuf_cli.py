@@ -1,7 +1,7 @@
-"""The agent's own metadata layer as the command line that the TUF conformance suite drives (its CLIENT-CLI.md).
+"""The agent's own metadata layer as the command line that the TUF conformance suite calls (its CLIENT-CLI.md).
 
-All that is decided is decided by `ota.agent.trust`, marks and limits included; this only tells it where the suite's repository lies, which has no
-folders of its own for metadata and targets, and leaves the trusted files where the suite looks for them.
+`ota.agent.trust` decides everything, also about marks and limits. This module only maps our folders `metadata` and `targets` to
+the suite's repository, which does not have them, and keeps the trusted files where the suite looks for them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ota.agent.trust import LIMITS, Trust
 from ota.agent.updater import FETCH_SECONDS
 from ota.errors import OtaError
 
-LIMITS.max_delegations = 8  # no role of ours delegates further, so the agent allows none; the suite has trees of roles
+LIMITS.max_delegations = 8  # our delegated roles delegate no further, so the agent forbids it; the suite has trees of roles
 
 
 class Suite:
-    """The suite's repository as ours is laid out: `metadata/…` and `targets/…`."""
+    """The suite's repository with the layout of ours: `metadata/…` and `targets/…`."""
 
     def __init__(self, metadata: str, targets: str) -> None:
         self._places = {"metadata": Web(metadata), "targets": Web(targets)}
@@ -41,17 +41,17 @@ class Suite:
     def read(self, name: str, offset: int = 0, deadline: Deadline | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
         kind, _, rest = name.partition("/")
-        # python-tuf has quoted the names of roles; a target without a folder has an empty one with us.
+        # python-tuf has quoted the names of roles already. In our layout, a target without a folder has an empty folder name.
         return self._places[kind].read(rest if kind == "metadata" else quote(rest.lstrip("/")), offset, deadline)
 
 
 def home_of(folder: Path) -> Home:
-    """An agent's directory beside the suite's folder, which takes the place of its metadata cache."""
+    """Return the agent's home beside the suite's folder; the suite's folder is used as its metadata cache."""
     return Home(folder.with_name(f"{folder.name}.agent"))
 
 
 def init(folder: Path, root: Path) -> None:
-    """Set an agent up that trusts this root."""
+    """Set up an agent that trusts this root."""
     home, data = home_of(folder), root.read_bytes()
     home.disk.make_folder("slots")
     (home.root / "metadata").symlink_to(folder, target_is_directory=True)
@@ -64,10 +64,10 @@ def init(folder: Path, root: Path) -> None:
 
 
 def fetch(home: Home, trust: Trust, transport: Transport, names: list[str], into: Path) -> None:
-    """Download targets one after the other, those that are not there yet.
+    """Download the targets that are not there yet, one after another.
 
     Raises:
-        OtaError: one is not signed, or does not arrive as it was signed.
+        OtaError: a target is not signed, or what arrives is not what was signed.
     """
     for name in names:
         target = trust.target(name)
@@ -86,7 +86,7 @@ def fetch(home: Home, trust: Trust, transport: Transport, names: list[str], into
 
 
 def main() -> int:
-    """Entry point; exit code 1 when anything was refused."""
+    """Run one command of the suite; return exit code 1 if anything was refused, otherwise 0."""
     parser = argparse.ArgumentParser()
     for option in ("--metadata-url", "--metadata-dir", "--target-dir", "--target-base-url"):
         parser.add_argument(option, default="")
