@@ -63,5 +63,5 @@ def decision(subject: Subject, number: int, made: Decision, samples: Path) -> No
 
 
 def _key(text: str) -> str:
-    """Turn a text into a key of Prefect's: only lower-case letters, digits and dashes."""
+    """Turn a text into a key for Prefect, which takes only lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -282,7 +282,7 @@ def _why(workspace: Workspace, champion: Seal) -> str:
 
 
 def _refused(workspace: Workspace, champion: Seal) -> str | None:
-    """Return what the gate said of a champion that it had refused; None: it never was promoted by overruling the gate."""
+    """Return what the gate said of a champion whose promotions all overruled the gate; None: at least one of them did not."""
     subject = Subject.parse(champion.subject)
     made = [e for e in promotions(workspace, subject) if e.facts["version"] == champion.version]
     said = judged(workspace, subject).get(champion.version)

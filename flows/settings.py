@@ -186,7 +186,7 @@ class Line(Section):
         return self
 
     def config(self, configuration: ConfigurationName) -> ModelConfig:
-        """Return the settings of the network for a configuration."""
+        """Return the network's `ModelConfig` for a configuration."""
         return ModelConfig(
             tier=self.tier, configuration=configuration, image_size=self.image_size, channels=self.channels,
             text_length=self.text_length, router=self.router,

@@ -15,17 +15,17 @@ PACKAGES = ("model", "registry", "ota", "flows", "tests")
 # Verbs in use, in the imperative. A word that is missing here is added, if it is a verb where it stands.
 VERBS = frozenset(
     """
-    Accept Add Allow Apply Ask Assign Average Boot Bring Build Cache Call Change Check Choose Clip Close Collect Combine
-    Commit Compare Complete Compress Compute Condemn Convert Copy Count Cover Create Cut Damage Darken Deal Decide Decode
-    Decompress Define Delete Deliver Derive Describe Detect Distil Divide Do Download Draw Drop Encode End Enlarge Enrol
-    Estimate Evaluate Export Fail Fetch Fill Find Finish Fire Fit Follow Forecast Forget Format Generate Give Group Halt Hang
-    Hash Hide Hold Ignore Install Integrate Join Judge Keep Kill Leave Let Link List Listen Load Lock Log Look Lose Make Map
+    Accept Add Allow Apply Approve Ask Assign Average Boot Bring Build Cache Call Change Check Choose Clip Close Collect
+    Combine Commit Compare Complete Compress Compute Condemn Convert Copy Count Cover Create Cut Damage Darken Deal Decide
+    Decode Decompress Define Delete Deliver Derive Describe Detect Distil Divide Do Download Draw Drop Encode End Enlarge
+    Enrol Estimate Evaluate Export Fail Fetch Fill Find Finish Fit Follow Forecast Forget Format Generate Give Group Halt Hash
+    Hide Hold Ignore Install Integrate Join Judge Keep Kill Leave Let Lift Link List Listen Load Lock Log Look Lose Make Map
     Mark Match Measure Move Multiply Name Normalise Note Offer Open Order Overwrite Pack Parse Pass Plan Play Plot Point Poll
-    Predict Prepare Print Promote Protect Provide Publish Pull Put Quantise Read Rebuild Receive Record Refuse Register
-    Release Remember Remove Rename Render Renumber Repeat Replace Report Reset Resolve Restore Retrain Retry Return Roll
-    Rotate Round Run Say Seal See Seed Select Send Serialise Serve Set Shorten Show Sign Simulate Skip Split Start Stop Store
-    Subtract Sum Summarise Suspend Take Tell Test Train Transform Translate Treat Try Turn Undo Unpack Update Upload Verify
-    Wait Walk Weigh Wrap Write Yield
+    Predict Prepare Print Promote Protect Provide Publish Put Quantise Read Rebuild Receive Record Refuse Register Release
+    Remove Rename Render Renew Renumber Repeat Replace Report Reset Resolve Restore Retrain Retry Return Roll Rotate Round Run
+    Say Seal See Seed Select Send Serialise Serve Set Shorten Show Sign Simulate Skip Split Start Stop Store Subtract Sum
+    Summarise Suspend Take Tell Test Trace Train Transform Translate Treat Try Turn Undo Unpack Update Upload Verify Wait Walk
+    Weigh Wrap Write Yield
     """.split()  # noqa: SIM905 - a page of words is easier to read than a list of strings
 )
 

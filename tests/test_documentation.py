@@ -102,6 +102,19 @@ def test_help_cuts_no_summary_at_80_columns(group: str):
     assert [line for line in summaries if line.endswith("...")] == []
 
 
+def test_docstring_that_begins_with_a_noun_is_found(tmp_path: Path):
+    from tests.docstrings import problems
+
+    for package in ("model", "registry", "ota", "flows", "tests"):
+        (tmp_path / package).mkdir()
+    (tmp_path / "model" / "a.py").write_text(
+        'def good():\n    """Return 1."""\n\ndef silent(): ...\n\ndef bad():\n    """The answer."""\n\n'
+        'class Of:\n    """A thing."""\n\n    @property\n    def size(self):\n        """Bytes."""\n'
+    )
+    (found,) = problems(tmp_path)
+    assert found.startswith("model/a.py:6: the docstring of bad begins with 'The'")
+
+
 def test_readme_shows_some_help():
     assert len(HELP.findall((ROOT / "README.md").read_text())) >= 2
 

@@ -312,7 +312,7 @@ def test_key_signs_its_own_entries_only(database: Path, tmp_path: Path):
 
 
 def test_process_that_is_open_while_the_key_is_replaced_signs_with_the_new_one(database: Path, tmp_path: Path):
-    """A training takes hours; its entry must not make the ledger unreadable."""
+    """Sign by the new key: a training takes hours, and its entry must not make the ledger unreadable."""
     ring = create(tmp_path / "keys")
     url = f"sqlite:///{database}"
     long, other = Ledger(url, KeyRing(ring.folder), tmp_path / "seen"), Ledger(url, KeyRing(ring.folder), tmp_path / "seen")
