@@ -322,7 +322,10 @@ def is_finished(root: Path) -> bool:
     notes = root / "work" / "demo.json"
     if notes.is_file():
         return "report" in json.loads(notes.read_bytes())["done"]
-    return root.exists()
+    settings = root / SETTINGS_FILE
+    if settings.is_file():  # a demo that was killed in its first step, or another workspace
+        return settings.read_bytes() != SETTINGS.encode()
+    return root.exists() and (not root.is_dir() or any(root.iterdir()))
 
 
 def agent(folder: Path, *arguments: str, expect: tuple[int, ...] = (0,)) -> dict[str, Any]:

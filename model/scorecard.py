@@ -78,17 +78,22 @@ class Lineage(Frozen):
     hardware: str = Field(default="cpu", description="what it was trained on; see model.hardware")
 
 
+SamplerName = Literal["euler", "heun", "ab2", "mean"]
+EVALUATIONS: dict[SamplerName, int] = {"euler": 1, "heun": 2, "ab2": 1, "mean": 1}
+"""Network evaluations that a step takes without guidance. What each does is in `model.diffusion` and, on devices, in `ota.agent.sampler`."""
+
+
 class Sampler(Frozen):
     """How images are drawn: the solver, its number of steps, and the guidance scale (1 is unguided)."""
 
-    method: Literal["euler", "heun", "ab2", "mean"] = Field(default="ab2", description="mean: of distilled variants")
+    method: SamplerName = Field(default="ab2", description="mean: of distilled variants")
     steps: int = Field(default=14, ge=1, le=1000)
     guidance: float = Field(default=2.0, ge=1.0, le=20.0)
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for one image; guidance doubles them, and so does Heun's method."""
-        return self.steps * (2 if self.method == "heun" else 1) * (2 if self.guidance != 1 else 1)
+        """Network evaluations for one image; guidance doubles them."""
+        return self.steps * EVALUATIONS[self.method] * (2 if self.guidance != 1 else 1)
 
 
 def _absent(value: object) -> bool:

@@ -338,7 +338,10 @@ def round_update(network: Network, parent: Network, grid: float) -> None:
 
 def round_to_stored(network: Network, precision: PrecisionName) -> None:
     """Round weights, in place, to the precision that devices store; float32 and int8 change nothing here."""
-    kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
+    kinds: dict[PrecisionName, torch.dtype] = {
+        "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.float32,
+    }  # fmt: skip
+    kind = kinds[precision]
     with torch.no_grad():
         for weight in network.parameters():
             weight.copy_(weight.to(kind))

@@ -12,9 +12,10 @@ import base64
 import hashlib
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 from scipy import stats
@@ -22,9 +23,16 @@ from scipy import stats
 from model.scorecard import Frozen, Sha256
 from registry.errors import RatingError
 
+TEMPLATES = Path(__file__).parent / "templates"
 LEAST_DECIDED = 20  # with fewer decided pairs no result is given
 LEVEL = 0.95
 MAX_ANSWERS = 64 * 1024  # bytes
+SCRIPT = (TEMPLATES / "rate.js").read_text(encoding="utf-8")
+# Captions are text from outside, so the policy lets only this script run.
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
+)
 
 Vote = Literal["1", "2", "="]  # left, right, neither
 Choice = Literal["challenger", "before", "equal"]
@@ -209,132 +217,5 @@ def page(sheet: Sheet, images: list[tuple[bytes, bytes]]) -> str:
         "sheet": sheet.id, "captions": sheet.captions,
         "pairs": [[base64.b64encode(side).decode() for side in pair] for pair in images],
     }  # fmt: skip
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(PAGE).render(policy=POLICY, shown=shown, n=len(images), script=Markup(SCRIPT))  # noqa: S704 - ours
-
-
-SCRIPT = """
-"use strict";
-const shown = JSON.parse(document.getElementById("shown").textContent);
-const find = id => document.getElementById(id);
-const n = shown.pairs.length;
-let votes = [], rater = "";
-
-function show(id) {
-  for (const part of ["start", "ask", "end"]) find(part).hidden = part !== id;
-}
-
-function next() {
-  const i = votes.length;
-  find("progress").value = i;
-  if (i === n) { finish(); return; }
-  find("count").textContent = `${i + 1} of ${n}`;
-  find("caption").textContent = `\\u201c${shown.captions[i]}\\u201d`;
-  shown.pairs[i].forEach((data, side) => { find("image" + (side + 1)).src = "data:image/png;base64," + data; });
-  find("back").disabled = i === 0;
-}
-
-function vote(value) {
-  if (find("ask").hidden) return;
-  votes.push(value);
-  next();
-}
-
-function back() {
-  if (find("ask").hidden || !votes.length) return;
-  votes.pop();
-  next();
-}
-
-async function finish() {
-  show("end");
-  const text = JSON.stringify({ sheet: shown.sheet, rater: rater, votes: votes });
-  const file = find("file");
-  file.href = "data:application/json," + encodeURIComponent(text);
-  file.download = `answers-${shown.sheet.slice(0, 8)}-${rater.replace(/[^A-Za-z0-9]+/g, "-")}.json`;
-  const served = location.protocol === "http:";
-  find("sendback").hidden = served;
-  if (!served) { find("said").textContent = "Thank you."; return; }
-  try {
-    const reply = await fetch("answers", { method: "POST", headers: { "Content-Type": "application/json" }, body: text });
-    find("said").textContent = await reply.text();
-    find("sendback").hidden = reply.ok;
-  } catch (error) {
-    find("said").textContent = "The answers could not be sent.";
-    find("sendback").hidden = false;
-  }
-}
-
-find("start").addEventListener("submit", event => {
-  event.preventDefault();
-  rater = find("name").value.trim();
-  if (!rater) return;
-  show("ask");
-  next();
-});
-find("vote1").addEventListener("click", () => vote("1"));
-find("vote2").addEventListener("click", () => vote("2"));
-find("equal").addEventListener("click", () => vote("="));
-find("back").addEventListener("click", back);
-document.addEventListener("keydown", event => {
-  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || find("ask").hidden) return;
-  const value = { "1": "1", "2": "2", "=": "=", "0": "=", "3": "=" }[event.key];
-  if (value) { event.preventDefault(); vote(value); }
-  if (event.key === "Backspace") { event.preventDefault(); back(); }
-});
-"""
-
-# Captions are text from outside, so the policy lets only this script run.
-POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
-)
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Which image is better?</title>
-<style>
-  :root { --ink: #1b2430; --soft: #4d5966; --line: #c3ccd5 }
-  * { box-sizing: border-box } [hidden] { display: none !important }
-  body { font: 17px/1.45 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 46rem; margin: 0 auto; padding: 1rem; text-align: center }
-  h1 { font-size: 1.35rem; margin: .2rem 0 } p { margin: .5rem 0 } .soft { color: var(--soft); font-size: .9rem }
-  .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; margin: .6rem 0 }
-  .pair img { width: 100%; max-height: 55vh; object-fit: contain; image-rendering: pixelated; border: 1px solid var(--line); display: block; margin-bottom: .6rem }
-  button, input, .file { font: inherit; padding: .6rem .9rem; border: 1px solid var(--line); border-radius: .5rem; background: #f3f6f9; color: var(--ink); min-height: 2.8rem; max-width: 100% }
-  .pair button, #equal { width: 100% } button:disabled { color: #767f89 }
-  button:hover:enabled, button:focus-visible, .file:focus-visible { border-color: #1c5fa8; outline: 2px solid #1c5fa8 }
-  progress { width: 100%; height: .6rem } kbd { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .35rem; font: inherit; background: #fff }
-  .file { display: inline-block; text-decoration: none }
-</style>
-</head>
-<body>
-<h1>Which image is better?</h1>
-<form id="start">
-<p>You will see {{ n }} pairs of images. Both were made for the same words. Say which one fits the words better and looks more real;
-if you see no difference, say so. It takes about {{ (n * 4 / 60) | round(0, "ceil") | int }} minutes. Only a finished sheet counts.</p>
-<p><label for="name">Your name</label><br><input id="name" required maxlength="60" autocomplete="name"> <button>Begin</button></p>
-</form>
-<main id="ask" hidden>
-<progress id="progress" max="{{ n }}" value="0" aria-label="pairs answered"></progress>
-<p><b id="caption" aria-live="polite"></b> <span class="soft" id="count"></span></p>
-<div class="pair">
-<div><img id="image1" alt="the left image"><button id="vote1">This one <kbd>1</kbd></button></div>
-<div><img id="image2" alt="the right image"><button id="vote2">This one <kbd>2</kbd></button></div>
-</div>
-<p><button id="equal">No difference <kbd>=</kbd></button></p>
-<p><button id="back">Back to the pair before</button></p>
-</main>
-<div id="end" hidden>
-<p><b id="said" role="status"></b></p>
-<p id="sendback">Save your answers, and send the file to whoever asked you.<br><br><a class="file" id="file" href="#">Save the answers</a></p>
-</div>
-<noscript><p>This page needs JavaScript to show the pairs.</p></noscript>
-<script type="application/json" id="shown">{{ shown | tojson }}</script>
-<script>{{ script }}</script>
-</body>
-</html>
-"""
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("rate.html").render(policy=POLICY, shown=shown, n=len(images), script=Markup(SCRIPT))  # noqa: S704 - ours

@@ -616,3 +616,24 @@ def test_agent_without_a_repository_can_try_later(prepared: Path, tmp_path: Path
     result = agent("--quiet", "update", *where)
     assert result.exit_code == 4
     assert "there is no repository in" in result.stderr
+
+
+def test_demo_that_was_killed_in_its_first_step_is_played_on_in_its_folder(tmp_path: Path):
+    from flows.demo import SETTINGS, is_finished
+
+    folder = tmp_path / "ferry-demo"
+    assert not is_finished(folder)
+    folder.mkdir()
+    assert not is_finished(folder)
+    (folder / "ferry.toml").write_text(SETTINGS)
+    (folder / "keys").mkdir()
+    assert not is_finished(folder)
+    (folder / "ferry.toml").write_text(SETTINGS + "# mine")
+    assert is_finished(folder)
+    (folder / "work").mkdir()
+    for done, finished in ((["init"], False), (["init", "report"], True)):
+        (folder / "work" / "demo.json").write_text(json.dumps({"done": done}))
+        assert is_finished(folder) is finished
+    other = tmp_path / "notes.txt"
+    other.write_text("mine")
+    assert is_finished(other)

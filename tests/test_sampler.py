@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model import diffusion, session
+from model.config import PrecisionName
 from model.export import Export, image_statistics
-from model.scorecard import Sampler
+from model.scorecard import EVALUATIONS, Sampler, SamplerName
+from model.train import round_to_stored
 from ota.agent import sampler
 from ota.errors import DeviceError, OperatorError
 from ota.manifest import SamplerTable
@@ -149,3 +151,41 @@ def test_short_weights_not_loaded(exported):
     graph = (exported.folder / "graph.onnx").read_bytes()
     with pytest.raises(DeviceError, match="does not load the model"):
         sampler.open_model(graph, weights[: len(weights) // 2], table(exported))
+
+
+class Counted:
+    """A velocity that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Any, _t: float, _s: float) -> Any:
+        self.calls += 1
+        return 0 * x
+
+
+@pytest.mark.parametrize("method", get_args(SamplerName))
+def test_lists_of_samplers_agree_and_each_takes_the_evaluations_that_costs_are_counted_with(method):
+    """Compare the lists: a sampler that is missing in one draws on no device, or its cost is wrong."""
+    assert set(EVALUATIONS) == set(get_args(SamplerName)) == set(diffusion.SAMPLERS) == set(sampler.SAMPLERS)
+    assert get_args(SamplerName) == get_args(SamplerTable.model_fields["method"].annotation)
+    times = [1.0, 0.6, 0.3, 0.0]
+    factory, device = Counted(), Counted()
+    diffusion.SAMPLERS[method](factory, torch.zeros(1, 1, 2, 2), times)
+    sampler.SAMPLERS[method](device, np.zeros((1, 1, 2, 2), np.float32), times)
+    assert factory.calls == device.calls == Sampler(method=method, steps=3, guidance=1).evaluations
+
+
+def test_lists_of_precisions_agree():
+    """Compare the lists: a precision that is missing in one falls back to another, or its updates are large."""
+    from model import graph
+    from model.export import TORCH_TYPES
+    from ota.delta.numbers import KINDS
+    from ota.manifest import Precision
+
+    assert get_args(PrecisionName) == get_args(Precision)
+    assert set(get_args(PrecisionName)) == set(TORCH_TYPES) == set(graph.STORED)
+    assert set(get_args(PrecisionName)) <= set(KINDS)
+    for name in get_args(PrecisionName):
+        assert KINDS[name].width == graph.STORED[name][1] == TORCH_TYPES[name].itemsize
+        round_to_stored(torch.nn.Linear(2, 2), name)
