@@ -25,9 +25,10 @@ from model.drawing import Drawer, picture, sampler_of
 from model.errors import CheckpointError
 from model.score import Contest, pictures, score
 from model.scorecard import DataVersion, Frozen, Lineage, Sampler, Scorecard
-from registry.catalog import Subject, card_text
+from registry.catalog import Subject
 from registry.champions import judged
 from registry.errors import SealError
+from registry.registration import card_text, register
 from registry.seal import SCORECARD, Part, Seal, files_of, sealed_bytes
 from registry.selection import Decision
 
@@ -195,8 +196,8 @@ def register_model(workspace: Workspace, model: ModelFiles, evaluation: Path, de
         **files_of("bundle", model.bundle), **files_of("checkpoint", opened.folder), **files_of("pictures", evaluation),
         SCORECARD: sealed_bytes(card_text(card).encode()),
     }  # fmt: skip
-    version = workspace.catalog.register(
-        subject, opened.lineage, card, decision, opened.folder, model.bundle,
+    version = register(
+        workspace.catalog, subject, opened.lineage, card, decision, opened.folder, model.bundle,
         {"samples": evaluation / SAMPLES, "captions": (evaluation / SAMPLES).with_suffix(".json"), "real": evaluation / REAL},
         training_log.points(json.loads((opened.folder / train.CURVE).read_bytes())),
         training_log.retraining(workspace, opened.lineage.data),

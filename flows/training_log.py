@@ -21,9 +21,10 @@ from model.config import canonical_sha256
 from model.scorecard import DataVersion
 from model.train import code_sha256, load_checkpoint
 from model.watch import Figures, Watcher, recorded_after
-from registry.catalog import Retraining, Subject, Training
+from registry.catalog import Subject
 from registry.errors import StoreError
 from registry.lineage import shortened
+from registry.runs import Retraining, Training, end_runs, open_retraining, open_training
 
 SAMPLES = "samples"  # folder of the pictures, inside the checkpoint's
 Picture = Callable[[dict[str, list[Any]], Path], object]
@@ -36,7 +37,7 @@ def retraining(workspace: Workspace, data: DataVersion) -> Retraining:
     Raises:
         StoreError: MLflow cannot be reached.
     """
-    return workspace.catalog.open_retraining(data, _key(workspace, data))
+    return open_retraining(workspace.catalog, data, _key(workspace, data))
 
 
 def _key(workspace: Workspace, data: DataVersion) -> str:
@@ -64,14 +65,14 @@ def ending(workspace: Workspace, data: DataVersion) -> Iterator[Callable[[list[d
         head = ["| model | version | outcome | promoted | reason |", "|---|---|---|---|---|"]
         told = "\n".join([f"What came of data revision {data.rev} of {data.line}:", "", *head, *lines])
 
-    workspace.catalog.end_runs(data.line, key, None)
+    end_runs(workspace.catalog, data.line, key, None)
     try:
         yield tell
     except BaseException:
         with suppress(StoreError):  # the first error is reported; the next call ends the runs that are left
-            workspace.catalog.end_runs(data.line, key, "FAILED")
+            end_runs(workspace.catalog, data.line, key, "FAILED")
         raise
-    workspace.catalog.end_runs(data.line, key, "FINISHED", told)
+    end_runs(workspace.catalog, data.line, key, "FINISHED", told)
 
 
 @contextmanager
@@ -123,7 +124,7 @@ class _Live:
     def __init__(self, workspace: Workspace, subject: Subject, key: str, data: DataVersion) -> None:
         self._training: Training | None = None
         with self._whatever_happens():
-            self._training = workspace.catalog.open_training(subject, key, retraining(workspace, data))
+            self._training = open_training(workspace.catalog, subject, key, retraining(workspace, data))
 
     def tell(self, act: Callable[[Training], None]) -> None:
         """Call a function with MLflow's run, unless an earlier call failed."""

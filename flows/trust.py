@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from securesystemslib.signer import CryptoSigner, Signer
+from tuf.api.metadata import Role
 
 from flows import policies
 from flows.workspace import Workspace
 from ota.errors import OperatorError
-from ota.release import keys
+from ota.release import keys, rotation
 from ota.release.ceremony import Waiting, taken_out
 from ota.release.keys import DELEGATED, LEDGER, ROLES, SHORT, Entry
-from ota.release.repository import LIFETIMES, RENEWED, Repository, RoleState
+from ota.release.metadata import LIFETIMES
+from ota.release.repository import RENEWED, Repository, RoleState
 
 REMEDIES = {
     "root": "ferry trust renew root", "targets": "ferry trust renew targets", "models": "ferry trust renew models",
@@ -193,36 +195,10 @@ def rotate(
         repository = workspace.repository
         trusted = {role: found for role, found in repository.roles().items() if role in roles}
         gone = taken_out(trusted, lost, stolen)
-        made: list[tuple[CryptoSigner, Path]] = []
-        fresh: dict[str, list[Entry]] = {}
-        for role, needs in trusted.items():
-            given = list(signers.get(role, ()))
-            if known := repository.keys_ever_trusted(role).intersection(key.keyid for key, _ in given):
-                raise OperatorError(f"key {min(known)[:SHORT]} is or was a key of {role}; make a new one")
-            count = len(gone[role]) if new is None else new
-            kept = [entry for entry in repository.entries(role) if entry[0].keyid not in gone[role]]
-            if count < len(given) or len(kept) + count < needs.threshold:
-                least = max(len(given), needs.threshold - len(kept))
-                raise OperatorError(f"{role} must get at least {least} new keys; raise --new")
-            for _ in range(count - len(given)):
-                signer = CryptoSigner.generate_ed25519()
-                entry, path = keys.place(workspace.root / "keys", signer, role, offline)
-                made.append((signer, path))
-                given.append(entry)
-            fresh[role] = [*kept, *given]
+        fresh, made = _new_keys(workspace, trusted, gone, new, signers, offline)
         here = [*_here(repository, fresh), *(signer for signer, _ in made)]
-        usable = {signer.public_key.keyid for signer in here}
-        elsewhere = [
-            role
-            for role, found in trusted.items()
-            if role not in ("root", "targets") and sum(key.keyid in usable for key, _ in fresh[role]) < found.threshold
-        ]
-        for role in EVERY_COMMAND:
-            if role in elsewhere:
-                raise OperatorError(f"the new key of {role} must be usable here, because every command signs with it; plug it in")
-            if role not in fresh:
-                repository.keys.signers(role, repository.roles()[role].keyids, repository.roles()[role].threshold)
-        waiting = repository.prepare(fresh, [role for role in elsewhere if role in DELEGATED]).signed(here)
+        elsewhere = _roles_elsewhere(repository, trusted, fresh, here)
+        waiting = rotation.prepare(repository, fresh, [role for role in elsewhere if role in DELEGATED]).signed(here)
         if out is None and waiting.missing():
             raise OperatorError(
                 f"{'; '.join(waiting.missing())}; make the keys available, or add --out FILE and sign where they are"
@@ -251,6 +227,62 @@ def rotate(
     return value, "\n".join([*_changed(changes, fresh), text, *([hint] if wanted else [])])
 
 
+def _new_keys(
+    workspace: Workspace,
+    trusted: Mapping[str, Role],
+    gone: Mapping[str, Collection[str]],
+    new: int | None,
+    signers: Mapping[str, Sequence[Entry]],
+    offline: Path | None,
+) -> tuple[dict[str, list[Entry]], list[tuple[CryptoSigner, Path]]]:
+    """Choose and make the keys that each role has from now on; return them, and the new private keys with their files-to-be.
+
+    Raises:
+        OperatorError: a given key was one of the role's before, or there would be too few.
+    """
+    repository = workspace.repository
+    made: list[tuple[CryptoSigner, Path]] = []
+    fresh: dict[str, list[Entry]] = {}
+    for role, needs in trusted.items():
+        given = list(signers.get(role, ()))
+        if known := repository.keys_ever_trusted(role).intersection(key.keyid for key, _ in given):
+            raise OperatorError(f"key {min(known)[:SHORT]} is or was a key of {role}; make a new one")
+        count = len(gone[role]) if new is None else new
+        kept = [entry for entry in repository.entries(role) if entry[0].keyid not in gone[role]]
+        if count < len(given) or len(kept) + count < needs.threshold:
+            least = max(len(given), needs.threshold - len(kept))
+            raise OperatorError(f"{role} must get at least {least} new keys; raise --new")
+        for _ in range(count - len(given)):
+            signer = CryptoSigner.generate_ed25519()
+            entry, path = keys.place(workspace.root / "keys", signer, role, offline)
+            made.append((signer, path))
+            given.append(entry)
+        fresh[role] = [*kept, *given]
+    return fresh, made
+
+
+def _roles_elsewhere(
+    repository: Repository, trusted: Mapping[str, Role], fresh: Mapping[str, Sequence[Entry]], here: Sequence[Signer]
+) -> list[str]:
+    """List the online roles whose new keys are too few on this machine.
+
+    Raises:
+        OperatorError: a role with which every command signs is among them, or its present keys cannot be used.
+    """
+    usable = {signer.public_key.keyid for signer in here}
+    elsewhere = [
+        role
+        for role, found in trusted.items()
+        if role not in ("root", "targets") and sum(key.keyid in usable for key, _ in fresh[role]) < found.threshold
+    ]
+    for role in EVERY_COMMAND:
+        if role in elsewhere:
+            raise OperatorError(f"the new key of {role} must be usable here, because every command signs with it; plug it in")
+        if role not in fresh:
+            repository.keys.signers(role, repository.roles()[role].keyids, repository.roles()[role].threshold)
+    return elsewhere
+
+
 def _rotate_ledger(workspace: Workspace, entry: Entry | None) -> tuple[dict[str, Any], str]:
     """Let a new key sign the ledger; from now on, entries that the old key signs are not valid."""
     with workspace.locked("records"):
@@ -276,11 +308,11 @@ def put_in_force(workspace: Workspace, waiting: Waiting) -> None:
         OperatorError: signatures are missing, or something newer is in force.
     """
     with workspace.locked("records"):
-        smooth = workspace.repository.resign_below_root(waiting)
+        smooth = rotation.resign_below_root(workspace.repository, waiting)
     if smooth:
         policies.publish(workspace)
     with workspace.locked("records"):
-        workspace.repository.put_in_force(waiting)
+        rotation.put_in_force(workspace.repository, waiting)
     policies.publish(workspace)
     _journal(workspace).unlink(missing_ok=True)
 
@@ -363,7 +395,7 @@ def wait(workspace: Workspace, role: str, out: Path) -> tuple[dict[str, Any], st
         raise OperatorError(f"{out} is there already; name another file")
     with workspace.locked("records"):
         repository = workspace.repository
-        waiting = repository.prepare({}, [role]).signed(_here(repository, {}))
+        waiting = rotation.prepare(repository, {}, [role]).signed(_here(repository, {}))
     waiting.save(out)
     return _waits(waiting, out), text_of(waiting, out)
 

@@ -330,105 +330,151 @@ def _block(config: ModelConfig) -> FunctionProto:
     return _function("Block", inputs, ["y", "mass", "chosen"], f)
 
 
-def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -> ModelProto:
-    """Build the graph: x [B, C, R, R], t [B], r [B], ids [B, L] → v [B, C, R, R], load [B, M, E].
-
-    The bytes of the result depend on the arguments alone.
-
-    Args:
-        config: the network's shape.
-        precision: how weights are stored; arithmetic is always float32 (the casts are folded when a session loads).
-        routes: also output each block's routing as `chosen{b}`, for parity checks: [B, E, C] under expert choice, [B, T, k]
-            under token choice.
-    """
-    s = config.shape
-    D, N, L, side = s.width, config.tokens, config.text_length, config.side
-    g = _Body()
-    initializers: list[TensorProto] = []
+def _stored_weights(g: _Body, config: ModelConfig, precision: PrecisionName) -> list[TensorProto]:
+    """List the tensors of the weight file, and add the nodes that make each float32 under its own name."""
+    made: list[TensorProto] = []
     for tensor in layout(config, precision)[0]:
         if tensor.name.endswith("gate_bias") and config.router != "token-choice":
             continue
         stored = tensor.name if tensor.stored == "float32" else f"{tensor.name}.stored"
-        initializers.append(_external(stored, tensor))
+        made.append(_external(stored, tensor))
         if tensor.stored == "int8":
             axis = scaled_axis(tensor.name)
             g.add("DequantizeLinear", [stored, tensor.name + SCALE], [tensor.name], axis=axis)
         elif stored != tensor.name:
             g.add("Cast", [stored], [tensor.name], to=TensorProto.FLOAT)
-    initializers += [
+    return made
+
+
+def _external(name: str, tensor: Tensor) -> TensorProto:
+    """Describe a tensor that lies in the weight file."""
+    made = TensorProto(name=name, data_type=STORED[tensor.stored][0], dims=tensor.shape)
+    made.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", WEIGHTS_FILE), ("offset", str(tensor.offset)), ("length", str(tensor.length))):
+        entry = made.external_data.add()
+        entry.key, entry.value = key, value
+    return made
+
+
+def _constants(config: ModelConfig) -> list[TensorProto]:
+    """List the constants that depend on the configuration alone."""
+    D = config.shape.width
+    return [
         helper.make_tensor("ones", TensorProto.FLOAT, [D], [1.0] * D),
         helper.make_tensor("rates", TensorProto.FLOAT, [1, TIME_FREQUENCIES], RATES),
-        helper.make_tensor("image_size", TensorProto.INT64, [4], [0, D, side, side]),
-        helper.make_tensor("text_size", TensorProto.INT64, [4], [0, D, 1, L]),
+        helper.make_tensor("image_size", TensorProto.INT64, [4], [0, D, config.side, config.side]),
+        helper.make_tensor("text_size", TensorProto.INT64, [4], [0, D, 1, config.text_length]),
         helper.make_tensor("unit", TensorProto.FLOAT, [6, 1], [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]),  # the 1 of 1 + scale
     ]
+
+
+def _segments(g: _Body, config: ModelConfig) -> list[TensorProto]:
+    """List the constants of `SEGMENT` for image, text and both together, and add the nodes that compute the others from t [B]."""
+    made: list[TensorProto] = []
     order = g.add(
         "Range",
         [g.add("Constant", [], value_int=0), g.add("Squeeze", [g.add("Shape", ["t"])]), g.add("Constant", [], value_int=1)],
     )
+    N, L = config.tokens, config.text_length
     for name, tokens in (("image", N), ("text", L), ("both", N + L)):
-        initializers.append(helper.make_tensor(f"capacity_{name}", TensorProto.INT64, [1], [config.capacity(tokens)]))
-        initializers.append(helper.make_tensor(f"map_{name}", TensorProto.INT64, [3], [-1, tokens, D]))
+        made.append(helper.make_tensor(f"capacity_{name}", TensorProto.INT64, [1], [config.capacity(tokens)]))
+        made.append(helper.make_tensor(f"map_{name}", TensorProto.INT64, [3], [-1, tokens, config.shape.width]))
         first = g.add("Mul", [order, g.add("Constant", [], value_int=tokens)])
         g.add("Reshape", [first, g.ints(-1, 1, 1)], [f"start_{name}"])
+    return made
 
-    stem = g.add(
-        "Conv", ["x", "stem.weight", "stem.bias"], kernel_shape=[3, 3], pads=[1] * 4, strides=[config.stride] * 2
-    )  # [B, D, side, side]
-    image = g.add("Transpose", [g.add("Reshape", [stem, g.ints(0, D, -1)])], perm=[0, 2, 1])  # [B, N, D]
+
+def _stem(g: _Body, config: ModelConfig) -> tuple[str, str]:
+    """Add the initial convolution: x [B, C, R, R] → stem [B, D, side, side], and the same as tokens [B, N, D]."""
+    stem = g.add("Conv", ["x", "stem.weight", "stem.bias"], kernel_shape=[3, 3], pads=[1] * 4, strides=[config.stride] * 2)
+    return stem, g.add("Transpose", [g.add("Reshape", [stem, g.ints(0, config.shape.width, -1)])], perm=[0, 2, 1])
+
+
+def _caption(g: _Body) -> tuple[str, str]:
+    """Add the byte embeddings: ids [B, L] → text [B, L, D], and the mean of those that are not padding, projected [B, D]."""
     text = g.add("Gather", ["text", "ids"], axis=0)  # [B, L, D]
     given = g.add("Cast", [g.add("Greater", ["ids", g.add("Constant", [], value_int=0)])], to=TensorProto.FLOAT)
     count = g.add("Max", [g.add("ReduceSum", [given, g.ints(1)], keepdims=1), g.number(1.0)])  # [B, 1]
     masked = g.add("Mul", [text, g.add("Unsqueeze", [given, g.ints(-1)])])
     mean = g.add("Div", [g.add("ReduceSum", [masked, g.ints(1)], keepdims=0), count])
-    pooled = g.linear(mean, "pool")  # [B, D]
+    return text, g.linear(mean, "pool")
+
+
+def _condition(g: _Body, pooled: str) -> str:
+    """Add what all blocks are conditioned on: the times t, r [B] and the pooled caption [B, D] → adaLN vector [B, 6 * D]."""
     angles = [g.add("Mul", [g.add("Unsqueeze", [t, g.ints(1)]), "rates"]) for t in ("t", "r")]
     waves = g.add("Concat", [g.add(op, [angle]) for angle in angles for op in ("Cos", "Sin")], axis=1)
     when = g.linear(g.silu(g.linear(waves, "time_in")), "time_out")  # [B, D]
-    flat = g.linear(g.silu(g.add("Add", [when, pooled])), "ada")
-    ada = g.add("Reshape", [flat, g.ints(0, 1, 6, D)])  # [B, 1, 6, D]
-    # The adaLN vectors of all blocks at once: ONNX Runtime adds the constant parts when a session loads.
+    return g.linear(g.silu(g.add("Add", [when, pooled])), "ada")
+
+
+def _modulate(g: _Body, config: ModelConfig, condition: str) -> None:
+    """Add the adaLN vectors of all blocks at once (ONNX Runtime adds the constant parts when a session loads): see `_mods`."""
+    ada = g.add("Reshape", [condition, g.ints(0, 1, 6, config.shape.width)])  # [B, 1, 6, D]
     own = [g.add("Unsqueeze", [g.add("Add", [f"block{b}.mod", "unit"]), g.ints(0)]) for b in range(config.blocks)]
-    every = g.add("Reshape", [g.add("Add", [ada, g.add("Concat", own, axis=0)]), g.ints(0, 6 * config.blocks, D)])
-    mods = [[f"{row}_{b}" for row in MOD] for b in range(config.blocks)]
-    g.add("Split", [every], [row for rows in mods for row in rows], axis=1, num_outputs=6 * config.blocks)
+    sums = g.add("Add", [ada, g.add("Concat", own, axis=0)])
+    every = g.add("Reshape", [sums, g.ints(0, 6 * config.blocks, config.shape.width)])
+    rows = [row for b in range(config.blocks) for row in _mods(b)]
+    g.add("Split", [every], rows, axis=1, num_outputs=6 * config.blocks)
 
-    def weights(b: int, *names: str) -> list[str]:
-        return [f"block{b}.{name}" for name in names]
 
-    def experts(b: int) -> list[str]:
-        return _expert_names(config, f"block{b}.expert{{e}}.{{w}}")
+def _mods(b: int) -> list[str]:
+    """List the names of the rows of block b's adaLN vector, in the order of `MOD`."""
+    return [f"{row}_{b}" for row in MOD]
 
-    def segment(name: str) -> list[str]:
-        return [f"{part}_{name}" for part in SEGMENT]
 
-    def projected(b: int, x: str) -> list[str]:
-        qkv = [f"q{b}", f"k{b}", f"v{b}"]
-        g.add("Project", [x, *mods[b][:2], *weights(b, "qkv", "q_gain", "k_gain"), "ones"], qkv, DOMAIN)
-        return qkv
+def _weights(b: int, *names: str) -> list[str]:
+    """List weights of block b under the names that they have in the graph."""
+    return [f"block{b}.{name}" for name in names]
 
-    def stream(b: int, x: str, attended: str, name: str) -> str:
-        r, h = g.name("r"), g.name("h")
-        g.add("Residual", [x, attended, *mods[b][2:5], *weights(b, "out"), "ones"], [r, h], DOMAIN)
-        conv = g.add("Convolve", [h, *weights(b, "dw"), f"{name}_size"], domain=DOMAIN)
-        inputs = [r, conv, mods[b][5], *weights(b, *_routing_weights(config)), *segment(name), *experts(b)]
-        return g.add("Experts", inputs, [f"y{b}", f"mass{b}", f"chosen{b}"], DOMAIN)
 
-    for layer in range(s.dual):
-        i, j = 2 * layer, 2 * layer + 1
-        joined = [g.add("Concat", pair, axis=2) for pair in zip(projected(i, image), projected(j, text), strict=True)]
-        attended = g.add("Attend", joined, domain=DOMAIN)  # [B, N + L, D]
-        parts = [g.name("of_image"), g.name("of_text")]
-        g.add("Split", [attended, g.ints(N, L)], parts, axis=1)
-        image, text = stream(i, image, parts[0], "image"), stream(j, text, parts[1], "text")
-    both = g.add("Concat", [image, text], axis=1)  # [B, N + L, D]
-    for b in range(2 * s.dual, config.blocks):
-        maps = ["image_size", "text_size", *segment("both")]
-        inputs = [both, *mods[b], *weights(b, *_block_weights(config)), "ones", *maps, *experts(b)]
-        both = g.add("Block", inputs, [f"y{b}", f"mass{b}", f"chosen{b}"], DOMAIN)
-    image = g.slice(both, 0, N, 1)
+def _experts_of(config: ModelConfig, b: int) -> list[str]:
+    """List the weights of block b's experts under the names that they have in the graph."""
+    return _expert_names(config, f"block{b}.expert{{e}}.{{w}}")
 
-    ends = g.add("Slice", [g.add("Reshape", [flat, g.ints(0, 6, D)]), g.ints(0), g.ints(2), g.ints(1)])
+
+def _segment(name: str) -> list[str]:
+    """List the names of the inputs `SEGMENT` for image, text or both."""
+    return [f"{part}_{name}" for part in SEGMENT]
+
+
+def _dual_layer(g: _Body, config: ModelConfig, layer: int, image: str, text: str) -> tuple[str, str]:
+    """Add a dual layer, in which image [B, N, D] and text [B, L, D] have a block each and meet in the attention."""
+    i, j = 2 * layer, 2 * layer + 1
+    joined = [g.add("Concat", pair, axis=2) for pair in zip(_projected(g, i, image), _projected(g, j, text), strict=True)]
+    attended = g.add("Attend", joined, domain=DOMAIN)  # [B, N + L, D]
+    parts = [g.name("of_image"), g.name("of_text")]
+    g.add("Split", [attended, g.ints(config.tokens, config.text_length)], parts, axis=1)
+    return _stream(g, config, i, image, parts[0], "image"), _stream(g, config, j, text, parts[1], "text")
+
+
+def _projected(g: _Body, b: int, x: str) -> list[str]:
+    """Add the projections of one stream of a dual layer: x [B, T, D] → q, k, v, each [B, h, T, d]."""
+    qkv = [f"q{b}", f"k{b}", f"v{b}"]
+    g.add("Project", [x, *_mods(b)[:2], *_weights(b, "qkv", "q_gain", "k_gain"), "ones"], qkv, DOMAIN)
+    return qkv
+
+
+def _stream(g: _Body, config: ModelConfig, b: int, x: str, attended: str, name: str) -> str:
+    """Add what follows the attention in one stream of a dual layer: x, attended [B, T, D] → [B, T, D]."""
+    r, h = g.name("r"), g.name("h")
+    g.add("Residual", [x, attended, *_mods(b)[2:5], *_weights(b, "out"), "ones"], [r, h], DOMAIN)
+    conv = g.add("Convolve", [h, *_weights(b, "dw"), f"{name}_size"], domain=DOMAIN)
+    weights = _weights(b, *_routing_weights(config))
+    inputs = [r, conv, _mods(b)[5], *weights, *_segment(name), *_experts_of(config, b)]
+    return g.add("Experts", inputs, [f"y{b}", f"mass{b}", f"chosen{b}"], DOMAIN)
+
+
+def _single_layer(g: _Body, config: ModelConfig, b: int, both: str) -> str:
+    """Add a single layer, in which one block serves image and text, both [B, N + L, D]."""
+    maps = ["image_size", "text_size", *_segment("both")]
+    inputs = [both, *_mods(b), *_weights(b, *_block_weights(config)), "ones", *maps, *_experts_of(config, b)]
+    return g.add("Block", inputs, [f"y{b}", f"mass{b}", f"chosen{b}"], DOMAIN)
+
+
+def _head(g: _Body, config: ModelConfig, image: str, stem: str, condition: str) -> None:
+    """Add the head: image [B, N, D], added to stem [B, D, side, side] → output v [B, C, R, R]."""
+    ends = g.add("Slice", [g.add("Reshape", [condition, g.ints(0, 6, config.shape.width)]), g.ints(0), g.ints(2), g.ints(1)])
     g.add(
         "Split",
         [g.add("Add", [ends, g.add("Add", ["head_mod", g.slice("unit", 0, 2, 0)])])],
@@ -440,36 +486,72 @@ def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -
     skip = g.add("Add", [g.add("Reshape", [grid, "image_size"]), stem])
     head = g.add("Conv", [skip, "head.weight", "head.bias"], kernel_shape=[3, 3], pads=[1] * 4)
     g.add("DepthToSpace", [head], ["v"], blocksize=config.stride, mode="CRD")
-    masses = g.add("Concat", [f"mass{b}" for b in range(config.blocks)], axis=1)
-    seen = [N, L] * s.dual + [N + L] * s.single  # tokens that each block sees
-    initializers.append(helper.make_tensor("seen", TensorProto.FLOAT, [len(seen), 1], seen))
-    g.add("Div", [g.add("Reshape", [masses, g.ints(0, config.blocks, s.experts)]), "seen"], ["load"])
 
+
+def _load(g: _Body, config: ModelConfig) -> TensorProto:
+    """Add the output load [B, M, E], each block's mass by the number of tokens that it sees; return these numbers."""
+    masses = g.add("Concat", [f"mass{b}" for b in range(config.blocks)], axis=1)
+    N, L = config.tokens, config.text_length
+    seen = [N, L] * config.shape.dual + [N + L] * config.shape.single
+    g.add("Div", [g.add("Reshape", [masses, g.ints(0, config.blocks, config.shape.experts)]), "seen"], ["load"])
+    return helper.make_tensor("seen", TensorProto.FLOAT, [len(seen), 1], seen)
+
+
+def _inputs(config: ModelConfig) -> list[ValueInfoProto]:
+    """List the inputs of the graph."""
     C, R = config.channels, config.image_size
-    inputs_info = [
+    return [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", C, R, R]),
         helper.make_tensor_value_info("t", TensorProto.FLOAT, ["B"]),
         helper.make_tensor_value_info("r", TensorProto.FLOAT, ["B"]),
-        helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", L]),
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", config.text_length]),
     ]
-    outputs_info: list[ValueInfoProto] = [
+
+
+def _outputs(config: ModelConfig, routes: bool) -> list[ValueInfoProto]:
+    """List the outputs of the graph, with each block's routing if `routes` is set."""
+    C, R, s = config.channels, config.image_size, config.shape
+    made: list[ValueInfoProto] = [
         helper.make_tensor_value_info("v", TensorProto.FLOAT, ["B", C, R, R]),
         helper.make_tensor_value_info("load", TensorProto.FLOAT, ["B", config.blocks, s.experts]),
     ]
     if routes:
         sizes = ["B", None, s.active] if config.router == "token-choice" else ["B", s.experts, None]
-        outputs_info += [helper.make_tensor_value_info(f"chosen{b}", TensorProto.INT64, sizes) for b in range(config.blocks)]
-    graph = helper.make_graph(g.nodes, "network", inputs_info, outputs_info, initializers)
+        made += [helper.make_tensor_value_info(f"chosen{b}", TensorProto.INT64, sizes) for b in range(config.blocks)]
+    return made
+
+
+def _model(g: _Body, config: ModelConfig, initializers: list[TensorProto], routes: bool) -> ModelProto:
+    """Make the model: the graph of all nodes, and the functions that they call."""
+    graph = helper.make_graph(g.nodes, "network", _inputs(config), _outputs(config, routes), initializers)
     functions = [_project(config), _attend(config), _residual(), _convolve(config), _experts(config), _block(config)]
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     # No producer version and no metadata: a new release of the tool must not change the bytes of an old graph.
     return helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION, producer_name="deltaferry")
 
 
-def _external(name: str, tensor: Tensor) -> TensorProto:
-    made = TensorProto(name=name, data_type=STORED[tensor.stored][0], dims=tensor.shape)
-    made.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", WEIGHTS_FILE), ("offset", str(tensor.offset)), ("length", str(tensor.length))):
-        entry = made.external_data.add()
-        entry.key, entry.value = key, value
-    return made
+def build(config: ModelConfig, precision: PrecisionName, routes: bool = False) -> ModelProto:
+    """Build the graph: x [B, C, R, R], t [B], r [B], ids [B, L] → v [B, C, R, R], load [B, M, E].
+
+    The bytes of the result depend on the arguments alone, and so on the order in which the steps add their nodes.
+
+    Args:
+        config: the network's shape.
+        precision: how weights are stored; arithmetic is always float32 (the casts are folded when a session loads).
+        routes: also output each block's routing as `chosen{b}`, for parity checks: [B, E, C] under expert choice, [B, T, k]
+            under token choice.
+    """
+    g = _Body()
+    initializers = [*_stored_weights(g, config, precision), *_constants(config), *_segments(g, config)]
+    stem, image = _stem(g, config)
+    text, pooled = _caption(g)
+    condition = _condition(g, pooled)
+    _modulate(g, config, condition)
+    for layer in range(config.shape.dual):
+        image, text = _dual_layer(g, config, layer, image, text)
+    both = g.add("Concat", [image, text], axis=1)  # [B, N + L, D]
+    for b in range(2 * config.shape.dual, config.blocks):
+        both = _single_layer(g, config, b, both)
+    _head(g, config, g.slice(both, 0, config.tokens, 1), stem, condition)
+    initializers.append(_load(g, config))
+    return _model(g, config, initializers, routes)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field
@@ -211,64 +211,91 @@ def decide(
     n = min(q.n for q in card.quality)
     alpha = limits.alpha if level is None else level
     again = alpha if again is None else again
-    too_few = _too_few(card.quality, limits)
     found = [*floors(card, limits, budgets, alpha, again, champion is not None)]
-    superior: list[_Finding] = []
-    harmless: list[_Finding] = []  # what a promotion for a reason other than quality needs, too
-    worse: list[str] = []
-    if champion is not None:
-        rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion]
-        if not {"new", "old"} <= {c.split for c in rows}:
-            found.append(_missing("it was not compared with the present champion"))
-        superior = [_superior(rows, "new", alpha, again)] if any(row.split == "new" for row in rows) else []
-        for row in rows:
-            finding = _below(row, _margin(card, row, limits), f"non-inferiority on the {row.split} data", alpha, again)
-            (harmless if row.split == "new" else found).append(finding)
-            if row.delta - quantile(row.groups, limits.alpha) * row.se > 0:
-                worse.append(_worse(row, alpha))
-    if limits.beat_solver and card.variant in TEACHERS:
-        beside = [c for c in card.comparisons if c.against == "solver" and c.aspect == "images"]
-        if not beside:
-            found.append(_missing("it was not compared with full, drawn by a solver"))
-        what = f"superiority over full in {card.solver.steps if card.solver else '?'} steps of a second-order solver"
-        found += [_below(row, 0.0, what, alpha, again) for row in beside]
+    beside = _beside_champion(card, limits, champion, alpha, again) if champion is not None else _Beside()
     best = [c for c in card.comparisons if c.against in ("champion", "anchor") and c.against_sha256 == anchor]
+    found += [*beside.found, *_beside_solver(card, limits, alpha, again)]
     if anchor is not None and (anchor != champion or limits.total_tolerance < 1):
-        if not {"new", "old"} <= {c.split for c in best}:
-            found.append(_missing("it was not compared with the anchor, the best model ever"))
-        for row in best:
-            what = f"total loss against the anchor on the {row.split} data"
-            found.append(_below(row, limits.total_tolerance * _margin(card, row, limits), what, alpha, again))
+        found += _beside_anchor(card, limits, best, alpha, again)
+    too_few = _too_few(card.quality, limits)
+    outcome, reason = ("more data", too_few) if too_few else _outcome(card, limits, champion, found, beside)
+    first = champion is None and anchor is None
+    everywhere = bool(best) and all(_below(row, 0.0, "", alpha, again).check.passed for row in best)
+    return Decision(
+        outcome=outcome, reason=f"{reason} (n = {n})", checks=[f.check for f in [*found, *beside.superior, *beside.harmless]], n=n,
+        champion=champion, challenger=card.weights_sha256, limits=limits, scorecard=card.sha256, level=alpha, anchor=anchor,
+        becomes_anchor=outcome in ("promote", "promote if reasoned") and (first or everywhere), update_bytes=update_bytes,
+        worse="; ".join(beside.worse) if beside.worse and outcome == "promote if reasoned" else None, held_out=card.held_out,
+    )  # fmt: skip
 
-    failed = [f for f in [*found, *superior, *harmless] if not f.check.passed]
-    outcome: Outcome
-    if too_few:
-        outcome, reason = "more data", too_few
-    elif not failed:
-        outcome = "promote"
+
+@dataclass(frozen=True)
+class _Beside:
+    """The findings of a comparison with the champion."""
+
+    found: list[_Finding] = field(default_factory=list)
+    superior: list[_Finding] = field(default_factory=list)
+    harmless: list[_Finding] = field(default_factory=list)
+    """What a promotion for a reason other than quality needs, too."""
+    worse: list[str] = field(default_factory=list)
+    """Where it is shown to be worse, in words."""
+
+
+def _beside_champion(card: Scorecard, limits: Limits, champion: Sha256, alpha: float, again: float) -> _Beside:
+    """Test superiority on the new data, and non-inferiority on both splits."""
+    rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion]
+    made = _Beside()
+    if not {"new", "old"} <= {c.split for c in rows}:
+        made.found.append(_missing("it was not compared with the present champion"))
+    if any(row.split == "new" for row in rows):
+        made.superior.append(_superior(rows, "new", alpha, again))
+    for row in rows:
+        finding = _below(row, _margin(card, row, limits), f"non-inferiority on the {row.split} data", alpha, again)
+        (made.harmless if row.split == "new" else made.found).append(finding)
+        if row.delta - quantile(row.groups, limits.alpha) * row.se > 0:
+            made.worse.append(_worse(row, alpha))
+    return made
+
+
+def _beside_solver(card: Scorecard, limits: Limits, alpha: float, again: float) -> list[_Finding]:
+    """Test whether a student is better than `full`, drawn by a solver with as many network evaluations."""
+    if not limits.beat_solver or card.variant not in TEACHERS:
+        return []
+    rows = [c for c in card.comparisons if c.against == "solver" and c.aspect == "images"]
+    if not rows:
+        return [_missing("it was not compared with full, drawn by a solver")]
+    what = f"superiority over full in {card.solver.steps if card.solver else '?'} steps of a second-order solver"
+    return [_below(row, 0.0, what, alpha, again) for row in rows]
+
+
+def _beside_anchor(card: Scorecard, limits: Limits, rows: Sequence[Comparison], alpha: float, again: float) -> list[_Finding]:
+    """Test the total loss against the best model so far."""
+    found = []
+    if not {"new", "old"} <= {c.split for c in rows}:
+        found.append(_missing("it was not compared with the anchor, the best model ever"))
+    for row in rows:
+        what = f"total loss against the anchor on the {row.split} data"
+        found.append(_below(row, limits.total_tolerance * _margin(card, row, limits), what, alpha, again))
+    return found
+
+
+def _outcome(
+    card: Scorecard, limits: Limits, champion: Sha256 | None, found: Sequence[_Finding], beside: _Beside
+) -> tuple[Outcome, str]:
+    """Say what follows from all findings, and why."""
+    failed = [f for f in [*found, *beside.superior, *beside.harmless] if not f.check.passed]
+    reason = "; ".join(f.needed or f.check.text for f in failed)
+    if not failed:
         reason = _first(limits) if champion is None else "better on the new data, not worse on the old"
-        reason += _untested(card, limits)
-    elif all(f.check.passed or f.waivable for f in [*harmless, *found]):
-        outcome = "promote if reasoned"
-        reason = "; ".join(f.needed or f.check.text for f in failed)
-        reason += f"; {'; '.join(worse)}" if worse else ""
-        reason += (
+        return "promote", reason + _untested(card, limits)
+    if all(f.check.passed or f.waivable for f in [*beside.harmless, *found]):
+        reason += f"; {'; '.join(beside.worse)}" if beside.worse else ""
+        return "promote if reasoned", reason + (
             "; it is not worse anywhere by more than the margin, so it may be promoted for a reason other than quality"
             if champion
             else "; a first version may be promoted without this for a reason that is recorded"
         )
-    elif all(f.needed or f.waivable for f in failed):
-        outcome, reason = "more data", "; ".join(f.needed or f.check.text for f in failed)
-    else:
-        outcome, reason = "refuse", "; ".join(f.needed or f.check.text for f in failed)
-    first = champion is None and anchor is None
-    everywhere = bool(best) and all(_below(row, 0.0, "", alpha, again).check.passed for row in best)
-    return Decision(
-        outcome=outcome, reason=f"{reason} (n = {n})", checks=[f.check for f in [*found, *superior, *harmless]], n=n,
-        champion=champion, challenger=card.weights_sha256, limits=limits, scorecard=card.sha256, level=alpha, anchor=anchor,
-        becomes_anchor=outcome in ("promote", "promote if reasoned") and (first or everywhere), update_bytes=update_bytes,
-        worse="; ".join(worse) if worse and outcome == "promote if reasoned" else None, held_out=card.held_out,
-    )  # fmt: skip
+    return "more data" if all(f.needed or f.waivable for f in failed) else "refuse", reason
 
 
 def _superior(rows: Sequence[Comparison], split: str, alpha: float, again: float) -> _Finding:

@@ -127,7 +127,7 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 def in_run(catalog: Any, run_id: str, name: str) -> bytes:
     """Read a file of a run as MLflow stores it, without any check."""
     with tempfile.TemporaryDirectory() as folder:
-        return Path(catalog._client.download_artifacts(run_id, name, folder)).read_bytes()
+        return Path(catalog.client.download_artifacts(run_id, name, folder)).read_bytes()
 
 
 def write_images(folder: Path, count: int = 80, seed: int = 0, dim: bool = False) -> Path:

@@ -25,7 +25,8 @@ from typing import Any, Self
 import pytest
 from tuf.api.metadata import Metadata, Targets
 
-from ota.agent import updater
+from ota.agent import slots, updater
+from ota.agent.plan import OnStep
 from ota.agent.state import Home, State
 from ota.manifest import DeviceReport, Manifest, Policy, SignedReport
 from ota.release import rollout
@@ -56,7 +57,7 @@ def everyone(release: Release, **fields: Any) -> Policy:
 
 def change_role(repository: Repository, role: str, change: Callable[[Any], None]) -> None:
     """Change a role's metadata at will, as the holder of the role's keys can; snapshot and timestamp follow."""
-    repository._commit({role: change})
+    repository.commit({role: change})
 
 
 def name_policy(repository: Repository, policy: Policy) -> None:
@@ -155,7 +156,7 @@ class Device:
         """Run a command of `ferry-agent` as a process of its own."""
         return subprocess.run(self.words(*words), capture_output=True, text=True)
 
-    def update(self, on_step: updater.OnStep | None = None, check_only: bool = False) -> updater.Outcome:
+    def update(self, on_step: OnStep | None = None, check_only: bool = False) -> updater.Outcome:
         with self.home.locked():
             return updater.update(self.home, on_step, check_only)
 
@@ -186,7 +187,7 @@ class Device:
 
     @property
     def sound(self) -> bool | None:
-        return updater.status(self.home)["sound"]
+        return slots.status(self.home)["sound"]
 
     def file(self, role: Any, variant: Any = "full") -> Path:
         """Return the path of a file of the bundle that runs."""

@@ -797,7 +797,7 @@ def test_traversal_in_manifest_refused(scene, bundles, sha256):
 def test_traversal_in_role_name_stays_inside(scene):
     # Even with all keys of the factory, nobody can name a file outside the cache.
     evil = "../../../evil"
-    policy = scene.repository._load(f"{scene.repository._versions()['rollout']}.rollout.json")
+    policy = scene.repository.in_force("rollout")
     quoted = "..%2F..%2F..%2Fevil.json"
     (scene.repository.metadata / f"{policy.signed.version}.{quoted}").write_bytes(policy.to_bytes())
 

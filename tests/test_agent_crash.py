@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from ota.agent import child, reports, transport, updater
+from ota.agent import child, drawing, reports, slots, transport
 from ota.agent.disk import Disk
 from ota.agent.state import HighWater, Home, State, opened
 from ota.errors import DeviceError, FaultError, GateError, OtaError
@@ -86,7 +86,7 @@ class Promised:
         assert state in self.states, "a state was forgotten"
         assert home.high_water() in self.marks, "marks were forgotten"
         for digest in (state.active, state.previous if state.trial else None):
-            assert damaged or digest is None or updater.is_sound(home, digest), "what is to run is not whole"
+            assert damaged or digest is None or slots.is_sound(home, digest), "what is to run is not whole"
         queue = {path.name: path.read_bytes() for path in home.disk.path("queue").glob("*.json")}
         delivered = dict(self.delivered)
         for name, data in self.queued:
@@ -236,8 +236,8 @@ class Scenario:
             device.configure(reports=str(folder / "reports"))
             if device.active and not self.damaged:
                 with suppress(GateError):  # it was rolled back, so the previous one draws
-                    updater.generate(device.home, "bar", 0)
-                assert updater.generate(device.home, "bar", 0)[1]["good"], "nothing draws"
+                    drawing.generate(device.home, "bar", 0)
+                assert drawing.generate(device.home, "bar", 0)[1]["good"], "nothing draws"
             self.finish(device)
             found = facts(device)
             if found != self.wanted:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from tuf.ngclient._internal import trusted_metadata_set
 
-from ota.agent import child, disk, reports, rules, transport, trust, updater
+from ota.agent import child, disk, drawing, plan, reports, rules, slots, transport, trial, trust
 from ota.agent.state import Slot
 from ota.errors import OtaError, UnfinishedError
 from ota.manifest import Policy
@@ -239,7 +239,7 @@ class World(RuleBasedStateMachine):
     def ask_for_an_image(self) -> None:
         killed = self.children.killed
         try:
-            updater.generate(self.device.home, "bolt", 0)
+            drawing.generate(self.device.home, "bolt", 0)
         except OtaError:
             assert killed or self.damaged or self.full.left is not None or self.device.state.trial is not None
 
@@ -248,7 +248,7 @@ class World(RuleBasedStateMachine):
     def roll_back_by_hand(self) -> None:
         with suppress(OtaError), self.device.home.locked():
             before = self.device.state.active
-            updater.rollback(self.device.home)
+            trial.rollback(self.device.home)
             self.refused.add(str(before))
 
     # What holds after each
@@ -260,7 +260,7 @@ class World(RuleBasedStateMachine):
             return
         state = self.device.state
         assert state.active is not None
-        assert updater.is_sound(self.device.home, state.active)
+        assert slots.is_sound(self.device.home, state.active)
 
     @invariant()
     def nothing_is_forgotten(self) -> None:
@@ -293,7 +293,7 @@ class World(RuleBasedStateMachine):
                 self.device.update()
         state, policy = self.device.state, self.policy
         assert state.active is not None
-        assert updater.is_sound(self.device.home, state.active)
+        assert slots.is_sound(self.device.home, state.active)
         assert state.trial is None
         # A policy that names an older release without calling it a revert is refused as an attack, and nothing is touched.
         named = (state.active, *state.refused)
@@ -328,7 +328,7 @@ def world(
     monkeypatch.setattr(child, "run", children.run)
     monkeypatch.setattr(disk.Disk, "writing", full.writing(disk.Disk.writing))
     monkeypatch.setattr(trusted_metadata_set, "datetime", clock.datetimes())
-    for module in (trust, updater, reports, transport):
+    for module in (trust, plan, slots, trial, reports, transport):
         monkeypatch.setattr(module, "time", clock.module())
     World.start, World.made, World.deltas = fielded, bundles, {("first", "second"): step}
     World.clock, World.children, World.full, World.folder = clock, children, full, tmp_path

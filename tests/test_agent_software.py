@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 
-from ota.agent import child, runtime, updater
+from ota.agent import child, drawing, runtime, trial
 from ota.agent.rules import MAX_TRIES
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Trial
 from ota.errors import AgentError, GateError, ManifestError, SoftwareError, UnfinishedError
@@ -201,7 +201,7 @@ def test_runtime_that_changes_on_trial_condemns_no_bundle(updated, bundles, monk
                 device.update()
             assert device.state == before
         device.home.save(device.state.model_copy(update={"trial": None}))
-        assert updater.generate(device.home, "", 0)[1]["good"]  # a confirmed bundle still draws
+        assert drawing.generate(device.home, "", 0)[1]["good"]  # a confirmed bundle still draws
         on_trial(updated)
     device.update()
     assert (device.active, device.state.trial, device.state.refused) == (digest(bundles["second"]), None, {})
@@ -341,7 +341,7 @@ def test_bundle_that_was_tried_on_a_busy_device_is_tried_again(offered, bundles,
                 device.update()
             assert (device.state.refused, device.state.tries) == ({}, {second: tries})
         assert "rests for" in device.update().reason
-    assert updater.forget(device.home, second[:12]) == second
+    assert trial.forget(device.home, second[:12]) == second
     assert device.update().changed
     assert (device.active, device.state.refused) == (second, {})
 

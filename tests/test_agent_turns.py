@@ -17,7 +17,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper
 
 from model.export import Export
-from ota.agent import child, sampler, serve, updater
+from ota.agent import child, drawing, sampler, serve
 from ota.errors import BaseError, DeviceError, GateError, OperatorError, UnfinishedError
 from ota.manifest import SamplerTable
 from ota.release.bundle import Bundle, assemble
@@ -183,8 +183,8 @@ def test_bundle_with_no_bundle_before_says_what_it_does(scene, bundles, tmp_path
     alone = Device.init(tmp_path / "alone", scene.repository)
     alone.update()
     with pytest.raises(DeviceError, match=sentence):
-        updater.generate(alone.home, SECRET, 0)
-    assert updater.generate(alone.home, "bar", 0)
+        drawing.generate(alone.home, SECRET, 0)
+    assert drawing.generate(alone.home, "bar", 0)
 
 
 def test_killed_process_lets_the_bundle_before_draw(updated, monkeypatch):
@@ -197,7 +197,7 @@ def test_killed_process_lets_the_bundle_before_draw(updated, monkeypatch):
         return real(task, **request)
 
     monkeypatch.setattr(child, "run", run)
-    assert updater.generate(updated.device.home, "bar", 0)
+    assert drawing.generate(updated.device.home, "bar", 0)
     assert asked == [updated.device.active, updated.device.state.previous]
 
 
@@ -218,10 +218,10 @@ def two(scene: Field, exported: Export, tmp_path: Path) -> Device:
 
 def test_variant_that_is_damaged_lets_the_next_one_draw(two, caplog):
     two.file("sampler", "full").write_bytes(b"damaged")
-    assert updater.generate(two.home, "bar", 0)[0].startswith(PNG)
+    assert drawing.generate(two.home, "bar", 0)[0].startswith(PNG)
     assert "the next one draws" in caplog.text
     with pytest.raises(BaseError):
-        updater.generate(two.home, "bar", 0, "full")  # a caller who chose a variant gets no other
+        drawing.generate(two.home, "bar", 0, "full")  # a caller who chose a variant gets no other
     with serving(two) as client:
         status, headers, _ = client.draw(caption="bar")
         assert (status, headers["X-Ferry-Variant"]) == (200, "dev")
@@ -237,7 +237,7 @@ def test_variant_that_is_stopped_lets_a_cheaper_one_draw_where_no_bundle_is_befo
         return real(task, **request)
 
     monkeypatch.setattr(child, "run", run)
-    assert updater.generate(two.home, "bar", 0)[0].startswith(PNG)
+    assert drawing.generate(two.home, "bar", 0)[0].startswith(PNG)
     assert asked == ["full", "dev"]
 
 
@@ -317,7 +317,7 @@ def test_wish_that_nothing_can_draw_is_not_asked_of_the_bundle_before(updated, m
     asked = []
     monkeypatch.setattr(child, "run", lambda *_, **request: asked.append(request["digest"]))
     with pytest.raises(OperatorError, match="no variant fast"):
-        updater.generate(updated.device.home, "bar", 0, "fast")
+        drawing.generate(updated.device.home, "bar", 0, "fast")
     assert asked == []
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ota.agent import child, rules, sampler, updater
+from ota.agent import child, drawing, plan, rules, sampler, slots, trial, updater
 from ota.agent.disk import Disk
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
 from ota.errors import (
@@ -142,7 +142,7 @@ def test_nothing_rolled_out_yet(repository, bundles, tmp_path):
     assert device.update().reason == "nothing is rolled out to shapes/edge yet"
     assert device.state == State()
     with pytest.raises(StateError, match="no bundle is installed"):
-        updater.generate(device.home, "", 0)
+        drawing.generate(device.home, "", 0)
     assert "runs nothing yet" in device.command("status")
 
 
@@ -315,7 +315,7 @@ def test_cut_repair_takes_nothing_away(scene, bundles, monkeypatch):
         patch.setattr(Disk, "rename", cut)
         with pytest.raises(Cut):
             scene.device.update()
-    assert updater.generate(scene.device.home, "", 0)[1]["good"]
+    assert drawing.generate(scene.device.home, "", 0)[1]["good"]
     outcome = scene.device.update()
     assert outcome.received < bundles["first"].path("weights", "full").stat().st_size
     stand_still(scene)
@@ -550,7 +550,8 @@ class Later:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 0
-        monkeypatch.setattr(updater, "time", SimpleNamespace(time=lambda: time.time() + self.seconds))
+        for module in (plan, slots, trial):
+            monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: time.time() + self.seconds))
 
 
 @pytest.fixture
@@ -737,13 +738,13 @@ def on_trial(field: Field, good: int = TRIAL_GOOD, loads: int = TRIAL_LOADS) -> 
 
 def test_images_count_towards_trial(updated):
     device = on_trial(updated)
-    image = updater.generate(device.home, "bar", 1)[0]
+    image = drawing.generate(device.home, "bar", 1)[0]
     assert device.state.trial == Trial(left=TRIAL_GOOD - 1, loads=TRIAL_LOADS - 1)
     assert "on trial: 2 good images to go" in device.command("status")
     assert device.update().changed is False  # finishes the trial by itself
     assert device.state.trial is None
     assert device.events()[6:] == ["confirmed"]
-    assert updater.generate(device.home, "bar", 1)[0] == image
+    assert drawing.generate(device.home, "bar", 1)[0] == image
     assert device.state.trial is None
     stand_still(updated)
 
@@ -753,7 +754,7 @@ def test_confirmed_after_good_images_only(updated):
     for left in range(TRIAL_GOOD, 0, -1):
         assert device.state.trial == Trial(left=left, loads=TRIAL_LOADS - TRIAL_GOOD + left)
         assert "confirmed" not in device.events()[6:]
-        updater.generate(device.home, "", left)
+        drawing.generate(device.home, "", left)
     assert device.events()[6:] == ["confirmed"]
 
 
@@ -766,7 +767,7 @@ def taken_back(field: Field, bundles: dict[str, Bundle], why: str) -> None:
     assert field.device.events()[6:] == ["rolled_back"]
     assert field.device.reports()[-1].manifest == digest(bundles["second"])
     assert "was refused before: on trial" in field.device.update().reason
-    assert updater.generate(field.device.home, "", 0)[1]["good"]
+    assert drawing.generate(field.device.home, "", 0)[1]["good"]
     stand_still(field)
 
 
@@ -779,7 +780,7 @@ def rests_after_trial(field: Field, bundles: dict[str, Bundle]) -> None:
     assert device.events()[6:] == ["rolled_back"]
     assert "rests for 60 more minutes" in device.update().reason
     assert device.events()[7:] == ["refused"]
-    assert updater.generate(device.home, "", 0)[1]["good"]
+    assert drawing.generate(device.home, "", 0)[1]["good"]
     device.command("forget", second[:12])
     assert device.update().changed
 
@@ -793,10 +794,10 @@ def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how, caplog)
         with pytest.raises(StateError, match=r"was taken back, and is tried again: .*; the one before runs again"):
             device.update()
     else:
-        assert updater.generate(device.home, "", 0)[1]["good"]  # by the bundle before
+        assert drawing.generate(device.home, "", 0)[1]["good"]  # by the bundle before
         assert "was taken back, and is tried again" in caplog.text
     assert (device.active, device.state.refused) == (digest(bundles["first"]), {})
-    assert updater.generate(device.home, "", 0)[1]["good"]
+    assert drawing.generate(device.home, "", 0)[1]["good"]
     assert device.update().way == "delta"
     assert (device.active, device.state.trial, device.state.tries) == (digest(bundles["second"]), None, {})
     stand_still(updated)
@@ -822,7 +823,7 @@ def test_failed_read_on_trial_takes_nothing_back(updated, bundles, monkeypatch, 
         return real(task, **request)
 
     monkeypatch.setattr(child, "run", once)
-    assert updater.generate(device.home, "", 0)[1]["good"]  # by the bundle before
+    assert drawing.generate(device.home, "", 0)[1]["good"]  # by the bundle before
     assert "the bundle before draws" in caplog.text
     assert device.update().reason == "release 2 is installed"
     assert (device.active, device.state.trial, device.state.refused) == (digest(bundles["second"]), None, {})
@@ -847,7 +848,7 @@ def test_lost_notes_stop_nothing(offered, bundles):
     device = offered.device
     for name in ("measured.json", "resting.json", "undelivered.txt"):
         (device.root / name).mkdir()  # as unreadable as a file of another user
-    assert updater.generate(device.home, "", 0)[1]["good"]
+    assert drawing.generate(device.home, "", 0)[1]["good"]
     assert "runs release 1" in device.command("status")
     assert device.update().changed
     assert device.events()[3:] == ["starting", "installed", "confirmed"]
@@ -878,7 +879,7 @@ def test_images_of_nothing_on_trial_taken_back(updated, bundles):
     shutil.copytree(bad.folder, device.root / "slots" / digest(bad))
     device.home.save(device.state.model_copy(update={"active": digest(bad)}))
     with pytest.raises(GateError, match="not finite"):
-        updater.generate(on_trial(updated).home, "", 0)
+        drawing.generate(on_trial(updated).home, "", 0)
     assert (device.active, list(device.state.refused)) == (digest(bundles["first"]), [digest(bad)])
     assert device.events()[6:] == ["rolled_back"]
 
@@ -902,7 +903,7 @@ def test_failed_child_is_counted_first(updated, monkeypatch):
     monkeypatch.setattr(child, "run", power_cut)
     for loads in range(TRIAL_LOADS - 1, -1, -1):
         with pytest.raises(KeyboardInterrupt):
-            updater.generate(device.home, "", 0)
+            drawing.generate(device.home, "", 0)
         assert device.state.trial == Trial(left=TRIAL_GOOD, loads=loads)
 
 
@@ -920,13 +921,13 @@ def test_users_mistake_costs_no_trial(updated, caption, seed, variant, sentence)
     device = on_trial(updated)
     for _ in range(2):
         with pytest.raises(OperatorError, match=sentence):
-            updater.generate(device.home, caption, seed, variant)
+            drawing.generate(device.home, caption, seed, variant)
     assert device.state == on_trial(updated).state
     assert device.state.refused == {}
 
 
 def test_largest_seed_draws(updated):
-    assert updater.generate(updated.device.home, "", 2**128 - 1)[1]["good"]
+    assert drawing.generate(updated.device.home, "", 2**128 - 1)[1]["good"]
 
 
 def test_check_leaves_trial_alone(updated):
@@ -955,29 +956,29 @@ def test_killed_load_on_trial_is_counted_not_condemned(updated, bundles, monkeyp
 
 @pytest.fixture
 def first_image(fielded: Field) -> bytes:
-    return updater.generate(fielded.device.home, "disc", 3)[0]
+    return drawing.generate(fielded.device.home, "disc", 3)[0]
 
 
 @pytest.fixture
 def second_image(updated_once: Field) -> bytes:
-    return updater.generate(updated_once.device.home, "disc", 3)[0]
+    return drawing.generate(updated_once.device.home, "disc", 3)[0]
 
 
 def test_update_at_work_stops_no_image(updated, second_image):
     before = updated.device.facts()
     with updated.device.home.locked():
-        assert updater.generate(updated.device.home, "disc", 3)[0] == second_image
+        assert drawing.generate(updated.device.home, "disc", 3)[0] == second_image
         updated.device.command("generate", "--output", str(updated.folder / "a.png"))
     assert updated.device.facts() == before
 
 
 def test_update_at_work_on_trial_lets_bundle_before_draw(updated, first_image, second_image, monkeypatch, caplog):
-    monkeypatch.setattr(updater, "TRIAL_WAIT", 0.2)
+    monkeypatch.setattr(drawing, "TRIAL_WAIT", 0.2)
     assert first_image != second_image
     device = on_trial(updated)
     before = device.facts()
     with device.home.locked():
-        assert updater.generate(device.home, "disc", 3)[0] == first_image
+        assert drawing.generate(device.home, "disc", 3)[0] == first_image
     assert "another agent is at work" in caplog.text
     assert "the bundle before draws" in caplog.text
     assert device.facts() == before
@@ -995,16 +996,16 @@ def test_short_lock_is_waited_for(updated, second_image):
     other = threading.Thread(target=hold)
     other.start()
     held.wait()
-    assert updater.generate(device.home, "disc", 3)[0] == second_image
+    assert drawing.generate(device.home, "disc", 3)[0] == second_image
     other.join()
     assert device.state.trial == Trial(left=TRIAL_GOOD - 1, loads=TRIAL_LOADS - 1)
 
 
 def test_first_bundle_on_trial_is_not_drawn_uncounted(scene, monkeypatch):
-    monkeypatch.setattr(updater, "TRIAL_WAIT", 0)
+    monkeypatch.setattr(drawing, "TRIAL_WAIT", 0)
     device = on_trial(scene)
     with device.home.locked(), pytest.raises(BusyError, match="another agent is at work"):
-        updater.generate(device.home, "", 0)
+        drawing.generate(device.home, "", 0)
 
 
 def test_full_disk_on_trial_stops_no_image(updated, first_image, monkeypatch):
@@ -1016,7 +1017,7 @@ def test_full_disk_on_trial_stops_no_image(updated, first_image, monkeypatch):
 
     monkeypatch.setattr(Disk, "replace", full)
     for _ in range(2):
-        assert updater.generate(device.home, "disc", 3)[0] == first_image
+        assert drawing.generate(device.home, "disc", 3)[0] == first_image
     assert device.facts() == before
 
 
@@ -1029,7 +1030,7 @@ def test_killed_load_on_trial_stops_no_image(updated, first_image, monkeypatch):
         return real(task, **request)
 
     monkeypatch.setattr(child, "run", run)
-    assert updater.generate(device.home, "disc", 3)[0] == first_image
+    assert drawing.generate(device.home, "disc", 3)[0] == first_image
     assert device.state.trial == Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS - 1)
 
 
@@ -1045,7 +1046,7 @@ def test_image_of_nothing_is_not_handed_out(updated, first_image, monkeypatch, c
             return child.TASKS[task](**request)
 
     monkeypatch.setattr(child, "run", run)
-    assert updater.generate(device.home, "disc", 3)[0] == first_image
+    assert drawing.generate(device.home, "disc", 3)[0] == first_image
     assert "it made an image that is constant or not finite; the bundle before draws" in caplog.text
 
 
@@ -1057,7 +1058,7 @@ def test_damaged_bundle_lets_bundle_before_draw(updated, first_image, role, dama
     path.unlink()
     if damage == "altered":
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert updater.generate(updated.device.home, "disc", 3)[0] == first_image
+    assert drawing.generate(updated.device.home, "disc", 3)[0] == first_image
     assert "run `ferry-agent update`; the bundle before draws" in caplog.text
     updated.device.update()
     stand_still(updated)
@@ -1067,7 +1068,7 @@ def test_damaged_bundle_lets_bundle_before_draw(updated, first_image, role, dama
 def test_lost_file_is_said(scene, role):
     scene.device.file(role).unlink()
     with pytest.raises(BaseError, match=f"the {role} file of bundle .* is lost; run `ferry-agent update`"):
-        updater.generate(scene.device.home, "", 0)
+        drawing.generate(scene.device.home, "", 0)
 
 
 def test_slot_taken_away_while_drawing(updated, bundles, second_image, monkeypatch):
@@ -1082,7 +1083,7 @@ def test_slot_taken_away_while_drawing(updated, bundles, second_image, monkeypat
         return real(task, **request)
 
     monkeypatch.setattr(child, "run", run)
-    assert updater.generate(device.home, "disc", 3)[0] == second_image
+    assert drawing.generate(device.home, "disc", 3)[0] == second_image
 
 
 def test_first_bundle_taken_back_leaves_nothing(scene, bundles):
@@ -1102,7 +1103,7 @@ def test_confirmation_collects_garbage(updated, bundles):
     for name in ("slots/" + "7" * 64, "slots/." + "8" * 64, "incoming"):
         (device.root / name).mkdir(exist_ok=True)
     (device.root / "incoming" / ("9" * 64)).write_bytes(b"half")
-    updater.generate(device.home, "", 0)
+    drawing.generate(device.home, "", 0)
     assert {path.name for path in (device.root / "slots").iterdir()} == {digest(bundles["first"]), digest(bundles["second"])}
     assert device.leftovers() == []
 
@@ -1146,7 +1147,7 @@ def test_rollback_goes_one_back(updated, bundles):
 def test_rollback_needs_the_slot(updated, bundles):
     shutil.rmtree(updated.device.root / "slots" / digest(bundles["first"]))
     with untouched(updated.device, StateError, "is not in"):
-        updater.rollback(updated.device.home)
+        trial.rollback(updated.device.home)
 
 
 @pytest.mark.parametrize("role", ["weights", "golden"])
@@ -1154,7 +1155,7 @@ def test_rollback_needs_a_sound_slot(updated, bundles, role):
     path = updated.device.root / "slots" / digest(bundles["first"]) / bundles["first"].path(role, "full").name
     path.write_bytes(path.read_bytes()[:1000])
     with untouched(updated.device, StateError, "the bundle before, .* is damaged; the present one is kept"):
-        updater.rollback(updated.device.home)
+        trial.rollback(updated.device.home)
 
 
 def test_authorised_revert_uses_kept_slot(updated, bundles):
@@ -1225,7 +1226,7 @@ def test_foreign_error_is_one_sentence(updated, monkeypatch):
     def status(_: Home) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/x")
 
-    monkeypatch.setattr(updater, "status", status)
+    monkeypatch.setattr(slots, "status", status)
     output = updated.device.command("status", code=3)
     assert output == (
         "ferry-agent: the system refused: [Errno 13] Permission denied: '/x'; check the directory's owner and the disk\n"
@@ -1285,7 +1286,7 @@ def weights_of(bundle: Bundle) -> str:
 
 
 def without_delta(field: Field) -> None:
-    field.repository._commit({"deltas": lambda signed: signed.targets.clear()})
+    field.repository.commit({"deltas": lambda signed: signed.targets.clear()})
 
 
 def test_broken_download_is_resumed(offered, web, bundles):

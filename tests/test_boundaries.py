@@ -37,14 +37,16 @@ def test_import_contracts_are_kept():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("module", ["ota.agent.cli", "ota.agent.updater", "ota.agent.child", "ota.agent.sampler", "ota.delta"])
+@pytest.mark.parametrize(
+    "module", ["ota.agent.cli", "ota.agent.updater", "ota.agent.drawing", "ota.agent.child", "ota.agent.sampler", "ota.delta"]
+)
 def test_device_loads_nothing_of_the_factory(module: str):
     assert not loaded_by(f"import {module}") & set(FACTORY)
 
 
 def test_update_process_loads_no_runtime():
     """Keep the process small that holds the device's state: numbers are handled in child processes."""
-    assert not loaded_by("import ota.agent.updater, ota.agent.cli") & {
+    assert not loaded_by("import ota.agent.updater, ota.agent.drawing, ota.agent.cli") & {
         "onnxruntime",
         "numpy",
         "bsdiff4",
@@ -59,7 +61,10 @@ def test_help_loads_no_heavy_library():
 
 
 def test_registry_reads_scorecards_without_torch():
-    assert not loaded_by("import registry.selection, registry.ledger, registry.report, registry.catalog") & {"torch", "prefect"}
+    assert not loaded_by("import registry.selection, registry.ledger, registry.report, registry.registration") & {
+        "torch",
+        "prefect",
+    }
 
 
 @pytest.fixture(scope="module")

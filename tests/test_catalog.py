@@ -22,9 +22,11 @@ from mlflow.store.model_registry import sqlalchemy_store
 from model.export import Export
 from model.scorecard import Cost, Quality, Scorecard, Usage
 from model.train import Checkpoint
+from registry import registration
 from registry.catalog import Catalog, Subject, Version
 from registry.dataset import DvcDatasetSource
 from registry.errors import CatalogError, StoreError
+from registry.runs import end_runs, open_retraining, open_training
 from registry.selection import Check, Decision, Limits
 from tests.conftest import SAMPLER, VERSION, few, in_run
 
@@ -69,7 +71,8 @@ def versions(
     for seed in (1, 2):
         one = card(seed, checkpoint, exported)
         made.append(
-            catalog.register(
+            registration.register(
+                catalog,
                 SUBJECT,
                 checkpoint.lineage,
                 one,
@@ -84,27 +87,27 @@ def versions(
 
 
 def run_of(catalog: Catalog, version: Version) -> Run:
-    return catalog._client.get_run(version.run_id)
+    return catalog.client.get_run(version.run_id)
 
 
 def status(catalog: Catalog, run_id: str) -> str:
-    found: str = catalog._client.get_run(run_id).info.status
+    found: str = catalog.client.get_run(run_id).info.status
     return found
 
 
 def metrics(catalog: Catalog, run_id: str, name: str) -> list[tuple[int, float]]:
     """Return (step, value) of every point of a metric, as MLflow has it."""
-    return sorted((metric.step, metric.value) for metric in catalog._client.get_metric_history(run_id, name))
+    return sorted((metric.step, metric.value) for metric in catalog.client.get_metric_history(run_id, name))
 
 
 def test_training_fills_the_run_that_its_version_gets(
     versions: list[Version], catalog: Catalog, checkpoint: Checkpoint, exported: Export, tmp_path: Path
 ):
     subject = SUBJECT.model_copy(update={"line": "watched"})
-    training = catalog.open_training(subject, "a" * 32)
+    training = open_training(catalog, subject, "a" * 32)
     training.figures(1, {"loss": 2.0, "expert_entropy.00": 0.9})
     assert metrics(catalog, training.run_id, "loss") == [(1, 2.0)]  # during training
-    again = catalog.open_training(subject, "a" * 32)  # training was killed, and repeats steps 1 to 10
+    again = open_training(catalog, subject, "a" * 32)  # training was killed, and repeats steps 1 to 10
     assert again.run_id == training.run_id
     again.figures(1, {"loss": 2.5, "expert_entropy.00": 0.8})
     again.figures(11, {"loss": 1.0, "expert_entropy.00": 0.7})
@@ -113,22 +116,22 @@ def test_training_fills_the_run_that_its_version_gets(
     picture.write_bytes(b"\x89PNG")
     again.sample(picture)
     again.finish(checkpoint.lineage.sha256)
-    other = catalog.open_training(subject, "b" * 32)
+    other = open_training(catalog, subject, "b" * 32)
     other.fail()
 
     curve = [{"step": step, "seconds": step / 2, "loss": 2 - step / 11} for step in (1, 11, 20)]
     one = card(7, checkpoint, exported)
     for _ in range(2):
-        made = catalog.register(
-            subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, curve
+        made = registration.register(
+            catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, curve
         )  # fmt: skip
         assert (made.number, made.run_id) == (1, training.run_id)
     assert metrics(catalog, made.run_id, "loss") == [(1, 2.0), (11, 1.0), (20, pytest.approx(2 - 20 / 11))]  # no point twice
     assert [step for step, _ in metrics(catalog, made.run_id, "seconds")] == [1, 11, 20]
     assert in_run(catalog, made.run_id, "checkpoint/samples/step-000011.png") == b"\x89PNG"
     judged_anew = card(8, checkpoint, exported)
-    second = catalog.register(
-        subject, checkpoint.lineage, judged_anew, decision(judged_anew), checkpoint.folder, exported.folder, {}, curve
+    second = registration.register(
+        catalog, subject, checkpoint.lineage, judged_anew, decision(judged_anew), checkpoint.folder, exported.folder, {}, curve
     )  # fmt: skip
     assert second.run_id not in {training.run_id, other.run_id}
     assert metrics(catalog, second.run_id, "loss")[1] == (11, 1.0)
@@ -143,7 +146,9 @@ def test_same_scorecard_is_registered_once(
     versions: list[Version], catalog: Catalog, checkpoint: Checkpoint, exported: Export, tmp_path: Path
 ):
     one = card(1, checkpoint, exported)
-    again = catalog.register(SUBJECT, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+    again = registration.register(
+        catalog, SUBJECT, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+    )
     assert again.number == versions[0].number
     assert len(catalog.versions(SUBJECT)) == 2
 
@@ -199,12 +204,12 @@ def test_reason_that_is_too_long_for_a_page_is_cut_and_kept_whole_beside_it(
     other = SUBJECT.model_copy(update={"configuration": "II"})
     one = card(1, checkpoint, exported)
     said = decision(one).model_copy(update={"outcome": "refuse", "reason": "coverage is 0.00; " * 1000})
-    made = catalog.register(other, checkpoint.lineage, one, said, checkpoint.folder, exported.folder, {}, [])
+    made = registration.register(catalog, other, checkpoint.lineage, one, said, checkpoint.folder, exported.folder, {}, [])
     shown = f"{said.reason[:2000]} … (the rest is in decision.json)"
     assert made.tags["gate.reason"] == shown
     assert run_of(catalog, made).data.tags["mlflow.note.content"] == shown
     assert Decision.model_validate_json(in_run(catalog, made.run_id, "decision.json")) == said
-    assert catalog._client.get_model_version(other.model, "1").description == shown
+    assert catalog.client.get_model_version(other.model, "1").description == shown
 
 
 def test_run_has_every_tag_of_its_version(versions: list[Version], catalog: Catalog):
@@ -216,8 +221,10 @@ def test_version_names_those_that_it_came_from(catalog: Catalog, checkpoint: Che
     subject = SUBJECT.model_copy(update={"line": "family"})
     elder, younger = card(1, checkpoint, exported), card(2, checkpoint, exported)
     child = checkpoint.lineage.model_copy(update={"parent": checkpoint.weights_sha256, "teacher": "9" * 64})
-    catalog.register(subject, checkpoint.lineage, elder, decision(elder), checkpoint.folder, exported.folder, {}, [])
-    made = catalog.register(subject, child, younger, decision(younger), checkpoint.folder, exported.folder, {}, [])
+    registration.register(
+        catalog, subject, checkpoint.lineage, elder, decision(elder), checkpoint.folder, exported.folder, {}, []
+    )
+    made = registration.register(catalog, subject, child, younger, decision(younger), checkpoint.folder, exported.folder, {}, [])
     assert made.tags["parent.sha256"] == checkpoint.weights_sha256
     assert made.tags["parent.version"].endswith("-I-full/1")
     assert made.tags["teacher.sha256"] == "9" * 64
@@ -245,34 +252,36 @@ def test_mlflow_finds_the_source_by_its_entry_point():
 
 def test_runs_of_a_retraining_are_nested_and_none_is_left_running(catalog: Catalog, checkpoint: Checkpoint, exported: Export):
     subject, data = SUBJECT.model_copy(update={"line": "nested"}), VERSION.model_copy(update={"line": "nested"})
-    catalog.end_runs("nested", "a" * 32, None)  # a first retraining; there are no runs yet
-    around = catalog.open_retraining(data, "a" * 32)
-    killed = catalog.open_training(subject, "1" * 32, around)
+    end_runs(catalog, "nested", "a" * 32, None)  # a first retraining; there are no runs yet
+    around = open_retraining(catalog, data, "a" * 32)
+    killed = open_training(catalog, subject, "1" * 32, around)
 
     foreign = Catalog(catalog._uri, catalog._artifacts)
-    foreign._owner = "elsewhere:/ws"
-    others = foreign.open_training(subject, "3" * 32)
+    foreign.owner = "elsewhere:/ws"
+    others = open_training(foreign, subject, "3" * 32)
 
     # the process was killed; the same retraining begins again
-    catalog.end_runs("nested", "a" * 32, None)
+    end_runs(catalog, "nested", "a" * 32, None)
     assert status(catalog, killed.run_id) == "KILLED"
-    again = catalog.open_retraining(data, "a" * 32)
+    again = open_retraining(catalog, data, "a" * 32)
     assert again == around
-    training = catalog.open_training(subject, "1" * 32, again)
+    training = open_training(catalog, subject, "1" * 32, again)
     assert training.run_id == killed.run_id
     training.finish(checkpoint.lineage.sha256)
     one = card(1, checkpoint, exported)
-    made = catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [], again)
+    made = registration.register(
+        catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [], again
+    )
     assert made.run_id == training.run_id
-    assert catalog._client.get_run(made.run_id).data.tags["mlflow.parentRunId"] == around.run_id
-    catalog.end_runs("nested", "a" * 32, "FINISHED", "| model | outcome |")
-    parent = catalog._client.get_run(around.run_id)
+    assert catalog.client.get_run(made.run_id).data.tags["mlflow.parentRunId"] == around.run_id
+    end_runs(catalog, "nested", "a" * 32, "FINISHED", "| model | outcome |")
+    parent = catalog.client.get_run(around.run_id)
     assert (parent.info.run_name, parent.info.status) == ("nested 0000000", "FINISHED")
     assert parent.data.tags["mlflow.note.content"] == "| model | outcome |"
 
-    other = catalog.open_retraining(data, "b" * 32)  # with other settings: a run of its own
+    other = open_retraining(catalog, data, "b" * 32)  # with other settings: a run of its own
     assert other.run_id != around.run_id
-    catalog.end_runs("nested", "b" * 32, "FAILED")
+    end_runs(catalog, "nested", "b" * 32, "FAILED")
     assert status(catalog, other.run_id) == "FAILED"
     assert status(catalog, around.run_id) == "FINISHED"
     assert status(catalog, others.run_id) == "RUNNING"  # it belongs to another workspace on the same server
@@ -283,8 +292,8 @@ def test_challenger_is_the_newest_that_passed_until_it_is_champion(catalog: Cata
 
     def register(seed: int, outcome: Literal["promote", "refuse"]) -> Version:
         one = card(seed, checkpoint, exported)
-        return catalog.register(
-            subject, checkpoint.lineage, one, decision(one, outcome), checkpoint.folder, exported.folder, {}, []
+        return registration.register(
+            catalog, subject, checkpoint.lineage, one, decision(one, outcome), checkpoint.folder, exported.folder, {}, []
         )  # fmt: skip
 
     assert register(1, "promote").aliases == ["challenger"]
@@ -295,7 +304,7 @@ def test_challenger_is_the_newest_that_passed_until_it_is_champion(catalog: Cata
     assert register(2, "promote").number == 2  # again: nothing changes
     assert [v.aliases for v in catalog.versions(subject)] == [["champion"], ["challenger"], []]
 
-    catalog._client.delete_model_version(subject.model, "1")  # as in MLflow's web page
+    catalog.client.delete_model_version(subject.model, "1")  # as in MLflow's web page
     assert catalog.champion(subject) is None
     with pytest.raises(CatalogError, match="has no version 1; there are 2, 3"):
         catalog.set_alias(subject, "champion", 1)
@@ -310,10 +319,14 @@ def test_clock_that_goes_back_changes_no_order(
     made = []
     for seed in (1, 2):
         one = card(seed, checkpoint, exported)
-        made.append(catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []))
+        made.append(
+            registration.register(
+                catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+            )
+        )
         monkeypatch.setattr(sqlalchemy_store, "get_current_time_millis", lambda: 86_400_000)  # the next version is from 1970
-        monkeypatch.setattr("registry.catalog.time.time", lambda: 4_000_000_000.0)  # and this client is in 2096
-    assert catalog._client.get_model_version(subject.model, "2").creation_timestamp == 86_400_000
+        monkeypatch.setattr("registry.registration.time.time", lambda: 4_000_000_000.0)  # and this client is in 2096
+    assert catalog.client.get_model_version(subject.model, "2").creation_timestamp == 86_400_000
     assert [v.number for v in catalog.versions(subject)] == [1, 2]
     challenger = catalog.aliased(subject, "challenger")
     assert challenger is not None
@@ -324,15 +337,17 @@ def test_server_that_asked_twice_makes_one_version(
     catalog: Catalog, checkpoint: Checkpoint, exported: Export, monkeypatch: pytest.MonkeyPatch
 ):
     """Make one version: MLflow's client repeats a request whose answer is late, even if it was carried out."""
-    subject, once = SUBJECT.model_copy(update={"line": "twice"}), catalog._client.create_model_version
+    subject, once = SUBJECT.model_copy(update={"line": "twice"}), catalog.client.create_model_version
 
     def twice(*arguments, **named):
         once(*arguments, **named)
         return once(*arguments, **named)
 
-    monkeypatch.setattr(catalog._client, "create_model_version", twice)
+    monkeypatch.setattr(catalog.client, "create_model_version", twice)
     one = card(1, checkpoint, exported)
-    made = catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+    made = registration.register(
+        catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+    )
     assert [v.number for v in catalog.versions(subject)] == [made.number] == [1]
 
 
@@ -343,21 +358,21 @@ def test_mark_that_a_stranger_put_on_another_version_is_not_taken_for_ours(
     first, one = card(1, checkpoint, exported), card(2, checkpoint, exported)
 
     def register(made: Scorecard, known: dict[int, str]) -> int:
-        return catalog.register(
-            subject, checkpoint.lineage, made, decision(made), checkpoint.folder, exported.folder, {}, [], known=known
+        return registration.register(
+            catalog, subject, checkpoint.lineage, made, decision(made), checkpoint.folder, exported.folder, {}, [], known=known
         ).number  # fmt: skip
 
     assert register(first, {}) == 1
     known = {1: first.sha256}
-    catalog._client.set_model_version_tag(subject.model, "1", "scorecard.sha256", one.sha256)
+    catalog.client.set_model_version_tag(subject.model, "1", "scorecard.sha256", one.sha256)
     assert register(one, known) == 2  # the ledger knows version 1 as something else
-    stray = catalog._client.create_model_version(subject.model, source="file:///nowhere", tags={"scorecard.sha256": one.sha256})
+    stray = catalog.client.create_model_version(subject.model, source="file:///nowhere", tags={"scorecard.sha256": one.sha256})
     assert register(one, known) == 2  # the ledger has no version 2 yet, but version 2 holds these files
     known[2] = one.sha256
-    catalog._client.set_model_version_tag(subject.model, "2", "scorecard.sha256", "f" * 64)
+    catalog.client.set_model_version_tag(subject.model, "2", "scorecard.sha256", "f" * 64)
     assert register(one, known) == 2  # the ledger has version 2, whatever the tag says
     third = card(3, checkpoint, exported)
-    catalog._client.set_model_version_tag(subject.model, str(stray.version), "scorecard.sha256", third.sha256)
+    catalog.client.set_model_version_tag(subject.model, str(stray.version), "scorecard.sha256", third.sha256)
     assert register(third, known) == 4  # version 3 has the tag but not the files
     assert [v.number for v in catalog.versions(subject)] == [1, 2, 3, 4]
 
@@ -405,13 +420,23 @@ def test_failed_registration_leaves_no_version(
 ):
     one = card(3, checkpoint, exported)
     with pytest.raises(StoreError):
-        catalog.register(
-            SUBJECT, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {"x": tmp_path / "none"}, []
+        registration.register(
+            catalog,
+            SUBJECT,
+            checkpoint.lineage,
+            one,
+            decision(one),
+            checkpoint.folder,
+            exported.folder,
+            {"x": tmp_path / "none"},
+            [],
         )
     assert [v.number for v in catalog.versions(SUBJECT)] == [1, 2]
     runs = mlflow.search_runs(experiment_names=["shapes"], output_format="list")
     assert "RUNNING" not in {run.info.status for run in runs}
-    made = catalog.register(SUBJECT, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+    made = registration.register(
+        catalog, SUBJECT, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+    )
     assert made.number == 3
     assert len(mlflow.search_runs(experiment_names=["shapes"], output_format="list")) == len(runs)  # it reuses that run
 
@@ -445,7 +470,7 @@ def test_nothing_is_written_through_what_others_planted(catalog, checkpoint, exp
     victim = tmp_path / "keys" / Path(name).name
     victim.parent.mkdir()
     victim.write_bytes(b"a key")
-    training = catalog.open_training(subject, tmp_path.name)
+    training = open_training(catalog, subject, tmp_path.name)
     place = Path(run_place(catalog, training.run_id))
     plant(place / name, victim, kind)
     picture = tmp_path / "samples" / "step-000011.png"
@@ -456,17 +481,21 @@ def test_nothing_is_written_through_what_others_planted(catalog, checkpoint, exp
     training.finish(checkpoint.lineage.sha256)
     one = card(9, checkpoint, exported)
     with pytest.raises(StoreError, match="is in the way of a version's files"):
-        catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+        registration.register(
+            catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+        )
     assert [path.name for path in victim.parent.iterdir()] == [victim.name]
     assert victim.read_bytes() == b"a key"
     shutil.rmtree(place.parent, ignore_errors=True)
-    assert catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
-    catalog._client.delete_registered_model(subject.model)
-    catalog._client.delete_run(training.run_id)
+    assert registration.register(
+        catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+    )
+    catalog.client.delete_registered_model(subject.model)
+    catalog.client.delete_run(training.run_id)
 
 
 def run_place(catalog: Catalog, run_id: str) -> str:
-    return str(catalog._client.get_run(run_id).info.artifact_uri).removeprefix("file://")
+    return str(catalog.client.get_run(run_id).info.artifact_uri).removeprefix("file://")
 
 
 @pytest.mark.parametrize(
@@ -476,7 +505,7 @@ def run_place(catalog: Catalog, run_id: str) -> str:
 def test_folder_that_mlflow_names_for_a_run_is_the_runs_own(catalog, versions, checkpoint, exported, where, tmp_path):
     """Refuse the folder of another run: whoever writes to MLflow's database could have the champion overwritten."""
     subject = SUBJECT.model_copy(update={"line": "elsewhere"})
-    training = catalog.open_training(subject, tmp_path.name)
+    training = open_training(catalog, subject, tmp_path.name)
     training.finish(checkpoint.lineage.sha256)
     champion = Path(run_place(catalog, versions[0].run_id))
     before = {path: path.read_bytes() for path in champion.rglob("*") if path.is_file()}
@@ -486,16 +515,22 @@ def test_folder_that_mlflow_names_for_a_run_is_the_runs_own(catalog, versions, c
         raw.execute("update runs set artifact_uri = ? where run_uuid = ?", [told, training.run_id])
     one = card(11, checkpoint, exported)
     with pytest.raises(StoreError):
-        catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
+        registration.register(
+            catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+        )
     assert {path: path.read_bytes() for path in champion.rglob("*") if path.is_file()} == before
-    catalog._client.delete_run(training.run_id)
+    catalog.client.delete_run(training.run_id)
 
 
 def test_run_that_has_a_version_is_not_written_to_again(catalog, checkpoint, exported):
     subject = SUBJECT.model_copy(update={"line": "again"})
     one, other = card(12, checkpoint, exported), card(13, checkpoint, exported)
-    made = catalog.register(subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, [])
-    catalog._client.delete_tag(made.run_id, "scorecard.sha256")  # as any user of MLflow can
-    catalog._client.set_tag(made.run_id, "lineage.sha256", checkpoint.lineage.sha256)
-    again = catalog.register(subject, checkpoint.lineage, other, decision(other), checkpoint.folder, exported.folder, {}, [])
+    made = registration.register(
+        catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+    )
+    catalog.client.delete_tag(made.run_id, "scorecard.sha256")  # as any user of MLflow can
+    catalog.client.set_tag(made.run_id, "lineage.sha256", checkpoint.lineage.sha256)
+    again = registration.register(
+        catalog, subject, checkpoint.lineage, other, decision(other), checkpoint.folder, exported.folder, {}, []
+    )
     assert again.run_id != made.run_id

@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 
-from ota.agent.updater import is_sound
+from ota.agent.slots import is_sound
 from ota.errors import OtaError
 from ota.manifest import DeviceReport
 from tests.fleet_kit import Device, Field

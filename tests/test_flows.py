@@ -36,6 +36,7 @@ from registry.champions import anchor_of, champion_of, judged, sealed, verdict
 from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import START
 from registry.lineage import file_sha256
+from registry.runs import reopen
 from registry.seal import PARTS
 from tests.conftest import in_run, write_images
 from tests.test_catalog import metrics
@@ -214,7 +215,7 @@ def test_run_leads_back_to_the_very_images(workspace: Workspace):
 
     champion = workspace.catalog.champion(SUBJECT)
     assert champion is not None
-    used = workspace.catalog._client.get_run(champion.run_id).inputs.dataset_inputs
+    used = workspace.catalog.client.get_run(champion.run_id).inputs.dataset_inputs
     folder = Path(mlflow.data.get_source(used[0]).load())
     assert versions.folder_md5(folder) == champion.tags["data.md5"]
     shutil.rmtree(folder.parent)
@@ -598,15 +599,15 @@ def test_changed_sampler_is_judged_without_training(workspace: Workspace, monkey
     assert best.version == 2
     first = sealed(workspace, SUBJECT, 1)
     monkeypatch.setattr("flows.candidate.anchor_of", lambda *_: first)  # as if the first one had been better
-    reopen, refused = Catalog._reopen, judged(workspace, SUBJECT)[3]
+    refused = judged(workspace, SUBJECT)[3]
 
-    def squat(self: Catalog, run_id: str, tags: dict[str, str]) -> None:
+    def squat(catalog: Catalog, run_id: str, tags: dict[str, str]) -> None:
         # Meanwhile somebody sets the new model's tag, which its run shows from now on, on the version that was refused.
         if "scorecard.sha256" in tags:
-            self._client.set_model_version_tag(SUBJECT.model, "3", "scorecard.sha256", tags["scorecard.sha256"])
-        reopen(self, run_id, tags)
+            catalog.client.set_model_version_tag(SUBJECT.model, "3", "scorecard.sha256", tags["scorecard.sha256"])
+        reopen(catalog, run_id, tags)
 
-    monkeypatch.setattr(Catalog, "_reopen", squat)
+    monkeypatch.setattr("registry.registration.reopen", squat)
     with settings(workspace, "steps = 6\n", "steps = 5\n"):
         (row,) = retrain(str(workspace.root), "shapes", promote_winners=False)
     assert judged(workspace, SUBJECT)[3] == refused
@@ -651,7 +652,7 @@ def test_number_that_mlflow_gives_twice_is_no_other_model(workspace: Workspace, 
 
     before = workspace.ledger.entries()
     version = workspace.catalog.version(SUBJECT, number)
-    monkeypatch.setattr(Catalog, "register", lambda *_: version)
+    monkeypatch.setattr("flows.steps.register", lambda *_: version)
     says = f"MLflow gave shapes/I/full {number} to another model than the ledger has under that number"
     with settings(workspace, "steps = 6\n", "steps = 4\n"), pytest.raises(SealError, match=says):
         retrain(str(workspace.root), "shapes")
@@ -838,7 +839,7 @@ def test_champion_that_was_deleted_is_not_trained_anew(workspace: Workspace):
 
     number = champion_number(workspace)
     trained = sorted(path.name for path in (workspace.work / "runs").iterdir())
-    workspace.catalog._client.delete_model_version(SUBJECT.model, str(number))  # as in MLflow's web page
+    workspace.catalog.client.delete_model_version(SUBJECT.model, str(number))  # as in MLflow's web page
     said = f"the ledger says shapes/I/full {number} is champion, but it was deleted from MLflow; go back to another"
     with pytest.raises(CatalogError, match=said):
         retrain(str(workspace.root), "shapes")

@@ -27,6 +27,7 @@ from ota.agent.state import Config, opened
 from ota.delta.format import Header
 from ota.errors import FaultError, GateError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
 from ota.manifest import Document, Manifest, Origin, Policy, Reference, SamplerTable, SignedReport, parse
+from ota.release import rotation
 from ota.release.bundle import Bundle
 from ota.release.keys import ROLES, KeyRing, create
 from ota.release.repository import Repository
@@ -505,7 +506,7 @@ def test_error_that_nobody_foresaw_does_not_end_run(offered, monkeypatch):
     def fail(*_: Any) -> Any:
         raise next(faults)
 
-    monkeypatch.setattr(updater, "_decide", fail)
+    monkeypatch.setattr(updater, "decide", fail)
     monkeypatch.setattr(poll, "pause", lambda *_: 0)
     poll.run(offered.device.home, 3600, stopped, tell, at_once=True)
     assert [type(how) for how in told] == [FaultError, FaultError, StateError]
@@ -576,9 +577,9 @@ def rotate_models(repository: Repository) -> None:
         role: [(key, f"file2:{ring.folder / uri.removeprefix('file2:')}") for key, uri in entries]
         for role, entries in fresh.items()
     }
-    waiting = repository.prepare(placed, []).signed(signers)
-    repository.resign_below_root(waiting)
-    repository.put_in_force(waiting)
+    waiting = rotation.prepare(repository, placed, []).signed(signers)
+    rotation.resign_below_root(repository, waiting)
+    rotation.put_in_force(repository, waiting)
 
 
 def test_rotation_keeps_what_the_new_keys_name(offered, bundles):

@@ -27,7 +27,8 @@ from model.export import Export
 from model.scorecard import Cost, Quality, Scorecard, Usage
 from model.session import load
 from model.train import LINEAGE, Checkpoint, load_checkpoint
-from registry.catalog import Subject, card_text
+from registry import registration
+from registry.catalog import Subject
 from registry.champions import promote
 from registry.errors import CatalogError
 from registry.seal import SCORECARD, Seal, files_of, sealed_bytes
@@ -106,9 +107,9 @@ def register(workspace: Workspace, checkpoint: Checkpoint, exported: Export, fol
         challenger=made.weights_sha256, limits=Limits(), scorecard=made.sha256,
     )  # fmt: skip
     subject = Subject(line="shapes", configuration="I", variant="full")
-    version = workspace.catalog.register(subject, trained.lineage, made, decision, folder, exported.folder, {}, [])
+    version = registration.register(workspace.catalog, subject, trained.lineage, made, decision, folder, exported.folder, {}, [])
     files = {**files_of("bundle", exported.folder), **files_of("checkpoint", folder)}
-    files[SCORECARD] = sealed_bytes(card_text(made).encode())
+    files[SCORECARD] = sealed_bytes(registration.card_text(made).encode())
     seal = Seal.of(str(subject), version.number, trained.lineage, made, files)
     facts = {"version": version.number, "outcome": decision.outcome, "decision": decision.sha256, "champion": ""}
     workspace.ledger.append("gate", str(subject), decision.reason, facts | {"seal": seal.facts})

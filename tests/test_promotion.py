@@ -58,7 +58,7 @@ _approved = iter(LINES[38:])
 
 @pytest.fixture
 def client(workspace: Workspace) -> MlflowClient:
-    return workspace.catalog._client
+    return workspace.catalog.client
 
 
 def judged(
@@ -72,8 +72,8 @@ def judged(
     worse: str | None = None,
 ) -> None:
     """Register a version in MLflow, without a model, and record in the ledger what the gate said of it."""
-    client = workspace.catalog._client
-    run = client.create_run(workspace.catalog._experiment(subject.line)).info
+    client = workspace.catalog.client
+    run = client.create_run(workspace.catalog.experiment(subject.line)).info
     why = "because" if outcome == "promote" else "coverage is 0.1"
     made = Decision(
         outcome=outcome, reason=why, checks=[], n=9, champion=against or None, challenger=weights(number), limits=Limits(),
@@ -101,7 +101,7 @@ def gate(ledger: Ledger, subject: Subject, number: int, made: Decision) -> None:
 def registered(workspace: Workspace, line: str) -> Subject:
     """Make a subject with versions 1 to 3 in MLflow: the gate let 1 through as the first, 2 against 1, and refused 3."""
     subject = Subject.parse(f"{line}/I/full")
-    workspace.catalog._client.create_registered_model(subject.model)
+    workspace.catalog.client.create_registered_model(subject.model)
     for number, outcome, against in ((1, "promote", ""), (2, "promote", weights(1)), (3, "refuse", weights(1))):
         judged(workspace, workspace.ledger, subject, number, outcome, against)
     return subject
@@ -480,7 +480,7 @@ def test_mlflow_that_is_down_decides_nothing(workspace: Workspace, subject: Subj
     def away(*_: object) -> None:
         raise OSError("connection refused")
 
-    monkeypatch.setattr(workspace.catalog._client, "get_model_version", away)
+    monkeypatch.setattr(workspace.catalog.client, "get_model_version", away)
     with pytest.raises(StoreError, match="MLflow cannot be reached: connection refused"):
         rules.promote(workspace, subject, 1, "first")
     assert entries(workspace, subject) == []

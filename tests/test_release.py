@@ -23,8 +23,8 @@ from tuf.api.metadata import Metadata, Root
 from ota.delta import encode, files
 from ota.errors import DeltaError, ManifestError, OperatorError, TransferError
 from ota.release import keys as keys_module
+from ota.release import metadata, rollout, store
 from ota.release import repository as repository_module
-from ota.release import rollout, store
 from ota.release.bundle import Bundle, assemble, make_delta, open_bundle
 from ota.release.keys import KeyRing
 from ota.release.repository import KEPT_DELTAS_TO, KEPT_RELEASES, Repository
@@ -46,7 +46,7 @@ def release(repository: Repository, bundle: Bundle, deltas: list[tuple[str, Path
 
 def versions(repository: Repository) -> dict[str, int]:
     found = dict(repository._versions())
-    return found | {"snapshot": repository._snapshot_version(), "timestamp": repository._load("timestamp.json").signed.version}
+    return found | {"snapshot": repository._snapshot_version(), "timestamp": repository.in_force("timestamp").signed.version}
 
 
 # Keys
@@ -246,8 +246,8 @@ def test_known_bundle_gets_new_deltas(repository, bundles, tmp_path):
 def test_renew_signs_what_nothing_else_does(repository, bundles, monkeypatch):
     made = publish(repository, bundles["first"])
     before, ends = versions(repository), repository.expiries()
-    later = {role: life + timedelta(days=30) for role, life in repository_module.LIFETIMES.items()}
-    monkeypatch.setattr(repository_module, "LIFETIMES", later)
+    later = {role: life + timedelta(days=30) for role, life in metadata.LIFETIMES.items()}
+    monkeypatch.setattr(metadata, "LIFETIMES", later)
     found = repository.renew()
     renewed = {"root", "targets", "models", "deltas", "snapshot", "timestamp"}
     assert {role for role in found if found[role] > ends[role]} == renewed
@@ -366,14 +366,14 @@ class Cut(Exception):  # noqa: N818
 
 def cut_before(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Make the process die when it is about to write a file."""
-    write = repository_module._write
+    write = repository_module.write
 
     def dying(path: Path, data: bytes) -> None:
         if path.name.endswith(name):
             raise Cut
         write(path, data)
 
-    monkeypatch.setattr(repository_module, "_write", dying)
+    monkeypatch.setattr(repository_module, "write", dying)
 
 
 @pytest.mark.parametrize("name", ["timestamp.json", "snapshot.json", "deltas.json", "models.json"])

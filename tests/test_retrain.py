@@ -38,7 +38,7 @@ Workspace(Path(root))  # as the command does before it imports Prefect
 
 from flows import candidate, retrain, steps
 from model import evaluate
-from registry.catalog import Catalog
+from registry import registration
 
 def die(*words, **more):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -54,8 +54,8 @@ if where == "pull data": after(steps.versions, "pull")
 if where == "train": after(steps.train, "train")
 if where == "export": after(steps.export, "export")
 if where == "evaluate": after(evaluate, "measure_cost")
-if where == "register, before the version": after(Catalog, "_log_view")
-if where == "register, before the ledger": after(Catalog, "register")
+if where == "register, before the version": after(registration, "_log_view")
+if where == "register, before the ledger": after(steps, "register")
 if where == "promote": candidate.promote = die
 retrain.retrain(root, "shapes")
 """

@@ -31,10 +31,11 @@ from flows import serve
 from flows.setup import create
 from flows.workspace import Workspace
 from ota.release.keys import create as create_keys
-from registry.catalog import RETRAINING, Subject
+from registry.catalog import Subject
 from registry.champions import champion_of
 from registry.ledger import Ledger
 from registry.lineage import file_sha256
+from registry.runs import RETRAINING
 from tests import test_promotion
 from tests.conftest import write_images
 from tests.test_flows import SETTINGS
@@ -213,7 +214,7 @@ def ferry(workspace: Workspace, *arguments: str) -> dict[str, Any]:
 
 
 def runs(workspace: Workspace, line: str) -> list[Run]:
-    client = workspace.catalog._client
+    client = workspace.catalog.client
     return list(client.search_runs([client.get_experiment_by_name(line).experiment_id]))
 
 

@@ -15,6 +15,7 @@ from model.data import Dataset
 from model.drawing import picture
 from model.train import Checkpoint, TrainOptions, train
 from registry.catalog import Subject
+from registry.runs import open_training
 from tests.conftest import CONFIG, VERSION
 from tests.test_catalog import metrics
 from tests.test_flows import SETTINGS
@@ -58,12 +59,12 @@ def test_killed_training_goes_on_in_its_run_and_logs_nothing_twice(
 
     with pytest.raises(PowerCut):
         run(workspace, dataset, cut)
-    begun = workspace.catalog.open_training(SUBJECT, KEY).run_id
+    begun = open_training(workspace.catalog, SUBJECT, KEY).run_id
     assert [step for step, _ in metrics(workspace.catalog, begun, "loss")] == [1, 11]  # seen before the end
     assert run(workspace, dataset).weights_sha256 == unwatched.weights_sha256
-    assert workspace.catalog.open_training(SUBJECT, KEY).run_id == begun
+    assert open_training(workspace.catalog, SUBJECT, KEY).run_id == begun
     assert [step for step, _ in metrics(workspace.catalog, begun, "loss")] == [1, 11, 21, 24]
-    client = workspace.catalog._client
+    client = workspace.catalog.client
     names = [Path(info.path).name for info in client.list_artifacts(begun, "checkpoint/samples")]
     assert names == [f"step-{step:06d}.png" for step in (6, 12, 18, 24)]
 
@@ -73,7 +74,7 @@ def test_broken_store_ends_no_training_and_is_told_once(
 ) -> None:
     def break_store(step: int) -> None:
         if step == 5:
-            workspace.catalog._client.delete_run(workspace.catalog.open_training(SUBJECT, KEY).run_id)  # as in MLflow's web page
+            workspace.catalog.client.delete_run(open_training(workspace.catalog, SUBJECT, KEY).run_id)  # as in MLflow's web page
 
     assert run(workspace, dataset, break_store).weights_sha256 == unwatched.weights_sha256
     said = capsys.readouterr().err.strip().splitlines()

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from hypothesis import given
 from hypothesis import strategies as st
 from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Signature, Signer
-from tuf.api.metadata import Metadata, MetaFile
+from tuf.api.metadata import Metadata, MetaFile, Role, Root
 from typer.testing import CliRunner, Result
 
 from flows import cli
@@ -31,9 +31,9 @@ from ota.agent.state import HighWater
 from ota.errors import TrustError
 from ota.release import keys as keys_module
 from ota.release import repository as repository_module
-from ota.release import store
+from ota.release import rotation, store
 from ota.release.bundle import Bundle
-from ota.release.ceremony import taken_out
+from ota.release.ceremony import Waiting, taken_out
 from ota.release.keys import KeyRing
 from ota.release.repository import Repository
 from ota.release.rollout import start
@@ -242,7 +242,7 @@ def test_stolen_root_keys_lead_no_device_along_another_chain(plant, bundles, tmp
     own = keys_module.create(tmp_path / "own")
     fresh = {role: list(own.keys[role]) for role in keys_module.ROLES}
     thief.keys.add(fresh)
-    waiting = thief.prepare(fresh).signed(
+    waiting = rotation.prepare(thief, fresh).signed(
         [s for role in keys_module.ROLES for s in (*thief.keys.usable(role), *own.usable(role))]
     )
     thief.keys.keep({})
@@ -250,9 +250,9 @@ def test_stolen_root_keys_lead_no_device_along_another_chain(plant, bundles, tmp
     thief_repository = Repository(thief.folder, own_ring)
     own_ring.add(thief.keys.keys)
     for _ in range(3):  # his root 2, and then 3 and 4, which only he signs
-        thief_repository.put_in_force(waiting)
+        rotation.put_in_force(thief_repository, waiting)
         own_ring.keep(fresh)
-        waiting = thief_repository.prepare({}, ["root"]).signed(own_ring.usable("root"))
+        waiting = rotation.prepare(thief_repository, {}, ["root"]).signed(own_ring.usable("root"))
     assert thief_repository.newest_root().name == "4.root.json"
     for device in plant.devices:
         forget(device)
@@ -526,7 +526,7 @@ def test_rotation_signs_only_what_it_must(plant, roles, kept):
 def test_rotation_revives_no_expired_rollout(plant, monkeypatch):
     ended = (datetime.now(UTC) - timedelta(days=1)).replace(microsecond=0)
     repository = plant.repository
-    repository._commit({"rollout": lambda signed: setattr(signed, "expires", ended)})
+    repository.commit({"rollout": lambda signed: setattr(signed, "expires", ended)})
     plant.ferry("trust", "rotate", "rollout")
     assert plant.role("rollout")["expires"] == ended.isoformat()
     assert "the rollout policy has expired" in visit_reason(plant.near, plant.ws / "published")
@@ -597,15 +597,16 @@ def die_at_write(patch: pytest.MonkeyPatch, last: int, names: list[str]) -> None
 
         return wrapped
 
-    patch.setattr(repository_module, "_write", dying(repository_module._write, lambda path, _: path.name))
+    for module in (repository_module, rotation):
+        patch.setattr(module, "write", dying(module.write, lambda path, _: path.name))
     patch.setattr(keys_module, "_write_durably", dying(keys_module._write_durably, lambda path, *_: path.name))
-    patch.setattr("ota.release.ceremony.Waiting.save", dying(repository_module.Waiting.save, lambda _, path: path.name))
+    patch.setattr("ota.release.ceremony.Waiting.save", dying(Waiting.save, lambda _, path: path.name))
     patch.setattr(store.shutil, "copyfileobj", dying(shutil.copyfileobj, lambda source, _: f"published {Path(source.name).name}"))
 
 
 def test_other_roles_wait_for_a_rotation_that_was_cut(plant, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(repository_module.Repository, "put_in_force", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(rotation, "put_in_force", lambda *_: (_ for _ in ()).throw(Killed))
         assert isinstance(ferry("-w", plant.ws, "trust", "rotate", "timestamp").exception, Killed)
     assert "finish it with `ferry trust rotate timestamp` first" in plant.ferry("trust", "renew", "targets", code=3)
     assert "a rotation was cut" in plant.ferry("trust", "status")
@@ -642,8 +643,8 @@ def tree(folder: Path) -> dict[Path, bytes]:
 
 
 def test_thief_at_the_threshold_takes_all_keys_along():
-    roles = repository_module.Root(roles={
-        role: repository_module.Role(ids, threshold)
+    roles = Root(roles={
+        role: Role(ids, threshold)
         for role, ids, threshold in (
             ("root", ["a1", "a2", "a3"], 2), ("targets", ["b1", "b2", "b3"], 2), ("snapshot", ["c1", "c2"], 1), ("timestamp", ["d1"], 1),
         )
@@ -911,7 +912,7 @@ def test_half_of_a_life_gone_is_an_alarm(plant):
 def test_empty_rollout_is_no_alarm(bare):
     bare.ferry("trust", "init")
     ended = (datetime.now(UTC) - timedelta(days=1)).replace(microsecond=0)
-    bare.repository._commit({"rollout": lambda signed: setattr(signed, "expires", ended)})
+    bare.repository.commit({"rollout": lambda signed: setattr(signed, "expires", ended)})
     bare.ferry("trust", "status", "--check")
 
 

@@ -18,7 +18,7 @@ from model import versions
 from model.config import VariantName
 from model.features import SPACES
 from model.scorecard import Lineage, Scorecard
-from ota.agent import updater
+from ota.agent import drawing
 from registry.catalog import Subject
 from registry.champions import champion_of, seals
 from registry.seal import Seal
@@ -166,7 +166,7 @@ def test_device_runs_the_variants_of_its_class(workspace: Workspace, tmp_path: P
     workspace.repository.set_policy(rollout.start(published, [100], soak=0))
     device = Device.init(tmp_path / "device", workspace.repository)
     assert device.update().changed
-    pictures = {variant: updater.generate(device.home, "disc", 3, variant)[0] for variant in ("dev", "fast")}
+    pictures = {variant: drawing.generate(device.home, "disc", 3, variant)[0] for variant in ("dev", "fast")}
     assert pictures["dev"] != pictures["fast"]
 
 

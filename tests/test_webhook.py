@@ -184,7 +184,7 @@ def test_delivery_makes_ferry_look_at_once_and_believes_nothing_in_it(workspace:
         lie = b'{"data": {"name": "shapes-I-full", "alias": "champion", "version": "1"}}'
         assert post(address, body=lie, delivery="a lie") == 202
         assert answers.get(timeout=60) == ["agrees"]  # nobody moved the alias
-        workspace.catalog._client.set_registered_model_alias(subject.model, "champion", "1")
+        workspace.catalog.client.set_registered_model_alias(subject.model, "champion", "1")
         assert post(address, delivery="the truth") == 202
         assert answers.get(timeout=60) == ["recorded"]
     assert [e.kind for e in workspace.ledger.entries()][3:] == ["promotion"]
@@ -196,7 +196,7 @@ def test_lost_delivery_is_made_up_for_by_polling(workspace: Workspace, monkeypat
     answers = looks(monkeypatch)
     with webhook.watching(workspace, None):
         assert answers.get(timeout=60) == ["agrees"]
-        workspace.catalog._client.set_registered_model_alias(subject.model, "champion", "1")
+        workspace.catalog.client.set_registered_model_alias(subject.model, "champion", "1")
         assert ["recorded"] in [answers.get(timeout=60) for _ in range(3)]
     assert [e.kind for e in workspace.ledger.entries()][3:] == ["promotion"]
 
@@ -207,7 +207,7 @@ def test_mlflow_that_is_down_is_said_once_and_looked_for_again(
     registered(workspace, "shapes")
     workspace.settings = workspace.settings.model_copy(update={"poll_seconds": 0.01})
     tries: queue.Queue[int] = queue.Queue()
-    ask = workspace.catalog._client.get_model_version_by_alias
+    ask = workspace.catalog.client.get_model_version_by_alias
 
     def away(*words: str) -> object:
         tries.put(1)
@@ -215,7 +215,7 @@ def test_mlflow_that_is_down_is_said_once_and_looked_for_again(
             raise OSError("connection refused")
         return ask(*words)
 
-    monkeypatch.setattr(workspace.catalog._client, "get_model_version_by_alias", away)
+    monkeypatch.setattr(workspace.catalog.client, "get_model_version_by_alias", away)
     answers = looks(monkeypatch)
     with webhook.watching(workspace, None):
         assert answers.get(timeout=60) == ["agrees"]

@@ -14,7 +14,11 @@ energy      joules per image from the device's sensors
 bench       what an image costs here, by measurement
 measured    the stored figures of `bench`
 reports     the signed, bounded queue of reports
+plan        what an update installs and from what: release, delta or full bundle, downloads, room
+slots       slots on disk: building one, verifying it, reporting what runs
+trial       trying a bundle before it is trusted, probation, going back
 updater     the twelve steps of an update
+drawing     an image on request, by the first bundle and variant that can
 poll        regular checks for updates
 serve       the local endpoint that draws for other programs
 doctor      checks of the device

@@ -240,9 +240,9 @@ def update(given: Arguments) -> None:
 
 def status(given: Arguments) -> None:
     """Show what runs, and verify every file of it again."""
-    from ota.agent import updater
+    from ota.agent import slots
 
-    found = updater.status(Home(given.dir))
+    found = slots.status(Home(given.dir))
     text = f"{found['device']} runs nothing yet; run `ferry-agent update`"
     if found["active"]:
         sound = "sound" if found["sound"] else "DAMAGED, run `ferry-agent update`"
@@ -260,12 +260,12 @@ def status(given: Arguments) -> None:
 
 def generate(given: Arguments) -> None:
     """Draw one image with the model that runs."""
-    from ota.agent import updater
+    from ota.agent import drawing
 
     output.check(given.output)
     if given.variant not in ("", "full", "dev", "fast"):
         raise OperatorError(f"there is no variant {given.variant!r}; choose full, dev or fast")
-    data, how = updater.generate(Home(given.dir), given.caption, given.seed, given.variant or None)
+    data, how = drawing.generate(Home(given.dir), given.caption, given.seed, given.variant or None)
     with output.fresh(given.output) as file:
         file.write(data)
     figures = {"output": str(given.output), "milliseconds": round(how["milliseconds"], 1), "peak_mib": round(how["peak_mib"], 1)}
@@ -274,11 +274,11 @@ def generate(given: Arguments) -> None:
 
 def rollback(given: Arguments) -> None:
     """Roll back to the previous bundle, and refuse the current one."""
-    from ota.agent import updater
+    from ota.agent import trial
 
     home = Home(given.dir)
     with home.locked():
-        active, refused = updater.rollback(home)
+        active, refused = trial.rollback(home)
     _answer(
         given.json,
         {"active": active, "refused": refused},
@@ -289,11 +289,11 @@ def rollback(given: Arguments) -> None:
 
 def forget(given: Arguments) -> None:
     """Lift the refusal of a bundle, so that an update may try it again."""
-    from ota.agent import updater
+    from ota.agent import trial
 
     home = Home(given.dir)
     with home.locked():
-        digest = updater.forget(home, given.bundle)
+        digest = trial.forget(home, given.bundle)
     _answer(
         given.json,
         {"forgotten": digest},

@@ -14,9 +14,9 @@ from datetime import datetime
 from typing import Literal
 
 from ota.agent import child, energy, reports, rules
+from ota.agent.slots import is_sound
 from ota.agent.state import Home, opened
 from ota.agent.transport import bare, connect, read_small, within
-from ota.agent.updater import is_sound
 from ota.errors import DeviceError, OtaError, TransferError, printable
 from ota.manifest import MAX_TABLE, KiB, SamplerTable, parse
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from ota.agent import reports, updater
+from ota.agent.plan import OnStep
 from ota.agent.state import Home
 from ota.agent.updater import Outcome
 from ota.errors import BusyError, OtaError, TransferError, own_errors
@@ -35,7 +36,7 @@ def run(
     every: float,
     stopped: threading.Event,
     tell: Callable[[Outcome | OtaError], None],
-    on_step: updater.OnStep | None = None,
+    on_step: OnStep | None = None,
     at_once: bool = False,
 ) -> None:
     """Update and wait, again and again, until stopped; an error is passed to `tell`, and the next check tries again.

@@ -76,6 +76,11 @@ class DeltaFile(Document):
         return f"{self.target.role} file" if isinstance(self.target, FileEntry) else "file"
 
     @property
+    def small(self) -> bool:
+        """Whether it is handled whole where that is shorter; weights are not."""
+        return not isinstance(self.target, FileEntry) or self.target.role != "weights"
+
+    @property
     def remedy(self) -> str:
         """What the reader of a message should do if the base is another file than expected."""
         return "fetch the full bundle" if isinstance(self.target, FileEntry) else "name the file that it was built from"
@@ -310,65 +315,106 @@ def _end(patch: BinaryIO) -> None:
 def _apply_file(
     patch: BinaryIO, file: DeltaFile, open_base: Callable[[], BinaryIO], output: BinaryIO, kept: bool = False
 ) -> None:
-    small = not isinstance(file.target, FileEntry) or file.target.role != "weights"
+    """Make one file of a delta from its records, then close its base; `kept` is as in `apply_plain`."""
     digest, written, count = hashlib.sha256(), 0, 0
     base = open_base() if file.base else None
     try:
         if base:
             _check_base(base, file)
         while written < file.target.size:
-            kind, new_length, payload_length, base_offset, check = RECORD.unpack(_exactly(patch, RECORD.size))
             count += 1
-            if count > MAX_RECORDS:
-                raise DeltaError(
-                    f"the delta makes the {file.name} of more than {MAX_RECORDS} records; publish it without a delta"
-                )
-            if kind not in KINDS:
-                raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update the agent")
-            if not new_length:  # costs the sender a few bytes, and the device as much time as any other record
-                raise DeltaError("a record of the delta makes nothing; fetch it again")
-            limit = MAX_SMALL if small and kind != NUMBERS else MAX_CHUNK
-            if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:
-                raise DeltaError("a record of the delta claims more bytes than it may")
-            payload = _exactly(patch, payload_length)
-            if kept:
-                new = output.read(new_length)
-                kept = hashlib.blake2b(new, digest_size=16).digest() == check
-                if kept:
-                    digest.update(new)
-                    written += new_length
-                    continue
-                output.seek(written)
-                output.truncate()
-            if kind == NUMBERS:
-                new = _numbers(payload, base, file, new_length)
-            elif kind == SAME:
-                if payload:
-                    raise DeltaError("a record of the delta that copies carries bytes of its own")
-                new = _base_range(base, file, base_offset, new_length)
-            elif kind == BSDIFF:
-                # Every bsdiff record reads the whole base, so a file may have only one, which makes all of it.
-                if not small or file.base_size > MAX_SMALL or new_length != file.target.size:
-                    raise DeltaError("the delta asks for bsdiff on a part of a file, or on one that is too large for it")
-                new = _bsdiff(payload, _base_range(base, file, 0, file.base_size), new_length)
-            elif kind == ZSTD_PREFIX:
-                reader = streams.Reader(payload)
-                known = reader.number()
-                if known > MAX_RANGE:
-                    raise DeltaError("a record of the delta refers to more of its base than it may")
-                new = streams.unpack(reader.rest(), new_length, known=_base_range(base, file, base_offset, known))
-            else:
-                new = streams.unpack(payload, new_length)
-            if hashlib.blake2b(new, digest_size=16).digest() != check:
-                raise DeltaError("a record of the delta does not make what it should; fetch it again")
-            output.write(new)
+            record = _read_record(patch, file, written, count)
+            new = _held(record, output, written) if kept else None
+            kept = new is not None
+            if new is None:
+                new = _made(record, base, file)
+                output.write(new)
             digest.update(new)
-            written += new_length
+            written += record.length
     finally:
         if base:
             base.close()
     if written != file.target.size or digest.hexdigest() != file.target.sha256:
         raise DeltaError(f"the delta does not make the {file.name} that it names; fetch it again")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One record whose kind and lengths are known to be allowed."""
+
+    kind: int
+    length: int  # bytes of the new file
+    base_offset: int
+    check: bytes  # hash of what it makes
+    payload: bytes
+
+
+def _read_record(patch: BinaryIO, file: DeltaFile, written: int, count: int) -> _Record:
+    """Read the record that goes on after `written` bytes of a file, its `count`-th; all of it is checked before the payload."""
+    kind, new_length, payload_length, base_offset, check = RECORD.unpack(_exactly(patch, RECORD.size))
+    if count > MAX_RECORDS:
+        raise DeltaError(f"the delta makes the {file.name} of more than {MAX_RECORDS} records; publish it without a delta")
+    if kind not in KINDS:
+        raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update the agent")
+    if not new_length:  # costs the sender a few bytes, and the device as much time as any other record
+        raise DeltaError("a record of the delta makes nothing; fetch it again")
+    limit = MAX_SMALL if file.small and kind != NUMBERS else MAX_CHUNK
+    if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:
+        raise DeltaError("a record of the delta claims more bytes than it may")
+    return _Record(kind, new_length, base_offset, check, _exactly(patch, payload_length))
+
+
+def _held(record: _Record, output: BinaryIO, written: int) -> bytes | None:
+    """Return what a record makes if the output holds it already; otherwise cut the output off after `written` bytes."""
+    there = output.read(record.length)
+    if hashlib.blake2b(there, digest_size=16).digest() == record.check:
+        return there
+    output.seek(written)
+    output.truncate()
+    return None
+
+
+def _made(record: _Record, base: BinaryIO | None, file: DeltaFile) -> bytes:
+    """Make the bytes of the new file that a record stands for, and check them."""
+    if record.kind == NUMBERS:
+        new = _numbers(record.payload, base, file, record.length)
+    elif record.kind == SAME:
+        new = _same(record, base, file)
+    elif record.kind == BSDIFF:
+        new = _whole(record, base, file)
+    elif record.kind == ZSTD_PREFIX:
+        new = _beside(record, base, file)
+    else:
+        new = streams.unpack(record.payload, record.length)
+    if hashlib.blake2b(new, digest_size=16).digest() != record.check:
+        raise DeltaError("a record of the delta does not make what it should; fetch it again")
+    return new
+
+
+def _same(record: _Record, base: BinaryIO | None, file: DeltaFile) -> bytes:
+    """Copy a range of the base."""
+    if record.payload:
+        raise DeltaError("a record of the delta that copies carries bytes of its own")
+    return _base_range(base, file, record.base_offset, record.length)
+
+
+def _whole(record: _Record, base: BinaryIO | None, file: DeltaFile) -> bytes:
+    """Make a small file as a whole by bsdiff4.
+
+    Every such record reads the whole base, so a file may have only one, which makes all of it.
+    """
+    if not file.small or file.base_size > MAX_SMALL or record.length != file.target.size:
+        raise DeltaError("the delta asks for bsdiff on a part of a file, or on one that is too large for it")
+    return _bsdiff(record.payload, _base_range(base, file, 0, file.base_size), record.length)
+
+
+def _beside(record: _Record, base: BinaryIO | None, file: DeltaFile) -> bytes:
+    """Unpack with zstd what may refer to a range of the base."""
+    reader = streams.Reader(record.payload)
+    known = reader.number()
+    if known > MAX_RANGE:
+        raise DeltaError("a record of the delta refers to more of its base than it may")
+    return streams.unpack(reader.rest(), record.length, known=_base_range(base, file, record.base_offset, known))
 
 
 def _check_base(base: BinaryIO, file: DeltaFile) -> None:

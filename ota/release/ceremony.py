@@ -2,7 +2,7 @@
 
 The file holds new metadata and says which keys they wait for. So a machine without repository and network can sign them, and
 can refuse a wrong key. When the metadata are put in force, nothing that the file says about keys is trusted: the root in force
-decides (`Repository.put_in_force`).
+decides (`rotation.put_in_force`).
 """
 
 from __future__ import annotations

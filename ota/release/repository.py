@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import partial, wraps
+from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
-from tuf.api.exceptions import StorageError
 from tuf.api.metadata import (
     DelegatedRole,
     Delegations,
@@ -39,23 +38,13 @@ from tuf.api.metadata import (
     Targets,
     Timestamp,
 )
-from tuf.api.serialization import DeserializationError
 
 from ota.errors import OperatorError, printable
 from ota.manifest import MAX_COUNT, MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
-from ota.release import keys as signing
-from ota.release.ceremony import Need, Waiting
 from ota.release.keys import DELEGATED, Entry, KeyRing
+from ota.release.metadata import LIFETIMES, TOP, expiry, load, next_version, sign_role, unchanged, unused, write
 
-# How long signatures are valid. Every release and `ferry trust refresh` renew snapshot and timestamp. A rollout that nobody
-# renews stops spreading.
-LIFETIMES = {
-    "root": timedelta(days=365), "targets": timedelta(days=365), "models": timedelta(days=180),
-    "deltas": timedelta(days=180), "rollout": timedelta(days=14), "snapshot": timedelta(days=14),
-    "timestamp": timedelta(days=14),
-}  # fmt: skip
 RENEWED = ("root", "targets", "models", "deltas")  # roles that `Repository.renew` can sign again
-TOP = ("root", "targets", "snapshot", "timestamp")  # root names the keys of these roles, targets those of the others
 KEPT_RELEASES = 8  # newest releases of one line and class that stay in `models`
 KEPT_DELTAS_TO = 2  # deltas are kept to this many of the newest releases
 LOCK = ".signing.lock"  # file in the folder of the repository, never published
@@ -65,8 +54,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _alone(change: Callable[Concatenate[Repository, P], R]) -> Callable[Concatenate[Repository, P], R]:
-    """Wrap a method that reads, signs and writes, so that no other process does so at the same time."""
+def alone(change: Callable[Concatenate[Repository, P], R]) -> Callable[Concatenate[Repository, P], R]:
+    """Wrap a method, or a function of a repository, that reads, signs and writes, so that no other process does so at the same time."""
 
     @wraps(change)
     def held(self: Repository, /, *given: P.args, **more: P.kwargs) -> R:
@@ -193,12 +182,12 @@ class Repository:
         for name in ("metadata", "targets", "objects"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / LOCK).touch()
-        root = Root(expires=_expiry("root"), consistent_snapshot=True)
+        root = Root(expires=expiry("root"), consistent_snapshot=True)
         for role in ("root", "targets", "snapshot", "timestamp"):
             for key, _ in keys.keys[role]:
                 root.add_key(key, role)
             root.roles[role].threshold = keys.threshold(role)
-        top = Targets(expires=_expiry("targets"))
+        top = Targets(expires=expiry("targets"))
         top.delegations = Delegations(
             {},
             {
@@ -211,17 +200,26 @@ class Repository:
         for role in DELEGATED:
             for key, _ in keys.keys[role]:
                 top.add_key(key, role)
-        made: dict[str, Any] = {"root": root, "targets": top} | {r: Targets(expires=_expiry(r)) for r in DELEGATED}
+        made: dict[str, Any] = {"root": root, "targets": top} | {r: Targets(expires=expiry(r)) for r in DELEGATED}
         metadata = folder / "metadata"
         for role, signed in made.items():
-            _write(metadata / f"1.{role}.json", _signed(Metadata(signed), keys, role, top if role in DELEGATED else root))
-        snapshot = Snapshot(expires=_expiry("snapshot"), meta={f"{r}.json": MetaFile(1) for r in ("targets", *DELEGATED)})
-        _write(metadata / "1.snapshot.json", _signed(Metadata(snapshot), keys, "snapshot", root))
-        timestamp = Timestamp(expires=_expiry("timestamp"), snapshot_meta=MetaFile(1))
-        _write(metadata / "timestamp.json", _signed(Metadata(timestamp), keys, "timestamp", root))
+            write(metadata / f"1.{role}.json", sign_role(Metadata(signed), keys, role, top if role in DELEGATED else root))
+        snapshot = Snapshot(expires=expiry("snapshot"), meta={f"{r}.json": MetaFile(1) for r in ("targets", *DELEGATED)})
+        write(metadata / "1.snapshot.json", sign_role(Metadata(snapshot), keys, "snapshot", root))
+        timestamp = Timestamp(expires=expiry("timestamp"), snapshot_meta=MetaFile(1))
+        write(metadata / "timestamp.json", sign_role(Metadata(timestamp), keys, "timestamp", root))
         return cls(folder, keys)
 
     # Queries
+
+    def in_force(self, role: str) -> Metadata[Any]:
+        """Return the metadata of a role that are in force."""
+        if role == "timestamp":
+            return load(self.metadata / "timestamp.json")
+        if role == "root":
+            return self._root()
+        version = self._snapshot_version() if role == "snapshot" else self._versions()[role]
+        return load(self.metadata / f"{version}.{role}.json")
 
     def root_bytes(self) -> bytes:
         """Return the first root, which a device is given once, by hand, with its hash."""
@@ -273,7 +271,7 @@ class Repository:
 
     def expiries(self) -> dict[str, datetime]:
         """Return when the metadata of each role expire."""
-        return {role: self._in_force(role).signed.expires for role in (*self._versions(), "root", "snapshot", "timestamp")}
+        return {role: self.in_force(role).signed.expires for role in (*self._versions(), "root", "snapshot", "timestamp")}
 
     def roles(self) -> dict[str, Role]:
         """Return the trusted keys and the threshold of each role, from the metadata in force."""
@@ -284,7 +282,7 @@ class Repository:
         """Return the state of every role: its version, keys and expiry."""
         found = []
         for role, trusted in self.roles().items():
-            signed = self._in_force(role).signed
+            signed = self.in_force(role).signed
             usable = {signer.public_key.keyid for signer in self.keys.usable(role, trusted.keyids)}
             found.append(
                 RoleState(
@@ -307,7 +305,7 @@ class Repository:
         """
         name, found = ("root" if role in TOP else "targets"), set[str]()
         for path in self.metadata.glob(f"*.{name}.json"):
-            found.update(self._load(path.name).signed.get_delegated_role(role).keyids)
+            found.update(load(path).signed.get_delegated_role(role).keyids)
         return found
 
     def newest_root(self) -> Path:
@@ -320,7 +318,7 @@ class Repository:
 
     # Changes
 
-    @_alone
+    @alone
     def publish_release(
         self, manifest: Manifest, files: Path, ledger: str, deltas: list[tuple[str, Path]], revertible: bool = True
     ) -> Release:
@@ -358,7 +356,7 @@ class Repository:
             if release.manifest == manifest.digest:  # the bundle was published before; the deltas to it may be new
                 present = self._targets("deltas").targets
                 if any(present.get(delta.path) != delta for delta in delta_targets):
-                    self._commit({"deltas": change_deltas})
+                    self.commit({"deltas": change_deltas})
                 return release
         for entry in manifest.files:
             self._add_object(files / entry.sha256, entry.sha256)
@@ -388,10 +386,10 @@ class Repository:
                 if name.startswith(f"models/{line}/{device_class}/") and models.targets[name].hashes["sha256"] not in kept:
                     del models.targets[name]
 
-        self._commit({"models": change_models, "deltas": change_deltas})
+        self.commit({"models": change_models, "deltas": change_deltas})
         return made
 
-    @_alone
+    @alone
     def set_policy(self, policy: Policy) -> None:
         """Sign a policy; it replaces the policy of its line and class.
 
@@ -416,9 +414,9 @@ class Repository:
         def change(rollout: Targets) -> None:
             rollout.targets[target.path] = target
 
-        self._commit({"rollout": change})
+        self.commit({"rollout": change})
 
-    @_alone
+    @alone
     def set_floor(self, line: str, device_class: str, seq: int) -> None:
         """Set the lowest release number of a line and class that devices may install, whatever a policy says.
 
@@ -440,14 +438,14 @@ class Repository:
                 custom = models.targets[manifest_path(line, device_class, release.manifest)].unrecognized_fields["custom"]
                 custom["floor"] = seq
 
-        self._commit({"models": change})
+        self.commit({"models": change})
 
-    @_alone
+    @alone
     def refresh(self) -> None:
         """Sign snapshot and timestamp again, and nothing else: a rollout that nobody renews is meant to expire."""
-        self._commit({})
+        self.commit({})
 
-    @_alone
+    @alone
     def renew(self, roles: Collection[str] = RENEWED) -> dict[str, datetime]:
         """Sign roles again with a new expiry and no other change, and snapshot and timestamp with them.
 
@@ -468,134 +466,12 @@ class Repository:
         if "root" in roles:
             root = self._root()
             root.signed.version += 1
-            root.signed.expires = _expiry("root")
-            _write(self.metadata / f"{root.signed.version}.root.json", _signed(root, self.keys, "root", root.signed))
-        self._commit({role: _unchanged for role in roles if role != "root"})
+            root.signed.expires = expiry("root")
+            write(self.metadata / f"{root.signed.version}.root.json", sign_role(root, self.keys, "root", root.signed))
+        self.commit({role: unchanged for role in roles if role != "root"})
         return self.expiries()
 
-    # Changes that wait for signatures
-
-    def prepare(self, fresh: Mapping[str, Sequence[Entry]], renewed: Collection[str] = ()) -> Waiting:
-        """Prepare new metadata of some roles, for their keys to sign; nothing is changed yet.
-
-        Some metadata cannot wait, because every release changes them: snapshot, timestamp, and delegated roles that have new
-        keys. These are signed when the prepared metadata are put in force.
-
-        Args:
-            fresh: role → all the keys that it is to have.
-            renewed: roles that are to be signed again, because they are due or because their new keys are not here.
-        """
-        present, root, targets = self._root(), self._root(), self._in_force("targets")
-        documents: dict[str, Metadata[Any]] = {}
-        needs: dict[str, list[Need]] = {}
-        for role, entries in fresh.items():
-            delegator: Root | Targets = root.signed if role in TOP else targets.signed
-            for keyid in set(delegator.get_delegated_role(role).keyids) - {key.keyid for key, _ in entries}:
-                delegator.revoke_key(keyid, role)
-            for key, _ in entries:
-                delegator.add_key(key, role)
-        if "root" in renewed or fresh.keys() & set(TOP):
-            documents["root"] = _next(root, "root", root.signed.version + 1)
-            needs["root"] = [Need.of("present", present.signed.roles["root"], present.signed.keys)]
-            if "root" in fresh:
-                needs["root"].append(Need.of("new", root.signed.roles["root"], root.signed.keys))
-        if "targets" in {*renewed, *fresh} or fresh.keys() & set(DELEGATED):
-            documents["targets"] = _next(targets, "targets", self._unused("targets", targets.signed.version + 1))
-            needs["targets"] = [
-                Need.of("new" if "targets" in fresh else "present", root.signed.roles["targets"], root.signed.keys)
-            ]
-            if "targets" in fresh:
-                needs["targets"].append(Need.of("present", present.signed.roles["targets"], present.signed.keys, required=False))
-        for role in DELEGATED:
-            if role in renewed:
-                metadata = self._in_force(role)
-                ends = metadata.signed.expires
-                documents[role] = _next(metadata, role, self._unused(role, metadata.signed.version + 1))
-                if role == "rollout":  # it keeps its expiry, as in `resign_below_root`
-                    metadata.signed.expires = ends
-                delegations = targets.signed.delegations
-                needs[role] = [Need.of("new" if role in fresh else "present", delegations.roles[role], delegations.keys)]
-        return Waiting.of(documents, needs, fresh)
-
-    @_alone
-    def resign_below_root(self, waiting: Waiting) -> bool:
-        """Make every role below root verify under the waiting root, or under the root in force if none waits; the timestamp last.
-
-        Writes the waiting roles, and re-signs the delegated roles that would not verify, the snapshot and the timestamp.
-
-        Returns:
-            Whether all of it still verifies under the root in force. Then it can be published before the new root, and at no
-            moment do devices find metadata that do not verify. This is not possible if old keys are lost.
-
-        Raises:
-            OperatorError: signatures are missing, or something newer is in force; nothing was changed.
-        """
-        pending, present = self._pending(waiting), self._root().signed
-        root = pending["root"].signed if "root" in pending else present
-        ready = {role: metadata for role, metadata in pending.items() if role != "root"}
-        top = (ready["targets"] if "targets" in ready else self._in_force("targets")).signed
-        self.keys.add(waiting.entries())
-        again = [role for role in DELEGATED if role not in ready and not _holds(top, role, self._in_force(role))]
-        if ready or again or not all(_holds(root, role, self._in_force(role)) for role in TOP[1:]):
-            ends = self._targets("rollout").expires
-
-            def resign(role: str) -> Callable[[Targets], None]:
-                return partial(_end, ends) if role == "rollout" else _unchanged  # a rollout that nobody renews keeps its expiry
-
-            self._commit({role: resign(role) for role in again}, root, ready)
-        return all(_holds(present, role, self._in_force(role)) for role in TOP[1:])
-
-    @_alone
-    def put_in_force(self, waiting: Waiting) -> None:
-        """Put the waiting metadata in force, the root last; a killed call can be repeated, and continues.
-
-        Raises:
-            OperatorError: signatures are missing, or something newer is in force.
-        """
-        self.resign_below_root(waiting)
-        pending = self._pending(waiting)
-        if "root" in pending:
-            root = pending["root"]
-            _write(self.metadata / f"{root.signed.version}.root.json", root.to_bytes())
-        self.keys.keep(waiting.entries())
-
-    def _pending(self, waiting: Waiting) -> dict[str, Metadata[Any]]:
-        """Check the waiting metadata against those in force, and return what is not in force yet, by role.
-
-        Raises:
-            OperatorError: signatures are missing, or something newer is in force.
-        """
-        documents = waiting.metadata()
-        pending = {}
-        for role, metadata in documents.items():
-            present, version = self._in_force(role), metadata.signed.version
-            if metadata.signed_bytes == present.signed_bytes:
-                continue
-            if version <= present.signed.version:
-                raise OperatorError(
-                    f"version {version} of {role} waits, but {present.signed.version} is in force already; begin again"
-                )
-            if role == "root" and version != present.signed.version + 1:
-                raise OperatorError(
-                    f"version {version} of root waits, but {version - 1} is not in force; put that in force first"
-                )
-            path = self.metadata / f"{version}.{role}.json"
-            if path.exists() and self._load(path.name).signed_bytes != metadata.signed_bytes:
-                raise OperatorError(f"version {version} of {role} waits, but a killed run has used its name; begin again")
-            pending[role] = metadata
-        present_root = self._root().signed
-        root = pending["root"].signed if "root" in pending else present_root
-        top = (pending["targets"] if "targets" in pending else self._in_force("targets")).signed
-        for role, metadata in pending.items():
-            for delegator in {"root": [present_root, root], "targets": [root]}.get(role, [top]):
-                if not _holds(delegator, role, metadata):
-                    lines = waiting.missing() or [f"the signatures of {role} are not of the keys that are trusted now"]
-                    raise OperatorError(f"{'; '.join(lines)}; sign it with `ferry trust sign FILE --key URI`")
-        return pending
-
-    # Private helpers
-
-    def _commit(
+    def commit(
         self,
         changes: Mapping[str, Callable[[Targets], None]],
         coming: Root | None = None,
@@ -611,62 +487,44 @@ class Repository:
         """
         present, versions, ready = self._root().signed, self._versions(), ready or {}
         root, other = (coming or present), (present if coming else None)
-        top = self._in_force("targets").signed
+        top = self.in_force("targets").signed
         for role in sorted({*changes, *ready}, key=lambda role: (role != "targets", role)):
             if role in ready:
                 metadata = ready[role]
             else:
-                metadata = _next(self._in_force(role), role, self._unused(role, versions[role] + 1))
+                metadata = next_version(self.in_force(role), role, unused(self.metadata, role, versions[role] + 1))
                 changes[role](cast("Targets", metadata.signed))
-                _signed(metadata, self.keys, role, *((root, other) if role == "targets" else (top, None)))
+                sign_role(metadata, self.keys, role, *((root, other) if role == "targets" else (top, None)))
             top = metadata.signed if role == "targets" else top
             versions[role] = metadata.signed.version
-            _write(self.metadata / f"{versions[role]}.{role}.json", metadata)
-        snapshot = self._in_force("snapshot")
-        snapshot = _next(snapshot, "snapshot", self._unused("snapshot", snapshot.signed.version + 1))
+            write(self.metadata / f"{versions[role]}.{role}.json", metadata)
+        snapshot = self.in_force("snapshot")
+        snapshot = next_version(snapshot, "snapshot", unused(self.metadata, "snapshot", snapshot.signed.version + 1))
         cast("Snapshot", snapshot.signed).meta = {f"{role}.json": MetaFile(version) for role, version in versions.items()}
-        _signed(snapshot, self.keys, "snapshot", root, other)
-        _write(self.metadata / f"{snapshot.signed.version}.snapshot.json", snapshot)
-        timestamp = self._in_force("timestamp")
-        timestamp = _next(timestamp, "timestamp", timestamp.signed.version + 1)
+        sign_role(snapshot, self.keys, "snapshot", root, other)
+        write(self.metadata / f"{snapshot.signed.version}.snapshot.json", snapshot)
+        timestamp = self.in_force("timestamp")
+        timestamp = next_version(timestamp, "timestamp", timestamp.signed.version + 1)
         cast("Timestamp", timestamp.signed).snapshot_meta = MetaFile(snapshot.signed.version)
-        _write(self.metadata / "timestamp.json", _signed(timestamp, self.keys, "timestamp", root, other))
+        write(self.metadata / "timestamp.json", sign_role(timestamp, self.keys, "timestamp", root, other))
 
-    def _in_force(self, role: str) -> Metadata[Any]:
-        if role == "timestamp":
-            return self._load("timestamp.json")
-        if role == "root":
-            return self._root()
-        version = self._snapshot_version() if role == "snapshot" else self._versions()[role]
-        return self._load(f"{version}.{role}.json")
+    # Private helpers
 
     def _root(self) -> Metadata[Root]:
-        return self._load(self.newest_root().name)
-
-    def _load(self, name: str) -> Metadata[Any]:
-        try:
-            return Metadata.from_file(str(self.metadata / name))
-        except (StorageError, DeserializationError) as error:
-            raise OperatorError(f"{self.metadata / name} is missing or damaged; restore the repository from a backup") from error
-
-    def _unused(self, role: str, version: int) -> int:
-        """Return the first version, from this one on, whose file name no killed run has used: that file may be published."""
-        while (self.metadata / f"{version}.{role}.json").exists():
-            version += 1
-        return version
+        return load(self.newest_root())
 
     def _snapshot_version(self) -> int:
-        return int(self._load("timestamp.json").signed.snapshot_meta.version)
+        return int(load(self.metadata / "timestamp.json").signed.snapshot_meta.version)
 
     def _root_version(self) -> int:
         return max(int(path.name.split(".")[0]) for path in self.metadata.glob("*.root.json"))
 
     def _versions(self) -> dict[str, int]:
-        meta = self._load(f"{self._snapshot_version()}.snapshot.json").signed.meta
+        meta = load(self.metadata / f"{self._snapshot_version()}.snapshot.json").signed.meta
         return {name.removesuffix(".json"): file.version for name, file in meta.items()}
 
     def _targets(self, role: str) -> Targets:
-        return cast("Targets", self._in_force(role).signed)
+        return cast("Targets", self.in_force(role).signed)
 
     def _target_file(self, path: str, target: TargetFile) -> Path:
         folder, _, name = path.rpartition("/")
@@ -676,7 +534,7 @@ class Repository:
         target = TargetFile.from_data(path, data, ["sha256"])
         if custom:
             target.unrecognized_fields["custom"] = custom
-        _write(self._target_file(path, target), data)
+        write(self._target_file(path, target), data)
         return target
 
     def _add_object(self, source: Path, digest: str) -> None:
@@ -701,50 +559,3 @@ class Repository:
                 if path.is_file() and not path.name.startswith(".") and path.name != "timestamp.json":
                     yield path.relative_to(self.folder).as_posix(), path
         yield "metadata/timestamp.json", self.metadata / "timestamp.json"
-
-
-def _expiry(role: str) -> datetime:
-    return (datetime.now(UTC) + LIFETIMES[role]).replace(microsecond=0)
-
-
-def _next(metadata: Metadata[Any], role: str, version: int) -> Metadata[Any]:
-    """Change metadata to another version, with a new expiry and without signatures; return the same object."""
-    metadata.signatures.clear()
-    metadata.signed.version = version
-    metadata.signed.expires = _expiry(role)
-    return metadata
-
-
-def _unchanged(_: Targets) -> None:
-    """Leave the targets of a role as they are; the role is only signed again."""
-
-
-def _end(when: datetime, targets: Targets) -> None:
-    targets.expires = when
-
-
-def _holds(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> bool:
-    return delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures).verified
-
-
-def _signed(
-    metadata: Metadata[Any], keys: KeyRing, role: str, delegator: Root | Targets, other: Root | Targets | None = None
-) -> Metadata[Any]:
-    """Sign with as many keys as a delegator requires, and with those of another one as far as they can be used here."""
-    metadata.signatures.clear()
-    trusted = delegator.get_delegated_role(role)
-    signers = keys.signers(role, trusted.keyids, trusted.threshold)
-    if other:
-        trusted = other.get_delegated_role(role)
-        signers += keys.usable(role, trusted.keyids)[: trusted.threshold]
-    for signer in signers:
-        if signer.public_key.keyid not in metadata.signatures:
-            signing.sign(metadata, signer)
-    return metadata
-
-
-def _write(path: Path, content: bytes | Metadata[Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_bytes(content if isinstance(content, bytes) else content.to_bytes())
-    fresh.replace(path)

@@ -1,0 +1,129 @@
+"""What an update installs and from what: it chooses the release and the way to it, makes sure of room, and downloads.
+
+The release is the one that the signed policy asks for. It is fetched as a delta from the running bundle or as the full bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import ota
+from ota.agent import rules
+from ota.agent.state import Home
+from ota.agent.transport import Deadline, Transport, download
+from ota.agent.trust import Target, Trust
+from ota.errors import ExpiredError, InvalidError, ManifestError, RepositoryError, RoomError
+from ota.manifest import MAX_MANIFEST, MAX_POLICY, FileEntry, Manifest, Policy, parse
+
+log = logging.getLogger(__name__)
+
+OnStep = Callable[[int, str], None]
+"""Called with the number and name of each step of an update as it begins; `updater` lists them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The release to be installed."""
+
+    policy: Policy
+    manifest: Manifest
+    manifest_bytes: bytes
+    floor: int
+    """Lowest release number that may be installed, as signed beside this release."""
+
+
+def decide(home: Home, trust: Trust) -> tuple[Plan | None, rules.Wanted]:
+    """Decide which release to install, if any; also return what the policy asks for, and why."""
+    config, state = home.config(), home.load()
+    place = f"{config.line}/{config.device_class}"
+    try:
+        target = trust.target(f"rollout/{place}.json")
+    except ExpiredError:
+        if state.active is None:
+            raise
+        # This is intended: a rollout that nobody renews stops spreading. The roles above it are fresh; `Trust` has checked them.
+        reason = "the rollout policy has expired, so nothing newer can be installed until it is signed anew; what runs goes on"
+        return None, rules.Wanted(False, reason)
+    if target is None:
+        return None, rules.Wanted(False, f"nothing is rolled out to {place} yet")
+    policy = parse(Policy, trust.read(target, MAX_POLICY), MAX_POLICY)
+    # `rollout` alone cannot make anything run: what it names must be in `models`, under the same number.
+    signed = trust.target(f"models/{place}/{policy.manifest}.json")
+    if signed is None or signed.custom.seq != policy.seq:
+        raise ManifestError(f"the policy names release {policy.seq}, which `models` does not; nothing is installed")
+    state = home.load()  # again: new keys of `models` may have reset the running bundle's number and the refusals
+    wanted = rules.want(policy, config, state, signed.custom.revertible, int(time.time()))
+    if not wanted.install:
+        return None, wanted
+    data = trust.read(signed, MAX_MANIFEST)
+    manifest = parse(Manifest, data, MAX_MANIFEST)
+    if signed.sha256 != policy.manifest or manifest.digest != policy.manifest:
+        raise ManifestError("the manifest is not the one that the policy names; nothing is installed")
+    rules.check_fits(manifest, config, ota.__version__)
+    return Plan(policy, manifest, data, signed.custom.floor), wanted
+
+
+def find_delta(trust: Trust, active: str | None, plan: Plan) -> Target | None:
+    """Return the delta from exactly the running bundle, if one is published and is smaller than the full bundle.
+
+    The role `deltas` only offers a shorter way: if what it signs is not valid, the full bundle is fetched.
+    """
+    if active is None:
+        return None
+    m = plan.manifest
+    try:
+        found = trust.target(f"deltas/{m.line}/{m.device_class}/{active}.{m.digest}")
+    except InvalidError as error:
+        log.warning("%s; fetching the full bundle", error)
+        return None
+    return found if found and found.size < m.size else None
+
+
+# Downloads and room
+
+
+def fetch_objects(home: Home, transport: Transport, entries: Iterable[FileEntry], latest: Deadline) -> None:
+    """Download files of a bundle into `incoming`; what is there from an earlier call is resumed."""
+    home.disk.make_folder("incoming")
+    for entry in entries:
+        download(transport, f"objects/{entry.sha256}", entry.size, home.disk, f"incoming/{entry.sha256}", latest)
+
+
+def have(home: Home, sha256: str) -> int:
+    """Return how many bytes of a download are here from an earlier call."""
+    path = home.disk.path(f"incoming/{sha256}")
+    return path.stat().st_size if path.is_file() else 0
+
+
+def missing(home: Home, entries: Iterable[FileEntry]) -> int:
+    """Return how many bytes of these files are still to be downloaded."""
+    return sum(max(0, entry.size - have(home, entry.sha256)) for entry in entries)
+
+
+def check_room(home: Home, written: int, size: int) -> None:
+    """Check that the disk has room for an update that writes so many bytes, with a bundle of this size.
+
+    Raises:
+        RoomError: it has not.
+    """
+    needed, free = rules.room_needed(written, size), home.disk.free()
+    if needed > free:
+        raise RoomError(f"the update needs {needed:,} free bytes, {home.root} has {free:,}; make room and try again")
+
+
+def verify(home: Home, name: str, size: int, sha256: str) -> None:
+    """Check a download against the signed length and hash.
+
+    Raises:
+        RepositoryError: it is not what is signed, and was removed.
+    """
+    path = home.disk.path(name)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.stat().st_size != size or found != sha256:
+        home.disk.remove(name)
+        raise RepositoryError(f"{path.name} is not what is signed; it was thrown away and will be fetched again")
