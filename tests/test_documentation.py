@@ -18,7 +18,7 @@ from ota.agent.cli import parser as agent_parser
 from tests.conftest import agent, commands_of
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "infra/README.md", "ota/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/glossary.md", "infra/README.md", "ota/README.md"]
 PROGRAMS = ("ferry", "ferry-agent")
 HELP = re.compile(r"<!-- help: (.+?) -->\n```text\n(.*?)```", re.DOTALL)
 WIDTH = 100
