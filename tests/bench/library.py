@@ -343,7 +343,8 @@ def power(kind: Kind, runs: list[dict[str, Any]]) -> str:
     passed = sum(
         row["outcome"] == "promote" or (kind.wanted == EQUAL and row["outcome"] == "promote if reasoned") for row in runs
     )
-    return f"{kind.name.partition(',')[0]} | {3 * kind.photographs} | {3 * kind.photographs * PATCHES} | {len(runs)} | {rate(passed, len(runs))}"
+    name = kind.name if kind in KINDS else kind.name.rpartition(",")[0]
+    return f"{name} | {3 * kind.photographs} | {3 * kind.photographs * PATCHES} | {len(runs)} | {rate(passed, len(runs))}"
 
 
 def gains(kind: Kind) -> list[str]:
