@@ -88,7 +88,7 @@ def judge(
     key = _key(workspace, opened)
     exported = renewed(export_model, workspace.work / "exports" / key / "reference.json")(workspace, checkpoint, key)
     model = ModelFiles(checkpoint=checkpoint, bundle=Path(exported))
-    evaluation = _evaluated(workspace, model, key, champion, anchor, full)
+    evaluation = _evaluated(workspace, data.line, model, key, champion, anchor, full)
     card = read_card(evaluation)
     decision = _decided(workspace, opened.lineage, card, model, champion, anchor, allowed)
     number = register_model(workspace, model, evaluation, decision)
@@ -116,10 +116,15 @@ def _key(workspace: Workspace, opened: train.Checkpoint) -> str:
 
 
 def _evaluated(
-    workspace: Workspace, model: ModelFiles, key: str, champion: Incumbent | None, anchor: Seal | None, full: Path | None
+    workspace: Workspace,
+    line: str,
+    model: ModelFiles,
+    key: str,
+    champion: Incumbent | None,
+    anchor: Seal | None,
+    full: Path | None,
 ) -> Path:
     """Evaluate a model once beside these rivals, in the line's present feature spaces; return the evaluation's folder."""
-    line = train.load_checkpoint(model.checkpoint).lineage.data.line
     scored = anchor if anchor and champion and anchor.weights != champion.seal.weights else None
     frozen = workspace.feature_spaces(line)
     # `ferry remeasure` changes the spaces. A line's first evaluation makes them, and must have the same key when it is repeated.

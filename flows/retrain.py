@@ -251,7 +251,7 @@ def _training_key(lesson: Lesson, line: Line) -> str:
     options = lesson.settings(line).options(line.precision(lesson.configuration))
     return canonical_sha256([
         lesson.data.line, lesson.data.md5, line.config(lesson.configuration).sha256, lesson.variant, options.sha256, train.code_sha256(),
-        _weights_of(lesson.parent), _weights_of(lesson.teacher), lesson.guidance(line),
+        _weights_of(lesson.parent), _weights_of(lesson.teacher), line.guidance_learnt(lesson.variant),
     ])[:32]  # fmt: skip
 
 
@@ -264,12 +264,11 @@ def _is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: ModelF
     )
     # A change of the stored precision alone needs no training.
     options = {way.options(stored).sha256 for way in ways for stored in get_args(PrecisionName)}
-    guidance = line.sampler.guidance if TEACHERS.get(lineage.variant) == "full" else None
     return (
         lineage.data.md5 == data.md5
         and lineage.code == train.code_sha256()
         and lineage.config == line.config(lineage.config.configuration)
         and lineage.training_sha256 in options
         and lineage.teacher == _weights_of(teacher.checkpoint if teacher else None)
-        and lineage.guidance == guidance
+        and lineage.guidance == line.guidance_learnt(lineage.variant)
     )

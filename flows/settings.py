@@ -217,6 +217,10 @@ class Line(Section):
             return self.sampler
         return Sampler(method="mean", steps=VARIANTS[variant].steps, guidance=1.0)
 
+    def guidance_learnt(self, variant: VariantName) -> float | None:
+        """Return the guidance of `full` that a student learns to do without, where `full` teaches it."""
+        return self.sampler.guidance if TEACHERS.get(variant) == "full" else None
+
     def precision(self, configuration: ConfigurationName) -> PrecisionName:
         """Return the precision in which the classes of a configuration store weights; all of them share it."""
         return next(c.precision for c in self.classes.values() if c.configuration == configuration)

@@ -19,7 +19,7 @@ from flows import progress, training_log
 from flows.settings import Line, Training
 from flows.workspace import Workspace
 from model import distill, export, features, train, versions
-from model.config import TEACHERS, ConfigurationName, VariantName
+from model.config import ConfigurationName, VariantName
 from model.data import Dataset, prepare
 from model.drawing import Drawer, picture, sampler_of
 from model.errors import CheckpointError
@@ -75,10 +75,6 @@ class Lesson(Frozen):
         if train.load_checkpoint(cast("Path", self.parent)).lineage.variant == self.variant:
             return line.distillation
         return line.distillation.model_copy(update={"update_grid": 0.0})
-
-    def guidance(self, line: Line) -> float | None:
-        """Return the guidance of `full` that a student learns to do without, where `full` teaches it."""
-        return line.sampler.guidance if TEACHERS.get(self.variant) == "full" else None
 
 
 class Rivals(Frozen):
