@@ -110,7 +110,7 @@ class Demo:
         settings = self.root / SETTINGS_FILE
         if settings.is_file() and settings.read_text() != SETTINGS:
             raise WorkspaceError(
-                f"{self.root} is a workspace of its own; name an empty folder, the demo would write into its data"
+                f"{self.root} is a workspace of its own; name an empty folder, because the demo would write into its data"
             )
         self.workspace = create(self.root, [], SETTINGS)
 
@@ -163,11 +163,11 @@ class Demo:
     # The steps
 
     def _deliver(self, message: str, deliveries: dict[str, Callable[[Path], int]]) -> None:
-        from flows import data
+        from model import revisions
 
         for line, write in deliveries.items():
             write(self.root / self.workspace.line(line).data)
-            data.add(self.workspace, line, f"{line}: {message}")
+            revisions.add(self.workspace.line_data(line), f"{line}: {message}")
 
     def _retrain(self, line: str) -> dict[str, Any]:
         from flows.retrain import retrain
@@ -184,7 +184,7 @@ class Demo:
 
     def _release(self, lines: list[str]) -> None:
         from flows import policies
-        from flows.release import release
+        from flows.publish import release
 
         for line in lines:
             made = release(str(self.root), line, CLASS)
@@ -255,7 +255,7 @@ class Demo:
 
     def _recover(self) -> None:
         from flows import policies
-        from flows.release import release
+        from flows.publish import release
         from registry.champions import promote, promotions
 
         subject = self._subject()
@@ -281,13 +281,12 @@ class Demo:
 
     def summary(self) -> dict[str, Any]:
         """Collect the figures of the demo, each from the store that keeps it."""
-        from flows import data
-        from model import versions
+        from model import revisions, versions
         from registry.champions import judged
 
         w, subject = self.workspace, self._subject()
         arrivals = [v for v, _ in reversed(versions.log(w.root, w.line(LINE).data, LINE))]
-        last = data.recorded(w, arrivals[-1])
+        last = revisions.recorded(w.root, arrivals[-1])
         registered = w.catalog.versions(subject)
         releases = {r.manifest: r for r in w.repository.releases(LINE, CLASS)}
         updated = self.notes["devices"][DEVICES[0]]["updated"]

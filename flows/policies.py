@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import progress
 from flows.errors import BusyError
 from flows.workspace import Workspace
-from ota.errors import OperatorError, OtaError
+from ota.errors import OtaError
 from ota.manifest import Policy
-from ota.release import rollout, store
+from ota.release import fielded, rollout, store
 from ota.release.repository import Release
 from registry.errors import LedgerError, RegistryError
 from registry.ledger import START
 from registry.promotion import subject_state
+
+if TYPE_CHECKING:
+    from registry.catalog import Subject
+    from registry.sealing import Released
 
 HALT_SECONDS = 5.0  # that a published halt waits to be recorded
 
@@ -114,39 +119,17 @@ def start(
         LedgerError: the ledger cannot take it; nothing was signed.
     """
     rollout.check_shares(shares)
-    release = _chosen(workspace, line, device_class, number)
+    champions = partial(of_the_champions, workspace, line, device_class)
+    release = fielded.chosen(workspace.repository, line, device_class, number, champions)
     policy = rollout.start(release, shares, soak, revert=revert)
 
     def sign() -> dict[str, Any]:
-        newest = newest_fielded(workspace, line, device_class)
-        if release.floor <= release.seq < newest and not revert:  # below the floor `set_policy` refuses even a revert
-            raise OperatorError(
-                f"release {release.seq} is older than {newest}, which was rolled out or runs on devices: each of them would refuse it; to go back on "
-                f"purpose, `ferry rollout start {line}/{device_class} --release {release.seq} --revert`"
-            )
+        fielded.check_not_older(workspace, release, revert)
         workspace.repository.set_policy(policy)
         return {"release": release.seq, "soak": soak}
 
     _change(workspace, f"{line}/{device_class}", why or f"waves {','.join(f'{share:g}' for share in shares)} %", sign)
     return policy
-
-
-def _chosen(workspace: Workspace, line: str, device_class: str, number: int) -> Release:
-    target, releases = f"{line}/{device_class}", workspace.repository.releases(line, device_class)
-    if not releases:
-        raise OperatorError(f"{target} has no release; publish one with `ferry release {target}`")
-    if not number:
-        found = of_the_champions(workspace, line, device_class)
-        if found is None:
-            raise OperatorError(
-                f"no release of {target} holds its present champions; publish one with `ferry release {target}`, or name one with "
-                f"--release ({', '.join(str(r.seq) for r in releases)})"
-            )
-        return found
-    named = [release for release in releases if release.seq == number]
-    if not named:
-        raise OperatorError(f"{target} has no release {number}; it has {', '.join(str(r.seq) for r in releases)}")
-    return named[0]
 
 
 def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Release | None:
@@ -156,21 +139,7 @@ def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Rele
         variant: subject_state(workspace.ledger.entries(f"{line}/{settings.configuration}/{variant}")).weights
         for variant in settings.variants
     }
-    for release in reversed(workspace.repository.releases(line, device_class)):
-        manifest = workspace.repository.manifest(release)
-        held = {variant: manifest.entry("weights", variant).sha256 for variant in manifest.variants}
-        if manifest.configuration == settings.configuration and held == wanted:
-            return release
-    return None
-
-
-def newest_fielded(workspace: Workspace, line: str, device_class: str) -> int:
-    """Find the highest number of a release that is rolled out now, or that a device of the class reported as running; 0: none."""
-    policy = workspace.repository.policy(line, device_class)
-    reports = [report for report in workspace.fleet.devices().values() if report and report.device_class == device_class]
-    running = {report.active for report in reports if report.line == line}
-    numbers = [r.seq for r in workspace.repository.releases(line, device_class) if r.manifest in running]
-    return max([policy.seq if policy else 0, *numbers])
+    return fielded.release_with(workspace.repository, line, device_class, settings.configuration, wanted)
 
 
 def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Halted:
@@ -184,7 +153,7 @@ def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Hal
         TransferError: it cannot be written where devices fetch it.
     """
     with workspace.repository.held():
-        policy = rollout.halt(_rolled_out(workspace, line, device_class, "halt"))
+        policy = rollout.halt(fielded.rolled_out(workspace.repository, line, device_class, "halt"))
         workspace.repository.set_policy(policy)
         _copy(workspace, urgent=True)
     unrecorded: RegistryError | OtaError | BusyError | None = None
@@ -206,7 +175,7 @@ def renew(workspace: Workspace, line: str, device_class: str) -> tuple[Policy, s
     made: list[tuple[Policy, str]] = []
 
     def sign() -> dict[str, Any]:
-        policy = _rolled_out(workspace, line, device_class, "renew")
+        policy = fielded.rolled_out(workspace.repository, line, device_class, "renew")
         workspace.repository.set_policy(policy)
         made.append((policy, workspace.repository.expiries()["rollout"].isoformat()))
         return {"release": policy.seq, "until": made[0][1]}
@@ -230,32 +199,14 @@ def floor(workspace: Workspace, line: str, device_class: str, number: int) -> No
     _change(workspace, f"{line}/{device_class}", f"floor {number}", sign)
 
 
-def _rolled_out(workspace: Workspace, line: str, device_class: str, doing: str) -> Policy:
-    policy = workspace.repository.policy(line, device_class)
-    if policy is None:
-        raise OperatorError(f"nothing of {line}/{device_class} is rolled out, so there is nothing to {doing}")
-    return policy
-
-
-def next_step(workspace: Workspace, line: str, device_class: str, number: int) -> str:
-    """Say what a published release means for devices, and which command comes next."""
-    target, policy = f"{line}/{device_class}", workspace.repository.policy(line, device_class)
-    if policy and policy.seq == number:
-        return rollout.describe(policy)
-    if number < newest_fielded(workspace, line, device_class):
-        return f"devices go back to it, all at once, with `ferry rollout start {target} --release {number} --revert`"
-    return f"no device installs it yet: `ferry rollout start {target}`"
-
-
 def after_promotion(workspace: Workspace, line: str, configuration: str, variant: str) -> str:
     """Say, for each device class that runs a variant, how its present champion gets to devices."""
     steps = []
     for name, settings in workspace.line(line).classes.items():
         if settings.configuration == configuration and variant in settings.variants:
             release = of_the_champions(workspace, line, name)
-            steps.append(
-                next_step(workspace, line, name, release.seq) if release else f"publish it with `ferry release {line}/{name}`"
-            )
+            publish_it = f"publish it with `ferry release {line}/{name}`"
+            steps.append(fielded.next_step(workspace, line, name, release.seq) if release else publish_it)
     return "; ".join(dict.fromkeys(steps)) or f"no device class of {line} runs it"
 
 
@@ -270,13 +221,36 @@ def check_ledger(workspace: Workspace) -> dict[str, int]:
     """
     numbers = {entry_sha256: number for number, entry_sha256 in enumerate(workspace.ledger.hashes(), start=1)}
     signed: dict[str, int] = {}
-    for line, settings in workspace.settings.lines.items():
-        for device_class in settings.classes:
-            for release in workspace.repository.releases(line, device_class):
-                if release.ledger not in numbers and release.ledger != START:
-                    raise LedgerError(
-                        f"the ledger lacks what {line}/{device_class} release {release.seq} was signed with: entries were cut off; "
-                        "restore the database"
-                    )
-                signed[f"{line}/{device_class} release {release.seq}"] = numbers.get(release.ledger, 0)
+    for line, device_class in classes(workspace):
+        for release in workspace.repository.releases(line, device_class):
+            name = f"{line}/{device_class} release {release.seq}"
+            if release.ledger not in numbers and release.ledger != START:
+                raise LedgerError(
+                    f"the ledger lacks the entry that {name} was signed with, so entries were removed; restore the database"
+                )
+            signed[name] = numbers.get(release.ledger, 0)
     return signed
+
+
+def classes(workspace: Workspace) -> list[tuple[str, str]]:
+    """List the line and the device class of everything that ferry.toml names."""
+    return [(line, device_class) for line, settings in workspace.settings.lines.items() for device_class in settings.classes]
+
+
+def released(workspace: Workspace, subject: Subject, weights: str) -> list[Released]:
+    """List what signed releases with these weights hold of a version's bundle, without the weights.
+
+    Args:
+        workspace: workspace of the repository.
+        subject: of the version.
+        weights: sha256 of its exported weights.
+    """
+    from ota.release.bundle import FILE_NAMES  # it loads the codec, for which a halt does not wait
+    from registry.sealing import Released
+
+    line, repository = subject.line, workspace.repository
+    return [
+        Released(f"{line}/{device_class} release {release.seq}", f"bundle/{FILE_NAMES[file.role]}", file.sha256)
+        for device_class in workspace.line(line).classes
+        for release, file in fielded.files_beside(repository, line, device_class, subject.variant, weights)
+    ]

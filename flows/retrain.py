@@ -6,6 +6,7 @@ checkpoint to champion.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +18,20 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import pages, training_log, triggers
-from flows.candidate import Incumbent, Judged, Retrained, check_same_pictures, is_exported_so, judge
+from flows import pages, triggers
+from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
 from flows.settings import Line
 from flows.steps import Lesson, ModelFiles, champion_files, pull_data, renewed, subject_of, train_model
+from flows.training_log import retraining_key
 from flows.workspace import Workspace
 from model import train, versions
-from model.config import TEACHERS, ConfigurationName, PrecisionName, VariantName, canonical_sha256
+from model.config import TEACHERS, ConfigurationName, PrecisionName, VariantName, canonical_sha256, check_same_pictures
 from model.scorecard import DataVersion, Lineage, Sha256
+from registry import runs
 from registry.catalog import Subject
 from registry.champions import champion_of, reconcile, verdict
+from registry.runs import Retrained
 from registry.selection import Decision, level
 
 
@@ -63,7 +67,7 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
         reconcile(workspace, workspace.subjects([line]), workspace.needs_approval)
         data = versions.resolve(workspace.root, settings.data, line, rev)
         pull_data(workspace, data)
-        with training_log.ending(workspace, data) as tell:
+        with runs.ending(workspace.catalog, data, retraining_key(workspace, data)) as tell:
             ladders = _retrain_configurations(workspace, data, promote_winners)
             rows = [row.model_dump() for ladder in ladders for row in ladder.rows]
             create_table_artifact(table=rows, key="scorecards", description=f"{line} at {data.rev[:12]}")
@@ -97,7 +101,7 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
         incumbent = _incumbent(workspace, subject)
         teacher = champion_of(workspace, subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
         full = champion_files(workspace, teacher).bundle if teacher else None
-        with training_log.ending(workspace, lineage.data) as tell:
+        with runs.ending(workspace.catalog, lineage.data, retraining_key(workspace, lineage.data)) as tell:
             judged = judge(workspace, Path(checkpoint), incumbent, None, promote_winners=False, full=full)
             row = judged.row.model_dump()
             tell([row])
@@ -192,7 +196,7 @@ def _retrain_one(workspace: Workspace, data: DataVersion, subject: Subject, ladd
         if before.lineage.config == config:
             ladder.files[variant] = champion.files
         if _is_current(before.lineage, line, data, teacher):
-            if is_exported_so(workspace, champion, line):
+            if _is_exported_so(workspace, champion, line):
                 # If a run was interrupted after this promotion, the next run must leave the other models the same level.
                 ladder.last = verdict(workspace, subject, champion.seal.version)
                 why = "the champion was trained on these data with these settings"
@@ -272,3 +276,15 @@ def _is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: ModelF
         and lineage.teacher == _weights_of(teacher.checkpoint if teacher else None)
         and lineage.guidance == line.guidance_learnt(lineage.variant)
     )
+
+
+def _is_exported_so(workspace: Workspace, champion: Incumbent, line: Line) -> bool:
+    """Check whether a champion was exported with the sampler, the precision and the latency budget of the settings."""
+    card = workspace.catalog.card(champion.seal)
+    wanted = (
+        line.sampler_of(card.variant),
+        line.precision(card.configuration),
+        line.latency_ms(card.configuration, card.variant),
+    )
+    latency = json.loads((champion.files.bundle / "reference.json").read_bytes())["latency_ms"]
+    return (card.sampler, card.precision, latency) == wanted

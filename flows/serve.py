@@ -178,7 +178,9 @@ def write_secret(path: Path, secret: str) -> None:
     """
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:  # a file system without modes
-            raise ServerError(f"others may read what is written to {path.parent}; move the workspace to a disk with file modes")
+            raise ServerError(
+                f"other users may read the files in {path.parent}; move the workspace to a file system that has file modes"
+            )
         file.write(secret + "\n")
 
 
@@ -262,7 +264,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
         raise WorkspaceError(NO_CRON.format(cron=cron)) from error
     again = triggers.take_up(workspace, lines)
     if again:
-        sys.stderr.write(f"ferry: {again} retrainings that were cut are begun again\n")
+        sys.stderr.write(f"ferry: {again} interrupted retrainings are started again\n")
     stop = threading.Event()
     looking = threading.Thread(target=triggers.keep_looking, args=(workspace, lines, every, stop), daemon=True)
     looking.start()

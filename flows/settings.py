@@ -68,22 +68,36 @@ class Section(BaseModel):
 class Stores(Section):
     """Places where things are stored. Relative paths start at the workspace."""
 
-    data: str = "dvc-remote"
-    database: str = "sqlite:///ferry.db"
-    mlflow: str = "sqlite:///mlflow.db"
-    publish: str = "published"
-    s3_endpoint: str = ""
-    reports: str = "inbox"
+    data: str = Field(
+        default="dvc-remote", description="where DVC keeps the bytes of all data revisions: a folder, or s3://bucket/prefix"
+    )
+    database: str = Field(
+        default="sqlite:///ferry.db",
+        description="SQLAlchemy URL of the database with the ledger and the fleet; several machines share postgresql://…",
+    )
+    mlflow: str = Field(
+        default="sqlite:///mlflow.db", description="database of MLflow, or the http(s) address of an MLflow server"
+    )
+    publish: str = Field(
+        default="published", description="where the signed repository is copied to for devices: a folder, or s3://bucket/prefix"
+    )
+    s3_endpoint: str = Field(
+        default="", description="URL of an S3-compatible server, for data and publish; empty: the servers of AWS"
+    )
+    reports: str = Field(default="inbox", description="folder in which devices leave their reports")
 
 
 class Energy(Section):
     """Joules for an image as `ferry-agent bench` measured them on a device, for the report."""
 
-    joules: float = Field(gt=0)
-    low: float | None = Field(default=None, ge=0, description="of its 95 % interval")
-    high: float | None = None
-    source: str = Field(min_length=1, max_length=80, description="which sensor, such as RAPL package-0")
-    quality: Literal["measured", "partial", "model"] = Field(description="as bench says it")
+    joules: float = Field(gt=0, description="energy of one image, in joules")
+    low: float | None = Field(default=None, ge=0, description="lower end of the 95 % interval of joules; give high, too")
+    high: float | None = Field(default=None, description="upper end of the 95 % interval of joules; give low, too")
+    source: str = Field(min_length=1, max_length=80, description="sensor that measured it, such as RAPL package-0")
+    quality: Literal["measured", "partial", "model"] = Field(
+        description="quality of the figure, as `ferry-agent bench` prints it: measured, partial (the sensor sees a part of the device), or "
+        "model (computed from processor time)"
+    )
 
     @model_validator(mode="after")
     def _inside(self) -> Energy:
@@ -95,11 +109,17 @@ class Energy(Section):
 class Training(Section):
     """How long and how fast to train; see `model.train.TrainOptions`."""
 
-    steps: int = Field(default=400, ge=1)
-    batch: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=2e-3, gt=0)
-    update_grid: float = Field(default=0.0, ge=0, le=8, description="coarseness of an update; see TrainOptions")
-    seed: int = 0
+    steps: int = Field(default=400, ge=1, description="optimizer steps")
+    batch: int = Field(default=32, ge=1, description="images in each step")
+    learning_rate: float = Field(
+        default=2e-3, gt=0, description="peak learning rate; it rises at the start and falls to 0 at the end"
+    )
+    update_grid: float = Field(
+        default=0.0, ge=0, le=8,
+        description="how coarsely the change of each tensor is rounded, as a multiple of its root mean square: a coarser grid gives a "
+        "smaller delta and loses more of the training; 0 rounds nothing; it has no effect on a training from noise",
+    )  # fmt: skip
+    seed: int = Field(default=0, description="seed of the training; on a CPU, the same seed gives the same weights")
 
     def options(self, stored: PrecisionName) -> TrainOptions:
         """Convert to the options that `model.train` takes, for weights that will be stored in this precision."""
@@ -127,30 +147,76 @@ class Gate(Section):
             )  # fmt: skip
         return given
 
-    images: int = Field(default=256, ge=8, le=100_000, description="generated images for each evaluation")
-    alpha: float = Field(default=0.05, ge=1e-6, lt=0.5)
-    tolerance: float = Field(default=0.5, gt=0, le=2)
-    tolerance_bands: float = Field(default=1.5, ge=0, le=10)
-    total_tolerance: float = Field(default=2.0, gt=0, le=10)
-    minimum_images: int = Field(default=96, ge=8, le=100_000)
-    coverage: float = Field(default=0.3, ge=0, le=1)
-    copying: float = Field(default=0.8, gt=0.5, le=1)
-    copies: float = Field(default=0.1, gt=0, le=1)
-    implausible: float = Field(default=0.3, gt=0, le=1)
-    implausible_more: float = Field(default=0.08, gt=0, le=1)
-    duplicates: float = Field(default=0.3, gt=0, le=1)
-    captions: StrictBool = Field(default=True, description="images must go with their captions, and each caption be drawn")
-    beat_solver: StrictBool = Field(default=True, description="of dev and fast: better than full, drawn with as many evaluations")
+    images: int = Field(default=256, ge=8, le=100_000, description="images that are generated for each evaluation")
+    alpha: float = Field(default=0.05, ge=1e-6, lt=0.5, description="chance of promoting a worse model")
+    tolerance: float = Field(
+        default=0.5, gt=0, le=2,
+        description="how much worse a challenger may be on old data, as a share of the champion's own distance from real images",
+    )  # fmt: skip
+    tolerance_bands: float = Field(
+        default=1.5, ge=0, le=10,
+        description="the same limit as a multiple of the distance between two sets of 25 groups of real images; the larger limit counts",
+    )  # fmt: skip
+    total_tolerance: float = Field(
+        default=2.0, gt=0, le=10,
+        description="how much worse a challenger may be than the anchor (the best version so far), in multiples of that limit",
+    )  # fmt: skip
+    minimum_images: int = Field(
+        default=96,
+        ge=8,
+        le=100_000,
+        description="smallest number of generated and of held-out images with which the gate decides",
+    )
+    coverage: float = Field(
+        default=0.3, ge=0, le=1,
+        description="smallest share of held-out images that have a generated image among their 5 nearest neighbours",
+    )  # fmt: skip
+    copying: float = Field(
+        default=0.8, gt=0.5, le=1,
+        description="limit of the chance that a generated image lies nearer to training images than a held-out image does; 0.5 is no copying",
+    )  # fmt: skip
+    copies: float = Field(
+        default=0.1, gt=0, le=1,
+        description="limit of the share of generated images that lie nearer to training images than every held-out image",
+    )  # fmt: skip
+    implausible: float = Field(
+        default=0.3, gt=0, le=1, description="limit of the share of generated images that are unlike all real images"
+    )
+    implausible_more: float = Field(
+        default=0.08, gt=0, le=1,
+        description="limit of how far that share exceeds the champion's; tolerance times the champion's share counts if it is larger",
+    )  # fmt: skip
+    duplicates: float = Field(
+        default=0.3, gt=0, le=1, description="limit of the share of generated images that are like another generated image"
+    )
+    captions: StrictBool = Field(
+        default=True, description="whether images must match their captions, and each caption must be drawn"
+    )
+    beat_solver: StrictBool = Field(
+        default=True,
+        description="whether dev and fast must be better than full, sampled by a second-order solver at equal network evaluations",
+    )
 
 
 class DeviceClass(Section):
     """A kind of hardware: it chooses the configuration, the precision and the variants."""
 
-    configuration: ConfigurationName = "I"
-    precision: PrecisionName = "bfloat16"
-    variants: list[VariantName] = Field(default=["full"], min_length=1, max_length=3, description="the first is the default")
-    latency_ms: float = Field(default=5000, gt=0, description="budget for one image")
-    memory_mib: float | None = Field(default=None, gt=0, description="budget for the model, beyond a bare interpreter")
+    configuration: ConfigurationName = Field(
+        default="I", description="stride of the first convolution: I is 2 (fewer positions, faster), II is 1"
+    )
+    precision: PrecisionName = Field(
+        default="bfloat16", description="how weights are stored: bfloat16 gives the smallest updates, int8 the smallest file"
+    )
+    variants: list[VariantName] = Field(
+        default=["full"],
+        min_length=1,
+        max_length=3,
+        description="variants that the devices can choose from; the first is the default",
+    )
+    latency_ms: float = Field(default=5000, gt=0, description="time budget for one image, in milliseconds")
+    memory_mib: float | None = Field(
+        default=None, gt=0, description="memory budget for the model, in MiB beyond a bare interpreter; not given: no limit"
+    )
 
     @model_validator(mode="after")
     def _each_once(self) -> DeviceClass:
@@ -162,27 +228,39 @@ class DeviceClass(Section):
 class Line(Section):
     """One product: its data, its model, its device classes."""
 
-    data: DataFolder
-    tier: TierName = "nano"
-    image_size: int = 16
-    channels: Literal[1, 3] = 1
-    text_length: int = 24
-    router: RouterName = "expert-choice"
-    training: Training = Training()
-    retraining: Training = Training(steps=200, learning_rate=5e-4, update_grid=2.0)
-    distillation: Training = Training(steps=200, learning_rate=5e-4, update_grid=2.0)
-    sampler: Sampler = Sampler()
-    gate: Gate = Gate()
-    require_approval: StrictBool | None = Field(
-        default=None, description="of promotions, by a person; None: as the workspace says"
+    data: DataFolder = Field(
+        description="folder of the line's data, below the workspace: images, and a metadata.jsonl with file_name and text"
     )
-    classes: dict[LineName, DeviceClass] = Field(default={"edge": DeviceClass()}, min_length=1)
+    tier: TierName = Field(default="nano", description="size of the network; test is for tests only")
+    image_size: int = Field(
+        default=16, description="width and height of the images in pixels, 8 to 128; configuration I needs an even number"
+    )
+    channels: Literal[1, 3] = Field(default=1, description="colour channels: 1 is grey, 3 is colour")
+    text_length: int = Field(default=24, description="bytes of a caption that the network reads, 4 to 256; the rest is ignored")
+    router: RouterName = Field(default="expert-choice", description="who chooses: experts their tokens, or tokens their experts")
+    training: Training = Field(default=Training(), description="training from noise, for the first version")
+    retraining: Training = Field(
+        default=Training(steps=200, learning_rate=5e-4, update_grid=2.0),
+        description="training from the champion, for later versions",
+    )
+    distillation: Training = Field(
+        default=Training(steps=200, learning_rate=5e-4, update_grid=2.0), description="training of dev and fast by their teachers"
+    )
+    sampler: Sampler = Field(default=Sampler(), description="how the variant full draws an image")
+    gate: Gate = Field(default=Gate(), description="limits of the promotion gate")
+    require_approval: StrictBool | None = Field(
+        default=None,
+        description="whether a version that passes the gate waits for `ferry approve`; not given: as the workspace says",
+    )
+    classes: dict[LineName, DeviceClass] = Field(
+        default={"edge": DeviceClass()}, min_length=1, description="a device class: a kind of hardware, and what runs on it"
+    )
 
     @model_validator(mode="after")
     def _one_precision(self) -> Line:
         stored = {(c.configuration, c.precision) for c in self.classes.values()}
         if len(stored) > len({configuration for configuration, _ in stored}):
-            raise ValueError("classes of one configuration must share a precision, a version is exported once")
+            raise ValueError("classes of one configuration must share a precision, because a version is exported once")
         return self
 
     def config(self, configuration: ConfigurationName) -> ModelConfig:
@@ -239,14 +317,30 @@ class Line(Section):
 class Settings(Section):
     """The content of ferry.toml."""
 
-    schema_version: Literal[1] = Field(alias="schema")
-    parallel: int = Field(default=1, ge=1, le=8, description="configurations that are retrained at a time")
-    stores: Stores = Stores()
-    prices: Prices = Prices()
-    require_approval: StrictBool = Field(default=False, description="a winner waits for a person; see `ferry approve`")
-    poll_seconds: float = Field(default=60, ge=1, le=86_400, description="between looks at MLflow's aliases in `ferry serve`")
-    lines: dict[LineName, Line] = Field(min_length=1)
-    energy: dict[LineName, dict[LineName, dict[VariantName, Energy]]] = Field(default={}, description="by line, class, variant")
+    schema_version: Literal[1] = Field(alias="schema", description="version of the workspace's format")
+    parallel: int = Field(default=1, ge=1, le=8, description="number of configurations that are retrained at the same time")
+    stores: Stores = Field(default=Stores(), description="where things are stored")
+    prices: Prices = Field(default=Prices(), description="your prices, for the report")
+    require_approval: StrictBool = Field(
+        default=False, description="whether a version that passes the gate waits for `ferry approve`; a line may say otherwise"
+    )
+    poll_seconds: float = Field(
+        default=60, ge=1, le=86_400, description="seconds between two checks of MLflow's aliases by `ferry serve`"
+    )
+    lines: dict[LineName, Line] = Field(
+        min_length=1, description="a line: one product with its data, its model and its device classes"
+    )
+    energy: dict[LineName, dict[LineName, dict[VariantName, Energy]]] = Field(
+        default={}, description="measured energy of an image, by line, class and variant"
+    )
+
+    def energy_of(self, line: str, configuration: ConfigurationName, variant: VariantName) -> Energy | None:
+        """Return the energy of an image, for the first class of a line that has a figure; None: no class has one."""
+        for name, device_class in self.lines[line].classes.items():
+            given = self.energy.get(line, {}).get(name, {}).get(variant)
+            if given and device_class.configuration == configuration:
+                return given
+        return None
 
     @model_validator(mode="after")
     def _data_apart(self) -> Settings:
@@ -283,7 +377,7 @@ def read(path: Path) -> Settings:
             for configuration, _ in line.combinations():
                 line.config(configuration)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise WorkspaceError(f"{path} is not valid TOML: {error}; mend that line") from error
+        raise WorkspaceError(f"{path} is not valid TOML: {error}; correct that line") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "a line"
@@ -299,7 +393,8 @@ def _check_format(path: Path, found: object) -> None:
     """
     if isinstance(found, int) and found > FORMAT:
         raise WorkspaceError(
-            f"{path}: schema = {found} was made by a newer ferry, this one knows {FORMAT}; install that one, nothing was changed"
+            f"{path}: schema = {found} is the format of a newer version of ferry, but this version knows {FORMAT}; install "
+            "the newer version (nothing was changed)"
         )
     if found != FORMAT:
         raise WorkspaceError(

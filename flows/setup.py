@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -106,91 +107,128 @@ IGNORED = (
 
 
 def template(lines: list[str]) -> str:
-    """Return the text of a ferry.toml for these lines, with the defaults written out and explained."""
-    head = """\
-# A DeltaFerry workspace. Relative paths start at this folder.
-schema = 1
-require_approval = false           # true: what wins waits for `ferry approve`; a line may say otherwise for itself
-poll_seconds = 60                  # how often `ferry serve` looks whether an alias was moved in MLflow
+    """Return the text of a ferry.toml for these lines: every key with its meaning.
+
+    Optional keys are comments, one key a line. Each of these lines can be uncommented alone: it then holds the key's default, or an
+    example if the key has none.
+    """
+    text = _HEAD.replace("LINE", lines[0]) + "".join(_LINE.replace("LINE", name) for name in lines)
+    return re.sub(r"^(.*?\S) +# ", lambda found: f"{found[1]:<34} # ", text, flags=re.MULTILINE)  # names differ in length
+
+
+# Sizes and times of the tiers: `model.export.pack` and `Session.generate` on untrained networks, processor time of one thread of an
+# AMD EPYC (Zen 4), sampler ab2 with 14 guided steps; base on a GPU: tests/bench/results/gpu.md. Training: tests/bench/results/model.md.
+_HEAD = """\
+# Settings of a DeltaFerry workspace. Relative paths start at this folder.
+# A line such as "# key = value" is optional: remove "# " and enter your value. What it shows is the default, or an example.
+schema = 1                         # version of the workspace's format
+require_approval = false           # true: a version that passes the gate waits for `ferry approve`
+poll_seconds = 60                  # seconds between two checks of MLflow's aliases by `ferry serve`
+# parallel = 1                     # configurations that are retrained at the same time; each needs processor cores of its own
 
 [stores]
-data = "dvc-remote"                # where DVC keeps the bytes of the data: a folder or s3://bucket/prefix
-database = "sqlite:///ferry.db"    # ledger and fleet; postgresql://… for several machines
-mlflow = "sqlite:///mlflow.db"     # or the address of an MLflow server
-publish = "published"              # where devices fetch from: a folder or s3://bucket/prefix
-s3_endpoint = ""                   # of an S3-compatible server other than AWS's
-reports = "inbox"                  # folder in which devices leave reports
+data = "dvc-remote"                # bytes of all data revisions (DVC): a folder, or s3://bucket/prefix
+database = "sqlite:///ferry.db"    # decisions and devices; postgresql://... if several machines share them
+mlflow = "sqlite:///mlflow.db"     # versions and their figures; or the http(s) address of an MLflow server
+publish = "published"              # where devices fetch updates: a folder, or s3://bucket/prefix
+s3_endpoint = ""                   # URL of an S3-compatible server; empty: the servers of AWS
+reports = "inbox"                  # folder in which devices leave their reports
 
-[prices]                           # yours; the report counts with them, and marks those that stay commented out as assumed
+[prices]                           # for the yearly cost in `ferry report`; what stays a comment counts as assumed, and is marked so
 # currency = "EUR"
-# megabyte = 0.5                   # of traffic to or from a device
-# training_hour = 0.1              # of the machine that trains
-# fleet = 1000                     # devices that an update goes to
-# device = 40.0                    # what hardware that can draw costs more, each device; 0 if it is there anyway
-# device_years = 5.0               # that a device serves
-# images_per_day = 100.0           # that a device draws
-# kilowatt_hour = 0.3              # of electricity at a device
-# operator_hour = 60.0             # of the person who retrains and rolls out
-# operator_hours = 2.0             # of that person for each update
+# megabyte = 0.5                   # price of 1 MB of traffic to or from a device
+# training_hour = 0.1              # price of an hour of the machine that trains
+# fleet = 1000                     # number of devices
+# device = 40.0                    # extra price of a device whose hardware can draw images; 0 if it is there anyway
+# device_years = 5.0               # years that a device is used
+# images_per_day = 100.0           # images that a device draws in a day
+# kilowatt_hour = 0.3              # price of electricity at a device
+# operator_hour = 60.0             # price of an hour of the person who retrains and rolls out
+# operator_hours = 2.0             # hours that this person needs for an update
 # updates_per_year = 12.0
-# cloud_gpu_hour = 1.0             # the same images from a cloud: of a rented accelerator,
-# cloud_gpu_seconds = 0.1          # and for how long an image keeps it; or else
-# cloud_thousand_images = 3.0      # of a service that sells images
-# cloud_image_kilobytes = 5.0      # of traffic for an image
+# cloud_gpu_hour = 1.0             # to compare with: price of an hour of a rented accelerator,
+# cloud_gpu_seconds = 0.1          # and seconds that an image occupies it, idle time included;
+# cloud_thousand_images = 3.0      # or the price of 1,000 images from a service (example: by default, accelerators are rented)
+# cloud_image_kilobytes = 5.0      # traffic of an image from the cloud, in kB
 
-# [energy.LINE.CLASS.VARIANT]      # joules for an image, as `ferry-agent bench` measured them on a device
-# joules = 2.1
-# low = 1.9
-# high = 2.3
-# source = "RAPL package-0"
-# quality = "measured"             # or partial or model, as bench says
+[energy]                           # energy of an image by line, class and variant, for the report; `ferry-agent bench` measures it
+# LINE.edge.full = { joules = 2.1, low = 1.9, high = 2.3, source = "RAPL package-0", quality = "measured" }
+
+# A line is one product. Choose tier, image_size and configuration by what an image may cost on a device. One core of an AMD EPYC
+# (Zen 4) took this long for an image of 16 pixels, with the sampler below (28 network evaluations) and weights in bfloat16. With
+# 32 pixels, nano took 3.3 times as long in configuration I, and 6.2 times in II.
+#
+#   tier    weights      file    configuration I      II    training, images a second
+#   test     0.09 M    0.2 MB             0.01 s  0.03 s    (for trials only)
+#   nano      2.8 M    5.7 MB             0.10 s  0.35 s    80 on one core (16 pixels)
+#   small    15.2 M   30.4 MB             0.41 s  1.27 s    64 on 16 cores, 5,269 on a GPU (32 pixels, NVIDIA H200)
+#   base     90.0 M  180.1 MB             1.78 s  5.97 s    2 on 16 cores, 609 on a GPU (64 pixels)
+#
+# Of small and base, time and size were measured; quality was not.
+#
+# The data folder of a line holds images and metadata.jsonl, which has one line for each image:
+#
+#   {"file_name": "0001.png", "text": "gasket, torn", "group": "photograph 17"}
+#
+# Images of one group (cut from one photograph, or of one part) are held out together. Leave group out if an image stands alone.
 """
-    return head + "".join(_line_template(name) for name in lines)
-
-
-def _line_template(name: str) -> str:
-    return f"""
-[lines.{name}]
-data = "data/{name}"               # images and a metadata.jsonl with file_name and text
-tier = "nano"                      # test, nano, small or base
-image_size = 16                    # pixels
+_LINE = """
+[lines.LINE]
+data = "data/LINE"                 # the data folder
+tier = "nano"                      # size of the network: test, nano, small or base
+image_size = 16                    # width and height in pixels, 8 to 128; images are scaled to it
 channels = 1                       # 1 is grey, 3 is colour
-text_length = 24                   # caption bytes
+text_length = 24                   # bytes of a caption that the network reads; make it as long as your longest caption
+# router = "expert-choice"         # experts choose positions; "token-choice": positions choose experts
+# require_approval = true          # for this line: a version that passes the gate waits for `ferry approve`
+# classes.station = { configuration = "II", variants = ["full"], latency_ms = 2000 }  # a second kind of device; keys as below
 
-[lines.{name}.training]            # the first time, from noise
-steps = 400
-batch = 32
-learning_rate = 2e-3
+[lines.LINE.training]              # the first version, from noise
+steps = 400                        # at 80 images a second (nano on one core), 400 x 32 images take less than three minutes
+batch = 32                         # images in each step
+learning_rate = 2e-3               # highest rate; it rises at the start and falls to 0 at the end
+# update_grid = 0.0                # has no effect on a training from noise
+# seed = 0                         # on a CPU, the same seed gives the same weights
 
-[lines.{name}.retraining]          # later, from the champion
+[lines.LINE.retraining]            # later versions, from the champion
 steps = 200
 batch = 32
 learning_rate = 5e-4
-update_grid = 2.0                  # rounds the update, so that its delta is small; 0 is off
+update_grid = 2.0                  # rounds each change, so that its delta is small: 0 is off, 2 loses nothing visible, 4 loses quality
+# seed = 0
 
-[lines.{name}.sampler]
-method = "ab2"                     # euler, heun or ab2 (second order, one evaluation a step)
-steps = 14
-guidance = 2.0                     # 1 is unguided
+[lines.LINE.distillation]          # dev and fast, if a class lists them: each is taught by the variant before it
+steps = 200
+batch = 32
+learning_rate = 5e-4
+update_grid = 2.0
+# seed = 0
 
-[lines.{name}.gate]
-images = 256                       # generated for each evaluation
+[lines.LINE.sampler]               # how the variant full draws
+method = "ab2"                     # euler, heun (two evaluations a step) or ab2 (second order, one evaluation a step)
+steps = 14                         # with guidance, a step evaluates the network twice; time grows with it
+guidance = 2.0                     # how strongly a caption is followed; 1 is unguided and takes half of the time
+
+[lines.LINE.gate]                  # what a version must show to become champion
+images = 256                       # images that are generated for each evaluation
+minimum_images = 96                # with fewer held-out images nothing is decided; 15 % are held out, so it takes about 640 images
 alpha = 0.05                       # chance of promoting a worse model
-tolerance = 0.5                    # tolerated loss, as a share of the champion's own distance from real images,
-tolerance_bands = 1.5              # or as so many distances between two sets of 25 groups of real images, if that is more
-total_tolerance = 2.0              # tolerated in all against the best version ever, in such losses
-minimum_images = 96                # below this, nothing is decided
-coverage = 0.3
-copying = 0.8                      # chance that a generated image lies nearer to training images than held-out ones do; 0.5 is none
-copies = 0.1                       # share of images nearer to training images than any held-out one, to stay below
-implausible = 0.3                  # share of images unlike all real ones, to stay below
-implausible_more = 0.08            # by so much it may exceed the champion's, or by `tolerance` of that if that is more
-duplicates = 0.3                   # share of images like another generated one, to stay below
-captions = true                    # images must go with their captions, and each caption must be drawn
+tolerance = 0.5                    # how much worse it may be on old data: a share of the champion's own distance from real images,
+tolerance_bands = 1.5              # or a multiple of the distance between two sets of real images; the larger limit counts
+total_tolerance = 2.0              # how much worse it may be than the best version ever, in multiples of that limit
+coverage = 0.3                     # smallest share of held-out images that have a generated image near them
+implausible = 0.3                  # limit of the share of images unlike all real ones,
+implausible_more = 0.08            # and of how far this share may exceed the champion's
+duplicates = 0.3                   # limit of the share of images like another generated one
+copies = 0.1                       # limit of the share of images nearer to training images than any held-out one
+copying = 0.8                      # limit of the chance that an image is nearer to training images than a held-out one; 0.5 is none
+captions = true                    # images must match their captions, and each caption must be drawn
+beat_solver = true                 # dev and fast must be better than full at the same number of network evaluations
 
-[lines.{name}.classes.edge]        # a kind of device
-configuration = "I"                # I: stride 2, II: stride 1
+[lines.LINE.classes.edge]          # a kind of device
+configuration = "I"                # I: first convolution with stride 2 (faster); II: stride 1 (more positions)
 precision = "bfloat16"             # how weights are stored: float32, float16, bfloat16 (smallest updates) or int8 (smallest file)
-latency_ms = 5000                  # budget for one image
-# memory_mib = 64                  # budget for the model's memory
+latency_ms = 5000                  # budget for one image, in milliseconds; the gate and every device check it
+# memory_mib = 64                  # budget for the model's memory (nano at 16 pixels needs 37 MiB); no limit by default
+# variants = ["full"]              # also "dev" (28 evaluations, no guidance) and "fast" (14); the first is the default
 """

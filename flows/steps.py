@@ -21,7 +21,7 @@ from flows.workspace import Workspace
 from model import distill, export, features, train, versions
 from model.config import ConfigurationName, VariantName
 from model.data import Dataset, prepare
-from model.drawing import Drawer, picture, sampler_of
+from model.drawing import Drawer, sampler_of
 from model.errors import CheckpointError
 from model.score import Contest, pictures, score
 from model.scorecard import DataVersion, Frozen, Lineage, Sampler, Scorecard
@@ -29,6 +29,7 @@ from registry.catalog import Subject
 from registry.champions import judged
 from registry.errors import SealError
 from registry.registration import card_text, register
+from registry.runs import open_retraining, points
 from registry.seal import SCORECARD, Part, Seal, files_of, sealed_bytes
 from registry.selection import Decision
 
@@ -113,7 +114,7 @@ def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
     objective = None
     if teacher:
         objective = distill.stage(teacher.network(), teacher.lineage.variant, lesson.variant, line.sampler.guidance)
-    with training_log.watching(workspace, lesson.subject, key, settings.steps, picture, lesson.data) as watcher:
+    with training_log.watching(workspace, lesson.subject, key, settings.steps, lesson.data) as watcher:
         checkpoint = train.train(
             line.config(lesson.configuration),
             open_dataset(workspace, line, lesson.configuration, lesson.data),
@@ -152,7 +153,7 @@ def evaluate_model(workspace: Workspace, model: ModelFiles, rivals: Rivals, key:
     dataset = open_dataset(workspace, line, configuration, lineage.data)
     frozen = workspace.feature_spaces(lineage.data.line)
     if rivals.champion and not frozen.is_file():  # new spaces would differ, so past figures could not be compared
-        raise CheckpointError(f"{frozen} is missing; restore it from a backup, past figures depend on it")
+        raise CheckpointError(f"{frozen} is missing; restore it from a backup, because past figures depend on it")
     datasets: dict[Literal["new", "old"], Dataset] = {"new": dataset}
     if rivals.champion:
         old = train.load_checkpoint(rivals.champion.checkpoint).lineage.data
@@ -187,7 +188,7 @@ def register_model(workspace: Workspace, model: ModelFiles, evaluation: Path, de
         SealError: the ledger has another model under this version's number.
     """
     opened, card = train.load_checkpoint(model.checkpoint), read_card(evaluation)
-    subject = subject_of(opened.lineage)
+    subject, data = subject_of(opened.lineage), opened.lineage.data
     files = {
         **files_of("bundle", model.bundle), **files_of("checkpoint", opened.folder), **files_of("pictures", evaluation),
         SCORECARD: sealed_bytes(card_text(card).encode()),
@@ -195,8 +196,8 @@ def register_model(workspace: Workspace, model: ModelFiles, evaluation: Path, de
     version = register(
         workspace.catalog, subject, opened.lineage, card, decision, opened.folder, model.bundle,
         {"samples": evaluation / SAMPLES, "captions": (evaluation / SAMPLES).with_suffix(".json"), "real": evaluation / REAL},
-        training_log.points(json.loads((opened.folder / train.CURVE).read_bytes())),
-        training_log.retraining(workspace, opened.lineage.data),
+        points(json.loads((opened.folder / train.CURVE).read_bytes())),
+        open_retraining(workspace.catalog, data, training_log.retraining_key(workspace, data)),
         {number: str(entry.facts["scorecard"]) for number, entry in judged(workspace, subject).items()},
     )  # fmt: skip
     seal = Seal.of(str(subject), version.number, opened.lineage, card, files)
@@ -206,8 +207,8 @@ def register_model(workspace: Workspace, model: ModelFiles, evaluation: Path, de
         others = {str(e.facts.get("seal", e.facts)["scorecard"]) for e in before} - {card.sha256}
         if others:
             raise SealError(
-                f"MLflow gave {seal.name} to another model than the ledger has under that number: somebody deleted and made it again; "
-                "restore MLflow from a backup"
+                f"MLflow gave {seal.name} to another model than the ledger has under that number, because somebody deleted "
+                "and recreated it; restore MLflow from a backup"
             )
         if not any(e.facts.get("decision") == decision.sha256 for e in entries):
             known = any("seal" in e.facts for e in entries)

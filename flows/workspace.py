@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Literal
 from filelock import FileLock, Timeout
 
 from flows.errors import BusyError, WorkspaceError
+from flows.progress import advance
 from flows.settings import SETTINGS, DeviceClass, Line, read
 from model.git import forget_redirections
 
 if TYPE_CHECKING:
+    from model.revisions import LineData
     from ota.release.fleet import Fleet
     from ota.release.keys import KeyRing
     from ota.release.repository import Repository
@@ -174,10 +176,30 @@ class Workspace:
         remote = self.settings.stores.data
         return remote if "://" in remote else str(self.root / remote)
 
+    def line_data(self, name: str) -> LineData:
+        """Return what recording and comparing a line's data revisions needs.
+
+        Raises:
+            WorkspaceError: there is no such line.
+        """
+        from model.revisions import LineData
+
+        line = self.line(name)
+        return LineData(
+            line=name, root=self.root, folder=line.data, text_length=line.text_length, work=self.work, keys=self.root / "keys",
+            remote=self.data_remote, s3_endpoint=self.settings.stores.s3_endpoint, locked=lambda: self.locked("data"),
+            progress=advance,
+        )  # fmt: skip
+
     @property
     def inbox(self) -> Path:
         """Where devices leave reports."""
         return self.root / self.settings.stores.reports
+
+    @property
+    def ratings(self) -> Path:
+        """Answer sheets, which say which version drew which image."""
+        return self.root / "ratings"
 
     @contextmanager
     def locked(
@@ -201,7 +223,7 @@ class Workspace:
             usual = LOCK_SECONDS if part in ("data", "records") else 0
             lock.acquire(timeout=usual if patience is None else patience)
         except Timeout as error:
-            raise BusyError(f"another ferry holds the {part} of {self.root}; wait for it to finish") from error
+            raise BusyError(f"another ferry process holds the {part} of {self.root}; wait for it to finish") from error
         try:
             yield
         finally:
@@ -262,7 +284,9 @@ def _share_a_secret(server: str, client: str) -> None:
     """
     given = {os.environ.get(name, "") for name in (server, client)}
     if len(given) > 1:
-        raise WorkspaceError(f"{server} and {client} differ; unset both, and ferry makes a secret, or give both the same")
+        raise WorkspaceError(
+            f"{server} and {client} differ; unset both so that ferry makes a secret, or give both the same value"
+        )
     if given != {""}:  # an empty variable is no secret to Prefect
         return
     os.environ[server] = os.environ[client] = f"ferry:{secrets.token_urlsafe(32)}"

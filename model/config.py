@@ -18,6 +18,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from model.errors import ConfigError
+
 TierName = Literal["test", "nano", "small", "base"]
 ConfigurationName = Literal["I", "II"]
 VariantName = Literal["full", "dev", "fast"]
@@ -96,13 +98,13 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tier: TierName = "nano"
-    configuration: ConfigurationName = "I"
-    image_size: int = Field(default=16, ge=8, le=128, description="side of the square image, pixels")
-    channels: Literal[1, 3] = 1
-    text_length: int = Field(default=24, ge=4, le=MAX_TEXT, description="caption bytes the network reads")
+    tier: TierName = Field(default="nano", description="size of the network")
+    configuration: ConfigurationName = Field(default="I", description="stride of the first convolution: I is 2, II is 1")
+    image_size: int = Field(default=16, ge=8, le=128, description="side of the square image, in pixels")
+    channels: Literal[1, 3] = Field(default=1, description="colour channels: 1 is grey, 3 is colour")
+    text_length: int = Field(default=24, ge=4, le=MAX_TEXT, description="bytes of a caption that the network reads")
     router: RouterName = Field(default="expert-choice", description="who chooses: experts their tokens, or tokens their experts")
-    ablation: AblationName = Field(default="none", description="an idea switched off, for measurements only")
+    ablation: AblationName = Field(default="none", description="part of the network that is switched off, for measurements only")
 
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
@@ -157,6 +159,24 @@ class ModelConfig(BaseModel):
     def sha256(self) -> str:
         """Hash of the canonical JSON of this configuration."""
         return canonical_sha256(self.model_dump())
+
+
+def check_same_pictures(who: str, drawn: tuple[int, int], wanted: ModelConfig) -> None:
+    """Refuse to compare pictures of different formats.
+
+    Args:
+        who: name of the model, for the message.
+        drawn: size and channels of the pictures that it draws.
+        wanted: configuration whose pictures are to be compared with them.
+
+    Raises:
+        ConfigError: the model draws another size or other channels than the configuration.
+    """
+    if drawn != (wanted.image_size, wanted.channels):
+        raise ConfigError(
+            f"{who} draws {drawn[0]} pixels in {drawn[1]} channels, but ferry.toml asks for {wanted.image_size} in "
+            f"{wanted.channels}; add a line of its own for images of another format"
+        )
 
 
 def canonical_json(value: object) -> bytes:

@@ -320,12 +320,13 @@ def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = No
     )
     if len(dataset.training()) < MIN_TRAINING:
         raise DataError(
-            f"{folder} has {len(dataset.training())} usable training images; at least {MIN_TRAINING} are needed, add more"
+            f"{folder} has {len(dataset.training())} usable training images, but at least {MIN_TRAINING} are needed; add "
+            "more images"
         )
     if len(dataset.reference()) < MIN_HELD_OUT:
         raise DataError(
-            f"{folder} has too few images or groups: {len(dataset.reference())} of them are held out, at least {MIN_HELD_OUT} "
-            "are needed to evaluate; add more"
+            f"{folder} has too few images or groups: {len(dataset.reference())} of them are held out, but an evaluation "
+            f"needs at least {MIN_HELD_OUT}; add more images or groups"
         )
     return dataset
 
@@ -363,7 +364,7 @@ def _fill(folder: Path, config: ModelConfig, place: Path) -> None:
         groups.append(item.group)
     if not images:
         raise DataError(
-            f"not one of the {len(items)} images in {folder} can be used, the first: {' '.join(next(iter(bad.items())))}"
+            f"none of the {len(items)} images in {folder} can be used; the first of them: {' '.join(next(iter(bad.items())))}"
         )
     fresh = place.with_name(f"{place.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)

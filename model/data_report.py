@@ -32,7 +32,7 @@ Floats = npt.NDArray[np.float32]
 
 SMALL = 32  # pixels; side of an image's largest central square, scaled down for all comparisons
 THUMB = 16  # pixels; side of a grey thumbnail
-ALIKE = 0.995  # images are near copies if their thumbnails correlate at least so much; see DECISIONS
+ALIKE = 0.995  # images are near copies if their thumbnails correlate at least so much; decision 0049
 FLAT = 1.0  # grey levels; a thumbnail with a smaller standard deviation has no structure to compare
 LISTED = 100  # entries of each list in a report; the total is given with them
 THIN = 2  # held-out images; a caption with fewer cannot be evaluated
@@ -99,8 +99,10 @@ class Duplicates(Frozen):
     """Images that occur more than once. Near copies are recompressed, resized, brighter or noisier; crops are not found."""
 
     copies: Listed = Field(description="sets of images with the same pixels, whatever their format")
-    contradictions: Listed = Field(description="those sets whose images have different captions")
-    near: Listed = Field(description="pairs of images with other pixels that look the same; each image with the one most like it")
+    contradictions: Listed = Field(description="sets of images with the same pixels but different captions")
+    near: Listed = Field(
+        description="pairs of images with different pixels that look the same; each image with the one most like it"
+    )
     leaks: Listed = Field(
         description="held-out images with a copy or near copy to train on, each with that one: they flatter the model"
     )
@@ -109,8 +111,8 @@ class Duplicates(Frozen):
 class Balance(Frozen):
     """Number of images of each caption."""
 
-    captions: int = Field(description="different ones")
-    evenness: float = Field(description="entropy over its maximum: 1 where all captions have as many images")
+    captions: int = Field(description="number of different captions")
+    evenness: float = Field(description="entropy over its maximum: 1 if all captions have the same number of images")
     counts: dict[str, tuple[int, int]] = Field(description=f"training and held-out images of the {LISTED} most frequent captions")
     new: Listed = Field(description="captions that the revision before does not have")
     gone: Listed = Field(description="captions that only the revision before has")
@@ -126,12 +128,12 @@ class Drift(Frozen):
 
     before: int = Field(description="images of the revision before that were compared")
     before_groups: int
-    new: int = Field(description="images that it does not have")
+    new: int = Field(description="images that the revision before does not have")
     new_groups: int
-    left_out: int = Field(description="new images of groups that it has already: no independent evidence")
+    left_out: int = Field(description="new images of groups that the revision before has already: no independent evidence")
     alpha: float = ALPHA
     p_images: float | None = Field(
-        default=None, description="chance of such a difference of looks without drift; null: not decided"
+        default=None, description="chance of such a difference between the images if there is no drift; null: not decided"
     )
     p_captions: float | None = Field(
         default=None, description="the same for the mix of captions; null where captions hardly repeat"
@@ -149,7 +151,7 @@ class Changes(Frozen):
     """Differences of a folder from another revision, by file name."""
 
     added: list[str]
-    changed: list[str] = Field(description="the same name with other bytes")
+    changed: list[str] = Field(description="files with the same name but other bytes")
     removed: list[str]
     recaptioned: list[tuple[str, str, str]] = Field(description="name, caption before, caption now")
 
@@ -160,10 +162,10 @@ class DataReport(Frozen):
     schema_version: Literal[1] = 1
     line: str
     md5: str = Field(description="DVC's hash of the folder; empty while it is not recorded")
-    previous: DataVersion | None = Field(description="what it was compared with")
+    previous: DataVersion | None = Field(description="revision that this one was compared with")
     training: int
     held_out: int
-    quarantine: dict[str, str] = Field(description="what cannot be used, and why; recorded, never trained on")
+    quarantine: dict[str, str] = Field(description="images that cannot be used, and why; they are recorded, but never trained on")
     duplicates: Duplicates
     balance: Balance
     changes: dict[Literal["added", "changed", "removed", "recaptioned"], int]
@@ -343,7 +345,7 @@ def drift(after: FolderSummary, before: FolderSummary) -> Drift:
         return Drift(**counted, verdict="nothing new", reason="no image is new, so there is nothing to compare")
     if min(new_groups, counted["before_groups"]) < MIN_GROUPS:
         reason = (
-            f"{new_groups} independent new groups of images against {counted['before_groups']} are too few to decide, "
+            f"{new_groups} independent new groups of images against {counted['before_groups']} are too few to decide; "
             f"{MIN_GROUPS} on either side are needed"
         )
         return Drift(**counted, verdict="too few images", reason=reason)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from model import evaluate, session
@@ -18,6 +19,7 @@ from model.evaluate import Drawn
 from model.scorecard import Sampler
 
 GRID_COLUMNS, GRID_ROWS = 8, 6
+SAMPLES = "samples"  # folder of a training's pictures, inside the checkpoint's
 OnImage = Callable[[str, int, int], None]
 """(beginning of the weights' hash, images drawn, images to draw)"""
 
@@ -56,10 +58,7 @@ class Drawer:
 
     def by_caption(self, captions: list[str]) -> dict[str, list[Any]]:
         """Group the images that are drawn for captions by caption."""
-        groups: dict[str, list[Any]] = {}
-        for caption, image in zip(captions, self.draw(captions).images, strict=True):
-            groups.setdefault(caption, []).append(image)
-        return groups
+        return grouped(captions, self.draw(captions).images)
 
     def _progress(self, done: int, total: int) -> None:
         if self.on_image:
@@ -70,6 +69,29 @@ def sampler_of(bundle: Path) -> Sampler:
     """Read from its sampler table how a device draws with a bundle."""
     table = json.loads((bundle / "sampler.json").read_bytes())
     return Sampler(method=table["method"], steps=len(table["times"]) - 1, guidance=table["guidance"])
+
+
+def grouped(captions: list[str], images: npt.NDArray[np.uint8]) -> dict[str, list[Any]]:
+    """Group n images [n, C, R, R] by their n captions."""
+    groups: dict[str, list[Any]] = {}
+    for caption, image in zip(captions, images, strict=True):
+        groups.setdefault(caption, []).append(image)
+    return groups
+
+
+def training_samples(folder: Path, step: int, captions: list[str], images: npt.NDArray[np.uint8]) -> Path:
+    """Write what a network draws during its training as a grid, and return the PNG file.
+
+    Args:
+        folder: of the training; the file goes into `SAMPLES` in it.
+        step: after which the images were drawn.
+        captions: n captions.
+        images: of these captions, uint8 [n, C, R, R].
+    """
+    path = folder / SAMPLES / f"step-{step:06d}.png"
+    path.parent.mkdir(exist_ok=True)
+    picture(grouped(captions, images), path)
+    return path
 
 
 def picture(groups: dict[str, list[Any]], path: Path, scale: int = 4) -> list[str]:

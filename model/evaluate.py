@@ -97,7 +97,7 @@ def held_out_items(dataset: Dataset, n: int) -> npt.NDArray[np.intp]:
         DataError: n is below 2.
     """
     if n < 2:
-        raise DataError(f"an evaluation of {n} images says nothing; ask for at least 2")
+        raise DataError(f"{n} images are too few for an evaluation; ask for at least 2")
     reference = dataset.reference()
     order = np.random.Generator(np.random.Philox(key=mix(n, 5))).permutation(len(reference))
     return np.asarray(reference[np.resize(order, n)])
@@ -666,7 +666,10 @@ def published_fid(folder: Path, generated: Images, file: Path) -> PublishedFid:
         raise DataError(f"there is no folder {folder}; put the images there, or name another one")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in Image.registered_extensions())
     if min(len(paths), len(generated)) < 2:
-        raise DataError(f"FID needs two images on each side, but {folder} has {len(paths)} and {len(generated)} were generated")
+        raise DataError(
+            f"FID needs two images on each side, but {folder} has {len(paths)} and {len(generated)} were "
+            "generated; add images, or raise --n"
+        )
     parts = []
     for first in range(0, len(paths), PUBLISHED_BATCH):
         chunk = []
@@ -674,7 +677,7 @@ def published_fid(folder: Path, generated: Images, file: Path) -> PublishedFid:
             try:
                 chunk.append(decode(path, generated.shape[2], generated.shape[1]))
             except DataError as error:
-                raise DataError(f"{path} {error}; take it out of the folder") from error
+                raise DataError(f"{path} {error}; remove it from the folder") from error
         parts.append(features(np.stack(chunk)))
     x, y = np.concatenate(parts), features(generated)
     return PublishedFid(fid=frechet_distance(x, y), n=len(y), reference=len(x), dimensions=x.shape[1], features_sha256=sha256)

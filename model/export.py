@@ -190,7 +190,7 @@ def check_parity(network: Network, precision: PrecisionName, weights: bytes, see
             "do not release it, and report the tier and configuration"
         )
     if not routing <= ROUTING_TOLERANCE:
-        raise ExportError("the exported model routes otherwise than the trained one; do not release it, and report the tier")
+        raise ExportError("the exported model chooses other experts than the trained one; do not release it, and report the tier")
     return worst
 
 

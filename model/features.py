@@ -4,7 +4,7 @@
 - `random`: responses of fixed random convolutions, without training. It detects texture and noise, but not meaning.
 - `scattering`: energies of wavelets at several scales and directions, and how these energies vary (Bruna and Mallat 2013),
   without training. It detects blur, compression and training that was cut short, unlike the other two (measured in
-  infra/DECISIONS.md).
+  docs/decisions/0068-third-feature-space-scattering.md).
 
 All are standardised on the first revision and stored in one file. Its hash is part of every figure, and figures with different
 hashes are never compared. A file from an older version of ferry holds only the first two spaces. Distances in these spaces are
@@ -15,6 +15,7 @@ file that the user provides (`published_features`), for figures that are to be c
 from __future__ import annotations
 
 import hashlib
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -208,10 +209,54 @@ def load(path: Path) -> FeatureSpaces:
         tensors = load_file(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read; restore it from a backup, past figures depend on it") from error
+        raise CheckpointError(f"{path} cannot be read; restore it from a backup, because past figures depend on it") from error
     if not {f"{space}.scale" for space in ("trained", "random")} <= set(tensors):
-        raise CheckpointError(f"{path} holds no feature spaces; restore it from a backup, past figures depend on it")
+        raise CheckpointError(f"{path} holds no feature spaces; restore it from a backup, because past figures depend on it")
     return FeatureSpaces(tensors, digest)
+
+
+def unfinished(present: Path, key: str) -> Path:
+    """Name the file in which a line's next spaces are made; a killed call leaves it, and the next call with the same key uses it.
+
+    Files of other keys are deleted, and so is one that is damaged.
+
+    Args:
+        present: file of the line's present spaces.
+        key: 16 hexadecimal digits that stand for all that the next spaces depend on.
+    """
+    fresh = present.with_name(f".{present.stem}.{key}.safetensors")
+    for other in present.parent.glob(f".{present.stem}.{'[0-9a-f]' * 16}.safetensors"):
+        if other != fresh or not _is_whole(other):
+            other.unlink()
+    return fresh
+
+
+def _is_whole(path: Path) -> bool:
+    """Check whether a file holds complete feature spaces; a killed call may have left a part of them."""
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def put_in_place(fresh: Path, present: Path, before: Sha256) -> None:
+    """Make new spaces the line's present ones, and keep the previous ones, because past scorecards name them.
+
+    Args:
+        fresh: file of the new spaces; it is moved, or deleted if it holds the present ones.
+        present: file of the present spaces.
+        before: hash of the present spaces.
+    """
+    if hashlib.sha256(fresh.read_bytes()).hexdigest() == before:
+        fresh.unlink()
+        return
+    kept = present.with_name(f"{present.stem}.{before[:16]}.safetensors")
+    if not kept.exists():
+        copy = kept.with_name(f".{kept.name}.tmp")
+        shutil.copyfile(present, copy)  # no link, because not every file system has links
+        copy.replace(kept)
+    fresh.replace(present)
 
 
 def published_features(file: Path) -> tuple[Callable[[npt.NDArray[np.uint8]], Features], Sha256]:

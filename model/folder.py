@@ -60,8 +60,8 @@ def entries(folder: Path) -> dict[str, os.stat_result]:
 
 def _special(path: Path, info: os.stat_result) -> DataError:
     kind = KINDS.get(stat.S_IFMT(info.st_mode), "special file")
-    remedy = "put a copy of what it leads to in its place" if kind == "link" else "take it away"
-    return DataError(f"{shown(path)} is a {kind}, and data are regular files only; {remedy}")
+    remedy = "replace it by a copy of the file that it points to" if kind == "link" else "remove it"
+    return DataError(f"{shown(path)} is a {kind}, but data must be regular files; {remedy}")
 
 
 def unreadable(error: OSError, path: Path) -> DataError:
@@ -93,9 +93,9 @@ def inside(root: Path, path: str) -> Path:
         except OSError as error:
             raise unreadable(error, place) from error
         if stat.S_ISLNK(info.st_mode):
-            raise DataError(f"{shown(place)} is a link, and data are kept where their path says; put the folder itself there")
+            raise DataError(f"{shown(place)} is a link, but the data must be stored at that path; move the folder itself there")
         if not stat.S_ISDIR(info.st_mode):
-            raise DataError(f"{shown(place)} is no folder; move it away")
+            raise DataError(f"{shown(place)} is not a folder; move it away")
     return place
 
 
@@ -158,7 +158,7 @@ def check(root: Path, path: str) -> Path:
         raise DataError(f"there is no folder {shown(folder)}; put the images there, or name another one")
     for name in entries(folder):
         if name.endswith(".dvc") or DVCS_OWN & {*name.split("/")}:
-            raise DataError(f"{shown(folder / name)} has a name that Git or DVC keep for themselves; rename it, or take it away")
+            raise DataError(f"{shown(folder / name)} has a name that Git or DVC reserve; rename it, or remove it")
     return folder
 
 

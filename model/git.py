@@ -63,7 +63,7 @@ def run(folder: Path, *arguments: str, given: bytes = b"", around: bool = False,
             capture_output=True, check=False, input=given, env=environment,
         )  # fmt: skip
     except FileNotFoundError:
-        raise RevisionError("git is not installed; install it, data revisions are Git commits") from None
+        raise RevisionError("git is not installed; install it, because data revisions are Git commits") from None
     except OSError as error:
         raise RevisionError(f"git cannot be started ({error.strerror or error}); check its installation") from error
     if done.returncode:

@@ -44,7 +44,7 @@ class Hardware:
         mine, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if mine >= count:
             raise ConfigError(
-                f"process {mine + 1} of this machine has no GPU of its own, there are {count}; start torchrun with "
+                f"process {mine + 1} of this machine has no GPU of its own, because there are {count}; start torchrun with "
                 f"--nproc-per-node {count}"
             )
         torch.cuda.set_device(mine)

@@ -10,9 +10,10 @@ from model import evaluate
 from model.config import PrecisionName
 from model.data import Dataset
 from model.drawing import GRID_COLUMNS, Drawer, picture
+from model.errors import DataError
 from model.evaluate import Drawn
 from model.features import FeatureSpaces
-from model.scorecard import Comparison, Following, Lineage, Quality, Scorecard
+from model.scorecard import CaptionCheck, Comparison, Following, Lineage, Quality, Scorecard
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,12 @@ class Contest:
     def asked(self, split: Literal["new", "old"]) -> list[str]:
         """List the captions that are drawn for a split: on the new one also those that are looked at one by one."""
         data = self.datasets[split]
-        captions = evaluate.held_out_captions(data, self.n)
-        return captions + [data.captions[i] for i in evaluate.further_items(data, self.n)] if split == "new" else captions
+        return _asked_on_new(data, self.n) if split == "new" else evaluate.held_out_captions(data, self.n)
+
+
+def _asked_on_new(data: Dataset, n: int) -> list[str]:
+    """List the captions of n images for the held-out items, and of the further images by which captions are judged one by one."""
+    return evaluate.held_out_captions(data, n) + [data.captions[i] for i in evaluate.further_items(data, n)]
 
 
 def score(contest: Contest, lineage: Lineage, precision: PrecisionName) -> Scorecard:
@@ -90,3 +95,31 @@ def pictures(contest: Contest, folder: Path) -> None:
     shown = picture(contest.challenger.by_caption(contest.asked("new")), folder / "samples.png")
     data = contest.datasets["new"]
     picture({caption: evaluate.real_images(data, caption, GRID_COLUMNS) for caption in shown}, folder / "real.png")
+
+
+def anew(spaces: FeatureSpaces, data: Dataset, drawer: Drawer, n: int) -> tuple[list[Quality], list[CaptionCheck]]:
+    """Measure a model in other feature spaces than its scorecard: its quality, and whether it draws each caption.
+
+    Args:
+        spaces: feature spaces.
+        data: gives the held-out images.
+        drawer: of the model.
+        n: images for the held-out items.
+    """
+    drawn = drawer.draw(_asked_on_new(data, n))
+    return evaluate.quality(spaces, data, drawn.first(n), "new"), evaluate.asked_for(spaces, data, drawn, None, n)
+
+
+def check_sound(data: Dataset, folder: Path) -> None:
+    """Refuse a data set as what images are compared with, if its folder holds files that cannot be used.
+
+    Raises:
+        DataError: it does.
+    """
+    unusable = {name: why for name, why in data.quarantine.items() if (folder / name).is_file()}
+    if unusable:
+        name, why = next(iter(unusable.items()))
+        raise DataError(
+            f"the version's data hold {len(unusable)} files that cannot be used (for example, {name} {why}); name a "
+            "folder of sound images with --images"
+        )

@@ -49,33 +49,34 @@ class Frozen(BaseModel):
 class DataVersion(Frozen):
     """One revision of one line's data, identified by its content."""
 
-    line: LineName
+    line: LineName = Field(description="line (product) of the data")
     path: RelativePath = Field(description="folder, relative to the workspace")
     rev: GitCommit = Field(description="full Git commit that holds the .dvc file")
     md5: DvcHash = Field(description="DVC's hash of the folder, ending in .dir")
-    files: int
-    bytes: int
+    files: int = Field(description="number of files")
+    bytes: int = Field(description="bytes of all files")
 
 
 class Lineage(Frozen):
     """Origin of a checkpoint: everything that is needed to reproduce it."""
 
-    schema_version: Literal[1] = 1
-    data: DataVersion
-    config: ModelConfig
-    variant: VariantName
+    schema_version: Literal[1] = Field(default=1, description="version of this form")
+    data: DataVersion = Field(description="data revision that it was trained on")
+    config: ModelConfig = Field(description="shape of the network")
+    variant: VariantName = Field(description="variant that it was trained as")
     training_sha256: Sha256 = Field(description="hash of the training options")
     code: str = Field(description="hash of the source files of model/, or of the installed version")
-    seed: int
-    parent: Sha256 | None = Field(description="weights from which training started; None: from noise")
-    teacher: Sha256 | None = Field(default=None, description="weights that a distilled variant was taught by")
+    seed: int = Field(description="seed of the training")
+    parent: Sha256 | None = Field(description="hash of the weights from which training started; null: from noise")
+    teacher: Sha256 | None = Field(default=None, description="hash of the teacher's weights; null: it has no teacher")
     guidance: float | None = Field(
-        default=None, description="that the teacher was run with; None: no teacher, or itself a student"
+        default=None,
+        description="guidance scale that the teacher was run with; null: it has no teacher, or the teacher is a student",
     )
-    steps: int
-    items: int = Field(description="training items seen as data, held-out ones excluded")
-    torch: str
-    hardware: str = Field(default="cpu", description="what it was trained on; see model.hardware")
+    steps: int = Field(description="optimizer steps")
+    items: int = Field(description="items of the training data, without the held-out ones")
+    torch: str = Field(description="version of torch")
+    hardware: str = Field(default="cpu", description="hardware that it was trained on")
 
 
 SamplerName = Literal["euler", "heun", "ab2", "mean"]
@@ -86,9 +87,15 @@ EVALUATIONS: dict[SamplerName, int] = {"euler": 1, "heun": 2, "ab2": 1, "mean": 
 class Sampler(Frozen):
     """How images are drawn: the solver, its number of steps, and the guidance scale (1 is unguided)."""
 
-    method: SamplerName = Field(default="ab2", description="mean: of distilled variants")
-    steps: int = Field(default=14, ge=1, le=1000)
-    guidance: float = Field(default=2.0, ge=1.0, le=20.0)
+    method: SamplerName = Field(
+        default="ab2",
+        description="solver: euler (first order), heun (second order, two evaluations a step), ab2 (second order, one evaluation a step); "
+        "mean is the sampler of distilled variants",
+    )
+    steps: int = Field(default=14, ge=1, le=1000, description="number of sampling steps")
+    guidance: float = Field(
+        default=2.0, ge=1.0, le=20.0, description="scale of classifier-free guidance; 1 is unguided and halves the evaluations"
+    )
 
     @property
     def evaluations(self) -> int:
@@ -104,17 +111,17 @@ def _absent(value: object) -> bool:
 class Quality(Frozen):
     """Distances of n generated images to the held-out images, in one feature space; smaller is better."""
 
-    space: str
-    space_sha256: Sha256
+    space: str = Field(description="name of the feature space")
+    space_sha256: Sha256 = Field(description="hash of the feature space")
     split: str = Field(description="whose held-out items: the new data revision's, or the champion's own")
     n: int = Field(description="generated images, as many as captions drawn from the held-out items")
     reference: int = Field(description="held-out images")
     groups: int = Field(description="independent groups among the held-out images")
     fd: float = Field(description="Fréchet distance; biased by n, compare only at equal n")
-    fd_se: float | None = Field(description="its standard error at this n, by jackknife; says nothing of the bias")
+    fd_se: float | None = Field(description="standard error of fd at this n, by jackknife; it says nothing of the bias")
     kd: float = Field(description="squared kernel distance (unbiased MMD, Gaussian kernels)")
-    kd_se: float = Field(description="its standard error; Student's t with groups - 1 makes it an interval")
-    noise_kd: float = Field(description="the same distance for images of pure noise: a yardstick of harm")
+    kd_se: float = Field(description="standard error of kd; Student's t with groups - 1 degrees of freedom makes it an interval")
+    noise_kd: float = Field(description="squared kernel distance of images of pure noise: a yardstick of harm")
     precision: float = Field(description="share of generated images among the 5 nearest of some held-out one")
     recall: float = Field(description="share of held-out images among the 5 nearest of some generated one")
     density: float = Field(description="held-out neighbourhoods around a generated image, over 5; about 1 is right")
@@ -125,10 +132,10 @@ class Quality(Frozen):
         description="distance between two sets of 25 groups of real images (model.distances.band)",
     )
     captions_kd: float | None = Field(
-        default=None, exclude_if=_absent, description="the kernel distance between pairs of image and caption, not images alone"
+        default=None, exclude_if=_absent, description="squared kernel distance between pairs of image and caption"
     )
-    captions_se: float | None = Field(default=None, exclude_if=_absent, description="its standard error")
-    captions_band: float | None = Field(default=None, exclude_if=_absent, description="as band, of pairs of image and caption")
+    captions_se: float | None = Field(default=None, exclude_if=_absent, description="standard error of captions_kd")
+    captions_band: float | None = Field(default=None, exclude_if=_absent, description="band of pairs of image and caption")
 
 
 class PublishedFid(Frozen):
@@ -137,7 +144,7 @@ class PublishedFid(Frozen):
     fid: float = Field(description="biased by n: papers use 50,000 images, or say so")
     n: int = Field(description="generated images")
     reference: int = Field(description="images of the folder")
-    dimensions: int
+    dimensions: int = Field(description="dimensions of the feature space")
     features_sha256: Sha256 = Field(description="hash of the network's file")
 
 
@@ -147,33 +154,31 @@ class Comparison(Frozen):
     against: Literal["champion", "anchor", "solver"] = Field(
         description="anchor: the best model ever; solver: full, drawn with as many evaluations as the student"
     )
-    against_sha256: Sha256
-    space: str
-    split: str
-    n: int
+    against_sha256: Sha256 = Field(description="hash of the other model's weights")
+    space: str = Field(description="name of the feature space")
+    split: str = Field(description="whose held-out items: the new data revision's, or the champion's own")
+    n: int = Field(description="generated images of each model")
     groups: int = Field(description="independent groups among the held-out images")
     delta: float = Field(description="difference of the squared kernel distances")
-    se: float = Field(description="its standard error, from the influence functions")
+    se: float = Field(description="standard error of delta, from the influence functions")
     champion_kd: float = Field(description="the other model's distance")
     aspect: Literal["images", "captions"] = Field(
-        default="images", exclude_if=_absent, description="captions: of pairs of image and caption"
+        default="images", exclude_if=_absent, description="what was compared: images, or (captions) pairs of image and caption"
     )
-    drawn_se: float | None = Field(
-        default=None, exclude_if=_absent, description="the part of the error that more drawn images would remove"
-    )
+    drawn_se: float | None = Field(default=None, exclude_if=_absent, description="part of se that more drawn images would remove")
 
 
 class Following(Frozen):
     """How well images match their captions, in one feature space: the covariance of image and caption similarity over pairs."""
 
-    space: str
-    split: str
-    groups: int
-    real: float = Field(description="of real images with real ones: what a perfect model reaches")
-    real_se: float
-    share: float = Field(description="what the model reaches of that; 0 for one that ignores its captions")
+    space: str = Field(description="name of the feature space")
+    split: str = Field(description="whose held-out items: the new data revision's, or the champion's own")
+    groups: int = Field(description="independent groups among the held-out images")
+    real: float = Field(description="covariance of real images with real ones, which a perfect model reaches")
+    real_se: float = Field(description="standard error of real")
+    share: float = Field(description="share of real that the model reaches; 0 for a model that ignores its captions")
     excess: float = Field(description="covariance beyond the share that is asked for")
-    excess_se: float
+    excess_se: float = Field(description="standard error of excess")
 
 
 class CaptionCheck(Frozen):
@@ -182,30 +187,30 @@ class CaptionCheck(Frozen):
     The measure is how far the model's images move from other real images towards those of the caption.
     """
 
-    caption: str
-    word: bool = Field(description="all captions that have this word, taken together")
+    caption: str = Field(description="the caption or word")
+    word: bool = Field(description="whether it is a word, for all captions that have it")
     n: int = Field(description="generated images")
     reference: int = Field(description="held-out images")
-    groups: int = Field(description="of these")
+    groups: int = Field(description="independent groups among the held-out images")
     apart: float = Field(description="squared kernel distance of its real images from real images without it, over all spaces")
-    apart_se: float
+    apart_se: float = Field(description="standard error of apart")
     share: float | None = Field(
-        description="of that, what asking for it changes in what the model draws: 1 as in real images, 0 nothing; null: not told apart"
+        description="share of apart by which the caption changes what the model draws: 1 as in real images, 0 nothing; null: not told apart"
     )
-    drawn: float = Field(description="the same as a part of the distance, not of one")
-    drawn_se: float
-    champion_share: float | None = Field(default=None, description="the champion's")
+    drawn: float = Field(description="share times apart: the change as a distance")
+    drawn_se: float = Field(description="standard error of drawn")
+    champion_share: float | None = Field(default=None, description="share of the champion")
 
 
 class Plausibility(Frozen):
     """How many generated images are unlike all real ones, or like each other."""
 
-    n: int
+    n: int = Field(description="generated images")
     training: int = Field(description="real images that were looked at")
     implausible: int = Field(
         description="further from any real image than 199 of 200 real ones are from those of other groups, in some space"
     )
-    held_out: float = Field(description="share of held-out images of which that is true")
+    held_out: float = Field(description="share of held-out images that are implausible in this sense")
     duplicates: int = Field(description="nearer to another generated image than 99 of 100 real ones are to those of other groups")
     champion: float | None = Field(default=None, exclude_if=_absent, description="the champion's share of implausible images")
     more: float | None = Field(
@@ -213,20 +218,22 @@ class Plausibility(Frozen):
         exclude_if=_absent,
         description="share minus the champion's, over `pairs` images of the same captions and seeds",
     )
-    more_se: float | None = Field(default=None, exclude_if=_absent, description="its standard error")
-    pairs: int | None = Field(default=None, exclude_if=_absent)
+    more_se: float | None = Field(default=None, exclude_if=_absent, description="standard error of more")
+    pairs: int | None = Field(
+        default=None, exclude_if=_absent, description="pairs of images that were compared with the champion's"
+    )
 
 
 class Memorisation(Frozen):
     """Whether generated images lie nearer to training images than held-out images do, in one feature space."""
 
-    space: str
+    space: str = Field(description="name of the feature space")
     n: int = Field(description="generated images")
     reference: int = Field(description="held-out images")
     training: int = Field(description="training images that were searched; copies of others go unseen")
     probability: float = Field(description="chance that a generated image is nearer than a held-out one; 1/2 without copying")
-    se: float = Field(default=0.0, description="its standard error, whatever the probability; 0 where it was not measured")
-    z: float = Field(description="standard errors above 1/2")
+    se: float = Field(default=0.0, description="standard error of probability; 0: it was not measured")
+    z: float = Field(description="probability above 1/2, in standard errors")
     p: float = Field(description="chance of such a z without copying")
     nearer_than_any: float = Field(description="share of generated images that are nearer than every held-out one")
 
@@ -234,19 +241,23 @@ class Memorisation(Frozen):
 class CaptionRow(Frozen):
     """How far the images of one caption lie from held-out images of that caption, in the trained feature space."""
 
-    caption: str
+    caption: str = Field(description="the caption")
     n: int = Field(description="generated images")
     reference: int = Field(description="held-out images")
     generated: float | None = Field(description="mean distance of a generated image to the nearest held-out one")
-    held_out: float | None = Field(description="the same between held-out images of different groups; null for a single group")
-    ratio: float | None = Field(description="generated over held_out; above 1 is further from the data than the data are")
+    held_out: float | None = Field(
+        description="mean distance of a held-out image to the nearest one of another group; null for a single group"
+    )
+    ratio: float | None = Field(
+        description="generated divided by held_out; above 1, generated images lie further from the data than the data"
+    )
 
 
 class Usage(Frozen):
     """How much each expert contributes: gate mass by block, expert and sampling step, and how evenly it is spread."""
 
     load: list[list[float]] = Field(description="[M][E] mean gate mass; 1/E where all are used alike")
-    by_step: list[list[list[float]]] = Field(description="[S][M][E] the same at each sampling step, first the noisiest")
+    by_step: list[list[list[float]]] = Field(description="[S][M][E] mean gate mass at each sampling step, the noisiest first")
     entropy: list[float] = Field(description="[M] entropy of the shares over log E: 1 where all are used alike, 0 for one")
     dead: int = Field(description="experts that carry less than a tenth of an even share in their block")
 
@@ -255,46 +266,51 @@ class Cost(Frozen):
     """Cost of one image on the machine that evaluated the model."""
 
     milliseconds: float = Field(description="median time of one image, one thread, batch of one")
-    evaluations: int
+    evaluations: int = Field(description="network evaluations for one image")
     peak_mib: float = Field(description="peak memory of a fresh process that evaluates the network, without torch")
-    bare_mib: float = Field(description="of it, the interpreter with ONNX Runtime before any model is loaded")
-    machine: str
+    bare_mib: float = Field(description="part of peak_mib that the interpreter with ONNX Runtime takes before a model is loaded")
+    machine: str = Field(description="machine that it was measured on")
 
 
 class Scorecard(Frozen):
     """Quality of one exported model, and what it was measured on."""
 
-    schema_version: Literal[1] = 1
-    line: str
-    tier: TierName
-    configuration: ConfigurationName
-    variant: VariantName
-    weights_sha256: Sha256
-    lineage_sha256: Sha256
-    sampler: Sampler
+    schema_version: Literal[1] = Field(default=1, description="version of this form")
+    line: str = Field(description="line (product) of the model")
+    tier: TierName = Field(description="size of the network")
+    configuration: ConfigurationName = Field(description="stride of the first convolution: I is 2, II is 1")
+    variant: VariantName = Field(description="variant of the model")
+    weights_sha256: Sha256 = Field(description="hash of the exported weights")
+    lineage_sha256: Sha256 = Field(description="hash of the lineage: how the model was made")
+    sampler: Sampler = Field(description="how its images were drawn")
     precision: PrecisionName = Field(description="how its weights are stored")
-    seed: int
-    quality: list[Quality]
-    comparisons: list[Comparison] = []
+    seed: int = Field(description="seed of the drawn images")
+    quality: list[Quality] = Field(description="distances to held-out images, by feature space and split")
+    comparisons: list[Comparison] = Field(default=[], description="differences from champion, anchor and solver")
     solver: Sampler | None = Field(
-        default=None, description="of a student: how `full` was drawn beside it, at as many evaluations"
+        default=None, description="sampler of `full` in the comparison with a student, with as many evaluations as the student"
     )
     beats_solver: bool | None = Field(
-        default=None, description="of a student: whether its images are nearer to the data in every space, by the estimates"
+        default=None,
+        description="whether the images of a student are nearer to the data than those of that solver, in every space, by the estimates",
     )
-    memorisation: list[Memorisation]
+    memorisation: list[Memorisation] = Field(description="whether it copies training images, by feature space")
     captions: list[CaptionRow] = Field(description="the most frequent captions of the held-out images")
-    following: list[Following] = Field(default=[], exclude_if=_absent)
+    following: list[Following] = Field(
+        default=[], exclude_if=_absent, description="how well images match their captions, by feature space and split"
+    )
     asked: list[CaptionCheck] = Field(default=[], exclude_if=_absent, description="captions and words, one by one")
-    plausibility: Plausibility | None = Field(default=None, exclude_if=_absent)
+    plausibility: Plausibility | None = Field(
+        default=None, exclude_if=_absent, description="images that are unlike all real ones, or like each other"
+    )
     held_out: list[str] = Field(
         default=[],
         exclude_if=_absent,
         description="hashes of the new data's held-out groups, the 256 smallest: tells whether sets overlap",
     )
     bad_images: float = Field(description="share of generated images that are constant or not finite")
-    usage: Usage
-    cost: Cost
+    usage: Usage = Field(description="how much each expert contributes")
+    cost: Cost = Field(description="time and memory of one image")
 
     def kd(self, space: str, split: str = "new") -> float:
         """Return the kernel distance in one space on one split.

@@ -137,7 +137,7 @@ def load_weights(network: Network, path: Path) -> None:
     try:
         network.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors; it is damaged or truncated, fetch it again") from error
+        raise CheckpointError(f"{path} cannot be read as safetensors; it is damaged or truncated, so fetch it again") from error
     except RuntimeError as error:
         raise CheckpointError(
             f"{path} holds the weights of another network than {network.config.tier}/{network.config.configuration} at "

@@ -123,7 +123,7 @@ def _configured(present: bytes, remote: str, s3_endpoint: str) -> bytes:
         written: bytes = b"\n".join(config.write()) + b"\n"
         kept = ConfigObj(written.decode(encoding).splitlines()).dict()[section]
     except (ConfigObjError, UnicodeError) as error:
-        remedy = "mend .dvc/config, or choose another folder" if encoding.lower() == "utf-8" else "set LC_ALL=C.UTF-8"
+        remedy = "correct .dvc/config, or choose another folder" if encoding.lower() == "utf-8" else "set LC_ALL=C.UTF-8"
         raise RevisionError(f"DVC's configuration cannot be read, or cannot hold '{shown(remote)}'; {remedy}") from error
     if ours.items() > kept.items():
         raise RevisionError(f"DVC's configuration cannot hold '{shown(remote)}'; choose another folder")
@@ -214,8 +214,8 @@ def _check_seen(repo: Any, folder: Path, expected: dict[str, str]) -> None:
         there.pop(found.removeprefix(f"{folder}/"), None)
     if there:
         raise RevisionError(
-            f"DVC would leave out {shown(folder / next(iter(there)))}, because of a .dvcignore or a folder named .dvc; take the pattern "
-            "or that folder away"
+            f"DVC would leave out {shown(folder / next(iter(there)))}, because of a .dvcignore or a folder named .dvc; "
+            "remove the pattern or that folder"
         )
 
 
@@ -402,11 +402,20 @@ def _commit_of(root: Path, version: DataVersion) -> str:
             if same:
                 return rev
         raise RevisionError(
-            f"revision {version.rev[:12]} of {version.line} is no longer in Git, its history was rewritten; fetch that commit from "
+            f"revision {version.rev[:12]} of {version.line} is no longer in Git, because the history was rewritten; fetch "
+            "that commit from "
             "another clone (`git fetch CLONE COMMIT`) and keep it with `git tag`, or record the data again with "
             f"`ferry data add {version.line}`"
         ) from None
     return version.rev
+
+
+def message(root: Path, rev: str) -> str | None:
+    """Return the first line of the message with which a revision was recorded; None: Git no longer has the revision."""
+    try:
+        return git(root, "log", "-1", "--format=%s", rev)
+    except RevisionError:
+        return None
 
 
 def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:

@@ -34,6 +34,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 MAX_MESSAGE = 2000  # characters of an error
+EXIT_CODES: dict[str, dict[int, str]] = {
+    "ferry": {
+        0: "success, or nothing to do",
+        1: "internal error",
+        2: "wrong usage",
+        3: "invalid input (workspace, data, name, key)",
+        4: "a store or server is not available, try later",
+        5: "the gate did not pass a version",
+        6: "a record was changed afterwards",
+        7: "a signature is past half of its lifetime (`trust status --check`)",
+        130: "interrupted",
+    },
+    "ferry-agent": {
+        0: "success, or nothing to do",
+        1: "internal error",
+        2: "wrong usage",
+        3: "this device cannot do it (disk, state, software, name)",
+        4: "the repository or the folder of reports cannot be reached, try later",
+        5: "the published update failed verification; nothing was installed",
+        6: "the new bundle failed its trial on this device and was refused",
+        130: "interrupted",
+    },
+    "ferry-delta": {
+        0: "success",
+        1: "internal error",
+        2: "wrong usage",
+        3: "invalid input, or a file that cannot be read or written",
+        130: "interrupted",
+    },
+}
+"""Exit codes by program, with their meanings. The programs' help and the documentation show them."""
+
+
+def exit_codes(program: str) -> str:
+    """Return the exit codes of a program and their meanings as one line, for its help."""
+    return f"Exit codes: {' · '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES[program].items())}."
 
 
 def printable(text: str, limit: int = MAX_MESSAGE, keep: str = "") -> str:
@@ -155,4 +191,4 @@ def own_errors() -> Iterator[None]:
         if isinstance(error, OtaError):
             raise
         what = f"{type(error).__name__}: {error}"
-        raise FaultError(f"the agent failed in a way that nobody foresaw ({what}); what runs is kept, report it") from error
+        raise FaultError(f"the agent failed unexpectedly ({what}); the running model is kept; report this") from error

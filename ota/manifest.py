@@ -17,15 +17,13 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 import ota
+from ota import limits
 from ota.errors import AgentError, ManifestError, printable
 
-KiB, MiB = 1024, 1024 * 1024
+KiB, MiB = limits.KiB, limits.MiB
+MAX_TABLE, MAX_GOLDEN, MAX_GRAPH, MAX_WEIGHTS = limits.MAX_TABLE, limits.MAX_GOLDEN, limits.MAX_GRAPH, limits.MAX_WEIGHTS
 MAX_MANIFEST = 64 * KiB
 MAX_POLICY = 16 * KiB
-MAX_TABLE = 256 * KiB  # sampler.json, reference.json
-MAX_GOLDEN = 8 * MiB
-MAX_GRAPH = 8 * MiB
-MAX_WEIGHTS = 4096 * MiB
 MAX_WAVES = 16  # of a rollout
 MAX_NUMBER = 2**31 - 1  # largest number of a report; fits into the integer column of every database
 MAX_COUNT = 2**53
@@ -45,13 +43,11 @@ Bound = Annotated[str, StringConstraints(pattern=r"^(>=|<)[0-9]{1,6}(\.[0-9]{1,6
 SessionKey = Literal["session.qdq_matmulnbits_accuracy_level"]
 """The only setting of ONNX Runtime that a bundle may make. Others name files, or formats to parse."""
 Setting = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}$")]
-Role = Literal["graph", "weights", "sampler", "golden", "reference"]
-VariantName = Literal["full", "dev", "fast"]
+Role = limits.Role
+VariantName = limits.VariantName
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ROLES_OF_VARIANT: tuple[Role, ...] = ("weights", "sampler", "golden", "reference")
-SIZE_LIMITS: dict[str, int] = {
-    "graph": MAX_GRAPH, "weights": MAX_WEIGHTS, "sampler": MAX_TABLE, "golden": MAX_GOLDEN, "reference": MAX_TABLE,
-}  # fmt: skip
+SIZE_LIMITS = limits.SIZE_LIMITS
 WEIGHTS_LOCATION = "weights.bin"  # name of the file of external weights in the graph
 
 AGENT_VERSION = r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$"
@@ -101,7 +97,7 @@ def parse(kind: type[AnyDocument], data: bytes, limit: int) -> AnyDocument:
         return kind.model_validate_json(data)
     except ValidationError as error:
         if newer := _asks_for_newer(kind, data):
-            raise AgentError(f"the {what} {newer}, this is {ota.__version__}; update the agent first") from error
+            raise AgentError(f"the {what} {newer}, but this is {ota.__version__}; update the agent first") from error
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
         raise ManifestError(f"the {what} is not valid: {where}: {first['msg']}; it is not used") from error
@@ -131,47 +127,46 @@ def _asks_for_newer(kind: type[Document], data: bytes) -> str:
 class FileEntry(Document):
     """One file of a bundle."""
 
-    role: Role
-    variant: VariantName | None = Field(description="None for the graph, which all variants share")
-    size: int = Field(ge=1, le=MAX_WEIGHTS, description="bytes")
-    sha256: Sha256
+    role: Role = Field(description="purpose of the file")
+    variant: VariantName | None = Field(
+        description="variant that the file belongs to; null for the graph, which all variants share"
+    )
+    size: int = Field(ge=1, le=MAX_WEIGHTS, description="bytes of the file")
+    sha256: Sha256 = Field(description="hash of the file, which is also its name under objects/")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.size > SIZE_LIMITS[self.role]:
-            raise ValueError(f"a {self.role} file of {self.size} bytes is over the limit of {SIZE_LIMITS[self.role]}")
-        if (self.variant is None) != (self.role == "graph"):
-            raise ValueError("the graph, and only the graph, belongs to no variant")
+        limits.check_file(self.role, self.variant, self.size)
         return self
 
 
 class Origin(Document):
     """Where a bundle comes from: hashes that lead back to the data revision and the decision."""
 
-    data_rev: Token = Field(max_length=64)
-    data_md5: Token = Field(max_length=64)
-    code: Sha256
-    lineage: Sha256
-    scorecard: Sha256
+    data_rev: Token = Field(max_length=64, description="Git commit of the data revision")
+    data_md5: Token = Field(max_length=64, description="DVC's hash of the data folder")
+    code: Sha256 = Field(description="hash of the program's code that trained the model")
+    lineage: Sha256 = Field(description="hash of the model's lineage: data, settings, seed, parent")
+    scorecard: Sha256 = Field(description="hash of the model's figures")
     decision: Sha256 = Field(description="ledger entry of the promotion; it names the entry before it")
-    model: Token = Field(max_length=120, description="registered model")
-    version: int = Field(ge=1, le=MAX_COUNT, description="its version in the registry")
+    model: Token = Field(max_length=120, description="name of the model in MLflow")
+    version: int = Field(ge=1, le=MAX_COUNT, description="version of the model in MLflow")
 
 
 class Manifest(Document):
     """The manifest of a bundle: one line for one device class, in one to three variants. Its hash is the bundle's name."""
 
-    schema_version: Literal[1] = 1
-    line: Name
-    device_class: Name
-    tier: Name = Field(max_length=20)
-    configuration: Literal["I", "II"]
-    precision: Precision
-    variants: list[VariantName] = Field(min_length=1, max_length=3)
-    default_variant: VariantName
-    files: list[FileEntry] = Field(min_length=5, max_length=13)
-    origin: Origin
-    minimum_agent: str = Field(pattern=AGENT_VERSION)
+    schema_version: Literal[1] = Field(default=1, description="version of this form")
+    line: Name = Field(description="line (product) of the model")
+    device_class: Name = Field(description="device class that the bundle is for")
+    tier: Name = Field(max_length=20, description="size of the network")
+    configuration: Literal["I", "II"] = Field(description="stride of the first convolution: I is 2, II is 1")
+    precision: Precision = Field(description="how the weights are stored")
+    variants: list[VariantName] = Field(min_length=1, max_length=3, description="variants in the bundle")
+    default_variant: VariantName = Field(description="variant that a device uses unless it is told otherwise")
+    files: list[FileEntry] = Field(min_length=5, max_length=13, description="all files of the bundle")
+    origin: Origin = Field(description="where the bundle comes from")
+    minimum_agent: str = Field(pattern=AGENT_VERSION, description="oldest version of ferry-agent that can use the bundle")
 
     @model_validator(mode="after")
     def _closed(self) -> Self:
@@ -201,29 +196,33 @@ class Manifest(Document):
 class Image(Document):
     """Shape of a line's images."""
 
-    channels: Literal[1, 3]
+    channels: Literal[1, 3] = Field(description="1 is grey, 3 is colour")
     size: int = Field(ge=8, le=128, description="side in pixels")
 
 
 class Runtime(Document):
     """Versions of ONNX Runtime that compute what was scored, and the settings of the session."""
 
-    onnxruntime: list[Bound] = Field(min_length=2, max_length=2, description="lower bound (>=), upper bound (<)")
-    graph_optimization_level: Literal["all", "extended", "basic", "disabled"]
-    config: dict[SessionKey, Setting] = Field(max_length=16)
+    onnxruntime: list[Bound] = Field(
+        min_length=2, max_length=2, description="versions of ONNX Runtime: lower bound (>=), upper bound (<)"
+    )
+    graph_optimization_level: Literal["all", "extended", "basic", "disabled"] = Field(
+        description="how far the runtime optimizes the graph"
+    )
+    config: dict[SessionKey, Setting] = Field(max_length=16, description="settings of the session")
 
 
 class SamplerTable(Document):
     """`sampler.json`: everything needed to draw an image with a graph and its weights."""
 
-    schema_version: Literal[1]
-    variant: VariantName
-    method: Literal["euler", "heun", "ab2", "mean"]
-    times: list[float] = Field(min_length=2, max_length=1001)
-    guidance: float = Field(ge=1, le=20)
-    image: Image
-    text_length: int = Field(ge=4, le=256)
-    runtime: Runtime
+    schema_version: Literal[1] = Field(description="version of this form")
+    variant: VariantName = Field(description="variant that the table is for")
+    method: Literal["euler", "heun", "ab2", "mean"] = Field(description="solver")
+    times: list[float] = Field(min_length=2, max_length=1001, description="times of the sampling steps, falling from 1 to 0")
+    guidance: float = Field(ge=1, le=20, description="guidance scale; 1 is unguided")
+    image: Image = Field(description="shape of the images")
+    text_length: int = Field(ge=4, le=256, description="bytes of a caption that the network reads")
+    runtime: Runtime = Field(description="ONNX Runtime that computes what was scored")
 
     @model_validator(mode="after")
     def _falling(self) -> Self:
@@ -235,24 +234,26 @@ class SamplerTable(Document):
 class Golden(Document):
     """How close a device must come to the golden outputs."""
 
-    tolerance: float = Field(gt=0, le=0.1)
-    share: float = Field(gt=0.5, le=1)
+    tolerance: float = Field(gt=0, le=0.1, description="largest difference of a value that counts as equal")
+    share: float = Field(gt=0.5, le=1, description="smallest share of values that must be equal")
 
 
 class Range(Document):
     """Lowest and highest value among the golden images."""
 
-    low: float
-    high: float
+    low: float = Field(description="lowest value")
+    high: float = Field(description="highest value")
 
 
 class Reference(Document):
     """`reference.json`: measurements of a bundle in the factory, with which devices compare their own."""
 
-    schema_version: Literal[1]
-    golden: Golden
-    load: list[list[float]] = Field(min_length=1, max_length=256)
-    statistics: dict[Literal["mean", "deviation", "edges"], Range]
+    schema_version: Literal[1] = Field(description="version of this form")
+    golden: Golden = Field(description="how close a device must come to the golden outputs")
+    load: list[list[float]] = Field(min_length=1, max_length=256, description="mean load of each expert of each block")
+    statistics: dict[Literal["mean", "deviation", "edges"], Range] = Field(
+        description="range of brightness, contrast and edge strength of the golden images"
+    )
     latency_ms: float = Field(gt=0, description="budget for one image")
 
 
@@ -266,15 +267,15 @@ class Wave(Document):
 class Policy(Document):
     """Which release the devices of one line and class may install, and when. The rollout role signs it; it holds no floats."""
 
-    schema_version: Literal[1] = 1
-    line: Name
-    device_class: Name
+    schema_version: Literal[1] = Field(default=1, description="version of this form")
+    line: Name = Field(description="line (product) of the devices that the policy is for")
+    device_class: Name = Field(description="device class of the devices that the policy is for")
     seq: int = Field(ge=1, le=MAX_COUNT, description="release number of the named bundle")
-    manifest: Sha256
+    manifest: Sha256 = Field(description="hash of the manifest of the bundle to install")
     salt: Token = Field(max_length=64, description="new for each release, so that the first devices are not always the same")
-    waves: list[Wave] = Field(max_length=MAX_WAVES)
-    halt: bool = False
-    revert: bool = Field(default=False, description="the named release is older than what runs, on purpose")
+    waves: list[Wave] = Field(max_length=MAX_WAVES, description="steps of the rollout")
+    halt: bool = Field(default=False, description="whether no further device may install the release")
+    revert: bool = Field(default=False, description="whether the named release is older than what runs, on purpose")
 
     @model_validator(mode="after")
     def _widening(self) -> Self:
@@ -289,17 +290,17 @@ Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", 
 class DeviceReport(Document):
     """What a device tells the factory: what happened and how it ran, never an image."""
 
-    schema_version: Literal[1] = 1
-    device: Name
-    boot: Token = Field(max_length=64, description="changes with every start of the machine")
+    schema_version: Literal[1] = Field(default=1, description="version of this form")
+    device: Name = Field(description="id of the device, which its owner chose")
+    boot: Token = Field(max_length=64, description="id of the machine's present start; the kernel makes a new one at every start")
     number: int = Field(ge=1, le=MAX_NUMBER, description="rises by one with every report of this device")
     time: int = Field(ge=0, le=MAX_COUNT, description="seconds since 1970 by the device's clock")
-    line: Name
-    device_class: Name
-    event: Event
-    manifest: Sha256 | None = Field(description="bundle that the event is about")
-    active: Sha256 | None = Field(description="bundle that runs now")
-    reason: Told = ""
+    line: Name = Field(description="line (product) whose model the device runs")
+    device_class: Name = Field(description="device class of the device")
+    event: Event = Field(description="what happened")
+    manifest: Sha256 | None = Field(description="hash of the bundle that the event is about")
+    active: Sha256 | None = Field(description="hash of the bundle that runs now")
+    reason: Told = Field(default="", description="why it happened, as a sentence of the agent; it quotes measurements and errors")
     received: int = Field(default=0, ge=0, le=MAX_COUNT, description="bytes fetched for this update, metadata included")
     milliseconds: int = Field(default=0, ge=0, le=MAX_COUNT, description="median time of one image, where it was measured")
 
@@ -307,5 +308,7 @@ class DeviceReport(Document):
 class SignedReport(Document):
     """A report with its signature: Ed25519 over the report's canonical bytes."""
 
-    report: DeviceReport
-    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+    report: DeviceReport = Field(description="the report")
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")] = Field(
+        description="signature of the report by the device's private key, which stays on the device"
+    )

@@ -171,7 +171,7 @@ def _there(path: Path, folder: int) -> os.stat_result | None:
         except FileNotFoundError:
             return None
     if not stat.S_ISREG(found.st_mode):
-        raise OperatorError(f"{shown(path)} is {kind_of(found)} and no regular file, and stays as it is; name another place")
+        raise OperatorError(f"{shown(path)} is {kind_of(found)} and not a regular file, so it stays as it is; name another place")
     _check_access(path, folder, path.name, os.W_OK)
     return found
 
@@ -189,5 +189,5 @@ def _told(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OperatorError(f"the disk is full, so {shown(path)} is not written; make room, or name another place") from error
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise OperatorError(f"{shown(path.parent)} is no folder; make it, or name another place") from error
+            raise OperatorError(f"{shown(path.parent)} is not a folder; make it, or name another place") from error
         raise OperatorError(f"{shown(path)} cannot be written: {error.strerror}; name another place") from error

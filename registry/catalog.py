@@ -194,7 +194,7 @@ class Catalog:
             except MlflowException as error:
                 if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     known = [str(v.number) for v in self.versions(subject)]
-                    hint = f"there are {', '.join(known)}" if known else "there is none yet, run `ferry retrain`"
+                    hint = f"there are {', '.join(known)}" if known else "there is none yet, so run `ferry retrain`"
                     raise CatalogError(f"{subject} has no version {number}; {hint}") from error
                 raise
 
@@ -247,7 +247,9 @@ class Catalog:
         try:
             return Scorecard.model_validate_json(self.data(seal, SCORECARD))
         except ValidationError as error:
-            raise StoreError(f"the scorecard of {seal.name} is of another ferry; install that one, or `ferry retrain`") from error
+            raise StoreError(
+                f"another version of ferry wrote the scorecard of {seal.name}; install that version, or run `ferry retrain`"
+            ) from error
 
     def as_they_are(self, version: Version, names: Collection[str], into: Path, largest: int) -> dict[str, Path]:
         """Fetch files of a version that has no seal yet, as MLflow has them now; only for `ferry seal`, which says so.
@@ -269,7 +271,8 @@ class Catalog:
                         continue
                     if (row.file_size or 0) > largest:
                         raise StoreError(
-                            f"{row.path} of {version.subject} {version.number} in MLflow has {row.file_size:,} bytes, too many"
+                            f"{row.path} of {version.subject} {version.number} in MLflow has {row.file_size:,} bytes, more "
+                            f"than {largest:,}; check who may write to MLflow's files"
                         )
                     found[row.path] = downloaded(self.client, version.run_id, row.path, into)
         return found
@@ -300,7 +303,7 @@ class Catalog:
             listed = self.client.list_artifacts(run_id, folder or None) if run_id else []
             sizes = {row.path: row.file_size for row in listed if not row.is_dir}
             if name not in sizes:
-                raise other_bytes(seal, name, "it is not there")
+                raise other_bytes(seal, name, "the file is missing")
             if sizes[name] is not None and sizes[name] != fact.size:
                 raise other_bytes(seal, name, f"{sizes[name]:,} bytes, not {fact.size:,}")
             fresh = place.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -363,12 +366,13 @@ def foreign_errors() -> Iterator[None]:
         if lost := unreachable(error):
             how = "does not answer in time" if "timed out" in str(error) else "cannot be reached"
             raise StoreError(
-                f"MLflow at {lost[1]} {how}, tried several times; start it, or mend its address in ferry.toml, then repeat the command"
+                f"MLflow at {lost[1]} {how} after several attempts; start it, or correct its address in ferry.toml, then "
+                "repeat the command"
             ) from error
         first = str(error).strip().splitlines()[0]
         raise StoreError(f"MLflow refused: {first}; check its address in ferry.toml") from error
     except SQLAlchemyError as error:
         first = str(error).strip().splitlines()[0]
-        raise StoreError(f"MLflow's database cannot be used: {first}; start it, or mend its address in ferry.toml") from error
+        raise StoreError(f"MLflow's database cannot be used: {first}; start it, or correct its address in ferry.toml") from error
     except OSError as error:
         raise StoreError(f"MLflow cannot be reached: {error}; check its address in ferry.toml") from error

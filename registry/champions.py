@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
 from model.config import VariantName
-from model.scorecard import Frozen
+from model.scorecard import Frozen, Scorecard
 from registry.catalog import ANCHOR, CHAMPION, Catalog, Subject
 from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import Entry, Ledger
 from registry.promotion import Alias, Answer, How, SubjectState, before, check, goes_on, reconcile_alias, subject_state
 from registry.seal import Seal
-from registry.selection import Decision, reasoned
+from registry.selection import Budgets, Decision, Limits, decide, reasoned, spent
 
 REFUSED = "promotion.refused"  # tag of a version: why an alias that somebody set to it was put back
 MOVES = 100  # most attempts to move an alias while others promote the same subject
@@ -48,14 +48,14 @@ def champions(records: Records, subjects: Iterable[Subject]) -> dict[VariantName
     for subject in subjects:
         now, alias = _state(records, subject), records.catalog.champion(subject)
         if now.version is None and alias is None:
-            raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {subject.line}`, or `ferry promote`")
+            raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {subject.line}` or `ferry promote`")
         if alias is None:
             check_champion_kept(records, subject)
         if now.version is None or alias is None or now.version != alias.number or now.weights != alias.tagged_weights:
             said = f"{alias.number} is champion" if alias else "has no champion"
             raise CatalogError(
-                f"MLflow says {subject} {said}, the ledger does not; `ferry reconcile` settles it, or `ferry promote "
-                f"{subject} VERSION --reason ...` with the version that is meant"
+                f"MLflow says {subject} {said}, but the ledger does not; run `ferry reconcile`, or run `ferry promote "
+                f"{subject} VERSION --reason ...` with the version that you want"
             )
         found[subject.variant] = now.seal(str(subject), now.version)
     return found
@@ -112,6 +112,39 @@ def verdict(records: Records, subject: Subject, number: int) -> Decision | None:
     return Decision.model_validate(found) if found else None
 
 
+def gate(
+    records: Records,
+    subject: Subject,
+    card: Scorecard,
+    limits: Limits,
+    budgets: Budgets,
+    champion: Seal | None,
+    anchor: Seal | None,
+    allowed: float,
+    update_bytes: int | None,
+) -> Decision:
+    """Ask the gate about a challenger, at the level that earlier attempts on these held-out images have left.
+
+    Args:
+        records: MLflow and the ledger, which has the earlier attempts.
+        subject: whose challenger.
+        card: the challenger's scorecard.
+        limits: of the gate.
+        budgets: of latency and memory.
+        champion: the present one; None: there is none.
+        anchor: the best model so far; None: there is none.
+        allowed: chance of a wrong promotion that all attempts on these held-out images may take together.
+        update_bytes: of a delta from the champion's weights to the challenger's; None: there is no champion.
+    """
+    earlier = [verdict(records, subject, number) for number in sorted(judged(records, subject))]
+    attempts = [made for made in earlier if made]
+    level, again = (spent(allowed, card.held_out, card.sha256, attempts, ahead) for ahead in (0, 1 if champion else 0))
+    return decide(
+        card, limits, budgets, champion.weights if champion else None,
+        anchor=anchor.weights if anchor else None, level=level, again=again, update_bytes=update_bytes,
+    )  # fmt: skip
+
+
 def promotions(records: Records, subject: Subject, overruled: bool = True) -> list[Entry]:
     """Return the promotions of a subject in order; with `overruled` false, without those that overruled the gate."""
     entries = (e for e in records.ledger.entries(str(subject)) if e.kind == "promotion")
@@ -132,10 +165,10 @@ def check_champion_kept(records: Records, subject: Subject) -> None:
 def _deleted(records: Records, subject: Subject, number: int) -> str:
     passed = _state(records, subject).passed
     left = ", ".join(str(v.number) for v in records.catalog.versions(subject) if v.number in passed)
-    back = f"go back to another with `ferry rollback {subject} --to VERSION --reason ...` (there is {left})"
+    back = f"go back to another version with `ferry rollback {subject} --to VERSION --reason ...` (there is {left})"
     return (
         f"the ledger says {subject} {number} is champion, but it was deleted from MLflow; "
-        f"{back if left else f'restore MLflow from a backup, or `ferry promote {subject} VERSION --overrule --reason ...`'}"
+        f"{back if left else f'restore MLflow from a backup, or run `ferry promote {subject} VERSION --overrule --reason ...`'}"
     )
 
 
@@ -155,10 +188,57 @@ def promote(
         BusyError: another process is recording something.
     """
     if overrule and not reason.strip():
-        raise PromotionError(f"overruling the gate needs its reason: `ferry promote {subject} {number} --overrule --reason ...`")
+        raise PromotionError(
+            f"overruling the gate needs a reason; run `ferry promote {subject} {number} --overrule --reason ...`"
+        )
     expected = _state(records, subject)  # before waiting for the lock: a call must not overwrite what it has not seen
     with records.locked("records"):
         return _promote(records, subject, number, reason, expected, "command", overrule, accept_worse=accept_worse)
+
+
+def promote_or_ask(
+    records: Records,
+    subject: Subject,
+    number: int,
+    decision: Decision,
+    taken_back: bool,
+    approval: bool,
+    asked: Callable[[], object],
+) -> tuple[bool, str, str]:
+    """Promote a version that the gate let through, or let it wait for a person.
+
+    Args:
+        records: MLflow, the ledger and the lock over both.
+        subject: line, configuration and variant of the version.
+        number: number of the version.
+        decision: the gate's.
+        taken_back: whether somebody went back from these weights; then nothing is done.
+        approval: whether a person must approve promotions.
+        asked: called once the ledger says that the version waits.
+
+    Returns:
+        whether it is champion, the reason, and the outcome: the gate's, "pending" if it waits, or "refused" by a person.
+
+    Raises:
+        CatalogError, PromotionError, StoreError, BusyError: as `promote`.
+    """
+    if taken_back:
+        return (
+            False,
+            f"{decision.reason}; it was rolled back, so only `ferry promote` makes it champion again",
+            decision.outcome,
+        )
+    now = champion_of(records, subject)
+    if now is not None and now.version == number:
+        return True, decision.reason, decision.outcome
+    if approval:
+        refused = ask(records, subject, number, decision.reason)
+        asked()
+        if refused:
+            return False, f"{refused.who} refused it: {refused.why}", "refused"
+        return False, f"{decision.reason}; `ferry approve {subject} {number}` promotes it", "pending"
+    promote(records, subject, number, decision.reason)
+    return True, decision.reason, decision.outcome
 
 
 def rollback(records: Records, subject: Subject, reason: str, to: int | None = None) -> Entry:
@@ -168,7 +248,7 @@ def rollback(records: Records, subject: Subject, reason: str, to: int | None = N
         CatalogError, PromotionError, StoreError, BusyError: as `promote`; PromotionError also if there is nothing to go back to.
     """
     if not reason.strip():
-        raise PromotionError(f"a rollback needs its reason: `ferry rollback {subject} --reason ...`")
+        raise PromotionError(f"a rollback needs a reason; run `ferry rollback {subject} --reason ...`")
     expected = _state(records, subject)
     with records.locked("records"):
         last = expected.champion
@@ -182,7 +262,8 @@ def rollback(records: Records, subject: Subject, reason: str, to: int | None = N
         if number not in expected.passed:
             records.catalog.version(subject, number)  # which says what versions there are
             raise PromotionError(
-                f"{subject} {number} never was champion through the gate; `ferry promote {subject} {number}` asks the gate"
+                f"{subject} {number} is no earlier champion that passed the gate; `ferry promote {subject} {number}` asks "
+                "the gate"
             )
         return _promote(records, subject, number, reason, expected, "rollback")
 
@@ -241,7 +322,7 @@ def _check_unmoved(subject: Subject, expected: SubjectState, now: SubjectState) 
     if now.champion and now.number != expected.number:
         raise PromotionError(
             f"{now.champion.who} made {subject} {now.version} champion at the same moment (ledger entry {now.number}: {now.champion.why}); "
-            "look at it, and repeat your command if it is still meant"
+            "read that entry, and repeat your command if you still want it"
         )
 
 
@@ -263,7 +344,10 @@ def _follow(records: Records, subject: Subject) -> None:
         if _state(records, subject).number == now.number and (seen.number if seen else None) == now.version:
             catalog.follow(subject, now.number)
             return
-    raise StoreError(f"MLflow's alias of {subject} is moved by somebody else again and again; the ledger says {now.version}")
+    raise StoreError(
+        f"another program keeps moving MLflow's alias of {subject}; stop it, then run `ferry reconcile` (the "
+        f"ledger says {now.version})"
+    )
 
 
 def _move_anchor(records: Records, subject: Subject, now: SubjectState) -> None:
@@ -370,12 +454,13 @@ def approve(records: Records, subject: Subject, number: int, reason: str, refuse
     """
     expected = _state(records, subject)
     if number not in expected.waiting:
-        listed = ", ".join(str(version) for version in expected.waiting) or "nothing"
-        raise PromotionError(f"{subject} {number} does not wait for approval; of {subject} waits {listed}")
+        listed = ", ".join(str(version) for version in expected.waiting) or "none"
+        raise PromotionError(f"{subject} {number} does not wait for approval; these versions of {subject} wait: {listed}")
     asked = expected.waiting[number]
     if not refuse and asked.facts["weights"] != expected.weights_of(str(subject), number):
         raise PromotionError(
-            f"ledger entry {asked.number} asks about other weights of {subject} {number} than the gate saw; `ferry retrain` asks anew"
+            f"ledger entry {asked.number} asks about other weights of {subject} {number} than the gate saw; run `ferry "
+            "retrain`, which asks again"
         )
     with records.locked("records"):
         if not refuse:

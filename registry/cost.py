@@ -25,26 +25,29 @@ Side = Literal["devices", "cloud"]
 class Prices(Frozen):
     """Prices, and how much is drawn. A price that is not in ferry.toml is an assumption, and the report marks it as one."""
 
-    currency: str = Field(default="EUR", max_length=8)
-    megabyte: float = Field(default=0.5, ge=0, description="of traffic to or from a device, 10^6 bytes")
-    training_hour: float = Field(default=0.1, ge=0, description="of the machine that trains")
-    fleet: int = Field(default=1000, ge=1, description="devices that an update goes to")
-    device: float = Field(default=40.0, ge=0, description="what hardware that can draw costs more, each device; 0 if it is there")
-    device_years: float = Field(default=5.0, gt=0, description="that a device serves")
-    images_per_day: float = Field(default=100.0, ge=0, description="that a device draws")
-    kilowatt_hour: float = Field(default=0.3, ge=0, description="of electricity at a device")
-    operator_hour: float = Field(default=60.0, ge=0, description="of the person who retrains and rolls out")
-    operator_hours: float = Field(default=2.0, ge=0, description="of that person for each update")
-    updates_per_year: float = Field(default=12.0, ge=0)
-    cloud_thousand_images: float | None = Field(
-        default=None, ge=0, description="of a service that sells images; None: accelerators are rented by the hour"
+    currency: str = Field(default="EUR", max_length=8, description="name of the currency of all prices")
+    megabyte: float = Field(default=0.5, ge=0, description="price of 10^6 bytes of traffic to or from a device")
+    training_hour: float = Field(default=0.1, ge=0, description="price of an hour of the machine that trains")
+    fleet: int = Field(default=1000, ge=1, description="number of devices that receive an update")
+    device: float = Field(
+        default=40.0, ge=0, description="extra price of a device whose hardware can draw images; 0 if it is there anyway"
     )
-    cloud_gpu_hour: float = Field(default=1.0, ge=0, description="of a rented accelerator")
+    device_years: float = Field(default=5.0, gt=0, description="years that a device is used")
+    images_per_day: float = Field(default=100.0, ge=0, description="images that a device draws in a day")
+    kilowatt_hour: float = Field(default=0.3, ge=0, description="price of a kilowatt hour of electricity at a device")
+    operator_hour: float = Field(default=60.0, ge=0, description="price of an hour of the person who retrains and rolls out")
+    operator_hours: float = Field(default=2.0, ge=0, description="hours that this person needs for an update")
+    updates_per_year: float = Field(default=12.0, ge=0, description="updates in a year")
+    cloud_thousand_images: float | None = Field(
+        default=None, ge=0,
+        description="price of a thousand images from a cloud service that sells images; not given: accelerators are rented by the hour",
+    )  # fmt: skip
+    cloud_gpu_hour: float = Field(default=1.0, ge=0, description="price of an hour of a rented accelerator")
     cloud_gpu_seconds: float = Field(
-        default=0.1, ge=0, description="for which an image keeps the accelerator, idle time included"
+        default=0.1, ge=0, description="seconds that an image occupies the rented accelerator, idle time included"
     )
     cloud_image_kilobytes: float = Field(
-        default=5.0, ge=0, description="of traffic for an image: question, answer, connection; 10^3 bytes"
+        default=5.0, ge=0, description="traffic of an image from a cloud in 10^3 bytes: request, answer and connection"
     )
 
     def assumed(self, *names: str) -> bool:

@@ -64,7 +64,8 @@ class DvcDatasetSource(DatasetSource):
         except Exception as error:  # errors of DVC, Git and file systems have no common base class
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StoreError(
-                f"{self.url} cannot be fetched: {reason}; call this where that repository and its DVC remote are"
+                f"{self.url} cannot be fetched: {reason}; call this on a machine that can reach that repository and its DVC "
+                "remote"
             ) from error
         return str(into)
 

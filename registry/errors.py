@@ -1,7 +1,7 @@
 """Errors of `registry`, split by who has to act.
 
     RegistryError
-    ├── CatalogError     a model, version or alias that does not exist, or that the ledger has no seal of
+    ├── CatalogError     a model, version, alias or hash that does not exist, or a version that the ledger has no seal of
     ├── PromotionError   a version may not become champion, or there is none to roll back to
     ├── RatingError      answers that do not fit their sheet, or a sheet that cannot give a result
     ├── LedgerError      the ledger was changed outside ferry, or entries are missing
@@ -17,7 +17,7 @@ class RegistryError(Exception):
 
 
 class CatalogError(RegistryError):
-    """A model, version or alias that does not exist, is misspelt, or that the ledger has no seal of."""
+    """A model, version, alias or hash that does not exist or is misspelt, or a version that the ledger has no seal of."""
 
 
 class PromotionError(RegistryError):

@@ -178,7 +178,7 @@ class Ledger:
                     continue
             self._note(entry.number, digest)
             return entry
-        raise StoreError("others recorded decisions at the same moments, again and again; repeat yours")
+        raise StoreError("other processes kept recording decisions at the same time; repeat your command")
 
     def check_ready(self) -> None:
         """Check that a decision could be recorded, before it takes effect.
@@ -218,15 +218,6 @@ class Ledger:
         """
         with _foreign_errors(), self._engine.connect() as connection:
             return self._read(connection)[1]
-
-    def holds(self, digest: Sha256) -> bool:
-        """Check whether the ledger has an entry with this hash.
-
-        If a release holds the signed hash of an entry that is not here, the ledger was truncated.
-        """
-        with _foreign_errors(), self._engine.connect() as connection:
-            known = connection.execute(select(_entries.c.number).where(_entries.c.sha256 == digest)).scalar()
-        return digest == START or known is not None
 
     @property
     def unsigned(self) -> int:
@@ -268,8 +259,9 @@ class Ledger:
         for row in rows[first - 1 :]:
             if not self._signing.holds(row.number, str(row.keyid), str(row.signature), _signed(row.sha256)):
                 raise LedgerError(
-                    f"entry {row.number} of the ledger is not signed by a key of this workspace: it was written into the database past ferry, "
-                    "or by a host with other keys or an older ferry; restore the database, and let all hosts have the same keys/"
+                    f"entry {row.number} of the ledger is not signed by a key of this workspace: another program, a host "
+                    "with other keys or an older version of ferry wrote it; restore the database, and give all hosts the "
+                    "same keys/"
                 )
         self._checked = (len(found), previous)
         self._check_seen(hashes, *noted)
@@ -280,11 +272,13 @@ class Ledger:
         """Refuse a ledger in which the newest entry that this workspace has seen is missing or was replaced."""
         if number >= len(hashes):
             raise LedgerError(
-                f"the ledger ends with entry {len(hashes) - 1}, this workspace has seen entry {number}: entries were cut off; restore the "
-                f"database, or remove {self._seen} if they are lost for good"
+                f"the ledger ends with entry {len(hashes) - 1}, but this workspace has seen entry {number}, so entries were "
+                f"removed; restore the database, or remove {self._seen} if they are lost for good"
             )
         if hashes[number] != digest:
-            raise LedgerError(f"entry {number} of the ledger is another than this workspace has seen; restore the database")
+            raise LedgerError(
+                f"entry {number} of the ledger differs from the one that this workspace has seen; restore the database"
+            )
 
     def _noted(self) -> tuple[int, Sha256]:
         try:
@@ -294,7 +288,7 @@ class Ledger:
             return 0, START
         except (OSError, ValueError) as error:
             raise LedgerError(
-                f"{self._seen} cannot be read, which says what this workspace has seen of the ledger; restore it from a backup"
+                f"{self._seen} records what this workspace has seen of the ledger, and cannot be read; restore it from a backup"
             ) from error
 
     def _note(self, number: int, digest: Sha256) -> None:

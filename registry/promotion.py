@@ -64,17 +64,18 @@ class SubjectState:
             seal, gate = self.seals[version], self.judged.get(version)
             if gate and gate.facts.get("scorecard", seal.scorecard) != seal.scorecard:
                 raise CatalogError(
-                    f"ledger entry {gate.number} judges another model than was sealed as {subject} {version}: MLflow gave two the same "
-                    "number; nothing of it is used, restore MLflow from a backup, or `ferry retrain`"
+                    f"ledger entry {gate.number} judges another model than the one that was sealed as {subject} {version}, "
+                    "because MLflow gave two models the same number; restore MLflow from a backup, or run `ferry retrain`"
                 )
             return seal
         if version in self.judged or version in self.passed or version == self.version:
             raise CatalogError(
-                f"{subject} {version} was registered by a ferry that kept no hashes of its files; `ferry seal` records them, and says what "
-                "it cannot vouch for"
+                f"an older version of ferry registered {subject} {version} without the hashes of its files; run `ferry "
+                "seal`, which records them and says what it cannot vouch for"
             )
         raise CatalogError(
-            f"the gate never saw {subject} {version}, so nothing of it is used; `ferry retrain` lets it judge what it makes"
+            f"the gate never judged {subject} {version}, so ferry does not use its files; run `ferry retrain` to train and "
+            "judge a new version"
         )
 
     def verdict(self, version: int) -> Mapping[str, Any] | None:
@@ -157,29 +158,32 @@ def check(subject: str, version: int, tagged: Sha256, now: SubjectState, reason:
     weights = now.weights_of(subject, version)
     if tagged != weights:
         raise PromotionError(
-            f"MLflow's tag gives {subject} {version} other weights than the ledger has of it; restore MLflow, or `ferry retrain` and promote "
-            "what comes of it"
+            f"MLflow's tag and the ledger name different weights for {subject} {version}; restore MLflow from a backup, or "
+            "run `ferry retrain` and promote the new version"
         )
     if version in now.passed:
         return
     gate = now.judged.get(version)
     if gate is None:
-        raise PromotionError(f"the ledger holds no decision of the gate on {subject} {version}; `ferry retrain` lets it judge")
+        raise PromotionError(
+            f"the ledger holds no decision of the gate on {subject} {version}; run `ferry retrain`, so that the gate judges it"
+        )
     if gate.facts["outcome"] == "promote if reasoned" and not reason.strip():
         found = "harmless and no better" if gate.facts.get("champion") else "a first version that misses floors"
         worse = " --accept-worse" if (gate.facts.get("verdict") or {}).get("worse") else ""
         raise PromotionError(
-            f"the gate found {subject} {version} {found} ({gate.why}); a promotion that is not for quality needs its reason: "
-            f"`ferry promote {subject} {version} --reason ...{worse}`"
+            f"the gate found {subject} {version} {found} ({gate.why}); a promotion that is not for quality needs a reason; "
+            f"run `ferry promote {subject} {version} --reason ...{worse}`"
         )
     if gate.facts["outcome"] not in ("promote", "promote if reasoned"):
         raise PromotionError(
-            f"the gate answered {gate.facts['outcome']!r} for {subject} {version}: {gate.why}; to promote it all the same, add "
-            "--overrule and a --reason that will be recorded"
+            f"the gate answered {gate.facts['outcome']!r} for {subject} {version}: {gate.why}; to promote it anyway, add "
+            "--overrule and a --reason, which is recorded"
         )
     if gate.facts.get("champion") != now.weights:
         raise PromotionError(
-            f"{subject} {version} was judged against another champion than the present one; run `ferry retrain` again, or add "
+            f"the gate compared {subject} {version} with another champion than the present one; run `ferry retrain` again, "
+            "or add "
             "--overrule and a --reason"
         )
 
@@ -239,6 +243,26 @@ def about(entry: Entry) -> str:
     return f"{named}: {outcome}" if entry.kind == "gate" and outcome else named
 
 
+def why_promoted(made: Sequence[Entry]) -> str:
+    """Say why a version was promoted; if more than once, also why the last time.
+
+    Args:
+        made: its promotions in order, at least one.
+    """
+    first = f"the gate was overruled: {made[0].why}" if made[0].facts["overruled"] else made[0].why
+    return first if len(made) == 1 else f"{first}; again: {made[-1].why}"
+
+
+def overruled_verdict(made: Iterable[Entry], gate: Entry | None) -> str | None:
+    """Return what the gate said of a version whose promotions all overruled the gate; None: at least one of them did not.
+
+    Args:
+        made: its promotions.
+        gate: the gate's last decision on it; None: there is none.
+    """
+    return gate.why if gate and all(e.facts["overruled"] for e in made) else None
+
+
 def before(subject: str, now: SubjectState) -> int:
     """Return the champion before the present one; skip champions for which the gate was overruled.
 
@@ -247,9 +271,7 @@ def before(subject: str, now: SubjectState) -> int:
     """
     found = [version for version in now.line[:-1] if version in now.passed]
     if not found:
-        raise PromotionError(
-            f"{subject} has no champion before the present one that had passed the gate; there is nothing to go back to"
-        )
+        raise PromotionError(f"{subject} has no earlier champion that passed the gate; there is nothing to go back to")
     return found[-1]
 
 
@@ -282,23 +304,23 @@ def reconcile_alias(subject: str, alias: Alias, now: SubjectState, approval: boo
         if now.champion and alias.weights != now.weights:
             return (
                 "refused",
-                f"MLflow gives {subject} {alias.version} other weights than the ledger; restore MLflow from its backup",
+                f"MLflow and the ledger name different weights for {subject} {alias.version}; restore MLflow from a backup",
             )
         return "agrees", f"{subject} {now.version or 'has no champion'}"
     if alias.follows != now.number:
         return (
             "put back",
-            "a promotion was cut off before MLflow's alias moved, or MLflow was restored; the ledger holds what was decided",
+            "a promotion was interrupted before MLflow's alias moved, or MLflow was restored; the ledger holds the decision",
         )
     if alias.version is None:
-        return "put back", "the alias was deleted in MLflow, by whom is not known; to take a champion down use `ferry rollback`"
+        return "put back", "somebody unknown deleted the alias in MLflow; to take a champion down, use `ferry rollback`"
     if approval:
         return "refused", (
-            f"the alias was set to version {alias.version} in MLflow, by whom is not known, and {subject} needs the approval of a named "
+            f"somebody unknown set the alias to version {alias.version} in MLflow, and {subject} needs the approval of a named "
             f"person; use `ferry approve {subject} {alias.version}`"
         )
     try:
         check(subject, alias.version, alias.weights, now)
     except (CatalogError, PromotionError) as error:
-        return "refused", f"the alias was set to version {alias.version} in MLflow, by whom is not known: {error}"
-    return "recorded", f"by alias set in MLflow to version {alias.version}; by whom is not known"
+        return "refused", f"somebody unknown set the alias to version {alias.version} in MLflow: {error}"
+    return "recorded", f"because somebody unknown set the alias to version {alias.version} in MLflow"

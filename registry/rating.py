@@ -54,7 +54,7 @@ class Sheet(Frozen):
     @model_validator(mode="after")
     def _even(self) -> Sheet:
         if not len(self.captions) == len(self.seeds) == len(self.challenger_left):
-            raise ValueError("captions, seeds and sides are not as many")
+            raise ValueError("there must be as many seeds and sides as captions")
         return self
 
 
@@ -114,7 +114,7 @@ def deal(identity: str, subject: str, challenger: int, before: int, captions: li
         raise RatingError(f"version {challenger} of {subject} cannot be compared with itself; name another with --against")
     if pairs < LEAST_DECIDED:
         raise RatingError(
-            f"{pairs} pairs cannot say anything, {LEAST_DECIDED} decided ones are needed; ask for more with --pairs"
+            f"{pairs} pairs are too few, because a result needs {LEAST_DECIDED} decided pairs; ask for more with --pairs"
         )
     if not captions:
         raise RatingError(f"the scorecard of {subject} version {challenger} lists no captions to draw; evaluate it again")
@@ -142,7 +142,9 @@ def read(data: bytes) -> Answers:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise RatingError(f"these are not answers: {where}: {first['msg']}; send the file that the page saved") from error
+        raise RatingError(
+            f"the file does not hold answers: {where}: {first['msg']}; send the file that the page saved"
+        ) from error
 
 
 def decode(sheet: Sheet, answers: Answers) -> Rated:
@@ -152,10 +154,12 @@ def decode(sheet: Sheet, answers: Answers) -> Rated:
         RatingError: the answers belong to another sheet, or do not cover all its pairs.
     """
     if answers.sheet != sheet.id:
-        raise RatingError(f"these are the answers to another sheet, {answers.sheet}; look for the workspace that made it")
+        raise RatingError(
+            f"these are the answers to another sheet, {answers.sheet}; collect them in the workspace that made that sheet"
+        )
     if len(answers.votes) != len(sheet.captions):
         raise RatingError(
-            f"{answers.rater} answered {len(answers.votes)} of {len(sheet.captions)} pairs; only a sheet that is finished counts"
+            f"{answers.rater} answered {len(answers.votes)} of {len(sheet.captions)} pairs; ask the rater to finish the sheet"
         )
     return Rated(
         sheet=sheet.id, sheet_sha256=sheet.sha256, rater=answers.rater, challenger=sheet.challenger, before=sheet.before,
@@ -187,7 +191,7 @@ def _verdict(rated: list[Rated]) -> Verdict:
     share = low = high = p = None
     who = f"{people} rater{'s' if people > 1 else ''}, {len(votes)} pairs, {len(votes) - n} ties"
     if n < LEAST_DECIDED:
-        text = f"nothing can be said of version {a} against {b} yet: {n} decided pairs, {LEAST_DECIDED} are needed ({who})"
+        text = f"versions {a} and {b} cannot be compared yet: {n} pairs are decided and {LEAST_DECIDED} are needed ({who})"
     else:
         test = stats.binomtest(wins, n, 0.5)
         interval = test.proportion_ci(LEVEL, method="exact")

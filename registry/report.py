@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from model.scorecard import CaptionCheck, Comparison, Quality
 from registry.cost import Prices, Row, Side, energy, images, total
@@ -239,7 +238,7 @@ def render(report: Report) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "size": human_size, "seconds": human_seconds, "money": human_money, "bar": bar,
+        "size": human_size, "seconds": human_seconds, "money": human_money,
         "share": lambda value: f"{100 * value:.0f} %",
         "image": lambda data: base64.b64encode(data).decode(),
     }  # fmt: skip
@@ -265,19 +264,6 @@ def grouped(devices: list[DeviceRow]) -> list[_DeviceGroup]:
         for (release, event, reason), rows in found.items()
     ]  # fmt: skip
     return sorted(groups, key=lambda group: (group.event not in BAD_EVENTS, len(group.devices)))
-
-
-def bar(d: Distance) -> Markup:
-    """Draw the distance on an SVG line from real (left) to noise (right); the thick part is its interval."""
-    at, low, high = (100 * min(value, 1.0) for value in (d.share, d.low, d.high))
-    says = f"distance {100 * d.share:.0f} %, 95 % interval {100 * d.low:.0f} to {100 * d.high:.0f} %, on a line from 0 % (none) to 100 % (noise)"
-    if d.real is not None:
-        says += f"; real images from each other {100 * d.real:.0f} %"
-    return Markup(
-        '<svg class="bar" viewBox="-2 0 104 12" preserveAspectRatio="none" role="img" aria-label="{}"><rect x="0" y="1" width="{}" height="10" fill="#d5dbe1"/>'
-        '<line x1="0" x2="100" y1="6" y2="6" stroke="#8893a0"/>'
-        '<rect x="{}" y="3" width="{}" height="6" fill="#7da7d9"/><rect x="{}" y="0" width="2" height="12" fill="#1b2430"/></svg>'
-    ).format(says, f"{100 * min(d.real or 0.0, 1.0):.1f}", f"{low:.1f}", f"{max(high - low, 0.5):.1f}", f"{at - 1:.1f}")
 
 
 def human_size(size: int) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import stat
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -26,7 +27,7 @@ from mlflow.tracking import MlflowClient
 from registry.dataset import dataset_input
 from registry.errors import StoreError
 from registry.ledger import user
-from registry.lineage import data_tags
+from registry.lineage import data_tags, shortened
 
 CHECKPOINT, BUNDLE = "checkpoint", "bundle"
 TRAINING, RETRAINING = (
@@ -47,6 +48,18 @@ class Retraining(Frozen):
 
     run_id: str
     data: DataVersion
+
+
+class Retrained(Frozen):
+    """Result of a retraining for one model."""
+
+    subject: str
+    data_rev: str
+    version: int
+    outcome: str
+    reason: str
+    n: int
+    promoted: bool
 
 
 class Training:
@@ -83,6 +96,41 @@ class Training:
             self._client.set_terminated(self.run_id, "FAILED")
 
 
+class LiveTraining:
+    """A run that is filled while a network is trained, unless MLflow fails: then the training goes on without it."""
+
+    def __init__(self, begin: Callable[[], Training], failed: Callable[[Exception], object]) -> None:
+        """Open the run.
+
+        Args:
+            begin: opens the run.
+            failed: called with the first failure of MLflow; after it the run is not used any more.
+        """
+        self._training: Training | None = None
+        self._failed = failed
+        with self._whatever_happens():
+            self._training = begin()
+
+    def tell(self, act: Callable[[Training], None]) -> None:
+        """Call a function with the run, unless an earlier call failed."""
+        if self._training:
+            with self._whatever_happens():
+                act(self._training)
+
+    @contextmanager
+    def _whatever_happens(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever MLflow raises, hours of training are worth more
+            self._training = None
+            self._failed(error)
+
+
+def points(curve: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Select the figures of a recorded curve that are single numbers; the load by expert stays in the checkpoint's file."""
+    return [{name: value for name, value in row.items() if not isinstance(value, list)} for row in curve]
+
+
 def open_retraining(catalog: Catalog, data: DataVersion, key: str) -> Retraining:
     """Open the run around a retraining; the same key continues the same run.
 
@@ -101,6 +149,42 @@ def open_retraining(catalog: Catalog, data: DataVersion, key: str) -> Retraining
             run_id = _new_run(catalog, experiment, f"{data.line} {data.rev[:7]}", tags)
             catalog.client.log_inputs(run_id, [dataset_input(data, catalog.repository, "retraining")])
     return Retraining(run_id=run_id, data=data)
+
+
+@contextmanager
+def ending(catalog: Catalog, data: DataVersion, key: str) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """End all runs of a line: first those of killed calls, after the block also those of this call, however it ends.
+
+    Args:
+        catalog: where the runs are.
+        data: revision that is retrained on.
+        key: of the run around the retraining.
+
+    Yields:
+        a function that takes the results, each `Retrained` as plain data, for the page of the retraining's run.
+
+    Raises:
+        StoreError: MLflow cannot be reached.
+    """
+    told = ""
+
+    def tell(rows: list[dict[str, Any]]) -> None:
+        nonlocal told
+        lines = [
+            f"| {r['subject']} | {r['version']} | {r['outcome']} | {'yes' if r['promoted'] else 'no'} | {shortened(r['reason'], 300)} |"
+            for r in rows
+        ]
+        head = ["| model | version | outcome | promoted | reason |", "|---|---|---|---|---|"]
+        told = "\n".join([f"What came of data revision {data.rev} of {data.line}:", "", *head, *lines])
+
+    end_runs(catalog, data.line, key, None)
+    try:
+        yield tell
+    except BaseException:
+        with suppress(StoreError):  # the first error is reported; the next call ends the runs that are left
+            end_runs(catalog, data.line, key, "FAILED")
+        raise
+    end_runs(catalog, data.line, key, "FINISHED", told)
 
 
 def end_runs(catalog: Catalog, line: str, key: str, ended: Literal["FINISHED", "FAILED"] | None, note: str = "") -> None:
@@ -196,7 +280,8 @@ def check_place(client: MlflowClient, run_id: str) -> None:
         own = False
     if not own:
         raise StoreError(
-            f"MLflow names {told!r} as the folder of run {run_id}, which it is not; see who may write to its database"
+            f"MLflow names {told!r} as the folder of run {run_id}, but that run has another folder; check who may write to "
+            "MLflow's database"
         )
     line = place.parent.parent  # LINE/RUN/artifacts; MLflow's view goes below LINE/models
     for path in (line, line / "models", place.parent, place, *place.rglob("*")):
@@ -207,5 +292,6 @@ def check_place(client: MlflowClient, run_id: str) -> None:
         plain = stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
         if not plain:
             raise StoreError(
-                f"{path} is in the way of a version's files: it is a link, or no plain file; remove it, and see who may write there"
+                f"{path} is a link or not a regular file, where a version's file belongs; remove it, and check who may write "
+                "there"
             )

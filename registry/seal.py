@@ -118,6 +118,6 @@ def is_whole(path: Path, fact: FileSeal) -> bool:
 def other_bytes(seal: Seal, name: str, found: str) -> SealError:
     """Make the error for a file that is not the one that was sealed."""
     return SealError(
-        f"{name} of {seal.name} in MLflow is not what the gate saw ({found}): somebody replaced it, nothing of it is used; restore "
-        f"MLflow's files from a backup, or `ferry retrain {seal.subject.split('/', maxsplit=1)[0]}`"
+        f"{name} of {seal.name} in MLflow is not what the gate saw ({found}): somebody replaced it, and ferry does not use "
+        f"it; restore MLflow's files from a backup, or run `ferry retrain {seal.subject.split('/', maxsplit=1)[0]}`"
     )

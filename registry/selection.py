@@ -57,80 +57,115 @@ INHERITED = 0.5  # a held-out set that shares this part of its groups with anoth
 class Limits(Frozen):
     """The gate's limits."""
 
-    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="chance of one wrong promotion of a worse model")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="chance of promoting a worse model")
     tolerance: float = Field(
-        default=0.5, gt=0, le=2, description="tolerated loss, as a share of the champion's distance from the data"
+        default=0.5,
+        gt=0,
+        le=2,
+        description="how much worse a challenger may be on old data, as a share of the champion's own distance from real images",
     )
     tolerance_bands: float = Field(
         default=1.5,
         ge=0,
         le=10,
-        description="or as so many distances between two sets of 25 groups of real images, if that is more",
+        description="the same limit as a multiple of the distance between two sets of 25 groups of real images; the larger "
+        "limit counts",
     )
-    total_tolerance: float = Field(default=2.0, gt=0, le=10, description="tolerated in all against the anchor, in such losses")
+    total_tolerance: float = Field(
+        default=2.0, gt=0, le=10, description="how much worse a challenger may be than the anchor, in multiples of that limit"
+    )
     margin: float | None = Field(
-        default=None, exclude_if=lambda value: value is None, description="of an older ferry; a share of noise"
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="limit of an older version of ferry, as a share of the distance of noise",
     )
     decay: float | None = Field(
-        default=None, exclude_if=lambda value: value is None, description="of an older ferry; a share of noise"
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="limit of an older version of ferry, as a share of the distance of noise",
     )
-    minimum_images: int = Field(default=96, ge=8, description="generated and held-out images below which nothing is decided")
-    coverage: float = Field(default=0.3, ge=0, le=1, description="least share of held-out images with a generated neighbour")
+    minimum_images: int = Field(
+        default=96, ge=8, description="smallest number of generated and of held-out images with which the gate decides"
+    )
+    coverage: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="smallest share of held-out images that have a generated image among their 5 nearest neighbours",
+    )
     copying: float = Field(
         default=0.8,
         gt=0.5,
         le=1,
-        description="chance below which a generated image must be nearer to training than a held-out one",
+        description="limit of the chance that a generated image lies nearer to training images than a held-out image does",
     )
     copies: float = Field(
-        default=0.1, gt=0, le=1, description="share of images nearer to training than any held-out image, to stay below"
+        default=0.1,
+        gt=0,
+        le=1,
+        description="limit of the share of generated images that lie nearer to training images than every held-out image",
     )
-    implausible: float = Field(default=0.3, gt=0, le=1, description="share of images unlike all real ones, to stay below")
+    implausible: float = Field(
+        default=0.3, gt=0, le=1, description="limit of the share of generated images that are unlike all real images"
+    )
     implausible_more: float = Field(
-        default=0.08, gt=0, le=1, description="by so much it may exceed the champion's, or by `tolerance` of that if that is more"
+        default=0.08,
+        gt=0,
+        le=1,
+        description="limit of how far that share exceeds the champion's; `tolerance` times the champion's share counts if it "
+        "is larger",
     )
-    duplicates: float = Field(default=0.3, gt=0, le=1, description="share of images like another generated one, to stay below")
-    captions: bool = Field(default=True, description="whether images must go with their captions, and each caption be drawn")
+    duplicates: float = Field(
+        default=0.3, gt=0, le=1, description="limit of the share of generated images that are like another generated image"
+    )
+    captions: bool = Field(default=True, description="whether images must match their captions, and each caption must be drawn")
     bad_images: float = Field(default=0.01, ge=0, le=1, description="largest share of constant or non-finite images")
-    dead_experts: int = Field(default=2, ge=0, description="most routed experts that may carry next to nothing")
-    beat_solver: bool = Field(default=True, description="whether a student must be better than full at as many evaluations")
+    dead_experts: int = Field(default=2, ge=0, description="largest number of routed experts that may carry almost no load")
+    beat_solver: bool = Field(
+        default=True,
+        description="whether a student must be better than full, sampled by a second-order solver at equal network evaluations",
+    )
 
 
 class Budgets(Frozen):
     """Latency and memory that a device class allows."""
 
-    latency_ms: float = Field(description="for one image")
-    memory_mib: float | None = Field(default=None, description="for the model, beyond a bare interpreter; None: not limited")
+    latency_ms: float = Field(description="time budget for one image, in milliseconds")
+    memory_mib: float | None = Field(
+        default=None, description="memory budget for the model, in MiB beyond a bare interpreter; None: no limit"
+    )
 
 
 class Check(Frozen):
     """The result of one check."""
 
-    name: str
-    passed: bool
-    text: str
+    name: str = Field(description="name of the check")
+    passed: bool = Field(description="whether it passed")
+    text: str = Field(description="the numbers that led to it")
 
 
 class Decision(Frozen):
     """The gate's decision, and every number that led to it."""
 
-    outcome: Outcome
-    reason: str
-    checks: list[Check]
+    outcome: Outcome = Field(description="the gate's answer")
+    reason: str = Field(description="why, in one sentence")
+    checks: list[Check] = Field(description="all checks, with their numbers")
     n: int = Field(description="generated images")
-    champion: Sha256 | None
-    challenger: Sha256
-    limits: Limits
-    scorecard: Sha256
-    level: float = Field(default=0.0, description="chance of a wrong promotion that this decision could take")
-    anchor: Sha256 | None = Field(default=None, description="weights of the best model ever, where that was known")
+    champion: Sha256 | None = Field(description="hash of the champion's weights; null: there was none")
+    challenger: Sha256 = Field(description="hash of the challenger's weights")
+    limits: Limits = Field(description="limits of the gate")
+    scorecard: Sha256 = Field(description="hash of the challenger's scorecard")
+    level: float = Field(default=0.0, description="chance of a wrong promotion that was allowed to this decision")
+    anchor: Sha256 | None = Field(default=None, description="hash of the weights of the best model ever; null: there was none")
     becomes_anchor: bool = Field(default=False, description="whether it is the best model ever, once promoted")
-    other_reason: str | None = Field(default=None, description="why it is promoted, where that is not its quality")
+    other_reason: str | None = Field(
+        default=None, description="reason for a promotion that is not for quality; null: there is none"
+    )
     update_bytes: int | None = Field(default=None, description="expected size of the delta from the champion's weights")
     worse: str | None = Field(
-        default=None, description="where it is shown to be worse, though within the margin: how much at most"
+        default=None, description="where the challenger is shown to be worse within the margin, and by how much at most"
     )
-    held_out: list[str] = Field(default=[], description="hashes of the held-out groups that it was judged on")
+    held_out: list[str] = Field(default=[], description="hashes of the held-out groups that the challenger was judged on")
 
 
 def level(alpha: float, tests: float, before: Decision | None) -> float:
@@ -246,7 +281,7 @@ def _beside_champion(card: Scorecard, limits: Limits, champion: Sha256, alpha: f
     rows = [c for c in card.comparisons if c.against == "champion" and c.against_sha256 == champion]
     made = _Beside()
     if not {"new", "old"} <= {c.split for c in rows}:
-        made.found.append(_missing("it was not compared with the present champion"))
+        made.found.append(_missing("this version was not compared with the present champion"))
     if any(row.split == "new" for row in rows):
         made.superior.append(_superior(rows, "new", alpha, again))
     for row in rows:
@@ -263,7 +298,7 @@ def _beside_solver(card: Scorecard, limits: Limits, alpha: float, again: float) 
         return []
     rows = [c for c in card.comparisons if c.against == "solver" and c.aspect == "images"]
     if not rows:
-        return [_missing("it was not compared with full, drawn by a solver")]
+        return [_missing("this version was not compared with full, drawn by a solver")]
     what = f"superiority over full in {card.solver.steps if card.solver else '?'} steps of a second-order solver"
     return [_below(row, 0.0, what, alpha, again) for row in rows]
 
@@ -272,7 +307,7 @@ def _beside_anchor(card: Scorecard, limits: Limits, rows: Sequence[Comparison], 
     """Test the total loss against the best model so far."""
     found = []
     if not {"new", "old"} <= {c.split for c in rows}:
-        found.append(_missing("it was not compared with the anchor, the best model ever"))
+        found.append(_missing("this version was not compared with the anchor, the best model ever"))
     for row in rows:
         what = f"total loss against the anchor on the {row.split} data"
         found.append(_below(row, limits.total_tolerance * _margin(card, row, limits), what, alpha, again))
@@ -367,20 +402,20 @@ def reasoned(decision: Decision, reason: str, accept_worse: bool = False) -> Dec
     """
     if decision.outcome != "promote if reasoned":
         raise PromotionError(
-            f"the gate answered {decision.outcome!r}: {decision.reason}; only what is not worse anywhere can be promoted for a "
-            "reason other than quality"
+            f"the gate answered {decision.outcome!r}: {decision.reason}; only a version that is not worse anywhere can be "
+            "promoted for a reason other than quality"
         )
     if not reason.strip():
-        raise PromotionError("a promotion that is not for quality needs its reason; give it with --reason")
+        raise PromotionError("a promotion that is not for quality needs a reason; give it with --reason")
     if decision.worse and not accept_worse:
-        raise PromotionError(f"the gate found it {decision.worse}; add --accept-worse if it is to be promoted all the same")
-    found = f"accepted as {decision.worse}" if decision.worse else "not worse anywhere by more than the margin"
+        raise PromotionError(f"the gate found it {decision.worse}; add --accept-worse to promote it anyway")
+    found = f"accepted although it is {decision.worse}" if decision.worse else "not worse anywhere by more than the margin"
     waived = [check.text for check in decision.checks if not check.passed and not _is_about_the_champion(check)]
     if decision.champion is None:
         found = "first version"
     if waived:
         found += f"; promoted although {'; although '.join(waived)}"
-    text = f"not for its quality, but: {reason.strip()}; {found} (n = {decision.n})"
+    text = f"promoted for a reason other than quality: {reason.strip()}; {found} (n = {decision.n})"
     return decision.model_copy(update={"outcome": "promote", "reason": text, "other_reason": reason.strip()})
 
 
@@ -447,11 +482,11 @@ def _too_few(qualities: list[Quality], limits: Limits) -> str | None:
     generated, held_out = min(q.n for q in qualities), min(q.reference for q in qualities)
     needed = limits.minimum_images
     if generated < needed:
-        return f"{generated} generated images are too few to decide on, {needed} are needed; raise gate.images in ferry.toml"
+        return f"{generated} generated images are too few to decide on; {needed} are needed, so raise gate.images in ferry.toml"
     if held_out < needed:
         return (
-            f"{held_out} held-out images are too few to decide on, {needed} are needed; {HELD_OUT_PERMILLE / 10:.0f} % are held out, "
-            f"so about {math.ceil(needed * 1000 / HELD_OUT_PERMILLE)} images in all"
+            f"{held_out} held-out images are too few to decide on; {needed} are needed, and {HELD_OUT_PERMILLE / 10:.0f} % "
+            f"are held out, so add images until there are about {math.ceil(needed * 1000 / HELD_OUT_PERMILLE)} in all"
         )
     return None
 
@@ -472,19 +507,19 @@ def floors(card: Scorecard, limits: Limits, budgets: Budgets, alpha: float, agai
         ),
         Check(
             name="bad images", passed=card.bad_images <= limits.bad_images,
-            text=f"{card.bad_images:.1%} of the images are constant or not finite, {limits.bad_images:.1%} may be",
+            text=f"{card.bad_images:.1%} of the images are constant or not finite; at most {limits.bad_images:.1%} may be",
         ),
         Check(
             name="experts", passed=card.usage.dead <= limits.dead_experts,
-            text=f"{card.usage.dead} experts carry next to nothing, {limits.dead_experts} may",
+            text=f"{card.usage.dead} experts carry almost no load; at most {limits.dead_experts} may",
         ),
         Check(
             name="latency", passed=card.cost.milliseconds <= budgets.latency_ms,
-            text=f"an image takes {card.cost.milliseconds:.0f} ms here, the budget is {budgets.latency_ms:.0f} ms",
+            text=f"an image takes {card.cost.milliseconds:.0f} ms here; the budget is {budgets.latency_ms:.0f} ms",
         ),
     ]  # fmt: skip
     if budgets.memory_mib is not None:
-        text = f"the model takes {memory:.0f} MiB of memory, the budget is {budgets.memory_mib:.0f} MiB"
+        text = f"the model takes {memory:.0f} MiB of memory; the budget is {budgets.memory_mib:.0f} MiB"
         checks.append(Check(name="memory", passed=memory <= budgets.memory_mib, text=text))
     return [
         *map(_Finding, checks), *(_copies(row, limits.copying, groups, alpha, again) for row in card.memorisation),
@@ -516,7 +551,8 @@ def _odd(card: Scorecard, limits: Limits, champion: bool) -> list[_Finding]:
     found = []
     for name, what, count, n, limit in rows:
         upper = float(stats.beta.ppf(1 - limits.alpha, count + 1, n - count)) if count < n else 1.0
-        text = f"{count / n:.1%} of the images {what} (upper bound {upper:.1%} at n = {n}), must be below {limit:.0%}"
+        bound = f"upper bound {upper:.1%} at n = {n}"
+        text = f"{count / n:.1%} of the images {what} ({bound}); the upper bound must be below {limit:.0%}"
         found.append(_Finding(Check(name=name, passed=upper < limit or limit == 1, text=text), waivable=not champion))
     if champion and card.plausibility and card.plausibility.more is not None and (card.plausibility.pairs or 0) > 1:
         found.append(_odder(card.plausibility, limits))
@@ -533,7 +569,7 @@ def _odder(row: Plausibility, limits: Limits) -> _Finding:
     bound = max(limits.implausible_more, limits.tolerance * champion)
     text = (
         f"the share of images unlike all real ones exceeds the champion's, {champion:.1%}, by {100 * more:+.1f} percentage points (upper bound "
-        f"{100 * (more + reach):+.1f} at {pairs} pairs of images), must be below {100 * bound:.1f}"
+        f"{100 * (more + reach):+.1f} at {pairs} pairs of images); the upper bound must be below {100 * bound:.1f}"
     )
     needed = f"{text}: undecided, {_images(row.n, reach, bound - more)}" if more < bound <= more + reach else None
     passed = more + reach < bound or 1 in (limits.implausible, limits.implausible_more)
@@ -549,12 +585,12 @@ def _follows(row: Following, alpha: float, champion: bool) -> _Finding:
     """Test whether images go with their captions, if real images can be shown to go with theirs."""
     times = quantile(row.groups, alpha)
     if row.real - times * row.real_se <= 0:
-        text = f"captions, {row.space} features: real images cannot be shown to go with theirs, so this is not asked"
+        text = f"captions, {row.space} features: not tested, because real images cannot be shown to match their own captions"
         return _Finding(Check(name=f"captions ({row.space}, {row.split})", passed=True, text=text))
     least = row.excess - times * row.excess_se
     text = (
-        f"images go with their captions on the {row.split} data, {row.space} features, by {row.share:.2f} of what real ones do, must be shown to "
-        f"exceed 0.33 (at {row.groups} held-out groups)"
+        f"images match their captions on the {row.split} data, {row.space} features, {row.share:.2f} times as strongly as "
+        f"real images do; this must be shown to exceed 0.33 (at {row.groups} held-out groups)"
     )
     needed = f"{text}: undecided" if least <= 0 < row.excess else None
     return _Finding(
@@ -583,10 +619,12 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
     enough = _is_judgeable(row, alpha)
     if row.share is None or (row.champion_share is not None and row.champion_share <= FOLLOW / 2):
         text = f"{name}: " + (
-            "no feature space tells its images from others" if row.share is None else "the champion does not draw it either"
+            "no feature space distinguishes its images from others"
+            if row.share is None
+            else "the champion does not draw it either"
         )
         return _Finding(Check(name=name, passed=True, text=text))
-    share = f"{row.share:.2f} of what tells its real images from others"
+    share = f"{row.share:.2f} of what distinguishes its real images from others"
     at = f"{row.reference} held-out images in {row.groups} groups"
     least = FOLLOW if row.champion_share is None else min(FOLLOW, KEPT * row.champion_share)
     if not enough:
@@ -595,11 +633,11 @@ def _draws(row: CaptionCheck, alpha: float) -> _Finding:
         seems = row.share <= least and row.apart > 2 * row.apart_se
         dropped = seems if row.champion_share is not None else shown
         few = row.reference < JUDGED_IMAGES or row.groups < JUDGED_GROUPS
-        why = f"with {at}" if few else f"with {at}, which no feature space tells clearly from others,"
-        text = f"{name}: it seems that {share} is drawn; {why} this cannot be judged"
+        why = f"with {at}" if few else f"with {at}, which no feature space clearly distinguishes from others,"
+        text = f"{name}: the model seems to draw {share}; {why} this cannot be judged"
         return _Finding(Check(name=name, passed=not dropped, text=text), waivable=True)
     shown = row.drawn - times * row.drawn_se > 0
-    text = f"{name}: {share} is drawn, must exceed {least:.2f} and be shown to exceed 0 ({at})"
+    text = f"{name}: the model draws {share}; this must exceed {least:.2f} and be shown to exceed 0 ({at})"
     needed = f"{text}: undecided" if row.share > least and not shown else None
     return _Finding(Check(name=name, passed=row.share > least and shown, text=text), needed, waivable=row.champion_share is None)
 
@@ -610,12 +648,13 @@ def _copies(row: Memorisation, bound: float, groups: int, alpha: float, again: f
     upper = row.probability + times * row.se if row.se else row.probability
     text = (
         f"copying, {row.space} features: a generated image is nearer to a training image than a held-out one with probability "
-        f"{row.probability:.2f} (upper bound {upper:.2f} at n = {row.n} and {row.reference} held-out images), must be below {bound:.2f}"
+        f"{row.probability:.2f} (upper bound {upper:.2f} at n = {row.n} and {row.reference} held-out images); the upper "
+        f"bound must be below {bound:.2f}"
     )
     needed = None
     if upper >= bound > row.probability:
         reach = quantile(groups, again) * row.se
-        needed = f"copying is undecided in {row.space} features, {_more(row.n, groups, reach, bound - row.probability)}"
+        needed = f"copying is undecided in {row.space} features; {_more(row.n, groups, reach, bound - row.probability)}"
     return _Finding(Check(name=f"copying ({row.space})", passed=upper < bound, text=text), needed)
 
 
@@ -632,11 +671,11 @@ def _below(row: Comparison, bound: float, what: str, alpha: float, again: float)
     upper = row.delta + quantile(row.groups, alpha) * row.se
     text = (
         f"{what}, {row.space} features, {_of(row)}: difference {row.delta:+.4f} (upper bound {upper:+.4f} at n = {row.n} and {row.groups} "
-        f"held-out groups), must be below {bound:.4f}"
+        f"held-out groups); the upper bound must be below {bound:.4f}"
     )
     needed = None
     if upper >= bound > row.delta:
-        needed = f"{what} is undecided at n = {row.n} and {row.groups} held-out groups, "
+        needed = f"{what} is undecided at n = {row.n} and {row.groups} held-out groups; "
         needed += _more(row.n, row.groups, quantile(row.groups, again) * row.se, bound - row.delta, _by_drawing(row))
     return _Finding(Check(name=f"{what} ({row.space}, {row.aspect})", passed=upper < bound, text=text), needed)
 
@@ -656,7 +695,7 @@ def _more(n: int, groups: int, reach: float, room: float, by_drawing: bool | Non
     if by_drawing:
         return f"about {images} generated images are needed next time (gate.images)"
     return f"about {images} images in {needed} held-out groups are needed next time" + (
-        "; generating more images of the present ones would not do" if by_drawing is False else ""
+        "; more generated images alone would not be enough" if by_drawing is False else ""
     )
 
 

@@ -15,7 +15,7 @@ PACKAGES = ("model", "registry", "ota", "flows", "tests")
 # Verbs in use, in the imperative. A word that is missing here is added, if it is a verb where it stands.
 VERBS = frozenset(
     """
-    Accept Add Allow Apply Approve Ask Assign Average Boot Bring Build Cache Call Change Check Choose Clip Close Collect
+    Accept Add Allow Apply Approve Arrange Ask Assign Average Boot Bring Build Cache Call Change Check Choose Clip Close Collect
     Combine Commit Compare Complete Compress Compute Condemn Convert Copy Count Cover Create Cut Damage Darken Deal Decide
     Decode Decompress Define Delete Deliver Derive Describe Detect Distil Divide Do Download Draw Drop Encode End Enlarge
     Enrol Estimate Evaluate Export Fail Fetch Fill Find Finish Fit Follow Forecast Forget Format Generate Give Group Halt Hash

@@ -22,8 +22,8 @@ from ota import delta
 from ota.delta import encode
 from ota.delta import format as container
 from ota.delta.encode import Elements, Pair
+from ota.delta.header import BundleFile
 from ota.delta.numbers import KINDS, KindName
-from ota.manifest import FileEntry
 from registry.lineage import file_sha256
 
 DELTAS = Path(__file__).parent / "golden/deltas.json"
@@ -108,7 +108,7 @@ def make(name: str) -> bytes:
         folder = Path(place)
         (folder / "old").write_bytes(old)
         (folder / "new").write_bytes(new)
-        entry = FileEntry(role="weights", variant="full", size=len(new), sha256=file_sha256(folder / "new"))
+        entry = BundleFile(role="weights", variant="full", size=len(new), sha256=file_sha256(folder / "new"))
         elements = [Elements(0, len(new), name.split(maxsplit=1)[0], COLUMNS, 0)]
         encode.build([Pair(entry, folder / "new", folder / "old", elements)], BASE, TARGET, folder / "patch")
         return (folder / "patch").read_bytes()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,7 +100,7 @@ def test_arbitrary_install_refused(offered, role, how):
     if how == "altered":
         metadata.signed.unrecognized_fields["x"] = "y"
     path.write_bytes(metadata.to_bytes())
-    with untouched(offered.device, TrustError, "do not hold", marks=False):
+    with untouched(offered.device, TrustError, "metadata failed verification", marks=False):
         offered.device.update()
     not_installed(offered.device)
 
@@ -119,7 +120,7 @@ def test_targets_need_two_signatures(offered, keys):
     metadata.sign(keys.signers("targets")[0], append=True)
     path.with_name("2.targets.json").write_bytes(metadata.to_bytes())
     raise_in_snapshot(offered.repository, targets=2)
-    with untouched(offered.device, TrustError, "do not hold", marks=False):
+    with untouched(offered.device, TrustError, "metadata failed verification", marks=False):
         offered.device.update()
 
 
@@ -129,7 +130,7 @@ def test_whole_repository_of_stranger_refused(offered, bundles, tmp_path):
     publish(stranger, bundles["second"])
     publish(stranger, bundles["first"])
     offered.device.configure(repository=str(stranger.folder))
-    with untouched(offered.device, TrustError, "do not hold"):
+    with untouched(offered.device, TrustError, "metadata failed verification"):
         offered.device.update()
     not_installed(offered.device)
 
@@ -256,7 +257,7 @@ def test_rollback_to_old_repository_refused(fielded, updated, cache):
     updated.device.configure(repository=str(fielded.repository.folder))
     if cache == "lost":
         forget_cache(updated.device)
-    with untouched(updated.device, TrustError, "do not hold" if cache == "kept" else "this device has seen"):
+    with untouched(updated.device, TrustError, "metadata failed verification" if cache == "kept" else "this device has seen"):
         updated.device.update()
 
 
@@ -296,7 +297,7 @@ def test_replayed_policy_refused(offered, tmp_path):
     offered.repository.set_policy(halt(everyone(offered.release)))
     assert offered.device.update().reason == "release 2 is halted"
     offered.device.configure(repository=str(old))
-    with untouched(offered.device, TrustError, "do not hold"):
+    with untouched(offered.device, TrustError, "metadata failed verification"):
         offered.device.update()
     forget_cache(offered.device)
     with untouched(offered.device, TrustError, "this device has seen"):
@@ -377,7 +378,7 @@ def test_clock_set_back_is_noticed(offered):
     # With its clock set back by three days, expired metadata would look fresh.
     marks = offered.device.home.high_water()
     offered.device.home.raise_high_water(HighWater(versions=marks.versions, time=marks.time + 3 * 86_400))
-    with untouched(offered.device, TrustError, "hours behind the last time seen; set it"):
+    with untouched(offered.device, TrustError, "hours behind the last time seen; set the clock"):
         offered.device.update()
 
 
@@ -401,7 +402,7 @@ def test_clock_that_goes_back_bit_by_bit_is_noticed(scene, monkeypatch):
     assert scene.device.update().reason == "release 1 is installed"
     assert scene.device.home.high_water().time == seen
     set_clock_back(monkeypatch, hours=40)
-    with untouched(scene.device, TrustError, "hours behind the last time seen; set it"):
+    with untouched(scene.device, TrustError, "hours behind the last time seen; set the clock"):
         scene.device.update()
 
 
@@ -413,7 +414,7 @@ def test_time_is_remembered_where_the_policy_has_expired(offered, keys, monkeypa
     forget_cache(offered.device)
     assert "the rollout policy has expired" in offered.device.update().reason
     set_clock_back(monkeypatch, hours=48)
-    with untouched(offered.device, TrustError, "hours behind the last time seen; set it"):
+    with untouched(offered.device, TrustError, "hours behind the last time seen; set the clock"):
         offered.device.update()
 
 
@@ -425,7 +426,7 @@ def test_mix_and_match_refused(offered, role):
     current = metadata_file(offered.repository, role)
     older = current.with_name(f"{int(current.name.split('.')[0]) - 1}.{role}.json")
     current.write_bytes(older.read_bytes())
-    with untouched(offered.device, TrustError, "do not hold", marks=False):
+    with untouched(offered.device, TrustError, "metadata failed verification", marks=False):
         offered.device.update()
     not_installed(offered.device)
 
@@ -523,7 +524,7 @@ def test_cached_root_of_stranger_not_believed(offered, tmp_path):
     cache.mkdir()
     (cache / "root.json").write_bytes(stranger.root_bytes())
     offered.device.configure(repository=str(stranger.folder))
-    with untouched(offered.device, TrustError, "do not hold"):
+    with untouched(offered.device, TrustError, "metadata failed verification"):
         offered.device.update()
 
 
@@ -541,7 +542,7 @@ def test_root_rotation_needs_old_keys(offered, keys, tmp_path):
                 signed.add_key(key, role)
 
     sign_in_place(path, stranger, "root", rotate)
-    with untouched(offered.device, TrustError, "do not hold"):
+    with untouched(offered.device, TrustError, "metadata failed verification"):
         offered.device.update()
 
 
@@ -556,7 +557,7 @@ def test_root_rotation_by_old_keys_followed(offered, keys, tmp_path):
         signed.add_key(fresh.keys["timestamp"][0][0], "timestamp")
 
     sign_in_place(path, keys, "root", rotate)
-    with untouched(offered.device, TrustError, "do not hold", marks=False):
+    with untouched(offered.device, TrustError, "metadata failed verification", marks=False):
         offered.device.update()
     assert offered.device.home.high_water().versions["root"] == 2  # revoked keys are learnt before anything else verifies
     sign_in_place(metadata_file(offered.repository, "timestamp"), fresh, "timestamp", lambda _: None)
@@ -606,21 +607,21 @@ def test_renewed_roles_are_followed(updated):
 def test_rollout_key_names_no_unpublished_bytes(offered, bundles):
     digest = bundles["garbage"].manifest.digest
     name_policy(offered.repository, everyone(offered.release, manifest=digest, seq=3))
-    with untouched(offered.device, ManifestError, "names release 3, which `models` does not", marks=False):
+    with untouched(offered.device, ManifestError, "names release 3, which the models role does not sign", marks=False):
         offered.device.update()
     not_installed(offered.device)
 
 
 def test_rollout_key_changes_no_release_number(offered):
     name_policy(offered.repository, everyone(offered.release, seq=9))
-    with untouched(offered.device, ManifestError, "names release 9, which `models` does not", marks=False):
+    with untouched(offered.device, ManifestError, "names release 9, which the models role does not sign", marks=False):
         offered.device.update()
 
 
 def test_rollout_key_goes_not_back_silently(updated):
     first = updated.repository.releases(LINE, CLASS)[0]
     name_policy(updated.repository, everyone(first))
-    with untouched(updated.device, TrustError, "older than 2, without calling it a revert", marks=False):
+    with untouched(updated.device, TrustError, "older than 2, but does not mark it as a revert", marks=False):
         updated.device.update()
 
 
@@ -628,7 +629,7 @@ def test_rollout_key_reverts_only_to_marked(updated):
     first = updated.repository.releases(LINE, CLASS)[0]
     name_manifest(updated.repository, updated.repository.manifest(first), seq=1, revertible=False)
     name_policy(updated.repository, start(first, (100,), 0, now=0, revert=True))
-    with untouched(updated.device, TrustError, "not marked as one to go back to", marks=False):
+    with untouched(updated.device, TrustError, "not marked as revertible", marks=False):
         updated.device.update()
 
 
@@ -685,7 +686,9 @@ def test_document_that_is_signed_as_too_long_is_not_fetched(offered, web):
     assert offered.device.update(check_only=True).reason == "release 2 is open to this device"
     sign_bytes_as_policy(offered.repository, longest + b" ")
     web.requests.clear()
-    with untouched(offered.device, RepositoryError, "signed with 16385 bytes, more than 16384; nothing of it", marks=False):
+    with untouched(
+        offered.device, RepositoryError, "has a signed size of 16385 bytes, more than 16384; it is not fetched", marks=False
+    ):
         offered.device.update()
     assert web.asked(".rollout.json")
     assert not web.asked(f".{CLASS}.json")
@@ -709,7 +712,7 @@ def test_key_of_one_role_signs_no_other(offered, bundles, thief, path):
     change_role(offered.repository, thief, claim)
     before = offered.device.facts(marks=False)
     if path == "models":
-        with pytest.raises(ManifestError, match="which `models` does not"):
+        with pytest.raises(ManifestError, match="which the models role does not sign"):
             offered.device.update()
     else:
         assert offered.device.update().reason == "nothing is rolled out to shapes/edge yet"
@@ -756,7 +759,7 @@ def header_of(patch: bytes) -> delta.Header:
 def with_header(patch: bytes, **fields: Any) -> bytes:
     header = header_of(patch)
     rest = patch[container.PREFIX.size + len(header.canonical()) :]
-    made = header.model_copy(update=fields).canonical()
+    made = replace(header, **fields).canonical()
     return container.PREFIX.pack(container.MAGIC, container.VERSION, len(made)) + made + rest
 
 
@@ -775,7 +778,7 @@ def offer(field: Field, manifest: Manifest) -> None:
     [
         ({"device_class": "other"}, "the bundle is for shapes/other, not for this device"),
         ({"line": "other"}, "the bundle is for other/edge, not for this device"),
-        ({"minimum_agent": "9.0.0"}, "the bundle needs agent 9.0.0, this is .*; update the agent first"),
+        ({"minimum_agent": "9.0.0"}, "the bundle needs agent 9.0.0, but this is .*; update the agent first"),
     ],
 )
 def test_wrong_software_refused_before_download(scene, bundles, fields, sentence):
@@ -841,7 +844,9 @@ def test_models_without_number_refused(scene, bundles, custom):
     change_role(scene.repository, "models", replace)
     name_policy(scene.repository, policy)
     wrong = isinstance(custom, dict) and custom.get("seq") is not None
-    error, says = (InvalidError, "is not valid: seq") if wrong else (ManifestError, "which `models` does not")
+    error, says = (
+        (InvalidError, "are not valid and are not used: seq") if wrong else (ManifestError, "which the models role does not sign")
+    )
     with untouched(scene.device, error, says, marks=False):
         scene.device.update()
 
@@ -857,7 +862,7 @@ def published_targets(field: Field, kind: str) -> list[Path]:
 def test_tampered_document_refused(offered, kind):
     for path in published_targets(offered, kind):
         path.write_bytes(path.read_bytes().replace(b'"seq":2', b'"seq":3').replace(b'"tier":"test"', b'"tier":"best"'))
-    with untouched(offered.device, TrustError, "do not hold", marks=False):
+    with untouched(offered.device, TrustError, "metadata failed verification", marks=False):
         offered.device.update()
     not_installed(offered.device)
 
@@ -871,7 +876,7 @@ def test_tampered_object_refused(scene, bundles, role):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with untouched(scene.device, RepositoryError, f"{wanted.sha256} is not what is signed", marks=False):
+    with untouched(scene.device, RepositoryError, f"{wanted.sha256} does not have its signed size and hash", marks=False):
         scene.device.update()
     assert not (scene.device.root / "incoming" / wanted.sha256).exists()
 
@@ -886,7 +891,7 @@ def test_file_changed_after_download_noticed(scene, bundles, step, folder):
             path.write_bytes(b"\1" + path.read_bytes()[1:])
 
     before = scene.device.facts(marks=False)
-    with pytest.raises(RepositoryError, match="is not what is signed"):
+    with pytest.raises(RepositoryError, match=r"does not have its signed (?:size and )?hash"):
         scene.device.update(flip)
     assert scene.device.facts(marks=False) == before
     assert scene.device.sound

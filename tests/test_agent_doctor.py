@@ -122,8 +122,8 @@ def harm_trial(field: Field) -> None:
         (harm_active, "bundles", "fail", "active .* is damaged"), (harm_previous, "bundles", "warn", "previous .* is damaged"),
         (harm_rights, "directory", "fail", "chmod 700"), (harm_anchor, "trust anchor", "fail", "not the root given at init"),
         (harm_clock, "clock", "fail", "hours behind"), (harm_copy, "state", "warn", "state.prev.json is damaged"),
-        (harm_states, "state", "fail", "both state files"), (harm_key, "reports", "fail", "enroll anew"),
-        (harm_link, "repository", "warn", "what runs goes on"), (harm_signature, "signatures", "fail", "timestamp ended"),
+        (harm_states, "state", "fail", "both state files"), (harm_key, "reports", "fail", "enroll the device again"),
+        (harm_link, "repository", "warn", "the running model is kept"), (harm_signature, "signatures", "fail", "timestamp ended"),
         (harm_outbox, "reports", "warn", "no folder for reports"), (harm_trial, "state", "warn", "2 good images to go"),
     ],
 )  # fmt: skip
@@ -149,7 +149,7 @@ def test_other_runtime_is_found(updated: Field, monkeypatch):
 
 def test_little_room_is_found(updated: Field, monkeypatch):
     monkeypatch.setattr(type(updated.device.home.disk), "free", lambda _: 1000)
-    assert "a full update of this size takes" in found(updated.device, "room", "warn")[0]
+    assert "a full update of this size needs" in found(updated.device, "room", "warn")[0]
 
 
 def test_folder_of_no_agent_is_said(tmp_path):
@@ -274,7 +274,7 @@ def test_dead_link_is_tried_sooner_then_less_and_less(scene: Field, monkeypatch)
     [
         (None, "Connection refused"),
         (b"", "the connection was closed"),
-        (b"nonsense\r\n\r\n", "what answers there is no web server"),
+        (b"nonsense\r\n\r\n", "the server there is not a web server"),
     ],
 )
 def test_fault_of_the_link_is_told_in_a_sentence_without_a_password(scene: Field, monkeypatch, answer, says):
@@ -300,7 +300,9 @@ def test_fault_of_the_link_is_told_in_a_sentence_without_a_password(scene: Field
         told = scene.device.command("update", code=4)
         assert told.splitlines()[-1] == f"ferry-agent: cannot reach http://{place}: {says}; it will be tried again"
         told = scene.device.command("doctor", "--no-draw")
-        assert f"warn  repository    cannot reach http://{place}: {says}; it will be tried again; what runs goes on" in told
+        assert (
+            f"warn  repository    cannot reach http://{place}: {says}; it will be tried again; the running model is kept" in told
+        )
         if answer is not None:
             thread.join()
 
@@ -343,9 +345,9 @@ def test_reports_that_cannot_be_delivered_are_seen_everywhere(scene: Field):
     assert f"fail  reports       {why}" in device.command("doctor", "--no-draw", code=3)  # even before a report waits
     reports.queue(device.home, "installed", None)
     device.home.save(device.state.model_copy(update={"refused": {"7" * 64: "full: it is bad"}}))
-    assert f"1 reports are waiting: {why}" in device.command("report", code=4)
+    assert f"1 report is waiting: {why}" in device.command("report", code=4)
     assert f'"waiting": 1, "problem": "{why}' in device.command("report", "--json", code=4)
-    assert f"1 reports wait to be delivered: {why}" in device.command("status")
+    assert f"1 report waits to be delivered: {why}" in device.command("status")
     assert json.loads(device.command("status", "--json"))["reports_problem"].startswith(why)
     assert f"1 wait; when last tried: {why}" in device.command("doctor", "--no-draw", code=3)
     assert not device.update().changed  # updating works all the same
@@ -362,8 +364,8 @@ def test_reports_without_a_folder_are_told_when_asked(scene: Field):
     device.home.disk.replace("config.json", device.home.config().model_copy(update={"reports": ""}).canonical())
     assert device.command("report") == "all reports are delivered\n"
     reports.queue(device.home, "installed", None)
-    assert f"1 reports are waiting: {reports.NO_FOLDER}\n" in device.command("report", code=4)
-    assert f"1 reports wait to be delivered: {reports.NO_FOLDER}\n" in device.command("status")
+    assert f"1 report is waiting: {reports.NO_FOLDER}\n" in device.command("report", code=4)
+    assert f"1 report waits to be delivered: {reports.NO_FOLDER}\n" in device.command("status")
     assert json.loads(device.command("status", "--json"))["reports_problem"] == reports.NO_FOLDER
     assert f"warn  reports       1 wait; {reports.NO_FOLDER}\n" in device.command("doctor", "--no-draw")
 
@@ -372,7 +374,7 @@ def test_folder_that_takes_no_files_is_not_called_missing(scene: Field):
     scene.device.configure(reports="/proc")
     reports.queue(scene.device.home, "installed", None)
     told = scene.device.command("report", code=4)
-    assert "reports cannot be left in /proc: no file can be made there, name another folder" in told
+    assert "reports cannot be left in /proc: no file can be created there, so name another folder" in told
 
 
 @pytest.mark.parametrize("how", ["refused", "rests"])
@@ -442,4 +444,6 @@ def test_files_of_others_are_named(scene: Field, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "lstat", lambda path: SimpleNamespace(st_uid=4711) if path.name == "lock" else look(path))
     told = scene.device.command("doctor", "--no-draw", code=3)
     assert "1 files in" in told
-    assert f"such as lock, so it cannot use them; `chown -R --reference={scene.device.root} {scene.device.root}`" in told
+    assert (
+        f"such as lock, so the agent cannot use them; run `chown -R --reference={scene.device.root} {scene.device.root}`" in told
+    )

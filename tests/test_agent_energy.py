@@ -224,7 +224,7 @@ def test_other_forms_of_pmic_text():
 def test_table_gives_a_model(machine):
     reading = machine.measure(machine.probe(table=TABLE))
     assert (reading.source, reading.scope) == ("CPU seconds at 4 W per busy core, 3 W idle", "model")
-    assert (reading.quality, reading.reason.endswith("The figure is a model's, not measured.")) == ("model", True)
+    assert (reading.quality, reading.reason.endswith("A model computes this figure; it is not measured.")) == ("model", True)
     assert (reading.joules, reading.gross_joules, reading.idle_watts) == pytest.approx((NET, GROSS, IDLE))
 
 

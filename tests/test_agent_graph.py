@@ -123,7 +123,7 @@ def test_field_that_others_read_as_another_is_refused():
     graph = WAYS["constant"](external("w", "device.key")).SerializeToString()
     at = next(start for number, start, stop in fields(graph, 0, len(graph)) if number == 7)
     head = graph.index(b"\x3a", 0, at)
-    with pytest.raises(DeviceError, match="is no ONNX file"):
+    with pytest.raises(DeviceError, match="is not an ONNX file"):
         check_graph(graph[:head] + b"\xba\x80\x80\x80\x10" + graph[head + 1 :])
 
 
@@ -134,7 +134,7 @@ def test_graph_of_a_bundle_passes(bundles: dict[str, Bundle]):
 
 @pytest.mark.parametrize("data", [b"\xff", b"\x3a\xff\xff\xff\xff\x0f", b"\x3b", b"\x00\x00", b"\x3a\x02\x0b\x0c"])
 def test_what_is_no_graph_is_refused(data):
-    with pytest.raises(DeviceError, match="is no ONNX file"):
+    with pytest.raises(DeviceError, match="is not an ONNX file"):
         check_graph(data)
 
 

@@ -63,7 +63,7 @@ class Children:
     def run(self, task: str, **request: Any) -> dict[str, Any]:
         if self.killed:
             self.killed = False
-            raise UnfinishedError(f"the {task} process was killed, perhaps for want of memory or time; try again")
+            raise UnfinishedError(f"the {task} process was killed, perhaps because memory or time ran out; try again")
         if task == "check":
             return {}
         if task == "apply":

@@ -158,9 +158,9 @@ def test_says_how_it_goes(client, device):
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        pytest.param(b"", "no JSON", id="nothing"),
-        pytest.param(b"{", "no JSON", id="half"),
-        pytest.param(b"[" * 4000, "no JSON", id="nested"),
+        pytest.param(b"", "not JSON", id="nothing"),
+        pytest.param(b"{", "not JSON", id="half"),
+        pytest.param(b"[" * 4000, "not JSON", id="nested"),
         pytest.param(b"[]", "not of the form", id="list"),
         pytest.param(b'{"caption": 3}', "not of the form", id="number for a caption"),
         pytest.param(b'{"seed": "3"}', "not of the form", id="text for a seed"),
@@ -399,7 +399,7 @@ def test_socket_in_use_is_not_taken(device, tmp_path):
 def test_file_in_the_way_is_not_removed(tmp_path):
     path = tmp_path / "agent.sock"
     path.write_bytes(b"precious")
-    with pytest.raises(OperatorError, match="is no socket"), serve.listening_socket(path):
+    with pytest.raises(OperatorError, match="is not a socket"), serve.listening_socket(path):
         pass
     assert path.read_bytes() == b"precious"
     with pytest.raises(OperatorError, match="make its folder"), serve.listening_socket(tmp_path / "no" / "agent.sock"):

@@ -169,7 +169,7 @@ def test_bundle_for_another_runtime_is_installed_once_that_is_there(scene, bundl
     device, before = scene.device, scene.device.state
     for _ in range(2):
         with pytest.raises(
-            SoftwareError, match=f"it needs ONNX Runtime {bounds[0]}, {bounds[1]}, this device has .*; install that version"
+            SoftwareError, match=f"it needs ONNX Runtime {bounds[0]}, {bounds[1]}, but this device has .*; install that version"
         ):
             device.update()
         assert device.state == before
@@ -217,12 +217,12 @@ def changed(data: bytes, **fields: Any) -> bytes:
         (
             Manifest,
             {"minimum_agent": "99.0.0", "variants": {}, "more": 1},
-            "the manifest needs agent 99.0.0, this is 0.1.0; update",
+            "the manifest needs agent 99.0.0, but this is 0.1.0; update",
         ),
         (
             Manifest,
             {"schema_version": 2, "lines": ["a"]},
-            "the manifest has form 2 and needs an agent that knows it, this is 0.1.0; update",
+            "the manifest has form 2 and needs an agent that knows it, but this is 0.1.0; update",
         ),
         (Policy, {"schema_version": 7, "when": "soon"}, "the policy has form 7"),
         (SamplerTable, {"schema_version": 2, "method": "new"}, "the samplertable has form 2"),
@@ -308,7 +308,7 @@ def test_bundle_is_not_condemned_where_the_one_that_runs_fails_too(offered, bund
 
         monkeypatch.setattr(child, "run", run)
         for tries in (1, 2):
-            with pytest.raises(UnfinishedError, match="but the one that runs does not pass here any more either"):
+            with pytest.raises(UnfinishedError, match="but the running bundle does not pass here any more either"):
                 device.update()
             assert device.state.refused == {}
             assert (device.active, device.state.tries.get(second)) == ((first, tries) if when == "try" else (second, 1))
@@ -321,7 +321,7 @@ def test_bundle_that_fails_where_the_one_that_runs_passes_is_condemned(scene, bu
     data = changed_json(bundles["second"], "reference", latency_ms=0.001)
     made = variation(bundles["second"], tmp_path / "other", "reference", data)
     publish(scene.repository, made)
-    with pytest.raises(GateError, match="ms of computing, the budget is 0 ms"):
+    with pytest.raises(GateError, match="ms of computing; the budget is 0 ms"):
         scene.device.update()
     assert list(scene.device.state.refused) == [made.manifest.digest]
 
@@ -340,7 +340,7 @@ def test_bundle_that_was_tried_on_a_busy_device_is_tried_again(offered, bundles,
             with pytest.raises(UnfinishedError, match=r"an image took 1000000 ms here, of which it computed .* busy"):
                 device.update()
             assert (device.state.refused, device.state.tries) == ({}, {second: tries})
-        assert "rests for" in device.update().reason
+        assert "waits for" in device.update().reason
     assert trial.forget(device.home, second[:12]) == second
     assert device.update().changed
     assert (device.active, device.state.refused) == (second, {})

@@ -329,7 +329,7 @@ def test_bundle_that_is_bad_from_the_beginning_is_refused(scene, bundles, turn):
     ])  # fmt: skip
     digest = offer(scene, bundles["second"], lambda role: graph if role == "graph" else b"")
     before = scene.device.active
-    with pytest.raises(GateError, match="the running one is kept"):
+    with pytest.raises(GateError, match="the running bundle is kept"):
         scene.device.update()
     assert scene.device.active == before
     assert digest in scene.device.state.refused

@@ -371,7 +371,7 @@ def test_full_download_needs_room_once(scene, bundles, monkeypatch):
 
 def test_room_is_made_before_it_is_asked_for(updated, bundles, monkeypatch):
     device = on_trial(updated, loads=0)
-    with pytest.raises(StateError, match="taken back"):
+    with pytest.raises(StateError, match="rolled back"):
         device.update()
     (device.root / "slots" / ("7" * 64)).mkdir()
     size = publish(updated.repository, bundles["garbage"]).full_bytes
@@ -408,7 +408,9 @@ def test_folder_of_no_agent_refused(tmp_path):
 def test_garbage_is_refused_and_remembered(updated, bundles):
     before = updated.device.state
     publish(updated.repository, bundles["garbage"])
-    with pytest.raises(GateError, match=r"tried and refused, full: .*the running model's.*; the running one is kept"):
+    with pytest.raises(
+        GateError, match=r"failed its trial and is refused: full: .*the running model's.*; the running bundle is kept"
+    ):
         updated.device.update()
     state = updated.device.state
     assert state == before.model_copy(update={"refused": {digest(bundles["garbage"]): state.refused[digest(bundles["garbage"])]}})
@@ -452,12 +454,12 @@ def bad_golden(bundle: Bundle) -> bytes:
 
 BAD: dict[str, tuple[str, Any, str]] = {
     "golden damaged": ("golden", bad_golden, "golden outputs cannot be read"),
-    "golden of another model": ("golden", None, "of its golden outputs come out right here"),
+    "golden of another model": ("golden", None, "of its golden outputs are right on this device"),
     "too slow": ("reference", lambda b: changed_json(b, "reference", latency_ms=0.001), "the budget is 0 ms"),
     "other experts": ("reference", lambda b: changed_json(b, "reference", load=[[1.0]]), "other experts"),
     "no weights": ("weights", lambda _: b"\0", "does not load the model"),
     "not finite": ("weights", lambda b: b"\xff\x7f" * (b.path("weights", "full").stat().st_size // 2), "not finite"),
-    "no graph": ("graph", lambda _: b"\0", "is no ONNX file"),
+    "no graph": ("graph", lambda _: b"\0", "is not an ONNX file"),
 }
 
 
@@ -485,7 +487,7 @@ def test_every_variant_is_tried(scene, exported, tmp_path):
     given = {"line": LINE, "device_class": CLASS, "tier": "test", "configuration": "I", "precision": "bfloat16"}
     both = assemble({"full": exported.folder, "dev": dev}, **given, origin=origin(5), out=tmp_path / "out")
     publish(scene.repository, both)
-    with pytest.raises(GateError, match=r"tried and refused, dev: an image takes .* the budget is 0 ms"):
+    with pytest.raises(GateError, match=r"failed its trial and is refused: dev: an image takes .* the budget is 0 ms"):
         scene.device.update()
     assert list(scene.device.state.refused) == [digest(both)]
     stand_still(scene)
@@ -578,19 +580,19 @@ def test_bundle_whose_trying_gives_no_answer_rests_longer_each_time_and_is_not_c
             assert device.state == before.model_copy(update={"tries": {second: tries}})
         for tries, hours in ((3, 1), (4, 2), (5, 4)):
             events = len(device.events())
-            assert f"rests for {60 * hours} more minutes, its trial started {tries} times" in device.update().reason
+            assert f"waits for {60 * hours} more minutes, its trial started {tries} times" in device.update().reason
             told = device.reports()[-1]
             assert (told.event, told.manifest) == ("refused", second)
             assert f"started {tries} times and never finished; it is tried again in {hours} h" in told.reason
             assert f"{second[:12]} is tried again after 20" in device.command("status")
             later.seconds += hours * 3600 - 60
-            assert "rests for" in device.update().reason
+            assert "waits for" in device.update().reason
             assert len(device.events()) == events + 1  # reported once
             later.seconds += 61
             with pytest.raises(type(NO_ANSWER[how])):
                 device.update()
         assert (device.active, device.state.refused, device.state.tries) == (before.active, {}, {second: 6})
-        assert "rests for 480 more" in device.update().reason
+        assert "waits for 480 more" in device.update().reason
     later.seconds += 8 * 3600 + 1  # the device was repaired in the meantime
     assert device.update().way == "kept"
     assert (device.active, device.state.refused, device.state.tries) == (second, {}, {})
@@ -603,9 +605,9 @@ def test_rests_end_within_a_week_whatever_the_clock_says(offered, bundles, later
     device, second = offered.device, digest(bundles["second"])
     device.home.save(device.state.model_copy(update={"tries": {second: 3}}))
     later.seconds = 40 * 86_400
-    assert "rests for 60 more" in device.update().reason
+    assert "waits for 60 more" in device.update().reason
     later.seconds = 0  # the clock was ahead
-    assert "rests for 60 more" in device.update().reason
+    assert "waits for 60 more" in device.update().reason
     later.seconds = 3601
     assert device.update().changed
 
@@ -620,7 +622,7 @@ def test_lost_rest_begins_anew(offered, bundles, later, damage):
         (device.root / "resting.json").unlink()
     else:
         (device.root / "resting.json").write_bytes(damage)
-    assert "rests for 120 more" in device.update().reason
+    assert "waits for 120 more" in device.update().reason
     assert device.state.refused == {}
 
 
@@ -632,7 +634,7 @@ def test_wait_without_an_answer_is_no_try(offered, bundles, later):
             with pytest.raises(LateError):
                 device.update()
             assert device.state == before
-            assert "rests for 60 more minutes, its trial did not finish in time" in device.update().reason
+            assert "waits for 60 more minutes, its trial did not finish in time" in device.update().reason
             later.seconds += 3601
     assert device.events()[3:] == []
     assert device.update().changed
@@ -722,7 +724,7 @@ def test_refusals_are_bounded():
 def test_state_too_large_to_be_read_again_is_not_written(updated):
     before = updated.device.state
     large = before.model_copy(update={"refused": {f"{i:064x}": "x" * 20_000 for i in range(60)}})
-    with pytest.raises(StateError, match="would have more than 1048576 bytes; report it, what runs is kept"):
+    with pytest.raises(StateError, match="would have more than 1048576 bytes; report this; the running model is kept"):
         updated.device.home.save(large)
     assert updated.device.state == before
 
@@ -759,7 +761,7 @@ def test_confirmed_after_good_images_only(updated):
 
 
 def taken_back(field: Field, bundles: dict[str, Bundle], why: str) -> None:
-    """Check that the bundle on trial is gone for good, and that the one before runs and draws."""
+    """Check that the bundle on trial is gone for good, and that the previous bundle runs and draws."""
     state = field.device.state
     assert (state.active, state.previous, state.seq, state.trial) == (digest(bundles["first"]), None, 1, None)
     assert list(state.refused) == [digest(bundles["second"])]
@@ -772,13 +774,13 @@ def taken_back(field: Field, bundles: dict[str, Bundle], why: str) -> None:
 
 
 def rests_after_trial(field: Field, bundles: dict[str, Bundle]) -> None:
-    """Check that the bundle on trial is gone for now but not refused, and that the one before runs and draws."""
+    """Check that the bundle on trial is gone for now but not refused, and that the previous bundle runs and draws."""
     device, second = field.device, digest(bundles["second"])
     state = device.state
     assert (state.active, state.previous, state.seq, state.trial) == (digest(bundles["first"]), None, 1, None)
     assert (state.refused, state.tries) == ({}, {second: rules.MAX_TRIES})
     assert device.events()[6:] == ["rolled_back"]
-    assert "rests for 60 more minutes" in device.update().reason
+    assert "waits for 60 more minutes" in device.update().reason
     assert device.events()[7:] == ["refused"]
     assert drawing.generate(device.home, "", 0)[1]["good"]
     device.command("forget", second[:12])
@@ -791,11 +793,11 @@ def test_bundle_damaged_on_trial_is_fetched_again(updated, bundles, how, caplog)
     device = on_trial(updated)
     device.file("weights").unlink()
     if how == "update":
-        with pytest.raises(StateError, match=r"was taken back, and is tried again: .*; the one before runs again"):
+        with pytest.raises(StateError, match=r"was rolled back and will be tried again: .*; the previous bundle runs again"):
             device.update()
     else:
         assert drawing.generate(device.home, "", 0)[1]["good"]  # by the bundle before
-        assert "was taken back, and is tried again" in caplog.text
+        assert "was rolled back and will be tried again" in caplog.text
     assert (device.active, device.state.refused) == (digest(bundles["first"]), {})
     assert drawing.generate(device.home, "", 0)[1]["good"]
     assert device.update().way == "delta"
@@ -838,7 +840,7 @@ def test_reads_that_fail_again_and_again_end_the_trial(updated, bundles, monkeyp
         with pytest.raises(type(error), match=str(error)):
             device.update()
         assert device.active == digest(bundles["second"])
-    with pytest.raises(StateError, match=r"taken back, and is tried again: .*; the one before"):
+    with pytest.raises(StateError, match=r"rolled back and will be tried again: .*; the previous bundle"):
         device.update()
     assert (device.active, device.state.trial, device.state.refused) == (digest(bundles["first"]), None, {})
     assert device.events()[-1] == "rolled_back"
@@ -865,10 +867,10 @@ def test_bundle_damaged_at_each_trial_rests_in_the_end(offered, bundles, monkeyp
 
     monkeypatch.setattr(Home, "save", save)
     for _ in range(rules.MAX_TRIES):
-        with pytest.raises(StateError, match="taken back"):
+        with pytest.raises(StateError, match="rolled back"):
             offered.device.update()
         assert offered.device.active == digest(bundles["first"])
-    assert "rests for 60 more minutes" in offered.device.update().reason
+    assert "waits for 60 more minutes" in offered.device.update().reason
     assert offered.device.state.refused == {}
 
 
@@ -888,7 +890,7 @@ def test_bundle_that_kills_machine_taken_back(updated, bundles):
     # Each load was counted before it began, and none of them finished.
     device = on_trial(updated, loads=0)
     with pytest.raises(
-        StateError, match=r"taken back, and is tried again: it did not get through its trial; the one before runs"
+        StateError, match=r"rolled back and will be tried again: it did not pass its trial; the previous bundle runs"
     ):
         device.update()
     rests_after_trial(updated, bundles)
@@ -946,7 +948,7 @@ def test_killed_load_on_trial_is_counted_not_condemned(updated, bundles, monkeyp
                 device.update()
             assert device.state.trial == Trial(left=TRIAL_GOOD, loads=loads)
             assert device.state.refused == {}
-        with pytest.raises(StateError, match="did not get through its trial"):
+        with pytest.raises(StateError, match="did not pass its trial"):
             device.update()
     rests_after_trial(updated, bundles)
 
@@ -1089,7 +1091,7 @@ def test_slot_taken_away_while_drawing(updated, bundles, second_image, monkeypat
 def test_first_bundle_taken_back_leaves_nothing(scene, bundles):
     device = on_trial(scene)
     device.file("weights").unlink()
-    with pytest.raises(StateError, match="none is left"):
+    with pytest.raises(StateError, match="no bundle is left"):
         device.update()
     assert device.state.active is None
     assert device.sound is None
@@ -1139,7 +1141,7 @@ def test_rollback_goes_one_back(updated, bundles):
     assert device.events()[6:] == ["rolled_back"]
     assert "refused before: rolled back by the operator" in device.update().reason
     before = device.facts()
-    assert "no bundle before this one is kept; `ferry-agent status` lists what was refused" in device.command("rollback", code=3)
+    assert "no earlier bundle is kept; `ferry-agent status` lists what was refused" in device.command("rollback", code=3)
     assert device.facts() == before
     stand_still(updated)
 
@@ -1154,7 +1156,7 @@ def test_rollback_needs_the_slot(updated, bundles):
 def test_rollback_needs_a_sound_slot(updated, bundles, role):
     path = updated.device.root / "slots" / digest(bundles["first"]) / bundles["first"].path(role, "full").name
     path.write_bytes(path.read_bytes()[:1000])
-    with untouched(updated.device, StateError, "the bundle before, .* is damaged; the present one is kept"):
+    with untouched(updated.device, StateError, "the previous bundle, .*, is damaged, so the present one is kept"):
         trial.rollback(updated.device.home)
 
 
@@ -1605,5 +1607,6 @@ def test_answer_that_cannot_be_written_is_an_error_of_its_own(updated):
     assert done.returncode == 3
     assert (
         done.stderr
-        == b"ferry-agent: it was done, but the answer cannot be written: No space left on device; ask `ferry-agent status`\n"
+        == b"ferry-agent: the command succeeded, but its answer cannot be written: No space left on device; see `ferry-agent "
+        b"status`\n"
     )

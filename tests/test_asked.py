@@ -103,7 +103,7 @@ def test_model_that_ignores_its_captions_is_refused(dataset: Dataset, spaces: Fe
     captions = captions_of(dataset)
     scored, decision = judged(dataset, spaces, draw(captions), perfect(captions, 2))
     assert decision.outcome == "refuse"
-    assert "images go with their captions on the new data" in decision.reason
+    assert "images match their captions on the new data" in decision.reason
     assert max(row.share for row in scored.following) < FOLLOW
 
 
@@ -130,7 +130,7 @@ def test_caption_that_is_never_drawn_is_named_where_it_can_be_judged(dataset: Da
     assert least.reference < 10
     decision = judged(dataset, spaces, without(least.caption)(captions), perfect(captions, 2))[1]
     assert decision.outcome == "promote if reasoned"
-    assert f"caption '{least.caption}': it seems" in decision.reason
+    assert f"caption '{least.caption}': the model seems" in decision.reason
     assert "this cannot be judged" in decision.reason
 
 

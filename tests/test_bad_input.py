@@ -215,7 +215,7 @@ def test_caption_too_long_in_data(root: Path) -> None:
     with (folder / METADATA).open("w") as file:
         file.writelines(json.dumps({"file_name": f"00{i}.png", "text": "bars " * 5}) + "\n" for i in range(3))
     assert ferry(root, "data", "add", "shapes") == (
-        "ferry: not one image in data/shapes can be used, the first: 000.png the caption 'bars bars bars bars bars ' has 25 bytes but this "
+        "ferry: no image in data/shapes can be used; for example, 000.png the caption 'bars bars bars bars bars ' has 25 bytes but this "
         "model reads 24; shorten it or train a model with text_length = 25\n"
     )
 
@@ -252,7 +252,7 @@ def test_caption_not_utf8_on_device(made: Path, tmp_path: Path) -> None:
     assert agent(*words).exit_code == 0
     told = subprocess.run([sys.executable, "-m", "ota.agent.cli", "generate", b"b\xe4r", *where], capture_output=True, text=True)
     assert (told.returncode, told.stdout) == (3, "")
-    assert told.stderr == "ferry-agent: the caption is not valid UTF-8; type it anew, or set the terminal to UTF-8\n"
+    assert told.stderr == "ferry-agent: the caption is not valid UTF-8; type it again, or set the terminal to UTF-8\n"
     assert not (tmp_path / "image.png").exists()
 
 
@@ -269,11 +269,11 @@ def test_one_image_data_set(root: Path, tmp_path: Path) -> None:
     folder = write_images(root / "data/shapes", 1)
     (folder / METADATA).write_text(json.dumps({"file_name": "000.png", "text": "bar", "group": TRAINING_GROUP}))
     assert ferry(root, "data", "add", "shapes", code=0) == (
-        "only 0 images are held out for evaluation, the gate of shapes wants 96: add more images (or groups), or lower "
-        "gate.minimum_images in ferry.toml and know less\n"
+        "only 0 images are held out for evaluation, but the gate of shapes wants 96: add more images (or groups), or lower "
+        "gate.minimum_images in ferry.toml, which makes decisions less certain\n"
     )
     assert refused(DataError, lambda: prepare(folder, CONFIG, tmp_path / "cache")) == (
-        f"{folder} has 1 usable training images; at least 2 are needed, add more"
+        f"{folder} has 1 usable training images, but at least 2 are needed; add more images"
     )
 
 
@@ -295,7 +295,7 @@ def test_truncated_checkpoint(checkpoint: Checkpoint, tmp_path: Path, keep: floa
     folder = with_weights(checkpoint, tmp_path / "run", cut)
     assert refused(CheckpointError, lambda: load_checkpoint(folder)) == not_a_checkpoint(folder)
     assert refused(CheckpointError, lambda: load_weights(Network(CONFIG), folder / WEIGHTS)) == (
-        f"{folder / WEIGHTS} cannot be read as safetensors; it is damaged or truncated, fetch it again"
+        f"{folder / WEIGHTS} cannot be read as safetensors; it is damaged or truncated, so fetch it again"
     )
 
 
@@ -354,5 +354,5 @@ def test_foreign_checkpoint_of_another_network(checkpoint: Checkpoint, tmp_path:
 def test_foreign_feature_spaces(checkpoint: Checkpoint) -> None:
     weights = checkpoint.folder / WEIGHTS  # a sound safetensors file, of something else
     assert refused(CheckpointError, lambda: features.load(weights)) == (
-        f"{weights} holds no feature spaces; restore it from a backup, past figures depend on it"
+        f"{weights} holds no feature spaces; restore it from a backup, because past figures depend on it"
     )

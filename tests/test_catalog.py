@@ -239,7 +239,7 @@ def test_run_shows_the_data_revision_as_its_dataset(versions: list[Version], cat
     source = mlflow.data.get_source(used[0])
     assert isinstance(source, DvcDatasetSource)
     assert source.url == f"{catalog._artifacts.parent}@{VERSION.rev}:{VERSION.path}"
-    with pytest.raises(StoreError, match=r"cannot be fetched: .*; call this where that repository"):
+    with pytest.raises(StoreError, match=r"cannot be fetched: .*; call this on a machine that can reach that repository"):
         source.load()
 
 
@@ -390,7 +390,7 @@ def test_server_that_is_down_or_hangs_is_named(
         host = f"127.0.0.1:{taken.getsockname()[1]}"
         try:
             silent = Catalog(f"http://who:secret@{host}", tmp_path)
-            with pytest.raises(StoreError, match=f"^MLflow at {host} {said}, tried several times; start it, or mend"):
+            with pytest.raises(StoreError, match=f"^MLflow at {host} {said} after several attempts; start it, or correct"):
                 silent.champion(SUBJECT)
         finally:
             mlflow.set_tracking_uri(catalog._uri)
@@ -476,11 +476,11 @@ def test_nothing_is_written_through_what_others_planted(catalog, checkpoint, exp
     picture = tmp_path / "samples" / "step-000011.png"
     picture.parent.mkdir()
     picture.write_bytes(b"\x89PNG")
-    with pytest.raises(StoreError, match="is in the way of a version's files"):
+    with pytest.raises(StoreError, match="is a link or not a regular file, where a version's file belongs"):
         training.sample(picture)
     training.finish(checkpoint.lineage.sha256)
     one = card(9, checkpoint, exported)
-    with pytest.raises(StoreError, match="is in the way of a version's files"):
+    with pytest.raises(StoreError, match="is a link or not a regular file, where a version's file belongs"):
         registration.register(
             catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
         )

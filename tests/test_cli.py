@@ -137,7 +137,7 @@ def test_outside_a_workspace_everything_says_so(arguments: tuple[str, ...], tmp_
         (("data", "diff", "shapes", "HEAD", "v9"), "there is no data revision 'v9'; `ferry data log shapes` lists them"),
         (("data", "status", "tables"), "there is no line 'tables' in ferry.toml; there is shapes"),
         (("promote", "shapes", "1"), "is not LINE/CONFIG/VARIANT"),
-        (("promote", "shapes/I/full", "7"), "has no version 7; there is none yet, run `ferry retrain`"),
+        (("promote", "shapes/I/full", "7"), "has no version 7; there is none yet, so run `ferry retrain`"),
         (("rollback", "shapes"), "is not LINE/CONFIG/VARIANT"),
         (("approve", "shapes/I/slow", "1", "--reason", "x"), "is not LINE/CONFIG/VARIANT"),
         (("release", "shapes/huge"), "line shapes has no device class 'huge'"),
@@ -145,14 +145,14 @@ def test_outside_a_workspace_everything_says_so(arguments: tuple[str, ...], tmp_
         (("rollout", "start", "shapes", "--waves", "ten"), "are not shares in percent; write them as 1,10,100"),
         (("rollout", "halt", "shapes"), "nothing of shapes/edge is rolled out"),
         (("rollout", "renew", "shapes"), "nothing of shapes/edge is rolled out"),
-        (("trust", "renew", "rollout"), "rollout is not renewed by itself"),
+        (("trust", "renew", "rollout"), "rollout cannot be renewed on its own"),
         (("fleet", "enroll", "press-01", "abc"), "the public key must be 64 hex digits"),
         (("fleet", "enroll", "Press 1", "ab" * 32), "is not a device id"),
         (("report",), "there is no champion yet; run `ferry retrain` first"),
         (("report", "tables"), "there is no line 'tables' in ferry.toml; there is shapes"),
         (("rate", "shapes"), "is not LINE/CONFIG/VARIANT"),
         (("rate", "tables/I/full"), "there is no line 'tables' in ferry.toml; there is shapes"),
-        (("rate", "shapes/I/full"), "shapes/I/full has no versions, and two are compared; run `ferry retrain`"),
+        (("rate", "shapes/I/full"), "shapes/I/full has no versions, but a comparison needs two; run `ferry retrain`"),
         (("rate", "shapes/I/full", "--answers", "ferry.toml"), "ferry.toml: No such file or directory; check the path"),
         (("history", "tables/I/full"), "there is no line 'tables' in ferry.toml; there is shapes"),
     ],
@@ -165,7 +165,10 @@ def test_wrong_names_are_named(arguments: tuple[str, ...], says: str, prepared: 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("schema = 1", "schema = 2"), "schema = 2 was made by a newer ferry, this one knows 1; install that one"),
+        (
+            ("schema = 1", "schema = 2"),
+            "schema = 2 is the format of a newer version of ferry, but this version knows 1; install the newer version",
+        ),
         (("schema = 1", ""), "schema = 1 is missing at its beginning"),
         (("schema = 1", "schema = 0"), "no older format was ever released"),
         (("schema = 1", "schema = "), "is not valid TOML"),
@@ -407,7 +410,7 @@ def test_settings_of_the_data_remote_reach_dvc(workspace: Path):
 def test_data_that_the_gate_cannot_decide_on_is_said_at_once(prepared: Path, workspace: Path):
     result = ferry("-w", str(workspace), "data", "add", "shapes", "--json")
     held_out = json.loads(result.stdout)["held_out"]
-    assert f"only {held_out} images are held out for evaluation, the gate of shapes wants 96" in result.stderr
+    assert f"only {held_out} images are held out for evaluation, but the gate of shapes wants 96" in result.stderr
 
 
 def test_init_repeated_keeps_keys_and_settings(workspace: Path):
@@ -445,7 +448,7 @@ def test_folder_without_one_usable_image_is_not_recorded(workspace: Path):
         path.write_bytes(b"not an image")
     refused_lines = ferry("-w", str(workspace), "data", "add", "shapes")
     assert refused_lines.exit_code == 3
-    assert "not one image in data/shapes can be used" in refused_lines.stderr
+    assert "no image in data/shapes can be used" in refused_lines.stderr
     assert len(json.loads(ferry("-w", str(workspace), "data", "log", "shapes", "--json").stdout)["revisions"]) == 1
 
 
@@ -525,7 +528,7 @@ def test_agent_without_a_directory_says_so(arguments: tuple[str, ...], tmp_path:
         ({"--device": "Press 1"}, "--device is not valid; give 1 to 40 lower-case letters"),
         ({"--line": "../x"}, "--line is not valid; give"),
         ({"--class": ""}, "--class is not valid; give"),
-        ({"--window": "at night please"}, "--window is not valid; give hours of UTC, as 22:00-05:00"),
+        ({"--window": "at night please"}, "--window is not valid; give hours in UTC, such as 22:00-05:00"),
         ({"--watts": "0.5,0"}, "--watts is not valid; give the watts at rest"),
         ({"--watts": "nan,1"}, "--watts is not valid; give"),
         ({"--watts": "2"}, "--watts is not valid; give"),

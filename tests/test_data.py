@@ -206,9 +206,9 @@ def one_group(held_out: bool) -> Callable[[Path], None]:
         (no_metadata, f"has no {METADATA}"),
         (no_line, "names no usable image"),
         (not_utf8, "names no usable image"),
-        (no_usable_image, "not one of the 80 images"),
-        (one_image, "has 1 usable training images; at least 2 are needed"),
-        (one_group(held_out=False), "0 of them are held out, at least 6 are needed"),
+        (no_usable_image, "none of the 80 images"),
+        (one_image, "has 1 usable training images, but at least 2 are needed"),
+        (one_group(held_out=False), "0 of them are held out, but an evaluation needs at least 6"),
         (one_group(held_out=True), "has 0 usable training images"),
     ],
 )
@@ -446,10 +446,10 @@ def not_utf8_name(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (linked, "again.png is a link, and data are regular files only; put a copy of what it leads to in its place"),
-        (linked_folder, "more is a link, and data are regular files only"),
-        (linked_captions, f"{METADATA} is a link, and data are regular files only"),
-        (pipe, "pipe.png is a pipe, and data are regular files only; take it away"),
+        (linked, "again.png is a link, but data must be regular files; replace it by a copy of the file that it points to"),
+        (linked_folder, "more is a link, but data must be regular files"),
+        (linked_captions, f"{METADATA} is a link, but data must be regular files"),
+        (pipe, "pipe.png is a pipe, but data must be regular files; remove it"),
         (not_utf8_name, "b\\xe4r.png has a name that is not UTF-8; rename it"),
     ],
 )

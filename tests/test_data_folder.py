@@ -18,8 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows import cli
-from flows import data as flow
-from model import versions
+from model import revisions, versions
 from model.data import METADATA, prepare, scan
 from model.errors import DataError, RevisionError
 from model.folder import hashes, shown
@@ -182,7 +181,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "link to itself": (link("loop.png", "loop.png"), f"{DATA}/loop.png is a link"),
     "link to the folder around it": (link("deep/loop", ".."), f"{DATA}/deep/loop is a link"),
     "link with a name for terminals": (link("\x1b[31m\n\u202egnp.a", "000.png"), f"{DATA}/\\x1b[31m\\n\\u202egnp.a is a link"),
-    "linked folder": (linked_folder, f"{DATA}/more is a link, and data are regular files only; put a copy of what it leads to in its place"),
+    "linked folder": (
+        linked_folder,
+        f"{DATA}/more is a link, but data must be regular files; replace it by a copy of the file that it points to",
+    ),
     "linked captions": (link(METADATA, f"../../{KEY}"), f"{DATA}/{METADATA} is a link"),
     "folder that is a link": (folder_elsewhere, f"{DATA} is a link"),
     "parent that is a link": (parent_elsewhere, "ws/data is a link"),
@@ -192,14 +194,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "device": (device, f"{DATA}/null.png is a device"),
     "name that is not UTF-8": (not_utf8, f"{DATA}/b\\xe4r.png has a name that is not UTF-8; rename it"),
     "folder's name that is not UTF-8": (not_utf8_folder, f"{DATA}/\\xff\\x1b has a name that is not UTF-8; rename it"),
-    "repository inside": (file(".git/HEAD"), f"{DATA}/.git/HEAD has a name that Git or DVC keep for themselves"),
-    "repository deep inside": (file("deep/er/.git"), f"{DATA}/deep/er/.git has a name that Git or DVC keep"),
-    "Mercurial's": (file(".hg/store"), f"{DATA}/.hg/store has a name that Git or DVC keep"),
-    "DVC's settings": (file("deep/.dvc/config", ""), f"{DATA}/deep/.dvc/config has a name that Git or DVC keep"),
-    "what DVC leaves out": (file(".dvcignore", "*.png"), f"{DATA}/.dvcignore has a name that Git or DVC keep"),
-    "what DVC leaves out below": (file("deep/.dvcignore", ""), f"{DATA}/deep/.dvcignore has a name that Git or DVC keep"),
-    "DVC's pointer": (file("deep/a.dvc"), f"{DATA}/deep/a.dvc has a name that Git or DVC keep"),
-    "DVC's stages": (file("dvc.yaml"), f"{DATA}/dvc.yaml has a name that Git or DVC keep"),
+    "repository inside": (file(".git/HEAD"), f"{DATA}/.git/HEAD has a name that Git or DVC reserve"),
+    "repository deep inside": (file("deep/er/.git"), f"{DATA}/deep/er/.git has a name that Git or DVC reserve"),
+    "Mercurial's": (file(".hg/store"), f"{DATA}/.hg/store has a name that Git or DVC reserve"),
+    "DVC's settings": (file("deep/.dvc/config", ""), f"{DATA}/deep/.dvc/config has a name that Git or DVC reserve"),
+    "what DVC leaves out": (file(".dvcignore", "*.png"), f"{DATA}/.dvcignore has a name that Git or DVC reserve"),
+    "what DVC leaves out below": (file("deep/.dvcignore", ""), f"{DATA}/deep/.dvcignore has a name that Git or DVC reserve"),
+    "DVC's pointer": (file("deep/a.dvc"), f"{DATA}/deep/a.dvc has a name that Git or DVC reserve"),
+    "DVC's stages": (file("dvc.yaml"), f"{DATA}/dvc.yaml has a name that Git or DVC reserve"),
 }  # fmt: skip
 
 
@@ -227,7 +229,7 @@ def test_pipe_holds_nothing_up(root: Path, name: str) -> None:
         command = [sys.executable, "-m", "flows.cli", "--quiet", "-w", str(root), *words]
         told = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert (told.returncode, told.stdout) == (3, "")
-        assert told.stderr == f"ferry: {root}/{DATA}/{name} is a pipe, and data are regular files only; take it away\n"
+        assert told.stderr == f"ferry: {root}/{DATA}/{name} is a pipe, but data must be regular files; remove it\n"
     assert recorded(root) == before
 
 
@@ -382,15 +384,15 @@ CHANGES = [(swapped, "001.png"), (leaked, "001.png"), (gone, "001.png"), (arrive
 def test_file_that_changes_after_it_was_checked_is_named(
     root: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], name: str
 ) -> None:
-    report = flow._reported
+    report = revisions._reported
 
     def meanwhile(*arguments: Any) -> Any:
         change(root / DATA / "001.png")
         return report(*arguments)
 
-    monkeypatch.setattr(flow, "_reported", meanwhile)
+    monkeypatch.setattr(revisions, "_reported", meanwhile)
     assert_refused(root, f"{DATA}/{name} " + ("is a link" if change is leaked else "changed while it was checked"), "add")
-    monkeypatch.setattr(flow, "_reported", report)
+    monkeypatch.setattr(revisions, "_reported", report)
     if change is leaked:
         (root / DATA / "001.png").unlink()
     assert ferry(root, "add", "shapes")[0] == 0

@@ -108,7 +108,7 @@ def test_output_that_is_no_regular_file_is_refused(patched, monkeypatch, command
     result = ferry("delta", *WRITING[command], place)
     assert result.exit_code == 3, result.output
     if place.parent == patched:
-        assert f"is a {kind} and no regular file, and stays as it is; name another place" in result.stderr
+        assert f"is a {kind} and not a regular file, so it stays as it is; name another place" in result.stderr
     assert seen(patched) == before
 
 
@@ -141,7 +141,7 @@ def test_input_is_no_output_whatever_its_name(patched, monkeypatch, arguments, g
         before = seen(patched)
         result = ferry("delta", *arguments, place)
         assert result.exit_code == 3, result.output
-        assert ("is a link and no regular file" if how == "link" else "is the same file as the input") in result.stderr
+        assert ("is a link and not a regular file" if how == "link" else "is the same file as the input") in result.stderr
         assert seen(patched) == before
 
 
@@ -153,7 +153,7 @@ def test_folder_that_is_none_is_told_before_anything_is_read(pair, monkeypatch, 
     before = seen(pair)
     result = ferry("delta", *WRITING[command], "nowhere/out.svg")
     assert result.exit_code == 3
-    assert result.stderr == "ferry: nowhere is no folder; make it, or name another place\n"
+    assert result.stderr == "ferry: nowhere is not a folder; make it, or name another place\n"
     assert seen(pair) == before
 
 
@@ -261,7 +261,9 @@ def test_input_that_is_no_regular_file_is_refused(patched, monkeypatch, argument
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old_handler)
     assert result.exit_code == 3, result.output
-    assert result.stderr == (f"ferry: {place} is a {kind} and no regular file; copy what it gives into one, and name that\n")
+    assert result.stderr == (
+        f"ferry: {place} is a {kind} and not a regular file; copy its content into a regular file, and name that file\n"
+    )
     assert seen(patched) == before
 
 
@@ -272,7 +274,9 @@ def test_standard_input_is_a_file_or_refused(pair, monkeypatch):
     words = [FERRY, "delta", "build", "old", "/dev/stdin", "-o", "out"]
     piped = subprocess.run(words, input=(pair / "new").read_bytes(), capture_output=True, check=False)
     assert piped.returncode == 3
-    assert piped.stderr == b"ferry: /dev/stdin is a pipe and no regular file; copy what it gives into one, and name that\n"
+    assert piped.stderr == (
+        b"ferry: /dev/stdin is a pipe and not a regular file; copy its content into a regular file, and name that file\n"
+    )
     assert seen(pair) == before
     with (pair / "new").open("rb") as file:
         subprocess.run(words, stdin=file, check=True, capture_output=True)
@@ -404,7 +408,7 @@ def test_dash_is_no_file(patched, monkeypatch, arguments, name):
     before = seen(patched)
     result = ferry("delta", *(name if a == "?" else a for a in arguments))
     assert result.exit_code == 2
-    assert "names no file; a file that is called - is ./-" in " ".join(result.stderr.replace("│", " ").split())
+    assert "does not name a file; write ./- for a file that is called -" in " ".join(result.stderr.replace("│", " ").split())
     assert seen(patched) == before
 
 
@@ -592,5 +596,5 @@ def test_killed_build_leaves_what_was_there_and_begins_again(pair):
 def test_library_refuses_as_the_command_does(pair):
     with pytest.raises(OperatorError, match="is the same file as the input"):
         files.build(pair / "old", pair / "new", pair / "new")
-    with pytest.raises(OperatorError, match="is a folder and no regular file"):
+    with pytest.raises(OperatorError, match="is a folder and not a regular file"):
         files.forecast(pair, pair / "new")

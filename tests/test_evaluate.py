@@ -286,7 +286,7 @@ def test_captions_are_same_for_every_model(dataset: Dataset, n: int) -> None:
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_evaluation_of_nothing_is_refused(dataset: Dataset, n: int) -> None:
-    with pytest.raises(DataError, match=f"an evaluation of {n} images says nothing; ask for at least 2"):
+    with pytest.raises(DataError, match=f"{n} images are too few for an evaluation; ask for at least 2"):
         held_out_captions(dataset, n)
 
 
@@ -639,7 +639,7 @@ def test_published_fid_of_bad_folder_is_refused(images: Path, dataset: Dataset, 
         published_fid(images, dataset.images[:1], file)
     for name in ("a.png", "b.png"):
         (tmp_path / "folder" / name).write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"a\.png cannot be decoded; take it out of the folder"):
+    with pytest.raises(DataError, match=r"a\.png cannot be decoded; remove it from the folder"):
         published_fid(tmp_path / "folder", dataset.images, file)
 
 
@@ -674,7 +674,7 @@ def test_damaged_features_are_refused(dataset: Dataset, whole_features: Path, tm
     data = whole_features.read_bytes()
     path.write_bytes(data[: int(keep * len(data))])
     for use in (lambda: fit(dataset, path), lambda: load_features(path)):
-        with pytest.raises(CheckpointError, match="cannot be read; restore it from a backup, past figures depend on it"):
+        with pytest.raises(CheckpointError, match="cannot be read; restore it from a backup, because past figures depend on it"):
             use()
     assert path.stat().st_size == int(keep * len(data))  # and it is never made anew automatically
 

@@ -424,7 +424,7 @@ def test_key_is_private_and_kept(home):
 @pytest.mark.parametrize("damage", [b"", b"x" * 31])
 def test_damaged_key_signs_nothing(home, damage):
     (home.root / "device.key").write_bytes(damage)
-    with pytest.raises(StateError, match="enroll anew"):
+    with pytest.raises(StateError, match="enroll the device again"):
         reports.queue(home, "installed", None)
     assert reports.send(home) == 0
 

@@ -13,6 +13,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.errors import BusyError, WorkspaceError
+from flows.errors import BusyError
 from flows.setup import create
 from flows.workspace import SEEN, Workspace
 from model import versions
-from model.errors import CheckpointError, RevisionError
+from model.errors import CheckpointError, ConfigError, RevisionError
 from ota.release.keys import KeyRing
 from registry.catalog import Catalog, Subject
 from registry.champions import anchor_of, champion_of, judged, sealed, verdict
@@ -184,12 +185,12 @@ def test_workspace_of_an_older_ferry_is_sealed_by_one_command_and_goes_on(worksp
     for words in (["release", "shapes"], ["retrain", "shapes"], ["report"]):
         told = ferry(workspace, *words)
         assert (told.exit_code, told.stdout) == (3, ""), told.output
-        assert "was registered by a ferry that kept no hashes of its files; `ferry seal` records them" in told.stderr
+        assert "without the hashes of its files; run `ferry seal`, which records them" in told.stderr
     assert "0 of them are signed by the ledger's key; the 2 before" in ferry(workspace, "history", "--verify").stdout
 
     stranger = Stranger(workspace, 1)
     for name, says in (
-        ("scorecard.json", "scorecard.json in MLflow is not the one that the ledger has of the gate"),
+        ("scorecard.json", "scorecard.json in MLflow is not the one that the gate's ledger entry names"),
         ("bundle/weights.bin", "bundle/weights.bin in MLflow is not the one that its scorecard and promotion name"),
         ("checkpoint/lineage.json", "checkpoint/lineage.json in MLflow is not the one that its scorecard names"),
     ):
@@ -249,7 +250,7 @@ def test_nothing_new_means_no_work(workspace: Workspace):
 
 
 def test_release_publishes_the_champion(workspace: Workspace):
-    from flows.release import release
+    from flows.publish import release
 
     made = release(str(workspace.root), "shapes", "edge")
     (published,) = workspace.repository.releases("shapes", "edge")
@@ -260,11 +261,11 @@ def test_release_publishes_the_champion(workspace: Workspace):
     assert manifest.entry("weights", "full").sha256 == champion.weights
     assert manifest.origin.decision == workspace.ledger.entries()[1].sha256
     assert (workspace.root / "published" / "metadata" / "timestamp.json").is_file()
-    assert workspace.ledger.holds(published.ledger)
+    assert published.ledger in workspace.ledger.hashes()
 
 
 def test_release_without_news_publishes_nothing_new(workspace: Workspace):
-    from flows.release import release
+    from flows.publish import release
 
     before = kinds(workspace)
     made = release(str(workspace.root), "shapes", "edge")
@@ -331,7 +332,7 @@ SEALED = [f"{part}/{name}" for part in ("bundle", "checkpoint") for name in PART
 @pytest.mark.parametrize("name", [*SEALED, "scorecard.json"])
 @pytest.mark.parametrize("how", ["other bytes", "more bytes", "none"])
 def test_file_that_a_stranger_replaced_in_mlflow_is_not_signed(workspace: Workspace, name: str, how: str):
-    from flows.release import make_bundle
+    from flows.publish import make_bundle
     from registry.errors import SealError
 
     def use() -> None:
@@ -356,7 +357,7 @@ def test_evil_bundle_in_mlflow_is_neither_released_nor_trained_from(workspace: W
         assert (told.exit_code, told.stdout) == (6, "")
         assert told.stderr.count("\n") == 1
         assert (
-            "somebody replaced it, nothing of it is used; restore MLflow's files from a backup, or `ferry retrain shapes`"
+            "somebody replaced it, and ferry does not use it; restore MLflow's files from a backup, or run `ferry retrain shapes`"
             in told.stderr
         )
         assert ferry(workspace, "history", "--verify").exit_code == 0
@@ -367,7 +368,7 @@ def test_evil_bundle_in_mlflow_is_neither_released_nor_trained_from(workspace: W
 
 
 def test_copy_that_was_fetched_before_is_checked_again(workspace: Workspace, tmp_path: Path):
-    from flows.release import make_bundle
+    from flows.publish import make_bundle
 
     seal, kept = sealed(workspace, SUBJECT, 1), workspace.work / "champions"
     bundle = workspace.catalog.files(seal, "bundle", kept)
@@ -395,13 +396,13 @@ TAGS: list[dict[str, str | None]] = [
 
 @pytest.mark.parametrize("tags", TAGS, ids=",".join)
 def test_tag_that_a_stranger_edited_changes_nothing_that_is_signed(workspace: Workspace, tags: dict[str, str | None]):
-    from flows.release import make_bundle
+    from flows.publish import make_bundle
 
     before = signed_facts(workspace)
     made = make_bundle.fn(str(workspace.root), "shapes", "edge")
     with Stranger(workspace, 1).tagging(tags):
         if "weights.sha256" in tags:
-            with pytest.raises(CatalogError, match="the ledger does not; `ferry reconcile` settles it"):
+            with pytest.raises(CatalogError, match="but the ledger does not; run `ferry reconcile`, or run"):
                 make_bundle.fn(str(workspace.root), "shapes", "edge")
         else:
             assert make_bundle.fn(str(workspace.root), "shapes", "edge") == made
@@ -419,18 +420,19 @@ def test_tag_that_a_stranger_edited_changes_nothing_that_is_signed(workspace: Wo
 
 
 def test_release_vouches_for_what_it_signed_when_an_older_version_is_sealed(workspace: Workspace):
-    from flows import seal
+    from flows.policies import released
+    from ota.manifest import MAX_WEIGHTS
+    from registry import sealing
     from registry.errors import SealError
-    from registry.promotion import subject_state
 
-    entries = workspace.ledger.entries(str(SUBJECT))
-    found = seal._examined(workspace, SUBJECT, 1, subject_state(entries), entries)
+    given = (SUBJECT, 1, workspace.ledger.entries(str(SUBJECT)), MAX_WEIGHTS, partial(released, workspace))
+    found = sealing._examined(workspace, *given)
     assert {name for name, by in found.vouched.items() if by == "shapes/edge release 1"} == {
         "bundle/graph.onnx", "bundle/golden.npz", "bundle/sampler.json", "bundle/reference.json",
     }  # fmt: skip
     says = r"golden\.npz in MLflow is not the one that shapes/edge release 1 was signed with"
     with Stranger(workspace, 1).replacing("bundle/golden.npz"), pytest.raises(SealError, match=says):
-        seal._examined(workspace, SUBJECT, 1, subject_state(entries), entries)
+        sealing._examined(workspace, *given)
 
 
 def test_changed_folder_is_not_trained_on(workspace: Workspace):
@@ -474,12 +476,12 @@ def test_alias_set_by_hand_is_neither_trusted_nor_built_on(workspace: Workspace)
 
     before = kinds(workspace)
     workspace.catalog.promote(SUBJECT, 2)  # as somebody might do in MLflow's web page
-    with pytest.raises(CatalogError, match="MLflow says shapes/I/full 2 is champion, the ledger does not"):
+    with pytest.raises(CatalogError, match="MLflow says shapes/I/full 2 is champion, but the ledger does not"):
         champions(workspace, workspace.class_subjects("shapes", "edge"))
     weights = workspace.catalog.version(SUBJECT, 1).tagged_weights
     with (
         Stranger(workspace, 2).tagging({"weights.sha256": weights}),
-        pytest.raises(CatalogError, match="2 is champion, the ledger does not"),
+        pytest.raises(CatalogError, match="2 is champion, but the ledger does not"),
     ):
         champions(workspace, workspace.class_subjects("shapes", "edge"))  # nor if its tags imitate the real champion
     workspace.catalog.promote(SUBJECT, 1)
@@ -498,7 +500,7 @@ def test_promotion_cut_before_the_alias_moved_is_completed_by_repeating_it(works
             promote(workspace, SUBJECT, 2, "it passed")
     assert kinds(workspace)[-1] == "promotion"
     assert champion_number(workspace) == 1
-    with pytest.raises(CatalogError, match="MLflow says shapes/I/full 1 is champion, the ledger does not"):
+    with pytest.raises(CatalogError, match="MLflow says shapes/I/full 1 is champion, but the ledger does not"):
         champions(workspace, workspace.class_subjects("shapes", "edge"))  # nothing is released between the two steps
     promote(workspace, SUBJECT, 2, "it passed")
     assert champions(workspace, workspace.class_subjects("shapes", "edge"))["full"].version == 2
@@ -514,7 +516,7 @@ def test_version_that_passed_the_gate_is_promoted_by_hand(workspace: Workspace):
 
 
 def test_second_release_carries_a_smaller_delta(workspace: Workspace):
-    from flows.release import release
+    from flows.publish import release
 
     made = release(str(workspace.root), "shapes", "edge")
     first = workspace.repository.releases("shapes", "edge")[0]
@@ -530,7 +532,7 @@ def test_second_release_carries_a_smaller_delta(workspace: Workspace):
 
 
 def test_going_back_finds_the_bundle_that_devices_know(workspace: Workspace):
-    from flows.release import release
+    from flows.publish import release
     from registry.champions import promote
 
     promote(workspace, SUBJECT, 1, "going back")
@@ -544,7 +546,7 @@ def test_schedule_does_not_undo_going_back(workspace: Workspace):
     before = kinds(workspace)
     (row,) = retrain(str(workspace.root), "shapes")
     assert (row["version"], row["outcome"], row["promoted"]) == (2, "promote", False)  # the same challenger, judged before
-    assert "it was taken back" in row["reason"]
+    assert "it was rolled back" in row["reason"]
     assert champion_number(workspace) == 1
     assert kinds(workspace) == before
 
@@ -660,12 +662,12 @@ def test_number_that_mlflow_gives_twice_is_no_other_model(workspace: Workspace, 
 
 
 def test_precision_that_the_champion_does_not_have_is_not_signed(workspace: Workspace):
-    from flows.release import release
+    from flows.publish import release
 
     before = workspace.repository.releases("shapes", "edge")
     classes = '\n[lines.shapes.classes.edge]\nprecision = "float32"\n'
     asked = settings(workspace, "coverage = 0.0\n", f"coverage = 0.0\n{classes}")
-    with asked, pytest.raises(CatalogError, match=r"is stored as bfloat16, ferry\.toml asks for float32"):
+    with asked, pytest.raises(CatalogError, match=r"is stored as bfloat16, but ferry\.toml asks for float32"):
         release(str(workspace.root), "shapes", "edge")
     assert workspace.repository.releases("shapes", "edge") == before
 
@@ -684,7 +686,7 @@ def test_other_picture_format_is_another_line(workspace: Workspace):
 
     before = len(workspace.catalog.versions(SUBJECT))
     asked = settings(workspace, 'tier = "test"', 'tier = "test"\nimage_size = 8')
-    with asked, pytest.raises(WorkspaceError, match=r"the champion draws 16 pixels in 1 channels, ferry\.toml asks for 8"):
+    with asked, pytest.raises(ConfigError, match=r"the champion draws 16 pixels in 1 channels, but ferry\.toml asks for 8"):
         retrain(str(workspace.root), "shapes")
     assert len(workspace.catalog.versions(SUBJECT)) == before
 
@@ -719,11 +721,11 @@ def test_ledger_that_was_cut_off_shows(workspace: Workspace):
         connection.execute("DELETE FROM ledger_entries WHERE number > 1")
     seen = workspace.root / "keys" / SEEN
     noted = seen.read_bytes()
-    for says in ("this workspace has seen entry", "the ledger lacks what shapes/edge release 1 was signed with"):
+    for says in ("this workspace has seen entry", "the ledger lacks the entry that shapes/edge release 1 was signed with"):
         for command in (["history"], ["release", "shapes"]):
             told = ferry(workspace, *command)
             assert told.exit_code == 6
-            assert "entries were cut off" in told.stderr
+            assert "so entries were removed" in told.stderr
             assert says in told.stderr
         seen.unlink()  # whoever cuts the ledger may delete it; the releases still show the cut
     seen.write_bytes(noted)
@@ -779,13 +781,16 @@ def test_report_is_made_from_the_stores(workspace: Workspace):
 def test_second_process_is_told_to_wait(workspace: Workspace):
     from flows.retrain import retrain
 
-    with FileLock(workspace.work / "retraining.lock"), pytest.raises(BusyError, match="another ferry holds the retraining"):
+    with (
+        FileLock(workspace.work / "retraining.lock"),
+        pytest.raises(BusyError, match="another ferry process holds the retraining"),
+    ):
         retrain(str(workspace.root), "shapes")
 
 
 def test_ledger_is_whole_after_all_this(workspace: Workspace):
     assert [e.number for e in workspace.ledger.entries()] == list(range(1, len(kinds(workspace)) + 1))
-    assert all(workspace.ledger.holds(r.ledger) for r in workspace.repository.releases("shapes", "edge"))
+    assert all(r.ledger in workspace.ledger.hashes() for r in workspace.repository.releases("shapes", "edge"))
 
 
 def test_stray_entries_in_mlflow_end_no_command(workspace: Workspace):
@@ -820,11 +825,11 @@ def test_stray_entries_in_mlflow_end_no_command(workspace: Workspace):
     ):  # fmt: skip
         told = ferry(workspace, *words)
         assert (told.exit_code, told.stdout) == (3, ""), f"{words}: {told.output}"
-        assert "the gate never saw shapes/I/full" in told.stderr
+        assert "the gate never judged shapes/I/full" in told.stderr
     client.set_registered_model_alias(model, "champion", str(made[0].version))
     told = ferry(workspace, "reconcile")
     assert told.exit_code == 5
-    assert "the gate never saw shapes/I/full" in told.stdout
+    assert "the gate never judged shapes/I/full" in told.stdout
     assert champion_number(workspace) == now.version
     assert client.get_registered_model(model).tags["ledger.champion"] == follows
     for version in made:

@@ -140,7 +140,7 @@ def test_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(
-        ConfigError, match=r"process 3 .* has no GPU of its own, there are 2; start torchrun with --nproc-per-node 2"
+        ConfigError, match=r"process 3 .* has no GPU of its own, because there are 2; start torchrun with --nproc-per-node 2"
     ):
         Hardware.here()
 

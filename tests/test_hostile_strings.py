@@ -5,7 +5,9 @@ Whoever has the factory's online keys can sign any of these. A device may refuse
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -24,8 +26,9 @@ from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, Tar
 
 from ota.agent import poll, transport, trust, updater
 from ota.agent.state import Config, opened
-from ota.delta.format import Header
-from ota.errors import FaultError, GateError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
+from ota.delta.format import MAGIC, PREFIX, VERSION, read_header
+from ota.delta.header import BundleFile, DeltaFile, Header, PlainFile
+from ota.errors import DeltaError, FaultError, GateError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
 from ota.manifest import Document, Manifest, Origin, Policy, Reference, SamplerTable, SignedReport, parse
 from ota.release import rotation
 from ota.release.bundle import Bundle
@@ -264,8 +267,22 @@ def test_length_signed_by_a_thief_fills_no_memory(offered):
 # Documents: no string without a type
 
 DOCUMENTS: list[type[BaseModel]] = [
-    trust.Target, trust.Custom, Manifest, Policy, SamplerTable, Reference, SignedReport, Config, Header,
+    trust.Target, trust.Custom, Manifest, Policy, SamplerTable, Reference, SignedReport, Config,
 ]  # fmt: skip
+HEADER = {
+    "base": "1" * 64, "target": "1" * 64,
+    "files": [
+        {"target": {"role": "weights", "variant": "full", "size": 1, "sha256": "1" * 64}, "base": "1" * 64, "base_size": 1},
+        {"target": {"size": 1, "sha256": "1" * 64}, "base": None, "base_size": 0},
+    ],
+}  # fmt: skip
+"""A delta's header with every string that one can hold. It is no pydantic document, and checks its fields itself."""
+STRINGS_OF_HEADER = {
+    f"{kind.__name__}.{field.name}"
+    for kind in (Header, DeltaFile, BundleFile, PlainFile)
+    for field in dataclasses.fields(kind)
+    if field.name not in ("files", "size", "base_size") and (kind, field.name) != (DeltaFile, "target")
+}
 OWN = {("Target", "name")}  # strings that the agent makes itself
 
 
@@ -301,7 +318,8 @@ def leaves(
 def all_strings() -> dict[str, bool]:
     seen: set[type[BaseModel]] = set()
     found = [row for kind in DOCUMENTS for row in strings_of(kind, seen)]
-    return {f"{kind.__name__}.{name}": free for kind, name, free in found if (kind.__name__, name) not in OWN}
+    own = {f"{kind.__name__}.{name}": free for kind, name, free in found if (kind.__name__, name) not in OWN}
+    return own | dict.fromkeys(STRINGS_OF_HEADER, False)
 
 
 def test_no_string_comes_without_a_type():
@@ -311,7 +329,7 @@ def test_no_string_comes_without_a_type():
 
 
 def test_every_string_is_listed_in_the_documentation():
-    text = (Path(__file__).parent.parent / "ota" / "README.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "threats.md").read_text()
     section = text.partition("## Strings that come from outside")[2].partition("\n## ")[0]
     listed = set(re.findall(r"`([A-Z]\w+\.\w+)`", section))
     assert all_strings().keys() - listed == set()
@@ -398,6 +416,20 @@ def test_hostile_string_in_a_document_is_refused(kind, at):
             assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", hostile), hostile
         else:
             pytest.fail(f"{kind.__name__} takes {hostile!r} in {at}")
+
+
+def test_hostile_string_in_the_header_of_a_delta_is_refused():
+    def read(value: Any) -> Header:
+        data = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+        return read_header(io.BytesIO(PREFIX.pack(MAGIC, VERSION, len(data)) + data))
+
+    assert json.loads(read(HEADER).canonical()) == HEADER
+    for at in spots(HEADER):
+        for hostile in HOSTILE:
+            with pytest.raises(DeltaError) as caught:
+                read(placed(HEADER, at, hostile))
+            assert str(caught.value).isprintable()
+            assert len(str(caught.value)) < 2100
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e400"])

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.measure import find, measure, network_file
+from flows.cli.main import network_file
+from flows.figures import measure
 from flows.setup import create
 from flows.workspace import Workspace
 from model import evaluate, versions
@@ -31,6 +32,7 @@ from registry import registration
 from registry.catalog import Subject
 from registry.champions import promote
 from registry.errors import CatalogError
+from registry.figures import find
 from registry.seal import SCORECARD, Seal, files_of, sealed_bytes
 from registry.selection import Check, Decision, Limits
 
@@ -47,6 +49,7 @@ text_length = 8
 [lines.empty]
 data = "data/empty"
 """
+SUBJECT = Subject(line="shapes", configuration="I", variant="full")
 N = 10  # images of the scorecard
 FIGURES = {
     "kd": (0.0123, 0.0234),
@@ -106,13 +109,12 @@ def register(workspace: Workspace, checkpoint: Checkpoint, exported: Export, fol
         outcome="promote", reason="first version", checks=[Check(name="coverage", passed=True, text="fine")], n=N, champion=None,
         challenger=made.weights_sha256, limits=Limits(), scorecard=made.sha256,
     )  # fmt: skip
-    subject = Subject(line="shapes", configuration="I", variant="full")
-    version = registration.register(workspace.catalog, subject, trained.lineage, made, decision, folder, exported.folder, {}, [])
+    version = registration.register(workspace.catalog, SUBJECT, trained.lineage, made, decision, folder, exported.folder, {}, [])
     files = {**files_of("bundle", exported.folder), **files_of("checkpoint", folder)}
     files[SCORECARD] = sealed_bytes(registration.card_text(made).encode())
-    seal = Seal.of(str(subject), version.number, trained.lineage, made, files)
+    seal = Seal.of(str(SUBJECT), version.number, trained.lineage, made, files)
     facts = {"version": version.number, "outcome": decision.outcome, "decision": decision.sha256, "champion": ""}
-    workspace.ledger.append("gate", str(subject), decision.reason, facts | {"seal": seal.facts})
+    workspace.ledger.append("gate", str(SUBJECT), decision.reason, facts | {"seal": seal.facts})
     return trained
 
 
@@ -124,7 +126,7 @@ def workspace(checkpoint: Checkpoint, exported: Export, tmp_path_factory: pytest
     write_images(made.root / "data/shapes")
     versions.add(made.root, "data/shapes", "shapes", "first")
     register(made, checkpoint, exported, root / "first")
-    promote(made, Subject.parse("shapes/I/full"), 1, "first")
+    promote(made, SUBJECT, 1, "first")
     (made.root / "data/shapes/torn.png").write_bytes(b"torn")
     versions.add(made.root, "data/shapes", "shapes", "a torn one")
     register(made, checkpoint, exported, root / "second")
@@ -160,12 +162,12 @@ def test_table_shows_the_registered_figures(workspace: Workspace):
 
 def test_json_holds_the_whole_scorecard(workspace: Workspace):
     told = json.loads(ferry(workspace, "shapes/I/full", "2", "--json").stdout)
-    assert Scorecard.model_validate(told["scorecard"]) == workspace.catalog.card(find(workspace, "shapes/I/full", 2))
+    assert Scorecard.model_validate(told["scorecard"]) == workspace.catalog.card(find(workspace, SUBJECT, 2))
     assert (told["version"], told["champion"], told["fid"]) == (2, False, None)
 
 
 def test_fid_is_of_images_drawn_as_in_an_evaluation(workspace: Workspace, exported: Export, network: Path, tmp_path: Path):
-    version = find(workspace, "shapes/I/full")
+    version = find(workspace, SUBJECT)
     dataset: Dataset = prepare(workspace.root / "data/shapes", CONFIG, tmp_path / "cache")
     for n in (None, 6):
         measured = measure(workspace, version, network, n=n)
@@ -206,13 +208,13 @@ def refused(told: Result, says: str) -> None:
         (("tables/I/full",), "there is no line 'tables' in ferry.toml; there is shapes, empty"),
         (("shapes/I/full", "7"), "shapes/I/full has no version 7; there are 1, 2"),
         (("empty/I/full",), "empty/I/full has no champion; run `ferry retrain empty`"),
-        (("empty/I/full", "1"), "empty/I/full has no version 1; there is none yet, run `ferry retrain`"),
+        (("empty/I/full", "1"), "empty/I/full has no version 1; there is none yet, so run `ferry retrain`"),
         (
             ("shapes/I/full", "--features", "vgg:FILE"),
-            "there are no features 'vgg:FILE'; write inception:FILE with a TorchScript file of Inception weights",
+            "--features cannot be 'vgg:FILE'; write inception:FILE, where FILE is a TorchScript file of Inception weights",
         ),
-        (("shapes/I/full", "--features", "inception:"), "there are no features 'inception:'; write inception:FILE"),
-        (("shapes/I/full", "--features", "network.pt"), "there are no features 'network.pt'; write inception:FILE"),
+        (("shapes/I/full", "--features", "inception:"), "--features cannot be 'inception:'; write inception:FILE, where"),
+        (("shapes/I/full", "--features", "network.pt"), "--features cannot be 'network.pt'; write inception:FILE, where"),
         (
             ("shapes/I/full", "--features", "inception:/nowhere/network.pt"),
             "there is no file /nowhere/network.pt; name a TorchScript file of Inception weights",
@@ -245,18 +247,18 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_drawn(
     )
     refused(
         ferry(workspace, "shapes/I/full", "2", "--features", f"inception:{network}"),
-        "the version's own data hold 1 files that cannot be used, the first: torn.png is not named in metadata.jsonl; name a folder of "
-        "sound images with --images",
+        "the version's data hold 1 files that cannot be used (for example, torn.png is not named in metadata.jsonl); name a folder "
+        "of sound images with --images",
     )
 
 
 def test_version_is_named_where_there_is_no_champion(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("flows.measure.champion_of", lambda *_: None)
+    monkeypatch.setattr("registry.figures.champion_of", lambda *_: None)
     with pytest.raises(CatalogError, match=r"shapes/I/full has no champion; name one of its versions, 1, 2"):
-        find(workspace, "shapes/I/full")
+        find(workspace, SUBJECT)
 
 
 def test_network_file_may_hold_a_colon():
     assert network_file("inception:a:b.pt") == Path("a:b.pt")
-    with pytest.raises(ConfigError, match="there are no features"):
+    with pytest.raises(ConfigError, match="--features cannot be"):
         network_file("Inception:b.pt")

@@ -136,7 +136,9 @@ def test_what_is_no_regular_file_is_refused_and_stays(tmp_path, kind):
     path = special(tmp_path, kind)
     before, names = os.lstat(path), names_in(tmp_path)
     for refusing in (output.check, write):
-        with pytest.raises(OperatorError, match=f"is a {kind.split()[0]} and no regular file, and stays as it is; name another"):
+        with pytest.raises(
+            OperatorError, match=f"is a {kind.split()[0]} and not a regular file, so it stays as it is; name another"
+        ):
             refusing(path)
     assert names_in(tmp_path) == names
     after = os.lstat(path)
@@ -156,7 +158,7 @@ def test_names_of_no_file_are_refused(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("kind", ["link to a file", "pipe", "folder"])
 def test_what_comes_while_the_file_is_written_is_not_replaced(tmp_path, kind):
-    with pytest.raises(OperatorError, match="no regular file"), output.fresh(tmp_path / "out"):
+    with pytest.raises(OperatorError, match="not a regular file"), output.fresh(tmp_path / "out"):
         special(tmp_path, kind)
     assert names_in(tmp_path) == ["out", "victim"][: 1 + (kind == "link to a file")]
     assert not stat.S_ISREG(os.lstat(tmp_path / "out").st_mode)
@@ -195,7 +197,7 @@ def test_check_lets_pass_what_can_be_written_and_writes_nothing(tmp_path):
 def test_folder_that_is_none_is_named(tmp_path, folder):
     (tmp_path / "file").write_bytes(WAS)
     for refusing in (output.check, write):
-        with pytest.raises(OperatorError, match=f"{folder} is no folder; make it, or name another place"):
+        with pytest.raises(OperatorError, match=f"{folder} is not a folder; make it, or name another place"):
             refusing(tmp_path / folder / "out")
     assert (tmp_path / "file").read_bytes() == WAS
 

@@ -95,7 +95,9 @@ def test_pair_of_the_users_own_is_kept(root: Path):
 def test_pair_that_does_not_fit_is_refused_in_one_sentence(given: dict[str, str], root: Path):
     told = subprocess.run([*FERRY, "-w", str(root), "history"], env=clean_environment() | given, capture_output=True, text=True)
     assert (told.returncode, told.stdout) == (3, "")
-    assert told.stderr == f"ferry: {SERVER} and {CLIENT} differ; unset both, and ferry makes a secret, or give both the same\n"
+    assert told.stderr == (
+        f"ferry: {SERVER} and {CLIENT} differ; unset both so that ferry makes a secret, or give both the same value\n"
+    )
 
 
 @pytest.mark.parametrize("given", [{}, {CLIENT: "anna:secret"}])
@@ -443,7 +445,7 @@ def test_second_serve_leaves_the_first_ones_credentials(served: Served):
     command = [*FERRY, "-w", str(served.workspace.root), "serve"]
     told = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert told.returncode == 4
-    assert told.stderr == f"ferry: another ferry holds the serving of {served.workspace.root}; wait for it to finish\n"
+    assert told.stderr == f"ferry: another ferry process holds the serving of {served.workspace.root}; wait for it to finish\n"
     assert served.secret == before
     assert served.ask("GET", "/api/admin/version", None, before)[0] == 200
 

@@ -22,6 +22,7 @@ from flows.setup import create
 from flows.workspace import Workspace
 from ota.errors import OperatorError
 from ota.manifest import Policy
+from ota.release import fielded
 from ota.release.bundle import Bundle
 from ota.release.keys import KeyRing
 from ota.release.repository import Repository
@@ -160,7 +161,7 @@ def test_printed_commands_take_a_device_back(two: Factory, tmp_path: Path):
     device = two.device(tmp_path, seq=2)
     two.promote("first")  # what `ferry rollback` writes
     hint = policies.after_promotion(two.workspace, LINE, "I", "full")
-    assert hint == "devices go back to it, all at once, with `ferry rollout start shapes/edge --release 1 --revert`"
+    assert hint == "to make all devices go back to it at once, run `ferry rollout start shapes/edge --release 1 --revert`"
     (words,) = re.findall(r"`ferry (.*?)`", hint)
     refused(two, "release 1 is older than 2.*--release 1 --revert", "rollout", "start", LINE)
     two.ferry(*words.split())
@@ -175,16 +176,16 @@ def test_next_step_is_what_is_true(factory: Factory):
     factory.release("first")
 
     def step(number: int) -> str:
-        return policies.next_step(factory.workspace, LINE, CLASS, number)
+        return fielded.next_step(factory.workspace, LINE, CLASS, number)
 
-    assert step(1) == "no device installs it yet: `ferry rollout start shapes/edge`"
+    assert step(1) == "no device installs it yet; run `ferry rollout start shapes/edge`"
     factory.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
     assert step(1) == "release 1 is open to 100 % of the fleet"
     factory.promote("second")
     factory.release("second")
-    assert step(2) == "no device installs it yet: `ferry rollout start shapes/edge`"
+    assert step(2) == "no device installs it yet; run `ferry rollout start shapes/edge`"
     factory.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
-    assert step(1) == "devices go back to it, all at once, with `ferry rollout start shapes/edge --release 1 --revert`"
+    assert step(1) == "to make all devices go back to it at once, run `ferry rollout start shapes/edge --release 1 --revert`"
     factory.ferry("rollout", "halt", LINE)
     assert step(2) == "release 2 is halted"
 
@@ -272,7 +273,7 @@ def test_halt_goes_out_while_another_ferry_holds_the_records(two: Factory, tmp_p
     with FileLock(two.workspace.work / "records.lock"):
         told = two.ferry("rollout", "halt", LINE, code=4)
         assert "release 2 is halted, and that is published, but it could not be recorded" in told
-        assert "another ferry holds the records" in told
+        assert "another ferry process holds the records" in told
         outcome = device.update()
     assert (outcome.changed, outcome.reason) == (False, "release 2 is halted")
     assert two.workspace.ledger.head() == entries

@@ -10,16 +10,17 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from email.message import Message
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from flows import rate
 from flows.setup import create
+from flows.web import rating as pages
 from flows.workspace import Workspace
-from registry import rating
+from registry import rating, sheets
 from registry.errors import RatingError
 from registry.rating import Answers, Rated, Sheet
 
@@ -56,7 +57,7 @@ def test_sides_are_dealt_by_lot_and_evenly():
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [((3, 3, ["bar"], 40), "cannot be compared with itself"), ((3, 2, ["bar"], 19), "20 decided ones are needed"),
+    [((3, 3, ["bar"], 40), "cannot be compared with itself"), ((3, 2, ["bar"], 19), "a result needs 20 decided pairs"),
      ((3, 2, [], 40), "lists no captions")],
 )  # fmt: skip
 def test_sheet_that_could_say_nothing_is_not_dealt(arguments: tuple[int, int, list[str], int], says: str):
@@ -97,7 +98,7 @@ def test_votes_are_turned_back_into_versions():
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"{", "these are not answers"),
+        (b"{", "the file does not hold answers"),
         (b'{"sheet": "../../etc/passwd", "rater": "A", "votes": []}', "sheet"),
         (json.dumps({"sheet": IDENTITY, "rater": "A", "votes": ["3"]}).encode(), "votes.0"),
         (json.dumps({"sheet": IDENTITY, "rater": " ", "votes": []}).encode(), "rater"),
@@ -112,7 +113,7 @@ def test_what_is_no_answer_is_refused(data: bytes, says: str):
 
 def test_unfinished_sheet_does_not_count():
     sheet = dealt()
-    with pytest.raises(RatingError, match="answered 19 of 20 pairs; only a sheet that is finished counts"):
+    with pytest.raises(RatingError, match="answered 19 of 20 pairs; ask the rater to finish the sheet"):
         rating.decode(sheet, Answers(sheet=sheet.id, rater="Anna", votes=["1"] * 19))
     with pytest.raises(RatingError, match="another sheet"):
         rating.decode(sheet, Answers(sheet="f" * 32, rater="Anna", votes=["1"] * 20))
@@ -121,7 +122,7 @@ def test_unfinished_sheet_does_not_count():
 def test_few_decided_pairs_say_nothing():
     (verdict,) = rating.judge([rated(19, 0)])
     assert (verdict.share, verdict.p) == (None, None)
-    assert verdict.text.startswith("nothing can be said of version 3 against 2 yet: 19 decided pairs, 20 are needed")
+    assert verdict.text.startswith("versions 3 and 2 cannot be compared yet: 19 pairs are decided and 20 are needed")
 
 
 def test_preference_has_an_exact_interval_and_test():
@@ -171,26 +172,26 @@ def test_answers_in_files_become_decisions_of_record(made: Workspace, sheet: She
     before = entries(made)
     path = tmp_path / "answers.json"
     path.write_text(answered(sheet, 15, 3).model_dump_json())
-    rate.collect(made, SUBJECT, [path])
-    rate.collect(made, SUBJECT, [path])  # again, and nothing changes
+    sheets.collect(made, made.ratings, SUBJECT, [path])
+    sheets.collect(made, made.ratings, SUBJECT, [path])  # again, and nothing changes
     entry = made.ledger.entries()[-1]
     assert entries(made) == before + 1
     assert (entry.kind, entry.subject) == ("rating", SUBJECT)
     assert entry.why == "Anna, blind, preferred version 3 over 2 in 15 of 18 pairs, 2 alike"
     path.write_text(answered(sheet, 3, 15, rater="ANNA").model_dump_json())
     with pytest.raises(RatingError, match="answered this sheet already; the first answers count"):
-        rate.collect(made, SUBJECT, [path])
+        sheets.collect(made, made.ratings, SUBJECT, [path])
     with pytest.raises(RatingError, match="answers a sheet of shapes/I/full"):
-        rate.collect(made, "shapes/I/fast", [path])
+        sheets.collect(made, made.ratings, "shapes/I/fast", [path])
     path.write_text(answered(dealt(identity="e" * 32), 15, 3).model_dump_json())
     with pytest.raises(RatingError, match="this workspace made no sheet e"):
-        rate.collect(made, SUBJECT, [path])
+        sheets.collect(made, made.ratings, SUBJECT, [path])
     assert entries(made) == before + 1
 
 
 def call(
     address: str, data: bytes | None = None, path: str = "", host: str = "", origin: str | None = None
-) -> tuple[int, str, dict[str, str]]:
+) -> tuple[int, str, Message]:
     """Send a request as a browser at the address would, or with parts of it changed."""
     url = urlsplit(address)
     connection = HTTPConnection(url.netloc, timeout=10)
@@ -199,7 +200,7 @@ def call(
         headers["Origin"] = origin or f"http://{url.netloc}"
     connection.request("GET" if data is None else "POST", path or url.path + ("" if data is None else "answers"), data, headers)
     reply = connection.getresponse()
-    found = reply.status, reply.read().decode(), dict(reply.getheaders())
+    found = reply.status, reply.read().decode(), reply.headers
     connection.close()
     return found
 
@@ -219,7 +220,7 @@ def announce(address: str, length: str) -> int:
 
 def test_served_sheet_is_answered_and_kept(made: Workspace, sheet: Sheet):
     before = entries(made)
-    with rate.server(made, sheet, "the page") as address:
+    with pages.server(made, sheet, "the page") as address:
         assert urlsplit(address).hostname == "127.0.0.1"
         status, text, headers = call(address)
         assert (status, text) == (200, "the page")
@@ -236,7 +237,7 @@ def test_served_sheet_is_answered_and_kept(made: Workspace, sheet: Sheet):
 
 def test_others_can_neither_read_a_sheet_nor_answer_it(made: Workspace, sheet: Sheet):
     before, good = entries(made), answered(sheet, 12, 8).model_dump_json().encode()
-    with rate.server(made, sheet, "the page") as address:
+    with pages.server(made, sheet, "the page") as address:
         port = urlsplit(address).port
         assert call(address, host=f"evil.example:{port}")[0] == 421  # a name that was pointed at the loopback
         for guess in ("/", f"/{sheet.id}/", f"/{sheet.id}"):  # the sheet's id is the name of a file
@@ -246,7 +247,8 @@ def test_others_can_neither_read_a_sheet_nor_answer_it(made: Workspace, sheet: S
         assert call(address, good, origin="http://evil.example")[0] == 403
         assert call(address, good, origin="null")[0] == 403
         assert call(address, good, origin="")[0] == 403  # a program, which sends no Origin, can use `--answers`
-        for length in (str(rating.MAX_ANSWERS + 1), "-1", "many", "9" * 5000):
-            assert announce(address, length) == 413
+        assert announce(address, str(rating.MAX_ANSWERS + 1)) == 413
+        for length in ("-1", "many", "9" * 5000):
+            assert announce(address, length) == 400
         assert call(address, b"{}")[0] == 400
     assert entries(made) == before

@@ -198,7 +198,7 @@ def test_floor_that_no_ferry_gave_is_not_signed_on(repository, bundles):
 def test_release_that_no_ferry_wrote_is_said(repository, bundles, custom):
     release(repository, bundles["first"])
     name_manifest(repository, bundles["first"].manifest, 1, **{**TOLD, **custom})
-    with pytest.raises(OperatorError, match="which no ferry wrote") as caught:
+    with pytest.raises(OperatorError, match="which ferry did not write") as caught:
         repository.releases(LINE, CLASS)
     assert str(caught.value).isprintable()
 
@@ -265,7 +265,7 @@ def test_renew_without_offline_keys_changes_nothing(own_keys, tmp_path, bundles)
     files = {path: path.read_bytes() for path in repository.folder.rglob("*") if path.is_file()}
     with pytest.raises(OperatorError, match="role root needs 2 signatures"):
         repository.renew()
-    with pytest.raises(OperatorError, match="rollout is not renewed by itself"):
+    with pytest.raises(OperatorError, match="rollout cannot be renewed on its own"):
         repository.renew(["rollout"])
     assert {path: path.read_bytes() for path in repository.folder.rglob("*") if path.is_file()} == files
     repository.renew(["models", "deltas"])
@@ -329,7 +329,7 @@ def test_policy_for_unpublished_release_refused(repository, bundles, fields):
 def test_revert_to_unmarked_release_refused(repository, bundles):
     made = release(repository, bundles["first"], revertible=False)
     repository.set_policy(everyone(made))
-    with pytest.raises(OperatorError, match="not marked as one to go back to"):
+    with pytest.raises(OperatorError, match="not marked as revertible"):
         repository.set_policy(rollout.start(made, (100,), 0, revert=True))
     assert repository.policy(LINE, CLASS).revert is False
 

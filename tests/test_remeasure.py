@@ -14,16 +14,18 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from flows import remeasure, report
 from flows.cli import app
+from flows.figures import remeasure
 from flows.setup import create
 from flows.workspace import Workspace
 from model import features, versions
 from model.data import prepare
 from model.export import Export
 from model.train import Checkpoint
+from registry import columns
 from registry.catalog import Subject
 from registry.champions import promote, sealed
+from registry.figures import figures
 from registry.ledger import Ledger
 
 from .conftest import CONFIG, few, write_images
@@ -78,17 +80,17 @@ def test_line_of_an_older_ferry_gets_the_new_space_by_one_command(workspace: Wor
     assert [(q["space"], q["space_sha256"], q["n"]) for q in facts["quality"]] == [(s, spaces.sha256, 24) for s in spaces.names]
     assert workspace.catalog.card(sealed(workspace, SUBJECT, 1)) == card  # what the gate saw stays
     assert len(list((workspace.root / "features").iterdir())) == 2
-    anew = remeasure.figures(workspace, SUBJECT, 1)
+    anew = figures(workspace, SUBJECT, 1)
     assert anew
 
     told = CliRunner().invoke(app, ["--quiet", "-w", str(workspace.root), "evaluate", "shapes/I/full"])
     rows = [line.split() for line in told.stdout.splitlines() if line.startswith("new")]
     assert [(row[1], row[3]) for row in rows] == [(q.space, f"{q.kd:.4f}") for q in anew.quality]
     assert "measured anew" in told.stdout
-    champion = report._Champion(SUBJECT, sealed(workspace, SUBJECT, 1), card, 1.0, b"", None, [])
+    champion = columns.Champion(SUBJECT, sealed(workspace, SUBJECT, 1), card, 1.0, b"", None, [])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_samples", lambda *_: (b"", None, []))
-        column = report._model(workspace, champion, [champion])
+        patch.setattr(columns, "samples", lambda *_: (b"", None, []))
+        column = columns.column(workspace, champion, [champion], "first", None, None)
     assert column.distance.kd == {q.space: q.kd for q in anew.quality}
 
     entries = workspace.ledger.entries()
@@ -113,34 +115,34 @@ def test_killed_call_is_rerun_and_records_once(workspace: Workspace, monkeypatch
         if cut == "before the ledger":
             patch.setattr(Ledger, "append", killed)
         elif cut == "after the ledger":
-            patch.setattr(remeasure, "_put_in_place", killed)
+            patch.setattr(features, "put_in_place", killed)
         else:
             patch.setattr(
                 Path, "replace", lambda path, to: killed() if to == workspace.feature_spaces("shapes") else path.rename(to)
             )
         with pytest.raises(KeyboardInterrupt):
-            remeasure.remeasure(workspace, "shapes", "for a test")
+            remeasure(workspace, "shapes", "for a test")
     assert digest(workspace.feature_spaces("shapes")) == before
     assert len(workspace.ledger.entries()) == entries + (cut != "before the ledger")
-    assert remeasure.figures(workspace, SUBJECT, 1) is None  # figures in spaces that are not in use are not shown
-    made = remeasure.remeasure(workspace, "shapes", "for a test")
+    assert figures(workspace, SUBJECT, 1) is None  # figures in spaces that are not in use are not shown
+    made = remeasure(workspace, "shapes", "for a test")
     assert made.versions == ([] if cut != "before the ledger" else ["shapes/I/full 1"])
     assert digest(workspace.feature_spaces("shapes")) == made.spaces_sha256 != before
-    assert remeasure.text_of(made).startswith("shapes now measures in trained, random, scattering features")
-    assert remeasure.figures(workspace, SUBJECT, 1) is not None
+    assert made.text.startswith("shapes now measures in trained, random, scattering features")
+    assert figures(workspace, SUBJECT, 1) is not None
     assert len(workspace.ledger.entries()) == entries + 1
 
 
 def test_champion_that_was_never_measured_in_the_present_spaces_is_measured_by_the_same_command(
     workspace: Workspace, checkpoint: Checkpoint, exported: Export, tmp_path: Path
 ):
-    remeasure.remeasure(workspace, "shapes", "for a test")
+    remeasure(workspace, "shapes", "for a test")
     present, revision = digest(workspace.feature_spaces("shapes")), measured(workspace)[0]["data_rev"]
     write_images(workspace.root / "data/shapes", 90)
     versions.add(workspace.root, "data/shapes", "shapes", "second")
     register(workspace, checkpoint, exported, tmp_path / "second")
     promote(workspace, SUBJECT, 2, "second", overrule=True)
-    made = remeasure.remeasure(workspace, "shapes", "somebody went back to it", revision)
+    made = remeasure(workspace, "shapes", "somebody went back to it", revision)
     assert made.versions == ["shapes/I/full 2"]  # the first is measured already
     assert [facts["version"] for facts in measured(workspace)] == [1, 2]
     assert digest(workspace.feature_spaces("shapes")) == present
@@ -150,8 +152,8 @@ def test_champion_that_was_never_measured_in_the_present_spaces_is_measured_by_t
 def test_line_without_a_champion_gets_new_spaces_too(workspace: Workspace):
     before = digest(workspace.feature_spaces("shapes"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remeasure, "champion_of", lambda *_: None)
-        made = remeasure.remeasure(workspace, "shapes", "new captions")
+        patch.setattr("registry.figures.champion_of", lambda *_: None)
+        made = remeasure(workspace, "shapes", "new captions")
     assert (made.versions, measured(workspace)) == ([], [])
     assert digest(workspace.feature_spaces("shapes")) == made.spaces_sha256 != before
     assert digest(workspace.former_feature_spaces("shapes")[0]) == before
@@ -164,7 +166,7 @@ def test_figures_from_former_spaces_are_marked(workspace: Workspace, checkpoint:
     write_images(workspace.root / "data/shapes", 90)
     versions.add(workspace.root, "data/shapes", "shapes", "second")
     register(workspace, checkpoint, exported, tmp_path / "second")
-    remeasure.remeasure(workspace, "shapes", "for a test")  # measures champion and anchor
+    remeasure(workspace, "shapes", "for a test")  # measures champion and anchor
     assert "measured in feature spaces that the line had before" in told("2")
     assert "measured in feature spaces that the line had before" not in told("1")
 
@@ -172,7 +174,7 @@ def test_figures_from_former_spaces_are_marked(workspace: Workspace, checkpoint:
 REFUSED = (
     (("nothing", "--reason", "x"), "there is no line 'nothing'"),
     (("empty", "--reason", "x"), "empty has no feature spaces yet; run `ferry retrain empty`, which makes them"),
-    (("shapes", "--reason", " "), "new feature spaces need their reason; give it with --reason"),
+    (("shapes", "--reason", " "), "new feature spaces need a reason; give it with --reason"),
     (("shapes", "--reason", "x", "--data", "nowhere"), "nowhere"),
 )
 
@@ -190,7 +192,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(workspace: Workspace):
     whole = settings.read_text()
     settings.write_text(whole.replace('tier = "test"', 'tier = "test"\nimage_size = 8'))
     assert (
-        "shapes/I/full 1 draws 16 pixels in 1 channels, ferry.toml asks for 8 in 1"
+        "shapes/I/full 1 draws 16 pixels in 1 channels, but ferry.toml asks for 8 in 1"
         in ferry(workspace, "shapes", "--reason", "x").stderr
     )
     settings.write_text(whole)
@@ -205,5 +207,5 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(workspace: Workspace):
     with FileLock(workspace.work / "retraining.lock"):
         told = ferry(workspace, "shapes", "--reason", "x")
     assert told.exit_code == 4
-    assert "another ferry holds the retraining" in told.stderr
+    assert "another ferry process holds the retraining" in told.stderr
     assert measured(workspace) == []

@@ -36,9 +36,9 @@ from flows.workspace import Workspace
 where, root = sys.argv[1:]
 Workspace(Path(root))  # as the command does before it imports Prefect
 
-from flows import candidate, retrain, steps
+from flows import retrain, steps
 from model import evaluate
-from registry import registration
+from registry import champions, registration
 
 def die(*words, **more):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -56,7 +56,7 @@ if where == "export": after(steps.export, "export")
 if where == "evaluate": after(evaluate, "measure_cost")
 if where == "register, before the version": after(registration, "_log_view")
 if where == "register, before the ledger": after(steps, "register")
-if where == "promote": candidate.promote = die
+if where == "promote": champions.promote = die
 retrain.retrain(root, "shapes")
 """
 PLACES = ["pull data", "train", "export", "evaluate", "register, before the version", "register, before the ledger", "promote"]
@@ -166,7 +166,7 @@ def test_each_event_makes_one_run(tmp_path: Path, prefect: dict[str, str]):
         wait_for(lambda: any(workspace.work.glob("runs/*/resume.safetensors")), process)
         told = subprocess.run([*command[:-4], "--look-every", "1"], capture_output=True, text=True, env=prefect)
         assert told.returncode == 4
-        assert "another ferry holds the serving" in told.stderr
+        assert "another ferry process holds the serving" in told.stderr
     finally:
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)

@@ -149,12 +149,12 @@ def test_same_bundle_not_wanted_again(state, reason):
 
 
 def test_older_release_is_no_revert():
-    with pytest.raises(TrustError, match="release 3, older than 4, without calling it a revert"):
+    with pytest.raises(TrustError, match="release 3, older than 4, but does not mark it as a revert"):
         want(policy(seq=3), revertible=True)
 
 
 def test_revert_needs_mark_in_models():
-    with pytest.raises(TrustError, match="not marked as one to go back to"):
+    with pytest.raises(TrustError, match="not marked as revertible"):
         want(policy(seq=3, revert=True), revertible=False)
 
 
@@ -224,7 +224,9 @@ def test_versions_may_not_go_back(found, marks):
 @pytest.mark.parametrize("role", ["timestamp", "models"])
 def test_version_beyond_the_largest_count_is_refused(role):
     rules.check_versions({"root": 1, role: 9_007_199_254_740_992}, {"root": 1})
-    with pytest.raises(TrustError, match=f"a version of {role} beyond 9007199254740992; it is an attack, nothing is installed"):
+    with pytest.raises(
+        TrustError, match=f"a version of {role} beyond 9007199254740992; this is an attack, and nothing is installed"
+    ):
         rules.check_versions({"root": 1, role: 9_007_199_254_740_993}, {"root": 1})
 
 
@@ -236,8 +238,8 @@ def test_version_beyond_the_largest_count_is_refused(role):
     [
         ({"device_class": "other"}, ManifestError, "the bundle is for shapes/other, not for this device"),
         ({"line": "other"}, ManifestError, "the bundle is for other/edge, not for this device"),
-        ({"minimum_agent": "0.2.1"}, AgentError, "the bundle needs agent 0.2.1, this is 0.2.0; update the agent first"),
-        ({"minimum_agent": "0.10.0"}, AgentError, "the bundle needs agent 0.10.0, this is 0.2.0; update the agent first"),
+        ({"minimum_agent": "0.2.1"}, AgentError, "the bundle needs agent 0.2.1, but this is 0.2.0; update the agent first"),
+        ({"minimum_agent": "0.10.0"}, AgentError, "the bundle needs agent 0.10.0, but this is 0.2.0; update the agent first"),
     ],
 )
 def test_bundle_made_for_another_device_or_agent_is_refused(fields, error, sentence):
@@ -310,13 +312,16 @@ def test_fit_bundle_has_no_reasons():
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"golden_share": 0.979}, "only 97.9 % of its golden outputs come out right here, 98 % must"),
+        ({"golden_share": 0.979}, "only 97.9 % of its golden outputs are right on this device, but 98 % must be"),
         ({"finite": False}, "it makes images that are not finite"),
-        ({"load": ((0.96, 0.04),)}, "expert 1 of block 0 carry no load here as they did in the factory"),
+        (
+            {"load": ((0.96, 0.04),)},
+            "experts that worked at the factory carry almost no load on this device: expert 1 of block 0",
+        ),
         ({"load": ((1.0,),)}, "other experts"),
         ({"load": ()}, "other experts"),
-        ({"milliseconds": 150.0, "computing": 101.0}, "an image takes 101 ms of computing, the budget is 100 ms"),
-        ({"peak_mib": 1025.0}, "it takes 1025 MiB, 1024 are allowed"),
+        ({"milliseconds": 150.0, "computing": 101.0}, "an image takes 101 ms of computing; the budget is 100 ms"),
+        ({"peak_mib": 1025.0}, "it takes 1025 MiB; the limit is 1024 MiB"),
         ({"statistics": (("mean", float("nan")),)}, "the images' mean brightness is nan"),
         ({"statistics": (("mean", 0.26),)}, "the images' mean brightness is 0.26; the running model's range is 0.05 to 0.15"),
         ({"statistics": (("mean", -0.06),)}, "the images' mean brightness is -0.06; the running model's range is 0.05 to 0.15"),
@@ -351,4 +356,4 @@ def test_runtime_bounds_are_numeric(version, fits):
 def test_runtime_at_the_upper_bound_is_refused():
     bounds = [">=1.20", "<1.24.1"]
     assert rules.check_runtime(bounds, "1.24.0") is None
-    assert rules.check_runtime(bounds, "1.24.1") == "it needs ONNX Runtime >=1.20, <1.24.1, this device has 1.24.1"
+    assert rules.check_runtime(bounds, "1.24.1") == "it needs ONNX Runtime >=1.20, <1.24.1, but this device has 1.24.1"

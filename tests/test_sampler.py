@@ -132,7 +132,7 @@ def test_captions_read_alike(exported, factory, caption):
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"junk"])
 def test_damaged_graph_not_loaded(exported, damage):
-    with pytest.raises(DeviceError, match=r"does not load the model|is no ONNX file"):
+    with pytest.raises(DeviceError, match=r"does not load the model|is not an ONNX file"):
         sampler.open_model(damage, (exported.folder / "weights.bin").read_bytes(), table(exported))
 
 
@@ -142,7 +142,7 @@ def test_graph_opens_no_other_file(exported, tmp_path, monkeypatch):
     weights = (exported.folder / "weights.bin").read_bytes()
     graph = (exported.folder / "graph.onnx").read_bytes().replace(b"weights.bin", b"secrets.bin")
     (tmp_path / "secrets.bin").write_bytes(weights)
-    with pytest.raises(DeviceError, match=r"names the file 'secrets\.bin'; it is not given any"):
+    with pytest.raises(DeviceError, match=r"names the file 'secrets\.bin'; a graph must not read other files than its weights"):
         sampler.open_model(graph, weights, table(exported))
 
 

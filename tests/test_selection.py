@@ -106,7 +106,7 @@ def test_first_version_needs_only_the_floors():
         (card(old=(0.2, 0.01)), "non-inferiority on the old data"),
         (card(coverage=0.1), "coverage is 0.10"),
         (card(bad=0.2), "20.0% of the images are constant or not finite"),
-        (card(dead=3), "3 experts carry next to nothing"),
+        (card(dead=3), "3 experts carry almost no load"),
         (card(milliseconds=101), "the budget is 100 ms"),
         (card(against="d" * 64), "was not compared with the present champion"),
     ],
@@ -127,7 +127,7 @@ def test_better_point_value_with_wide_interval_is_not_promoted():
     assert decision.outcome == "more data"
     # 100 * (2.394 * 0.04 / 0.01)²; more generated images alone would not suffice, so the groups are named too
     assert (
-        "is undecided at n = 100 and 10000 held-out groups, about 9173 images in 917292 held-out groups are needed next time"
+        "is undecided at n = 100 and 10000 held-out groups; about 9173 images in 917292 held-out groups are needed next time"
         in decision.reason
     )
 
@@ -145,8 +145,12 @@ def test_one_group_decides_nothing_against_a_champion():
 @pytest.mark.parametrize(
     ("n", "reference", "says"),
     [
-        (20, 100, "20 generated images are too few to decide on, 50 are needed; raise gate.images"),
-        (100, 20, "20 held-out images are too few to decide on, 50 are needed; 15 % are held out, so about 334 images in all"),
+        (20, 100, "20 generated images are too few to decide on; 50 are needed, so raise gate.images"),
+        (
+            100,
+            20,
+            "20 held-out images are too few to decide on; 50 are needed, and 15 % are held out, so add images until there are about 334 in all",
+        ),
     ],
 )
 def test_too_few_images_decide_nothing(n: int, reference: int, says: str):
@@ -195,14 +199,14 @@ def test_student_need_not_beat_the_solver_where_that_is_not_asked():
 def test_student_that_was_not_compared_with_the_solver_is_refused():
     decision = judged(card().model_copy(update={"variant": "fast"}))
     assert decision.outcome == "refuse"
-    assert decision.reason == "it was not compared with full, drawn by a solver (n = 100)"
+    assert decision.reason == "this version was not compared with full, drawn by a solver (n = 100)"
 
 
 def test_solver_is_not_taken_for_the_champion():
     only = [row for row in student(-0.1, 0.01).comparisons if row.against == "solver"]
     decision = judged(student(-0.1, 0.01).model_copy(update={"comparisons": only}), champion="e" * 64)
     assert decision.outcome == "refuse"
-    assert "it was not compared with the present champion" in decision.reason
+    assert "this version was not compared with the present champion" in decision.reason
 
 
 def test_margin_is_a_share_of_the_champions_distance_or_of_what_real_images_lie_apart():
@@ -263,7 +267,7 @@ def test_undecided_decay_says_how_much_data_would_settle_it():
 def test_missing_comparison_with_the_anchor_is_a_refusal():
     decision = decide(card(), LIMITS, BUDGETS, CHAMPION, anchor=ANCHOR)
     assert decision.outcome == "refuse"
-    assert "it was not compared with the anchor" in decision.reason
+    assert "this version was not compared with the anchor" in decision.reason
 
 
 @pytest.mark.parametrize(
@@ -335,7 +339,7 @@ def test_copying_is_decided_by_its_bound():
     decision = judged(close, together=3)  # 0.7 + 2.128 * 0.055 = 0.82
     assert decision.outcome == "more data"
     assert (
-        "copying is undecided in trained features, about 138 images in 13703 held-out groups are needed next time"
+        "copying is undecided in trained features; about 138 images in 13703 held-out groups are needed next time"
         in decision.reason
     )
     assert judged(copying(0.7, 0.055, groups=6)).outcome == "more data"
@@ -345,7 +349,7 @@ def test_memory_beyond_the_budget_is_refused():
     for budget, outcome in ((None, "promote"), (20.0, "promote"), (19.0, "refuse")):  # peak 60, bare 40
         decision = decide(card(), LIMITS, Budgets(latency_ms=100, memory_mib=budget), CHAMPION)
         assert decision.outcome == outcome
-    assert "the model takes 20 MiB of memory, the budget is 19 MiB" in decision.reason
+    assert "the model takes 20 MiB of memory; the budget is 19 MiB" in decision.reason
 
 
 def test_equal_model_is_promoted_for_another_reason_only():
@@ -354,9 +358,9 @@ def test_equal_model_is_promoted_for_another_reason_only():
     assert "superiority on the new data" in decision.reason
     promoted = reasoned(decision, "the format of its weights is the one that devices will need")
     assert (promoted.outcome, promoted.other_reason) == ("promote", "the format of its weights is the one that devices will need")
-    assert promoted.reason.startswith("not for its quality, but: the format of its weights")
+    assert promoted.reason.startswith("promoted for a reason other than quality: the format of its weights")
     assert promoted.checks == decision.checks
-    with pytest.raises(PromotionError, match="needs its reason"):
+    with pytest.raises(PromotionError, match="needs a reason"):
         reasoned(decision, " ")
 
 
@@ -366,7 +370,7 @@ def test_equal_model_is_promoted_for_another_reason_only():
 def test_no_reason_promotes_what_does_harm(made: Scorecard):
     decision = judged(made)
     assert decision.outcome == "refuse"
-    with pytest.raises(PromotionError, match="only what is not worse anywhere"):
+    with pytest.raises(PromotionError, match="only a version that is not worse anywhere"):
         reasoned(decision, "security")
 
 
@@ -477,7 +481,7 @@ def test_comparison_on_one_split_only_is_none(split: str):
     rows = [row for row in made.comparisons if row.split == split]
     decision = judged(made.model_copy(update={"comparisons": rows}))
     assert decision.outcome == "refuse"
-    assert "it was not compared with the present champion" in decision.reason
+    assert "this version was not compared with the present champion" in decision.reason
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -530,7 +534,9 @@ def test_model_that_ignores_its_captions_is_not_promoted(champion: str | None):
     assert judged(made, champion).outcome == "promote"
     blind = judged(made.model_copy(update={"following": [follows(0.05)]}), champion)
     assert blind.outcome == ("refuse" if champion else "promote if reasoned")
-    assert "images go with their captions on the new data, random features, by 0.05 of what real ones do" in blind.reason
+    assert (
+        "images match their captions on the new data, random features, 0.05 times as strongly as real images do" in blind.reason
+    )
     unsure = judged(made.model_copy(update={"following": [follows(0.5, se=0.01)]}), CHAMPION)
     assert unsure.outcome == "more data"
 
@@ -539,7 +545,9 @@ def test_captions_are_not_asked_for_where_real_images_do_not_go_with_theirs():
     made = card().model_copy(update={"following": [follows(0.0, real=0.001)]})
     decision = judged(made)
     assert decision.outcome == "promote"
-    assert any("real images cannot be shown to go with theirs, so this is not asked" in check.text for check in decision.checks)
+    assert any(
+        "not tested, because real images cannot be shown to match their own captions" in check.text for check in decision.checks
+    )
 
 
 def test_captions_are_not_asked_for_where_the_settings_say_so():
@@ -553,7 +561,8 @@ def test_caption_that_is_dropped_is_refused():
     dropped = judged(made.model_copy(update={"asked": [asked(0.9), asked(0.1)]}))
     assert dropped.outcome == "refuse"
     assert (
-        "caption 'brick, hole': 0.10 of what tells its real images from others is drawn, must exceed 0.33 and be shown to exceed 0 (12 "
+        "caption 'brick, hole': the model draws 0.10 of what distinguishes its real images from others; this must exceed 0.33 and be "
+        "shown to exceed 0 (12 "
         "held-out images in 6 groups)"
     ) in dropped.reason
     assert (
@@ -608,7 +617,7 @@ def test_what_a_person_may_waive_does_not_turn_a_doubt_into_a_refusal():
 def test_caption_that_is_not_told_apart_clearly_is_said_to_be_so():
     vague = asked(0.1, apart_se=0.06)
     assert (
-        "which no feature space tells clearly from others, this cannot be judged"
+        "which no feature space clearly distinguishes from others, this cannot be judged"
         in judged(card().model_copy(update={"asked": [vague]})).reason
     )
 
@@ -622,7 +631,8 @@ def test_first_version_that_drops_a_caption_needs_a_reason():
     assert promoted.outcome == "promote"
     # There was no champion, so nothing is said of a margin; what was waived stands in the record.
     assert promoted.reason.startswith(
-        "not for its quality, but: a trial line; first version; promoted although caption 'brick, hole': 0.10 of what tells"
+        "promoted for a reason other than quality: a trial line; first version; promoted although caption 'brick, hole': "
+        "the model draws 0.10 of what distinguishes"
     )
     assert "margin" not in promoted.reason
 
@@ -655,11 +665,17 @@ def test_captions_that_could_not_be_tested_are_said_to_be_so():
 @pytest.mark.parametrize(
     ("counts", "says"),
     [
-        ({"implausible": 50}, "50.0% of the images are unlike all real ones (upper bound 58.6% at n = 100), must be below 30%"),
-        ({"implausible": 25}, "25.0% of the images are unlike all real ones (upper bound 33.1% at n = 100), must be below 30%"),
+        (
+            {"implausible": 50},
+            "50.0% of the images are unlike all real ones (upper bound 58.6% at n = 100); the upper bound must be below 30%",
+        ),
+        (
+            {"implausible": 25},
+            "25.0% of the images are unlike all real ones (upper bound 33.1% at n = 100); the upper bound must be below 30%",
+        ),
         (
             {"duplicates": 40},
-            "40.0% of the images are like another generated one (upper bound 48.7% at n = 100), must be below 30%",
+            "40.0% of the images are like another generated one (upper bound 48.7% at n = 100); the upper bound must be below 30%",
         ),
         ({"implausible": 100}, "100.0% of the images are unlike all real ones (upper bound 100.0% at n = 100)"),
     ],
@@ -728,7 +744,9 @@ def test_what_is_shown_to_be_worse_has_to_be_accepted_in_so_many_words():
     with pytest.raises(PromotionError, match=r"worse on the new data .* add --accept-worse"):
         reasoned(decision, "security")
     promoted = reasoned(decision, "security", accept_worse=True)
-    assert promoted.reason.startswith("not for its quality, but: security; accepted as worse on the new data")
+    assert promoted.reason.startswith(
+        "promoted for a reason other than quality: security; accepted although it is worse on the new data"
+    )
     assert judged(card(new=(0.005, 0.005))).worse is None  # its interval holds 0
 
 
@@ -825,7 +843,7 @@ def test_need_says_whether_drawing_more_would_do():
     made = card(new=(-0.01, 0.04))
     for drawn_se, says in (
         (0.035, "generated images are needed next time (gate.images)"),
-        (0.01, "held-out groups are needed next time; generating more images of the present ones would not do"),
+        (0.01, "held-out groups are needed next time; more generated images alone would not be enough"),
     ):
         rows = [row.model_copy(update={"drawn_se": drawn_se}) for row in made.comparisons]
         assert says in judged(made.model_copy(update={"comparisons": rows})).reason

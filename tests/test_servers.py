@@ -357,7 +357,7 @@ def test_registration_that_was_cut_is_done_once_when_repeated(
         if lost == "server":
             assert (begun.returncode, out) == (4, "")
             assert said.splitlines()[-1] == (
-                f"ferry: MLflow at {between.host} cannot be reached, tried several times; start it, or mend its address in ferry.toml, "
+                f"ferry: MLflow at {between.host} cannot be reached after several attempts; start it, or correct its address in ferry.toml, "
                 "then repeat the command"
             )
             assert "Traceback" not in said
@@ -382,7 +382,7 @@ def test_server_that_hangs_ends_the_command_with_one_sentence(between: Between, 
         done = subprocess.run(words(workspace, "promote", "hangs/I/full", "1"), capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (4, "")
         assert done.stderr == (
-            f"ferry: MLflow at {between.host} does not answer in time, tried several times; start it, or mend its address in ferry.toml, "
+            f"ferry: MLflow at {between.host} does not answer in time after several attempts; start it, or correct its address in ferry.toml, "
             "then repeat the command\n"
         )
         assert workspace.ledger.entries() == []

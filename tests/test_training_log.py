@@ -9,13 +9,12 @@ import pytest
 
 from flows import progress
 from flows.setup import create
-from flows.training_log import points, watching
+from flows.training_log import watching
 from flows.workspace import Workspace
 from model.data import Dataset
-from model.drawing import picture
 from model.train import Checkpoint, TrainOptions, train
 from registry.catalog import Subject
-from registry.runs import open_training
+from registry.runs import open_training, points
 from tests.conftest import CONFIG, VERSION
 from tests.test_catalog import metrics
 from tests.test_flows import SETTINGS
@@ -45,7 +44,7 @@ def unwatched(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Che
 def run(workspace: Workspace, dataset: Dataset, on_step: Callable[[int], None] = lambda _: None) -> Checkpoint:
     folder = workspace.work / "runs" / KEY
     listening = progress.listening(lambda _, done, __: on_step(done))
-    with listening, watching(workspace, SUBJECT, KEY, OPTIONS.steps, picture, VERSION) as watcher:
+    with listening, watching(workspace, SUBJECT, KEY, OPTIONS.steps, VERSION) as watcher:
         return train(CONFIG, dataset, VERSION, OPTIONS, folder, watcher=watcher)
 
 

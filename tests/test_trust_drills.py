@@ -217,7 +217,7 @@ def test_drill_stolen_online_keys(plant, bundles):
     # He adds the factory's new roots, so that none is missing.
     for root in (plant.ws / "published/metadata").glob("*.root.json"):
         shutil.copy(root, thief.metadata / root.name)
-    plant.refuse(thief.folder, "do not hold")
+    plant.refuse(thief.folder, "metadata failed verification")
     # He takes the factory's newest metadata, and exchanges one role's file for one that he signs.
     for role in ("models", "rollout"):
         mirror = Path(shutil.copytree(plant.ws / "published", plant.folder / f"mirror-{role}"))
@@ -226,7 +226,7 @@ def test_drill_stolen_online_keys(plant, bundles):
         for device in plant.devices:
             forget(device)
             device.configure(repository=str(mirror))
-            with untouched(device, TrustError, "do not hold", marks=False):
+            with untouched(device, TrustError, "metadata failed verification", marks=False):
                 device.update()
 
 
@@ -257,14 +257,14 @@ def test_stolen_root_keys_lead_no_device_along_another_chain(plant, bundles, tmp
     for device in plant.devices:
         forget(device)
         device.configure(repository=str(thief.folder))
-        with untouched(device, TrustError, "root 2 is another than this device has seen"):
+        with untouched(device, TrustError, "version 2 of the repository's root differs from the one that this device has seen"):
             device.update()
         device.configure(repository=str(plant.ws / "published"))
         device.update(check_only=True)  # his roots were not kept
     # A cut before the thief's roots were deleted: the next look finds them, and the look after that follows the factory.
     for root in thief.metadata.glob("*.root.json"):
         shutil.copy(root, plant.near.root / "metadata/root_history" / root.name)
-    with untouched(plant.near, TrustError, "do not hold"):
+    with untouched(plant.near, TrustError, "metadata failed verification"):
         plant.near.update()
     plant.near.update(check_only=True)
     # A device that is set up from now on starts at the newest root.
@@ -309,7 +309,7 @@ def test_drill_root_rotation_by_ceremony(plant, bundles, tmp_path):
     assert "root version 2 has 1 of 2 signatures of its present keys" in sign("--key", f"file2:{media}/root-1.pem")
     assert "1 of 2" in plant.ferry("trust", "sign", file, "--publish", code=3)
     assert {path: path.read_bytes() for path in (plant.ws / "repository").rglob("*") if path.is_file()} == before
-    assert "waits for nothing more" in sign("--key", f"file2:{media}/root-3.pem")
+    assert "has all its signatures" in sign("--key", f"file2:{media}/root-3.pem")
     plant.ferry("trust", "sign", file, "--publish")
     assert not set(old) & set(plant.ids("root", "targets"))
     assert plant.near.update().reason == "release 1 is installed"
@@ -328,7 +328,7 @@ def test_drill_root_rotation_by_ceremony(plant, bundles, tmp_path):
     sign_in_place(forged / "metadata" / "4.root.json", ring, "root", next_version)
     for device in plant.devices:
         device.update(check_only=True)
-    plant.refuse(forged, "do not hold")
+    plant.refuse(forged, "metadata failed verification")
 
 
 def kept_keys(plant: Plant) -> list[tuple[Key, str]]:
@@ -393,7 +393,7 @@ def test_drill_fast_forward_recovery(plant, bundles):
             "timestamp": FAR, "snapshot": FAR, "models": FAR, "rollout": FAR,
         }  # fmt: skip
     forget(plant.torn)
-    for device, says in ((plant.near, "do not hold"), (plant.torn, "this device has seen")):
+    for device, says in ((plant.near, "metadata failed verification"), (plant.torn, "this device has seen")):
         device.configure(repository=str(plant.ws / "published"))
         with untouched(device, TrustError, says):
             device.update()
@@ -604,12 +604,15 @@ def die_at_write(patch: pytest.MonkeyPatch, last: int, names: list[str]) -> None
     patch.setattr(store.shutil, "copyfileobj", dying(shutil.copyfileobj, lambda source, _: f"published {Path(source.name).name}"))
 
 
-def test_other_roles_wait_for_a_rotation_that_was_cut(plant, monkeypatch):
+def test_other_roles_wait_for_a_rotation_that_was_cut(plant, tmp_path, monkeypatch):
+    signed = tmp_path / "targets.json"
+    plant.ferry("trust", "sign", "targets", "--out", signed)
     with monkeypatch.context() as patch:
         patch.setattr(rotation, "put_in_force", lambda *_: (_ for _ in ()).throw(Killed))
         assert isinstance(ferry("-w", plant.ws, "trust", "rotate", "timestamp").exception, Killed)
     assert "finish it with `ferry trust rotate timestamp` first" in plant.ferry("trust", "renew", "targets", code=3)
-    assert "a rotation was cut" in plant.ferry("trust", "status")
+    assert "finish it with `ferry trust rotate timestamp` first" in plant.ferry("trust", "sign", signed, "--publish", code=3)
+    assert "a rotation was interrupted" in plant.ferry("trust", "status")
     plant.ferry("trust", "rotate", "models")  # finishes that rotation, then does its own
     assert (plant.role("root")["version"], plant.role("targets")["version"]) == (2, 2)
     plant.ferry("trust", "renew", "targets")
@@ -787,7 +790,7 @@ def test_ledger_key_moves_to_a_vault_and_signs_from_there_on(plant, vault):
     (old,) = plant.status()["ledger"]
     public = vault("ledger")
     for words in (("ledger", "models"), ("ledger", "--stolen", old["keyid"]), ("ledger", "--new", "2")):
-        assert "rotate it alone, as in `ferry trust rotate ledger`" in plant.ferry("trust", "rotate", *words, code=3)
+        assert "rotate it alone with `ferry trust rotate ledger`" in plant.ferry("trust", "rotate", *words, code=3)
     known = ("--signer", f"ledger={old['uri'].replace(':', f':{plant.ws}/keys/')}")
     assert "is or was the ledger's; make a new one" in plant.ferry("trust", "rotate", "ledger", *known, code=3)
     plant.ferry("trust", "rotate", "ledger", "--signer", "ledger=vault:ledger", "--public", f"ledger={public}")
@@ -832,7 +835,7 @@ def test_promotion_key_that_is_not_here(plant, tmp_path, bundles):
     file = tmp_path / "waiting.json"
     plant.ferry("trust", "rotate", *words, "--out", file)
     stick.write_bytes(signer.private_bytes)
-    assert "waits for nothing more" in plant.ferry("trust", "sign", file, "--key", f"file2:{stick}")
+    assert "has all its signatures" in plant.ferry("trust", "sign", file, "--key", f"file2:{stick}")
     stick.rename(tmp_path / "pocket.pem")
     plant.ferry("trust", "sign", file, "--publish")
     assert plant.status()["risks"] == []
@@ -853,7 +856,7 @@ def test_renewal_waits_for_keys_elsewhere(plant, tmp_path, bundles):
     assert "rollout cannot wait for signatures" in plant.ferry("trust", "sign", "rollout", "--out", file, code=3)
     plant.ferry("trust", "sign", "root", "--out", file)
     plant.ferry("trust", "sign", "root", "--out", late)
-    assert "is there already" in plant.ferry("trust", "sign", "root", "--out", file, code=3)
+    assert "already exists" in plant.ferry("trust", "sign", "root", "--out", file, code=3)
     for path in (file, late):
         for i in (1, 2):
             plant.ferry("trust", "sign", path, "--key", f"file2:{media}/root-{i}.pem")
@@ -888,7 +891,7 @@ def test_altered_file_is_not_put_in_force(plant, tmp_path):
     value["documents"]["targets"]["signed"]["delegations"]["roles"][0]["threshold"] = 2
     value["needs"]["targets"] = []  # signers believe this list, but the step that puts the file in force does not
     file.write_text(json.dumps(value))
-    assert "the signatures of targets are not of the keys that are trusted now" in plant.ferry(
+    assert "the signatures of targets are not from the keys that are trusted now" in plant.ferry(
         "trust", "sign", file, "--publish", code=3
     )
     assert tree(plant.ws) == before
@@ -933,8 +936,8 @@ def test_floor_holds_against_the_rollout_key(plant, bundles, tmp_path):
     plant.start("--waves", "100", "--soak", "0")
     assert "has no release 9 to be the floor" in plant.ferry("trust", "floor", LINE, "9", code=3)
     plant.ferry("trust", "floor", LINE, "3")
-    assert "lies below the floor, 3" in plant.start("--release", "2", code=3)
-    assert "lies below the floor, 3" in plant.start("--release", "1", "--revert", code=3)
+    assert "is below the floor, 3" in plant.start("--release", "2", code=3)
+    assert "is below the floor, 3" in plant.start("--release", "1", "--revert", code=3)
     thief = plant.thief()
     (tmp_path / "new").mkdir()
     new = Device.init(tmp_path / "new" / "device", thief)  # it runs nothing, so no release is older
@@ -942,12 +945,12 @@ def test_floor_holds_against_the_rollout_key(plant, bundles, tmp_path):
     for release, revert, devices in ((bad, False, (plant.near, new)), (bad, True, (plant.near, new)), (old, True, (new,))):
         name_policy(thief, start(release, (100,), 0, now=0, revert=revert))
         for device in devices:
-            with untouched(device, TrustError, f"release {release.seq} lies below the floor, 3", marks=False):
+            with untouched(device, TrustError, f"release {release.seq} is below the floor, 3", marks=False):
                 device.update()
     assert plant.near.update().reason == "release 1 is installed"  # it runs already
     plant.away.update()
     plant.away.configure(repository=str(thief.folder))
-    with untouched(plant.away, TrustError, "release 1 lies below the floor, 3", marks=False):
+    with untouched(plant.away, TrustError, "release 1 is below the floor, 3", marks=False):
         plant.away.update()
 
 

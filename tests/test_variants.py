@@ -156,7 +156,7 @@ def test_nothing_new_means_no_work_for_any_variant(workspace: Workspace):
 
 
 def test_device_runs_the_variants_of_its_class(workspace: Workspace, tmp_path: Path):
-    from flows.release import release
+    from flows.publish import release
     from ota.release import rollout
 
     made = release(str(workspace.root), "shapes", "edge")

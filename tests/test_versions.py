@@ -452,7 +452,8 @@ def test_rewritten_history_delivers_same_content(root: Path, version: DataVersio
 def test_rewritten_history_without_the_content_says_what_to_do(root: Path, version: DataVersion, tmp_path: Path) -> None:
     rewrite_history(root, keep_content=False)
     sentence = (
-        f"revision {version.rev[:12]} of parts is no longer in Git, its history was rewritten; fetch that commit from another clone .* "
+        f"revision {version.rev[:12]} of parts is no longer in Git, because the history was rewritten; fetch that commit "
+        "from another clone .* "
         "or record the data again with `ferry data add parts`"
     )
     with pytest.raises(RevisionError, match=sentence):

@@ -25,9 +25,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 from mlflow.webhooks.delivery import _generate_hmac_signature as mlflow_signs
 
-from flows import webhook
 from flows.errors import ServerError, WorkspaceError
-from flows.webhook import MAX_AGE, MAX_BODY, Deliveries, Receiver, RefusedError, address_of, secret_of
+from flows.web import webhook
+from flows.web.app import serving
+from flows.web.webhook import MAX_AGE, MAX_BODY, Deliveries, RefusedError, address_of, secret_of
 from flows.workspace import Workspace
 from ota.release.keys import create
 from registry import champions
@@ -46,7 +47,7 @@ def signed(body: bytes = b"{}", delivery: str = "one", stamp: str = str(NOW), se
 def test_what_mlflow_signs_is_accepted_once():
     deliveries = Deliveries(SECRET)
     deliveries.check("one", str(NOW), signed(), b"{}", NOW + MAX_AGE)
-    with pytest.raises(RefusedError, match="this delivery came before"):
+    with pytest.raises(RefusedError, match="this delivery was received before"):
         deliveries.check("one", str(NOW), signed(), b"{}", NOW + MAX_AGE)
     deliveries.check("two", str(NOW), signed(delivery="two"), b"{}", NOW)
 
@@ -75,7 +76,7 @@ def test_replay_is_refused_for_as_long_as_its_time_is_good():
         ({"stamp": "soon", "signatures": signed(stamp="soon")}, "not signed"),
         ({"stamp": "", "signatures": signed(stamp="")}, "not signed"),
         ({"stamp": str(NOW - 301), "signatures": signed(stamp=str(NOW - 301))}, "too long ago"),
-        ({"stamp": str(NOW + 301), "signatures": signed(stamp=str(NOW + 301))}, "another clock"),
+        ({"stamp": str(NOW + 301), "signatures": signed(stamp=str(NOW + 301))}, "the clocks of MLflow and ferry differ"),
     ],
 )
 def test_what_is_not_mlflows_is_refused(change: dict[str, str], says: str):
@@ -104,37 +105,29 @@ def post(address: tuple[str, int], path: str = "/mlflow", body: bytes = b"{}", m
     return status
 
 
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    made = Receiver(("127.0.0.1", 0), SECRET, threading.Event())
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
-
-
-def test_refused_requests_wake_nobody(receiver: Receiver):
-    address = ("127.0.0.1", receiver.server_port)
-    forged = base64.b64encode(hmac.digest(b"guess", b"one", hashlib.sha256)).decode()
-    assert post(address, X_MLflow_Signature=f"v1,{forged}") == 401
-    assert post(address, X_MLflow_Timestamp="1") == 401
-    assert post(address, path="/") == 404
-    assert post(address, path="/mlflow/../mlflow") == 404
-    assert post(address, method="PUT") == 501
-    assert post(address, method="GET") == 501
-    assert post(address, body=b"x" * 10, Content_Length=str(MAX_BODY + 1)) == 413
-    assert post(address, body=b"", Content_Length="9" * 5000) == 413
-    assert post(address, body=b"", Content_Length="-1") == 411
-    assert post(address, body=b"", Content_Length="1e3") == 411
-    with socket.create_connection(address) as hung_up:
-        hung_up.sendall(b"POST /mlflow HTTP/1.1\r\nContent-Length: 9\r\n\r\n")
-    assert not receiver.wake.is_set()
-    assert post(address) == 202
-    assert receiver.wake.is_set()
-    receiver.wake.clear()
-    assert post(address) == 409
-    assert not receiver.wake.is_set()
+def test_refused_requests_wake_nobody():
+    wake = threading.Event()
+    with serving(webhook.receiver(SECRET, wake), "127.0.0.1", 0) as address:
+        forged = base64.b64encode(hmac.digest(b"guess", b"one", hashlib.sha256)).decode()
+        assert post(address, X_MLflow_Signature=f"v1,{forged}") == 401
+        assert post(address, X_MLflow_Timestamp="1") == 401
+        assert post(address, path="/") == 404
+        assert post(address, path="/mlflow/") == 404
+        assert post(address, path="/mlflow/../mlflow") == 404
+        assert post(address, method="PUT") == 405
+        assert post(address, method="GET") == 405
+        assert post(address, body=b"x" * 10, Content_Length=str(MAX_BODY + 1)) == 413
+        assert post(address, body=b"", Transfer_Encoding="chunked") == 411
+        for odd in ("9" * 5000, "-1", "1e3"):
+            assert post(address, body=b"", Content_Length=odd) == 400
+        with socket.create_connection(address) as hung_up:
+            hung_up.sendall(b"POST /mlflow HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        assert not wake.is_set()
+        assert post(address) == 202
+        assert wake.is_set()
+        wake.clear()
+        assert post(address) == 409
+        assert not wake.is_set()
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +223,7 @@ def test_secret_is_made_for_us_alone_and_kept(workspace: Workspace, monkeypatch:
     assert Path(where).stat().st_mode & 0o777 == 0o600
     assert secret_of(workspace) == (secret, where)
     Path(where).chmod(0o640)
-    with pytest.raises(WorkspaceError, match="others may read"):
+    with pytest.raises(WorkspaceError, match="other users may read"):
         secret_of(workspace)
     for short in ("", "short"):
         monkeypatch.setenv(webhook.SECRET, short)
@@ -243,7 +236,7 @@ def test_address_is_the_loopback_unless_said(workspace: Workspace, monkeypatch: 
     assert address_of("8711") == ("127.0.0.1", 8711)
     assert address_of("0.0.0.0:8711") == ("0.0.0.0", 8711)
     for wrong in ("x", "70000", "host:", "-1", "8711/mlflow"):
-        with pytest.raises(WorkspaceError, match="is not where webhooks can be taken"):
+        with pytest.raises(WorkspaceError, match="is not an address for webhooks"):
             address_of(wrong)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

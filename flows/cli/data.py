@@ -10,8 +10,8 @@ from flows.cli.shared import Json, answer, open_workspace, reported_errors, show
 from model.folder import shown
 
 if TYPE_CHECKING:
-    from flows.data import Difference, Status
     from model.data_report import Balance, Changes, DataReport, Drift, Listed
+    from model.revisions import Difference, Status
 
 SHOWN = 5  # names on a line; --json has them all
 
@@ -30,18 +30,19 @@ def data_add(
     revision. Unusable files are recorded but never trained on. The report is kept in Git, for `ferry data status`.
     """
     with reported_errors():
-        from flows import data
+        from model import revisions
 
         workspace = open_workspace()
         settings = workspace.line(line)
         with showing_progress():
-            version, report = data.add(workspace, line, message)
+            version, report = revisions.add(workspace.line_data(line), message)
         for name, why in report.quarantine.items():
             typer.echo(shown(f"{name} {why}"), err=True)
         if report.held_out < settings.gate.minimum_images:
             typer.echo(
-                f"only {report.held_out} images are held out for evaluation, the gate of {line} wants {settings.gate.minimum_images}: "
-                "add more images (or groups), or lower gate.minimum_images in ferry.toml and know less",
+                f"only {report.held_out} images are held out for evaluation, but the gate of {line} wants "
+                f"{settings.gate.minimum_images}: "
+                "add more images (or groups), or lower gate.minimum_images in ferry.toml, which makes decisions less certain",
                 err=True,
             )
         usable = report.training + report.held_out
@@ -62,11 +63,11 @@ def data_status(line: Annotated[str, typer.Argument(help="Line whose data folder
     It also checks that the remote holds every file.
     """
     with reported_errors():
-        from flows import data
+        from model import revisions
 
         workspace = open_workspace()
         with showing_progress():
-            status = data.status(workspace, line)
+            status = revisions.status(workspace.line_data(line))
         answer(as_json, status.model_dump(mode="json"), "\n".join(_status(line, status)))
 
 
@@ -79,11 +80,11 @@ def data_diff(
 ) -> None:
     """Compare two data revisions: files, captions, balance, drift."""
     with reported_errors():
-        from flows import data
+        from model import revisions
 
         workspace = open_workspace()
         with showing_progress():
-            difference = data.diff(workspace, line, rev1, rev2)
+            difference = revisions.diff(workspace.line_data(line), rev1, rev2)
         answer(as_json, difference.model_dump(mode="json"), "\n".join(_difference(difference)))
 
 
@@ -91,12 +92,11 @@ def data_diff(
 def data_log(line: Annotated[str, typer.Argument(help="Line whose revisions are listed.")], as_json: Json = False) -> None:
     """List a line's data revisions with their drift, newest first."""
     with reported_errors():
-        from flows import data
-        from model import versions
+        from model import revisions, versions
 
         workspace = open_workspace()
         rows = versions.log(workspace.root, workspace.line(line).data, line)
-        found = [data.recorded(workspace, version) for version, _ in rows]
+        found = [revisions.recorded(workspace.root, version) for version, _ in rows]
         drifts = [report.drift if report else None for report in found]
         answer(
             as_json,

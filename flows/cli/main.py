@@ -18,12 +18,9 @@ from flows.cli.report import rate, report
 from flows.cli.shared import Json, Options, answer, open_workspace, reported_errors, showing_progress
 from flows.cli.trust import trust_app
 from flows.errors import VariantError
+from ota.errors import exit_codes
 
-EXIT_CODES = """
-Exit codes: 0 success, or nothing to do · 1 internal error · 2 wrong usage · 3 invalid input (workspace, data, name, key) ·
-4 a store or server is not available, try later · 5 the gate did not pass a version · 6 a record was changed afterwards ·
-7 a signature is past half of its lifetime (`trust status --check`) · 130 interrupted.
-"""
+FEATURES = "inception:"  # a file name follows; these are the only features that are not the line's own
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +30,7 @@ app = typer.Typer(
     help=(
         "Retrain small image-generating models, promote the better ones, and ferry only the difference to the devices.\n\n"
         "Everything is in a workspace, which `ferry init` creates. Commands use the workspace in the current folder, or the "
-        f"one that --workspace names.\n{EXIT_CODES}"
+        f"one that --workspace names.\n\n{exit_codes('ferry')}\n"
     ),
 )
 app.add_typer(data_app, name="data")
@@ -178,16 +175,36 @@ def evaluate(
     """
     with reported_errors():
         workspace = open_workspace()
-        from flows import measure
+        from flows.figures import measure
         from model.errors import ConfigError
+        from registry.catalog import Subject
+        from registry.figures import find
 
         if not features and (images or n):
             raise ConfigError("--images and --n say how FID is computed; add --features inception:FILE")
-        file = measure.network_file(features) if features else None
-        chosen = measure.find(workspace, subject, version)
+        file = network_file(features) if features else None
+        asked = Subject.parse(subject)
+        workspace.line(asked.line)
+        chosen = find(workspace, asked, version)
         with showing_progress():
-            measured = measure.measure(workspace, chosen, file, images, n)
-        answer(as_json, measured.model_dump(mode="json"), measure.text(measured))
+            measured = measure(workspace, chosen, file, images, n)
+        answer(as_json, measured.model_dump(mode="json"), measured.text)
+
+
+def network_file(features: str) -> Path:
+    """Return the file that `inception:FILE` names.
+
+    Raises:
+        ConfigError: it is not written so.
+    """
+    from model.errors import ConfigError
+
+    name = features.removeprefix(FEATURES)
+    if not name or name == features:
+        raise ConfigError(
+            f"--features cannot be {features!r}; write {FEATURES}FILE, where FILE is a TorchScript file of Inception weights"
+        )
+    return Path(name)
 
 
 @app.command()
@@ -210,14 +227,14 @@ def remeasure(
         if not reason.strip():
             from model.errors import ConfigError
 
-            raise ConfigError("new feature spaces need their reason; give it with --reason")
+            raise ConfigError("new feature spaces need a reason; give it with --reason")
         with workspace.locked("retraining"):  # if another process holds it, say so before large modules are loaded
             pass
-        from flows import remeasure as measuring
+        from flows import figures
 
         with showing_progress():
-            made = measuring.remeasure(workspace, line, reason, data)
-        answer(as_json, made.model_dump(mode="json"), measuring.text_of(made))
+            made = figures.remeasure(workspace, line, reason, data)
+        answer(as_json, made.model_dump(mode="json"), made.text)
 
 
 app.command()(promotion.promote)
@@ -243,13 +260,13 @@ def release(
         line, device_class = line_and_class(target, workspace)
         with workspace.locked("release"):  # if another process holds it, say so before large modules are loaded
             pass
-        from flows import policies
         from flows.policies import check_ledger
+        from ota.release.fielded import next_step
         from registry.champions import champions
 
         check_ledger(workspace)
         champions(workspace, workspace.class_subjects(line, device_class))
-        from flows.release import release as flow
+        from flows.publish import release as flow
         from flows.serve import start_in_process
 
         start_in_process(workspace)
@@ -259,7 +276,7 @@ def release(
         answer(
             as_json, made,
             f"{line}/{device_class} release {made['release']}: {made['full_bytes']:,} bytes in full"
-            f"{f'; as a delta {deltas}' if deltas else ''}\n{policies.next_step(workspace, line, device_class, made['release'])}",
+            f"{f'; as a delta {deltas}' if deltas else ''}\n{next_step(workspace, line, device_class, made['release'])}",
         )  # fmt: skip
 
 
@@ -278,10 +295,11 @@ def trace(
     """Trace a hash or device back to its data, and on to devices."""
     with reported_errors():
         workspace = open_workspace()
-        from flows import trace as tracing
+        from flows.trace import gather
+        from registry import trace as tracing
 
         workspace.fleet.collect(workspace.inbox)
-        found = tracing.trace(workspace, what)
+        found = tracing.trace(gather(workspace), what)
         answer(as_json, found, tracing.text_of(found))
 
 
@@ -310,7 +328,7 @@ def serve(
         schedule.check_cron(cron)
         with workspace.locked("serving"):
             pass
-        from flows import webhook
+        from flows.web import webhook
 
         at = webhook.address_of(webhooks) if webhooks else None
         with schedule.server(workspace) as (address, asked), webhook.watching(workspace, at) as taken:

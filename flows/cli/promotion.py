@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -148,9 +149,11 @@ def seal(as_json: Json = False) -> None:
     """
     with reported_errors():
         workspace = open_workspace()
-        from flows import seal as sealing
+        from flows.policies import released
+        from ota.manifest import MAX_WEIGHTS
+        from registry import sealing
 
-        rows = sealing.seal(workspace)
+        rows = sealing.seal(workspace, workspace.subjects(), MAX_WEIGHTS, partial(released, workspace))
         answer(as_json, {"versions": [row.model_dump() for row in rows]}, sealing.text_of(rows))
         if any(row.problem for row in rows):
             raise typer.Exit(6)

@@ -50,23 +50,27 @@ def rate(
     """
     with reported_errors():
         workspace = open_workspace()
-        from flows import rate as asking
+        from registry import sheets
+        from registry.catalog import Subject
 
         made: dict[str, str] = {}
         if answers:
-            asking.collect(workspace, subject, answers)
+            workspace.line(Subject.parse(subject).line)
+            sheets.collect(workspace, workspace.ratings, subject, answers)
         else:
+            from flows.web import rating
+
             with showing_progress():
-                sheet, page = asking.prepare(workspace, subject, version, against, pairs)
+                sheet, page = rating.prepare(workspace, subject, version, against, pairs)
             if serve:
-                with asking.server(workspace, sheet, page, port) as address:
+                with rating.server(workspace, sheet, page, port) as address:
                     typer.echo(
                         f"{address} shows {pairs} pairs; open it, and end with Ctrl-C when everybody has answered", err=True
                     )
-                    asking.wait()
+                    rating.wait()
             else:
-                made = {"page": str(asking.write(workspace, sheet, page))}
-        verdicts = asking.verdicts(workspace, subject)
+                made = {"page": str(rating.write(workspace, sheet, page))}
+        verdicts = sheets.verdicts(workspace, subject)
         told = [f"{made['page']}: send it to raters, then `ferry rate {subject} --answers FILE`"] if made else []
         answer(
             as_json, made | {"verdicts": [v.model_dump(mode="json") for v in verdicts]},

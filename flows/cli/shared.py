@@ -43,9 +43,9 @@ def showing_progress() -> Iterator[None]:
     if Options.quiet:
         yield
         return
-    from flows import progress
+    from flows.cli.progress import bars
 
-    with progress.bars():
+    with bars():
         yield
 
 
@@ -75,7 +75,9 @@ def reported_errors(after_interrupt: str = "repeat the command to go on") -> Ite
     except Exception as error:
         server = f"Prefect's server at {os.environ.get('PREFECT_API_URL')}"
         if not Options.debug and _is_refused(error):
-            fail(f"{server} refuses us; set PREFECT_API_AUTH_STRING (that of `ferry serve` is in work/prefect/credentials)", 4)
+            fail(
+                f"{server} refuses access; set PREFECT_API_AUTH_STRING (that of `ferry serve` is in work/prefect/credentials)", 4
+            )
         if Options.debug or not _is_unreachable(error):
             raise
         fail(f"{server} cannot be reached; start it, or unset PREFECT_API_URL", 4)

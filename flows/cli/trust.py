@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def trust_init(offline: Offline = None, signer: Signers = None, public: Public =
     """
     with reported_errors():
         workspace = open_workspace()
-        from flows import trust
+        from ota.release import trust
 
         made = trust.init(workspace, offline, trust.signers_of(signer or [], public or []))
         places = "\n".join(f"{role:10} {uri}" for role, uris in made["keys"].items() for uri in uris)
@@ -76,7 +77,7 @@ def trust_renew(
     with reported_errors():
         workspace = open_workspace()
         from flows import policies
-        from flows.trust import check_finished
+        from ota.release.trust import check_finished
 
         with workspace.locked("records"):
             check_finished(workspace)
@@ -98,9 +99,10 @@ def trust_status(
     """
     with reported_errors():
         workspace = open_workspace()
-        from flows import trust
+        from ota.release import trust
 
-        value, text = trust.status(workspace)
+        approval = any(workspace.needs_approval(line) for line in workspace.settings.lines)
+        value, text = trust.status(workspace, approval)
         answer(as_json, value, text)
         if check and value["alarms"]:
             raise typer.Exit(7)
@@ -138,11 +140,16 @@ def trust_rotate(
     """
     with reported_errors():
         workspace = open_workspace()
-        from flows import trust
+        from flows import policies
+        from ota.release import replacement, trust
 
         signers = trust.signers_of(signer or [], public or [])
+        request = replacement.Request(
+            roles, lost=lost or [], stolen=stolen or [], new=new, signers=signers, offline=offline, out=out
+        )
+        publish, classes = partial(policies.publish, workspace), policies.classes(workspace)
         with showing_progress():
-            value, text = trust.rotate(workspace, roles, lost or [], stolen or [], new, signers, offline, out)
+            value, text = replacement.rotate(workspace, request, publish, classes, lambda: len(workspace.ledger.hashes()))
         answer(as_json, value, text)
 
 
@@ -170,22 +177,25 @@ def trust_sign(
     in the workspace puts it into force. Without options it shows what the FILE waits for.
     """
     with reported_errors():
-        from flows import trust
         from ota.errors import OperatorError
+        from ota.release import signatures
         from ota.release.keys import ROLES
 
         if what in ROLES:
             if out is None or key or publish:
                 raise OperatorError(f"say where {what} waits for its signatures, as in `ferry trust sign {what} --out FILE`")
-            value, text = trust.wait(open_workspace(), what, out)
+            value, text = signatures.wait(open_workspace(), what, out)
         elif out is not None:
-            raise OperatorError(f"{what[:40]} is no role; --out begins with one of {', '.join(ROLES)}")
+            raise OperatorError(f"{what[:40]} is not a role; --out begins with one of {', '.join(ROLES)}")
         else:
-            value, text = trust.add(Path(what), key or [])
+            value, text = signatures.add(Path(what), key or [])
             if publish:
                 workspace = open_workspace()
+                from flows import policies
+
+                copy, classes = partial(policies.publish, workspace), policies.classes(workspace)
                 with showing_progress():
-                    value, text = trust.publish_waiting(workspace, Path(what))
+                    value, text = signatures.publish_waiting(workspace, Path(what), copy, classes)
         answer(as_json, value, text)
 
 

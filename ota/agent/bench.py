@@ -41,7 +41,7 @@ def run(
         DeviceError: a variant does not draw.
     """
     if images < rules.LEAST_IMAGES:
-        raise OperatorError(f"{images} images say too little; give at least {rules.LEAST_IMAGES}")
+        raise OperatorError(f"{images} images are too few to measure; give at least {rules.LEAST_IMAGES}")
     home.check_owner()  # fail now, not after minutes of measuring
     state, config = home.load(), home.config()
     if state.active is None or state.trial:

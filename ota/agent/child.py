@@ -23,6 +23,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -183,7 +184,7 @@ class Worker:
             line += piece
             if len(line) > MAX_ANSWER:
                 self._process.kill()
-                raise DeviceError("the serve process answers without end and was stopped")
+                raise DeviceError("the serve process sent an answer that is too long and was stopped; try again")
         return bytes(line)
 
 
@@ -203,9 +204,9 @@ def _not_started(task: str, error: OSError) -> RoomError:
 def _answer(task: str, code: int, stdout: bytes, stderr: bytes) -> dict[str, Any]:
     """Return the child's answer, or raise the error that its answer or its end stands for."""
     if -code in ASKED:
-        raise UnfinishedError(f"the {task} process was killed, perhaps for want of memory or time; try again")
+        raise UnfinishedError(f"the {task} process was killed, perhaps because memory or time ran out; try again")
     if not stdout.startswith(READY):
-        hard, remedy = resource.getrlimit(resource.RLIMIT_AS)[1], "install deltaferry-agent anew, or check the disk"
+        hard, remedy = resource.getrlimit(resource.RLIMIT_AS)[1], "install deltaferry-agent again, or check the disk"
         if hard != resource.RLIM_INFINITY and hard < MEMORY:
             remedy = f"allow this process more than {hard // 1024**2} MiB of address space (ulimit -v, or LimitAS= in a unit), or {remedy}"
         raise SoftwareError(f"the agent's software is broken ({_ending(code)}: {_last_line(stderr)}); {remedy}")
@@ -328,7 +329,7 @@ def apply(
         header = delta.read_header(stream)
         if (header.base, header.target) != (base_digest, target_digest):
             raise DeltaError("the delta is for other bundles than its signed name says; fetch the full bundle")
-        if [file.target.model_dump(mode="json") for file in header.files] != files:
+        if [asdict(file.target) for file in header.files] != files:
             raise DeltaError("the delta makes other files than the signed manifest lists; fetch the full bundle")
         delta.apply(stream, header, open_base, lambda entry: disk.writing(f"{slot}/{entry.sha256}"))
     return {"files": len(header.files)}
@@ -419,7 +420,7 @@ def _check_version(table: SamplerTable) -> None:
     from ota.agent import rules
 
     if problem := rules.check_runtime(table.runtime.onnxruntime, onnxruntime.__version__):
-        raise SoftwareError(f"{problem}; install that version, and the next update goes on")
+        raise SoftwareError(f"{problem}; install that version, and the next update resumes")
 
 
 class Drawing:

@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,27 +29,36 @@ import ota
 from ota import output
 from ota.agent import rules
 from ota.agent.state import Config, Home, OwnerError, Rest
-from ota.errors import DeviceError, GateError, OperatorError, OtaError, RepositoryError, TransferError, own_errors, printable
+from ota.errors import (
+    DeviceError,
+    GateError,
+    OperatorError,
+    OtaError,
+    RepositoryError,
+    TransferError,
+    exit_codes,
+    own_errors,
+    printable,
+)
 
-ABOUT = """Keep this device's model up to date: verify, apply and try updates, and roll them back if necessary.
+ABOUT = f"""Keep this device's model up to date: verify, apply and try updates, and roll them back if necessary.
 
-Exit codes: 0 success, or nothing to do · 1 internal error · 2 wrong usage · 3 this device cannot do it (disk, state, software,
-name) · 4 the repository or the folder of reports cannot be reached, try later · 5 the published update failed verification;
-nothing was installed · 6 the new bundle failed its trial on this device and was refused.
+{textwrap.fill(exit_codes("ferry-agent"), 127)}
 """
 
 DEFAULT_DIR = Path("/var/lib/deltaferry")
+WAYS = {"delta": "by a delta", "full": "in full", "kept": "from the bundle that was kept", "": "without a download"}
 DEFAULT_SOCKET = Path("/run/deltaferry/agent.sock")
 Arguments = argparse.Namespace
 
 _NAME = "give 1 to 40 lower-case letters, digits and '-', and begin with a letter or digit"
 _NUMBER = "give a number above 0, 1000000 at most"
 _PLACE = "of 500 characters at most, none of them a control character"
-_WATTS = "give the watts at rest, from 0, and those of a busy core besides, above 0, both 10000 at most, as 2.1,3.5"
+_WATTS = "give the watts at rest (0 to 10000) and the watts that a busy core adds (above 0, at most 10000), such as 2.1,3.5"
 WRITTEN = {
     "device": ("device", _NAME), "line": ("line", _NAME), "device_class": ("class", _NAME),
     "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "reports": ("reports", f"give a folder, {_PLACE}"),
-    "window": ("window", "give hours of UTC, as 22:00-05:00"), "prefer": ("prefer", "choose default, quality, latency or energy"),
+    "window": ("window", "give hours in UTC, such as 22:00-05:00"), "prefer": ("prefer", "choose default, quality, latency or energy"),
     "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev or fast"),
     "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
 }  # fmt: skip
@@ -190,7 +200,7 @@ def init(given: Arguments) -> None:
     except OSError as error:
         raise OperatorError(f"cannot read {given.root}: {error.strerror}; give the path of the repository's root.json") from error
     if hashlib.sha256(data).hexdigest() != given.root_sha256.lower():
-        raise OperatorError(f"{given.root} does not have the sha256 that was given; do not trust it, ask for the right file")
+        raise OperatorError(f"{given.root} does not have the sha256 that was given; do not trust it, and ask for the right file")
     try:
         config = Config.model_validate({
             "device": given.device, "line": given.line, "device_class": given.device_class, "repository": _absolute(given.repository),
@@ -234,7 +244,7 @@ def update(given: Arguments) -> None:
     _answer(
         given.json,
         {"changed": result.changed, "active": result.active, "reason": result.reason, "way": result.way, "received": result.received},
-        f"{result.reason}{f', by {result.way}, {result.received:,} bytes fetched' if result.changed else ''}",
+        f"{result.reason}{f', {WAYS[result.way]}, {result.received:,} bytes fetched' if result.changed else ''}",
     )  # fmt: skip
 
 
@@ -254,7 +264,7 @@ def status(given: Arguments) -> None:
     if found["rests"]:
         text += f"\n{rules.resting(Rest(**found['rests']))}"
     if waiting := found["waiting_reports"]:
-        text += f"\n{waiting} reports wait to be delivered{f': {problem}' if (problem := found['reports_problem']) else ''}"
+        text += f"\n{waiting} report{'s wait' if waiting > 1 else ' waits'} to be delivered{f': {problem}' if (problem := found['reports_problem']) else ''}"
     _answer(given.json, found, text)
 
 
@@ -313,7 +323,7 @@ def report(given: Arguments) -> None:
         return _answer(given.json, {"waiting": 0}, "all reports are delivered")
     if given.json:
         _answer(True, {"waiting": left, "problem": why}, "")
-    raise TransferError(f"{left} reports are waiting: {why}")
+    raise TransferError(f"{left} report{'s are' if left > 1 else ' is'} waiting: {why}")
 
 
 def run(given: Arguments) -> None:
@@ -388,7 +398,7 @@ def _group(name: str) -> int | None:
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError as error:
-        raise OperatorError(f"there is no group {name!r} here; make it, or name another") from error
+        raise OperatorError(f"there is no group {name!r} on this machine; create it, or name another") from error
 
 
 def _watts(words: str) -> dict[str, float]:
@@ -470,7 +480,7 @@ def _answer(as_json: bool, value: dict[str, Any], text: str) -> None:
         sys.stdout.flush()
     except OSError as error:
         raise OperatorError(
-            f"it was done, but the answer cannot be written: {error.strerror}; ask `ferry-agent status`"
+            f"the command succeeded, but its answer cannot be written: {error.strerror}; see `ferry-agent status`"
         ) from error
 
 

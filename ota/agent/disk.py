@@ -43,7 +43,8 @@ class Disk:
             if error.errno == errno.EIO:
                 return b""
             raise StateError(
-                f"cannot read {self.root / name}: {error.strerror}; run the agent as the directory's owner, who must own all in it"
+                f"cannot read {self.root / name}: {error.strerror}; run the agent as the directory's owner, who must own "
+                "everything in it"
             ) from error
 
     def replace(self, name: str, data: bytes, durable: bool = True) -> None:
@@ -124,7 +125,7 @@ class Disk:
             yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise RoomError(f"the disk of {self.root} is full; make room, the next update goes on") from error
+                raise RoomError(f"the disk of {self.root} is full; make room, and the next update resumes") from error
             raise StateError(
                 f"cannot write {self.root / name}: {error.strerror}; check the directory's owner and the disk"
             ) from error

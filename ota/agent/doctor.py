@@ -62,13 +62,13 @@ def _directory(home: Home) -> Iterator[Finding]:
     config, found = home.config(), home.root.stat()
     yield Finding("directory", "ok", f"{home.root}: {config.device}, {config.line}/{config.device_class}")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        yield Finding("directory", "fail", f"others than its owner may write {home.root}; `chmod 700 {home.root}`")
+        yield Finding("directory", "fail", f"users other than its owner may write to {home.root}; run `chmod 700 {home.root}`")
     others = [path for path in sorted(home.root.rglob("*")) if path.lstat().st_uid != found.st_uid]
     if others:
         yield Finding(
             "directory", "fail",
-            f"{len(others)} files in {home.root} are not its owner's, such as {others[0].relative_to(home.root)}, so it cannot use them; "
-            f"`chown -R --reference={home.root} {home.root}`",
+            f"{len(others)} files in {home.root} are not its owner's, such as {others[0].relative_to(home.root)}, so the "
+            f"agent cannot use them; run `chown -R --reference={home.root} {home.root}`",
         )  # fmt: skip
     if not os.access(home.root, os.W_OK | os.X_OK):
         yield Finding("directory", "fail", f"this user may not write {home.root}; run the agent as its owner")
@@ -96,13 +96,13 @@ def _state(home: Home) -> Iterator[Finding]:
     if state.active:
         yield Finding("state", "ok", f"release {state.seq} runs")
     elif state.refused or rests:  # an update would change nothing
-        yield Finding("state", "fail", "nothing is installed, because what was offered did not get through its trial")
+        yield Finding("state", "fail", "nothing is installed, because the offered bundle failed its trial")
     else:
         yield Finding("state", "warn", "nothing is installed yet; run `ferry-agent update`")
     for name in ("state.json", "state.prev.json"):
         data = home.disk.read(name)
         if data is not None and opened(data) is None:
-            yield Finding("state", "warn", f"{name} is damaged, its copy is used; watch the disk")
+            yield Finding("state", "warn", f"{name} is damaged, so its copy is used; check the disk")
     if state.trial:
         yield Finding("state", "warn", f"a bundle is on trial, {state.trial.left} good images to go; run `ferry-agent update`")
     for digest, why in list(state.refused.items())[-3:]:
@@ -126,7 +126,7 @@ def _room(home: Home) -> Iterator[Finding]:
     size = home.slot(active).manifest.size if active else 0
     needed = rules.room_needed(size, size)
     level: Level = "ok" if free >= needed else "warn"
-    yield Finding("room", level, f"{free / 1e6:,.0f} MB are free, a full update of this size takes {needed / 1e6:,.0f}")
+    yield Finding("room", level, f"{free / 1e6:,.0f} MB are free; a full update of this size needs {needed / 1e6:,.0f} MB")
 
 
 def _signatures(home: Home) -> Iterator[Finding]:
@@ -139,10 +139,12 @@ def _signatures(home: Home) -> Iterator[Finding]:
             continue  # the next update replaces a torn cache file
         if ends < now:
             yield Finding(
-                "signatures", "fail", f"{path.stem} ended {_span(now - ends)} ago when last fetched; the factory must sign anew"
+                "signatures",
+                "fail",
+                f"{path.stem} ended {_span(now - ends)} ago when it was last fetched; the factory must sign it again",
             )
         elif ends < now + SOON:
-            yield Finding("signatures", "warn", f"{path.stem} ends in {_span(ends - now)}; the factory should sign anew")
+            yield Finding("signatures", "warn", f"{path.stem} ends in {_span(ends - now)}; the factory should sign it again")
         else:
             yield Finding("signatures", "ok", f"{path.stem} holds for {_span(ends - now)}")
 
@@ -158,7 +160,7 @@ def _repository(home: Home) -> Iterator[Finding]:
         with closing(connect(address)) as transport:
             read_small(transport, "metadata/timestamp.json", 16 * KiB)
     except TransferError as error:
-        yield Finding("repository", "warn", f"{error}; what runs goes on")
+        yield Finding("repository", "warn", f"{error}; the running model is kept")
     else:
         yield Finding("repository", "ok", f"{bare(address)} answers in {1000 * (time.perf_counter() - start):.0f} ms")
 
@@ -204,7 +206,7 @@ def _runtime(home: Home) -> Iterator[Finding]:
         table = parse(SamplerTable, slot.read("sampler", variant), MAX_TABLE)
         problem = rules.check_runtime(table.runtime.onnxruntime, version)
         yield Finding(
-            "runtime", "fail" if problem else "ok", problem or f"ONNX Runtime {version} is one that {variant} was scored with"
+            "runtime", "fail" if problem else "ok", problem or f"the variant {variant} was scored with ONNX Runtime {version}"
         )
 
 
@@ -217,7 +219,7 @@ def _energy(home: Home) -> Iterator[Finding]:
             "energy", "ok", f"joules come from {found.sensor.source} ({found.sensor.quality}); {found.sensor.note}".rstrip("; ")
         )
     else:
-        yield Finding("energy", "ok", f"there is no sensor, so no joules are told. {' '.join(found.skipped)}")
+        yield Finding("energy", "ok", f"there is no sensor, so energy is not measured. {' '.join(found.skipped)}")
 
 
 def _drawing(home: Home) -> Iterator[Finding]:

@@ -230,7 +230,7 @@ def _pmic(vcgencmd: Callable[[], str]) -> Sensor:
             raise ValueError("vcgencmd pmic_read_adc lists other rails than before")
         return (sum(rails.values()),)
 
-    note = "The rails leave out what hangs on 5 V (USB, HAT, NVMe) and the PMIC's own losses: a lower bound."
+    note = "The rails do not include devices at 5 V (USB, HAT, NVMe) and the PMIC's own losses, so the figure is a lower bound."
     return Sensor(f"vcgencmd pmic_read_adc, {len(known)} rails", "rails", "partial", PERIODS["pmic"], read, note=note)
 
 
@@ -261,7 +261,8 @@ def _model(table: object, cpu: Callable[[], float], clock: Callable[[], float]) 
     busy, idle = watts[BUSY], watts[IDLE]
     if not all(type(number) in {int, float} and 0 <= number < math.inf for number in (busy, idle)) or not busy:
         raise OperatorError(f"the table of watts is {table!r}; give {BUSY} (above 0) and {IDLE} (0 or more), or leave it out")
-    source, note = f"CPU seconds at {busy:g} W per busy core, {idle:g} W idle", "The figure is a model's, not measured."
+    source = f"CPU seconds at {busy:g} W per busy core, {idle:g} W idle"
+    note = "A model computes this figure; it is not measured."
     return Sensor(source, "model", "model", PERIODS["model"], lambda: (busy * cpu() + idle * clock(),), (None,), note)
 
 
@@ -409,7 +410,7 @@ def measure(
         OperatorError: there are fewer than 5 repeats. Exceptions of `draw` are passed on.
     """
     if repeats < LEAST_REPEATS:
-        raise OperatorError(f"{repeats} repeats give no interval worth stating; ask for {LEAST_REPEATS} or more")
+        raise OperatorError(f"{repeats} repeats are too few for an interval; ask for {LEAST_REPEATS} or more")
     sensor = found.sensor
     if not sensor:
         return refuse(None, " ".join((*found.skipped, "There is no figure because this device has no sensor.")))

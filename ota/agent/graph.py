@@ -44,17 +44,20 @@ def check_graph(graph: bytes) -> None:
                 if number in inside:
                     waiting.append((inside[number], first, last))
     except (ValueError, IndexError) as error:
-        raise DeviceError("the bundle's graph is no ONNX file") from error
+        raise DeviceError("the bundle's graph is not an ONNX file") from error
 
 
 def _check_tensor(graph: bytes, start: int, stop: int, own: bool) -> None:
     for number, first, last in fields(graph, start, stop):
         outside = number == EXTERNAL_DATA or (number == DATA_LOCATION and varint(graph, first, stop)[0])
         if outside and not own:
-            raise DeviceError("the bundle's graph names a file in a constant, a branch or a function; it is not given any")
+            raise DeviceError(
+                "the bundle's graph names a file in a constant, a branch or a function; a graph must not read files there"
+            )
         if number == EXTERNAL_DATA:
             said = {n: graph[a:b] for n, a, b in fields(graph, first, last)}
             if said.get(1) == b"location" and said.get(2) != WEIGHTS_LOCATION.encode():
                 raise DeviceError(
-                    f"the bundle's graph names the file {said.get(2, b'').decode(errors='replace')!r}; it is not given any"
+                    f"the bundle's graph names the file {said.get(2, b'').decode(errors='replace')!r}; a graph must not read "
+                    "other files than its weights"
                 )

@@ -46,7 +46,7 @@ def decide(home: Home, trust: Trust) -> tuple[Plan | None, rules.Wanted]:
         if state.active is None:
             raise
         # This is intended: a rollout that nobody renews stops spreading. The roles above it are fresh; `Trust` has checked them.
-        reason = "the rollout policy has expired, so nothing newer can be installed until it is signed anew; what runs goes on"
+        reason = "the rollout policy has expired, so nothing newer can be installed until it is signed again; the running model is kept"
         return None, rules.Wanted(False, reason)
     if target is None:
         return None, rules.Wanted(False, f"nothing is rolled out to {place} yet")
@@ -54,7 +54,7 @@ def decide(home: Home, trust: Trust) -> tuple[Plan | None, rules.Wanted]:
     # `rollout` alone cannot make anything run: what it names must be in `models`, under the same number.
     signed = trust.target(f"models/{place}/{policy.manifest}.json")
     if signed is None or signed.custom.seq != policy.seq:
-        raise ManifestError(f"the policy names release {policy.seq}, which `models` does not; nothing is installed")
+        raise ManifestError(f"the policy names release {policy.seq}, which the models role does not sign; nothing is installed")
     state = home.load()  # again: new keys of `models` may have reset the running bundle's number and the refusals
     wanted = rules.want(policy, config, state, signed.custom.revertible, int(time.time()))
     if not wanted.install:
@@ -112,7 +112,7 @@ def check_room(home: Home, written: int, size: int) -> None:
     """
     needed, free = rules.room_needed(written, size), home.disk.free()
     if needed > free:
-        raise RoomError(f"the update needs {needed:,} free bytes, {home.root} has {free:,}; make room and try again")
+        raise RoomError(f"the update needs {needed:,} free bytes, but {home.root} has {free:,}; make room and try again")
 
 
 def verify(home: Home, name: str, size: int, sha256: str) -> None:
@@ -126,4 +126,4 @@ def verify(home: Home, name: str, size: int, sha256: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if path.stat().st_size != size or found != sha256:
         home.disk.remove(name)
-        raise RepositoryError(f"{path.name} is not what is signed; it was thrown away and will be fetched again")
+        raise RepositoryError(f"{path.name} does not have its signed size and hash; it was deleted and will be fetched again")

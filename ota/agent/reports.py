@@ -13,6 +13,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -44,7 +45,9 @@ def _key(home: Home) -> Ed25519PrivateKey:
     try:
         return Ed25519PrivateKey.from_private_bytes(home.disk.read("device.key") or b"")
     except ValueError as error:
-        raise StateError(f"{home.root / 'device.key'} is lost; run `ferry-agent init` again and enroll anew") from error
+        raise StateError(
+            f"{home.root / 'device.key'} is lost; run `ferry-agent init` again, and enroll the device again"
+        ) from error
 
 
 def public_key(home: Home) -> str:
@@ -85,6 +88,38 @@ def _boot() -> str:
         return BOOT_ID.read_text().strip()
     except OSError:
         return "unknown"
+
+
+class Channel(Protocol):
+    """A way on which reports leave the device. To add one, write this method, and choose it by its address in `channel_to`."""
+
+    def deliver(self, name: str, data: bytes) -> None:
+        """Deliver a report, durably, because its only other copy is removed next; delivering it twice is the same as once.
+
+        Raises:
+            HungError: nothing answers, so the next reports would wait as long.
+            TransferError: this report cannot be delivered.
+        """
+
+
+class FolderChannel:
+    """A folder, which may be a mount that hangs. A report becomes a file that is named by device and number."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def deliver(self, name: str, data: bytes) -> None:
+        """Write the report into the folder."""
+        within(MOUNT_SECONDS, self._folder, lambda: _drop(data, self._folder, name))
+
+
+def channel_to(address: str) -> Channel:
+    """Return the channel that an address names.
+
+    Raises:
+        OperatorError: as `folder_of`, because a folder is the only kind of channel so far.
+    """
+    return FolderChannel(folder_of(address))
 
 
 def folder_of(address: str) -> Path:
@@ -129,31 +164,27 @@ def _note(home: Home, problem_now: str) -> None:
 
 
 def send(home: Home) -> int:
-    """Deliver the queued reports and return how many could not be delivered; they stay, and `problem` says why.
-
-    A report becomes a file that is named by device and number, so delivering it twice is the same as once.
-    """
+    """Deliver the queued reports and return how many could not be delivered; they stay, and `problem` says why."""
     config = home.config()
     waiting = sorted(home.disk.path("queue").glob("*.json"))
     if not config.reports:
         _note(home, "")
         return len(waiting)
-    left, why = _deliver(home, folder_of(config.reports), waiting)
+    left, why = _deliver(home, channel_to(config.reports), waiting)
     if why:
         log.warning("%s", why)
     _note(home, why)
     return left
 
 
-def _deliver(home: Home, folder: Path, waiting: list[Path]) -> tuple[int, str]:
-    """Deliver reports to the folder; return how many could not be delivered, and why."""
+def _deliver(home: Home, channel: Channel, waiting: list[Path]) -> tuple[int, str]:
+    """Deliver reports; return how many could not be delivered, and why."""
     left, why = 0, ""
     for done, path in enumerate(waiting):
-        data, name = path.read_bytes(), f"{home.config().device}-{path.name}"
         try:
-            within(MOUNT_SECONDS, folder, lambda data=data, name=name: _drop(data, folder, name))  # type: ignore[misc]
+            channel.deliver(f"{home.config().device}-{path.name}", path.read_bytes())
         except HungError as error:  # the next ones would hang too, and the lock is held meanwhile
-            return left + len(waiting) - done, f"{error}; reports are kept and tried again"
+            return left + len(waiting) - done, f"{error}; the reports are kept and will be sent again"
         except TransferError as error:  # something else may have taken this report's place in the folder, and not the next one's
             left, why = left + 1, why or str(error)
         else:
@@ -165,14 +196,14 @@ def _drop(data: bytes, folder: Path, name: str) -> None:
     """Write a report into a folder that others may write to; durable on return, because its only other copy is removed next."""
     try:
         if not folder.is_dir():
-            raise TransferError(f"{missing(folder)}, reports are kept and tried again")
+            raise TransferError(f"{missing(folder)}; the reports are kept and will be sent again")
         with output.fresh(folder / name) as file:
             os.fchmod(file.fileno(), 0o644)  # whatever the agent's umask is: another user collects the file
             file.write(data)
     except (OSError, OperatorError) as error:
         reason = str((error.strerror if isinstance(error, OSError) else "") or error)
         if isinstance(error.__cause__, FileNotFoundError):  # the folder exists but takes no files, as in /proc
-            reason = "no file can be made there, name another folder with `ferry-agent init`"
+            reason = "no file can be created there, so name another folder with `ferry-agent init`"
         if os.strerror(errno.EROFS) in reason:
             reason += " (systemd lets a service write what its unit names in ReadWritePaths)"
-        raise TransferError(f"reports cannot be left in {folder}: {reason}; they are kept and tried again") from error
+        raise TransferError(f"reports cannot be left in {folder}: {reason}; they are kept and will be sent again") from error

@@ -51,7 +51,8 @@ def check_clock(now: int, floor: int) -> None:
     """
     if now < floor - CLOCK_SLACK:
         raise TrustError(
-            f"the clock is {(floor - now) // 3600} hours behind the last time seen; set it, the running model is kept"
+            f"the clock is {(floor - now) // 3600} hours behind the last time seen; set the clock; until then the running "
+            "model is kept"
         )
 
 
@@ -92,7 +93,7 @@ def check_floor(seq: int | None, floor: int) -> None:
         TrustError: the release is below the floor.
     """
     if seq is not None and seq < floor:
-        raise TrustError(f"release {seq} lies below the floor, {floor}: it may not be installed or gone back to any more")
+        raise TrustError(f"release {seq} is below the floor, {floor}; devices may no longer install it or go back to it")
 
 
 def check_versions(found: Mapping[str, int], marks: Mapping[str, int]) -> None:
@@ -108,12 +109,12 @@ def check_versions(found: Mapping[str, int], marks: Mapping[str, int]) -> None:
     for role, version in sorted(found.items()):
         if version > MAX_COUNT:
             raise TrustError(
-                f"the repository offers a version of {role} beyond {MAX_COUNT}; it is an attack, nothing is installed"
+                f"the repository offers a version of {role} beyond {MAX_COUNT}; this is an attack, and nothing is installed"
             )
         if version < marks.get(role, 0):
             raise TrustError(
-                f"the repository offers version {version} of {role}, this device has seen {marks[role]}; it is an old copy "
-                "or an attack, nothing is installed"
+                f"the repository offers version {version} of {role}, this device has seen {marks[role]}; this is an old copy "
+                "or an attack, and nothing is installed"
             )
 
 
@@ -142,9 +143,9 @@ def want(policy: Policy, config: Config, state: State, revertible: bool, now: in
         return Wanted(False, f"release {policy.seq} is halted", settled=True)
     if policy.seq < state.seq:
         if not policy.revert:
-            raise TrustError(f"the policy names release {policy.seq}, older than {state.seq}, without calling it a revert")
+            raise TrustError(f"the policy names release {policy.seq}, older than {state.seq}, but does not mark it as a revert")
         if not revertible:
-            raise TrustError(f"the policy goes back to release {policy.seq}, which is not marked as one to go back to")
+            raise TrustError(f"the policy goes back to release {policy.seq}, which is not marked as revertible")
     mine = bucket(config.device, policy.salt)
     opening = [wave.not_before for wave in policy.waves if mine < wave.bps]
     if not opening:
@@ -165,8 +166,8 @@ def resting(found: Rest) -> str:
     """Say until when a bundle waits for its next trial, and how to end the wait."""
     until = datetime.fromtimestamp(found.until, UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
-        f"{found.bundle[:12]} is tried again after {until}: its trial never finished; `ferry-agent forget {found.bundle[:12]}` "
-        "has it tried at once"
+        f"{found.bundle[:12]} is tried again after {until}, because its trial never finished; `ferry-agent forget "
+        f"{found.bundle[:12]}` lets the agent try it at once"
     )
 
 
@@ -197,7 +198,7 @@ def check_fits(manifest: Manifest, config: Config, agent: str) -> None:
     if (manifest.line, manifest.device_class) != (config.line, config.device_class):
         raise ManifestError(f"the bundle is for {manifest.line}/{manifest.device_class}, not for this device")
     if as_numbers(manifest.minimum_agent) > as_numbers(agent):
-        raise AgentError(f"the bundle needs agent {manifest.minimum_agent}, this is {agent}; update the agent first")
+        raise AgentError(f"the bundle needs agent {manifest.minimum_agent}, but this is {agent}; update the agent first")
 
 
 def check_runtime(bounds: Sequence[str], version: str) -> str | None:
@@ -205,7 +206,7 @@ def check_runtime(bounds: Sequence[str], version: str) -> str | None:
     low, high = as_numbers(bounds[0].removeprefix(">=")), as_numbers(bounds[1].removeprefix("<"))
     if low <= as_numbers(version) < high:
         return None
-    return f"it needs ONNX Runtime {bounds[0]}, {bounds[1]}, this device has {version}"
+    return f"it needs ONNX Runtime {bounds[0]}, {bounds[1]}, but this device has {version}"
 
 
 def room_needed(written: int, bundle: int) -> int:
@@ -222,7 +223,7 @@ def check_request(caption: str, seed: int) -> None:
     try:
         caption.encode()
     except UnicodeEncodeError as error:
-        raise OperatorError("the caption is not valid UTF-8; type it anew, or set the terminal to UTF-8") from error
+        raise OperatorError("the caption is not valid UTF-8; type it again, or set the terminal to UTF-8") from error
     if not 0 <= seed < SEEDS:
         raise OperatorError(f"the seed {seed} is out of range; choose one from 0 to 2^128 - 1")
 
@@ -259,8 +260,8 @@ def judge(trying: TrialResult, own: Reference, running: Reference | None) -> lis
         reasons.append("it makes images that are not finite")
     if trying.golden_share < own.golden.share:
         reasons.append(
-            f"only {100 * trying.golden_share:.1f} % of its golden outputs come out right here, {100 * own.golden.share:.0f} % "
-            "must"
+            f"only {100 * trying.golden_share:.1f} % of its golden outputs are right on this device, but "
+            f"{100 * own.golden.share:.0f} % must be"
         )
     reasons += unlike(trying.statistics, own, "its own reference")
     if running:
@@ -274,11 +275,11 @@ def judge(trying: TrialResult, own: Reference, running: Reference | None) -> lis
         if mass < MAX_DEAD_LOAD * expected
     ]
     if idle:
-        reasons.append(f"{', '.join(idle[:3])} carry no load here as they did in the factory")
+        reasons.append(f"experts that worked at the factory carry almost no load on this device: {', '.join(idle[:3])}")
     if trying.computing > own.latency_ms:
-        reasons.append(f"an image takes {trying.computing:.0f} ms of computing, the budget is {own.latency_ms:.0f} ms")
+        reasons.append(f"an image takes {trying.computing:.0f} ms of computing; the budget is {own.latency_ms:.0f} ms")
     if trying.peak_mib > MEMORY_LIMIT:
-        reasons.append(f"it takes {trying.peak_mib:.0f} MiB, {MEMORY_LIMIT} are allowed")
+        reasons.append(f"it takes {trying.peak_mib:.0f} MiB; the limit is {MEMORY_LIMIT} MiB")
     return reasons
 
 

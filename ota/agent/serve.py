@@ -262,7 +262,7 @@ class Service:
         # A bundle on trial is not loaded here: the update that tries it counts its loads.
         wanted = [digest for digest in (None if state.trial else state.active, state.previous) if digest]
         if not wanted:
-            self._problem = StateError("nothing is installed that may draw yet; run `ferry-agent update`")
+            self._problem = StateError("no installed bundle may draw yet; run `ferry-agent update`")
         for digest in wanted:
             if time.monotonic() < self._rests.get(digest, 0.0):
                 continue
@@ -473,7 +473,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Transfer-Encoding") or not length.isascii() or not length.isdigit():
             raise _Refusal(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length, and the body in one piece")
         if len(length) > 9 or int(length) > MAX_BODY:
-            raise _Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {MAX_BODY} bytes")
+            raise _Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the request is too large; send at most {MAX_BODY} bytes")
         return int(length)
 
     def _answer(self, work: Any) -> None:
@@ -489,15 +489,15 @@ class _Handler(BaseHTTPRequestHandler):
         except (TimeoutError, ConnectionError):
             self.close_connection = True
         except Exception as error:
-            log.exception("a request failed in a way that nobody foresaw")
+            log.exception("a request failed unexpectedly")
             what = printable(f"{type(error).__name__}: {error}")
-            self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"the agent failed in a way that nobody foresaw ({what}); report it")
+            self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"the agent failed unexpectedly ({what}); report it")
 
     def _check_caller(self) -> None:
         """Refuse web pages in a browser on this device, also pages whose own name was made to point here (DNS rebinding)."""
         names = self._mine.names
         if "Origin" in self.headers:
-            raise _Refusal(HTTPStatus.FORBIDDEN, "requests of web pages are refused")
+            raise _Refusal(HTTPStatus.FORBIDDEN, "the agent refuses requests from web pages")
         if names is not None and self.headers.get_all("Host", [])[:2] not in [[name] for name in names]:
             raise _Refusal(HTTPStatus.MISDIRECTED_REQUEST, f"call this host {min(names)}")
 
@@ -549,7 +549,7 @@ def _request(body: bytes) -> dict[str, Any]:
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise OperatorError('the body is no JSON; send {"caption": "…"}') from error
+        raise OperatorError('the body is not JSON; send {"caption": "…"}') from error
     kinds = {"caption": str, "seed": int, "variant": str}
     if not isinstance(request, dict) or any(type(value) is not kinds.get(name) for name, value in request.items()):
         raise OperatorError('the body is not of the form {"caption": "…", "seed": 0, "variant": "full"}')
@@ -595,7 +595,7 @@ def _remove_stale(path: Path) -> None:
     """Remove the socket that a killed service left behind; refuse to remove anything else."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise OperatorError(f"{path} is there and is no socket; name another with --socket")
+            raise OperatorError(f"{path} exists and is not a socket; name another with --socket")
     except FileNotFoundError:
         return
     except OSError as error:

@@ -51,7 +51,7 @@ def _check_slot(home: Home, name: str, plan: Plan) -> None:
         except OSError as error:
             raise StateError(f"the new slot's {entry.role} file cannot be read back: {error.strerror}; check the disk") from error
         if size != entry.size or digest.hexdigest() != entry.sha256:
-            raise DeltaError(f"the new slot's {entry.role} file is not what is signed; it was not installed")
+            raise DeltaError(f"the new slot's {entry.role} file does not have its signed hash; the bundle was not installed")
 
 
 def is_complete(home: Home, digest: str, plan: Plan) -> bool:

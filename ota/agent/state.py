@@ -48,7 +48,7 @@ LOCK_PAUSE = 0.1  # seconds between two attempts to take the lock
 
 def _one_line(text: str) -> str:
     if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text):
-        raise ValueError("it holds a control character; type it anew")
+        raise ValueError("it holds a control character; type it again")
     return text
 
 
@@ -66,16 +66,18 @@ class Config(Document):
     repository: Place = Field(description="http(s) address or folder")
     root_sha256: Sha256
     reports: Place = Field(default="", description="folder in which reports are left; empty: nowhere")
-    window: str = Field(default="", pattern=WINDOW, description="hours of UTC in which it may switch, as 22:00-05:00; empty: any")
+    window: str = Field(
+        default="", pattern=WINDOW, description="hours in UTC in which the agent may switch, such as 22:00-05:00; empty: any"
+    )
     prefer: Literal["default", "quality", "latency", "energy"] = Field(default="default", description="see `variants.chain`")
     latency_ms: float | None = Field(default=None, gt=0, le=1e6, description="budget for one image")
     joules: float | None = Field(default=None, gt=0, le=1e6, description="budget for one image")
-    safe: VariantName | None = Field(default=None, description="variant for when routes have strayed; None: the cheapest")
+    safe: VariantName | None = Field(default=None, description="variant to use after a routing shift; None: the cheapest")
     idle_watts: float | None = Field(
-        default=None, ge=0, le=1e4, description="what the device takes at rest, for want of a sensor"
+        default=None, ge=0, le=1e4, description="power of the device at rest, in watts, if it has no sensor"
     )
     core_watts: float | None = Field(
-        default=None, gt=0, le=1e4, description="what a busy core takes besides, for want of a sensor"
+        default=None, gt=0, le=1e4, description="power that a busy core adds, in watts, if the device has no sensor"
     )
 
 
@@ -95,7 +97,7 @@ class State(Document):
     seq: int = Field(default=0, ge=0, description="release number of the active bundle; 0: no key that is trusted names it")
     previous_seq: int = Field(default=0, ge=0)
     trial: Trial | None = None
-    refused: dict[str, str] = Field(default_factory=dict, description="bundle → why this device will not have it")
+    refused: dict[str, str] = Field(default_factory=dict, description="bundle → why this device refused it")
     tries: dict[str, int] = Field(default_factory=dict, description="bundle → times its trial started and never finished")
 
     def refusing(self, digest: str, why: str) -> dict[str, str]:
@@ -111,7 +113,7 @@ class Rest(Document):
     """A bundle that waits, because its trials gave no result; it is tried again later."""
 
     bundle: Sha256
-    tries: int = Field(ge=0, description="how many had given none")
+    tries: int = Field(ge=0, description="number of trials that gave no result")
     until: int = Field(ge=0, le=2**35, description="seconds since 1970")
 
 
@@ -119,8 +121,10 @@ class HighWater(Document):
     """What must never go back: metadata versions by role, and time; `rules.binding` says which versions still bind."""
 
     versions: dict[str, int] = Field(default_factory=dict)
-    keys: dict[str, list[str]] = Field(default_factory=dict, description="ids of the keys that a role's mark was made under")
-    root: Sha256 | None = Field(default=None, description="of what is signed in the newest root")
+    keys: dict[str, list[str]] = Field(
+        default_factory=dict, description="ids of the keys that signed a role when its version was noted"
+    )
+    root: Sha256 | None = Field(default=None, description="hash of the signed part of the newest root")
     time: int = 0
 
 
@@ -282,7 +286,9 @@ class Home:
         if current == state:
             return
         if len(_enveloped(state)) > MAX_STATE:
-            raise StateError(f"the state of {self.root} would have more than {MAX_STATE} bytes; report it, what runs is kept")
+            raise StateError(
+                f"the state of {self.root} would have more than {MAX_STATE} bytes; report this; the running model is kept"
+            )
         if current:  # a damaged state.json must not replace the good copy
             # Its name becomes durable together with the next one. Until then, the state before that serves as well.
             self.disk.replace("state.prev.json", _enveloped(current), durable=False)
@@ -300,7 +306,7 @@ class Home:
         try:
             return parse(HighWater, data, MAX_STATE)
         except ManifestError as error:
-            raise StateError(f"{self.root / 'highwater.json'} is damaged; restore it, or set the device up anew") from error
+            raise StateError(f"{self.root / 'highwater.json'} is damaged; restore it, or set the device up again") from error
 
     def rest(self) -> Rest | None:
         """Return the bundle that waits, if any; a lost, damaged or unreadable file means that none does."""

@@ -202,7 +202,7 @@ def _why(error: BaseException) -> str:
         if isinstance(found, (ConnectionError, http.client.IncompleteRead)):
             return "the connection was closed"
         found = found.__cause__ or found.__context__
-    return "what answers there is no web server"
+    return "the server there is not a web server"
 
 
 class _Line:

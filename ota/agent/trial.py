@@ -48,7 +48,10 @@ def resting(home: Home, plan: Plan) -> str:
     if rest is None or (rest.bundle, rest.tries) != (digest, tries):
         if tries < MAX_TRIES:
             return ""
-        told = f"not refused, it only waits: its trial started {tries} times and never finished; it is tried again in {length // 3600} h"
+        told = (
+            f"it is not refused but waits, because its trial started {tries} times and never finished; it is tried again "
+            f"in {length // 3600} h"
+        )
         reports.queue(home, "refused", digest, told)
         reports.send(home)
         rest = _rest(home, digest, tries, now + length)
@@ -58,8 +61,8 @@ def resting(home: Home, plan: Plan) -> str:
         return ""
     why = f"its trial started {tries} times and never finished" if tries >= MAX_TRIES else "its trial did not finish in time"
     return (
-        f"release {plan.policy.seq} rests for {(rest.until - now + 59) // 60} more minutes, {why}; mend what this device lacks, "
-        f"then run `ferry-agent forget {digest[:12]}` to have it tried at once"
+        f"release {plan.policy.seq} waits for {(rest.until - now + 59) // 60} more minutes, {why}; give this device what it "
+        f"lacks, then run `ferry-agent forget {digest[:12]}` to try the release at once"
     )
 
 
@@ -155,7 +158,8 @@ def _compare(home: Home, trusted: str | None, variant: VariantName | None, why: 
         theirs = [str(error)]
     if any(theirs):
         raise UnfinishedError(
-            f"the bundle did not pass ({why}), but the one that runs does not pass here any more either ({'; '.join(theirs)}); check this "
+            f"the bundle did not pass its trial ({why}), but the running bundle does not pass here any more either "
+            f"({'; '.join(theirs)}); check this "
             "device's ONNX Runtime, memory and load"
         )
 
@@ -176,8 +180,8 @@ def _refuse(home: Home, digest: str, why: str, state: State, received: int) -> N
     home.disk.remove(f"slots/{digest}")
     reports.queue(home, "refused", digest, why, received)
     reports.send(home)
-    now = "the running one is kept" if state.active else "nothing runs yet"
-    raise GateError(f"the bundle was tried and refused, {why}; {now}, and {rules.lifting(digest)}")
+    now = "the running bundle is kept" if state.active else "nothing runs yet"
+    raise GateError(f"the bundle failed its trial and is refused: {why}; {now}, and {rules.lifting(digest)}")
 
 
 # Probation
@@ -211,7 +215,7 @@ def generate_on_trial(home: Home, state: State, caption: str, seed: int, variant
         raise StateError(f"nothing is on trial in {home.root}; run `ferry-agent update`")
     if trial.loads == 0:  # it may kill the machine, so it has to wait before it is tried again
         tried = state.model_copy(update={"tries": {active: max(MAX_TRIES, state.tries.get(active, 0))}})
-        _take_back(home, tried, active, "it did not get through its trial", refuse=False)
+        _take_back(home, tried, active, "it did not pass its trial", refuse=False)
     counted = state.model_copy(update={"trial": trial.model_copy(update={"loads": trial.loads - 1})})
     home.save(counted)
     try:
@@ -278,10 +282,10 @@ def _take_back(home: Home, state: State, failed: str, why: str, refuse: bool = T
     home.save(State(active=state.previous, seq=state.previous_seq, refused=refused, tries=tries))
     reports.queue(home, "rolled_back", failed, why)
     reports.send(home)
-    now = "the one before runs again" if state.previous else "none is left, run `ferry-agent update`"
+    now = "the previous bundle runs again" if state.previous else "no bundle is left, so run `ferry-agent update`"
     if not refuse:
-        raise StateError(f"the bundle on trial was taken back, and is tried again: {why}; {now}")
-    raise GateError(f"the bundle on trial was taken back: {why}; {now}; {rules.lifting(failed)}")
+        raise StateError(f"the bundle on trial was rolled back and will be tried again: {why}; {now}")
+    raise GateError(f"the bundle on trial was rolled back: {why}; {now}; {rules.lifting(failed)}")
 
 
 # By hand
@@ -302,13 +306,14 @@ def rollback(home: Home) -> tuple[str, str]:
         if state.active is None:
             raise OperatorError("nothing is installed; run `ferry-agent update`")
         raise OperatorError(
-            "no bundle before this one is kept; `ferry-agent status` lists what was refused, and `ferry-agent forget HASH` lets the next update "
+            "no earlier bundle is kept; `ferry-agent status` lists what was refused, and `ferry-agent forget HASH` lets the "
+            "next update "
             "have it again"
         )
     home.slot(state.previous)
     if not is_sound(home, state.previous):
         raise StateError(
-            f"the bundle before, {state.previous[:12]}, is damaged; the present one is kept, publish another release"
+            f"the previous bundle, {state.previous[:12]}, is damaged, so the present one is kept; publish another release"
         )
     refused = state.refusing(state.active, "rolled back by the operator")
     home.save(State(active=state.previous, seq=state.previous_seq, refused=refused))

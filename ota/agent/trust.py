@@ -124,9 +124,7 @@ class Trust:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
-            raise InvalidError(
-                f"what is signed of {name} is not valid: {where}: {first['msg']}; nothing of it is used"
-            ) from error
+            raise InvalidError(f"the signed data of {name} are not valid and are not used: {where}: {first['msg']}") from error
         if role == "models" and not name.endswith(f"/{self._home.load().active}.json"):
             rules.check_floor(target.custom.seq, target.custom.floor)
         return target
@@ -139,7 +137,7 @@ class Trust:
             TransferError: the target cannot be fetched.
         """
         if target.size > limit:
-            raise RepositoryError(f"{target.name} is signed with {target.size} bytes, more than {limit}; nothing of it is used")
+            raise RepositoryError(f"{target.name} has a signed size of {target.size} bytes, more than {limit}; it is not fetched")
         data = read_small(self._source, target.published_as, target.size)
         with _foreign_errors():
             TargetFile(target.size, {"sha256": target.sha256}, target.name).verify_length_and_hashes(data)
@@ -195,8 +193,8 @@ class Trust:
         known = self._cached(f"root_history/{marks.versions.get('root')}.root.json")
         if marks.root and (known is None or _sha256(known) != marks.root):
             raise TrustError(
-                f"the repository's root {marks.versions['root']} is another than this device has seen; it is an attack with the "
-                "keys of an older root, nothing is installed"
+                f"version {marks.versions['root']} of the repository's root differs from the one that this device has seen; "
+                "this is an attack with the keys of an older root, and nothing is installed"
             )
 
     def _cached(self, name: str) -> Metadata[Any] | None:
@@ -228,7 +226,7 @@ def _trusted(cached: dict[str, Metadata[Any]]) -> dict[str, rules.Trusted]:
         if result.verified:
             keys = frozenset([*result.signed, *result.unsigned])
             if wrong := [keyid for keyid in keys if not KEYID.fullmatch(keyid)]:
-                raise TrustError(f"{role} has a key with the id {wrong[0][:80]!r}, which is no sha256; nothing is installed")
+                raise TrustError(f"{role} has a key with the id {wrong[0][:80]!r}, which is not a sha256; nothing is installed")
             found[role] = rules.Trusted(keys, result.threshold)
     return found
 
@@ -289,19 +287,19 @@ class _foreign_errors:  # noqa: N801 - used as a statement
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ExpiredMetadataError):
             raise ExpiredError(
-                f"the repository's signatures have expired ({error}); the running model is kept, the factory must sign anew"
+                f"the repository's signatures have expired ({error}); the running model is kept, and the factory must sign again"
             ) from error
         if isinstance(error, DownloadHTTPError):
-            raise TransferError(f"the repository lacks a file it should have: {error}") from error
+            raise TransferError(f"the repository lacks a file that it should have: {error}") from error
         if isinstance(error, DownloadError):
             cause = error.__cause__
             raise TransferError(str(cause) if isinstance(cause, TransferError) else f"cannot fetch metadata: {error}") from error
         if isinstance(error, (TufRepositoryError, DeserializationError)):
-            raise TrustError(f"the repository's metadata do not hold: {error}; nothing is installed") from error
+            raise TrustError(f"the repository's metadata failed verification: {error}; nothing is installed") from error
         if isinstance(error, OSError):
             raise StateError(f"the metadata cache cannot be written: {error.strerror}; check the disk") from error
         if isinstance(error, Exception) and not isinstance(error, OtaError):
             # python-tuf did not expect such content, for example a name with a lone surrogate.
             raise TrustError(
-                f"the repository's metadata are not what they must be: {type(error).__name__}: {error}; nothing is installed"
+                f"the repository's metadata are malformed: {type(error).__name__}: {error}; nothing is installed"
             ) from error

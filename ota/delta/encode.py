@@ -29,9 +29,8 @@ from ota.delta.format import (
     VERSION,
     ZSTD,
     ZSTD_PREFIX,
-    DeltaFile,
-    Header,
 )  # fmt: skip
+from ota.delta.header import DeltaFile, Header
 from ota.delta.numbers import KINDS as KIND_NAMES
 from ota.delta.plain import (
     LEAST_KNOWN,
@@ -46,7 +45,7 @@ from ota.delta.plain import (
 )  # fmt: skip
 from ota.delta.plan import LEAST_PLAIN, Elements, File, Pair, Piece, is_plain, open_file, plan, sha256_of
 from ota.errors import DeltaError
-from ota.manifest import KiB
+from ota.limits import KiB
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

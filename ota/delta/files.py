@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING
 from ota import output
 from ota.delta import format as container
 from ota.delta import streams
+from ota.delta.header import Header, PlainFile
 from ota.delta.numbers import KINDS, KindName
 from ota.delta.plan import Elements, Pair, sha256_of
 from ota.delta.wire import fields, varint
 from ota.errors import OperatorError
-from ota.manifest import MAX_WEIGHTS, KiB, MiB
+from ota.limits import MAX_WEIGHTS, KiB, MiB
 from ota.output import shown
 
 if TYPE_CHECKING:
@@ -50,10 +51,15 @@ class Tensor:
     """Where a tensor's numbers lie in a file."""
 
     name: str
+    """Name in the model file."""
     kind: KindName
+    """Kind of its numbers."""
     shape: tuple[int, ...]
+    """Length of each axis."""
     offset: int
-    length: int  # bytes
+    """Where it begins in the file, in bytes."""
+    length: int
+    """Bytes that it takes."""
 
     @property
     def row(self) -> int:
@@ -105,7 +111,7 @@ def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None, old_
         if path.stat().st_size > MAX_WEIGHTS:
             raise OperatorError(f"{shown(path)} is larger than {MAX_WEIGHTS // MiB} MiB, too large for a delta; split it")
     found = elements(old, new, graph, old_graph)
-    return Pair(container.PlainFile(size=new.stat().st_size, sha256=digest), new, old, found, old_digest)
+    return Pair(PlainFile(size=new.stat().st_size, sha256=digest), new, old, found, old_digest)
 
 
 @dataclass(frozen=True)
@@ -113,19 +119,24 @@ class Part:
     """One record of a delta, or one segment of numbers if the base was given."""
 
     kind: str
-    offset: int  # in the new file
-    length: int  # bytes that it makes
-    size: float  # bytes that it costs
+    """Kind of the record, such as "numbers" or "same"."""
+    offset: int
+    """Where its bytes begin in the new file."""
+    length: int
+    """Bytes of the new file that it makes."""
+    size: float
+    """Bytes that it takes in the delta."""
     holds: dict[str, int]
     """In a record of numbers: how many there are by kind and by the way they move, such as "float32 by product"."""
     streams: int
+    """Number of streams in which the numbers are coded."""
     tensors: list[str]
     """The tensors that have bytes in it, if the new file was given."""
 
 
 def inspect(
     patch: Path, of: Path | None = None, graph: Path | None = None, base: Path | None = None
-) -> tuple[container.Header, list[Part]]:
+) -> tuple[Header, list[Part]]:
     """List what a delta consists of: its header and its parts.
 
     Args:
@@ -156,7 +167,7 @@ def inspect(
         with patch.open("rb") as stream, base.open("rb") if base else nullcontext() as old:
             header = container.read_header(stream)
             if base and len(header.files) > 1:
-                raise OperatorError(f"{shown(patch)} is for bundles, which have several bases; inspect it without one")
+                raise OperatorError(f"{shown(patch)} is for bundles, which have several old files; inspect it without naming one")
             for file in header.files:
                 at = 0
                 for row in container.records(stream, file, old):
@@ -212,7 +223,8 @@ def _check_inputs(*paths: Path | None) -> None:
             raise OperatorError(f"{shown(path)} cannot be read: {error.strerror}; check its name and who may read it") from error
         if not stat.S_ISREG(found.st_mode):
             raise OperatorError(
-                f"{shown(path)} is {output.kind_of(found)} and no regular file; copy what it gives into one, and name that"
+                f"{shown(path)} is {output.kind_of(found)} and not a regular file; copy its content into a regular file, and "
+                "name that file"
             )
 
 
@@ -223,7 +235,7 @@ def _sha256(path: Path) -> str:
     except OSError as error:
         raise OperatorError(f"{shown(path)} cannot be read: {error.strerror}; check the disk") from error
     if read != size:  # such as files in /proc, whose size is given as 0
-        raise OperatorError(f"{shown(path)} gives {read} bytes and is said to have {size}; copy it, and name the copy")
+        raise OperatorError(f"{shown(path)} gives {read} bytes but its size is given as {size}; copy it, and name the copy")
     return digest
 
 

@@ -34,7 +34,7 @@ from ota.delta.plain import (
     size_of,
 )
 from ota.delta.plan import LEAST_PLAIN, File, Pair, Piece, is_plain, open_file, plan
-from ota.manifest import KiB
+from ota.limits import KiB
 
 CLOSE = 1.3  # factor by which a forecast may be wrong and still be given as one number
 EXACT = 256 * KiB  # bytes of a file's smallest records that are built

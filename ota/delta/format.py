@@ -5,7 +5,7 @@ into streams of numbers that are expected to move equally far (`streams`). Other
 range of the old file. A small file may be made as a whole by bsdiff4, where that is shorter.
 
 A delta is read as a stream, and its output is written in order. Memory is bounded by `MAX_CHUNK` for weights and by `MAX_SMALL`
-for other files, however large the files are. ../README.md describes the format to the byte. Every length is checked against a
+for other files, however large the files are. docs/delta-format.md describes the format to the byte. Every length is checked against a
 limit before memory is allocated for it.
 """
 
@@ -23,12 +23,12 @@ from typing import BinaryIO
 import bsdiff4
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
 from ota.delta import numbers, streams
+from ota.delta.header import BundleFile, DeltaFile, Header, PlainFile, parse
 from ota.delta.numbers import CONTEXTS, KIND_OF_CODE, MAX_FACTOR, Factors, Kind, KindName, Scales
-from ota.errors import BaseError, DeltaError, ManifestError
-from ota.manifest import MAX_WEIGHTS, Document, FileEntry, KiB, MiB, Role, Sha256, VariantName, parse
+from ota.errors import BaseError, DeltaError
+from ota.limits import KiB, MiB, Role, VariantName
 
 MAGIC = b"DFDELTA"
 VERSION = 1
@@ -54,44 +54,6 @@ _STEP = struct.Struct("<f")
 _PRODUCT = struct.Struct("<Bb")  # rank, exponent of two
 SAME, NUMBERS, ZSTD, BSDIFF, ZSTD_PREFIX = range(5)
 KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff", ZSTD_PREFIX: "beside"}
-
-
-class PlainFile(Document):
-    """A file that belongs to no bundle."""
-
-    size: int = Field(ge=0, le=MAX_WEIGHTS, description="bytes")
-    sha256: Sha256
-
-
-class DeltaFile(Document):
-    """One file that a delta makes."""
-
-    target: FileEntry | PlainFile
-    base: Sha256 | None = Field(description="hash of the base's file of the same role and variant; None: made without one")
-    base_size: int = Field(ge=0, le=MAX_WEIGHTS)
-
-    @property
-    def name(self) -> str:
-        """What messages call the file."""
-        return f"{self.target.role} file" if isinstance(self.target, FileEntry) else "file"
-
-    @property
-    def small(self) -> bool:
-        """Whether it is handled whole where that is shorter; weights are not."""
-        return not isinstance(self.target, FileEntry) or self.target.role != "weights"
-
-    @property
-    def remedy(self) -> str:
-        """What the reader of a message should do if the base is another file than expected."""
-        return "fetch the full bundle" if isinstance(self.target, FileEntry) else "name the file that it was built from"
-
-
-class Header(Document):
-    """What a delta starts from and what it makes, with the files in the order in which it makes them."""
-
-    base: Sha256 = Field(description="manifest of the bundle it starts from, or the plain file")
-    target: Sha256 = Field(description="manifest of the bundle it makes, or the plain file")
-    files: list[DeltaFile] = Field(min_length=1, max_length=13)
 
 
 @dataclass(frozen=True)
@@ -174,7 +136,7 @@ def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | N
 
 
 OpenBase = Callable[[Role, VariantName | None], BinaryIO]
-OpenOutput = Callable[[FileEntry], AbstractContextManager[BinaryIO]]
+OpenOutput = Callable[[BundleFile], AbstractContextManager[BinaryIO]]
 
 
 def read_header(patch: BinaryIO) -> Header:
@@ -190,14 +152,14 @@ def read_header(patch: BinaryIO) -> Header:
     if magic != MAGIC:
         raise DeltaError("the file is not a delta")
     if version != VERSION:
-        raise DeltaError(f"the delta has format version {version}, this agent reads {VERSION}; update the agent")
+        raise DeltaError(f"the delta has format version {version}, but this agent reads {VERSION}; update the agent")
     if length > MAX_HEADER:
         raise DeltaError(f"the delta's header claims {length} bytes, more than {MAX_HEADER}")
     data = _exactly(patch, length)
     try:
-        header = parse(Header, data, MAX_HEADER)
-    except ManifestError as error:
-        raise DeltaError(f"the delta's header is damaged: {error}") from error
+        header = parse(data)
+    except ValueError as error:
+        raise DeltaError(f"the delta's header is damaged: {error}; fetch it again") from error
     if header.canonical() != data:  # two readers might read other forms differently, for example a key that occurs twice
         raise DeltaError("the delta's header is damaged: it is not canonical JSON; fetch it again")
     return header
@@ -219,7 +181,7 @@ def apply(patch: BinaryIO, header: Header, open_base: OpenBase, open_output: Ope
         BaseError: a file of the old bundle is not the one that the delta starts from.
     """
     for file in header.files:
-        if not isinstance(file.target, FileEntry):
+        if not isinstance(file.target, BundleFile):
             raise DeltaError("the delta is for plain files and not for bundles; apply it with `ferry delta apply`")
         with open_output(file.target) as output:
             _apply_file(patch, file, partial(open_base, file.target.role, file.target.variant), output)
@@ -353,7 +315,7 @@ def _read_record(patch: BinaryIO, file: DeltaFile, written: int, count: int) -> 
     """Read the record that goes on after `written` bytes of a file, its `count`-th; all of it is checked before the payload."""
     kind, new_length, payload_length, base_offset, check = RECORD.unpack(_exactly(patch, RECORD.size))
     if count > MAX_RECORDS:
-        raise DeltaError(f"the delta makes the {file.name} of more than {MAX_RECORDS} records; publish it without a delta")
+        raise DeltaError(f"the delta builds the {file.name} from more than {MAX_RECORDS} records; publish it without a delta")
     if kind not in KINDS:
         raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update the agent")
     if not new_length:  # costs the sender a few bytes, and the device as much time as any other record
@@ -516,14 +478,14 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
         scales = [None if n is None else np.frombuffer(table.take(n), np.int8).astype(np.int16) for n in sizes]
         step = np.float32(_STEP.unpack(table.take(_STEP.size))[0]) if flags & _STEPS else None
         if step is not None and not (segment.kind.mantissa and 0 < step < np.inf):
-            raise DeltaError("a record of the delta describes steps that cannot be; fetch it again")
+            raise DeltaError("a record of the delta describes impossible steps; fetch it again")
         product = Product(*_PRODUCT.unpack(table.take(_PRODUCT.size))) if flags & _FACTORS else None
         # The product is computed in full, with the unused end of the last row, so it has to be thin.
         if product and not (
             0 < product.rank <= MAX_RANK and abs(product.exponent) <= MAX_EXPONENT and segment.kind.name != "bytes"
             and product.rank * (segment.table_rows + segment.row) <= segment.count
         ):  # fmt: skip
-            raise DeltaError("a record of the delta describes a product that cannot be; fetch it again")
+            raise DeltaError("a record of the delta describes an impossible product; fetch it again")
         segments[i] = replace(segment, rows=scales[0], columns=scales[1], step=step, product=product)
     table.end()
     _read_factors(reader, segments)

@@ -18,7 +18,7 @@ from ota.delta.describe import describe, payload_of
 from ota.delta.format import MAX_NUMBERS, MAX_RANGE, NUMBERS, RECORD, ZSTD, ZSTD_PREFIX
 from ota.delta.numbers import KINDS, Kind
 from ota.delta.plan import LEAST_PLAIN, File, Piece
-from ota.manifest import KiB
+from ota.limits import KiB
 
 LEVELS = (3, 9, 19)  # of zstd; the last takes twenty times as long as the one before
 LEAST_KNOWN = 8  # bytes of the shortest range that zstd can refer to

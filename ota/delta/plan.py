@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ota.delta.blocks import Blocks
-from ota.delta.format import MAX_CHUNK, MAX_NUMBERS, MAX_SEGMENTS, PlainFile
+from ota.delta.format import MAX_CHUNK, MAX_NUMBERS, MAX_SEGMENTS
+from ota.delta.header import BundleFile, PlainFile
 from ota.delta.numbers import KINDS, Kind, KindName
 from ota.errors import DeltaError, OperatorError
-from ota.manifest import FileEntry, KiB, MiB
+from ota.limits import KiB, MiB
 from ota.output import shown
 
 MAX_BSDIFF = 2 * MiB  # bytes of the largest plain file for which bsdiff4 is tried; it may take four seconds
@@ -43,7 +44,7 @@ class Elements:
 class Pair:
     """One new file, the old one that it follows, and where its numbers lie."""
 
-    entry: FileEntry | PlainFile
+    entry: BundleFile | PlainFile
     new: Path
     old: Path | None
     elements: Sequence[Elements] = ()
@@ -53,7 +54,7 @@ class Pair:
     @property
     def whole(self) -> bool:
         """Whether the file is encoded as a whole: a bundle's file other than weights, or a small plain file without numbers."""
-        if isinstance(self.entry, FileEntry):
+        if isinstance(self.entry, BundleFile):
             return self.entry.role != "weights"
         return not self.elements and max(self.entry.size, self.old.stat().st_size if self.old else 0) <= MAX_BSDIFF
 
@@ -107,7 +108,7 @@ def plan(pair: Pair) -> list[list[Piece]]:
         return [[]] if pair.entry.size else []
     new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
     groups: list[list[Piece]] = []
-    plain = MAX_CHUNK if isinstance(pair.entry, FileEntry) else MAX_PLAIN
+    plain = MAX_CHUNK if isinstance(pair.entry, BundleFile) else MAX_PLAIN
     for piece in _join(_pieces(pair.elements, new, old, plain)):
         last = groups[-1] if groups else []
         full = sum(p.length for p in last) + piece.length > MAX_CHUNK or sum(map(_count, last)) + _count(piece) > MAX_NUMBERS

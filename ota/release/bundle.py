@@ -14,6 +14,7 @@ from typing import BinaryIO, Literal
 
 from ota import delta
 from ota.delta import encode, files
+from ota.delta.header import BundleFile
 from ota.errors import DeltaError, ManifestError, OperatorError
 from ota.manifest import (
     MAX_MANIFEST,
@@ -58,6 +59,20 @@ class Delta:
     target: str
     size: int
     by_kind: dict[str, int]
+
+
+def update_bytes(old: Path, new: Path) -> int:
+    """Estimate how many bytes a delta between the weights of two exports would have.
+
+    Args:
+        old: folder of the exported files that devices have.
+        new: folder of the exported files to update to.
+
+    Raises:
+        DeltaError: as `ota.delta.files.estimate`.
+    """
+    weights, graph = FILE_NAMES["weights"], FILE_NAMES["graph"]
+    return files.estimate(old / weights, new / weights, new / graph, old / graph)
 
 
 def assemble(
@@ -137,7 +152,8 @@ def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
         old = base.path(entry.role, entry.variant) if has_old else None
         new = target.path(entry.role, entry.variant)
         elements = files.elements(old, new, target.path("graph"), base.path("graph")) if entry.role == "weights" else ()
-        pairs.append(encode.Pair(entry, new, old, elements))
+        named = BundleFile(entry.role, entry.variant, entry.size, entry.sha256)
+        pairs.append(encode.Pair(named, new, old, elements))
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{base.manifest.digest}.{target.manifest.digest}"
     try:
@@ -158,7 +174,7 @@ def _prove(path: Path, base: Bundle, target: Bundle) -> None:
         def open_base(role: Role, variant: VariantName | None) -> BinaryIO:
             return base.path(role, variant).open("rb")
 
-        def open_output(entry: FileEntry) -> BinaryIO:
+        def open_output(entry: BundleFile) -> BinaryIO:
             return (Path(folder) / entry.sha256).open("wb")
 
         header = delta.read_header(patch)

@@ -78,10 +78,10 @@ class Waiting(Document):
         try:
             found = {role: Metadata[Any].from_dict(copy.deepcopy(d)) for role, d in self.documents.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OperatorError("the file that waits holds no metadata; begin again") from error
+            raise OperatorError("the file that waits for signatures holds no metadata; begin again") from error
         for role, metadata in found.items():
             if role not in self.needs or role not in ROLES or metadata.signed.type != ("root" if role == "root" else "targets"):
-                raise OperatorError(f"the file that waits cannot change role {role[:40]}; begin again")
+                raise OperatorError(f"the file that waits for signatures cannot change role {role[:40]}; begin again")
         return found
 
     def entries(self) -> dict[str, list[Entry]]:
@@ -119,7 +119,7 @@ class Waiting(Document):
                     done.append(f"{role} version {metadata.signed.version} with key {keyid[:SHORT]}")
         if not done:
             waited = sorted({keyid[:SHORT] for needs in self.needs.values() for need in needs for keyid in need.keys})
-            raise OperatorError(f"{uri} signs nothing of this ({problem}); it waits for keys {', '.join(waited)}")
+            raise OperatorError(f"{uri} cannot sign this file ({problem}); the file waits for the keys {', '.join(waited)}")
         return self._with(documents), done
 
     def _with(self, documents: Mapping[str, Metadata[Any]]) -> Waiting:

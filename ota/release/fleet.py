@@ -182,7 +182,7 @@ def _opened(data: bytes) -> tuple[SignedReport, bytes]:
         again = json.dumps(found).encode()  # drops duplicate fields, so that both parsers see the same value
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(
-            "the report is not valid: it is no JSON object with a report; look at the device that left it"
+            "the report is not valid: it is not a JSON object with a report; look at the device that left it"
         ) from error
     return parse(SignedReport, again, 8 * MAX_REPORT), received
 
@@ -232,5 +232,5 @@ def _foreign_errors() -> Iterator[None]:
         raise OperatorError("the fleet's tables hold a report of another version; migrate the database") from error
     except (ValueError, TypeError) as error:
         raise OperatorError(
-            "the fleet's tables hold what no ferry wrote there; see who may write to the database, and restore it"
+            "the fleet's tables hold data that ferry did not write; check who may write to the database, and restore it"
         ) from error

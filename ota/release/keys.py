@@ -311,7 +311,7 @@ def _imported(uri: str) -> Key:
         return HSMSigner.import_(int(number) if number else None, label, _secret)[1]
     if scheme in ("gcpkms", "awskms"):
         return (GCPSigner if scheme == "gcpkms" else AWSSigner).import_(rest)[1]
-    raise ValueError("signers of this kind cannot be asked")
+    raise ValueError("ferry cannot ask a signer of this kind")
 
 
 def open_signer(uri: str, key: Key) -> Signer:
@@ -345,7 +345,7 @@ def sign(metadata: Metadata[Any], signer: Signer) -> None:
 def _secret(name: str) -> str:
     """Ask for a PIN or passphrase on the terminal, once for each name."""
     if not sys.stdin.isatty():
-        raise ValueError(f"it asks for its {name}, and nobody is there to type it")
+        raise ValueError(f"it asks for its {name}, but there is no terminal to type it in")
     return getpass.getpass(f"{name} of the signer: ")
 
 

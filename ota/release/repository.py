@@ -68,16 +68,18 @@ def alone(change: Callable[Concatenate[Repository, P], R]) -> Callable[Concatena
 class Release(Document):
     """A published bundle."""
 
-    line: str
-    device_class: str
-    seq: int = Field(ge=1, le=MAX_COUNT)
-    manifest: Sha256
-    ledger: Sha256
-    version: int
-    full_bytes: int
-    revertible: bool
-    floor: int = Field(default=0, ge=0, le=MAX_COUNT)
-    """Lowest release number of the line and class that devices may install, as of the last signature; 0: any."""
+    line: str = Field(description="line (product) of the bundle")
+    device_class: str = Field(description="device class of the bundle")
+    seq: int = Field(ge=1, le=MAX_COUNT, description="release number")
+    manifest: Sha256 = Field(description="hash of the bundle's manifest")
+    ledger: Sha256 = Field(description="hash of the newest entry of the ledger, so that a truncated ledger is noticed")
+    version: int = Field(description="version of the model in MLflow")
+    full_bytes: int = Field(description="bytes of all files of the bundle")
+    revertible: bool = Field(description="whether a rollout may return to this release")
+    floor: int = Field(
+        default=0, ge=0, le=MAX_COUNT,
+        description="lowest release number of the line and class that devices may install, as of the last signature; 0: any",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,8 @@ class Repository:
                     found.append(Release.model_validate({**(target.custom or {}), **named}))
                 except (ValidationError, KeyError, TypeError) as error:
                     raise OperatorError(
-                        f"the models role lists {printable(path, 200)}, which no ferry wrote; restore the repository, and run `ferry trust rotate models`"
+                        f"the models role lists {printable(path, 200)}, which ferry did not write; restore the repository, "
+                        "and run `ferry trust rotate models`"
                     ) from error
         return sorted(found, key=lambda release: release.seq)
 
@@ -363,7 +366,8 @@ class Repository:
         seq = 1 + max((release.seq for release in known), default=0)
         if seq > MAX_COUNT or self.floor(line, device_class) > seq:
             raise OperatorError(
-                f"{line}/{device_class} has a release number or floor that leaves none after it, which no ferry gave; restore the repository, and run "
+                f"{line}/{device_class} has the highest possible release number or floor, which ferry never assigns; restore "
+                "the repository, and run "
                 "`ferry trust rotate models`"
             )
         made = Release(
@@ -404,11 +408,11 @@ class Repository:
                 "publish it with `ferry release` first"
             )
         if policy.revert and not release.revertible:
-            raise OperatorError(f"release {policy.seq} of {policy.line} is not marked as one to go back to")
-        if release.seq < release.floor:
             raise OperatorError(
-                f"release {policy.seq} of {policy.line} lies below the floor, {release.floor}; choose a newer one"
+                f"release {policy.seq} of {policy.line} is not marked as revertible, so no rollout can go back to it"
             )
+        if release.seq < release.floor:
+            raise OperatorError(f"release {policy.seq} of {policy.line} is below the floor, {release.floor}; choose a newer one")
         target = self._add_target(policy_path(policy.line, policy.device_class), policy.canonical(), {})
 
         def change(rollout: Targets) -> None:
@@ -461,7 +465,7 @@ class Repository:
         trusted = self.roles()
         for role in roles:
             if role not in RENEWED:
-                raise OperatorError(f"{role} is not renewed by itself; choose among {', '.join(RENEWED)}")
+                raise OperatorError(f"{role} cannot be renewed on its own; choose among {', '.join(RENEWED)}")
             self.keys.signers(role, trusted[role].keyids, trusted[role].threshold)
         if "root" in roles:
             root = self._root()

@@ -135,7 +135,7 @@ def _pending(repository: Repository, waiting: Waiting) -> dict[str, Metadata[Any
     for role, metadata in pending.items():
         for delegator in {"root": [present_root, root], "targets": [root]}.get(role, [top]):
             if not holds(delegator, role, metadata):
-                lines = waiting.missing() or [f"the signatures of {role} are not of the keys that are trusted now"]
+                lines = waiting.missing() or [f"the signatures of {role} are not from the keys that are trusted now"]
                 raise OperatorError(f"{'; '.join(lines)}; sign it with `ferry trust sign FILE --key URI`")
     return pending
 

@@ -7,9 +7,10 @@ for other content, so a reader with an older timestamp finds everything that it 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from ota import output
@@ -34,12 +35,16 @@ def publish(files: Files, url: str, base: Path, endpoint: str | None = None, on_
         OperatorError: the URL is of another kind, the bucket does not exist, or the folder takes no file (as `ota.output.fresh`).
         TransferError: the server could not be reached or refused.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
-        return _to_s3(files, parts.netloc, parts.path.strip("/"), endpoint, on_file)
-    if parts.scheme not in ("", "file"):
-        raise OperatorError(f"cannot publish to {url!r}; give a folder or s3://bucket/prefix")
-    return _to_folder(files, base / (parts.path if parts.scheme == "file" else url), on_file)
+    copied = 0
+    with _open(url, base, endpoint) as store:
+        for name, source in files:
+            if store.size(name) == source.stat().st_size and not is_mutable(name):
+                continue
+            store.put(name, source)
+            copied += 1
+            if on_file:
+                on_file(name)
+    return copied
 
 
 def is_mutable(name: str) -> bool:
@@ -47,45 +52,90 @@ def is_mutable(name: str) -> bool:
     return name == "metadata/timestamp.json"
 
 
-def _to_folder(files: Files, folder: Path, on_file: OnFile | None) -> int:
-    copied = 0
-    for name, source in files:
-        place = folder / name
+class Store(Protocol):
+    """A place where the repository is published. To add one, write these two methods, and name its scheme in `_open`."""
+
+    def size(self, name: str) -> int | None:
+        """Return the size in bytes of a published file; None: it is not there.
+
+        Raises:
+            TransferError: it cannot be found out.
+        """
+
+    def put(self, name: str, source: Path) -> None:
+        """Publish a file; a reader sees the old one or the whole new one.
+
+        Raises:
+            OperatorError, TransferError: it cannot be written there.
+        """
+
+
+@contextmanager
+def _open(url: str, base: Path, endpoint: str | None) -> Iterator[Store]:
+    """Open the place that a URL names, as `publish` does."""
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        with _s3(parts.netloc, parts.path.strip("/"), endpoint) as store:
+            yield store
+    elif parts.scheme in ("", "file"):
+        yield _Folder(base / (parts.path if parts.scheme == "file" else url))
+    else:
+        raise OperatorError(f"cannot publish to {url!r}; give a folder or s3://bucket/prefix")
+
+
+class _Folder:
+    """A folder, which may be a share to which others write, too."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def size(self, name: str) -> int | None:
+        """Return the size in bytes of a published file; None: it is not there."""
+        place = self._folder / name
         try:
-            if place.is_file() and place.stat().st_size == source.stat().st_size and not is_mutable(name):
-                continue
+            return place.stat().st_size if place.is_file() else None
+        except OSError as error:
+            raise TransferError(f"cannot read {place}: {error.strerror}; check the permissions") from error
+
+    def put(self, name: str, source: Path) -> None:
+        """Copy a file into the folder under a temporary name, then give it its own."""
+        place = self._folder / name
+        try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with source.open("rb") as file, output.fresh(place) as published:  # others may write to this folder, too
+            with source.open("rb") as file, output.fresh(place) as published:
                 shutil.copyfileobj(file, published)
         except OSError as error:
             raise TransferError(f"cannot write {place}: {error.strerror}; make room or check the permissions") from error
-        copied += 1
-        if on_file:
-            on_file(name)
-    return copied
 
 
-def _to_s3(files: Files, bucket: str, prefix: str, endpoint: str | None, on_file: OnFile | None) -> int:
+class _Bucket:
+    """A bucket, or what is below a prefix of it."""
+
+    def __init__(self, client: Any, bucket: str, prefix: str) -> None:
+        self._client, self._bucket, self._prefix = client, bucket, f"{prefix}/" if prefix else ""
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        self._sizes = {row["Key"]: row["Size"] for page in pages for row in page.get("Contents", [])}
+
+    def size(self, name: str) -> int | None:
+        """Return the size in bytes that a file had when the bucket was opened; None: it was not there."""
+        return self._sizes.get(self._prefix + name)
+
+    def put(self, name: str, source: Path) -> None:
+        """Upload a file, and say how long caches may keep it."""
+        extra = {"CacheControl": SHORT if is_mutable(name) else IMMUTABLE}
+        self._client.upload_file(str(source), self._bucket, self._prefix + name, ExtraArgs=extra)
+
+
+@contextmanager
+def _s3(bucket: str, prefix: str, endpoint: str | None) -> Iterator[Store]:
+    """Open a bucket, and turn boto's errors within the block into ours."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
     retrying = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=60)
-    copied = 0
     try:
-        client: Any = boto3.client("s3", endpoint_url=endpoint, config=retrying)
-        present: dict[str, int] = {}
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            present |= {row["Key"]: row["Size"] for row in page.get("Contents", [])}
-        for name, source in files:
-            key = f"{prefix}/{name}" if prefix else name
-            if present.get(key) == source.stat().st_size and not is_mutable(name):
-                continue
-            extra = {"CacheControl": SHORT if is_mutable(name) else IMMUTABLE}
-            client.upload_file(str(source), bucket, key, ExtraArgs=extra)
-            copied += 1
-            if on_file:
-                on_file(name)
+        yield _Bucket(boto3.client("s3", endpoint_url=endpoint, config=retrying), bucket, prefix)
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "unknown")
         if code in ("NoSuchBucket", "404"):
@@ -93,4 +143,3 @@ def _to_s3(files: Files, bucket: str, prefix: str, endpoint: str | None, on_file
         raise TransferError(f"S3 refused with {code}; check the credentials and the bucket's policy") from error
     except (BotoCoreError, boto3.exceptions.Boto3Error, ValueError) as error:  # ValueError: the endpoint is no address
         raise TransferError(f"S3 cannot be used: {error}; check the endpoint and the credentials") from error
-    return copied

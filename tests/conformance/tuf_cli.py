@@ -81,7 +81,7 @@ def fetch(home: Home, trust: Trust, transport: Transport, names: list[str], into
         data = (home.root / "incoming" / "target").read_bytes()
         home.disk.remove("incoming/target")
         if hashlib.sha256(data).hexdigest() != target.sha256:
-            raise OtaError(f"{name} is not what is signed")
+            raise OtaError(f"{name} does not have its signed size and hash")
         place.write_bytes(data)
 
 

@@ -9,26 +9,40 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from flows.workspace import Workspace
 from model.config import canonical_sha256
 from model.scorecard import Frozen, Lineage, Scorecard
-from ota.manifest import MAX_WEIGHTS, Role
-from ota.release.bundle import FILE_NAMES
 from registry.catalog import Subject
+from registry.champions import Records
 from registry.errors import CatalogError, SealError
 from registry.ledger import Entry
-from registry.promotion import SubjectState, subject_state
+from registry.promotion import subject_state
 from registry.seal import PARTS, SCORECARD, Seal, sealed
 
 DECISION = "decision.json"
 LEDGER = "the ledger"
 NAMES = (SCORECARD, DECISION, *(f"{part}/{name}" for part, names in PARTS.items() for name in names))
+
+
+class Released(NamedTuple):
+    """A file of a version that a signed release contains."""
+
+    release: str
+    """Name of the release, for messages."""
+    file: str
+    """Name of the file in MLflow's run, such as bundle/graph.onnx."""
+    digest: str
+    """Its sha256 in the release."""
+
+
+ReleasedFiles = Callable[[Subject, str], Iterable[Released]]
+"""Returns the files, other than weights, of all signed releases that contain weights with this sha256 of a subject."""
 
 
 class Sealed(Frozen):
@@ -51,32 +65,38 @@ class _Found:
     vouched: dict[str, str]
 
 
-def seal(workspace: Workspace) -> list[Sealed]:
+def seal(records: Records, subjects: Iterable[Subject], largest: int, released: ReleasedFiles) -> list[Sealed]:
     """Seal all versions that are not sealed yet; one whose files do not fit does not stop the others. May be repeated.
+
+    Args:
+        records: MLflow, the ledger and the lock over both.
+        subjects: subjects whose versions are sealed.
+        largest: most bytes that a file may have.
+        released: what signed releases hold.
 
     Raises:
         LedgerError, StoreError, BusyError: it stopped at a version, so later ones are not sealed; call it again.
     """
     found: list[_Found] = []
     rows: list[Sealed] = []
-    for subject in workspace.subjects():
-        entries = workspace.ledger.entries(str(subject))
+    for subject in subjects:
+        entries = records.ledger.entries(str(subject))
         now = subject_state(entries)
         for number in sorted(now.judged.keys() - now.seals.keys()):
             try:
-                found.append(_examined(workspace, subject, number, now, entries))
+                found.append(_examined(records, subject, number, entries, largest, released))
             except (SealError, CatalogError) as error:
                 rows.append(Sealed(subject=str(subject), version=number, problem=str(error)))
     trained_from = {parent: f.seal.name for f in found for parent in (f.lineage.parent, f.lineage.teacher) if parent}
-    with workspace.locked("records"):
+    with records.locked("records"):
         for f in found:
             vouched = dict(f.vouched)
             if f.seal.checkpoint in trained_from:
                 vouched["checkpoint/weights.safetensors"] = f"{trained_from[f.seal.checkpoint]} (trained from it)"
             taken = sorted(f.seal.files.keys() - vouched.keys())
             facts = {"version": f.seal.version, "seal": f.seal.facts, "verdict": f.verdict, "vouched": vouched, "taken": taken}
-            said = f"the files as MLflow has them now; nothing vouches for {len(taken)} of {len(f.seal.files)}"
-            workspace.ledger.append("seal", f.seal.subject, said, facts)
+            said = f"sealed as MLflow has the files now; nothing vouches for {len(taken)} of {len(f.seal.files)}"
+            records.ledger.append("seal", f.seal.subject, said, facts)
             rows.append(Sealed(subject=f.seal.subject, version=f.seal.version, vouched=vouched, taken=taken))
     return sorted(rows, key=lambda row: (row.subject, row.version))
 
@@ -98,23 +118,25 @@ def text_of(rows: list[Sealed]) -> str:
     return "\n".join(lines) or "every version that the gate saw is sealed"
 
 
-def _examined(workspace: Workspace, subject: Subject, number: int, now: SubjectState, entries: list[Entry]) -> _Found:
+def _examined(
+    records: Records, subject: Subject, number: int, entries: list[Entry], largest: int, released: ReleasedFiles
+) -> _Found:
     """Fetch a version's files, and check them against all that is known.
 
     Raises:
         CatalogError: MLflow does not have the version any more.
         SealError: a file is missing, or its hash is not the known one.
     """
-    version = workspace.catalog.version(subject, number)
+    version, now = records.catalog.version(subject, number), subject_state(entries)
     gates = [e for e in entries if e.kind == "gate" and e.facts["version"] == number]
     with tempfile.TemporaryDirectory() as folder:
-        files = workspace.catalog.as_they_are(version, NAMES, Path(folder), MAX_WEIGHTS)
+        files = records.catalog.as_they_are(version, NAMES, Path(folder), largest)
         needed = {f"{part}/{file}" for part in ("bundle", "checkpoint") for file in PARTS[part]} | {SCORECARD}
         if missing := needed - files.keys():
-            raise SealError(f"MLflow lacks {min(missing)} of it; restore MLflow's files from a backup, or retrain")
+            raise SealError(f"MLflow lacks {min(missing)} of it; restore MLflow's files from a backup, or run `ferry retrain`")
         facts = {file: sealed(path) for file, path in files.items() if file != DECISION}
         known = {SCORECARD: LEDGER, "bundle/weights.bin": LEDGER, "checkpoint/lineage.json": LEDGER}
-        _same(SCORECARD, _content(files[SCORECARD]), {str(e.facts["scorecard"]) for e in gates}, "the ledger has of the gate")
+        _same(SCORECARD, _content(files[SCORECARD]), {str(e.facts["scorecard"]) for e in gates}, "the gate's ledger entry names")
         try:
             card = Scorecard.model_validate_json(files[SCORECARD].read_bytes())
             _same(
@@ -125,11 +147,12 @@ def _examined(workspace: Workspace, subject: Subject, number: int, now: SubjectS
             )
             lineage = Lineage.model_validate_json(files["checkpoint/lineage.json"].read_bytes())
         except ValidationError as error:
-            raise SealError("its scorecard or lineage is of another ferry; seal it with that one, or retrain") from error
+            raise SealError(
+                "another version of ferry wrote its scorecard or lineage; seal it with that version, or run `ferry retrain`"
+            ) from error
         weights = {card.weights_sha256} & ({now.passed[number]} if number in now.passed else {card.weights_sha256})
         _same("bundle/weights.bin", facts["bundle/weights.bin"].digest, weights, "its scorecard and promotion name")
-        for voucher, role, digest in _released(workspace, subject, card.weights_sha256):
-            file = f"bundle/{FILE_NAMES[role]}"
+        for voucher, file, digest in released(subject, card.weights_sha256):
             _same(file, facts[file].digest, {digest}, f"{voucher} was signed with")
             known.setdefault(file, voucher)
         verdict = None
@@ -144,7 +167,8 @@ def _examined(workspace: Workspace, subject: Subject, number: int, now: SubjectS
 def _same(file: str, found: str, known: set[str], what: str) -> None:
     if found not in known:
         raise SealError(
-            f"{file} in MLflow is not the one that {what}: somebody replaced it; restore MLflow's files from a backup, or retrain"
+            f"{file} in MLflow is not the one that {what}: somebody replaced it; restore MLflow's files from a backup, or "
+            "run `ferry retrain`"
         )
 
 
@@ -154,19 +178,3 @@ def _content(path: Path) -> str:
         return canonical_sha256(json.loads(path.read_bytes()))
     except (ValueError, RecursionError):
         return "nothing that can be read"
-
-
-def _released(workspace: Workspace, subject: Subject, weights: str) -> list[tuple[str, Role, str]]:
-    """List what signed releases with these weights hold of a version's bundle: release, role and hash of each other file."""
-    found: list[tuple[str, Role, str]] = []
-    for device_class in workspace.line(subject.line).classes:
-        for release in workspace.repository.releases(subject.line, device_class):
-            manifest = workspace.repository.manifest(release)
-            if subject.variant not in manifest.variants or manifest.entry("weights", subject.variant).sha256 != weights:
-                continue
-            found += [
-                (f"{subject.line}/{device_class} release {release.seq}", entry.role, entry.sha256)
-                for entry in manifest.files
-                if entry.variant in (None, subject.variant) and entry.role != "weights"
-            ]
-    return found

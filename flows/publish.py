@@ -52,7 +52,7 @@ def make_bundle(root: str, line: str, device_class: str) -> str:
     stored = workspace.catalog.card(first).precision
     if stored != settings.precision:
         raise CatalogError(
-            f"{first.name} is stored as {stored}, ferry.toml asks for {settings.precision}; run `ferry retrain {line}`"
+            f"{first.name} is stored as {stored}, but ferry.toml asks for {settings.precision}; run `ferry retrain {line}`"
         )
     subject = Subject.parse(first.subject)
     promoted = next(e for e in promotions(workspace, subject) if e.facts["version"] == first.version)

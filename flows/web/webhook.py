@@ -25,13 +25,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import cast
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from flows.errors import ServerError, WorkspaceError
 from flows.serve import write_secret
+from flows.web.app import application, body_of, serving
 from flows.workspace import Workspace
 from registry.champions import reconcile
 
@@ -41,7 +46,7 @@ SHORTEST = 24  # characters of a secret
 MAX_AGE = 300.0  # seconds between signing and arrival, in either direction, because clocks differ
 MAX_BODY = 64 * 1024  # bytes; MLflow sends some hundred
 MAX_SEEN = 10_000  # deliveries that are remembered; with so many, new ones are refused until old ones expire
-PATIENCE = 10.0  # seconds to wait for more bytes from a sender
+PATIENCE = 10.0  # seconds to wait for the last look to end
 
 
 class RefusedError(Exception):
@@ -84,64 +89,36 @@ class Deliveries:
             signature = b""
         good = hmac.compare_digest(hmac.digest(self._secret, signed, hashlib.sha256), signature)
         if not good or version != "v1" or not delivery or not (stamp.isascii() and stamp.isdigit() and len(stamp) < 15):
-            raise RefusedError(HTTPStatus.UNAUTHORIZED, "not signed with the secret that ferry and MLflow share")
+            raise RefusedError(HTTPStatus.UNAUTHORIZED, "this delivery is not signed with the secret that ferry and MLflow share")
         if abs(now - int(stamp)) > MAX_AGE:
-            raise RefusedError(HTTPStatus.UNAUTHORIZED, "signed too long ago, or by another clock")
+            raise RefusedError(
+                HTTPStatus.UNAUTHORIZED, "this delivery was signed too long ago, or the clocks of MLflow and ferry differ"
+            )
         self._seen = {known: until for known, until in self._seen.items() if until >= now}
         if delivery in self._seen:
-            raise RefusedError(HTTPStatus.CONFLICT, "this delivery came before")
+            raise RefusedError(HTTPStatus.CONFLICT, "this delivery was received before")
         if len(self._seen) >= MAX_SEEN:
-            raise RefusedError(HTTPStatus.TOO_MANY_REQUESTS, "too many deliveries")
+            raise RefusedError(HTTPStatus.TOO_MANY_REQUESTS, "too many deliveries arrived; send this one again later")
         self._seen[delivery] = int(stamp) + MAX_AGE
 
 
-class Receiver(HTTPServer):
-    """Server that takes deliveries, one at a time: a slow sender delays only other hints."""
+def receiver(secret: str, wake: threading.Event) -> ASGIApp:
+    """Build the application that takes deliveries; a good one sets `wake`."""
+    deliveries = Deliveries(secret)
 
-    def __init__(self, address: tuple[str, int], secret: str, wake: threading.Event) -> None:
-        self.deliveries, self.wake = Deliveries(secret), wake
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore an error in a request, such as a sender that hung up."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    timeout = PATIENCE
-    server_version, sys_version = "ferry", ""
-
-    def do_POST(self) -> None:
-        """Check a delivery; if it is good, let the aliases be looked at now."""
-        receiver = cast("Receiver", self.server)
+    async def deliver(request: Request) -> Response:
+        body = await body_of(request, MAX_BODY)
+        delivery, stamp, signatures = (
+            request.headers.get(f"X-MLflow-{name}", "") for name in ("Delivery-Id", "Timestamp", "Signature")
+        )
         try:
-            if self.path != PATH:
-                raise RefusedError(HTTPStatus.NOT_FOUND, f"deliveries go to {PATH}")
-            length = self.headers.get("Content-Length", "")
-            if not (length.isascii() and length.isdigit()):
-                raise RefusedError(HTTPStatus.LENGTH_REQUIRED, "without a length")
-            if len(length) > 9 or int(length) > MAX_BODY:
-                raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MAX_BODY} bytes")
-            delivery, stamp, signatures = (
-                self.headers.get(f"X-MLflow-{name}", "") for name in ("Delivery-Id", "Timestamp", "Signature")
-            )
-            receiver.deliveries.check(delivery, stamp, signatures, self.rfile.read(int(length)), time.time())
+            deliveries.check(delivery, stamp, signatures, body, time.time())
         except RefusedError as error:
-            self.close_connection = True
-            self._answer(error.status, str(error))
-            return
-        receiver.wake.set()
-        self._answer(HTTPStatus.ACCEPTED, "looking")
+            raise HTTPException(error.status, str(error)) from error
+        wake.set()
+        return PlainTextResponse("looking", HTTPStatus.ACCEPTED)
 
-    def _answer(self, status: HTTPStatus, text: str) -> None:
-        body = f"{text}\n".encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name
-        """Log nothing, because nobody would read it."""
+    return application([Route(PATH, deliver, methods=["POST"])], f"deliveries are sent to {PATH} by POST")
 
 
 def secret_of(workspace: Workspace) -> tuple[str, str]:
@@ -164,9 +141,7 @@ def secret_of(workspace: Workspace) -> tuple[str, str]:
             write_secret(path, secrets.token_urlsafe(32))
         with path.open() as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise WorkspaceError(
-                    f"others may read {path}; make a new secret: remove it, and `ferry serve --webhooks` writes another"
-                )
+                raise WorkspaceError(f"other users may read {path}; remove it, and `ferry serve --webhooks` writes a new secret")
             given = file.read().strip()
     if len(given) < SHORTEST:
         raise WorkspaceError(f"the secret in {where} has fewer than {SHORTEST} characters; `openssl rand -base64 32` makes one")
@@ -181,7 +156,7 @@ def address_of(text: str) -> tuple[str, int]:
     """
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdigit() and int(port) < 65_536):
-        raise WorkspaceError(f"{text!r} is not where webhooks can be taken; write a port, such as 8711, or host:port")
+        raise WorkspaceError(f"{text!r} is not an address for webhooks; write a port, such as 8711, or host:port")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
@@ -203,25 +178,24 @@ def watching(workspace: Workspace, webhooks: tuple[str, int] | None) -> Iterator
         WorkspaceError: the secret is too short, or others may read its file.
     """
     wake, ending = threading.Event(), threading.Event()
-    receiver = None
-    if webhooks:
+    with ExitStack() as life:
+        address = None
+        if webhooks:
+            try:
+                address = life.enter_context(serving(receiver(secret_of(workspace)[0], wake), *webhooks))
+            except OSError as error:
+                where = f"{webhooks[0]}:{webhooks[1]}"
+                raise ServerError(
+                    f"webhooks cannot be received at {where}: {error.strerror or error}; choose another port"
+                ) from error
+        looking = threading.Thread(target=_look, args=(workspace, wake, ending), name="reconcile", daemon=True)
+        looking.start()
         try:
-            receiver = Receiver(webhooks, secret_of(workspace)[0], wake)
-        except OSError as error:
-            where = f"{webhooks[0]}:{webhooks[1]}"
-            raise ServerError(f"webhooks cannot be taken at {where}: {error.strerror or error}; choose another port") from error
-        threading.Thread(target=receiver.serve_forever, name="webhooks", daemon=True).start()
-    looking = threading.Thread(target=_look, args=(workspace, wake, ending), name="reconcile", daemon=True)
-    looking.start()
-    try:
-        yield cast("tuple[str, int]", receiver.server_address[:2]) if receiver else None
-    finally:
-        ending.set()
-        wake.set()
-        if receiver:
-            receiver.shutdown()
-            receiver.server_close()
-        looking.join(PATIENCE)  # not longer, because a store may hang
+            yield address
+        finally:
+            ending.set()
+            wake.set()
+            looking.join(PATIENCE)  # not longer, because a store may hang
 
 
 def _look(workspace: Workspace, wake: threading.Event, ending: threading.Event) -> None:

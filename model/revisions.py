@@ -8,27 +8,52 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from flows import progress
-from flows.settings import Line
-from flows.workspace import Workspace
 from model import data_report, folder, versions
 from model.data_report import Balance, Changes, DataReport, Drift, FolderSummary
 from model.errors import DataError, RevisionError
 from model.scorecard import DataVersion, Frozen
 
 
+@dataclass(frozen=True)
+class LineData:
+    """The data of one line, and what recording and comparing its revisions needs."""
+
+    line: str
+    root: Path
+    """Workspace: the Git and DVC repository."""
+    folder: str
+    """Data folder, relative to the workspace."""
+    text_length: int
+    """Bytes of a caption that the line's network reads; longer captions cannot be used."""
+    work: Path
+    """Folder for summaries (`sketches`) and delivered revisions (`data`); everything in it can be made again."""
+    keys: Path
+    """Folder of the signing keys, which must never be recorded."""
+    remote: str
+    """Where DVC keeps the bytes: a URL or an absolute path."""
+    s3_endpoint: str
+    """Address of the S3 server of the remote; empty: Amazon's, or the remote is not on S3."""
+    locked: Callable[[], AbstractContextManager[None]]
+    """Locks the data against another process that records or delivers them."""
+    progress: Callable[[str, int, int], None]
+    """Called with the step's label, how much is done, and how much there is to do in all."""
+
+
 class Status(Frozen):
     """State of a line's data folder, compared with its last revision."""
 
-    revision: DataVersion | None = Field(description="the last one recorded")
+    revision: DataVersion | None = Field(description="the last recorded revision")
     dirty: bool = Field(description="whether the folder holds something that no revision has")
     changes: Changes = Field(description="the folder against the last revision")
     remote_lacks: list[str] | None = Field(description="files of the revision that the remote does not hold; null: not known")
-    remote_error: str = Field(description="why that is not known")
+    remote_error: str = Field(description="why it is not known what the remote lacks; empty: it is known")
     arrival: DataReport = Field(description="what is in the folder; as recorded where it is not dirty")
 
 
@@ -43,37 +68,36 @@ class Difference(Frozen):
     drift: Drift
 
 
-def add(workspace: Workspace, line: str, message: str) -> tuple[DataVersion, DataReport]:
+def add(data: LineData, message: str) -> tuple[DataVersion, DataReport]:
     """Check a line's data folder, compare it with the last revision, and record and push it together with the data report.
 
     Raises:
         DataError: the folder holds something that cannot or must not be recorded, or no usable image; nothing is recorded.
         RevisionError: the folder changed in the meantime, or Git, DVC or the remote fails; no revision is made.
     """
-    settings = workspace.line(line)
-    after = _scan(_checked(workspace, settings), settings, line)
-    folder.check_no_copy(after.files, workspace.root / "keys")
+    after = _scan(data, _checked(data), data.line)
+    folder.check_no_copy(after.files, data.keys)
     if not after.names:
         name, why = next(iter(after.quarantine.items()))
-        raise DataError(f"not one image in {settings.data} can be used, the first: {name} {why}")
-    with workspace.locked("data"):
-        progress.advance("record and push", 0, 1)
+        raise DataError(f"no image in {data.folder} can be used; for example, {name} {why}")
+    with data.locked():
+        data.progress("record and push", 0, 1)
         # ferry.toml may name another remote by now.
-        versions.init(workspace.root, workspace.data_remote, workspace.settings.stores.s3_endpoint)
-        found = _reported(workspace, line, after)
+        versions.init(data.root, data.remote, data.s3_endpoint)
+        found = _reported(data, after)
 
         def report(md5: str) -> str:
             return found.model_copy(update={"md5": md5}).model_dump_json(indent=1) + "\n"
 
-        version = versions.add(workspace.root, settings.data, line, message, report, after.files)
-        progress.advance("record and push", 1, 1)
-    after.save(_place(workspace, settings, version.md5))
-    return version, recorded(workspace, version) or found.model_copy(update={"md5": version.md5})
+        version = versions.add(data.root, data.folder, data.line, message, report, after.files)
+        data.progress("record and push", 1, 1)
+    after.save(_place(data, version.md5))
+    return version, recorded(data.root, version) or found.model_copy(update={"md5": version.md5})
 
 
-def recorded(workspace: Workspace, version: DataVersion) -> DataReport | None:
+def recorded(root: Path, version: DataVersion) -> DataReport | None:
     """Return the data report that was recorded with a revision; None: there is none, or another version of ferry wrote it."""
-    text = versions.report_of(workspace.root, version)
+    text = versions.report_of(root, version)
     try:
         found = DataReport.model_validate_json(text) if text else None
     except ValidationError:
@@ -81,38 +105,37 @@ def recorded(workspace: Workspace, version: DataVersion) -> DataReport | None:
     return found if found and found.md5 == version.md5 else None
 
 
-def status(workspace: Workspace, line: str) -> Status:
+def status(data: LineData) -> Status:
     """Compare the data folder with its last revision, find what the remote lacks of that revision, and report on the content.
 
     Raises:
         DataError: the folder cannot be read, or holds something that cannot or must not be recorded.
         RevisionError: Git does not have the revision.
     """
-    settings = workspace.line(line)
-    live = _checked(workspace, settings)
-    rows = versions.log(workspace.root, settings.data, line, newest=1)
+    live = _checked(data)
+    rows = versions.log(data.root, data.folder, data.line, newest=1)
     last = rows[0][0] if rows else None
     lacks: list[str] | None = None
     error = "" if last else "nothing is recorded yet"
     if last:
         try:
-            lacks = versions.missing(workspace.root, last)
+            lacks = versions.missing(data.root, last)
         except RevisionError as refusal:
             error = str(refusal)
-    dirty = last is None or versions.is_dirty(workspace.root, settings.data)
+    dirty = last is None or versions.is_dirty(data.root, data.folder)
     moved = data_report.file_changes({}, {})
-    found = recorded(workspace, last) if last and not dirty else None
+    found = recorded(data.root, last) if last and not dirty else None
     if found is None:
-        after = _scan(live, settings, line)
-        found = _reported(workspace, line, after)
+        after = _scan(data, live, data.line)
+        found = _reported(data, after)
         if dirty:
-            before = _summary(workspace, line, last)[0] if last else None
-            listed = versions.files(workspace.root, last) if last and before is None else {}
+            before = _summary(data, last)[0] if last else None
+            listed = versions.files(data.root, last) if last and before is None else {}
             moved = data_report.changes(after, before) if before else data_report.file_changes(after.files, listed)
     return Status(revision=last, dirty=dirty, changes=moved, remote_lacks=lacks, remote_error=error, arrival=found)
 
 
-def diff(workspace: Workspace, line: str, rev1: str, rev2: str) -> Difference:
+def diff(data: LineData, rev1: str, rev2: str) -> Difference:
     """Compare two revisions: find what each has that the other has not.
 
     A revision whose summary is not kept yet is fetched and verified first.
@@ -120,9 +143,8 @@ def diff(workspace: Workspace, line: str, rev1: str, rev2: str) -> Difference:
     Raises:
         RevisionError: a revision does not exist, or cannot be fetched completely.
     """
-    settings = workspace.line(line)
-    before, after = (versions.resolve(workspace.root, settings.data, line, rev) for rev in (rev1, rev2))
-    old, new = (_fetched(workspace, line, version) for version in (before, after))
+    before, after = (versions.resolve(data.root, data.folder, data.line, rev) for rev in (rev1, rev2))
+    old, new = (_fetched(data, version) for version in (before, after))
     balances = {caption: (old.captions.count(caption), new.captions.count(caption)) for caption in {*old.captions, *new.captions}}
     return Difference(
         before=before, after=after, changes=data_report.changes(new, old), balance=data_report.balance(new, old),
@@ -131,48 +153,47 @@ def diff(workspace: Workspace, line: str, rev1: str, rev2: str) -> Difference:
     )  # fmt: skip
 
 
-def _reported(workspace: Workspace, line: str, after: FolderSummary) -> DataReport:
+def _reported(data: LineData, after: FolderSummary) -> DataReport:
     """Report on the folder against the last revision with other content, so that it is never compared with itself."""
     md5 = versions.list_md5(after.files)
-    rows = versions.log(workspace.root, workspace.line(line).data, line, newest=2)
+    rows = versions.log(data.root, data.folder, data.line, newest=2)
     previous = next((version for version, _ in rows if version.md5 != md5), None)
-    before, why_not = _summary(workspace, line, previous) if previous else (None, "")
-    return data_report.report_on(after, before, previous, line, why_not)
+    before, why_not = _summary(data, previous) if previous else (None, "")
+    return data_report.report_on(after, before, previous, data.line, why_not)
 
 
-def _summary(workspace: Workspace, line: str, version: DataVersion) -> tuple[FolderSummary | None, str]:
+def _summary(data: LineData, version: DataVersion) -> tuple[FolderSummary | None, str]:
     """Return a revision's summary, or the reason why there is none; new data are recorded without the comparison, too."""
     try:
-        return _fetched(workspace, line, version), ""
+        return _fetched(data, version), ""
     except DataError as error:
         return None, str(error)
 
 
-def _fetched(workspace: Workspace, line: str, version: DataVersion) -> FolderSummary:
-    settings = workspace.line(line)
-    place = _place(workspace, settings, version.md5)
+def _fetched(data: LineData, version: DataVersion) -> FolderSummary:
+    place = _place(data, version.md5)
     try:
         return FolderSummary.load(place)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # missing or incomplete
-        pulled = versions.pull(workspace.root, version, workspace.work / "data")
-        made = _scan(pulled, settings, f"{line} {version.rev[:7]}")
+        pulled = versions.pull(data.root, version, data.work / "data")
+        made = _scan(data, pulled, f"{data.line} {version.rev[:7]}")
         made.save(place)
         return made
 
 
-def _place(workspace: Workspace, settings: Line, md5: str) -> Path:
-    key = json.dumps([data_report.SUMMARY_SCHEMA, md5, settings.text_length])
-    return workspace.work / "sketches" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+def _place(data: LineData, md5: str) -> Path:
+    key = json.dumps([data_report.SUMMARY_SCHEMA, md5, data.text_length])
+    return data.work / "sketches" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
 
-def _checked(workspace: Workspace, settings: Line) -> Path:
-    """Check that a line's data folder holds nothing that cannot or must not be recorded, and return its path."""
-    live = folder.check(workspace.root, settings.data)
-    folder.check_apart(live, workspace.root / "keys")
+def _checked(data: LineData) -> Path:
+    """Check that the data folder holds nothing that cannot or must not be recorded, and return its path."""
+    live = folder.check(data.root, data.folder)
+    folder.check_apart(live, data.keys)
     return live
 
 
-def _scan(place: Path, settings: Line, label: str) -> FolderSummary:
-    from model import data  # imports torch, which is not needed to refuse a folder for its names
+def _scan(data: LineData, place: Path, label: str) -> FolderSummary:
+    from model.data import scan  # imports torch, which is not needed to refuse a folder for its names
 
-    return data.scan(place, settings.text_length, lambda done, total: progress.advance(f"check {label}", done, total))
+    return scan(place, data.text_length, lambda done, total: data.progress(f"check {label}", done, total))
