@@ -33,17 +33,19 @@ demo: install ## play the whole story on real photographs, about five minutes
 	$(BIN)/ferry demo
 
 WHEELHOUSE := build/wheelhouse
-# What the device's wheel needs, as wheels, so that a test can install it without an index.
-$(WHEELHOUSE)/.filled: ota/pyproject.toml constraints.txt | $(VENV)/.installed
+# What the two small wheels need, as wheels, so that tests can install them without an index.
+SMALL := ota/pyproject.toml ota/delta/pyproject.toml
+$(WHEELHOUSE)/.filled: $(SMALL) constraints.txt | $(VENV)/.installed
 	mkdir -p $(WHEELHOUSE)
-	$(BIN)/python -c "import tomllib; \
-	  print(*tomllib.load(open('ota/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > $(WHEELHOUSE)/requirements.txt
+	$(BIN)/python -c "import sys, tomllib; \
+	  print(*sorted({d for name in sys.argv[1:] for d in tomllib.load(open(name, 'rb'))['project']['dependencies']}), sep='\n')" \
+	  $(SMALL) > $(WHEELHOUSE)/requirements.txt
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --only-binary :all: --dest $(WHEELHOUSE) \
 	  --constraint constraints.txt --requirement $(WHEELHOUSE)/requirements.txt
 	@touch $@
 
 .PHONY: wheelhouse
-wheelhouse: $(WHEELHOUSE)/.filled ## fetch what the device's wheel needs, for the test that installs it alone
+wheelhouse: $(WHEELHOUSE)/.filled ## fetch what the two small wheels need, for the tests that install each alone
 
 # One thread for each of the two workers: more would wait for each other, and take twice the processor time.
 PYTEST := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -54,7 +56,7 @@ test: install wheelhouse ## the quick suite, on two cores (TESTS=path for a part
 	$(PYTEST) $(TESTS)
 
 .PHONY: test-slow
-test-slow: install wheelhouse ## real schedules, real kills, minutes
+test-slow: $(VENV)/.docs wheelhouse ## real schedules, real kills, minutes
 	$(PYTEST) -m slow $(TESTS)
 
 $(VENV)/.postgres: $(VENV)/.installed
@@ -112,6 +114,15 @@ lint: install ## ruff, mypy strict, import contracts, docstrings that begin with
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.docstrings
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,docs]'
+	@touch $@
+
+# The variable turns off the theme's announcement that its support ends in 2027.
+.PHONY: docs
+docs: $(VENV)/.docs ## build the documentation into build/docs, to be read without a server or network; fails on a broken link or anchor
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 .PHONY: fix
 fix: install ## let ruff mend what it can
 	$(BIN)/ruff format .
@@ -148,6 +159,10 @@ bench-delta: $(VENV)/.bench ## our delta beside other tools: half an hour of one
 .PHONY: device-wheel
 device-wheel: install ## build deltaferry-agent into dist/
 	cd ota && ../$(BIN)/python -m hatchling build -t wheel -d ../dist
+
+.PHONY: delta-wheel
+delta-wheel: install ## build deltaferry-delta into dist/
+	cd ota/delta && ../../$(BIN)/python -m hatchling build -t wheel -d ../../dist
 
 .PHONY: clean
 clean: ## remove build results and demo folders, keep .venv
