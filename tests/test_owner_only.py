@@ -186,7 +186,7 @@ def test_server_that_refuses_is_named(refusing: str, root: Path):
     told = subprocess.run(command, env=clean_environment() | {"PREFECT_API_URL": refusing}, capture_output=True, text=True)
     assert told.returncode == 4
     assert told.stderr.splitlines()[-1] == (
-        f"ferry: Prefect's server at {refusing} refuses us; set PREFECT_API_AUTH_STRING (that of `ferry serve` is in "
+        f"ferry: Prefect's server at {refusing} refuses access; set PREFECT_API_AUTH_STRING (that of `ferry serve` is in "
         "work/prefect/credentials)"
     )
     assert "Traceback" not in told.stderr

@@ -302,7 +302,7 @@ def test_drill_root_rotation_by_ceremony(plant, bundles, tmp_path):
 
     shutil.copy(file, copy)
     for wrong in (f"file2:{plant.ws}/keys/online/models.pem", f"file2:{media}/nothing.pem", "nosuch:1"):
-        assert "signs nothing of this" in sign("--key", wrong, code=3)
+        assert "cannot sign this file" in sign("--key", wrong, code=3)
     assert file.read_bytes() == copy.read_bytes()
     assert "root version 2 has 0 of 2" in plant.ferry("trust", "sign", file, "--publish", code=3)
     assert "signed root version 2" in sign("--key", f"file2:{media}/root-1.pem")
@@ -824,7 +824,7 @@ def test_halt_reaches_devices_also_where_it_cannot_be_recorded(plant, bundles):
 
 def test_promotion_key_that_is_not_here(plant, tmp_path, bundles):
     # As if approval is required: the models key is on a USB stick, which also signs what its rotation needs.
-    assert any("promotion signature" in risk for risk in plant.status()["risks"])
+    assert any("holds the key of the models role" in risk for risk in plant.status()["risks"])
     stick = tmp_path / "stick.pem"
     signer = CryptoSigner.generate_ed25519()
     public = tmp_path / "stick.pub"
