@@ -38,7 +38,7 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
     read = [columns.read(workspace, subject, workspace.work / "champions") for subject in workspace.subjects(lines)]
     champions = [champion for champion in read if champion]
     if not champions:
-        raise CatalogError("there is no champion yet; run `ferry retrain` first")
+        raise CatalogError("there is no champion yet; run `ferry retrain LINE` first")
     decisions = columns.decisions(workspace.ledger.entries(), line)
     page = report.render(
         report.Report(

@@ -40,11 +40,11 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
                 TypeAdapter(LineName).validate_python(name)
             except ValidationError as error:
                 raise WorkspaceError(
-                    f"'{shown(name)}' is no name of a line; use lower-case letters, digits and '-', 40 at most"
+                    f"'{shown(name)}' cannot be the name of a line; use lower-case letters, digits and '-', 40 at most"
                 ) from error
         ours = ("data", ".git", f".{SETTINGS}.tmp")
         if root.is_symlink() and not root.exists():
-            raise WorkspaceError(f"{shown(root)} is a link to nowhere; name a folder")
+            raise WorkspaceError(f"{shown(root)} is a link whose target does not exist; name a folder")
         if root.exists() and not root.is_dir():
             raise WorkspaceError(f"{shown(root)} is a file; name a folder")
         if root.is_dir() and any(entry.name not in ours for entry in root.iterdir()):

@@ -427,7 +427,10 @@ def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:
     try:
         found = git(root, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
     except RevisionError:
-        _head(root)  # raises if the repository itself cannot be read
+        if not _head(root):  # it also raises if the repository itself cannot be read
+            raise RevisionError(
+                f"{line} has no data yet; put images and a metadata.jsonl into {path}, then run `ferry data add {line}`"
+            ) from None
         raise RevisionError(f"there is no data revision '{shown(rev)}'; `ferry data log {line}` lists them") from None
     try:
         out = _pointer(root, path, found)

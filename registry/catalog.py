@@ -75,8 +75,9 @@ class Subject(Frozen):
         parts = text.split("/")
         known = (get_args(ConfigurationName), get_args(VariantName))
         if len(parts) != 3 or parts[1] not in known[0] or parts[2] not in known[1]:
+            line = parts[0] if re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", parts[0]) else "surfaces"
             raise CatalogError(
-                f"{text!r} is not LINE/CONFIG/VARIANT; write it as surfaces/I/full, with configuration {' or '.join(known[0])} and variant "
+                f"{text!r} is not LINE/CONFIG/VARIANT; write it as {line}/I/full, with configuration {' or '.join(known[0])} and variant "
                 f"{', '.join(known[1][:-1])} or {known[1][-1]}"
             )
         return cls(line=parts[0], configuration=cast("Any", parts[1]), variant=cast("Any", parts[2]))
@@ -194,7 +195,9 @@ class Catalog:
             except MlflowException as error:
                 if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     known = [str(v.number) for v in self.versions(subject)]
-                    hint = f"there are {', '.join(known)}" if known else "there is none yet, so run `ferry retrain`"
+                    hint = (
+                        f"there are {', '.join(known)}" if known else f"there is none yet, so run `ferry retrain {subject.line}`"
+                    )
                     raise CatalogError(f"{subject} has no version {number}; {hint}") from error
                 raise
 

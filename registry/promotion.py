@@ -271,7 +271,9 @@ def before(subject: str, now: SubjectState) -> int:
     """
     found = [version for version in now.line[:-1] if version in now.passed]
     if not found:
-        raise PromotionError(f"{subject} has no earlier champion that passed the gate; there is nothing to go back to")
+        raise PromotionError(
+            f"{subject} has no earlier champion that passed the gate, so there is nothing to go back to; `ferry history` lists what was promoted"
+        )
     return found[-1]
 
 

@@ -33,7 +33,7 @@ def couple(records: Records, subject: Subject, version: int | None, against: int
     if len(known) < 2:
         raise CatalogError(
             f"{subject} has {len(known) or 'no'} version{'s' * (len(known) != 1)}, but a comparison needs two; run `ferry "
-            "retrain`"
+            f"retrain {subject.line}`"
         )
     present = champion_of(records, subject)
     champion = present.version if present else None

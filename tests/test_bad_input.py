@@ -167,7 +167,7 @@ def test_data_folder_and_a_store_in_one(root: Path, store: str, data: str) -> No
 
 def test_unknown_variant(root: Path) -> None:
     assert refused(CatalogError, lambda: Subject.parse("shapes/I/slow")) == (
-        "'shapes/I/slow' is not LINE/CONFIG/VARIANT; write it as surfaces/I/full, with configuration I or II and variant full, dev or fast"
+        "'shapes/I/slow' is not LINE/CONFIG/VARIANT; write it as shapes/I/full, with configuration I or II and variant full, dev or fast"
     )
     for command in (("promote", "shapes/I/slow", "1"), ("evaluate", "shapes/I/slow")):
         assert "and variant full, dev or fast" in ferry(root, *command)

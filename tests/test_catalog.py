@@ -443,7 +443,7 @@ def test_failed_registration_leaves_no_version(
 
 @pytest.mark.parametrize("text", ["shapes", "shapes/I", "shapes/III/full", "shapes/I/slow", "a/b/I/full"])
 def test_malformed_subject_says_how_to_write_it(text: str):
-    with pytest.raises(CatalogError, match="is not LINE/CONFIG/VARIANT; write it as surfaces/I/full"):
+    with pytest.raises(CatalogError, match=f"is not LINE/CONFIG/VARIANT; write it as {text.partition('/')[0]}/I/full"):
         Subject.parse(text)
 
 

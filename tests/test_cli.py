@@ -49,6 +49,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fresh") / "ws"
+    assert ferry("init", str(root), "--line", "shapes").exit_code == 0
+    return root
+
+
 @pytest.fixture
 def workspace(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "ws", symlinks=True))
@@ -136,23 +143,26 @@ def test_outside_a_workspace_everything_says_so(arguments: tuple[str, ...], tmp_
         (("data", "diff", "shapes", "v9"), "there is no data revision 'v9'; `ferry data log shapes` lists them"),
         (("data", "diff", "shapes", "HEAD", "v9"), "there is no data revision 'v9'; `ferry data log shapes` lists them"),
         (("data", "status", "tables"), "there is no line 'tables' in ferry.toml; there is shapes"),
-        (("promote", "shapes", "1"), "is not LINE/CONFIG/VARIANT"),
-        (("promote", "shapes/I/full", "7"), "has no version 7; there is none yet, so run `ferry retrain`"),
+        (("promote", "shapes", "1"), "'shapes' is not LINE/CONFIG/VARIANT; write it as shapes/I/full"),
+        (("promote", "shapes/I/full", "7"), "has no version 7; there is none yet, so run `ferry retrain shapes`"),
         (("rollback", "shapes"), "is not LINE/CONFIG/VARIANT"),
         (("approve", "shapes/I/slow", "1", "--reason", "x"), "is not LINE/CONFIG/VARIANT"),
         (("release", "shapes/huge"), "line shapes has no device class 'huge'"),
         (("rollout", "start", "shapes"), "has no release"),
         (("rollout", "start", "shapes", "--waves", "ten"), "are not shares in percent; write them as 1,10,100"),
-        (("rollout", "halt", "shapes"), "nothing of shapes/edge is rolled out"),
+        (
+            ("rollout", "halt", "shapes"),
+            "nothing of shapes/edge is rolled out, so there is nothing to halt; `ferry rollout start shapes/edge`",
+        ),
         (("rollout", "renew", "shapes"), "nothing of shapes/edge is rolled out"),
         (("trust", "renew", "rollout"), "rollout cannot be renewed on its own"),
         (("fleet", "enroll", "press-01", "abc"), "the public key must be 64 hex digits"),
         (("fleet", "enroll", "Press 1", "ab" * 32), "is not a device id"),
-        (("report",), "there is no champion yet; run `ferry retrain` first"),
+        (("report",), "there is no champion yet; run `ferry retrain LINE` first"),
         (("report", "tables"), "there is no line 'tables' in ferry.toml; there is shapes"),
         (("rate", "shapes"), "is not LINE/CONFIG/VARIANT"),
         (("rate", "tables/I/full"), "there is no line 'tables' in ferry.toml; there is shapes"),
-        (("rate", "shapes/I/full"), "shapes/I/full has no versions, but a comparison needs two; run `ferry retrain`"),
+        (("rate", "shapes/I/full"), "shapes/I/full has no versions, but a comparison needs two; run `ferry retrain shapes`"),
         (("rate", "shapes/I/full", "--answers", "ferry.toml"), "ferry.toml: No such file or directory; check the path"),
         (("history", "tables/I/full"), "there is no line 'tables' in ferry.toml; there is shapes"),
     ],
@@ -160,6 +170,27 @@ def test_outside_a_workspace_everything_says_so(arguments: tuple[str, ...], tmp_
 )
 def test_wrong_names_are_named(arguments: tuple[str, ...], says: str, prepared: Path):
     refused(ferry("-w", str(prepared), *arguments), 3, says)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "next_command"),
+    [
+        (("retrain", "shapes"), 3, "ferry data add shapes"), (("retrain", "shapes", "--data", "v9"), 3, "ferry data add shapes"),
+        (("data", "status", "shapes"), 3, "has no metadata.jsonl; write one line"), (("data", "log", "shapes"), 0, "ferry data add shapes"),
+        (("evaluate", "shapes/I/full"), 3, "ferry retrain shapes"), (("promote", "shapes/I/full", "1", "--reason", "x"), 3, "ferry retrain shapes"),
+        (("rollback", "shapes/I/full", "--reason", "x"), 5, "ferry history"), (("release", "shapes"), 3, "ferry retrain shapes"),
+        (("rollout", "start", "shapes"), 3, "ferry release shapes/edge"), (("rollout", "status", "shapes"), 0, "ferry rollout start shapes/edge"),
+        (("rollout", "halt", "shapes", "--reason", "x"), 3, "ferry rollout start shapes/edge"), (("rate", "shapes/I/full"), 3, "ferry retrain"),
+        (("report",), 3, "ferry retrain LINE"), (("history",), 0, "ferry retrain LINE"), (("fleet", "status"), 0, "ferry fleet enroll"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_first_wrong_steps_in_a_fresh_workspace_name_the_next_command(
+    arguments: tuple[str, ...], code: int, next_command: str, fresh: Path
+):
+    result = ferry("-w", str(fresh), *arguments)
+    assert result.exit_code == code, result.output
+    assert next_command in result.output
 
 
 @pytest.mark.parametrize(
@@ -255,7 +286,7 @@ def test_init_of_a_name_that_cannot_be_kept_makes_nothing(name: str, tmp_path: P
 )
 def test_init_with_a_line_of_no_name_makes_nothing(line: str, tmp_path: Path):
     result = ferry("init", str(tmp_path / "ws"), "--line", "shapes", "--line", line)
-    refused(result, 3, "is no name of a line; use lower-case letters, digits and '-', 40 at most")
+    refused(result, 3, "cannot be the name of a line; use lower-case letters, digits and '-', 40 at most")
     assert result.stderr.rstrip("\n").isprintable()
     assert list(tmp_path.iterdir()) == []
 

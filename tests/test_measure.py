@@ -208,7 +208,7 @@ def refused(told: Result, says: str) -> None:
         (("tables/I/full",), "there is no line 'tables' in ferry.toml; there is shapes, empty"),
         (("shapes/I/full", "7"), "shapes/I/full has no version 7; there are 1, 2"),
         (("empty/I/full",), "empty/I/full has no champion; run `ferry retrain empty`"),
-        (("empty/I/full", "1"), "empty/I/full has no version 1; there is none yet, so run `ferry retrain`"),
+        (("empty/I/full", "1"), "empty/I/full has no version 1; there is none yet, so run `ferry retrain empty`"),
         (
             ("shapes/I/full", "--features", "vgg:FILE"),
             "--features cannot be 'vgg:FILE'; write inception:FILE, where FILE is a TorchScript file of Inception weights",

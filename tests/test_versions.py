@@ -344,7 +344,10 @@ def test_unknown_revision_is_a_sentence(recorded: Path, rev: str) -> None:
 
 
 def test_workspace_without_commit_has_no_revision(root: Path) -> None:
-    with pytest.raises(RevisionError, match="there is no data revision 'HEAD'"):
+    with pytest.raises(
+        RevisionError,
+        match=f"parts has no data yet; put images and a metadata.jsonl into {PATH}, then run `ferry data add parts`",
+    ):
         resolve(root, PATH, LINE)
     assert log(root, PATH, LINE) == []
 

@@ -122,7 +122,7 @@ def rollout_status(
         policy = workspace.repository.policy(line, device_class)
         answer(
             as_json, policy.model_dump() if policy else {},
-            rollout.describe(policy) if policy else f"nothing of {line}/{device_class} is rolled out",
+            rollout.describe(policy) if policy else f"nothing of {line}/{device_class} is rolled out; `ferry rollout start {line}/{device_class}` rolls a release out",
         )  # fmt: skip
 
 
@@ -154,5 +154,5 @@ def fleet_status(as_json: Json = False) -> None:
         ]
         answer(
             as_json, {"devices": {n: r.model_dump() if r else None for n, r in devices.items()}, "rejected": collected.rejected},
-            "\n".join(rows) or "no device is enrolled; `ferry fleet enroll` adds one",
+            "\n".join(rows) or "no device is enrolled; `ferry fleet enroll DEVICE KEY` adds one, with the key that `ferry-agent init` prints",
         )  # fmt: skip

@@ -181,7 +181,9 @@ def history(
                 for e in entries
             ]
             answer(
-                as_json, {"entries": [e.model_dump(mode="json") for e in entries]}, "\n".join(lines) or "nothing was decided yet"
+                as_json,
+                {"entries": [e.model_dump(mode="json") for e in entries]},
+                "\n".join(lines) or "nothing was decided yet; `ferry retrain LINE` makes the first decision",
             )
             return
         hashes = workspace.ledger.hashes()

@@ -44,7 +44,9 @@ def rolled_out(repository: Repository, line: str, device_class: str, doing: str)
     """
     policy = repository.policy(line, device_class)
     if policy is None:
-        raise OperatorError(f"nothing of {line}/{device_class} is rolled out, so there is nothing to {doing}")
+        raise OperatorError(
+            f"nothing of {line}/{device_class} is rolled out, so there is nothing to {doing}; `ferry rollout start {line}/{device_class}` rolls a release out"
+        )
     return policy
 
 
