@@ -216,10 +216,7 @@ class Device:
         return {**files, **kept, "sound": self.sound, "active": self.active, "reports": len(self.reports())}
 
     def _marks(self) -> Any:
-        """Return the versions in highwater.json, its bytes if it is damaged, or None if there is none.
-
-        The clock in it is left out, because it rises by itself when a test runs past a full hour.
-        """
+        """Return the versions in highwater.json, its bytes if it is damaged, or None if there is none."""
         path = self.root / "highwater.json"
         if not path.is_file():
             return None

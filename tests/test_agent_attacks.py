@@ -377,16 +377,16 @@ def test_expired_policy_hides_no_damage(offered, keys):
 def test_clock_set_back_is_noticed(offered):
     # With its clock set back by three days, expired metadata would look fresh.
     marks = offered.device.home.high_water()
-    offered.device.home.raise_high_water(HighWater(versions=marks.versions, time=marks.time + 3 * 86_400))
+    offered.device.home.raise_high_water(HighWater(versions=marks.versions, signed=marks.signed + 3 * 86_400))
     with untouched(offered.device, TrustError, "hours behind the last time seen; set the clock"):
         offered.device.update()
 
 
 def test_time_seen_is_remembered(scene):
     marks = scene.device.home.high_water()
-    scene.device.home.raise_high_water(marks.model_copy(update={"time": marks.time - 7200}))
+    scene.device.home.raise_high_water(marks.model_copy(update={"signed": marks.signed - 7200}))
     scene.device.update()
-    assert scene.device.home.high_water().time >= marks.time
+    assert scene.device.home.high_water().signed == marks.signed > time.time() - 86_400
 
 
 def set_clock_back(monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
@@ -397,10 +397,10 @@ def set_clock_back(monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
 
 def test_clock_that_goes_back_bit_by_bit_is_noticed(scene, monkeypatch):
     # A poor clock may make each single step; together they go back so far that expired metadata look fresh.
-    seen = scene.device.home.high_water().time
+    seen = scene.device.home.high_water().signed
     set_clock_back(monkeypatch, hours=20)
     assert scene.device.update().reason == "release 1 is installed"
-    assert scene.device.home.high_water().time == seen
+    assert scene.device.home.high_water().signed == seen
     set_clock_back(monkeypatch, hours=40)
     with untouched(scene.device, TrustError, "hours behind the last time seen; set the clock"):
         scene.device.update()
@@ -409,7 +409,7 @@ def test_clock_that_goes_back_bit_by_bit_is_noticed(scene, monkeypatch):
 def test_time_is_remembered_where_the_policy_has_expired(offered, keys, monkeypatch):
     # Otherwise a clock that is set back later would make the policy look fresh.
     marks = offered.device.home.high_water()
-    offered.device.home.raise_high_water(marks.model_copy(update={"time": marks.time - 3 * 86_400}))
+    offered.device.home.raise_high_water(marks.model_copy(update={"signed": marks.signed - 3 * 86_400}))
     sign_in_place(metadata_file(offered.repository, "rollout"), keys, "rollout", expire)
     forget_cache(offered.device)
     assert "the rollout policy has expired" in offered.device.update().reason

@@ -82,7 +82,7 @@ def harm_anchor(field: Field) -> None:
 
 def harm_clock(field: Field) -> None:
     marks = field.device.home.high_water()
-    field.device.home.raise_high_water(marks.model_copy(update={"time": int(time.time()) + 90_000}))
+    field.device.home.raise_high_water(marks.model_copy(update={"signed": int(time.time()) + 90_000}))
 
 
 def harm_copy(field: Field) -> None:

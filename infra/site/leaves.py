@@ -89,6 +89,7 @@ METADATA = {
     "signed.spec_version": "version of the TUF specification",
     "signed.version": "version of the file; it only rises",
     "signed.expires": "when the signature expires",
+    "signed.signed_at": "when it was signed; devices hold their clocks against it",
     "signed.consistent_snapshot": "that files have their version or hash in their names",
     "signed.keys.KEYID.keytype": "kind of a public key",
     "signed.keys.KEYID.scheme": "kind of its signatures",

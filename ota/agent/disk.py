@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 from ota.errors import RoomError, StateError
 
+FILES_NEEDED = 64  # files that the file system must be able to hold before an update: a bundle, metadata, reports and marks
+
 
 class Disk:
     """Durable changes below one directory."""
@@ -111,6 +113,12 @@ class Disk:
             found = os.statvfs(self.root)
             return found.f_bavail * found.f_frsize
 
+    def files_free(self) -> int | None:
+        """Return how many more files the file system can hold; None: it has no such limit."""
+        with self._errors("."):
+            found = os.statvfs(self.root)
+            return found.f_favail if found.f_files else None
+
     @staticmethod
     def _sync_folder(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -119,11 +127,22 @@ class Disk:
         finally:
             os.close(descriptor)
 
+    def _full_of_files(self) -> bool:
+        try:
+            found = os.statvfs(self.root)
+        except OSError:
+            return False
+        return bool(found.f_files) and found.f_favail == 0 and found.f_bavail > 0
+
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            if error.errno == errno.ENOSPC and self._full_of_files():
+                raise RoomError(
+                    f"the file system of {self.root} can hold no more files (inodes); remove some, and the next update resumes"
+                ) from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise RoomError(f"the disk of {self.root} is full; make room, and the next update resumes") from error
             raise StateError(

@@ -1,37 +1,26 @@
-"""Check whether this device is fit to run its model, to update it and to report. The checks change nothing."""
+"""Check whether this device is fit to run its model, to update it and to report. The checks leave nothing behind."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
 
 from ota.agent import child, energy, reports, rules
+from ota.agent.ground import Finding, Level, directory, inodes, time_of_day
+from ota.agent.page import not_metadata
 from ota.agent.slots import is_sound
 from ota.agent.state import Home, opened
 from ota.agent.transport import bare, connect, read_small, within
 from ota.errors import DeviceError, OtaError, TransferError, printable
-from ota.manifest import MAX_TABLE, KiB, SamplerTable, parse
+from ota.manifest import MAX_TABLE, MiB, SamplerTable, parse
 
-Level = Literal["ok", "warn", "fail"]
 SOON = 2 * 24 * 3600  # seconds before a signature expires, from which on there is a warning
 MANY_WAITING = 20  # reports
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One result of a check."""
-
-    about: str
-    level: Level
-    text: str
 
 
 def examine(home: Home, draw: bool = True) -> list[Finding]:
@@ -42,7 +31,7 @@ def examine(home: Home, draw: bool = True) -> list[Finding]:
         draw: also draw an image with each variant of the running bundle, which takes seconds.
     """
     looks: list[tuple[str, Callable[[Home], Iterator[Finding]]]] = [
-        ("directory", _directory), ("trust anchor", _anchor), ("clock", _clock), ("state", _state), ("bundles", _bundles), ("room", _room),
+        ("directory", directory), ("trust anchor", _anchor), ("clock", time_of_day), ("state", _state), ("bundles", _bundles), ("room", _room),
         ("signatures", _signatures), ("repository", _repository), ("reports", _reports), ("runtime", _runtime), ("energy", _energy),
     ]  # fmt: skip
     if draw:
@@ -58,35 +47,9 @@ def examine(home: Home, draw: bool = True) -> list[Finding]:
     return found
 
 
-def _directory(home: Home) -> Iterator[Finding]:
-    config, found = home.config(), home.root.stat()
-    yield Finding("directory", "ok", f"{home.root}: {config.device}, {config.line}/{config.device_class}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        yield Finding("directory", "fail", f"users other than its owner may write to {home.root}; run `chmod 700 {home.root}`")
-    others = [path for path in sorted(home.root.rglob("*")) if path.lstat().st_uid != found.st_uid]
-    if others:
-        yield Finding(
-            "directory", "fail",
-            f"{len(others)} files in {home.root} are not its owner's, such as {others[0].relative_to(home.root)}, so the "
-            f"agent cannot use them; run `chown -R --reference={home.root} {home.root}`",
-        )  # fmt: skip
-    if not os.access(home.root, os.W_OK | os.X_OK):
-        yield Finding("directory", "fail", f"this user may not write {home.root}; run the agent as its owner")
-
-
 def _anchor(home: Home) -> Iterator[Finding]:
     home.root_bytes()
     yield Finding("trust anchor", "ok", f"root.json has the hash given at init, {home.config().root_sha256[:12]}")
-
-
-def _clock(home: Home) -> Iterator[Finding]:
-    now = int(time.time())
-    rules.check_clock(now, home.high_water().time)
-    yield Finding(
-        "clock",
-        "ok",
-        f"{datetime.fromtimestamp(now).astimezone().isoformat(timespec='minutes')}, not behind what was seen before",
-    )
 
 
 def _state(home: Home) -> Iterator[Finding]:
@@ -125,6 +88,7 @@ def _room(home: Home) -> Iterator[Finding]:
     active, free = home.load().active, home.disk.free()
     size = home.slot(active).manifest.size if active else 0
     needed = rules.room_needed(size, size)
+    yield from inodes(home)
     level: Level = "ok" if free >= needed else "warn"
     yield Finding("room", level, f"{free / 1e6:,.0f} MB are free; a full update of this size needs {needed / 1e6:,.0f} MB")
 
@@ -158,10 +122,13 @@ def _repository(home: Home) -> Iterator[Finding]:
     try:
         start = time.perf_counter()
         with closing(connect(address)) as transport:
-            read_small(transport, "metadata/timestamp.json", 16 * KiB)
+            problem = not_metadata(read_small(transport, "metadata/timestamp.json", MiB))
     except TransferError as error:
         yield Finding("repository", "warn", f"{error}; the running model is kept")
     else:
+        if problem:
+            yield Finding("repository", "fail", f"{bare(address)}: {problem}; the running model is kept")
+            return
         yield Finding("repository", "ok", f"{bare(address)} answers in {1000 * (time.perf_counter() - start):.0f} ms")
 
 

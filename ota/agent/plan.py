@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import ota
 from ota.agent import rules
+from ota.agent.disk import FILES_NEEDED
 from ota.agent.state import Home
 from ota.agent.transport import Deadline, Transport, download
 from ota.agent.trust import Target, Trust
@@ -113,6 +114,10 @@ def check_room(home: Home, written: int, size: int) -> None:
     needed, free = rules.room_needed(written, size), home.disk.free()
     if needed > free:
         raise RoomError(f"the update needs {needed:,} free bytes, but {home.root} has {free:,}; make room and try again")
+    if (files := home.disk.files_free()) is not None and files < FILES_NEEDED:
+        raise RoomError(
+            f"the update needs room for {FILES_NEEDED} files (inodes), but {home.root} has it for {files}; remove files and try again"
+        )
 
 
 def verify(home: Home, name: str, size: int, sha256: str) -> None:

@@ -78,7 +78,7 @@ def _next_number(home: Home) -> int:
         last = -1
     if not 0 <= last < MAX_NUMBER:  # lost: skip all numbers that can have been used, at less than one report a second
         queued = [int(p.stem) for p in home.disk.path("queue").glob("*.json")]
-        last = max(0, max(int(time.time()), home.high_water().time) - EPOCH, *queued)
+        last = max(0, max(int(time.time()), home.high_water().signed) - EPOCH, *queued)
     home.disk.replace("number", str(last + 1).encode())
     return last + 1
 

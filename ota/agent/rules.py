@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from ota.agent import clock
 from ota.agent.state import Config, HighWater, Rest, State
 from ota.errors import AgentError, ManifestError, OperatorError, TrustError
 from ota.manifest import MAX_COUNT, Manifest, Policy, Reference, as_numbers
 
 BUCKETS = 10_000
-CLOCK_SLACK = 24 * 3600  # seconds that a clock may run behind the latest time seen
 STATISTIC_FLOOR = 0.02  # least width that is assumed for a reference range; pixel values span 2
 MAX_DEAD_LOAD = 0.1  # share of its reference load; an expert with less counts as unused on this device
 SEEDS = 2**128  # number of seeds: all keys that Philox accepts
@@ -44,12 +44,12 @@ def bucket(device: str, salt: str) -> int:
 
 
 def check_clock(now: int, floor: int) -> None:
-    """Refuse a clock that is behind the latest time already seen, because expired metadata would look fresh.
+    """Refuse a clock that is behind the latest time that was signed, because expired metadata would look fresh.
 
     Raises:
-        TrustError: the clock is behind by more than `CLOCK_SLACK`.
+        TrustError: the clock is behind by more than `clock.SLACK`.
     """
-    if now < floor - CLOCK_SLACK:
+    if now < floor - clock.SLACK:
         raise TrustError(
             f"the clock is {(floor - now) // 3600} hours behind the last time seen; set the clock; until then the running "
             "model is kept"

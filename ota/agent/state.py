@@ -8,7 +8,7 @@ state.json       what runs, what ran before, what is on trial; replacing this fi
 state.prev.json  the state before, in case the disk damages state.json
 resting.json     until when a bundle waits whose trials gave no result; may be lost
 measured.json    what the variants cost, from `ferry-agent bench`; may be lost
-highwater.json   the newest metadata versions ever accepted, their keys, and the latest time seen
+highwater.json   the newest metadata versions ever accepted, their keys, and the latest time that was signed
 metadata/        python-tuf's cache; may be lost at any moment
 slots/<sha256>/  installed bundles, named by the hash of their manifest; their files, named by their own hash
 incoming/        downloads in progress
@@ -118,14 +118,19 @@ class Rest(Document):
 
 
 class HighWater(Document):
-    """What must never go back: metadata versions by role, and time; `rules.binding` says which versions still bind."""
+    """What must never go back: metadata versions by role, and time; `rules.binding` says which still bind."""
 
     versions: dict[str, int] = Field(default_factory=dict)
     keys: dict[str, list[str]] = Field(
         default_factory=dict, description="ids of the keys that signed a role when its version was noted"
     )
     root: Sha256 | None = Field(default=None, description="hash of the signed part of the newest root")
-    time: int = 0
+    signed: int = Field(
+        default=0, description="when the newest timestamp was signed; it binds as the version of the timestamp does"
+    )
+    time: int = Field(
+        default=0, description="latest time on the clock of an agent of before; not used, because a clock may be wrong"
+    )
 
 
 class OwnerError(StateError):

@@ -8,6 +8,9 @@ A thief of online keys may raise the versions of their roles beyond all that the
 mark is kept with the ids of its signing keys. Once the offline keys have replaced these, the mark no longer binds
 (`rules.binding`), just as the client ignores a cached file that no longer verifies. The hash of the root is kept too, so that a
 thief of its old keys cannot lead a device that lost its cache along another chain of roots.
+
+The clock is held against the times that the root and the timestamp were signed at, and the latest of the timestamp's is kept as a
+mark. A time beyond the clock is never kept, so neither a thief nor a factory whose clock is wrong blocks a device for longer than a day.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
-from ota.agent import rules, transport
+from ota.agent import clock, page, rules, transport
 from ota.agent.state import HighWater, Home
 from ota.agent.transport import NotFoundError, Transport, at_most, read_small
 from ota.errors import ExpiredError, InvalidError, OtaError, RepositoryError, StateError, TransferError, TrustError
@@ -84,7 +87,7 @@ class Trust:
         self._home, self._source = home, source
         self._fetcher = _Fetcher(source)
         now = int(time.time())
-        rules.check_clock(now, home.high_water().time)
+        clock.check_built(now)
         folder = home.disk.path("metadata")
         home.disk.make_folder("metadata")
         with _foreign_errors():
@@ -92,9 +95,13 @@ class Trust:
         try:
             with _foreign_errors():
                 self._updater.refresh()
-        except OtaError:
+        except OtaError as error:
             with suppress(OtaError):
                 self._remember(("root",))
+            try:
+                rules.check_clock(now, home.high_water().signed)
+            except TrustError as behind:  # it explains more: certificates of TLS look as if they were from the future
+                raise behind from error
             raise
         self._remember(("root",))  # the newest root counts, whatever turns out about the metadata that its keys signed
         self._remember(TOP_ROLES, now)
@@ -151,7 +158,10 @@ class Trust:
 
         Args:
             roles: the roles that were just loaded.
-            now: seconds since 1970; None if nothing fresh was found: then the clock may be wrong and is not stored.
+            now: seconds since 1970 by the clock, which is checked; None if nothing fresh was found.
+
+        Raises:
+            TrustError: a version, the root or the clock is behind.
         """
         marks = self._home.high_water()
         cached = {role: found for role in roles if (found := self._cached(f"{role}.json")) and _is(role, found)}
@@ -159,21 +169,26 @@ class Trust:
         seen = {role: found.signed.version for role, found in cached.items() if role == "root" or role in trusted}
         if lost := set(roles).intersection(TOP_ROLES) - seen.keys():
             raise StateError(f"the metadata cache lost {min(lost)} while it was read; check the disk of {self._home.root}")
+        bound = rules.binding(marks, trusted)
         try:
-            rules.check_versions(seen, rules.binding(marks, trusted))
+            rules.check_versions(seen, bound)
             self._check_chain(marks)
         except TrustError:
             # Otherwise python-tuf would start from the attacker's roots next time, and ours would not follow on them.
             self._home.disk.remove("metadata/root_history")
             raise
-        if "models" in marks.versions.keys() & seen.keys() and "models" not in rules.binding(marks, trusted):
+        latest = marks.signed if "timestamp" in bound else 0
+        if now is not None:
+            times = {role: dated for role in clock.DAYS if (dated := _signed(role, cached[role])).counts(now)}
+            rules.check_clock(now, max(latest, *(dated.at for dated in times.values()), 0))
+            latest = max(latest, times["timestamp"].at if "timestamp" in times else 0)
+        if "models" in marks.versions.keys() & seen.keys() and "models" not in bound:
             self._disown(cached["models"].signed)  # before the marks: after a power cut, the next check repeats it
         raised = HighWater(
             versions=marks.versions | seen,
             keys=marks.keys | {role: sorted(trusted[role].keys) for role in seen if role in trusted},
             root=_sha256(cached["root"]) if "root" in cached else marks.root,
-            # Rounded down to the hour: a lower bound is enough, and this saves a write on most calls.
-            time=marks.time if now is None else max(marks.time, now - now % 3600),
+            signed=latest if now is not None else marks.signed,
         )
         self._home.raise_high_water(raised)
 
@@ -236,6 +251,10 @@ def _is(role: str, found: Metadata[Any]) -> bool:
     return bool(found.signed.type == (role if role in TOP_ROLES else "targets"))
 
 
+def _signed(role: str, metadata: Metadata[Any]) -> clock.Signed:
+    return clock.signed(role, metadata.signed.expires, metadata.signed.unrecognized_fields.get(clock.SIGNED_AT))
+
+
 def _sha256(metadata: Metadata[Any]) -> str:
     return hashlib.sha256(metadata.signed_bytes).hexdigest()
 
@@ -257,6 +276,8 @@ class _Fetcher(FetcherInterface):
             first = next(pieces, b"")
         except NotFoundError as error:
             raise DownloadHTTPError(str(error), 404) from error
+        if page.is_page(first):
+            raise TransferError(f"the repository cannot be reached: {page.PAGE}; it will be tried again")
         return self._rest(first, pieces)
 
     def download_bytes(self, url: str, max_length: int) -> bytes:

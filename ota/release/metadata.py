@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tuf.api.exceptions import StorageError
-from tuf.api.metadata import Metadata, Root, Targets
+from tuf.api.metadata import Metadata, Root, Signed, Targets
 from tuf.api.serialization import DeserializationError
 
 from ota.errors import OperatorError
@@ -24,6 +24,7 @@ LIFETIMES = {
     "deltas": timedelta(days=180), "rollout": timedelta(days=14), "snapshot": timedelta(days=14),
     "timestamp": timedelta(days=14),
 }  # fmt: skip
+AnySigned = TypeVar("AnySigned", bound=Signed)
 TOP = ("root", "targets", "snapshot", "timestamp")  # root names the keys of these roles, targets those of the others
 
 
@@ -46,6 +47,9 @@ def unused(folder: Path, role: str, version: int) -> int:
     return version
 
 
+DATED = ("root", "timestamp")  # roles that say when they were signed; devices hold their clocks against it
+
+
 def expiry(role: str) -> datetime:
     """Return when metadata of a role expire that are signed now."""
     return (datetime.now(UTC) + LIFETIMES[role]).replace(microsecond=0)
@@ -55,8 +59,16 @@ def next_version(metadata: Metadata[Any], role: str, version: int) -> Metadata[A
     """Change metadata to another version, with a new expiry and without signatures; return the same object."""
     metadata.signatures.clear()
     metadata.signed.version = version
-    metadata.signed.expires = expiry(role)
+    dated(metadata.signed, role)
     return metadata
+
+
+def dated(signed: AnySigned, role: str) -> AnySigned:
+    """Give metadata that are about to be signed the expiry of their role and, where devices read it, the present time; return them."""
+    signed.expires = expiry(role)
+    if role in DATED:
+        signed.unrecognized_fields["signed_at"] = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return signed
 
 
 def unchanged(_: Targets) -> None:

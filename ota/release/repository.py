@@ -42,7 +42,7 @@ from tuf.api.metadata import (
 from ota.errors import OperatorError, printable
 from ota.manifest import MAX_COUNT, MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
 from ota.release.keys import DELEGATED, Entry, KeyRing
-from ota.release.metadata import LIFETIMES, TOP, expiry, load, next_version, sign_role, unchanged, unused, write
+from ota.release.metadata import LIFETIMES, TOP, dated, expiry, load, next_version, sign_role, unchanged, unused, write
 
 RENEWED = ("root", "targets", "models", "deltas")  # roles that `Repository.renew` can sign again
 KEPT_RELEASES = 8  # newest releases of one line and class that stay in `models`
@@ -184,7 +184,7 @@ class Repository:
         for name in ("metadata", "targets", "objects"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / LOCK).touch()
-        root = Root(expires=expiry("root"), consistent_snapshot=True)
+        root = dated(Root(consistent_snapshot=True), "root")
         for role in ("root", "targets", "snapshot", "timestamp"):
             for key, _ in keys.keys[role]:
                 root.add_key(key, role)
@@ -208,7 +208,7 @@ class Repository:
             write(metadata / f"1.{role}.json", sign_role(Metadata(signed), keys, role, top if role in DELEGATED else root))
         snapshot = Snapshot(expires=expiry("snapshot"), meta={f"{r}.json": MetaFile(1) for r in ("targets", *DELEGATED)})
         write(metadata / "1.snapshot.json", sign_role(Metadata(snapshot), keys, "snapshot", root))
-        timestamp = Timestamp(expires=expiry("timestamp"), snapshot_meta=MetaFile(1))
+        timestamp = dated(Timestamp(snapshot_meta=MetaFile(1)), "timestamp")
         write(metadata / "timestamp.json", sign_role(Metadata(timestamp), keys, "timestamp", root))
         return cls(folder, keys)
 
@@ -470,7 +470,7 @@ class Repository:
         if "root" in roles:
             root = self._root()
             root.signed.version += 1
-            root.signed.expires = expiry("root")
+            dated(root.signed, "root")
             write(self.metadata / f"{root.signed.version}.root.json", sign_role(root, self.keys, "root", root.signed))
         self.commit({role: unchanged for role in roles if role != "root"})
         return self.expiries()

@@ -46,7 +46,8 @@ UPDATE, ATTACKS, TRUST = "tests/test_agent_update.py", "tests/test_agent_attacks
 # The tests that concern a file, quick ones first; the first failure ends them.
 CONCERNED = {
     "ota/agent/rules.py": ["tests/test_rollout.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
-    "ota/agent/trust.py": [TRUST, ATTACKS, "tests/test_hostile_strings.py", UPDATE],
+    "ota/agent/clock.py": ["tests/test_agent_clock.py"],
+    "ota/agent/trust.py": [TRUST, ATTACKS, "tests/test_hostile_strings.py", UPDATE, "tests/test_agent_clock.py"],
     "ota/agent/updater.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
     "ota/agent/plan.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
     "ota/agent/slots.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
@@ -77,8 +78,7 @@ CONCERNED = {
 # fmt: off
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "ota/agent/rules.py": [
-        ("CLOCK_SLACK = 24 * 3600", "CLOCK_SLACK = 24 * 3600 * 365", "a clock a year behind makes expired metadata look fresh"),
-        ("if now < floor - CLOCK_SLACK:", "if now < floor - 2 * CLOCK_SLACK:", "a clock two days behind is believed"),
+        ("if now < floor - clock.SLACK:", "if now < floor - 2 * clock.SLACK:", "a clock two days behind is believed"),
         (">= trusted[role].threshold\n", "> trusted[role].threshold\n", "marks under keys that still hold are forgotten"),
         ("        if role not in trusted\n", "        if role in trusted\n", "marks of untrusted roles are forgotten"),
         ("if seq is not None and seq < floor:", "if seq is not None and seq <= floor:", "the floor itself cannot be installed"),
@@ -114,15 +114,21 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("        if not expected.low - width <= value <= expected.high + width:", "        if not expected.low - width <= value:", "images that are too bright pass"),
         ("max(expected.high - expected.low, STATISTIC_FLOOR)", "10 * max(expected.high - expected.low, STATISTIC_FLOOR)", "images far from the reference pass"),
     ],
+    "ota/agent/clock.py": [
+        ("SLACK = 24 * 3600", "SLACK = 24 * 3600 * 365", "a clock a year behind makes expired metadata look fresh"),
+        ("return self.said or self.at <= now + SLACK", "return True", "a factory that signs for longer blocks its devices"),
+    ],
     "ota/agent/trust.py": [
         ("        self._remember(TOP_ROLES, now)\n", "        self._remember(TOP_ROLES)\n", "the latest time is never remembered"),
-        ("max(marks.time, now - now % 3600)", "now - now % 3600", "the remembered time falls"),
+        ('latest = marks.signed if "timestamp" in bound else 0', "latest = 0", "the remembered time falls"),
+        ('latest = marks.signed if "timestamp" in bound else 0', "latest = marks.signed", "a time under keys that were replaced blocks for ever"),
         ("versions=marks.versions | seen,", "versions=seen | marks.versions,", "marks never rise"),
         ("            self._check_chain(marks)\n", "            pass\n", "a stranger's chain of roots is followed"),
         ("        if target.size > limit:", "        if target.size > 2 * limit:", "a document twice too long is read"),
         ('TargetFile(target.size, {"sha256": target.sha256}, target.name).verify_length_and_hashes(data)', "pass", "a document is not held against its hash"),
         ("            rules.check_floor(target.custom.seq, target.custom.floor)\n", "            pass\n", "releases below the floor are installed"),
-        ("        rules.check_clock(now, home.high_water().time)\n", "", "a clock that runs behind is believed"),
+        ("            rules.check_clock(now, max(latest, *(dated.at for dated in times.values()), 0))\n", "", "a clock that runs behind is believed"),
+        ("        clock.check_built(now)\n", "", "a clock of 1970 is believed"),
         ('self._home.save(state.model_copy(update={"seq": 0, "refused": {}}))', 'self._home.save(state.model_copy(update={"seq": 0}))', "what a thief's release had refused stays refused"),
         ("        if result.verified:", "        if result:", "marks are kept under keys that signed nothing"),
         ("            if wrong := [keyid for keyid in keys if not KEYID.fullmatch(keyid)]:", "            if wrong := [keyid for keyid in keys if len(keyid) > 4096]:", "key ids of any content are written to the disk"),
