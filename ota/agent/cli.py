@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 import ota
 from ota import output
-from ota.agent import rules
+from ota.agent import rules, window
 from ota.agent.state import Config, Home, OwnerError, Rest
 from ota.errors import (
     DeviceError,
@@ -58,7 +58,7 @@ _WATTS = "give the watts at rest (0 to 10000) and the watts that a busy core add
 WRITTEN = {
     "device": ("device", _NAME), "line": ("line", _NAME), "device_class": ("class", _NAME),
     "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "reports": ("reports", f"give a folder, {_PLACE}"),
-    "window": ("window", "give hours in UTC, such as 22:00-05:00"), "prefer": ("prefer", "choose default, quality, latency or energy"),
+    "window": ("window", window.WRITTEN), "prefer": ("prefer", "choose default, quality, latency or energy"),
     "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev or fast"),
     "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
 }  # fmt: skip
@@ -103,7 +103,12 @@ def parser() -> argparse.ArgumentParser:
         "--root-sha256", required=True, metavar="HEX", help="sha256 of FILE, from another channel (never trust on first use)"
     )
     made.add_argument("--reports", default="", metavar="FOLDER", help="folder for reports; the agent never creates it")
-    made.add_argument("--window", default="", metavar="HOURS", help="UTC hours in which it may switch, such as 22:00-05:00")
+    made.add_argument(
+        "--window",
+        default="",
+        metavar="HOURS",
+        help="hours in which it may switch, in UTC or a time zone: '22:00-05:00 Europe/Berlin'",
+    )
     made.add_argument(
         "--prefer", default="default", help="choice of the variant: default, quality, latency or energy (%(default)s)"
     )
@@ -209,6 +214,8 @@ def init(given: Arguments) -> None:
         })  # fmt: skip
     except ValidationError as error:
         raise OperatorError(_not_valid(str(error.errors()[0]["loc"][0]))) from error
+    if problem := window.problem(config.window):
+        raise OperatorError(f"--window is not valid: {problem}")
     try:
         place = connect(config.repository)
     except TransferError as error:

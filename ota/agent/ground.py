@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from ota.agent import clock, rules
+from ota.agent import clock, rules, window
 from ota.agent.disk import FILES_NEEDED
 from ota.agent.state import Home, OwnerError
 from ota.errors import TrustError
@@ -131,6 +131,8 @@ def inodes(home: Home) -> Iterator[Finding]:
 def time_of_day(home: Home) -> Iterator[Finding]:
     """Hold the clock against the day of the agent's build and against all signed times that are known here."""
     now, marks = int(time.time()), home.high_water()
+    if problem := window.problem(home.config().window):
+        yield Finding("clock", "fail", f"the maintenance window never opens: {problem}, with `ferry-agent init`")
     clock.check_built(now)
     root, timestamp = _newest_root(home), _signed(home, "metadata/timestamp.json", "timestamp")
     if root and now < root.at - clock.SLACK:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from ota.agent import clock
+from ota.agent import clock, window
 from ota.agent.state import Config, HighWater, Rest, State
 from ota.errors import AgentError, ManifestError, OperatorError, TrustError
 from ota.manifest import MAX_COUNT, Manifest, Policy, Reference, as_numbers
@@ -152,8 +152,10 @@ def want(policy: Policy, config: Config, state: State, revertible: bool, now: in
         return Wanted(False, f"release {policy.seq} is not meant for this device yet (bucket {mine})")
     if min(opening) > now:
         return Wanted(False, f"release {policy.seq} opens for this device in {min(opening) - now} s")
+    if problem := window.problem(config.window):
+        return Wanted(False, f"release {policy.seq} waits for the maintenance window, but {problem}, with `ferry-agent init`")
     if config.window and not in_window(config.window, now):
-        return Wanted(False, f"release {policy.seq} waits for the maintenance window {config.window} UTC")
+        return Wanted(False, f"release {policy.seq} waits for the maintenance window {window.shown(config.window, now)}")
     return Wanted(True, f"release {policy.seq} is open to this device")
 
 
@@ -181,10 +183,10 @@ def rest(tries: int) -> int:
     return min(FIRST_REST * 2 ** min(tries - MAX_TRIES, 20), LONGEST_REST) if tries >= MAX_TRIES else 0
 
 
-def in_window(window: str, now: int) -> bool:
-    """Check whether the time of day (UTC) lies in a window such as 22:00-05:00."""
-    start, stop = (int(part[:2]) * 60 + int(part[3:5]) for part in window.split("-"))
-    minute = now // 60 % 1440
+def in_window(times: str, now: int) -> bool:
+    """Check whether the time of day lies in a window such as 22:00-05:00, in UTC or in the time zone that follows the hours."""
+    start, stop = (int(part[:2]) * 60 + int(part[3:5]) for part in window.split(times)[0].split("-"))
+    minute = window.minute(times, now)
     return start <= minute < stop if start <= stop else minute >= start or minute < stop
 
 

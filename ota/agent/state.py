@@ -33,12 +33,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from ota.agent import window as hours
 from ota.agent.disk import Disk
 from ota.errors import BaseError, BusyError, ManifestError, OperatorError, StateError
 from ota.manifest import MAX_MANIFEST, MAX_TABLE, Document, Manifest, Name, Reference, Role, Sha256, VariantName, parse
 
 MAX_STATE = 1024 * 1024  # bytes; more than MAX_REFUSED reasons take, even if each of their characters takes twelve
-WINDOW = r"^(([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9])?$"
 TRIAL_GOOD = 3  # inferences that must succeed before a bundle is trusted
 TRIAL_LOADS = 6  # times that a bundle on trial may be loaded before it is rolled back
 MAX_REFUSED = 64  # refused bundles that are remembered; the newest are kept
@@ -67,7 +67,9 @@ class Config(Document):
     root_sha256: Sha256
     reports: Place = Field(default="", description="folder in which reports are left; empty: nowhere")
     window: str = Field(
-        default="", pattern=WINDOW, description="hours in UTC in which the agent may switch, such as 22:00-05:00; empty: any"
+        default="",
+        pattern=hours.FORM,
+        description="hours in which the agent may switch, in UTC or a time zone, such as 22:00-05:00 Europe/Berlin; empty: any",
     )
     prefer: Literal["default", "quality", "latency", "energy"] = Field(default="default", description="see `variants.chain`")
     latency_ms: float | None = Field(default=None, gt=0, le=1e6, description="budget for one image")

@@ -45,7 +45,7 @@ class Mutant:
 UPDATE, ATTACKS, TRUST = "tests/test_agent_update.py", "tests/test_agent_attacks.py", "tests/test_trust_drills.py"
 # The tests that concern a file, quick ones first; the first failure ends them.
 CONCERNED = {
-    "ota/agent/rules.py": ["tests/test_rollout.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
+    "ota/agent/rules.py": ["tests/test_rollout.py", "tests/test_agent_window.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
     "ota/agent/clock.py": ["tests/test_agent_clock.py"],
     "ota/agent/trust.py": [TRUST, ATTACKS, "tests/test_hostile_strings.py", UPDATE, "tests/test_agent_clock.py"],
     "ota/agent/updater.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
