@@ -318,7 +318,9 @@ class _foreign_errors:  # noqa: N801 - used as a statement
         if isinstance(error, (TufRepositoryError, DeserializationError)):
             raise TrustError(f"the repository's metadata failed verification: {error}; nothing is installed") from error
         if isinstance(error, OSError):
-            raise StateError(f"the metadata cache cannot be written: {error.strerror}; check the disk") from error
+            raise StateError(
+                f"the metadata cache cannot be written: {error.strerror}; check the disk, or run `ferry-agent doctor`"
+            ) from error
         if isinstance(error, Exception) and not isinstance(error, OtaError):
             # python-tuf did not expect such content, for example a name with a lone surrogate.
             raise TrustError(
