@@ -21,22 +21,21 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from model.config import HELD_OUT_PERMILLE, MAX_TEXT, ModelConfig, canonical_sha256
 from model.data_report import SMALL, FolderSummary, summarise
 from model.errors import DataError
 from model.folder import entries, md5_of, opened, shown, unreadable
+from model.metadata import METADATA, ONE_LINE_EACH, Item, items_of, missing
+from model.pictures import BRIGHTEST, READING, open_picture
 
-METADATA = "metadata.jsonl"
-ONE_LINE_EACH = 'write one line {"file_name": ..., "text": ...} for each image'
-MAX_PIXELS = 64_000_000  # pixels of one source image; a larger one is treated as a decompression bomb
 CACHE_SCHEMA = 3
 MIN_TRAINING = 2  # images; a model trained on a single image could only copy it
 MIN_HELD_OUT = 6  # images; coverage needs 5 neighbours of each
@@ -44,15 +43,6 @@ MIN_HELD_OUT = 6  # images; coverage needs 5 neighbours of each
 
 OnItem = Callable[[int, int], None]
 """Callback with (files scanned so far, files in total)."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One captioned image of a folder."""
-
-    file: str
-    text: str
-    group: str
 
 
 @dataclass(frozen=True)
@@ -141,7 +131,7 @@ def read_metadata(folder: Path) -> tuple[list[Item], dict[str, str]]:
         DataError: the folder or its metadata file is missing or cannot be read, no metadata line is usable, or the folder
             contains something other than regular files.
     """
-    return _items(folder, *_listing(folder))
+    return items_of(folder, *_listing(folder))
 
 
 def _listing(folder: Path) -> tuple[list[str], bytes]:
@@ -158,50 +148,6 @@ def _listing(folder: Path) -> tuple[list[str], bytes]:
         raise unreadable(error, folder / METADATA) from error
 
 
-def _items(folder: Path, names: list[str], metadata: bytes) -> tuple[list[Item], dict[str, str]]:
-    items: list[Item] = []
-    bad: dict[str, str] = {}
-    seen: set[str] = set()
-    for number, line in enumerate(metadata.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row: dict[str, Any] = json.loads(line)
-            name = row["file_name"]
-            if not isinstance(name, str):
-                raise TypeError(name)
-            name.encode()
-        except UnicodeDecodeError:
-            bad[f"{METADATA}:{number}"] = "is not UTF-8; save the file in that encoding"
-            continue
-        except UnicodeEncodeError:
-            bad[f"{METADATA}:{number}"] = "has a file_name that is not valid Unicode text"
-            continue
-        except (ValueError, KeyError, TypeError, RecursionError):
-            bad[f"{METADATA}:{number}"] = "is not a JSON object with a file_name"
-            continue
-        name = Path(name).as_posix()  # "./a.png" is "a.png"
-        text, group = row.get("text"), row.get("group")
-        parts = Path(name).parts
-        if name in seen:
-            bad[f"{METADATA}:{number}"] = f"names {name} a second time"
-        elif Path(name).is_absolute() or ".." in parts:
-            bad[name] = "lies outside the folder"
-        elif not isinstance(text, str):
-            bad[name] = "has no caption (text)"
-        else:
-            items.append(Item(name, text, name if group is None else str(group)))
-        seen.add(name)
-    listed = seen | {METADATA}
-    for extra in names:
-        if extra not in listed:
-            bad[extra] = f"is not named in {METADATA}"
-    if not items:
-        first = f"; the first that cannot be used: {shown(' '.join(next(iter(bad.items()))))}" if bad else ""
-        raise DataError(f"{shown(folder / METADATA)} names no usable image; {ONE_LINE_EACH}{first}")
-    return sorted(items, key=lambda item: item.file), bad
-
-
 def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
     """Decode one image, cut to its largest central square and scaled to `size` pixels: uint8 [C, size, size].
 
@@ -214,23 +160,6 @@ def decode(path: Path, size: int, channels: int) -> npt.NDArray[np.uint8]:
 def _planes(picture: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     array = _square(picture, size)
     return array[None] if picture.mode == "L" else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def open_picture(source: Path | BinaryIO, channels: int) -> Image.Image:
-    """Decode the whole image in a file, as grey for 1 channel and as RGB for 3.
-
-    Raises:
-        DataError: the file is missing, damaged, larger than `MAX_PIXELS`, or has more than 8 bits a channel.
-    """
-    try:
-        with Image.open(source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"has more than {MAX_PIXELS:,} pixels")
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them to white
-                raise DataError("has more than 8 bits a channel; store it with 8")
-            return image.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, RuntimeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError("is missing" if isinstance(error, FileNotFoundError) else "cannot be decoded") from error
 
 
 def _square(picture: Image.Image, size: int, shrink: Image.Resampling = Image.Resampling.BOX) -> npt.NDArray[np.uint8]:
@@ -258,13 +187,14 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Folde
         DataError: a file cannot be read or is not a regular file, or the metadata name no usable image.
     """
     names, metadata = _listing(folder)
-    items, bad = _items(folder, names, metadata)
-    asked, there = {item.file: item for item in items}, {*names}
-    bad |= {item.file: "is missing" for item in items if item.file not in there}
+    items, bad = items_of(folder, names, metadata)
+    asked = {item.file: item for item in items}
+    bad |= missing(items, names)
     files: dict[str, str] = {}
     usable: list[Item] = []
     pixels: list[str] = []
     small: list[npt.NDArray[np.uint8]] = []
+    deep: list[int] = []
     for done, name in enumerate(names, start=1):
         try:
             with opened(folder / name) as file:
@@ -278,6 +208,7 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Folde
         elif picture:
             usable.append(asked[name])
             pixels.append(hashlib.sha256(b"%d,%d," % picture.size + picture.tobytes()).hexdigest())
+            deep += [int(picture.info[BRIGHTEST])] if BRIGHTEST in picture.info else []
             small.append(_square(picture, SMALL, Image.Resampling.BILINEAR))  # a box filter makes a resized copy look different
         if on_item:
             on_item(done, len(names))
@@ -285,7 +216,7 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Folde
     return FolderSummary(
         files=files, quarantine=bad, names=[item.file for item in usable], captions=[item.text for item in usable],
         groups=[item.group for item in usable], held_out=np.array([is_held_out(item.group) for item in usable], dtype=np.bool_),
-        pixels=pixels, thumbs=thumbs, features=features,
+        pixels=pixels, thumbs=thumbs, features=features, deep=(len(deep), max(deep, default=0)),
     )  # fmt: skip
 
 
@@ -305,7 +236,7 @@ def prepare(folder: Path, config: ModelConfig, cache: Path, key: str | None = No
         sizes = [(name, info.st_size) for name, info in entries(folder).items()] if folder.is_dir() else []
         metadata = (folder / METADATA).read_bytes() if (folder / METADATA).is_file() else b""
         key = canonical_sha256([hashlib.sha256(metadata).hexdigest(), sizes])
-    name = canonical_sha256([CACHE_SCHEMA, key, config.image_size, config.channels, config.text_length])[:24]
+    name = canonical_sha256([CACHE_SCHEMA, READING, key, config.image_size, config.channels, config.text_length])[:24]
     place = cache / name
     if not (place / "index.json").is_file():
         _fill(folder, config, place)
@@ -336,19 +267,19 @@ def _picture(file: BinaryIO, item: Item, text_length: int, channels: int) -> Ima
     try:
         caption_ids(item.text, text_length)
         file.seek(0)
-        return open_picture(file, channels)
+        return open_picture(file, channels, item.white)
     except DataError as error:
         return str(error)
 
 
 def _fill(folder: Path, config: ModelConfig, place: Path) -> None:
     names, metadata = _listing(folder)
-    items, bad = _items(folder, names, metadata)
-    there = {*names}
+    items, bad = items_of(folder, names, metadata)
+    lacking = missing(items, names)
+    bad |= lacking
     images, ids, captions, groups = [], [], [], []
     for item in items:
-        if item.file not in there:
-            bad[item.file] = "is missing"
+        if item.file in lacking:
             continue
         try:
             with opened(folder / item.file) as file:

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from model.pictures import DEEPEST, READING
 from model.scorecard import DataVersion, Frozen
 
 Floats = npt.NDArray[np.float32]
@@ -42,8 +43,9 @@ FREQUENCIES = 64  # random features come in pairs, sine and cosine
 PERMUTATIONS = 999
 ALPHA = 0.05  # probability that data without drift are reported as drift, over both tests together
 MIN_GROUPS = 10  # independent groups that a decision needs on either side
+DARK = 2  # bits; images with 16 bits that use so many fewer may come from a camera with fewer
 COMMON = 5  # images; captions with fewer are counted together as rare
-SUMMARY_SCHEMA = 1
+SUMMARY_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class FolderSummary:
         held_out: bool [n].
         pixels: sha256 of each decoded picture; equal for a lossless copy in another format.
         thumbs: float32 [n, THUMB²], grey thumbnails with mean 0 and norm 1; all 0 for an image without structure.
+        deep: how many images have 16 bits and give no `white`, and the brightest value in them.
         features: float32 [n, F], `STATISTICS` and `PROJECTIONS` random projections of an 8x8 thumbnail, all divided by 255.
     """
 
@@ -71,11 +74,12 @@ class FolderSummary:
     pixels: list[str]
     thumbs: Floats
     features: Floats
+    deep: tuple[int, int] = (0, 0)
 
     def save(self, path: Path) -> None:
         """Write the summary to `path`, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        lists = json.dumps([self.files, self.quarantine, self.names, self.captions, self.groups, self.pixels])
+        lists = json.dumps([self.files, self.quarantine, self.names, self.captions, self.groups, self.pixels, self.deep])
         fresh = path.with_suffix(".tmp.npz")
         np.savez(fresh, lists=np.array(lists), held_out=self.held_out, thumbs=self.thumbs, features=self.features)
         fresh.replace(path)
@@ -84,8 +88,11 @@ class FolderSummary:
     def load(cls, path: Path) -> FolderSummary:
         """Read a summary that `save` wrote."""
         with np.load(path) as kept:
-            files, quarantine, names, captions, groups, pixels = json.loads(str(kept["lists"]))
-            return cls(files, quarantine, names, captions, groups, kept["held_out"], pixels, kept["thumbs"], kept["features"])
+            files, quarantine, names, captions, groups, pixels, (deep, brightest) = json.loads(str(kept["lists"]))
+            return cls(
+                files, quarantine, names, captions, groups, kept["held_out"], pixels, kept["thumbs"], kept["features"],
+                (deep, brightest),
+            )  # fmt: skip
 
 
 class Listed(Frozen):
@@ -170,6 +177,8 @@ class DataReport(Frozen):
     balance: Balance
     changes: dict[Literal["added", "changed", "removed", "recaptioned"], int]
     drift: Drift | None = Field(description="null for the first revision")
+    reading: int = Field(default=1, description="number of the rules by which images were read")
+    dark: str = Field(default="", description="why images with 16 bits may be read as too dark; empty: they are not")
 
 
 def summarise(small: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
@@ -223,8 +232,19 @@ def report_on(
             "added": len(moved.added), "changed": len(moved.changed), "removed": len(moved.removed),
             "recaptioned": len(moved.recaptioned),
         },
-        drift=drift(after, before) if before else not_compared(why_not) if previous else None,
+        drift=drift(after, before) if before else not_compared(why_not) if previous else None, reading=READING, dark=_dark(*after.deep),
     )  # fmt: skip
+
+
+def _dark(images: int, brightest: int) -> str:
+    """Say that images with 16 bits use so few of them that they are read as nearly black; empty: they do not."""
+    if not images or brightest > (DEEPEST >> DARK):
+        return ""
+    bits = max(9, brightest.bit_length())
+    return (
+        f"{images} images with 16 bits have no value above {brightest:,} of {DEEPEST:,}, so they are read as nearly black; if the "
+        f'camera writes {bits} bits, add "white": {(1 << bits) - 1} to their lines in metadata.jsonl'
+    )
 
 
 def duplicates(after: FolderSummary) -> Duplicates:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from model.data import METADATA
+from model.metadata import METADATA
 
 # Surface → (side of a patch in photograph pixels, side of a tile); the patch side is the scale at which the surface is
 # recognisable in 16 pixels. Small tiles make many groups, and only those count as independent observations.

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from model import data_report, folder, versions
 from model.data_report import Balance, Changes, DataReport, Drift, FolderSummary
 from model.errors import DataError, RevisionError
+from model.pictures import READING
 from model.scorecard import DataVersion, Frozen
 
 
@@ -92,7 +93,8 @@ def add(data: LineData, message: str) -> tuple[DataVersion, DataReport]:
         version = versions.add(data.root, data.folder, data.line, message, report, after.files)
         data.progress("record and push", 1, 1)
     after.save(_place(data, version.md5))
-    return version, recorded(data.root, version) or found.model_copy(update={"md5": version.md5})
+    kept = recorded(data.root, version)
+    return version, kept if kept and kept.reading == READING else found.model_copy(update={"md5": version.md5})
 
 
 def recorded(root: Path, version: DataVersion) -> DataReport | None:
@@ -125,8 +127,8 @@ def status(data: LineData) -> Status:
     dirty = last is None or versions.is_dirty(data.root, data.folder)
     moved = data_report.file_changes({}, {})
     found = recorded(data.root, last) if last and not dirty else None
-    if found is None:
-        after = _scan(data, live, data.line)
+    if found is None or found.reading != READING:  # an older ferry read the same images by other rules
+        after = _scan(data, live, data.line) if dirty or not last else _read_again(data, live, last)
         found = _reported(data, after)
         if dirty:
             before = _summary(data, last)[0] if last else None
@@ -172,17 +174,32 @@ def _summary(data: LineData, version: DataVersion) -> tuple[FolderSummary | None
 
 def _fetched(data: LineData, version: DataVersion) -> FolderSummary:
     place = _place(data, version.md5)
+    if kept := _kept(place):
+        return kept
+    pulled = versions.pull(data.root, version, data.work / "data")
+    made = _scan(data, pulled, f"{data.line} {version.rev[:7]}")
+    made.save(place)
+    return made
+
+
+def _read_again(data: LineData, live: Path, last: DataVersion) -> FolderSummary:
+    """Return the summary of the unchanged data folder, and keep it for the next call."""
+    place = _place(data, last.md5)
+    if (kept := _kept(place)) is None:
+        kept = _scan(data, live, data.line)
+        kept.save(place)
+    return kept
+
+
+def _kept(place: Path) -> FolderSummary | None:
     try:
         return FolderSummary.load(place)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # missing or incomplete
-        pulled = versions.pull(data.root, version, data.work / "data")
-        made = _scan(data, pulled, f"{data.line} {version.rev[:7]}")
-        made.save(place)
-        return made
+        return None
 
 
 def _place(data: LineData, md5: str) -> Path:
-    key = json.dumps([data_report.SUMMARY_SCHEMA, md5, data.text_length])
+    key = json.dumps([data_report.SUMMARY_SCHEMA, READING, md5, data.text_length])
     return data.work / "sketches" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
 

@@ -31,10 +31,10 @@ def png(value: int = 120) -> bytes:
     return buffer.getvalue()
 
 
-def deep_png() -> bytes:
-    """Return a picture with 16 bits per pixel, as cameras in a factory write it."""
+def floating() -> bytes:
+    """Return a picture of floating-point numbers."""
     buffer = io.BytesIO()
-    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 16).save(buffer, "PNG")
+    Image.fromarray(np.arange(256, dtype=np.float32).reshape(16, 16)).save(buffer, "TIFF")
     return buffer.getvalue()
 
 
@@ -86,7 +86,7 @@ BAD_FILES = {
     "truncated": (png()[:-90], "cannot be decoded"),
     "header only": (png()[:60], "cannot be decoded"),
     "promises too much": (huge_png(), "has more than 64,000,000 pixels"),
-    "sixteen bits": (deep_png(), "has more than 8 bits a channel; store it with 8"),
+    "floating point": (floating(), "has floating-point pixels; store it with 8 or 16 bits"),
     "missing": (None, "is missing"),
 }
 
