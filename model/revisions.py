@@ -137,6 +137,37 @@ def status(data: LineData) -> Status:
     return Status(revision=last, dirty=dirty, changes=moved, remote_lacks=lacks, remote_error=error, arrival=found)
 
 
+def check(data: LineData) -> DataReport:
+    """Check a line's data folder as `add` does, and report on it; nothing is recorded.
+
+    Raises:
+        DataError: the folder holds something that cannot or must not be recorded, or names no usable image.
+        RevisionError: Git cannot read the repository.
+    """
+    after = _scan(data, _checked(data), data.line)
+    folder.check_no_copy(after.files, data.keys)
+    return _reported(data, after)
+
+
+def check_folder(place: Path, text_length: int, progress: Callable[[str, int, int], None]) -> DataReport:
+    """Check any folder as a line's data folder, and report on it.
+
+    Args:
+        place: the folder.
+        text_length: bytes of a caption that the network reads.
+        progress: called with the step's label, how much is done, and how much there is to do in all.
+
+    Raises:
+        DataError: the folder holds something that no revision can hold, or names no usable image.
+    """
+    from model.data import scan
+
+    whole = place.resolve() if place.name in ("", "..") else place.parent.resolve() / place.name  # a link itself is refused
+    live = folder.check(whole.parent, whole.name) if whole.name else whole
+    after = scan(live, text_length, lambda done, total: progress(f"check {whole.name}", done, total))
+    return data_report.report_on(after, None, None, line="")
+
+
 def diff(data: LineData, rev1: str, rev2: str) -> Difference:
     """Compare two revisions: find what each has that the other has not.
 

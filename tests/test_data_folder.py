@@ -304,7 +304,7 @@ def test_every_other_name_is_recorded_and_delivered(root: Path, tmp_path: Path) 
     assert code == 0
     assert json.loads(out)["files"] == len(there)
     assert all(line.isprintable() for line in err.splitlines())  # their names are printed, but without control characters
-    assert "line\\nfeed.png is not named in metadata.jsonl" in err
+    assert "30 files: is not named in metadata.jsonl: \\x1b[31mred.png, " in err
     version = versions.resolve(root, DATA, "shapes")
     shutil.rmtree(root / ".dvc/cache")
     assert bytes_below(versions.pull(root, version, tmp_path / "out")) == there

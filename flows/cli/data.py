@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.shared import Json, answer, open_workspace, reported_errors, showing_progress
+from flows.cli.shared import Json, Options, answer, open_workspace, reported_errors, showing_progress
+from flows.cli.unusable import lines_of
 from model.folder import shown
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from model.revisions import Difference, Status
 
 SHOWN = 5  # names on a line; --json has them all
+NEW_DATA = "new data"  # message of a revision that nobody wrote a message for
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data revisions: DVC keeps the bytes, Git the hashes.")
 
@@ -21,7 +24,7 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data r
 @data_app.command("add")
 def data_add(
     line: Annotated[str, typer.Argument(help="Line whose data folder is recorded.")],
-    message: Annotated[str, typer.Option("--message", "-m", help="Message of the revision.")] = "new data",
+    message: Annotated[str, typer.Option("--message", "-m", help="Message of the revision.")] = NEW_DATA,
     as_json: Json = False,
 ) -> None:
     """Check a line's data folder and record it as a new revision.
@@ -30,29 +33,29 @@ def data_add(
     revision. Unusable files are recorded but never trained on. The report is kept in Git, for `ferry data status`.
     """
     with reported_errors():
-        from model import revisions
+        from model import revisions, versions
 
         workspace = open_workspace()
-        settings = workspace.line(line)
+        before = versions.log(workspace.root, workspace.line(line).data, line, newest=1)
         with showing_progress():
             version, report = revisions.add(workspace.line_data(line), message)
-        for name, why in report.quarantine.items():
-            typer.echo(shown(f"{name} {why}"), err=True)
-        if report.held_out < settings.gate.minimum_images:
+        recorded = [made.rev for made, _ in before] != [version.rev]
+        for text in (*lines_of(report.quarantine), *_too_few(line, report)):
+            typer.echo(text, err=True)
+        if not recorded and message != NEW_DATA:
             typer.echo(
-                f"only {report.held_out} images are held out for evaluation, but the gate of {line} wants "
-                f"{settings.gate.minimum_images}: "
-                "add more images (or groups), or lower gate.minimum_images in ferry.toml, which makes decisions less certain",
+                f"nothing has changed since {version.rev[:12]}, so there is no new revision, and your message is not recorded; that "
+                f"revision says: {before[0][1]}",
                 err=True,
             )
         usable = report.training + report.held_out
-        bad = f", {len(report.quarantine)} files that cannot be used" if report.quarantine else ""
+        bad = _unusable(report)
         answer(
             as_json,
             version.model_dump() | {
-                "usable": usable, "held_out": report.held_out, "unusable": report.quarantine, "arrival": report.model_dump(mode="json"),
+                "recorded": recorded, "usable": usable, "held_out": report.held_out, "unusable": report.quarantine, "arrival": report.model_dump(mode="json"),
             },
-            "\n".join([f"{line} is at {version.rev[:12]}: {usable} usable images, {report.held_out} of them held out{bad}", *_findings(report)]),
+            "\n".join([f"{line} is {'' if recorded else 'still '}at {version.rev[:12]}: {usable} usable images, {report.held_out} of them held out{bad}", *_findings(report)]),
         )  # fmt: skip
 
 
@@ -69,6 +72,52 @@ def data_status(line: Annotated[str, typer.Argument(help="Line whose data folder
         with showing_progress():
             status = revisions.status(workspace.line_data(line))
         answer(as_json, status.model_dump(mode="json"), "\n".join(_status(line, status)))
+
+
+@data_app.command("check")
+def data_check(
+    what: Annotated[str, typer.Argument(metavar="LINE|FOLDER", help="Line whose data folder is checked, or any folder.")],
+    line: Annotated[
+        str, typer.Option(help="Line whose caption length a FOLDER is checked for; by default the only line.", show_default=False)
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Check a data folder as `data add` does, and record nothing.
+
+    Exit code 3 if a file cannot be used. A FOLDER need not be in a workspace; it is not compared with any revision.
+    """
+    with reported_errors():
+        from flows.errors import WorkspaceError
+        from flows.progress import advance
+        from flows.settings import SETTINGS, Line
+        from model import revisions
+
+        try:
+            workspace = open_workspace()
+            lines = workspace.settings.lines
+        except WorkspaceError:
+            if line or (Options.workspace / SETTINGS).exists() or not Path(what).is_dir():
+                raise
+            lines = {}
+        named = line or (what if what in lines else next(iter(lines)) if len(lines) == 1 else "")
+        with showing_progress():
+            if what in lines and not line:
+                report = revisions.check(workspace.line_data(what))
+            else:
+                length = workspace.line(named).text_length if named else int(Line.model_fields["text_length"].default)
+                report = revisions.check_folder(Path(what), length, advance)
+        usable = report.training + report.held_out
+        text = [f"{what}: {usable} usable images, {report.held_out} of them held out{_unusable(report)}; nothing is recorded"]
+        answer(
+            as_json,
+            {
+                "recorded": False, "usable": usable, "held_out": report.held_out, "unusable": report.quarantine,
+                "arrival": report.model_dump(mode="json"),
+            },
+            "\n".join([*text, *lines_of(report.quarantine), *(_too_few(named, report) if named else ()), *_findings(report)]),
+        )  # fmt: skip
+        if report.quarantine:
+            raise typer.Exit(3)
 
 
 @data_app.command("diff")
@@ -130,10 +179,28 @@ def _listed(what: str, listed: Listed) -> list[str]:
     return _told(what, [" = ".join(row) for row in listed.first], listed.n)
 
 
+def _unusable(report: DataReport) -> str:
+    return f", {len(report.quarantine)} files that cannot be used" if report.quarantine else ""
+
+
+def _too_few(line: str, report: DataReport) -> list[str]:
+    """Say that fewer images are held out than the line's gate wants, if so."""
+    wanted = open_workspace().line(line).gate.minimum_images
+    if report.held_out >= wanted:
+        return []
+    return [
+        (
+            f"only {report.held_out} images are held out for evaluation, but the gate of {line} wants {wanted}: "
+            "add more images (or groups), or lower gate.minimum_images in ferry.toml, which makes decisions less certain"
+        )
+    ]
+
+
 def _findings(report: DataReport) -> list[str]:
     """List what a person should know of a report, one line each: duplicates and leaks if there are any, balance, drift."""
     duplicates = report.duplicates
     return [
+        *([report.dark] if report.dark else []),
         *_listed("the same image several times", duplicates.copies),
         *_listed("the same image with different captions", duplicates.contradictions),
         *_listed("nearly the same image", duplicates.near),
@@ -177,7 +244,7 @@ def _status(line: str, status: Status) -> list[str]:
     elif revision:
         lines.append(status.remote_error or "the remote holds all of it")
     lines.append(f"{report.training + report.held_out} usable images, {report.held_out} of them held out")
-    lines += [shown(f"quarantined: {name} {why}") for name, why in report.quarantine.items()]
+    lines += [f"quarantined: {text}" for text in lines_of(report.quarantine)]
     return lines + _findings(report)
 
 
