@@ -140,19 +140,24 @@ def fleet_enroll(
 
 @fleet_app.command("status")
 def fleet_status(as_json: Json = False) -> None:
-    """Read new reports and show the last one of each device."""
+    """Read new reports; show each device's last one, release and wave.
+
+    Counts by class and release come last. Times are the factory's, in UTC.
+    """
     with reported_errors():
         workspace = open_workspace()
-        collected = workspace.fleet.collect(workspace.inbox)
-        for name, why in collected.rejected.items():
+        from flows.cli.status import fleet_text
+        from flows.status import devices
+
+        standing, rejected = devices(workspace)
+        for name, why in rejected.items():
             typer.echo(f"{name}: {why}", err=True)
-        devices = workspace.fleet.devices()
-        rows = [
-            f"{name:20}  {last.event if last else 'silent':12}  {(last.active or 'nothing')[:12] if last else '':12}  "
-            f"{last.reason if last else ''}"
-            for name, last in devices.items()
-        ]
+        last = workspace.fleet.heard()
+        told = {
+            d.device: (known.report.model_dump() | {"standing": d.model_dump(mode="json")}) if (known := last[d.device]) else None
+            for d in standing
+        }
         answer(
-            as_json, {"devices": {n: r.model_dump() if r else None for n, r in devices.items()}, "rejected": collected.rejected},
-            "\n".join(rows) or "no device is enrolled; `ferry fleet enroll DEVICE KEY` adds one, with the key that `ferry-agent init` prints",
+            as_json, {"devices": told, "rejected": rejected},
+            fleet_text(standing) if standing else "no device is enrolled; `ferry fleet enroll DEVICE KEY` adds one, with the key that `ferry-agent init` prints",
         )  # fmt: skip

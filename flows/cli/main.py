@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import typer
 
 import ota
-from flows.cli import promotion
+from flows.cli import completion, promotion
+from flows.cli.config import config_app
 from flows.cli.data import data_app
 from flows.cli.delta import delta_app
 from flows.cli.fleet import fleet_app, rollout_app
 from flows.cli.report import rate, report
 from flows.cli.shared import Json, Options, answer, open_workspace, reported_errors, showing_progress
+from flows.cli.status import status
 from flows.cli.trust import trust_app
 from flows.errors import VariantError
 from ota.errors import exit_codes
@@ -24,7 +26,6 @@ FEATURES = "inception:"  # a file name follows; these are the only features that
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help=(
@@ -38,6 +39,7 @@ app.add_typer(rollout_app, name="rollout")
 app.add_typer(fleet_app, name="fleet")
 app.add_typer(trust_app, name="trust")
 app.add_typer(delta_app, name="delta")
+app.add_typer(config_app, name="config")
 
 
 def _version(asked: bool) -> None:
@@ -237,6 +239,7 @@ def remeasure(
         answer(as_json, made.model_dump(mode="json"), made.text)
 
 
+app.command()(status)
 app.command()(promotion.promote)
 app.command()(promotion.rollback)
 app.command()(promotion.approve)
@@ -378,4 +381,6 @@ def _fresh_folder() -> Path:
 
 def main() -> None:
     """Run the command `ferry`."""
+    if completion.ASKED in os.environ:
+        completion.tell(app)
     app()

@@ -15,7 +15,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
-from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, String, Table, create_engine, insert, select
+from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, String, Table, create_engine, func, insert, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from ota.errors import ManifestError, OperatorError, TransferError, printable
@@ -39,6 +39,15 @@ _reports = Table(
     Column("manifest", String(64)),
     Column("body", String(MAX_REPORT), nullable=False),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The last report of a device."""
+
+    report: DeviceReport
+    at: int
+    """When the factory received it, in seconds since 1970 by the factory's clock; a device's clock may be wrong."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,25 @@ class Fleet:
                 if not NAME_PATTERN.fullmatch(name):  # a terminal shows it, and NULL would select all reports
                     raise ValueError(name)
         return {name: next(reversed(self.reports(name)), None) for name in names}
+
+    def heard(self) -> dict[str, Heard | None]:
+        """Return every enrolled device with its last report and when it came; None: it has not reported.
+
+        It reads one report of each device, however many are kept.
+        """
+        last = select(_reports.c.device, func.max(_reports.c.number).label("number")).group_by(_reports.c.device).subquery()
+        query = select(_devices.c.device, _reports.c.received_at, _reports.c.body).select_from(
+            _devices.outerjoin(last, _devices.c.device == last.c.device).outerjoin(
+                _reports, (_reports.c.device == last.c.device) & (_reports.c.number == last.c.number)
+            )
+        )
+        found: dict[str, Heard | None] = {}
+        with _foreign_errors(), self._engine.connect() as connection:
+            for name, at, body in connection.execute(query.order_by(_devices.c.device)):
+                if not NAME_PATTERN.fullmatch(name):  # a terminal shows it
+                    raise ValueError(name)
+                found[name] = None if body is None else Heard(DeviceReport.model_validate_json(body), int(at))
+        return found
 
 
 def _opened(data: bytes) -> tuple[SignedReport, bytes]:

@@ -6,6 +6,8 @@ that covers its bucket has opened. No server decides anything; a halt is a newer
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
 import time
 from collections.abc import Sequence
@@ -67,3 +69,10 @@ def describe(policy: Policy, now: int | None = None) -> str:
     later = [wave for wave in policy.waves if wave.not_before > moment]
     text = f"release {policy.seq} is open to {reached / 100:g} % of the fleet"
     return text + (f", to {later[0].bps / 100:g} % in {later[0].not_before - moment} s" if later else "")
+
+
+def wave_of(policy: Policy, device: str) -> int | None:
+    """Return the index of the first wave that holds a device, as the device computes it itself; None: no wave does."""
+    digest = hmac.new(policy.salt.encode(), device.encode(), hashlib.sha256).digest()
+    mine = int.from_bytes(digest[:8], "big") % FULL
+    return next((i for i, wave in enumerate(policy.waves) if mine < wave.bps), None)

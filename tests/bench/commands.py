@@ -23,6 +23,8 @@ OUT = Path("build/bench/commands.json")
 TIMES = 5
 CASES = {
     "halt": ("rollout", "halt", "shapes"),
+    "status": ("status",),
+    "config check": ("config", "check"),
     "wrong wave": ("rollout", "start", "shapes", "--waves", "ten"),
     "wrong line": ("release", "nosuch"),
     "wrong cron": ("serve", "--cron", "every monday"),

@@ -1,0 +1,301 @@
+"""Collect how a workspace stands: models, rollouts, what waits for a person, what runs, what expires, and which devices report.
+
+Everything comes from the ledger, the signed repository, the fleet's tables and small files. MLflow, Prefect, torch, Git and DVC are
+not loaded, so the answer costs less than a second of processor time. Nothing is changed, except that new reports of devices are
+received if they are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+from pydantic import Field
+
+from flows import running, triggers
+from flows.errors import FlowError
+from flows.settings import DeviceClass
+from flows.workspace import Workspace
+from model.config import VariantName
+from model.errors import ModelError
+from model.pointer import recorded_md5
+from model.scorecard import Frozen
+from ota.errors import OtaError
+from ota.manifest import DeviceReport, Policy
+from ota.release import fielded, rollout
+from ota.release.fleet import Heard
+from ota.release.keys import DELEGATED
+from ota.release.metadata import LIFETIMES
+from ota.release.repository import Release
+from registry.errors import RegistryError
+from registry.ledger import Entry
+from registry.promotion import SubjectState, subject_state
+
+RENEW = {"snapshot": "ferry trust refresh", "timestamp": "ferry trust refresh", "rollout": "ferry rollout renew"}
+UNREAD = 60  # most new reports that `ferry status` receives; each takes milliseconds
+PROBLEMS = (FlowError, ModelError, RegistryError, OtaError)
+
+
+class ModelStanding(Frozen):
+    """A model: its champion, and the newest version that the gate judged."""
+
+    subject: str
+    champion: int | None = Field(description="version; null: there is none")
+    since: str = Field(default="", description="when it became champion")
+    who: str = Field(default="", description="who made it champion")
+    newest: int | None = Field(default=None, description="newest version that the gate judged")
+    outcome: str = Field(default="", description="the gate's answer on the newest version")
+
+
+class ClassStanding(Frozen):
+    """A device class: its newest release and its rollout."""
+
+    line: str
+    device_class: str
+    release: int | None = Field(description="newest release; null: there is none")
+    rolled_out: int | None = Field(description="release that the policy in force names; null: there is none")
+    rollout: str = Field(description="state of the rollout, in words")
+
+
+class Waits(Frozen):
+    """Something that waits for a person."""
+
+    what: str
+    command: str = Field(description="command that comes next")
+
+
+class Expiry(Frozen):
+    """A role of the signed repository and when its signature expires."""
+
+    role: str
+    at: datetime
+    alarm: bool = Field(description="whether more than half of its lifetime is over")
+    command: str = Field(description="command that renews it")
+
+
+class DeviceStanding(Frozen):
+    """A device, by its last report."""
+
+    device: str
+    heard: datetime | None = Field(description="when its last report came; null: it never reported")
+    line: str = ""
+    device_class: str = ""
+    event: str = Field(default="", description="what the last report is about")
+    reason: str = ""
+    runs: str = Field(default="", description="hash of the bundle that it runs; empty: none or not known")
+    release: int | None = Field(default=None, description="number of the release that it runs; null: none or not known")
+    wave: int | None = Field(default=None, description="wave of the present rollout that holds it, from 1; null: none")
+    waves: int = Field(default=0, description="number of waves of the present rollout")
+    behind: bool = Field(default=False, description="whether its wave is open and it does not run the release")
+
+
+class Standing(Frozen):
+    """How a workspace stands."""
+
+    workspace: str
+    now: datetime
+    models: list[ModelStanding] = Field(default=[])
+    classes: list[ClassStanding] = Field(default=[])
+    waits: list[Waits] = Field(default=[])
+    runs: list[running.Running] = Field(default=[])
+    expires: list[Expiry] = Field(default=[])
+    devices: list[DeviceStanding] = Field(default=[])
+    rejected: dict[str, str] = Field(default={}, description="reports that were rejected just now, with the reason")
+    unread: int = Field(default=0, description="reports that wait in the inbox; `ferry fleet status` receives any number of them")
+    problems: list[str] = Field(default=[], description="what could not be read")
+
+
+def gather(workspace: Workspace) -> tuple[Standing, Exception | None]:
+    """Collect how a workspace stands; return it with the first error, if a part could not be read."""
+    errors: list[Exception] = []
+    found: dict[str, object] = {}
+
+    @contextmanager
+    def part() -> Iterator[None]:
+        try:
+            yield
+        except PROBLEMS as error:
+            errors.append(error)
+
+    now = datetime.now(UTC).replace(microsecond=0)
+    waits: list[Waits] = []
+    with part():
+        found["runs"] = running.running(workspace.work)
+    with part():
+        states = {
+            subject: subject_state(entries) for subject, entries in _by_subject(workspace, workspace.ledger.entries()).items()
+        }
+        found["models"] = [_model(subject, state) for subject, state in states.items()]
+        for subject, state in states.items():
+            waits += _decisions(subject, state)
+        waits += _data(workspace, states)
+        with part():
+            classes = [_class(workspace, line, name, states, waits) for line, name in _classes(workspace)]
+            found["classes"] = classes
+    with part():
+        waits += _events(workspace)
+    with part():
+        found["expires"] = _expiries(workspace, now)
+    with part():
+        new = sum(1 for _ in workspace.inbox.glob("*.json"))
+        found["unread"] = new if new > UNREAD else 0
+        found["devices"], found["rejected"] = devices(workspace, receive=new <= UNREAD)
+    standing = Standing.model_validate({
+        "workspace": str(workspace.root), "now": now, "waits": waits, "problems": list(dict.fromkeys(map(str, errors))), **found
+    })  # fmt: skip
+    return standing, errors[0] if errors else None
+
+
+def _by_subject(workspace: Workspace, entries: list[Entry]) -> dict[str, list[Entry]]:
+    """Group the ledger's entries by the models that ferry.toml names; a model without entries has an empty list."""
+    found: dict[str, list[Entry]] = {
+        f"{name}/{configuration}/{variant}": []
+        for name, line in workspace.settings.lines.items()
+        for configuration, variant in line.combinations()
+    }
+    for entry in entries:
+        if entry.subject in found:
+            found[entry.subject].append(entry)
+    return found
+
+
+def _classes(workspace: Workspace) -> list[tuple[str, str]]:
+    return [(line, name) for line, settings in workspace.settings.lines.items() for name in settings.classes]
+
+
+def _model(subject: str, state: SubjectState) -> ModelStanding:
+    champion, newest = state.champion, max(state.judged, default=None)
+    return ModelStanding(
+        subject=subject, champion=state.version, since=champion.when if champion else "", who=champion.who if champion else "",
+        newest=newest, outcome=str(state.judged[newest].facts["outcome"]) if newest else "",
+    )  # fmt: skip
+
+
+def _decisions(subject: str, state: SubjectState) -> Iterator[Waits]:
+    """Yield the versions of a model on which a person must decide."""
+    for version, asked in state.waiting.items():
+        yield Waits(
+            what=f"{subject} {version} passed the gate and waits for approval since {asked.when[:10]}",
+            command=f"ferry approve {subject} {version} --reason ...",
+        )
+    newest = max(state.judged, default=0)
+    if newest and newest not in {*state.waiting, *state.refused, *state.passed, state.version}:
+        entry = state.judged[newest]
+        outcome = entry.facts["outcome"]
+        if outcome in ("promote", "promote if reasoned") and entry.facts.get("champion") == state.weights:
+            why = "passed the gate" if outcome == "promote" else "needs a person's reason"
+            yield Waits(what=f"{subject} {newest} {why}", command=f"ferry promote {subject} {newest} --reason ...")
+
+
+def _data(workspace: Workspace, states: dict[str, SubjectState]) -> Iterator[Waits]:
+    """Yield the lines whose newest data revision no model was trained on."""
+    for name, line in workspace.settings.lines.items():
+        md5 = recorded_md5(workspace.root, line.data)
+        if md5 is None:
+            yield Waits(what=f"{name} has no data yet", command=f"ferry data add {name}")
+        elif not any(
+            seal.data_md5 == md5
+            for subject, state in states.items() if subject.startswith(f"{name}/") for seal in state.seals.values()
+        ):  # fmt: skip
+            yield Waits(what=f"no model of {name} was trained on its newest data", command=f"ferry retrain {name}")
+
+
+def _class(workspace: Workspace, line: str, name: str, states: dict[str, SubjectState], waits: list[Waits]) -> ClassStanding:
+    """Describe a device class, and add to `waits` what a person does next about its releases."""
+    target, settings = f"{line}/{name}", workspace.device_class(line, name)
+    releases, policy = workspace.repository.releases(line, name), workspace.repository.policy(line, name)
+    wanted = _weights(line, settings, states)
+    release = fielded.release_with(workspace.repository, line, name, settings.configuration, wanted) if wanted else None
+    if wanted and release is None:
+        waits.append(Waits(what=f"no release of {target} holds its champions", command=f"ferry release {target}"))
+    elif release and (policy is None or policy.seq != release.seq):
+        newest = max([policy.seq if policy else 0, *(r.seq for r in releases if policy)])
+        back = f" --release {release.seq} --revert" if release.seq < newest else ""
+        waits.append(
+            Waits(what=f"release {release.seq} of {target} is not rolled out", command=f"ferry rollout start {target}{back}")
+        )
+    elif policy and policy.halt:
+        waits.append(Waits(what=f"release {policy.seq} of {target} is halted", command=f"ferry rollout status {target}"))
+    return ClassStanding(
+        line=line, device_class=name, release=releases[-1].seq if releases else None, rolled_out=policy.seq if policy else None,
+        rollout=rollout.describe(policy) if policy else "nothing is rolled out",
+    )  # fmt: skip
+
+
+def _weights(line: str, settings: DeviceClass, states: dict[str, SubjectState]) -> dict[VariantName, str]:
+    """Return the champions' weights of all variants of a class; empty if a variant has no champion."""
+    wanted = {variant: states[f"{line}/{settings.configuration}/{variant}"].weights for variant in settings.variants}
+    return wanted if all(wanted.values()) else {}
+
+
+def _events(workspace: Workspace) -> Iterator[Waits]:
+    """Yield the requests for a retraining that nobody has read, if no `ferry serve` runs."""
+    if running.is_held(workspace.work, "serving"):
+        return
+    for _, event in triggers.waiting(workspace):
+        yield Waits(what=f"{event.line} is to be retrained: {event.reason}", command="ferry serve")
+
+
+def _expiries(workspace: Workspace, now: datetime) -> list[Expiry]:
+    found = []
+    for role, at in workspace.repository.expiries().items():
+        empty = role in DELEGATED and not workspace.repository.in_force(role).signed.targets
+        alarm = not empty and at - now < LIFETIMES[role] / 2
+        renew = RENEW.get(role, f"ferry trust renew {role}")
+        if role == "rollout":
+            rolled = next((f"{line}/{name}" for line, name in _classes(workspace) if workspace.repository.policy(line, name)), "")
+            renew = f"{renew} {rolled}".strip()
+        if not empty:
+            found.append(Expiry(role=role, at=at, alarm=alarm, command=renew))
+    return sorted(found, key=lambda expiry: expiry.at)
+
+
+def devices(workspace: Workspace, receive: bool = True) -> tuple[list[DeviceStanding], dict[str, str]]:
+    """Receive new reports; describe every enrolled device, and say which reports were rejected.
+
+    Args:
+        workspace: of the devices.
+        receive: whether new reports are received.
+    """
+    rejected = workspace.fleet.collect(workspace.inbox).rejected if receive else {}
+    releases: dict[str, Release] = {}
+    policies: dict[tuple[str, str], Policy] = {}
+    for line, name in _classes(workspace):
+        releases |= {release.manifest: release for release in workspace.repository.releases(line, name)}
+        if policy := workspace.repository.policy(line, name):
+            policies[line, name] = policy
+    now = int(datetime.now(UTC).timestamp())
+    told = workspace.fleet.heard().items()
+    return [_device(name, last, releases.get, policies, now) for name, last in told], rejected
+
+
+def _device(
+    name: str,
+    last: Heard | None,
+    release_of: Callable[[str], Release | None],
+    policies: dict[tuple[str, str], Policy],
+    now: int,
+) -> DeviceStanding:
+    if last is None:
+        return DeviceStanding(device=name, heard=None)
+    report: DeviceReport = last.report
+    policy, runs = policies.get((report.line, report.device_class)), release_of(report.active or "")
+    wave = rollout.wave_of(policy, name) if policy else None
+    is_open = policy is not None and wave is not None and not policy.halt and policy.waves[wave].not_before <= now
+    return DeviceStanding(
+        device=name, heard=datetime.fromtimestamp(last.at, UTC), line=report.line, device_class=report.device_class,
+        event=report.event, reason=report.reason, runs=report.active or "", release=runs.seq if runs else None,
+        wave=None if wave is None else wave + 1, waves=len(policy.waves) if policy else 0,
+        behind=is_open and policy is not None and report.active != policy.manifest,
+    )  # fmt: skip
+
+
+def age(seconds: float) -> str:
+    """Say how long a time is, in one unit: 40 s, 12 min, 5 h, 3 d."""
+    span = timedelta(seconds=max(0, int(seconds)))
+    if span.days >= 2:
+        return f"{span.days} d"
+    if span >= timedelta(hours=2):
+        return f"{int(span.total_seconds() // 3600)} h"
+    return f"{span.seconds // 60} min" if span >= timedelta(minutes=2) else f"{int(span.total_seconds())} s"
