@@ -142,6 +142,22 @@ def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Rele
     return fielded.release_with(workspace.repository, line, device_class, settings.configuration, wanted)
 
 
+def opened(workspace: Workspace, line: str, device_class: str) -> set[int]:
+    """Return the numbers of the releases that policies opened and that may still run.
+
+    These are the last one and, as long as it is not open to all devices, the one before.
+    """
+    policy = workspace.repository.policy(line, device_class)
+    if policy is None:
+        return set()
+    before = [
+        int(entry.facts["release"])
+        for entry in workspace.ledger.entries(f"{line}/{device_class}")
+        if entry.kind == "rollout" and entry.facts.get("release") not in (None, policy.seq)
+    ]
+    return {policy.seq} | (set() if rollout.is_open(policy) else set(before[-1:]))
+
+
 def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Halted:
     """Let no further device install the release that is rolled out.
 
@@ -210,6 +226,15 @@ def after_promotion(workspace: Workspace, line: str, configuration: str, variant
     return "; ".join(dict.fromkeys(steps)) or f"no device class of {line} runs it"
 
 
+def allowances(workspace: Workspace, line: str, device_class: str, number: int) -> list[str]:
+    """Describe the changes of the images that a release allows, and who refuses it all the same; no line if it allows none."""
+    from ota.release import foretell  # it loads the codec, for which a halt does not wait
+
+    named = [release for release in workspace.repository.releases(line, device_class) if release.seq == number]
+    allowed = foretell.allowed_by(workspace.repository, workspace.repository.manifest(named[0])) if named else {}
+    return foretell.described(workspace.repository, line, device_class, allowed)
+
+
 def check_ledger(workspace: Workspace) -> dict[str, int]:
     """Check that the ledger still holds the heads that were signed into releases.
 
@@ -249,8 +274,15 @@ def released(workspace: Workspace, subject: Subject, weights: str) -> list[Relea
     from registry.sealing import Released
 
     line, repository = subject.line, workspace.repository
+    changed = {
+        release.manifest
+        for device_class in workspace.line(line).classes
+        for release in repository.releases(line, device_class)
+        if repository.manifest(release).schema_version > 1  # its references hold an allowed change, which the version's do not
+    }
     return [
         Released(f"{line}/{device_class} release {release.seq}", f"bundle/{FILE_NAMES[file.role]}", file.sha256)
         for device_class in workspace.line(line).classes
         for release, file in fielded.files_beside(repository, line, device_class, subject.variant, weights)
+        if file.role != "reference" or release.manifest not in changed
     ]

@@ -1,21 +1,25 @@
-"""The flow `release`: champions → bundle → deltas from what is fielded → signatures → publication."""
+"""The flow `release`: champions → bundle → what devices would say → deltas from what is fielded → signatures → publication."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
+from pydantic import Field
 
 from flows import policies, progress
 from flows.policies import check_ledger
 from flows.steps import RETRIES, champion_files
 from flows.workspace import Workspace
+from model import golden
 from model.scorecard import Frozen
 from model.train import load_checkpoint
-from ota.manifest import Origin
-from ota.release import bundle
+from ota.fitness import TrialResult
+from ota.manifest import Allowed, Origin, VariantName
+from ota.release import bundle, foretell
 from ota.release.bundle import Bundle, Delta
 from ota.release.repository import Release
 from registry.catalog import Subject
@@ -38,11 +42,15 @@ class Released(Frozen):
     """Base manifest → bytes of the delta; bases whose delta was not smaller than the bundle are left out."""
     metadata_bytes: int
     copied: int
+    known: bool = False
+    """Whether a release held these champions before."""
+    allowed: dict[str, Any] = Field(default={})
+    """Changes of the images that the release allows, by variant."""
 
 
 @task(name="bundle")
-def make_bundle(root: str, line: str, device_class: str) -> str:
-    """Build the bundle of a line's champions for a device class, and return its folder."""
+def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[VariantName, Allowed] | None = None) -> str:
+    """Build the bundle of a line's champions for a device class, with the changes that it allows; return its folder."""
     workspace = Workspace(Path(root))
     settings = workspace.device_class(line, device_class)
     found = champions(workspace, workspace.class_subjects(line, device_class))
@@ -64,9 +72,53 @@ def make_bundle(root: str, line: str, device_class: str) -> str:
     )  # fmt: skip
     made = bundle.assemble(
         exports, line=line, device_class=device_class, tier=lineage.config.tier, configuration=settings.configuration,
-        precision=settings.precision, origin=origin, out=workspace.work / "bundles",
+        precision=settings.precision, origin=origin, out=workspace.work / "bundles", allowed=allowed,
     )  # fmt: skip
     return str(made.folder)
+
+
+def try_here(root: str, line: str, device_class: str) -> dict[VariantName, TrialResult]:
+    """Draw the golden images of a line's champions, as a device does in its trial; time and memory are the device's to judge."""
+    workspace = Workspace(Path(root))
+    found = champions(workspace, workspace.class_subjects(line, device_class))
+    drawn = {variant: golden.measure(champion_files(workspace, champion).bundle) for variant, champion in found.items()}
+    return {
+        variant: TrialResult(1.0, images.finite, images.statistics, images.load, milliseconds=0, computing=0, peak_mib=0)
+        for variant, images in drawn.items()
+    }
+
+
+def foretold(root: str, line: str, device_class: str, reason: str | None) -> tuple[str, dict[VariantName, Allowed]]:
+    """Build the bundle, and ask the rules of the devices' own trial about it; return its folder, and the changes that it allows.
+
+    Args:
+        root: the workspace.
+        line: of the release.
+        device_class: of the release.
+        reason: why a change for which devices would refuse the bundle is wanted; None: it is not.
+
+    Raises:
+        ForetoldError: devices would refuse the bundle; nothing was signed.
+    """
+    workspace = Workspace(Path(root))
+    plain = bundle.open_bundle(Path(make_bundle(root, line, device_class)))
+    workspace.fleet.collect(workspace.inbox)
+    bases = foretell.running(workspace, line, device_class, policies.opened(workspace, line, device_class))
+    allowed = foretell.allowed_before(workspace.repository, plain)
+    made = bundle.open_bundle(Path(make_bundle(root, line, device_class, allowed))) if allowed else plain
+    if not any(release.manifest != made.manifest.digest for release, _ in bases.values()):
+        return str(made.folder), allowed
+    trials = try_here(root, line, device_class)
+    found = foretell.refusals(workspace.repository, made, trials, bases)
+    if not found:
+        return str(made.folder), allowed
+    if reason is None:
+        raise foretell.refused(found, f"{line}/{device_class}")
+    allowed = foretell.allow(found, trials, reason, allowed)
+    made = bundle.open_bundle(Path(make_bundle(root, line, device_class, allowed)))
+    if left := foretell.refusals(workspace.repository, made, trials, bases):
+        raise foretell.too_far(left)
+    return str(made.folder), allowed
 
 
 @task(name="deltas")
@@ -99,22 +151,39 @@ def fielded(workspace: Workspace, target: Bundle) -> list[Bundle]:
 
 
 @task(name="sign", **RETRIES)
-def sign(root: str, folder: str, deltas: list[Delta]) -> Release:
-    """Add a bundle and its deltas to the signed repository, record the release in the ledger once, and return it."""
+def sign(root: str, folder: str, deltas: list[Delta], allowed: Mapping[VariantName, Allowed]) -> tuple[Release, bool]:
+    """Add a bundle and its deltas to the signed repository, and record the release in the ledger.
+
+    A bundle that was released before, and after which another one was released, is recorded again, and a new head of the ledger is
+    signed with it.
+
+    Returns:
+        the release, and whether it was the newest that was recorded, so that nothing new was.
+    """
     workspace = Workspace(Path(root))
     made = bundle.open_bundle(Path(folder))
+    subject = f"{made.manifest.line}/{made.manifest.device_class}"
     with workspace.locked("records"):
+        entries = [e for e in workspace.ledger.entries(subject) if e.kind == "release"]
+        newest = bool(entries) and entries[-1].facts["manifest"] == made.manifest.digest
+        again = not newest and any(e.facts["manifest"] == made.manifest.digest for e in entries)
         release = workspace.repository.publish_release(
-            made.manifest, made.folder, workspace.ledger.head(), [(d.base, d.path) for d in deltas]
+            made.manifest, made.folder, workspace.ledger.head(), [(d.base, d.path) for d in deltas], again=again
         )
-        subject = f"{release.line}/{release.device_class}"
-        known = [e for e in workspace.ledger.entries(subject) if e.kind == "release" and e.facts["manifest"] == release.manifest]
-        if not known:
+        if not newest:
+            facts: dict[str, Any] = {
+                "release": release.seq,
+                "manifest": release.manifest,
+                "deltas": {d.base: d.size for d in deltas},
+            }
+            if allowed:
+                facts["allowed"] = {variant: change.model_dump(mode="json") for variant, change in allowed.items()}
+            reasons = "; ".join(dict.fromkeys(change.reason for change in allowed.values()))
+            why = f"version {release.version} published{' again' if again else ''}"
             workspace.ledger.append(
-                "release", subject, f"version {release.version} published",
-                {"release": release.seq, "manifest": release.manifest, "deltas": {d.base: d.size for d in deltas}},
-            )  # fmt: skip
-    return release
+                "release", subject, why + (f", with a change that devices would refuse: {reasons}" if reasons else ""), facts
+            )
+    return release, newest
 
 
 @task(name="publish", **RETRIES)
@@ -124,24 +193,34 @@ def publish(root: str) -> int:
 
 
 @flow(name="release", persist_result=False)
-def release(root: str, line: str, device_class: str) -> dict[str, Any]:
+def release(root: str, line: str, device_class: str, allow_change: str | None = None) -> dict[str, Any]:
     """Publish the champions of a line for a device class, and return a `Released` as plain data.
 
     This does not decide which devices may install the release; `ferry rollout start` does.
+
+    Args:
+        root: the workspace.
+        line: of the release.
+        device_class: of the release.
+        allow_change: why a change for which devices would refuse the release is wanted; None: such a release is not signed.
+
+    Raises:
+        ForetoldError: devices would refuse the release; nothing was signed.
     """
     workspace = Workspace(Path(root))
     with workspace.locked("release"):
         check_ledger(workspace)
-        folder = make_bundle(root, line, device_class)
+        folder, allowed = foretold(root, line, device_class, allow_change)
         deltas = make_deltas(root, folder)
-        published = sign(root, folder, deltas)
+        published, known = sign(root, folder, deltas, allowed)
         copied = publish(root)
     made = Released(
         line=line, device_class=device_class, release=published.seq, manifest=published.manifest,
         versions={variant: champion.version for variant, champion in champions(workspace, workspace.class_subjects(line, device_class)).items()},
         full_bytes=published.full_bytes,
         deltas={d.base: d.size for d in workspace.repository.deltas(line, device_class) if d.target == published.manifest},
-        metadata_bytes=workspace.repository.metadata_bytes(), copied=copied,
+        metadata_bytes=workspace.repository.metadata_bytes(), copied=copied, known=known,
+        allowed={variant: change.model_dump(mode="json") for variant, change in allowed.items()},
     )  # fmt: skip
     create_table_artifact(table=[made.model_dump()], key="release", description=f"{line}/{device_class} {published.seq}")
     return made.model_dump()

@@ -19,6 +19,7 @@
     │   │   └── BusyError    another agent uses the state directory
     │   └── BaseError        a file of an installed bundle is missing or was changed
     ├── GateError            this device tried the new bundle and refused it
+    ├── ForetoldError        fielded devices would refuse a new bundle; nothing was signed
     ├── OperatorError        a key, store or name given on the factory's side is wrong
     └── FaultError           an unforeseen error; the running bundle is kept, and the next try starts again
 
@@ -41,7 +42,7 @@ EXIT_CODES: dict[str, dict[int, str]] = {
         2: "wrong usage",
         3: "invalid input (workspace, data, name, key)",
         4: "a store or server is not available, try later",
-        5: "the gate did not pass a version",
+        5: "the gate did not pass a version, or devices would refuse a release",
         6: "a record was changed afterwards",
         7: "a signature is past half of its lifetime (`trust status --check`)",
         130: "interrupted",
@@ -165,6 +166,10 @@ class BaseError(DeviceError):
 
 class GateError(OtaError):
     """The device tried the new bundle and refused it."""
+
+
+class ForetoldError(OtaError):
+    """Fielded devices would refuse a new bundle in its trial, so the factory does not sign it."""
 
 
 class OperatorError(OtaError):

@@ -28,7 +28,10 @@ MAX_WAVES = 16  # of a rollout
 MAX_NUMBER = 2**31 - 1  # largest number of a report; fits into the integer column of every database
 MAX_COUNT = 2**53
 MAX_TOLD = 500  # characters of a reason
-FORM = 1  # `schema_version` of every document that this agent knows
+FORM = 1  # `schema_version` of every document that this agent knows, but for these
+FORMS = {"manifest": 2, "reference": 2}  # newest forms; form 2 allows a change of the images, which older agents do not know
+MAX_ALLOWED = 0.1  # width of the range of an allowed statistic; pixel values span 2
+MAX_BASES = 16  # bundles from which a change is allowed
 
 # The types of all strings that may come from outside. Apart from `Told`, none can hold a separator of paths, URLs, headers or
 # lines. Pydantic matches the patterns with Rust's regular expressions, in which `$` matches only the end of the text.
@@ -43,6 +46,7 @@ Bound = Annotated[str, StringConstraints(pattern=r"^(>=|<)[0-9]{1,6}(\.[0-9]{1,6
 SessionKey = Literal["session.qdq_matmulnbits_accuracy_level"]
 """The only setting of ONNX Runtime that a bundle may make. Others name files, or formats to parse."""
 Setting = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}$")]
+StatisticName = Literal["mean", "deviation", "edges"]
 Role = limits.Role
 VariantName = limits.VariantName
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
@@ -119,7 +123,7 @@ def _asks_for_newer(kind: type[Document], data: bytes) -> str:
     form, minimum = said.get("schema_version"), str(said.get("minimum_agent") if "minimum_agent" in kind.model_fields else "")
     if re.fullmatch(AGENT_VERSION, minimum) and as_numbers(minimum) > as_numbers(ota.__version__):
         return f"needs agent {minimum}"
-    if "schema_version" in kind.model_fields and isinstance(form, int) and form > FORM:
+    if "schema_version" in kind.model_fields and isinstance(form, int) and form > FORMS.get(kind.__name__.lower(), FORM):
         return f"has form {form} and needs an agent that knows it"
     return ""
 
@@ -156,7 +160,9 @@ class Origin(Document):
 class Manifest(Document):
     """The manifest of a bundle: one line for one device class, in one to three variants. Its hash is the bundle's name."""
 
-    schema_version: Literal[1] = Field(default=1, description="version of this form")
+    schema_version: Literal[1, 2] = Field(
+        default=1, description="version of this form; 2 where a reference allows a change of the images"
+    )
     line: Name = Field(description="line (product) of the model")
     device_class: Name = Field(description="device class that the bundle is for")
     tier: Name = Field(max_length=20, description="size of the network")
@@ -245,16 +251,45 @@ class Range(Document):
     high: float = Field(description="highest value")
 
 
+class Allowed(Document):
+    """A change of the images that the factory wants: devices that run one of these bundles accept it.
+
+    It is as narrow as it can be, so that it does not switch the trial off: named statistics, each in a narrow range, from named
+    bundles. `models` signs it with the bundle, so the online keys of other roles cannot make one.
+    """
+
+    bases: list[Sha256] = Field(
+        min_length=1, max_length=MAX_BASES, description="hashes of the manifests of the bundles from which the change is allowed"
+    )
+    statistics: dict[StatisticName, Range] = Field(
+        min_length=1, description="range of each statistic that may differ from the running model's, at most 0.1 wide"
+    )
+    reason: Told = Field(description="why the change is wanted, as a person gave it")
+
+    @model_validator(mode="after")
+    def _narrow(self) -> Self:
+        if any(not 0 <= found.high - found.low <= MAX_ALLOWED + 1e-9 for found in self.statistics.values()):
+            raise ValueError(f"an allowed range is at most {MAX_ALLOWED} wide, and does not end before it begins")
+        return self
+
+
 class Reference(Document):
     """`reference.json`: measurements of a bundle in the factory, with which devices compare their own."""
 
-    schema_version: Literal[1] = Field(description="version of this form")
+    schema_version: Literal[1, 2] = Field(description="version of this form; 2 where it allows a change")
     golden: Golden = Field(description="how close a device must come to the golden outputs")
     load: list[list[float]] = Field(min_length=1, max_length=256, description="mean load of each expert of each block")
-    statistics: dict[Literal["mean", "deviation", "edges"], Range] = Field(
+    statistics: dict[StatisticName, Range] = Field(
         description="range of brightness, contrast and edge strength of the golden images"
     )
     latency_ms: float = Field(gt=0, description="budget for one image")
+    allowed: Allowed | None = Field(default=None, description="change of the images that the factory wants; null: none")
+
+    @model_validator(mode="after")
+    def _form_says_so(self) -> Self:
+        if self.allowed and self.schema_version < 2:
+            raise ValueError("only form 2 allows a change of the images")
+        return self
 
 
 class Wave(Document):

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from tuf.ngclient._internal import trusted_metadata_set
 
-from ota.agent import child, disk, drawing, plan, reports, rules, slots, transport, trial, trust
+from ota import fitness
+from ota.agent import child, disk, drawing, plan, reports, slots, transport, trial, trust
 from ota.agent.state import Slot
 from ota.errors import OtaError, UnfinishedError
 from ota.manifest import Policy
@@ -357,4 +358,4 @@ def test_the_stand_ins_are_what_children_do(tries: dict[str, Any], bundles: dict
     """Check that the recorded answers tell good bundles from garbage, as the device's own rules do."""
     slot = {name: tries[bundle.manifest.digest] for name, bundle in bundles.items()}
     assert slot["first"]["golden_share"] == slot["second"]["golden_share"] == 1.0
-    assert slot["first"]["peak_mib"] < rules.MEMORY_LIMIT
+    assert slot["first"]["peak_mib"] < fitness.MEMORY_LIMIT

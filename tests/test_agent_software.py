@@ -221,12 +221,12 @@ def changed(data: bytes, **fields: Any) -> bytes:
         ),
         (
             Manifest,
-            {"schema_version": 2, "lines": ["a"]},
-            "the manifest has form 2 and needs an agent that knows it, but this is 0.1.0; update",
+            {"schema_version": 3, "lines": ["a"]},
+            "the manifest has form 3 and needs an agent that knows it, but this is 0.1.0; update",
         ),
         (Policy, {"schema_version": 7, "when": "soon"}, "the policy has form 7"),
         (SamplerTable, {"schema_version": 2, "method": "new"}, "the samplertable has form 2"),
-        (Reference, {"schema_version": 2}, "the reference has form 2"),
+        (Reference, {"schema_version": 3}, "the reference has form 3"),
     ],
 )
 def test_document_for_a_newer_agent_says_so(bundles, kind, fields, sentence):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ota import fitness
 from ota.agent import rules
 from ota.agent.state import Config, State
 from ota.errors import AgentError, ManifestError, OperatorError, TrustError
@@ -293,20 +294,20 @@ def reference(low: float, high: float, latency: float = 100.0) -> Reference:
     return Reference.model_validate(rows)
 
 
-def trying(**fields: Any) -> rules.TrialResult:
+def trying(**fields: Any) -> fitness.TrialResult:
     base = {
         "golden_share": 1.0, "finite": True, "statistics": (("mean", 0.1),), "load": ((0.5, 0.5),), "milliseconds": 50.0,
         "computing": 40.0, "peak_mib": 200.0,
     }  # fmt: skip
-    return rules.TrialResult(**(base | fields))
+    return fitness.TrialResult(**(base | fields))
 
 
 OWN, BEFORE = reference(0.0, 0.2), reference(0.05, 0.15)
 
 
 def test_fit_bundle_has_no_reasons():
-    assert rules.judge(trying(), OWN, BEFORE) == []
-    assert rules.judge(trying(), OWN, None) == []
+    assert fitness.judge(trying(), OWN, BEFORE) == []
+    assert fitness.judge(trying(), OWN, None) == []
 
 
 @pytest.mark.parametrize(
@@ -328,21 +329,21 @@ def test_fit_bundle_has_no_reasons():
     ],
 )
 def test_unfit_bundle_refused_with_reason(fields, reason):
-    reasons = rules.judge(trying(**fields), OWN, BEFORE)
+    reasons = fitness.judge(trying(**fields), OWN, BEFORE)
     assert reason in reasons[-1]
     assert len(reasons) == 1 or "nan" in reason
 
 
 def test_time_that_a_busy_device_took_is_not_held_against_a_bundle():
     slow = trying(milliseconds=101.0, computing=99.0)
-    assert rules.judge(slow, OWN, BEFORE) == []
-    assert "took 101 ms here, of which it computed 99 ms; the budget is 100 ms" in rules.hurried(slow, OWN)
-    assert not rules.hurried(trying(milliseconds=100.0, computing=100.0), OWN)
+    assert fitness.judge(slow, OWN, BEFORE) == []
+    assert "took 101 ms here, of which it computed 99 ms; the budget is 100 ms" in fitness.hurried(slow, OWN)
+    assert not fitness.hurried(trying(milliseconds=100.0, computing=100.0), OWN)
 
 
 @pytest.mark.parametrize("mean", ["0.41", "-0.21"])
 def test_bundle_unlike_itself_refused(mean):
-    reasons = rules.judge(trying(statistics=(("mean", float(mean)),)), OWN, None)
+    reasons = fitness.judge(trying(statistics=(("mean", float(mean)),)), OWN, None)
     assert reasons == [f"the images' mean brightness is {mean}; its own reference range is 0.00 to 0.20"]
 
 

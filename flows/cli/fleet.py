@@ -115,15 +115,21 @@ def rollout_status(
     """Show the progress of the current rollout."""
     with reported_errors():
         workspace = open_workspace()
+        from flows import policies
         from flows.workspace import line_and_class
         from ota.release import rollout
 
         line, device_class = line_and_class(target, workspace)
         policy = workspace.repository.policy(line, device_class)
-        answer(
-            as_json, policy.model_dump() if policy else {},
-            rollout.describe(policy) if policy else f"nothing of {line}/{device_class} is rolled out; `ferry rollout start {line}/{device_class}` rolls a release out",
-        )  # fmt: skip
+        if policy is None:
+            answer(
+                as_json,
+                {},
+                f"nothing of {line}/{device_class} is rolled out; `ferry rollout start {line}/{device_class}` rolls a release out",
+            )
+            return
+        allowed = policies.allowances(workspace, line, device_class, policy.seq)
+        answer(as_json, policy.model_dump() | {"allowed": allowed}, "\n".join([rollout.describe(policy), *allowed]))
 
 
 @fleet_app.command("enroll")

@@ -16,7 +16,7 @@ from flows.cli.data import data_app
 from flows.cli.delta import delta_app
 from flows.cli.fleet import fleet_app, rollout_app
 from flows.cli.report import rate, report
-from flows.cli.shared import Json, Options, answer, open_workspace, reported_errors, showing_progress
+from flows.cli.shared import Json, Options, answer, fail, open_workspace, reported_errors, showing_progress
 from flows.cli.status import status
 from flows.cli.trust import trust_app
 from flows.errors import VariantError
@@ -250,20 +250,32 @@ app.command()(promotion.seal)
 
 @app.command()
 def release(
-    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE if it has one class.")], as_json: Json = False
+    target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE if it has one class.")],
+    allow_change: Annotated[
+        bool,
+        typer.Option("--allow-change", help="Let devices accept images that differ from those they draw now; needs a reason."),
+    ] = False,
+    reason: Annotated[
+        str, typer.Option(show_default=False, help="Reason for --allow-change; signed, and recorded in the ledger.")
+    ] = "",
+    as_json: Json = False,
 ) -> None:
     """Publish a line's champions as a signed release with deltas.
 
-    Builds the bundle and deltas from the fielded bundles, signs them, and copies the repository to where devices fetch it.
+    Builds the bundle and deltas from the fielded bundles, signs them, and copies the repository to where devices fetch it. Nothing is
+    signed if devices would refuse the bundle in their trial.
     """
     with reported_errors():
         workspace = open_workspace()
         from flows.workspace import line_and_class
 
+        if allow_change != bool(reason.strip()):
+            missing = "--reason" if allow_change else "--allow-change"
+            fail(f"a change that devices would refuse is allowed with --allow-change and --reason together; add {missing}", 3)
         line, device_class = line_and_class(target, workspace)
         with workspace.locked("release"):  # if another process holds it, say so before large modules are loaded
             pass
-        from flows.policies import check_ledger
+        from flows.policies import allowances, check_ledger
         from ota.release.fielded import next_step
         from registry.champions import champions
 
@@ -274,13 +286,16 @@ def release(
 
         start_in_process(workspace)
         with showing_progress():
-            made = flow(str(workspace.root), line, device_class)
+            made = flow(str(workspace.root), line, device_class, reason.strip() if allow_change else None)
         deltas = ", ".join(f"{size:,} bytes from {base[:8]}" for base, size in made["deltas"].items())
-        answer(
-            as_json, made,
-            f"{line}/{device_class} release {made['release']}: {made['full_bytes']:,} bytes in full"
-            f"{f'; as a delta {deltas}' if deltas else ''}\n{next_step(workspace, line, device_class, made['release'])}",
-        )  # fmt: skip
+        said = "\n".join([
+            f"{line}/{device_class} release {made['release']}: {made['full_bytes']:,} bytes in full{f'; as a delta {deltas}' if deltas else ''}",
+            *(["it holds the same champions as before, so a device that runs it does not install it anew"] if made["known"] else []),
+            *allowances(workspace, line, device_class, made["release"]),
+            *(["no device would refuse it, so --allow-change changed nothing"] if allow_change and not made["allowed"] else []),
+            next_step(workspace, line, device_class, made["release"]),
+        ])  # fmt: skip
+        answer(as_json, made, said)
 
 
 app.command()(report)

@@ -13,7 +13,7 @@ import typer
 
 from flows.errors import BusyError, FlowError, ServerError, VariantError
 from model.errors import ModelError
-from ota.errors import OtaError, TransferError, printable
+from ota.errors import ForetoldError, OtaError, TransferError, printable
 from registry.errors import LedgerError, PromotionError, RegistryError, SealError, StoreError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _is_unreachable(error: Exception) -> bool:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, VariantError) and error.__cause__:
         return _exit_code(error.__cause__)
-    if isinstance(error, PromotionError):
+    if isinstance(error, (PromotionError, ForetoldError)):
         return 5
     if isinstance(error, (LedgerError, SealError)):
         return 6

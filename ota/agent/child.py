@@ -348,7 +348,7 @@ def peak_mib() -> float:
 
 
 def try_bundle(slot: str, digest: str, variant: VariantName, trusted: bool = False) -> dict[str, Any]:
-    """Load a variant of a bundle, compare its golden outputs, and draw images; return the fields of `rules.TrialResult`.
+    """Load a variant of a bundle, compare its golden outputs, and draw images; return the fields of `fitness.TrialResult`.
 
     A `trusted` bundle is tried with any version of ONNX Runtime, because it also draws with any.
     """

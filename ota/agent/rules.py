@@ -1,4 +1,4 @@
-"""The agent's decisions about updates, without I/O: what to install, when, and whether a new bundle is fit to run."""
+"""The agent's decisions about updates, without I/O: what to install, and when. `ota.fitness` decides whether a bundle is fit to run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ from datetime import UTC, datetime
 from ota.agent import clock, window
 from ota.agent.state import Config, HighWater, Rest, State
 from ota.errors import AgentError, ManifestError, OperatorError, TrustError
-from ota.manifest import MAX_COUNT, Manifest, Policy, Reference, as_numbers
+from ota.manifest import MAX_COUNT, Manifest, Policy, as_numbers
 
 BUCKETS = 10_000
-STATISTIC_FLOOR = 0.02  # least width that is assumed for a reference range; pixel values span 2
-MAX_DEAD_LOAD = 0.1  # share of its reference load; an expert with less counts as unused on this device
 SEEDS = 2**128  # number of seeds: all keys that Philox accepts
 MAX_TRIES = 3  # trials of a bundle in a row that may begin and give no result before the bundle has to wait
 FIRST_REST = 3600  # seconds that a bundle waits; each wait is twice as long as the one before
 LONGEST_REST = 7 * 86_400
 LEAST_IMAGES = 20  # of a benchmark; fewer give no 95th percentile
 MOST_IMAGES = 10_000
-MEMORY_LIMIT = 1024  # MiB that trying or running a bundle may take at its peak
-MEASURED = {"mean": "mean brightness", "deviation": "contrast", "edges": "edge strength"}
-"""Names of the statistics of images, for people."""
 
 
 @dataclass(frozen=True)
@@ -228,86 +223,3 @@ def check_request(caption: str, seed: int) -> None:
         raise OperatorError("the caption is not valid UTF-8; type it again, or set the terminal to UTF-8") from error
     if not 0 <= seed < SEEDS:
         raise OperatorError(f"the seed {seed} is out of range; choose one from 0 to 2^128 - 1")
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """What a child process measured when it tried a variant of a bundle."""
-
-    golden_share: float
-    """Share of the golden outputs within the tolerance; 0 if any output is not finite."""
-    finite: bool
-    statistics: tuple[tuple[str, float], ...]
-    """Means over the generated images: (name, value)."""
-    load: tuple[tuple[float, ...], ...]
-    """Mean gate mass of each expert of each block [M][E]."""
-    milliseconds: float
-    """Wall-clock time of one image."""
-    computing: float
-    """Processor time of one image in milliseconds; other load on the device hardly changes it."""
-    peak_mib: float
-
-
-def judge(trying: TrialResult, own: Reference, running: Reference | None) -> list[str]:
-    """List the reasons why a new bundle is not fit to run here; the list is empty if it is fit.
-
-    Args:
-        trying: what was measured on this device.
-        own: the bundle's own reference. A bundle that is damaged, or that computes differently here, deviates from it.
-        running: the reference of the running bundle, or None. A bundle made from garbage agrees with its own golden
-            outputs, so its images are also compared with those of the bundle that it would replace.
-    """
-    reasons = []
-    if not trying.finite:
-        reasons.append("it makes images that are not finite")
-    if trying.golden_share < own.golden.share:
-        reasons.append(
-            f"only {100 * trying.golden_share:.1f} % of its golden outputs are right on this device, but "
-            f"{100 * own.golden.share:.0f} % must be"
-        )
-    reasons += unlike(trying.statistics, own, "its own reference")
-    if running:
-        reasons += unlike(trying.statistics, running, "the running model's")
-    if [len(row) for row in trying.load] != [len(row) for row in own.load]:
-        reasons.append("it has other experts than its own reference lists")
-    idle = [
-        f"expert {e} of block {b}"
-        for b, (row, reference) in enumerate(zip(trying.load, own.load, strict=False))
-        for e, (mass, expected) in enumerate(zip(row, reference, strict=False))
-        if mass < MAX_DEAD_LOAD * expected
-    ]
-    if idle:
-        reasons.append(f"experts that worked at the factory carry almost no load on this device: {', '.join(idle[:3])}")
-    if trying.computing > own.latency_ms:
-        reasons.append(f"an image takes {trying.computing:.0f} ms of computing; the budget is {own.latency_ms:.0f} ms")
-    if trying.peak_mib > MEMORY_LIMIT:
-        reasons.append(f"it takes {trying.peak_mib:.0f} MiB; the limit is {MEMORY_LIMIT} MiB")
-    return reasons
-
-
-def hurried(trying: TrialResult, own: Reference) -> str:
-    """Say why a trial is inconclusive because the device was busy or asleep; return an empty string if it is conclusive."""
-    if trying.milliseconds <= own.latency_ms:
-        return ""
-    return (
-        f"an image took {trying.milliseconds:.0f} ms here, of which it computed {trying.computing:.0f} ms; the budget is {own.latency_ms:.0f} ms, "
-        "so this device was busy with other things"
-    )
-
-
-def unlike(statistics: Sequence[tuple[str, float]], reference: Reference, whose: str) -> list[str]:
-    """List the image statistics that lie outside a reference's range by more than the width of that range.
-
-    The width allows for the changes that retraining is meant to make (new lighting moves the mean). Garbage moves several
-    statistics by many widths.
-    """
-    reasons = []
-    for name, value in statistics:
-        expected = reference.statistics.get(name)  # type: ignore[call-overload]
-        if expected is None:
-            continue
-        width = max(expected.high - expected.low, STATISTIC_FLOOR)
-        if not expected.low - width <= value <= expected.high + width:
-            said = f"the images' {MEASURED[name]} is {value:.2f}"
-            reasons.append(f"{said}; {whose} range is {expected.low:.2f} to {expected.high:.2f}")
-    return reasons

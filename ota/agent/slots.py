@@ -14,6 +14,7 @@ from ota.agent.disk import read_uncached
 from ota.agent.plan import OnStep, Plan
 from ota.agent.state import Home, Slot
 from ota.errors import DeltaError, StateError
+from ota.fitness import counterpart
 from ota.manifest import FileEntry, Reference, VariantName
 
 # Building a slot
@@ -71,7 +72,7 @@ def is_complete(home: Home, digest: str, plan: Plan) -> bool:
 def in_variant(home: Home, digest: str, variant: VariantName | None) -> tuple[Slot, VariantName, Reference]:
     """Open a bundle, choose the given variant or its default one, and read the reference of that variant."""
     slot = home.slot(digest)
-    same = variant if variant and variant in slot.manifest.variants else slot.manifest.default_variant
+    same = counterpart(slot.manifest, variant or slot.manifest.default_variant)
     return slot, same, slot.reference(same)
 
 

@@ -10,6 +10,7 @@ import base64
 import time
 from typing import Any, NoReturn
 
+from ota import fitness
 from ota.agent import measured, reports, rules, variants
 from ota.agent.plan import OnStep, Plan
 from ota.agent.rules import MAX_TRIES
@@ -96,12 +97,11 @@ def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int
     milliseconds = 0.0
     for variant in manifest.variants:
         try:
-            # A running bundle that is below the floor, or that no trusted key names, is not compared with: it may be a thief's.
-            running = _running_reference(home, state, variant) if state.seq >= max(1, floor) else None
+            running = _running_reference(home, state, variant) if fitness.is_compared(state.seq, floor) else None
             answer = child.run("try", slot=str(slot.folder), digest=slot.digest, variant=variant)
             trying = _trying(answer)
-            reasons = rules.judge(trying, slot.reference(variant), running)
-            if not reasons and (why := rules.hurried(trying, slot.reference(variant))):
+            reasons = fitness.judge(trying, slot.reference(variant), running, manifest.digest, state.active or "")
+            if not reasons and (why := fitness.hurried(trying, slot.reference(variant))):
                 raise UnfinishedError(f"{variant}: {why}; it is tried again")
         except (RoomError, AgentError, StateError, BaseError, UnfinishedError, DiedError):
             raise  # the fault of this device or its software, or nobody can tell whose
@@ -116,8 +116,8 @@ def _try(home: Home, manifest: Manifest, state: State, received: int, floor: int
     return milliseconds
 
 
-def _trying(answer: dict[str, Any]) -> rules.TrialResult:
-    return rules.TrialResult(
+def _trying(answer: dict[str, Any]) -> fitness.TrialResult:
+    return fitness.TrialResult(
         golden_share=answer["golden_share"], finite=answer["finite"],
         statistics=tuple((name, value) for name, value in answer["statistics"]),
         load=tuple(tuple(row) for row in answer["load"]), milliseconds=answer["milliseconds"], computing=answer["computing"],
@@ -149,7 +149,7 @@ def _compare(home: Home, trusted: str | None, variant: VariantName | None, why: 
         return  # it is damaged, so it proves nothing about this device
     try:
         answer = child.run("try", slot=str(slot.folder), digest=trusted, variant=same, trusted=True)
-        theirs = rules.judge(_trying(answer), reference, None) or [rules.hurried(_trying(answer), reference)]
+        theirs = fitness.judge(_trying(answer), reference, None) or [fitness.hurried(_trying(answer), reference)]
     except (RoomError, AgentError, UnfinishedError, DiedError):
         raise
     except (StateError, BaseError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from ota.manifest import (
     MAX_MANIFEST,
     MAX_TABLE,
     WEIGHTS_LOCATION,
+    Allowed,
     FileEntry,
     Manifest,
     Origin,
@@ -77,16 +79,20 @@ def update_bytes(old: Path, new: Path) -> int:
 
 def assemble(
     exports: Mapping[VariantName, Path], *, line: str, device_class: str, tier: str, configuration: Literal["I", "II"],
-    precision: Precision, origin: Origin, out: Path,
+    precision: Precision, origin: Origin, out: Path, allowed: Mapping[VariantName, Allowed] | None = None,
 ) -> Bundle:  # fmt: skip
     """Build a bundle from exported variants as `out/<manifest's sha256>/`; the same input makes the same folder.
+
+    `allowed` changes of the images, by variant, go into the references. Then the manifest has the form 2, so that an older agent keeps
+    what it runs, and fetches nothing.
 
     Raises:
         OperatorError: a file is missing, or the variants do not share one graph.
         ManifestError: a table or name does not have the form that devices accept.
     """
     entries: list[FileEntry] = []
-    sources: dict[str, Path] = {}
+    sources: dict[str, bytes | Path] = {}
+    allowed = allowed or {}
     for variant, folder in exports.items():
         for role, name in FILE_NAMES.items():
             try:
@@ -97,6 +103,8 @@ def assemble(
                 parse(SamplerTable, data, MAX_TABLE)
             elif role == "reference":
                 parse(Reference, data, MAX_TABLE)
+            changed = role == "reference" and variant in allowed
+            data = _allowing(data, allowed[variant]) if changed else data
             digest = hashlib.sha256(data).hexdigest()
             try:
                 entry = FileEntry(role=role, variant=None if role == "graph" else variant, size=len(data), sha256=digest)
@@ -106,12 +114,12 @@ def assemble(
                 raise OperatorError(f"{variant} was exported with another graph than {next(iter(exports))}; export both again")
             if entry not in entries:
                 entries.append(entry)
-                sources[digest] = folder / name
+                sources[digest] = data if changed else folder / name
     try:
         manifest = Manifest(
             line=line, device_class=device_class, tier=tier, configuration=configuration, precision=precision,
             variants=list(exports), default_variant=next(iter(exports)), files=entries, origin=origin,
-            minimum_agent=MINIMUM_AGENT,
+            minimum_agent=MINIMUM_AGENT, schema_version=2 if allowed else 1,
         )  # fmt: skip
     except ValueError as error:
         raise ManifestError(f"these exports do not make a bundle: {error}") from error
@@ -121,10 +129,19 @@ def assemble(
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         for digest, source in sources.items():
-            shutil.copyfile(source, fresh / digest)
+            if isinstance(source, bytes):
+                (fresh / digest).write_bytes(source)
+            else:
+                shutil.copyfile(source, fresh / digest)
         (fresh / "manifest.json").write_bytes(manifest.canonical())
         fresh.rename(place)
     return Bundle(place, manifest)
+
+
+def _allowing(reference: bytes, change: Allowed) -> bytes:
+    """Add an allowed change to a reference, which is otherwise as it was exported."""
+    fields = json.loads(reference) | {"schema_version": 2, "allowed": change.model_dump(mode="json")}
+    return f"{json.dumps(fields, indent=1, sort_keys=True)}\n".encode()
 
 
 def open_bundle(folder: Path) -> Bundle:

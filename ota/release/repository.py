@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -138,6 +138,10 @@ def delta_path(line: str, device_class: str, base: str, target: str) -> str:
 def policy_path(line: str, device_class: str) -> str:
     """Return the target path of a policy."""
     return f"rollout/{line}/{device_class}.json"
+
+
+def _sign_head(models: Targets, path: str, ledger: str) -> None:
+    models.targets[path].unrecognized_fields["custom"]["ledger"] = ledger
 
 
 class Repository:
@@ -323,8 +327,9 @@ class Repository:
 
     @alone
     def publish_release(
-        self, manifest: Manifest, files: Path, ledger: str, deltas: list[tuple[str, Path]], revertible: bool = True
-    ) -> Release:
+        self, manifest: Manifest, files: Path, ledger: str, deltas: list[tuple[str, Path]], revertible: bool = True,
+        again: bool = False,
+    ) -> Release:  # fmt: skip
         """Add a bundle and its deltas, and sign.
 
         Args:
@@ -333,9 +338,11 @@ class Repository:
             ledger: hash of the ledger's last entry; it is signed with the release, so that a truncated ledger is noticed.
             deltas: sha256 of the base's manifest, and file of the delta.
             revertible: whether a rollout may return to this release later.
+            again: whether `ledger` is signed anew with a bundle that was published before.
 
         Returns:
-            The new release; or the earlier one if the same bundle was published before, and then only deltas are added.
+            The new release; or the earlier one if the same bundle was published before, and then only deltas are added, and
+            `ledger` with `again`.
 
         Raises:
             OperatorError: a file of the bundle is missing or has another hash, or no release number is left.
@@ -358,9 +365,16 @@ class Repository:
         for release in known:
             if release.manifest == manifest.digest:  # the bundle was published before; the deltas to it may be new
                 present = self._targets("deltas").targets
+                changes: dict[str, Callable[[Targets], None]] = {}
                 if any(present.get(delta.path) != delta for delta in delta_targets):
-                    self.commit({"deltas": change_deltas})
-                return release
+                    changes["deltas"] = change_deltas
+                if again:
+                    changes["models"] = partial(
+                        _sign_head, path=manifest_path(line, device_class, manifest.digest), ledger=ledger
+                    )
+                if changes:
+                    self.commit(changes)
+                return release.model_copy(update={"ledger": ledger}) if again else release
         for entry in manifest.files:
             self._add_object(files / entry.sha256, entry.sha256)
         seq = 1 + max((release.seq for release in known), default=0)

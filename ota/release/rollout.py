@@ -60,6 +60,12 @@ def halt(policy: Policy) -> Policy:
     return policy.model_copy(update={"halt": True})
 
 
+def is_open(policy: Policy, now: int | None = None) -> bool:
+    """Check whether a policy lets all devices of the fleet install its release now."""
+    moment = int(time.time()) if now is None else now
+    return not policy.halt and any(wave.bps == FULL and wave.not_before <= moment for wave in policy.waves)
+
+
 def describe(policy: Policy, now: int | None = None) -> str:
     """Describe the state of a rollout in one line for people."""
     moment = int(time.time()) if now is None else now
