@@ -21,6 +21,7 @@ from typing import Any
 from flows.errors import FlowError, WorkspaceError
 from flows.settings import SETTINGS as SETTINGS_FILE
 from flows.setup import create
+from ota.durations import spoken
 from registry.lineage import file_sha256
 
 LINE, SECOND, CLASS = "surfaces", "digits", "edge"
@@ -377,7 +378,7 @@ def text(summary: dict[str, Any]) -> str:
         lines.append(f"{device}    refused: {_first(reason)}")
     lines += [
         f"champion    version {summary['champion']}; {summary['ledger_entries']} decisions in the ledger",
-        f"time        {summary['seconds']['all']:.0f} s in all",
+        f"time        {spoken(summary['seconds']['all'])} in all",
         f"report      {os.path.relpath(summary['report'])}",
         f"workspace   {place}; go on with `cd {place}` and `ferry --help`",
     ]

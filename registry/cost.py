@@ -11,6 +11,7 @@ A cost that was not measured is not counted, and the result says so; it is never
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 from pydantic import Field
@@ -125,7 +126,7 @@ def yearly(work: Work, prices: Prices) -> list[Row]:
         ),
         Row(
             "Retraining", training, training,
-            f"{work.training_seconds:.0f} s, {p.updates_per_year:g} times, at {p.training_hour:g} {p.currency} an hour",
+            f"{timedelta(seconds=round(work.training_seconds))} hours, {p.updates_per_year:g} times, at {p.training_hour:g} {p.currency} an hour",
             p.assumed("training_hour", "updates_per_year"),
         ),
         Row(

@@ -25,6 +25,7 @@ from PIL import Image
 from ota.agent import child, drawing, plan, rules, sampler, slots, trial, updater
 from ota.agent.disk import Disk
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
+from ota.durations import spoken
 from ota.errors import (
     BaseError,
     BusyError,
@@ -580,7 +581,7 @@ def test_bundle_whose_trying_gives_no_answer_rests_longer_each_time_and_is_not_c
             assert device.state == before.model_copy(update={"tries": {second: tries}})
         for tries, hours in ((3, 1), (4, 2), (5, 4)):
             events = len(device.events())
-            assert f"waits for {60 * hours} more minutes, its trial started {tries} times" in device.update().reason
+            assert f"(in {spoken(3600 * hours)}), its trial started {tries} times" in device.update().reason
             told = device.reports()[-1]
             assert (told.event, told.manifest) == ("refused", second)
             assert f"started {tries} times and never finished; it is tried again in {hours} h" in told.reason
@@ -634,7 +635,7 @@ def test_wait_without_an_answer_is_no_try(offered, bundles, later):
             with pytest.raises(LateError):
                 device.update()
             assert device.state == before
-            assert "waits for 60 more minutes, its trial did not finish in time" in device.update().reason
+            assert "(in 1h), its trial did not finish in time" in device.update().reason
             later.seconds += 3601
     assert device.events()[3:] == []
     assert device.update().changed
@@ -780,7 +781,7 @@ def rests_after_trial(field: Field, bundles: dict[str, Bundle]) -> None:
     assert (state.active, state.previous, state.seq, state.trial) == (digest(bundles["first"]), None, 1, None)
     assert (state.refused, state.tries) == ({}, {second: rules.MAX_TRIES})
     assert device.events()[6:] == ["rolled_back"]
-    assert "waits for 60 more minutes" in device.update().reason
+    assert "(in 1h), " in device.update().reason
     assert device.events()[7:] == ["refused"]
     assert drawing.generate(device.home, "", 0)[1]["good"]
     device.command("forget", second[:12])
@@ -870,7 +871,7 @@ def test_bundle_damaged_at_each_trial_rests_in_the_end(offered, bundles, monkeyp
         with pytest.raises(StateError, match="rolled back"):
             offered.device.update()
         assert offered.device.active == digest(bundles["first"])
-    assert "waits for 60 more minutes" in offered.device.update().reason
+    assert "(in 1h), " in offered.device.update().reason
     assert offered.device.state.refused == {}
 
 

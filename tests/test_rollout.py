@@ -94,7 +94,7 @@ def test_releases_get_their_own_salt():
 def test_wave_opens_at_its_time():
     offered = policy((10_000, NOON + 60))
     early = want(offered, now=NOON + 59)
-    assert (early.install, early.reason) == (False, "release 5 opens for this device in 1 s")
+    assert (early.install, early.reason) == (False, "release 5 opens for this device at 2026-03-01 12:01 UTC (in 1s)")
     assert want(offered, now=NOON + 60).install
 
 
@@ -274,9 +274,12 @@ def test_shares_must_rise(shares):
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
-        (policy((100, NOON), (10_000, NOON + 60)), "release 5 is open to 1 % of the fleet, to 100 % in 60 s"),
+        (
+            policy((100, NOON), (10_000, NOON + 60)),
+            "release 5 is open to 1 % of the fleet, to 100 % at 2026-03-01 12:01 UTC (in 1m)",
+        ),
         (policy((10_000, NOON)), "release 5 is open to 100 % of the fleet"),
-        (policy((50, NOON + 5)), "release 5 is open to 0 % of the fleet, to 0.5 % in 5 s"),
+        (policy((50, NOON + 5)), "release 5 is open to 0 % of the fleet, to 0.5 % at 2026-03-01 12:00 UTC (in 5s)"),
         (rollout.halt(policy()), "release 5 is halted"),
     ],
 )

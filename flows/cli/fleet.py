@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.shared import Json, answer, fail, open_workspace, reported_errors, showing_progress
+from flows.cli.shared import Json, answer, fail, open_workspace, reported_errors, showing_progress, time_of
 
 rollout_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Open a release to the fleet in waves, halt it, renew it."
@@ -28,7 +28,15 @@ def rollout_start(
             show_default=False, help="Rising shares of the fleet in percent; 1,10,100 by default, or 100 with --revert."
         ),
     ] = None,
-    soak: Annotated[int, typer.Option(min=0, max=MAX_SOAK, help="Seconds between two waves.")] = 86_400,
+    soak: Annotated[
+        int,
+        typer.Option(
+            parser=time_of(0, MAX_SOAK),
+            metavar="TIME",
+            show_default="1d",
+            help="Time between two waves, such as 2h or 3d; a bare number is seconds.",
+        ),
+    ] = 86_400,
     revert: Annotated[bool, typer.Option("--revert", help="Roll all devices back to an older release, at once.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -16,7 +16,7 @@ from flows.cli.data import data_app
 from flows.cli.delta import delta_app
 from flows.cli.fleet import fleet_app, rollout_app
 from flows.cli.report import rate, report
-from flows.cli.shared import Json, Options, answer, fail, open_workspace, reported_errors, showing_progress
+from flows.cli.shared import Json, Options, answer, fail, open_workspace, reported_errors, showing_progress, time_of
 from flows.cli.status import status
 from flows.cli.trust import trust_app
 from flows.errors import VariantError
@@ -325,7 +325,15 @@ def trace(
 def serve(
     lines: Annotated[list[str] | None, typer.Argument(help="Lines to retrain; all by default.")] = None,
     cron: Annotated[str, typer.Option(help="Schedule as five cron fields, in UTC.")] = "0 3 * * 1",
-    look_every: Annotated[float, typer.Option(min=1, help="Seconds between two checks for new data and events.")] = 30,
+    look_every: Annotated[
+        int,
+        typer.Option(
+            parser=time_of(1, 86_400),
+            metavar="TIME",
+            show_default="30s",
+            help="Time between two checks for new data and events, such as 30s or 5m.",
+        ),
+    ] = 30,
     webhooks: Annotated[
         str,
         typer.Option(metavar="[HOST:]PORT", show_default=False, help="Address for MLflow's signed webhooks; polling goes on."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -47,6 +47,25 @@ def showing_progress() -> Iterator[None]:
 
     with bars():
         yield
+
+
+def time_of(low: int, high: int) -> Callable[[object], int]:
+    """Return the parser of an option that is a time, such as 2h, 3d or a number of seconds, within limits in seconds."""
+
+    def seconds(given: object) -> int:
+        from ota import durations
+
+        try:
+            value = durations.parse(str(given))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        if not low <= value <= high:
+            raise typer.BadParameter(
+                f"{printable(str(given))} is not between {durations.spoken(low)} and {durations.spoken(high)}"
+            )
+        return value
+
+    return seconds
 
 
 def answer(as_json: bool, value: dict[str, Any], text: str) -> None:

@@ -68,7 +68,7 @@ def _times(worker: child.Worker, variant: VariantName, images: int) -> dict[str,
     spent = (cpu_seconds(worker.pid) - before) / images
     took = sorted(answer["milliseconds"] for answer in answers)
     return {
-        "images": images, "p50_ms": took[len(took) // 2], "p95_ms": took[int(0.95 * (len(took) - 1))], "cpu_seconds": spent,
+        "images": images, "p50_ms": measured.percentile(took, 0.5), "p95_ms": measured.percentile(took, 0.95), "cpu_seconds": spent,
         "peak_mib": answers[-1]["peak_mib"],
     }  # fmt: skip
 

@@ -147,10 +147,10 @@ def parser() -> argparse.ArgumentParser:
     made = command(run, answers=False)
     made.add_argument(
         "--every",
-        type=_at_least(10, 30 * 86_400),
+        type=_time(10, 30 * 86_400),
         default=3600,
-        metavar="N",
-        help="seconds between two checks; each device varies them (%(default)s)",
+        metavar="TIME",
+        help="time between two checks, such as 30m or 6h; a bare number is seconds; each device varies it (1h)",
     )
     made.add_argument("--now", action="store_true", help="check at once, not after a few minutes")
 
@@ -190,6 +190,21 @@ def _at_least(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _time(low: int, high: int) -> Callable[[str], int]:
+    def seconds(text: str) -> int:
+        from ota import durations
+
+        try:
+            value = durations.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {low} or more, up to {high}")
+        return value
+
+    return seconds
 
 
 def init(given: Arguments) -> None:

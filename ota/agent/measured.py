@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 
 from ota.agent.state import Home
 from ota.agent.variants import LADDER, Figures
@@ -10,6 +12,11 @@ from ota.errors import StateError
 from ota.manifest import VariantName
 
 NAME = "measured.json"
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Return the smallest of the sorted values that at least this share of them does not exceed (nearest rank)."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def read(home: Home, digest: str) -> dict[VariantName, Figures]:

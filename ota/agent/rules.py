@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 from ota.agent import clock, window
 from ota.agent.state import Config, HighWater, Rest, State
+from ota.durations import until
 from ota.errors import AgentError, ManifestError, OperatorError, TrustError
 from ota.manifest import MAX_COUNT, Manifest, Policy, as_numbers
 
@@ -146,7 +147,7 @@ def want(policy: Policy, config: Config, state: State, revertible: bool, now: in
     if not opening:
         return Wanted(False, f"release {policy.seq} is not meant for this device yet (bucket {mine})")
     if min(opening) > now:
-        return Wanted(False, f"release {policy.seq} opens for this device in {min(opening) - now} s")
+        return Wanted(False, f"release {policy.seq} opens for this device at {until(min(opening), now)}")
     if problem := window.problem(config.window):
         return Wanted(False, f"release {policy.seq} waits for the maintenance window, but {problem}, with `ferry-agent init`")
     if config.window and not in_window(config.window, now):

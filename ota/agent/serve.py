@@ -224,7 +224,7 @@ class Service:
                 "active": state.active, "release": state.seq, "on_trial": state.trial is not None,
                 "serving": serving.digest if serving else None, "variants": serving.chain(self.home) if serving else [],
                 "strayed": serving.strayed if serving else None,
-                "milliseconds": {v: {"images": len(t), "p50": t[len(t) // 2], "p95": t[int(0.95 * (len(t) - 1))]} for v, t in took.items()},
+                "milliseconds": {v: {"images": len(t), "p50": measured.percentile(t, 0.5), "p95": measured.percentile(t, 0.95)} for v, t in took.items()},
             }  # fmt: skip
 
     # For the thread that runs `keep`; workers live no longer than this thread

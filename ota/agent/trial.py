@@ -16,6 +16,7 @@ from ota.agent.plan import OnStep, Plan
 from ota.agent.rules import MAX_TRIES
 from ota.agent.slots import in_variant, is_sound
 from ota.agent.state import Home, Rest, State
+from ota.durations import spoken, until
 from ota.errors import (
     AgentError,
     BaseError,
@@ -51,7 +52,7 @@ def resting(home: Home, plan: Plan) -> str:
             return ""
         told = (
             f"it is not refused but waits, because its trial started {tries} times and never finished; it is tried again "
-            f"in {length // 3600} h"
+            f"in {spoken(length)}"
         )
         reports.queue(home, "refused", digest, told)
         reports.send(home)
@@ -62,7 +63,7 @@ def resting(home: Home, plan: Plan) -> str:
         return ""
     why = f"its trial started {tries} times and never finished" if tries >= MAX_TRIES else "its trial did not finish in time"
     return (
-        f"release {plan.policy.seq} waits for {(rest.until - now + 59) // 60} more minutes, {why}; give this device what it "
+        f"release {plan.policy.seq} waits until {until(rest.until, now)}, {why}; give this device what it "
         f"lacks, then run `ferry-agent forget {digest[:12]}` to try the release at once"
     )
 
