@@ -196,7 +196,7 @@ def renew(workspace: Workspace, line: str, device_class: str) -> tuple[Policy, s
         made.append((policy, workspace.repository.expiries()["rollout"].isoformat()))
         return {"release": policy.seq, "until": made[0][1]}
 
-    _change(workspace, f"{line}/{device_class}", "signed anew, waves unchanged", sign)
+    _change(workspace, f"{line}/{device_class}", "renewed, waves unchanged", sign)
     return made[0]
 
 

@@ -204,7 +204,10 @@ def _findings(report: DataReport) -> list[str]:
         *_listed("the same image several times", duplicates.copies),
         *_listed("the same image with different captions", duplicates.contradictions),
         *_listed("nearly the same image", duplicates.near),
-        *_listed("held out, but learnt under another name; give both the same group", duplicates.leaks),
+        *_listed(
+            "held-out images that are also in training, because two files show the same; give both the same group",
+            duplicates.leaks,
+        ),
         *_balance(report.balance),
         *([f"{report.drift.verdict}: {report.drift.reason}"] if report.drift else []),
     ]

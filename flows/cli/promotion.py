@@ -62,7 +62,7 @@ def rollback(
         int | None,
         typer.Option("--to", min=1, show_default=False, help="Version to return to; the previous champion by default."),
     ] = None,
-    reason: Annotated[str, typer.Option(help="Reason; recorded in the ledger.")] = "taken back by hand",
+    reason: Annotated[str, typer.Option(help="Reason; recorded in the ledger.")] = "rolled back by hand",
     as_json: Json = False,
 ) -> None:
     """Roll back to an earlier champion that passed the gate.

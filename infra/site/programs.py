@@ -93,7 +93,7 @@ def page(program: Command, about: str) -> str:
     )
     paragraphs = (sentence(part) for part in program.about if not part.startswith("Exit codes:"))
     return joined(
-        f"# {program.words}", *paragraphs, "How it ends is told by its [exit code](exit-codes.md).", about,
+        f"# {program.words}", *paragraphs, "The [exit code](exit-codes.md) says whether a command succeeded, and why not.", about,
         f"## Overview\n\n{overview}" if below else "",
         f"## Options before the command {{#{anchor(program.words)}}}\n\n{_usage(program)}" if below else _usage(program),
         *(_command(c) for c in below),
