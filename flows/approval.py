@@ -6,7 +6,6 @@ The run is not a record. The ledger says what waits and who decided, so `ferry a
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from prefect.flow_runs import resume_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
+from flows import telling
 from flows.workspace import Workspace
 from registry.catalog import Subject
 from registry.champions import approve, waiting
@@ -98,4 +98,4 @@ def close(workspace: Workspace, entry: Entry, promoted: bool) -> None:
             if (run.parameters.get("subject"), run.parameters.get("version")) == (entry.subject, entry.facts["version"]):
                 resume_flow_run(run.id, run_input=said)
     except Exception as error:  # noqa: BLE001 - it is decided; the run finds that out when somebody resumes it
-        sys.stderr.write(f"ferry: the run in Prefect still waits ({error}); cancel it there\n")
+        telling.tell(f"the run in Prefect still waits ({error}); cancel it there")

@@ -23,6 +23,7 @@ from registry.ledger import START
 from registry.promotion import subject_state
 
 if TYPE_CHECKING:
+    from ota.release.published import Published
     from registry.catalog import Subject
     from registry.sealing import Released
 
@@ -128,7 +129,9 @@ def start(
         workspace.repository.set_policy(policy)
         return {"release": release.seq, "soak": soak}
 
-    _change(workspace, f"{line}/{device_class}", why or f"waves {','.join(f'{share:g}' for share in shares)} %", sign)
+    _change(
+        workspace, f"{line}/{device_class}", why or f"waves {','.join(f'{share:g}' for share in shares)} % of the fleet", sign
+    )
     return policy
 
 
@@ -224,6 +227,14 @@ def after_promotion(workspace: Workspace, line: str, configuration: str, variant
             publish_it = f"publish it with `ferry release {line}/{name}`"
             steps.append(fielded.next_step(workspace, line, name, release.seq) if release else publish_it)
     return "; ".join(dict.fromkeys(steps)) or f"no device class of {line} runs it"
+
+
+def publication(workspace: Workspace) -> Published:
+    """Say whether devices can fetch what is signed."""
+    from ota.release import published
+
+    stores = workspace.settings.stores
+    return published.compare(workspace.repository, stores.publish, workspace.root, stores.s3_endpoint or None)
 
 
 def allowances(workspace: Workspace, line: str, device_class: str, number: int) -> list[str]:

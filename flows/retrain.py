@@ -7,7 +7,6 @@ checkpoint to champion.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import pages, triggers
+from flows import pages, telling, triggers
 from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
 from flows.settings import Line
@@ -38,7 +37,7 @@ from registry.selection import Decision, level
 def _tell(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001 - Prefect fixes the names
     """Write one line for whoever watches `ferry serve`; if a run was started by hand, its command reports the failure."""
     if flow_run.deployment_id:
-        sys.stderr.write(f"ferry: the scheduled retraining {flow_run.name} failed: {state.message}\n")
+        telling.tell(f"the scheduled retraining {flow_run.name} failed: {state.message}")
 
 
 @flow(name="retrain", validate_parameters=True, persist_result=False, on_failure=[_tell], on_crashed=[_tell])

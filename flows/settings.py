@@ -13,6 +13,7 @@ from flows.errors import WorkspaceError
 from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
 from model.folder import shown
 from model.scorecard import LineName, Sampler
+from ota.wording import first_fault
 from registry.cost import Prices
 
 if TYPE_CHECKING:
@@ -379,9 +380,7 @@ def read(path: Path) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise WorkspaceError(f"{path} is not valid TOML: {error}; correct that line") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "a line"
-        raise WorkspaceError(f"{path}: {where}: {first['msg']}") from error
+        raise WorkspaceError(f"{path}: {first_fault(error, Settings)}") from error
     return settings
 
 

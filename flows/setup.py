@@ -15,6 +15,7 @@ from flows.workspace import Workspace
 from model.errors import RevisionError
 from model.folder import inside, shown
 from model.scorecard import LineName
+from ota.wording import first_fault
 
 
 def create(root: Path, lines: list[str], settings: str | None = None) -> Workspace:
@@ -52,8 +53,10 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
         text = settings or template([*dict.fromkeys(lines)])
         try:
             made = Settings.model_validate(tomllib.loads(text))
-        except (ValidationError, tomllib.TOMLDecodeError) as error:
-            raise WorkspaceError(f"the settings for {SETTINGS} are not valid: {shown(error)}") from error
+        except ValidationError as error:
+            raise WorkspaceError(f"the settings for {SETTINGS} are not valid: {shown(first_fault(error, Settings))}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise WorkspaceError(f"the settings for {SETTINGS} are not valid TOML: {shown(error)}") from error
         for line in made.lines.values():
             inside(root, line.data)
         root.mkdir(parents=True, exist_ok=True)

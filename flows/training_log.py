@@ -6,14 +6,13 @@ run from there.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
-from flows import progress
+from flows import progress, telling
 from flows.workspace import Workspace
 from model.config import canonical_sha256
 from model.drawing import training_samples
@@ -70,4 +69,4 @@ def watching(workspace: Workspace, subject: Subject, key: str, steps: int, data:
 
 
 def _warn(error: Exception) -> None:
-    sys.stderr.write(f"ferry: MLflow does not show this training until it is registered: {error}\n")
+    telling.tell(f"MLflow does not show this training until it is registered: {error}")

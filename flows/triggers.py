@@ -7,7 +7,6 @@ between, or looks from two machines.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, ValidationError
 
+from flows import telling
 from flows.errors import WorkspaceError
 from flows.workspace import Workspace
 from model import versions
@@ -64,7 +64,7 @@ def waiting(workspace: Workspace) -> Iterator[tuple[Path, Event]]:
         try:
             yield path, Event.model_validate_json(path.read_bytes())
         except ValidationError:
-            sys.stderr.write(f"ferry: {path} is not an event; remove it\n")
+            telling.tell(f"{path} is not an event; remove it")
 
 
 def deployment_name(workspace: Workspace, line: str) -> str:
@@ -136,7 +136,7 @@ def keep_looking(workspace: Workspace, lines: list[str], every: float, stop: thr
             said = ""
         except Exception as error:  # noqa: BLE001 - a store that is down comes back; the schedule goes on meanwhile
             if str(error) != said:
-                sys.stderr.write(f"ferry: cannot look for new data just now: {error}\n")
+                telling.tell(f"cannot look for new data just now: {error}")
             said = str(error)
 
 

@@ -391,7 +391,7 @@ def drift(after: FolderSummary, before: FolderSummary) -> Drift:
         **counted, p_images=p_images, p_captions=p_captions, distance=round(distance, 6), mix=mix, shifts=shifts,
         verdict="drift" if alarms else "no drift seen",
         reason=f"the new images differ from those before in {' and '.join(alarms)}; {largest} moved most, by {shifts[largest]:+.2f} sd"
-        if alarms else f"no difference beyond chance at {ALPHA:.0%}: {told}",
+        if alarms else f"no difference beyond chance (false alarms in {ALPHA:.0%} of such comparisons): {told}",
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 import ota
 from ota import limits
 from ota.errors import AgentError, ManifestError, printable
+from ota.wording import first_fault
 
 KiB, MiB = limits.KiB, limits.MiB
 MAX_TABLE, MAX_GOLDEN, MAX_GRAPH, MAX_WEIGHTS = limits.MAX_TABLE, limits.MAX_GOLDEN, limits.MAX_GRAPH, limits.MAX_WEIGHTS
@@ -102,9 +103,7 @@ def parse(kind: type[AnyDocument], data: bytes, limit: int) -> AnyDocument:
     except ValidationError as error:
         if newer := _asks_for_newer(kind, data):
             raise AgentError(f"the {what} {newer}, but this is {ota.__version__}; update the agent first") from error
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise ManifestError(f"the {what} is not valid: {where}: {first['msg']}; it is not used") from error
+        raise ManifestError(f"the {what} is not valid: {first_fault(error, kind)}; it is not used") from error
     except RecursionError as error:
         raise ManifestError(f"the {what} is nested too deeply; do not use this repository") from error
 

@@ -126,7 +126,7 @@ def yearly(work: Work, prices: Prices) -> list[Row]:
         ),
         Row(
             "Retraining", training, training,
-            f"{timedelta(seconds=round(work.training_seconds))} hours, {p.updates_per_year:g} times, at {p.training_hour:g} {p.currency} an hour",
+            f"{timedelta(seconds=round(work.training_seconds))} h, {p.updates_per_year:g} times, at {p.training_hour:g} {p.currency} an hour",
             p.assumed("training_hour", "updates_per_year"),
         ),
         Row(

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pydantic import Field, ValidationError
 
+from model.folder import shown
 from model.scorecard import CaptionCheck, Frozen, PublishedFid, Quality, Scorecard, Sha256
 from registry.catalog import Subject
 from registry.champions import Records, anchor_of, champion_of, judged, sealed
@@ -66,7 +67,7 @@ class Measured(Frozen):
         cost, drawn, usage = card.cost, card.sampler, card.usage
         head = f"{self.subject} version {self.version}{' (champion)' if self.champion else ''}"
         rows = [
-            f"{head}: {self.outcome}, {self.reason}",
+            shown(f"{head}: {self.outcome}, {self.reason}"),
             "",
             f"{'held-out':10}{'features':10}{'n':>6}{'kd':>10}{'± se':>9}{'fd':>9}{'coverage':>10}{'precision':>11}{'recall':>8}",
             *(

@@ -78,6 +78,11 @@ class SubjectState:
             "judge a new version"
         )
 
+    def was_taken_back(self, weights: Sha256) -> bool:
+        """Check whether a person went back from these weights, perhaps under another version, and nobody made them champion since."""
+        left = [version for version, passed in self.passed.items() if version not in self.line and passed == weights]
+        return bool(left) and weights not in [self.passed.get(version) for version in self.line]
+
     def verdict(self, version: int) -> Mapping[str, Any] | None:
         """Return the gate's decision on a version as plain data; None: there is none, or an older ferry kept only its hash."""
         if version not in self.judged:
@@ -160,6 +165,11 @@ def check(subject: str, version: int, tagged: Sha256, now: SubjectState, reason:
         raise PromotionError(
             f"MLflow's tag and the ledger name different weights for {subject} {version}; restore MLflow from a backup, or "
             "run `ferry retrain` and promote the new version"
+        )
+    if now.was_taken_back(weights) and not reason.strip():
+        raise PromotionError(
+            f"somebody went back from {subject} {version}, so it becomes champion again only for a reason; run `ferry promote {subject} "
+            f"{version} --reason ...`"
         )
     if version in now.passed:
         return

@@ -143,7 +143,7 @@ def read(data: bytes) -> Answers:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise RatingError(
-            f"the file does not hold answers: {where}: {first['msg']}; send the file that the page saved"
+            f"the file does not hold answers: {where} is not as the page saves it; send the file that the page saved"
         ) from error
 
 
@@ -197,7 +197,7 @@ def _verdict(rated: list[Rated]) -> Verdict:
         interval = test.proportion_ci(LEVEL, method="exact")
         share, low, high, p = wins / n, float(interval.low), float(interval.high), float(test.pvalue)
         figures = (
-            f"version {a} over {b} in {wins} of {n} decided pairs, {100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f} %); "
+            f"version {a} over {b} in {wins} of {n} decided pairs, {100 * share:.0f} % of them ({100 * low:.0f} to {100 * high:.0f} %); "
             f"by chance, if both were alike, p = {p:.2g}; {who}"
         )
         if p >= 1 - LEVEL:

@@ -11,7 +11,7 @@ import base64
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -209,7 +209,7 @@ def distance(qualities: Iterable[Quality]) -> Distance:
 def worst(rows: Iterable[CaptionCheck]) -> list[str]:
     """List the captions and words that a model draws worst, as text; leave out those that no feature space tells apart."""
     known = sorted((row.share, row.caption) for row in rows if row.share is not None and row.apart > 2 * row.apart_se)
-    return [f"{caption}: {100 * max(share, 0.0):.0f} %" for share, caption in known[:WORST_SHOWN]]
+    return [f"{caption}: {100 * max(share, 0.0):.0f} % of what real images reach" for share, caption in known[:WORST_SHOWN]]
 
 
 def change(qualities: Iterable[Quality], comparisons: Iterable[Comparison]) -> Change | None:
@@ -239,6 +239,7 @@ def render(report: Report) -> str:
     )  # fmt: skip
     environment.filters |= {
         "size": human_size, "seconds": human_seconds, "money": human_money,
+        "hours": lambda seconds: f"{timedelta(seconds=round(seconds))} h",
         "share": lambda value: f"{100 * value:.0f} %",
         "image": lambda data: base64.b64encode(data).decode(),
     }  # fmt: skip

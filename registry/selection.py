@@ -486,7 +486,7 @@ def _too_few(qualities: list[Quality], limits: Limits) -> str | None:
     if held_out < needed:
         return (
             f"{held_out} held-out images are too few to decide on; {needed} are needed, and {HELD_OUT_PERMILLE / 10:.0f} % "
-            f"are held out, so add images until there are about {math.ceil(needed * 1000 / HELD_OUT_PERMILLE)} in all"
+            f"of all images are held out, so add images until there are about {math.ceil(needed * 1000 / HELD_OUT_PERMILLE)} in all"
         )
     return None
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from model.folder import shown as printed
 from registry.catalog import Subject, Version
 from registry.champions import Records, judged, seals
 from registry.errors import CatalogError
@@ -102,7 +103,7 @@ def text_of(found: dict[str, Any]) -> str:
     def line(row: dict[str, Any]) -> str:
         hashes = ", ".join(f"{name} {value[:12]}" for name, value in row["hashes"].items())
         facts = ", ".join(f"{name} {value}" for name, value in row["facts"].items())
-        return (
+        return printed(
             f"{'  ' * row['depth']}{row['kind']} {row['name']}{f' ({hashes})' if hashes else ''}{f': {facts}' if facts else ''}"
         )
 

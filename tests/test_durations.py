@@ -69,7 +69,7 @@ def test_rollout_tells_when_its_next_wave_opens():
     waves = [Wave(bps=100, not_before=0), Wave(bps=10_000, not_before=1_767_225_600)]
     policy = Policy(line="a", device_class="b", seq=1, manifest="1" * 64, salt="", waves=waves)
     said = rollout.describe(policy, 1_767_225_600 - 172_788)
-    assert said == "release 1 is open to 1 % of the fleet, to 100 % at 2026-01-01 00:00 UTC (in 2d)"
+    assert said == "release 1 is open to 1 % of the fleet, to 100 % of it at 2026-01-01 00:00 UTC (in 2d)"
 
 
 @pytest.mark.parametrize("soak", ["1y", "366d", "-1", ""])

@@ -586,7 +586,9 @@ def test_people_rate_two_versions_blind_and_the_report_says_what_they_said(works
     votes = ["1" if left else "2" for left in sheet["challenger_left"]]  # somebody who always likes version 2
     answers.write_text(json.dumps({"sheet": sheet["id"], "rater": "Anna", "votes": votes}))
     told = ferry(workspace, "rate", "shapes/I/full", "--answers", str(answers))
-    assert told.stdout.startswith("people prefer version 2: version 2 over 1 in 24 of 24 decided pairs, 100 % (86 to 100 %)")
+    assert told.stdout.startswith(
+        "people prefer version 2: version 2 over 1 in 24 of 24 decided pairs, 100 % of them (86 to 100 %)"
+    )
     assert kinds(workspace)[-1] == "rating"
     assert "Anna, blind, preferred version 2 over 1 in 24 of 24 pairs" in ferry(workspace, "history").stdout
     assert "people prefer version 2" in write(workspace, workspace.root / "report.html").read_text()

@@ -207,7 +207,11 @@ def test_whole_first_rollout_does_not_warn(factory: Factory):
 @pytest.mark.parametrize(
     ("words", "why", "facts"),
     [
-        (("rollout", "start", LINE, "--waves", "50,100", "--soak", "9"), "waves 50,100 %", {"release": 2, "soak": 9}),
+        (
+            ("rollout", "start", LINE, "--waves", "50,100", "--soak", "9"),
+            "waves 50,100 % of the fleet",
+            {"release": 2, "soak": 9},
+        ),
         (("rollout", "halt", LINE, "--reason", "blurred"), "blurred", {"release": 2}),
         (("rollout", "renew", LINE), "renewed, waves unchanged", {"release": 2}),
         (("trust", "floor", LINE, "2"), "floor 2", {"floor": 2}),

@@ -276,10 +276,10 @@ def test_shares_must_rise(shares):
     [
         (
             policy((100, NOON), (10_000, NOON + 60)),
-            "release 5 is open to 1 % of the fleet, to 100 % at 2026-03-01 12:01 UTC (in 1m)",
+            "release 5 is open to 1 % of the fleet, to 100 % of it at 2026-03-01 12:01 UTC (in 1m)",
         ),
         (policy((10_000, NOON)), "release 5 is open to 100 % of the fleet"),
-        (policy((50, NOON + 5)), "release 5 is open to 0 % of the fleet, to 0.5 % at 2026-03-01 12:00 UTC (in 5s)"),
+        (policy((50, NOON + 5)), "release 5 is open to 0 % of the fleet, to 0.5 % of it at 2026-03-01 12:00 UTC (in 5s)"),
         (rollout.halt(policy()), "release 5 is halted"),
     ],
 )

@@ -149,7 +149,7 @@ def test_one_group_decides_nothing_against_a_champion():
         (
             100,
             20,
-            "20 held-out images are too few to decide on; 50 are needed, and 15 % are held out, so add images until there are about 334 in all",
+            "20 held-out images are too few to decide on; 50 are needed, and 15 % of all images are held out, so add images until there are about 334 in all",
         ),
     ],
 )

@@ -156,7 +156,7 @@ def data_log(line: Annotated[str, typer.Argument(help="Line whose revisions are 
                 ]
             },
             "\n".join(
-                f"{v.rev[:12]}  {v.files:6d} files  {v.bytes:>12,} bytes  {_short(d):24}  {m}"
+                f"{v.rev[:12]}  {v.files:6d} files  {v.bytes:>12,} bytes  {_short(d):24}  {shown(m)}"
                 for (v, m), d in zip(rows, drifts, strict=True)
             )
             or f"{line} has no revision yet; record one with `ferry data add {line}`",

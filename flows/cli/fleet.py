@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.shared import Json, answer, fail, open_workspace, reported_errors, showing_progress, time_of
+from ota.errors import printable
 
 rollout_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Open a release to the fleet in waves, halt it, renew it."
@@ -137,7 +138,11 @@ def rollout_status(
             )
             return
         allowed = policies.allowances(workspace, line, device_class, policy.seq)
-        answer(as_json, policy.model_dump() | {"allowed": allowed}, "\n".join([rollout.describe(policy), *allowed]))
+        place = policies.publication(workspace)
+        answer(
+            as_json, policy.model_dump() | {"allowed": allowed, "publication": place.state, "public": not place.private},
+            "\n".join([rollout.describe(policy), *allowed, *place.lines]),
+        )  # fmt: skip
 
 
 @fleet_app.command("enroll")
@@ -165,7 +170,7 @@ def fleet_status(as_json: Json = False) -> None:
 
         standing, rejected = devices(workspace)
         for name, why in rejected.items():
-            typer.echo(f"{name}: {why}", err=True)
+            typer.echo(printable(f"{name}: {why}"), err=True)
         last = workspace.fleet.heard()
         told = {
             d.device: (known.report.model_dump() | {"standing": d.model_dump(mode="json")}) if (known := last[d.device]) else None

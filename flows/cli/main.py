@@ -16,11 +16,11 @@ from flows.cli.data import data_app
 from flows.cli.delta import delta_app
 from flows.cli.fleet import fleet_app, rollout_app
 from flows.cli.report import rate, report
-from flows.cli.shared import Json, Options, answer, fail, open_workspace, reported_errors, showing_progress, time_of
+from flows.cli.shared import Json, Options, answer, fail, open_workspace, reported_errors, showing_progress, subject_in, time_of
 from flows.cli.status import status
 from flows.cli.trust import trust_app
 from flows.errors import VariantError
-from ota.errors import exit_codes
+from ota.errors import exit_codes, printable
 
 FEATURES = "inception:"  # a file name follows; these are the only features that are not the line's own
 
@@ -116,7 +116,9 @@ def retrain(
         from registry.lineage import shortened
 
         def tell(rows: list[dict[str, Any]]) -> None:
-            text = "\n".join(f"{r['subject']} version {r['version']}: {r['outcome']}, {shortened(r['reason'])}" for r in rows)
+            text = "\n".join(
+                f"{r['subject']} version {r['version']}: {r['outcome']}, {printable(shortened(r['reason']))}" for r in rows
+            )
             answer(as_json, {"models": rows}, text)
 
         try:
@@ -179,14 +181,12 @@ def evaluate(
         workspace = open_workspace()
         from flows.figures import measure
         from model.errors import ConfigError
-        from registry.catalog import Subject
         from registry.figures import find
 
         if not features and (images or n):
             raise ConfigError("--images and --n say how FID is computed; add --features inception:FILE")
         file = network_file(features) if features else None
-        asked = Subject.parse(subject)
-        workspace.line(asked.line)
+        asked = subject_in(workspace, subject)
         chosen = find(workspace, asked, version)
         with showing_progress():
             measured = measure(workspace, chosen, file, images, n)
@@ -275,7 +275,7 @@ def release(
         line, device_class = line_and_class(target, workspace)
         with workspace.locked("release"):  # if another process holds it, say so before large modules are loaded
             pass
-        from flows.policies import allowances, check_ledger
+        from flows.policies import allowances, check_ledger, publication
         from ota.release.fielded import next_step
         from registry.champions import champions
 
@@ -293,6 +293,7 @@ def release(
             *(["it holds the same champions as before, so a device that runs it does not install it anew"] if made["known"] else []),
             *allowances(workspace, line, device_class, made["release"]),
             *(["no device would refuse it, so --allow-change changed nothing"] if allow_change and not made["allowed"] else []),
+            *([private] if (private := publication(workspace).private) else []),
             next_step(workspace, line, device_class, made["release"]),
         ])  # fmt: skip
         answer(as_json, made, said)
@@ -386,7 +387,7 @@ def demo(
         from flows.demo import Demo, text
         from flows.serve import start_in_process
 
-        story = Demo(folder or _fresh_folder(), lambda line: typer.echo(f"· {line}", err=True))
+        story = Demo(folder or _fresh_folder(), lambda line: typer.echo(f"· {printable(line)}", err=True))
         start_in_process(story.workspace)
         with showing_progress():
             story.play()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from flows.progress import Listener, listening
+from ota.errors import printable
 
 
 @contextmanager
@@ -21,11 +22,12 @@ def bars() -> Iterator[None]:
         with listening(_lines()):
             yield
         return
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<28}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         known: dict[str, TaskID] = {}
 
         def show(label: str, done: int, total: int) -> None:
+            label = printable(label)
             if label not in known:
                 known[label] = progress.add_task(label, total=total)
             progress.update(known[label], completed=done, total=total)
@@ -43,7 +45,7 @@ def _lines(every: float = 15.0) -> Listener:
     def show(label: str, done: int, total: int) -> None:
         now = time.monotonic()
         if label not in spoken or done >= total or now - spoken[label] >= every:
-            print(f"  {label}: {done} of {total}", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"  {printable(label)}: {done} of {total}", file=sys.stderr, flush=True)  # noqa: T201
             spoken[label] = now
         if done >= total:
             spoken.pop(label, None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.shared import Json, answer, open_workspace, reported_errors
+from flows.cli.shared import Json, answer, open_workspace, reported_errors, subject_in
 from ota.errors import printable
 
 if TYPE_CHECKING:
@@ -41,11 +41,10 @@ def promote(
     """
     with reported_errors():
         workspace = open_workspace()
-        from registry.catalog import Subject
         from registry.champions import promote as make_champion
         from registry.champions import promotions
 
-        chosen = Subject.parse(subject)
+        chosen = subject_in(workspace, subject)
         known = {made.number for made in promotions(workspace, chosen)}
         entry = make_champion(workspace, chosen, version, reason, overrule, accept_worse)
         said = "is champion already, nothing was recorded" if entry.number in known else "is champion"
@@ -71,10 +70,9 @@ def rollback(
     """
     with reported_errors():
         workspace = open_workspace()
-        from registry.catalog import Subject
         from registry.champions import rollback as take_back
 
-        entry = take_back(workspace, Subject.parse(subject), reason, to)
+        entry = take_back(workspace, subject_in(workspace, subject), reason, to)
         answer(
             as_json, _plain(entry),
             f"{subject} version {entry.facts['version']} is champion again, in place of {entry.facts['from']} (ledger entry {entry.number}); "
@@ -98,15 +96,14 @@ def approve(
     with reported_errors():
         workspace = open_workspace()
         from registry import champions as rules
-        from registry.catalog import Subject
         from registry.errors import PromotionError
 
         if not subject:
             entries = rules.waiting(workspace, workspace.subjects())
-            lines = [f"{e.subject} {e.facts['version']}  since {e.when[:16]}  {e.why}" for e in entries]
+            lines = [f"{e.subject} {e.facts['version']}  since {e.when[:16]}  {printable(e.why)}" for e in entries]
             answer(as_json, {"waiting": [_plain(e) for e in entries]}, "\n".join(lines) or "nothing waits for approval")
             return
-        chosen = Subject.parse(subject)
+        chosen = subject_in(workspace, subject)
         if version is None or not reason.strip():
             raise PromotionError(
                 f"say which version and why: `ferry approve {subject} VERSION --reason ...`; nothing was changed"
@@ -132,7 +129,7 @@ def reconcile(as_json: Json = False) -> None:
         from registry.champions import reconcile
 
         rows = reconcile(workspace, workspace.subjects(), workspace.needs_approval)
-        differed = [row.text for row in rows if row.answer != "agrees"]
+        differed = [printable(row.text) for row in rows if row.answer != "agrees"]
         text = "\n".join(differed) or f"MLflow's aliases are as the ledger says ({len(rows)} looked at)"
         answer(as_json, {"subjects": [row.model_dump() for row in rows]}, text)
         if any(row.answer == "lost" for row in rows):
@@ -168,11 +165,14 @@ def history(
     with reported_errors():
         workspace = open_workspace()
         from flows.policies import check_ledger
+        from flows.workspace import line_and_class
         from registry.ledger import START
         from registry.promotion import about, kind_of
 
-        if subject:
-            workspace.line(subject.split("/", maxsplit=1)[0])
+        if subject.count("/") > 1:
+            subject_in(workspace, subject)
+        elif subject:
+            line_and_class(subject, workspace) if "/" in subject else workspace.line(subject)
         entries = workspace.ledger.entries(subject or None)
         signed = check_ledger(workspace)
         if not verify:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.shared import Json, answer, open_workspace, reported_errors, showing_progress
+from flows.cli.shared import Json, answer, open_workspace, reported_errors, showing_progress, subject_in
+from ota.errors import printable
 
 
 def report(
@@ -51,11 +52,10 @@ def rate(
     with reported_errors():
         workspace = open_workspace()
         from registry import sheets
-        from registry.catalog import Subject
 
         made: dict[str, str] = {}
+        subject_in(workspace, subject)
         if answers:
-            workspace.line(Subject.parse(subject).line)
             sheets.collect(workspace, workspace.ratings, subject, answers)
         else:
             from flows.web import rating
@@ -74,5 +74,5 @@ def rate(
         told = [f"{made['page']}: send it to raters, then `ferry rate {subject} --answers FILE`"] if made else []
         answer(
             as_json, made | {"verdicts": [v.model_dump(mode="json") for v in verdicts]},
-            "\n".join(told + ([v.text for v in verdicts] or [f"nobody has rated {subject} yet"])),
+            "\n".join(told + ([printable(v.text) for v in verdicts] or [f"nobody has rated {subject} yet"])),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from registry.errors import LedgerError, PromotionError, RegistryError, SealErro
 
 if TYPE_CHECKING:
     from flows.workspace import Workspace
+    from registry.catalog import Subject
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -35,6 +36,20 @@ def open_workspace() -> Workspace:
     from flows.workspace import Workspace
 
     return Workspace(Options.workspace)
+
+
+def subject_in(workspace: Workspace, text: str) -> Subject:
+    """Parse LINE/CONFIG/VARIANT, and check that ferry.toml has the line.
+
+    Raises:
+        CatalogError: the text does not have that form.
+        WorkspaceError: there is no such line.
+    """
+    from registry.catalog import Subject
+
+    chosen = Subject.parse(text)
+    workspace.line(chosen.line)
+    return chosen
 
 
 @contextmanager

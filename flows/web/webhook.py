@@ -21,7 +21,6 @@ import hmac
 import os
 import secrets
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from flows import telling
 from flows.errors import ServerError, WorkspaceError
 from flows.serve import write_secret
 from flows.web.app import application, body_of, serving
@@ -209,6 +209,6 @@ def _look(workspace: Workspace, wake: threading.Event, ending: threading.Event) 
         except Exception as error:  # noqa: BLE001 - whatever somebody puts into MLflow, the watcher goes on
             news = f"MLflow's aliases cannot be looked at: {error}"
         if news and news != told:  # the same news is printed once
-            sys.stderr.write(f"ferry: {news}\n")
+            telling.tell(f"{news}")
         told = news
         wake.wait(workspace.settings.poll_seconds)

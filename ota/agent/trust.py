@@ -35,6 +35,7 @@ from ota.agent.state import HighWater, Home
 from ota.agent.transport import NotFoundError, Transport, at_most, read_small
 from ota.errors import ExpiredError, InvalidError, OtaError, RepositoryError, StateError, TransferError, TrustError
 from ota.manifest import MAX_COUNT, MAX_WEIGHTS, Document, KiB, Sha256
+from ota.wording import first_fault
 
 # Limits on what an attacker could make long, far above what our repository needs. No role below targets may delegate: its key
 # is online, and a thief could delegate to a role named `root`, whose file python-tuf would keep in place of the root's own.
@@ -129,9 +130,8 @@ class Trust:
                 custom=Custom.model_validate(found.custom if isinstance(found.custom, dict) else {}),
             )  # fmt: skip
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InvalidError(f"the signed data of {name} are not valid and are not used: {where}: {first['msg']}") from error
+            kind = Target if error.title == Target.__name__ else Custom
+            raise InvalidError(f"the signed data of {name} are not valid and are not used: {first_fault(error, kind)}") from error
         if role == "models" and not name.endswith(f"/{self._home.load().active}.json"):
             rules.check_floor(target.custom.seq, target.custom.floor)
         return target

@@ -123,7 +123,7 @@ def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | 
 def _table(parts: Sequence[Part], by_tensor: bool) -> str:
     """Format the parts of a delta as a table with one line for each."""
     total = sum(part.size for part in parts) or 1
-    rows = [f"{'kind':8} {'offset':>13} {'makes':>10} {'costs':>10} {'share':>6}  holds"]
+    rows = [f"{'kind':8} {'offset':>13} {'makes':>10} {'costs':>10} {'of all':>6}  holds"]
     for part in parts:
         holds = ", ".join(f"{count:,} {what}" for what, count in part.holds.items())
         holds += f" in {part.streams} streams" if part.streams > 1 and not by_tensor else ""

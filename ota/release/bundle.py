@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from pydantic import ValidationError
+
 from ota import delta
 from ota.delta import encode, files
 from ota.delta.header import BundleFile
@@ -32,6 +34,7 @@ from ota.manifest import (
     VariantName,
     parse,
 )
+from ota.wording import first_fault
 
 FILE_NAMES: dict[Role, str] = {
     "graph": "graph.onnx", "weights": WEIGHTS_LOCATION, "sampler": "sampler.json", "golden": "golden.npz",
@@ -108,8 +111,8 @@ def assemble(
             digest = hashlib.sha256(data).hexdigest()
             try:
                 entry = FileEntry(role=role, variant=None if role == "graph" else variant, size=len(data), sha256=digest)
-            except ValueError as error:
-                raise ManifestError(f"{folder / name} does not fit into a bundle: {error}") from error
+            except ValidationError as error:
+                raise ManifestError(f"{folder / name} does not fit into a bundle: {first_fault(error, FileEntry)}") from error
             if role == "graph" and entries and entries[0].sha256 != digest:
                 raise OperatorError(f"{variant} was exported with another graph than {next(iter(exports))}; export both again")
             if entry not in entries:
@@ -121,8 +124,8 @@ def assemble(
             variants=list(exports), default_variant=next(iter(exports)), files=entries, origin=origin,
             minimum_agent=MINIMUM_AGENT, schema_version=2 if allowed else 1,
         )  # fmt: skip
-    except ValueError as error:
-        raise ManifestError(f"these exports do not make a bundle: {error}") from error
+    except ValidationError as error:
+        raise ManifestError(f"these exports do not make a bundle: {first_fault(error, Manifest)}") from error
     place = out / manifest.digest
     if not place.is_dir():
         fresh = place.with_name(f".{manifest.digest}.{os.getpid()}.tmp")

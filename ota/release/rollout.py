@@ -75,7 +75,7 @@ def describe(policy: Policy, now: int | None = None) -> str:
     reached = max((wave.bps for wave in policy.waves if wave.not_before <= moment), default=0)
     later = [wave for wave in policy.waves if wave.not_before > moment]
     text = f"release {policy.seq} is open to {reached / 100:g} % of the fleet"
-    return text + (f", to {later[0].bps / 100:g} % at {until(later[0].not_before, moment)}" if later else "")
+    return text + (f", to {later[0].bps / 100:g} % of it at {until(later[0].not_before, moment)}" if later else "")
 
 
 def wave_of(policy: Policy, device: str) -> int | None:

@@ -47,13 +47,26 @@ def publish(files: Files, url: str, base: Path, endpoint: str | None = None, on_
     return copied
 
 
+def read(name: str, most: int, url: str, base: Path, endpoint: str | None = None) -> tuple[bytes | None, bool]:
+    """Read a small published file; `url`, `base` and `endpoint` are those of `publish`.
+
+    Returns:
+        the content, or None if it is not there; and whether everybody may read it without credentials.
+
+    Raises:
+        OperatorError, TransferError: as `publish`.
+    """
+    with _open(url, base, endpoint) as store:
+        return store.read(name, most)
+
+
 def is_mutable(name: str) -> bool:
     """Check whether a published name may later hold other content."""
     return name == "metadata/timestamp.json"
 
 
 class Store(Protocol):
-    """A place where the repository is published. To add one, write these two methods, and name its scheme in `_open`."""
+    """A place where the repository is published. To add one, write these three methods, and name its scheme in `_open`."""
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes of a published file; None: it is not there.
@@ -67,6 +80,13 @@ class Store(Protocol):
 
         Raises:
             OperatorError, TransferError: it cannot be written there.
+        """
+
+    def read(self, name: str, most: int) -> tuple[bytes | None, bool]:
+        """Return the first `most` bytes of a file, or None if it is not there; and whether everybody may read it.
+
+        Raises:
+            TransferError: it cannot be found out.
         """
 
 
@@ -107,11 +127,23 @@ class _Folder:
         except OSError as error:
             raise TransferError(f"cannot write {place}: {error.strerror}; make room or check the permissions") from error
 
+    def read(self, name: str, most: int) -> tuple[bytes | None, bool]:
+        """Return the first bytes of a file; who may read the folder is the business of whoever serves it."""
+        place = self._folder / name
+        try:
+            with place.open("rb") as file:
+                return file.read(most), True
+        except FileNotFoundError:
+            return None, True
+        except OSError as error:
+            raise TransferError(f"cannot read {place}: {error.strerror}; check the permissions") from error
+
 
 class _Bucket:
     """A bucket, or what is below a prefix of it."""
 
-    def __init__(self, client: Any, bucket: str, prefix: str) -> None:
+    def __init__(self, client: Any, anybody: Any, bucket: str, prefix: str) -> None:
+        self._anybody = anybody
         self._client, self._bucket, self._prefix = client, bucket, f"{prefix}/" if prefix else ""
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         self._sizes = {row["Key"]: row["Size"] for page in pages for row in page.get("Contents", [])}
@@ -125,17 +157,34 @@ class _Bucket:
         extra = {"CacheControl": SHORT if is_mutable(name) else IMMUTABLE}
         self._client.upload_file(str(source), self._bucket, self._prefix + name, ExtraArgs=extra)
 
+    def read(self, name: str, most: int) -> tuple[bytes | None, bool]:
+        """Return the first bytes of a file; a request without credentials, as a device sends it, shows whether everybody may read it."""
+        from botocore.exceptions import ClientError
+
+        if name not in {key.removeprefix(self._prefix) for key in self._sizes}:
+            return None, True
+        wanted = {"Bucket": self._bucket, "Key": self._prefix + name}
+        try:
+            return self._anybody.get_object(**wanted)["Body"].read(most), True
+        except ClientError as error:
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in (401, 403):
+                raise
+        return self._client.get_object(**wanted)["Body"].read(most), False
+
 
 @contextmanager
 def _s3(bucket: str, prefix: str, endpoint: str | None) -> Iterator[Store]:
     """Open a bucket, and turn boto's errors within the block into ours."""
     import boto3
+    from botocore import UNSIGNED
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
     retrying = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=60)
     try:
-        yield _Bucket(boto3.client("s3", endpoint_url=endpoint, config=retrying), bucket, prefix)
+        unsigned = retrying.merge(Config(signature_version=UNSIGNED))
+        client, anybody = (boto3.client("s3", endpoint_url=endpoint, config=config) for config in (retrying, unsigned))
+        yield _Bucket(client, anybody, bucket, prefix)
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "unknown")
         if code in ("NoSuchBucket", "404"):
