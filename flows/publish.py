@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from flows import policies, progress
 from flows.policies import check_ledger
+from flows.settings import TEACHING_MS
 from flows.steps import RETRIES, champion_files
 from flows.workspace import Workspace
 from model import golden
@@ -73,8 +75,14 @@ def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[Varian
     made = bundle.assemble(
         exports, line=line, device_class=device_class, tier=lineage.config.tier, configuration=settings.configuration,
         precision=settings.precision, origin=origin, out=workspace.work / "bundles", allowed=allowed,
+        latency_ms={v: settings.latency_ms for v, export in exports.items() if latency_of(export) == TEACHING_MS},  # a teacher until then
     )  # fmt: skip
     return str(made.folder)
+
+
+def latency_of(export: Path) -> float:
+    """Return the budget for an image, in milliseconds, that exported files hold."""
+    return float(json.loads((export / "reference.json").read_bytes())["latency_ms"])
 
 
 def try_here(root: str, line: str, device_class: str) -> dict[VariantName, TrialResult]:

@@ -20,7 +20,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import pages, telling, triggers
 from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
-from flows.settings import Line
+from flows.settings import TEACHING_MS, Line
 from flows.steps import Lesson, ModelFiles, champion_files, pull_data, renewed, subject_of, train_model
 from flows.training_log import retraining_key
 from flows.workspace import Workspace
@@ -278,12 +278,17 @@ def _is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: ModelF
 
 
 def _is_exported_so(workspace: Workspace, champion: Incumbent, line: Line) -> bool:
-    """Check whether a champion was exported with the sampler, the precision and the latency budget of the settings."""
+    """Check whether a champion was exported with the sampler, the precision and the latency budget of the settings.
+
+    A variant that a class begins or ceases to run is the same model as before. Its champion, which was a teacher until then, only has
+    to keep the budgets of the class; a release puts them into its reference.
+    """
     card = workspace.catalog.card(champion.seal)
-    wanted = (
-        line.sampler_of(card.variant),
-        line.precision(card.configuration),
-        line.latency_ms(card.configuration, card.variant),
-    )
+    if (card.sampler, card.precision) != (line.sampler_of(card.variant), line.precision(card.configuration)):
+        return False
+    wanted, memory = (budget(card.configuration, card.variant) for budget in (line.latency_ms, line.memory_mib))
     latency = json.loads((champion.files.bundle / "reference.json").read_bytes())["latency_ms"]
-    return (card.sampler, card.precision, latency) == wanted
+    if latency == TEACHING_MS:
+        spent = card.cost.peak_mib - card.cost.bare_mib
+        return card.cost.milliseconds <= (wanted or TEACHING_MS) and (memory is None or spent <= memory)
+    return wanted in (latency, TEACHING_MS)

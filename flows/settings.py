@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from flows.addresses import CHECKS, fault
 from flows.errors import WorkspaceError
 from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
 from model.folder import shown
@@ -86,6 +87,12 @@ class Stores(Section):
         default="", description="URL of an S3-compatible server, for data and publish; empty: the servers of AWS"
     )
     reports: str = Field(default="inbox", description="folder in which devices leave their reports")
+
+    @model_validator(mode="after")
+    def _can_work(self) -> Stores:
+        if said := fault({name: getattr(self, name) for name in CHECKS}):
+            raise ValueError(said)
+        return self
 
 
 class Energy(Section):
@@ -380,7 +387,10 @@ def read(path: Path) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise WorkspaceError(f"{path} is not valid TOML: {error}; correct that line") from error
     except ValidationError as error:
-        raise WorkspaceError(f"{path}: {first_fault(error, Settings)}") from error
+        where = (
+            "" if error.title == Settings.__name__ else "a line: "
+        )  # what its network needs is checked key by key, without its name
+        raise WorkspaceError(f"{path}: {where}{first_fault(error, Settings)}") from error
     return settings
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import core_schema
 
 from ota.errors import printable
 
@@ -64,10 +65,7 @@ def _fault(what: str, ctx: dict[str, Any], given: object, said: str) -> str:
     if what in ("json_invalid", "json_type"):
         return "it is not JSON"
     # Errors of our own (`PydanticCustomError`) have a sentence of their own; of pydantic's, all others are said alike.
-    return said if what in OWN else "it is not valid"
-
-
-OWN = ("data", "successor")  # types of the errors that our own validators raise
+    return "it is not valid" if what in get_args(core_schema.ErrorType) else said
 
 
 def _number(value: object) -> str:

@@ -170,6 +170,25 @@ def test_device_runs_the_variants_of_its_class(workspace: Workspace, tmp_path: P
     assert pictures["dev"] != pictures["fast"]
 
 
+def test_variant_that_a_class_begins_to_run_is_the_same_model(workspace: Workspace):
+    from flows.publish import make_bundle
+    from ota.manifest import Reference
+
+    before = champion(workspace, "full")
+    with settings(workspace, 'variants = ["fast", "dev"]', 'variants = ["fast", "dev", "full"]'):
+        opened = Workspace(workspace.root)
+        assert [row["outcome"] for row in retrain(opened)] == ["unchanged"] * 3
+        assert champion(workspace, "full") == before
+        made = Path(make_bundle.fn(str(workspace.root), "shapes", "edge"))
+        references = [
+            Reference.model_validate_json(p.read_bytes()) for p in made.iterdir() if b'"statistics"' in p.read_bytes()[:99_999]
+        ]
+        assert {r.latency_ms for r in references} == {DeviceClass().latency_ms}
+    with settings(workspace, 'variants = ["fast", "dev"]', 'variants = ["fast", "dev", "full"]\nlatency_ms = 0.001'):
+        full = next(row for row in retrain(Workspace(workspace.root)) if row["subject"].endswith("full"))
+        assert full["outcome"] == "refuse"  # it does not keep the budget of the class, so the gate has to see it
+
+
 def test_changed_guidance_is_taught_anew(workspace: Workspace):
     before = champion(workspace, "full")
     with settings(workspace, "steps = 6\n", "steps = 6\nguidance = 4.0\n"):

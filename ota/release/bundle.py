@@ -83,11 +83,12 @@ def update_bytes(old: Path, new: Path) -> int:
 def assemble(
     exports: Mapping[VariantName, Path], *, line: str, device_class: str, tier: str, configuration: Literal["I", "II"],
     precision: Precision, origin: Origin, out: Path, allowed: Mapping[VariantName, Allowed] | None = None,
+    latency_ms: Mapping[VariantName, float] | None = None,
 ) -> Bundle:  # fmt: skip
     """Build a bundle from exported variants as `out/<manifest's sha256>/`; the same input makes the same folder.
 
     `allowed` changes of the images, by variant, go into the references. Then the manifest has the form 2, so that an older agent keeps
-    what it runs, and fetches nothing.
+    what it runs, and fetches nothing. `latency_ms` limits the budget for an image, by variant; a smaller one in a reference stays.
 
     Raises:
         OperatorError: a file is missing, or the variants do not share one graph.
@@ -106,8 +107,10 @@ def assemble(
                 parse(SamplerTable, data, MAX_TABLE)
             elif role == "reference":
                 parse(Reference, data, MAX_TABLE)
-            changed = role == "reference" and variant in allowed
-            data = _allowing(data, allowed[variant]) if changed else data
+            source: bytes | Path = folder / name
+            if role == "reference":
+                changed = _adapted(data, allowed.get(variant), (latency_ms or {}).get(variant))
+                data, source = changed, source if changed == data else changed
             digest = hashlib.sha256(data).hexdigest()
             try:
                 entry = FileEntry(role=role, variant=None if role == "graph" else variant, size=len(data), sha256=digest)
@@ -117,7 +120,7 @@ def assemble(
                 raise OperatorError(f"{variant} was exported with another graph than {next(iter(exports))}; export both again")
             if entry not in entries:
                 entries.append(entry)
-                sources[digest] = data if changed else folder / name
+                sources[digest] = source
     try:
         manifest = Manifest(
             line=line, device_class=device_class, tier=tier, configuration=configuration, precision=precision,
@@ -131,20 +134,23 @@ def assemble(
         fresh = place.with_name(f".{manifest.digest}.{os.getpid()}.tmp")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        for digest, source in sources.items():
-            if isinstance(source, bytes):
-                (fresh / digest).write_bytes(source)
+        for digest, content in sources.items():
+            if isinstance(content, bytes):
+                (fresh / digest).write_bytes(content)
             else:
-                shutil.copyfile(source, fresh / digest)
+                shutil.copyfile(content, fresh / digest)
         (fresh / "manifest.json").write_bytes(manifest.canonical())
         fresh.rename(place)
     return Bundle(place, manifest)
 
 
-def _allowing(reference: bytes, change: Allowed) -> bytes:
-    """Add an allowed change to a reference, which is otherwise as it was exported."""
-    fields = json.loads(reference) | {"schema_version": 2, "allowed": change.model_dump(mode="json")}
-    return f"{json.dumps(fields, indent=1, sort_keys=True)}\n".encode()
+def _adapted(reference: bytes, change: Allowed | None, latency_ms: float | None) -> bytes:
+    """Add an allowed change to a reference, and limit its budget; otherwise it stays as it was exported, byte for byte."""
+    fields = json.loads(reference)
+    more: dict[str, object] = {"schema_version": 2, "allowed": change.model_dump(mode="json")} if change else {}
+    if latency_ms is not None and fields["latency_ms"] > latency_ms:
+        more["latency_ms"] = latency_ms
+    return f"{json.dumps(fields | more, indent=1, sort_keys=True)}\n".encode() if more else reference
 
 
 def open_bundle(folder: Path) -> Bundle:
