@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from ota.agent import child, drawing, reports, slots, transport
+from ota.agent import child, drawing, history, reports, slots, transport
 from ota.agent.disk import Disk
 from ota.agent.state import HighWater, Home, State, opened
 from ota.errors import DeviceError, FaultError, GateError, OtaError
@@ -51,6 +51,7 @@ class Promised:
     marks: tuple[HighWater, ...] = (HighWater(),)
     queued: tuple[tuple[str, bytes], ...] = ()
     delivered: tuple[tuple[str, bytes], ...] = ()
+    histories: tuple[tuple[history.Entry, ...], ...] = ((),)
     kept: tuple[tuple[str, int], ...] = ()
     """Downloads, and how many bytes of each were synced."""
 
@@ -58,7 +59,8 @@ class Promised:
     def of(cls, home: Home) -> Promised:
         """Return what holds for a directory at rest."""
         queue = sorted(home.disk.path("queue").glob("*.json"))
-        return cls((home.load(),), (home.high_water(),), tuple((path.name, path.read_bytes()) for path in queue))
+        reported = tuple((path.name, path.read_bytes()) for path in queue)
+        return cls((home.load(),), (home.high_water(),), reported, histories=(tuple(history.read(home)),))
 
     def after(self, notes: Iterator[tuple[str, Any]]) -> Promised:
         found = self
@@ -71,6 +73,10 @@ class Promised:
                 found = replace(found, marks=(*found.marks, value))
             elif kind == "marked":
                 found = replace(found, marks=(value,))
+            elif kind == "noting":
+                found = replace(found, histories=(*found.histories, value))
+            elif kind == "noted":
+                found = replace(found, histories=(value,))
             elif kind == "queued":
                 found = replace(found, queued=(*found.queued, value))
             elif kind == "delivered":
@@ -85,6 +91,7 @@ class Promised:
         state = home.load()
         assert state in self.states, "a state was forgotten"
         assert home.high_water() in self.marks, "marks were forgotten"
+        assert tuple(history.read(home)) in self.histories, "what happened was forgotten"
         for digest in (state.active, state.previous if state.trial else None):
             assert damaged or digest is None or slots.is_sound(home, digest), "what is to run is not whole"
         queue = {path.name: path.read_bytes() for path in home.disk.path("queue").glob("*.json")}
@@ -112,7 +119,7 @@ def noting(recorder: Recorder, patch: pytest.MonkeyPatch) -> Iterator[None]:
         recorder.look()
         recorder.did("note", kind, value)
 
-    save, mark, queue, drop = Home.save, Home.raise_high_water, reports.queue, reports._drop
+    save, mark, queue, drop, past = Home.save, Home.raise_high_water, reports.queue, reports._drop, history._write
     writing, sync, remove, rename = Disk.writing, Disk.sync_folder, Disk.remove, Disk.rename
 
     def saved(home: Home, state: State) -> None:
@@ -124,6 +131,11 @@ def noting(recorder: Recorder, patch: pytest.MonkeyPatch) -> Iterator[None]:
         note("marking", marks)
         mark(home, marks)
         note("marked", marks)
+
+    def happened(home: Home, entries: list[history.Entry]) -> None:
+        note("noting", tuple(entries))
+        past(home, entries)
+        note("noted", tuple(entries))
 
     def queued(home: Home, *words: Any, **fields: Any) -> None:
         queue(home, *words, **fields)
@@ -164,6 +176,7 @@ def noting(recorder: Recorder, patch: pytest.MonkeyPatch) -> Iterator[None]:
         inner.setattr(Home, "raise_high_water", marked)
         inner.setattr(reports, "queue", queued)
         inner.setattr(reports, "_drop", dropped)
+        inner.setattr(history, "_write", happened)
         inner.setattr(Disk, "writing", written)
         inner.setattr(Disk, "sync_folder", synced)
         inner.setattr(Disk, "remove", taken)

@@ -142,6 +142,11 @@ def parser() -> argparse.ArgumentParser:
     made = command(forget)
     made.add_argument("bundle", metavar="HASH", help="hash of the bundle, or its first digits as `ferry-agent status` shows them")
 
+    made = command(history)
+    made.add_argument(
+        "-n", "--number", type=_at_least(1), default=100, metavar="N", help="show at most the newest N entries (%(default)s)"
+    )
+
     command(report)
 
     made = command(run, answers=False)
@@ -331,6 +336,17 @@ def forget(given: Arguments) -> None:
         {"forgotten": digest},
         f"{digest[:12]} is not refused any more; `ferry-agent update` tries it if it is offered",
     )
+
+
+def history(given: Arguments) -> None:
+    """Show what happened on this device: releases, refusals and failed updates, the newest last."""
+    from ota.agent import history as past
+
+    home = Home(given.dir)
+    home.config()
+    found = past.read(home)[-given.number :]
+    text = "\n".join(map(past.line, found)) or "nothing has happened yet; run `ferry-agent update`"
+    _answer(given.json, {"entries": [entry.model_dump(mode="json") for entry in found]}, text)
 
 
 def report(given: Arguments) -> None:

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from ota import output
+from ota.agent import history
 from ota.agent.state import Home
 from ota.agent.transport import HungError, within
 from ota.errors import DeviceError, OperatorError, StateError, TransferError
@@ -56,7 +57,7 @@ def public_key(home: Home) -> str:
 
 
 def queue(home: Home, event: Event, manifest: str | None, reason: str = "", received: int = 0, milliseconds: float = 0) -> None:
-    """Sign a report and put it into the queue; durable on return."""
+    """Sign a report and put it into the queue, and note the event in the device's history; durable on return."""
     config = home.config()
     home.disk.make_folder("queue")
     number = _next_number(home)
@@ -69,6 +70,7 @@ def queue(home: Home, event: Event, manifest: str | None, reason: str = "", rece
     home.disk.replace(f"queue/{number:08d}.json", json.dumps(signed.model_dump(mode="json")).encode())
     for old in sorted(home.disk.path("queue").glob("*.json"))[:-MAX_QUEUE]:
         home.disk.remove(f"queue/{old.name}")
+    history.note(home, event, manifest, reason, received, milliseconds)
 
 
 def _next_number(home: Home) -> int:

@@ -13,6 +13,7 @@ metadata/        python-tuf's cache; may be lost at any moment
 slots/<sha256>/  installed bundles, named by the hash of their manifest; their files, named by their own hash
 incoming/        downloads in progress
 queue/           reports that are not delivered yet
+history.json     what happened on this device, for people; may be lost
 undelivered.txt  why the last delivery of reports failed; may be lost
 lock             held while an agent changes the directory
 """

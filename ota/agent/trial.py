@@ -11,7 +11,7 @@ import time
 from typing import Any, NoReturn
 
 from ota import fitness
-from ota.agent import measured, reports, rules, variants
+from ota.agent import history, measured, reports, rules, variants
 from ota.agent.plan import OnStep, Plan
 from ota.agent.rules import MAX_TRIES
 from ota.agent.slots import in_variant, is_sound
@@ -347,4 +347,5 @@ def forget(home: Home, start: str) -> str:
     home.disk.remove("resting.json")
     refused, tries = ({d: was for d, was in old.items() if d != digest} for old in (state.refused, state.tries))
     home.save(state.model_copy(update={"refused": refused, "tries": tries}))
+    history.note(home, "forgotten", digest, "by the operator")
     return digest

@@ -24,7 +24,7 @@ import logging
 from contextlib import closing
 from dataclasses import dataclass
 
-from ota.agent import reports, trial
+from ota.agent import history, reports, trial
 from ota.agent.plan import OnStep, Plan, check_room, decide, fetch_objects, find_delta, have, missing, verify
 from ota.agent.slots import file_is, finish_slot, is_complete, is_sound, prepare_slot
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
@@ -34,6 +34,7 @@ from ota.errors import (
     BaseError,
     DeltaError,
     DeviceError,
+    GateError,
     OtaError,
     RepositoryError,
     RoomError,
@@ -79,11 +80,17 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         UnfinishedError, DiedError: the trial gave no result; later calls try again, a few times at once, then after a wait.
         FaultError: the agent itself is faulty; what runs is kept.
     """
-    with own_errors():
-        if not check_only:
-            trial.finish_probation(home, on_step or _silent)  # what an earlier call left on trial comes first
-        with closing(connect(home.config().repository)) as transport:
-            return _update(home, transport, on_step or _silent, check_only)
+    try:
+        with own_errors():
+            if not check_only:
+                history.begin(home)
+                trial.finish_probation(home, on_step or _silent)  # what an earlier call left on trial comes first
+            with closing(connect(home.config().repository)) as transport:
+                return _update(home, transport, on_step or _silent, check_only)
+    except OtaError as error:
+        if not check_only and not isinstance(error, GateError):  # the refusal is noted where it is made
+            history.failed(home, error)
+        raise
 
 
 def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) -> Outcome:
