@@ -240,3 +240,32 @@ def test_full_temporary_folders_stop_neither_updates_nor_images(scene: Field, tm
         """,
     )  # fmt: skip
     assert told == ["look success 0", "drawn 200 b'PNG'", "full: 20 images", '{"bundle":', "code 0"]
+
+
+@pytest.mark.slow
+@needs_systemd
+def test_services_tell_systemd_and_are_restarted_when_they_hang(scene: Field, tmp_path: Path):
+    told = play(
+        tmp_path, scene,
+        """
+        look
+        for name in run serve; do
+          systemctl start ferry-agent-$name.service && systemctl show -P ActiveState ferry-agent-$name.service
+        done
+        until systemctl show -P StatusText ferry-agent-serve.service | grep -q '^draws with'; do sleep 0.1; done
+        systemctl show -P StatusText ferry-agent-run.service
+        systemctl show -P ActiveState ferry-agent.timer
+        for name in run serve; do
+          mkdir -p /run/systemd/system/ferry-agent-$name.service.d
+          printf '[Service]\nWatchdogSec=2\nRestart=no\n' > /run/systemd/system/ferry-agent-$name.service.d/short.conf
+        done
+        systemctl daemon-reload
+        for name in run serve; do
+          systemctl restart ferry-agent-$name.service
+          kill -STOP $(systemctl show -P MainPID ferry-agent-$name.service)
+          until [ "$(systemctl show -P ActiveState ferry-agent-$name.service)" = failed ]; do sleep 0.1; done
+          systemctl show -P Result ferry-agent-$name.service
+        done
+        """,
+    )  # fmt: skip
+    assert told == ["look success 0", "active", "active", "waits for its first check", "inactive", "watchdog", "watchdog"]

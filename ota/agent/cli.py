@@ -124,6 +124,10 @@ def parser() -> argparse.ArgumentParser:
 
     made = command(update)
     made.add_argument("--check", action="store_true", help="only print what would be done")
+    made.add_argument(
+        "--progress", choices=["text", "json"], default="text",
+        help="show steps as text on stderr, or as one line of JSON each on stdout, with the result as the last line (%(default)s)",
+    )  # fmt: skip
 
     command(status)
 
@@ -263,13 +267,13 @@ def init(given: Arguments) -> None:
 
 def update(given: Arguments) -> None:
     """Install the release that the signed policy selects for this device."""
-    from ota.agent import updater
+    from ota.agent import progress, updater
 
-    home = Home(given.dir)
-    with home.locked():
-        result = updater.update(home, _shown(given), given.check)
+    home, as_json = Home(given.dir), given.progress == "json"
+    with progress.told(as_json, _exit_code) as show, home.locked():
+        result = updater.update(home, show or _shown(given), given.check)
     _answer(
-        given.json,
+        given.json or as_json,
         {"changed": result.changed, "active": result.active, "reason": result.reason, "way": result.way, "received": result.received},
         f"{result.reason}{f', {WAYS[result.way]}, {result.received:,} bytes fetched' if result.changed else ''}",
     )  # fmt: skip
@@ -367,17 +371,29 @@ def report(given: Arguments) -> None:
 def run(given: Arguments) -> None:
     """Check for updates regularly, until stopped; safe to kill."""
     from ota.agent import poll
+    from ota.agent.notify import Supervisor
     from ota.agent.updater import Outcome
 
     home = Home(given.dir)
     home.config()
 
+    supervisor, show = Supervisor(), _shown(given)
+
     def tell(how: Outcome | OtaError) -> None:
         _tell(how.reason if isinstance(how, Outcome) else f"ferry-agent: {how}")
+        supervisor.does(how.reason if isinstance(how, Outcome) else str(how))
 
-    # An update may be cut at any moment, so there is nothing to wait for.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    poll.run(home, given.every, threading.Event(), tell, _shown(given), given.now)
+    def on_step(number: int, name: str) -> None:
+        supervisor.does(f"updates: step {number} of 12, {name}")
+        if show:
+            show(number, name)
+
+    def stop(*_: object) -> None:  # an update may be cut at any moment, so there is nothing to wait for
+        supervisor.stopping()
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    poll.run(home, given.every, threading.Event(), tell, on_step, given.now, supervisor)
 
 
 def serve(given: Arguments) -> None:

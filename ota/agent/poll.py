@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable
 
 from ota.agent import reports, updater
+from ota.agent.notify import Supervisor
 from ota.agent.plan import OnStep
 from ota.agent.state import Home
 from ota.agent.updater import Outcome
 from ota.errors import BusyError, OtaError, TransferError, own_errors
 
 SOONER = 60.0  # seconds until the retry after the first failure of the link; doubles with each further one
+LONGEST_LOOK = 3 * 3600.0  # seconds; all deadlines of an update end before that, so one that takes longer hangs
 FIRST_WITHIN = 300.0  # seconds within which devices that were switched on together make their first check
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ def run(
     tell: Callable[[Outcome | OtaError], None],
     on_step: OnStep | None = None,
     at_once: bool = False,
+    supervisor: Supervisor | None = None,
 ) -> None:
     """Update and wait, again and again, until stopped; an error is passed to `tell`, and the next check tries again.
 
@@ -48,17 +52,19 @@ def run(
         tell: called with the outcome or the error of each check.
         on_step: see `updater.update`.
         at_once: do not wait before the first check.
+        supervisor: told that the loop runs, and that it is alive; None: nobody.
 
     Raises:
         OwnerError: the directory belongs to another user, which no retry can mend.
     """
     home.check_owner()
-    failures = 0
-    if not at_once and stopped.wait(min(every, FIRST_WITHIN) * random.random()):  # noqa: S311
+    failures, supervisor = 0, supervisor or Supervisor({})
+    supervisor.ready("waits for its first check")
+    if not at_once and _wait(stopped, min(every, FIRST_WITHIN) * random.random(), supervisor):  # noqa: S311
         return
     while not stopped.is_set():
         try:
-            with own_errors(), home.locked():
+            with supervisor.working(LONGEST_LOOK), own_errors(), home.locked():
                 outcome = updater.update(home, on_step)
                 reports.send(home)
             failures = 0
@@ -71,4 +77,15 @@ def run(
         except OtaError as error:
             failures = 0
             tell(error)
-        stopped.wait(pause(every, failures, random.random()))  # noqa: S311
+        _wait(stopped, pause(every, failures, random.random()), supervisor)  # noqa: S311
+
+
+def _wait(stopped: threading.Event, seconds: float, supervisor: Supervisor) -> bool:
+    """Wait, and give signs of life meanwhile; return whether the loop is to end."""
+    until = time.monotonic() + seconds
+    while supervisor.pause is not None and supervisor.pause < (left := until - time.monotonic()):
+        supervisor.beat()
+        if stopped.wait(min(left, supervisor.pause)):
+            return True
+    supervisor.beat()
+    return stopped.wait(max(0.0, until - time.monotonic()) if supervisor.pause else seconds)

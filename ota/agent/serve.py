@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ota.agent import child, measured, reports, rules, variants
+from ota.agent.notify import Supervisor
 from ota.agent.state import Home, Slot
 from ota.agent.variants import Figures
 from ota.errors import (
@@ -126,6 +127,7 @@ class Service:
         """Time until which a bundle pauses, because it failed repeatedly."""
         self._problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
         self._unsaid: list[tuple[str, str]] = []
+        self.supervisor, self.listener = Supervisor(), cast("threading.Thread | None", None)
 
     # For requests, in any thread
 
@@ -243,6 +245,7 @@ class Service:
                     self._say()
             except OtaError as error:
                 log.warning("%s", error)
+            self._beat()
             with self._changed:
                 dead = self._serving is not None and not self._serving.worker.alive
                 if not dead or not looked:
@@ -251,6 +254,13 @@ class Service:
             if self._serving:
                 self._serving.worker.close()
             self._serving = None
+
+    def _beat(self) -> None:
+        """Tell systemd what draws, and that this loop and the listener are alive."""
+        if self.listener is None or self.listener.is_alive():
+            serving = self._serving
+            self.supervisor.does(f"draws with bundle {serving.digest[:12]}" if serving else str(self._problem))
+            self.supervisor.beat()
 
     def _look(self) -> None:
         state = self.home.load()
@@ -640,8 +650,11 @@ def run(service: Service, server: _Server, stopped: threading.Event) -> None:
     server.service = service
     listener = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     listener.start()
+    service.listener = listener
+    service.supervisor.ready()
     try:
         service.keep(stopped)
     finally:
+        service.supervisor.stopping()
         server.shutdown()
         listener.join()
