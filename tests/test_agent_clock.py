@@ -236,7 +236,7 @@ def test_day_of_the_build_belongs_to_this_version():
 
 
 def test_republished_release_still_reaches_a_device_with_old_marks(scene: Field, bundles: dict[str, Bundle]):
-    """A device of before, with marks that have no signed time, goes on through releases."""
+    """Keep devices of before going, whose marks have no signed time."""
     marks = scene.device.home.high_water()
     scene.device.home.raise_high_water(marks.model_copy(update={"signed": 0, "time": int(time.time())}))
     publish(scene.repository, bundles["second"])

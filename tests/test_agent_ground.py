@@ -65,7 +65,7 @@ def test_write_that_fails_for_lack_of_inodes_says_so(scene: Field, monkeypatch: 
 
 
 def test_directory_of_another_owner_is_seen(scene: Field, monkeypatch: pytest.MonkeyPatch):
-    """Root may read and write everything, so only the owner tells that the service's user cannot."""
+    """Look at the owner too: root may read and write everything, and the user of the service may not."""
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
     levels = found(scene, "directory")
     assert [text for level, text in levels if level == "fail" and "belongs to" in text and "run the agent as" in text]

@@ -47,7 +47,7 @@ def test_history_tells_what_happened(offered: Field, bundles: dict[str, Bundle])
     told = device.command("history").splitlines()
     assert len(told) == 7
     assert "installed     release 2 (" in told[2]
-    assert ") delta " in told[2]
+    assert ") by a delta " in told[2]
     assert told[2].endswith("bytes fetched")
     assert "rolled back   release 2 (" in told[4]
     assert "by the operator" in told[4]

@@ -21,6 +21,7 @@ FILE = "history.json"
 KEPT = 100  # entries; the oldest are dropped first
 FOUND = "running"  # the event that only `begin` notes
 FAILED = "failed"
+WAYS = {"delta": "by a delta", "full": "in full", "kept": "from the bundle that was kept"}  # as `installed` has them
 QUIET = ("starting",)  # events that lead to another one at once
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def line(entry: Entry) -> str:
         for word in (
             f"release {entry.release}" if entry.release else "",
             f"({entry.bundle[:12]})" if entry.bundle else "",
-            entry.text,
+            WAYS.get(entry.text, entry.text),
             f"{entry.received:,} bytes fetched" if entry.received else "",
         )
         if word
