@@ -48,8 +48,8 @@ Answer = tuple[int, dict[str, str], bytes]
 class Client:
     """A client of an endpoint."""
 
-    def __init__(self, connect: Callable[[], http.client.HTTPConnection], service: Service) -> None:
-        self._connect, self.service = connect, service
+    def __init__(self, connect: Callable[[], http.client.HTTPConnection], service: Service, server: Any = None) -> None:
+        self._connect, self.service, self.server = connect, service, server
 
     def ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Answer:
         connection = self._connect()
@@ -107,6 +107,7 @@ def serving(device: Device, folder: Path | None = None) -> Iterator[Client]:
             yield Client(
                 lambda: UnixConnection(path) if path else http.client.HTTPConnection("127.0.0.1", server.port, timeout=60),
                 service,
+                server,
             )
         finally:
             stopped.set()
@@ -238,16 +239,48 @@ def test_what_is_no_request_is_harmless(client, data, monkeypatch):
     assert client.draw()[0] == 200
 
 
-def test_more_at_once_than_allowed_are_sent_away(client):
-    """Refuse callers beyond the limit; each silent caller holds a place until the server gives it up."""
-    port = client._connect().port
-    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(serve.MAX_AT_ONCE)]
-    try:
-        until(lambda: client.raw(b"GET /status HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 503"))
-    finally:
-        for link in held:
-            link.close()
-    until(lambda: client.draw()[0] == 200)
+def test_more_images_at_once_than_allowed_are_sent_away(client, monkeypatch):
+    entered, release = threading.Semaphore(0), threading.Event()
+    draw = client.service.draw
+
+    def waiting(*given: Any) -> Any:
+        entered.release()
+        release.wait(60)
+        return draw(*given)
+
+    monkeypatch.setattr(client.service, "draw", lambda **given: waiting(*given.values()))
+    answers: list[int] = []
+    threads = [threading.Thread(target=lambda: answers.append(client.draw()[0])) for _ in range(serve.MAX_AT_ONCE)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert entered.acquire(timeout=60)
+    status, headers, body = client.draw()
+    assert (status, headers["Retry-After"]) == (503, "5")
+    assert b"requests wait already" in body
+    assert client.ask("GET", "/status")[0] == 200
+    release.set()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * serve.MAX_AT_ONCE
+
+
+@pytest.mark.parametrize("callers", [serve.MAX_AT_ONCE, 3 * serve.MAX_CALLERS])
+@pytest.mark.parametrize("sent", [b"", b"POST /generate HTTP/1.1\r\nContent-Length: 2\r\n"])
+def test_slow_callers_starve_nobody(client, callers, sent, monkeypatch):
+    """Draw at once while others hold connections; each of them could be followed by another one, so to wait is no way out."""
+    monkeypatch.setattr(serve, "READ_TIMEOUT", 600.0)
+    with ExitStack() as closing:
+        for _ in range(callers):
+            connection = client._connect()
+            connection.connect()
+            assert connection.sock
+            closing.enter_context(connection.sock)
+            with suppress(OSError):  # it may have made room for another one
+                connection.sock.sendall(sent)
+        assert client.draw()[0] == 200
+        assert client.ask("GET", "/status")[0] == 200
+        assert len(client.server.callers) <= serve.MAX_CALLERS
 
 
 def test_silent_caller_is_given_up(client, monkeypatch):

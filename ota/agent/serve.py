@@ -64,7 +64,8 @@ AVOIDED = 600.0  # seconds that a variant comes last after it was stopped for it
 KEPT = 200  # image times that are kept for a variant, the newest
 ENOUGH = 20  # image times after which they replace the figure of the benchmark
 MAX_BODY = 4096  # bytes of a request
-MAX_AT_ONCE = 16  # requests; one draws, the others wait
+MAX_AT_ONCE = 16  # requests for an image that have arrived; one draws, the others wait
+MAX_CALLERS = 64  # connections; beyond that, the oldest whose request has not arrived makes room for the next
 READ_TIMEOUT = 10.0  # seconds for a request to arrive
 LAST_WORDS = 1.0  # seconds for reading the rest of a request that is refused
 LONGEST_SOCKET = 107  # bytes of a Unix socket's name (unix(7))
@@ -386,26 +387,64 @@ class _Server(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 2 * MAX_AT_ONCE
+    request_queue_size = 2 * MAX_CALLERS
     service: Service
     port = 0
     names: frozenset[str] | None
     """Host names that a request may use; None: any, because on a Unix socket the name does not matter."""
     places: threading.BoundedSemaphore
+    """Free places of requests for an image. A caller takes one when its whole request is here, so slow callers take none."""
+    callers: dict[Any, bool]
+    """Open connections, the oldest first, and whether the caller is still to be waited for."""
+    counting: threading.Lock
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.places.acquire(blocking=False):
+        if not self._has_room():
             with suppress(OSError):
                 request.sendall(
                     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
                 )
             self.shutdown_request(request)
             return
+        with self.counting:
+            self.callers[request] = True
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
+        finally:
+            with self.counting:
+                self.callers.pop(request, None)
+
+    def _has_room(self) -> bool:
+        """Make room for one more caller, if necessary by hanging up on the one that has been waited for longest."""
+        with self.counting:
+            if len(self.callers) < MAX_CALLERS:
+                return True
+            slowest = next((caller for caller, waited_for in self.callers.items() if waited_for), None)
+            if slowest is None:
+                return False
+            del self.callers[slowest]
+            with suppress(OSError):
+                slowest.shutdown(socket.SHUT_RDWR)  # its thread ends by itself
+            return True
+
+    @contextmanager
+    def drawing(self, request: Any) -> Iterator[None]:
+        """Take a place for a request that has arrived.
+
+        Raises:
+            _Refusal: all places are taken, or the caller had to make room for another one.
+        """
+        if not self.places.acquire(blocking=False):
+            raise _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, f"{MAX_AT_ONCE} requests wait already; try again in a moment")
+        try:
+            with self.counting:
+                if request not in self.callers:
+                    raise _Refusal(HTTPStatus.REQUEST_TIMEOUT, "the request arrived too slowly")
+                self.callers[request] = False
+            yield
         finally:
             self.places.release()
 
@@ -474,9 +513,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":
             raise _Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
         request = _request(self.rfile.read(self._length()))
-        png, how = self._mine.service.draw(**request)
-        told = {f"X-Ferry-{name.title()}": str(how[name]) for name in ("bundle", "variant")}
-        self._send(HTTPStatus.OK, "image/png", png, told | {"X-Ferry-Milliseconds": f"{how['milliseconds']:.1f}"})
+        with self._mine.drawing(self.connection):
+            png, how = self._mine.service.draw(**request)
+            told = {f"X-Ferry-{name.title()}": str(how[name]) for name in ("bundle", "variant")}
+            self._send(HTTPStatus.OK, "image/png", png, told | {"X-Ferry-Milliseconds": f"{how['milliseconds']:.1f}"})
 
     def _length(self) -> int:
         length = self.headers.get("Content-Length", "")
@@ -529,7 +569,7 @@ class _Handler(BaseHTTPRequestHandler):
                 left -= len(piece)
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.close_connection = True  # each connection takes one of `places`, so it serves only one request
+        self.close_connection = True  # each connection serves only one request, so that none is kept for long
         self.connection.settimeout(READ_TIMEOUT)
         self.send_response(status)
         for name, value in {
@@ -642,6 +682,7 @@ def listening_port(port: int) -> Iterator[_Server]:
 
 def _prepared(server: _Server, names: frozenset[str] | None) -> _Server:
     server.names, server.places = names, threading.BoundedSemaphore(MAX_AT_ONCE)
+    server.callers, server.counting = {}, threading.Lock()
     return server
 
 
