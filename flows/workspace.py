@@ -260,6 +260,7 @@ def configure_environment(root: Path) -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "DVC_NO_ANALYTICS": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
         # Torch's threads wait for each other by spinning. If another process is busy, the default (some milliseconds) makes a
         # step up to fifty times slower. This value (some ten microseconds) costs nothing on an idle machine.
         "GOMP_SPINCOUNT": "10000",

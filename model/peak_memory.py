@@ -8,11 +8,14 @@ the model is loaded, and the peak after two evaluations of the network.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # here too: run as a script, it does not load the package
 import onnxruntime as ort
 
 EVALUATIONS = 2

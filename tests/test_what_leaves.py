@@ -123,11 +123,33 @@ def test_libraries_are_told_to_send_nothing(tmp_path: Path):
         "import os, sys, json; from pathlib import Path; from flows.workspace import configure_environment;"
         "configure_environment(Path(sys.argv[1])); print(json.dumps(dict(os.environ)))"
     )
-    switches = ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "DVC_NO_ANALYTICS", "PREFECT_SERVER_ANALYTICS_ENABLED")
+    switches = (
+        "DO_NOT_TRACK",
+        "MLFLOW_DISABLE_TELEMETRY",
+        "DVC_NO_ANALYTICS",
+        "PREFECT_SERVER_ANALYTICS_ENABLED",
+        "ORT_DISABLE_TELEMETRY",
+    )
     clean = {name: value for name, value in os.environ.items() if name not in switches}
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=clean, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
-    assert [told.get(name) for name in switches] == ["true", "true", "1", "false"]
+    assert [told.get(name) for name in switches] == ["true", "true", "1", "false", "1"]
+
+
+def test_runtime_is_told_to_send_nothing_wherever_it_is_loaded():
+    clean = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    for module in ("model", "ota.agent"):
+        script = f"import {module}, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+        assert (
+            subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, text=True, check=True).stdout == "1\n"
+        )
+    # Nothing else loads it: each of these files belongs to one of the two packages.
+    loading = {
+        path.relative_to(ROOT).parts[0]
+        for path in ROOT.glob("*/**/*.py")
+        if "import onnxruntime" in path.read_text(errors="replace")
+    }
+    assert loading - {"tests", ".venv"} <= {"model", "ota"}
 
 
 def schema_fields(schema: dict[str, Any], root: dict[str, Any], at: str = "") -> Iterator[str]:

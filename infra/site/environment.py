@@ -38,6 +38,7 @@ SET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "MLflow shows no progress bars of its own.",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "MLflow prints no addresses to stdout, where --json answers.",
     "DVC_NO_ANALYTICS": "DVC sends no telemetry.",
+    "ORT_DISABLE_TELEMETRY": "ONNX Runtime sends no telemetry; versions from 1.29 on do by default.",
     "GOMP_SPINCOUNT": "Threads of torch wait for each other in a way that leaves other processes room.",
     "OPENBLAS_NUM_THREADS": "Deltas, and the agent's processes that draw, use one thread.",
     "OMP_NUM_THREADS": "The agent's processes that draw use one thread.",

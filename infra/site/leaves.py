@@ -405,7 +405,8 @@ def _plant_never() -> str:
         "- **Training images**, except to `stores.data`. The repository holds none: a manifest names a closed list of files "
         "(`test_manifest_lists_closed_set`).\n"
         "- **Telemetry.** The tests pass with the network cut off (`make test-offline`), and `test_libraries_are_told_to_send_nothing` holds the switches "
-        "of Prefect, MLflow and DVC.",
+        "of Prefect, MLflow, DVC and ONNX Runtime. `test_device_behind_a_proxy_and_with_a_private_authority_updates` holds that a device asks a proxy "
+        "for its repository only.",
     )
 
 

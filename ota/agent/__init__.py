@@ -24,3 +24,8 @@ serve       the local endpoint that draws for other programs
 doctor      checks of the device
 cli         the command `ferry-agent`
 """
+
+import os
+
+# ONNX Runtime from 1.29 on sends what it runs, with hashes of graph and weights, to its maker, unless this is set when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

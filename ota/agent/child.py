@@ -194,7 +194,7 @@ def _words(task: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"}
 
 
 def _not_started(task: str, error: OSError) -> RoomError:
