@@ -24,6 +24,7 @@ from PIL import Image
 
 from ota.agent import child, drawing, plan, rules, sampler, slots, trial, updater
 from ota.agent.disk import Disk
+from ota.agent.network import NotFoundError
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
 from ota.durations import spoken
 from ota.errors import (
@@ -1353,9 +1354,7 @@ def test_damaged_part_is_fetched_anew(offered, web, bundles, step):
 def test_missing_object_is_asked_for_once(offered, web, bundles):
     without_delta(offered)
     web.faults.missing = {weights_of(bundles["second"])}
-    with untouched(
-        offered.device, TransferError.__subclasses__()[0], r"has no objects/\w+ for this device \(status 404\)", marks=False
-    ):
+    with untouched(offered.device, NotFoundError, r"has no objects/\w+ \(status 404\); publish it again", marks=False):
         offered.device.update()
     assert len(web.asked(weights_of(bundles["second"]))) == 1
 

@@ -65,7 +65,10 @@ def page() -> str:
         "## Read by libraries {#libraries}",
         "Libraries read their own variables, as everywhere: boto3 and DVC find credentials of S3 in `AWS_ACCESS_KEY_ID` and "
         "`AWS_SECRET_ACCESS_KEY`, MLflow's client finds the account of a server in `MLFLOW_TRACKING_USERNAME` and "
-        "`MLFLOW_TRACKING_PASSWORD`, and Prefect reads all variables that begin with `PREFECT_`. ferry-agent reads no proxy variables.",
+        "`MLFLOW_TRACKING_PASSWORD`, and Prefect reads all variables that begin with `PREFECT_`.",
+        "ferry-agent fetches through the proxies that `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy` name, in small or capital "
+        "letters ([Proxies](../device.md#proxies)). Without `--ca`, OpenSSL reads the system's authorities, or those that "
+        "`SSL_CERT_FILE` and `SSL_CERT_DIR` name.",
         "## Ignored {#ignored}",
         "Git's variables that lead to another repository, such as `GIT_DIR`, are removed before Git or DVC runs: hooks set them, and shells "
         "may keep them. Variables about the user, settings and servers, such as `GIT_AUTHOR_NAME` and `GIT_SSH_COMMAND`, are kept.",

@@ -132,9 +132,9 @@ def request_headers() -> dict[str, str]:
             pass
 
     with _serving(HTTPServer(("127.0.0.1", 0), Server)) as port:
-        source = connect(f"http://127.0.0.1:{port}/f")
+        source = connect(f"http://NAME:PASSWORD@127.0.0.1:{port}/f")
         with suppress(TransferError):  # there is no such file
-            next(source.read("objects/none", offset=1_000_000), b"")
+            next(source.read("metadata/none", offset=1_000_000), b"")
         source.close()
     received["Host"] = "updates.example.com"  # not the port of this server
     return received

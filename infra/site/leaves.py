@@ -41,6 +41,8 @@ REQUEST = {
     "Host": "the repository's host, from the address that `ferry-agent init` was given",
     "User-Agent": "name and version of the HTTP library",
     "Accept-Encoding": "the body must arrive as it is",
+    "Cache-Control": "a proxy must not answer with an old copy; only for metadata",
+    "Authorization": "name and password in the address that `ferry-agent init` was given; only if it has them, and only to that server",
     "Range": "first byte that is missing; only when a download is resumed",
 }
 
@@ -274,8 +276,8 @@ def _requests() -> str:
     headers = [(code(name), plain(value), REQUEST[name], str(len(f"{name}: {value}\r\n"))) for name, value in sent.items()]
     return joined(
         "### Requests to the repository {#requests}",
-        "If the repository is a folder, nothing is sent. If it is a web server, the agent sends HTTP requests without a body, cookies, "
-        "accounts or an id of the device. The server, and whoever is on the way to it, also sees the device's address and the time of the request. "
+        "If the repository is a folder, nothing is sent. If it is a web server, the agent sends HTTP requests without a body, cookies "
+        "or an id of the device, and without an account unless the address has one. The server, and whoever is on the way to it, also sees the device's address and the time of the request. "
         "With `http` in place of `https`, they see all of this in the open.",
         "The first line of a request is `GET /PATH HTTP/1.1`, with one of these paths below the address of the repository:",
         table(("path", "when, and what it tells"), ((code(path), said) for path, said in PATHS.items())),

@@ -4,6 +4,8 @@ disk        all durable writes to the agent's directory
 state       the agent's directory and its one state file
 rules       decisions about updates, without I/O
 variants    which variant draws, and when the expert routing has shifted, without I/O
+network     rules about proxies, redirects, refusals and secrets in addresses, without I/O
+line        connections to web servers and through proxies, which another thread can cut
 transport   fetching from a folder or over HTTP, with resume
 trust       signed metadata, checked by python-tuf's client
 graph       what a bundle's graph may make the runtime read

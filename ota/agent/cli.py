@@ -46,6 +46,7 @@ ABOUT = f"""Keep this device's model up to date: verify, apply and try updates, 
 {textwrap.fill(exit_codes("ferry-agent"), 127)}
 """
 
+MAX_INPUT = 4 * 1024 * 1024  # bytes read of a file that is given at `init`
 DEFAULT_DIR = Path("/var/lib/deltaferry")
 WAYS = {"delta": "by a delta", "full": "in full", "kept": "from the bundle that was kept", "": "without a download"}
 DEFAULT_SOCKET = Path("/run/deltaferry/agent.sock")
@@ -57,7 +58,7 @@ _PLACE = "of 500 characters at most, none of them a control character"
 _WATTS = "give the watts at rest (0 to 10000) and the watts that a busy core adds (above 0, at most 10000), such as 2.1,3.5"
 WRITTEN = {
     "device": ("device", _NAME), "line": ("line", _NAME), "device_class": ("class", _NAME),
-    "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "reports": ("reports", f"give a folder, {_PLACE}"),
+    "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "authorities": ("ca", "give fewer certificates"), "reports": ("reports", f"give a folder, {_PLACE}"),
     "window": ("window", window.WRITTEN), "prefer": ("prefer", "choose default, quality, latency or energy"),
     "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev or fast"),
     "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
@@ -101,6 +102,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--root-sha256", required=True, metavar="HEX", help="sha256 of FILE, from another channel (never trust on first use)"
+    )
+    made.add_argument(
+        "--ca", type=Path, metavar="FILE", help="PEM certificates of the authority that signs the repository's certificate; kept"
     )
     made.add_argument("--reports", default="", metavar="FOLDER", help="folder for reports; the agent never creates it")
     made.add_argument(
@@ -221,19 +225,17 @@ def init(given: Arguments) -> None:
 
     It prints the public key to enroll. Run it again to change addresses or the window; what is installed stays.
     """
+    from ota.agent import network
     from ota.agent import reports as report_queue
-    from ota.agent.transport import Folder, bare, connect
+    from ota.agent.transport import Folder, connect
 
-    try:
-        data = given.root.read_bytes()
-    except OSError as error:
-        raise OperatorError(f"cannot read {given.root}: {error.strerror}; give the path of the repository's root.json") from error
+    data = _read(given.root, "the repository's root.json")
     if hashlib.sha256(data).hexdigest() != given.root_sha256.lower():
         raise OperatorError(f"{given.root} does not have the sha256 that was given; do not trust it, and ask for the right file")
     try:
         config = Config.model_validate({
             "device": given.device, "line": given.line, "device_class": given.device_class, "repository": _absolute(given.repository),
-            "root_sha256": given.root_sha256.lower(), "reports": _absolute(given.reports.strip()), "window": given.window,
+            "authorities": network.certificates(_read(given.ca, "the authority's certificate")) if given.ca else "", "root_sha256": given.root_sha256.lower(), "reports": _absolute(given.reports.strip()), "window": given.window,
             "prefer": given.prefer, "latency_ms": given.latency_ms, "joules": given.joules, "safe": given.safe, **_watts(given.watts),
         })  # fmt: skip
     except ValidationError as error:
@@ -241,11 +243,9 @@ def init(given: Arguments) -> None:
     if problem := window.problem(config.window):
         raise OperatorError(f"--window is not valid: {problem}")
     try:
-        place = connect(config.repository)
+        place = connect(config.repository, config.authorities)
     except TransferError as error:
         raise OperatorError(_not_valid("repository")) from error
-    if bare(config.repository) != config.repository:
-        raise OperatorError("--repository holds a name or password, which the agent does not send; give the address without them")
     if isinstance(place, Folder):
         _check_folder("repository", place.folder)
     if config.reports:
@@ -465,6 +465,14 @@ def _watts(words: str) -> dict[str, float]:
     return {"idle_watts": idle, "core_watts": core}
 
 
+def _read(path: Path, what: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_INPUT)
+    except OSError as error:
+        raise OperatorError(f"cannot read {path}: {error.strerror}; give the path of {what}") from error
+
+
 def _absolute(place: str) -> str:
     address = "://" in place or place.lower().startswith(("http:", "https:", "file:"))
     return str(Path(place).absolute()) if place.strip() and not address else place
@@ -489,14 +497,19 @@ def _check_folder(option: str, folder: Path) -> None:
 
 
 def _as_owner(owner: str, words: list[str], given: Arguments) -> str:
-    """Write the same command for the directory's owner, to be copied; sudo keeps neither PATH nor variables."""
+    """Write the same command for the directory's owner, to be copied; sudo keeps neither PATH nor variables.
+
+    Passwords are left out, because the message may be logged.
+    """
+    from ota.agent.network import bare
+
     program = Path(sys.argv[0]).absolute()
     start = [str(program)] if program.name == "ferry-agent" else [sys.executable, "-m", "ota.agent.cli"]
     at = words.index(given.does.__name__) + 1
     rest = [
         word for before, word in pairwise(["", *words[at:]]) if "--dir" not in (before, word) and not word.startswith("--dir=")
     ]
-    return shlex.join(["sudo", "-u", owner, *start, *words[:at], "--dir", str(given.dir.absolute()), *rest])
+    return shlex.join(["sudo", "-u", owner, *start, *words[:at], "--dir", str(given.dir.absolute()), *map(bare, rest)])
 
 
 class _OneLine(logging.Formatter):

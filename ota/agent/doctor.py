@@ -121,7 +121,7 @@ def _repository(home: Home) -> Iterator[Finding]:
     address = home.config().repository
     try:
         start = time.perf_counter()
-        with closing(connect(address)) as transport:
+        with closing(connect(address, home.config().authorities)) as transport:
             problem = not_metadata(read_small(transport, "metadata/timestamp.json", MiB))
     except TransferError as error:
         yield Finding("repository", "warn", f"{error}; the running model is kept")

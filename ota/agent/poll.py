@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from ota.agent import reports, updater
+from ota.agent.network import LaterError
 from ota.agent.notify import Supervisor
 from ota.agent.plan import OnStep
 from ota.agent.state import Home
@@ -18,20 +19,22 @@ from ota.errors import BusyError, OtaError, TransferError, own_errors
 SOONER = 60.0  # seconds until the retry after the first failure of the link; doubles with each further one
 LONGEST_LOOK = 3 * 3600.0  # seconds; all deadlines of an update end before that, so one that takes longer hangs
 FIRST_WITHIN = 300.0  # seconds within which devices that were switched on together make their first check
+LONGEST_WAIT = 86_400.0  # seconds until the next check, however long the server asks to wait
 
 log = logging.getLogger(__name__)
 
 
-def pause(every: float, failures: int, part: float) -> float:
+def pause(every: float, failures: int, part: float, asked: float = 0.0) -> float:
     """Compute the seconds until the next check.
 
     Args:
         every: seconds between two checks if the link works.
         failures: number of link failures in a row.
         part: random number from [0, 1), so that devices that checked at the same moment do not do so again.
+        asked: seconds that the server asked to wait.
     """
     wanted = min(every, SOONER * 2.0 ** min(failures - 1, 20)) if failures else every
-    return wanted * (0.75 + part / 2)
+    return max(wanted * (0.75 + part / 2), min(asked, LONGEST_WAIT) * (1 + part / 4))
 
 
 def run(
@@ -63,6 +66,7 @@ def run(
     if not at_once and _wait(stopped, min(every, FIRST_WITHIN) * random.random(), supervisor):  # noqa: S311
         return
     while not stopped.is_set():
+        asked = 0.0
         try:
             with supervisor.working(LONGEST_LOOK), own_errors(), home.locked():
                 outcome = updater.update(home, on_step)
@@ -71,13 +75,14 @@ def run(
             tell(outcome)
         except TransferError as error:
             failures += 1
+            asked = error.seconds if isinstance(error, LaterError) else 0.0
             tell(error)
         except BusyError as error:  # somebody is updating by hand
             tell(error)
         except OtaError as error:
             failures = 0
             tell(error)
-        _wait(stopped, pause(every, failures, random.random()), supervisor)  # noqa: S311
+        _wait(stopped, pause(every, failures, random.random(), asked), supervisor)  # noqa: S311
 
 
 def _wait(stopped: threading.Event, seconds: float, supervisor: Supervisor) -> bool:

@@ -40,6 +40,8 @@ from ota.errors import BaseError, BusyError, ManifestError, OperatorError, State
 from ota.manifest import MAX_MANIFEST, MAX_TABLE, Document, Manifest, Name, Reference, Role, Sha256, VariantName, parse
 
 MAX_STATE = 1024 * 1024  # bytes; more than MAX_REFUSED reasons take, even if each of their characters takes twelve
+CERTIFICATES = r"^(-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----\n)*$"
+MAX_AUTHORITIES = 512 * 1024  # characters of PEM certificates, twice what all public authorities together take
 TRIAL_GOOD = 3  # inferences that must succeed before a bundle is trusted
 TRIAL_LOADS = 6  # times that a bundle on trial may be loaded before it is rolled back
 MAX_REFUSED = 64  # refused bundles that are remembered; the newest are kept
@@ -64,8 +66,13 @@ class Config(Document):
     device: Name
     line: Name
     device_class: Name
-    repository: Place = Field(description="http(s) address or folder")
+    repository: Place = Field(description="http(s) address or folder; a name, a password and a query in it are never shown")
     root_sha256: Sha256
+    authorities: str = Field(
+        default="",
+        max_length=MAX_AUTHORITIES,
+        description="PEM certificates that the repository's must lead to; empty: the system's",
+    )
     reports: Place = Field(default="", description="folder in which reports are left; empty: nowhere")
     window: str = Field(
         default="",

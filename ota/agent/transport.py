@@ -8,25 +8,27 @@ somebody signed.
 
 from __future__ import annotations
 
-import http.client
 import os
 import queue
 import random
-import re
-import socket
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 import urllib3
 
+from ota.agent import network
 from ota.agent.disk import Disk
+from ota.agent.line import FAULTS, Line, why
+from ota.agent.network import LaterError, NotFoundError, RefusedError, ShortError, UnavailableError
 from ota.errors import RepositoryError, TransferError
+
+bare = network.bare
 
 PIECE = 64 * 1024  # bytes read at once
 GAP_TIMEOUT = 30.0  # seconds without a byte
@@ -46,11 +48,7 @@ Deadline = Callable[[], float]
 _left_behind: dict[str, threading.Thread] = {}
 """Threads that wait for a mount that does not answer, by path; while one waits, no other is started for the same path."""
 
-PASSING = (408, 425, 429)  # those statuses from 400 to 499 that ask for a retry
-
-
-class NotFoundError(TransferError):
-    """The repository does not have the file, or not for this device; a retry would only add load."""
+LONGEST_PAUSE = 60.0  # seconds that a transfer waits because a server asks for it; if it asks for more, the next check waits
 
 
 class HungError(TransferError):
@@ -73,7 +71,7 @@ class Transport(Protocol):
             deadline: by when all bytes must arrive; by default `DEADLINE_FLOOR` seconds from now.
 
         Raises:
-            NotFoundError: there is no such file.
+            UnavailableError: there is no such file, or the source does not give it.
             TransferError: the source cannot be reached, breaks off, or is too slow.
         """
 
@@ -81,8 +79,12 @@ class Transport(Protocol):
         """Release open connections; the transport may be used again."""
 
 
-def connect(repository: str) -> Transport:
+def connect(repository: str, authorities: str = "") -> Transport:
     """Return the transport for an address: http(s)://…, file:///… or a folder.
+
+    Args:
+        repository: the address. A name, a password and a query in it are sent to that server only.
+        authorities: PEM certificates of the authorities that are trusted; empty: those of the system.
 
     Raises:
         TransferError: the address is of another kind.
@@ -92,18 +94,13 @@ def connect(repository: str) -> Transport:
         parts = urlsplit(repository)
         if parts.scheme in ("http", "https"):
             url = urllib3.util.parse_url(repository)
-            if (url.host or "").encode("idna") and url.port != 0 and url.query is None and url.fragment is None:
-                return Web(repository)
-    except ValueError as error:  # its text may quote a password
-        raise TransferError(wrong) from error
+            if (url.host or "").encode("idna") and url.port != 0 and url.fragment is None:
+                return Web(repository, authorities)
+    except ValueError:
+        raise TransferError(wrong) from None  # the foreign error may quote a password
     if parts.scheme in ("", "file") and parts.netloc in ("", "localhost") and parts.path:
         return Folder(Path(parts.path if parts.scheme else repository))
     raise TransferError(wrong)
-
-
-def bare(address: str) -> str:
-    """Remove the user name and password from an address, because they must not be shown."""
-    return re.sub(r"(?<=//)[^/?#]*@", "", address)
 
 
 class Folder:
@@ -132,7 +129,7 @@ class Folder:
             raise NotFoundError(f"the repository has no {name}") from error
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise TransferError(f"cannot read {self.folder / name}: {reason}; check the repository's folder") from error
+            raise UnavailableError(f"cannot read {self.folder / name}: {reason}; check the repository's folder") from error
 
     def _open(self, name: str) -> int:
         """Open a regular file; refuse a pipe, a device or a folder in its place without opening it or waiting for it."""
@@ -144,21 +141,22 @@ class Folder:
             if stat.S_ISREG(found.st_mode):
                 return descriptor
             os.close(descriptor)
-        raise TransferError(f"{path} is not a regular file; check the repository's folder")
+        raise UnavailableError(f"{path} is not a regular file; check the repository's folder")
 
 
 class Web:
     """A published repository on a web server."""
 
-    def __init__(self, address: str) -> None:
-        self.address, self.received = address.rstrip("/"), 0
-        self._line = _Line()
+    def __init__(self, address: str, authorities: str = "") -> None:
+        self.received = 0
+        self._address, self._authorities = network.Address.parse(address), authorities
+        self._line = self._new_line()
 
     def read(self, name: str, offset: int = 0, deadline: Deadline | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
         if self._line.was_cut:
             self.close()
-            self._line = _Line()
+            self._line = self._new_line()
         line = self._line
         return _until(deadline or at_most(DEADLINE_FLOOR), name, self._pieces(name, offset, line), cut=line.cut)
 
@@ -166,17 +164,12 @@ class Web:
         """See `Transport.close`."""
         self._line.close()
 
-    def _pieces(self, name: str, offset: int, line: _Line) -> Iterator[bytes]:
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
+    def _new_line(self) -> Line:
+        return Line(GAP_TIMEOUT, self._authorities)
+
+    def _pieces(self, name: str, offset: int, line: Line) -> Iterator[bytes]:
+        response = self._answer(name, offset, line)
         try:
-            response = line.pool.request(
-                "GET", f"{self.address}/{name}", headers=headers, preload_content=False, decode_content=False
-            )
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # ValueError: an invalid address or header
-            raise TransferError(f"cannot reach {bare(self.address)}: {_why(error)}; it will be tried again") from error
-        try:
-            if 400 <= response.status < 500 and response.status not in PASSING:
-                raise NotFoundError(f"the repository has no {name} for this device (status {response.status})")
             if response.status not in (200, 206):
                 raise TransferError(f"the server answered {response.status} for {name}; it will be tried again")
             skip = offset if response.status == 200 else 0  # the server ignored the range and starts over
@@ -185,72 +178,59 @@ class Web:
                 rest, skip = piece[skip:], max(0, skip - len(piece))
                 if rest:
                     yield rest
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise TransferError(f"the transfer of {name} broke off: {_why(error)}; it will be resumed") from error
+        except FAULTS as error:
+            raise TransferError(f"the transfer of {name} broke off: {why(error)}; it will be resumed") from error
         finally:
             response.close()
 
+    def _answer(self, name: str, offset: int, line: Line) -> urllib3.BaseHTTPResponse:
+        """Ask for a file, following redirects; return an answer that is the file, or that a retry may change."""
+        url = self._address.of(name)
+        for _ in range(network.MAX_REDIRECTS + 1):
+            headers, proxy = self._headers(name, offset, url), network.proxy_for(url, os.environ)
+            try:
+                response = line.get(url, headers, proxy)
+            except FAULTS as error:
+                where = bare(url).removesuffix(f"/{name}") + (f" through the proxy {proxy.url}" if proxy else "")
+                raise TransferError(f"cannot reach {where}: {why(error)}; it will be tried again") from error
+            if response.status not in network.REDIRECTS:
+                break
+            _leave(response)
+            url = network.redirected(name, url, response.headers.get("Location"))
+        else:
+            raise RefusedError(
+                f"the repository redirects {name} more than {network.MAX_REDIRECTS} times; give its last address at init"
+            )
+        problem: TransferError | None = network.refusal(response.status, name, url, "Authorization" in headers, proxy)
+        asked = response.headers.get("Retry-After")
+        if problem is None and response.status >= 400 and asked:
+            now = time.time()
+            if seconds := network.wait_asked(asked, response.headers.get("Date"), now):
+                problem = network.later(response.status, name, url, seconds, now)
+        if problem:
+            response.close()
+            raise problem
+        return response
 
-def _why(error: BaseException) -> str:
-    """Say what went wrong on the connection; the texts of urllib3 name its internal objects."""
-    found: BaseException | None = error
-    while found:
-        if isinstance(found, OSError) and found.strerror:
-            return str(getattr(found, "verify_message", "") or found.strerror)
-        if isinstance(found, TimeoutError):
-            return "no answer in time"
-        if isinstance(found, (ConnectionError, http.client.IncompleteRead)):
-            return "the connection was closed"
-        found = found.__cause__ or found.__context__
-    return "the server there is not a web server"
+    def _headers(self, name: str, offset: int, url: str) -> dict[str, str]:
+        headers = {"Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        if name.startswith("metadata/"):
+            headers["Cache-Control"] = "no-cache"  # a proxy's old copy would keep a halt from this device
+        if self._address.authorization and self._address.trusts(url):
+            headers["Authorization"] = self._address.authorization
+        return headers
 
 
-class _Line:
-    """One connection at a time, kept for the next request; another thread can cut it."""
-
-    def __init__(self) -> None:
-        line, self.was_cut = self, False
-        self._socket: socket.socket | None = None
-
-        class Plain(urllib3.connection.HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                line._use(self.sock)
-
-        class Secure(urllib3.connection.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()  # including TLS, which the timeout bounds as a whole
-                line._use(self.sock)
-
-        class PlainPool(urllib3.HTTPConnectionPool):
-            ConnectionCls = Plain
-
-        class SecurePool(urllib3.HTTPSConnectionPool):
-            ConnectionCls = Secure
-
-        timeout = urllib3.Timeout(connect=GAP_TIMEOUT, read=GAP_TIMEOUT)
-        self.pool = urllib3.PoolManager(retries=False, timeout=timeout)
-        self.pool.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
-
-    def _use(self, made: Any) -> None:
-        self._socket = made
-        if self.was_cut:  # the cut came before the connection was made
-            self.cut()
-
-    def cut(self) -> None:
-        """End what a thread waits for, by shutting the connection down; it is never used again."""
-        self.was_cut = True
-        if self._socket:
-            with suppress(OSError):
-                # Not the method of SSLSocket: it would drop the TLS state that the waiting thread still uses.
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close the connection; this object and its classes refer to each other, so it would otherwise stay open for a while."""
-        for key in self.pool.pools.keys():  # noqa: SIM118 - it refuses to be iterated over itself
-            with suppress(KeyError):
-                self.pool.pools[key].close()
-        self.pool.clear()
+def _leave(response: urllib3.BaseHTTPResponse) -> None:
+    """Let an answer go; if its body is short, the connection can be kept."""
+    try:
+        response.read(PIECE)
+    except FAULTS:
+        pass  # nothing of the body is wanted
+    finally:
+        response.close()
 
 
 def at_most(seconds: float) -> Deadline:
@@ -370,7 +350,7 @@ def read_small(transport: Transport, name: str, limit: int) -> bytes:
                 raise RepositoryError(f"{name} is longer than the {limit} bytes that are signed for it; nothing of it is used")
         return bytes(data)
 
-    return _retrying(once)
+    return _retrying(once, deadline)
 
 
 def download(transport: Transport, name: str, size: int, disk: Disk, place: str, latest: Deadline) -> None:
@@ -386,6 +366,7 @@ def download(transport: Transport, name: str, size: int, disk: Disk, place: str,
 
     Raises:
         RepositoryError: more than `size` bytes arrived; the file is removed.
+        UnavailableError: the source does not give the file, or only a part of it.
         TransferError: the link failed, or the deadline passed; what arrived is kept for the next call.
     """
     begun, before = time.monotonic(), transport.received
@@ -404,7 +385,7 @@ def download(transport: Transport, name: str, size: int, disk: Disk, place: str,
         if have == size:
             with disk.writing(place, append=True):
                 return  # this syncs it: the earlier call may have been killed before it did
-        pieces = transport.read(name, have, deadline)
+        pieces, begins = transport.read(name, have, deadline), have
         while have < size:
             with disk.writing(place, append=True) as file:  # synced at the end of each block
                 for piece in pieces:
@@ -419,6 +400,8 @@ def download(transport: Transport, name: str, size: int, disk: Disk, place: str,
                         unsynced = 0
                         break
                 else:
+                    if have < size and have == begins:  # the source has no more, so that to resume it brings nothing
+                        raise ShortError(f"the repository's {name} has only {have} of {size} bytes; copy or publish it again")
                     if have < size:
                         raise TransferError(f"{name} ended after {have} of {size} bytes; it will be resumed")
             if new:
@@ -426,21 +409,29 @@ def download(transport: Transport, name: str, size: int, disk: Disk, place: str,
                 new = False
 
     try:
-        _retrying(once)
+        _retrying(once, deadline)
     except RepositoryError:
         disk.remove(place)
         raise
 
 
-def _retrying(once: Callable[[], Answer]) -> Answer:
-    """Retry if the link fails, after growing, random pauses; do not retry if the file does not exist."""
+def _retrying(once: Callable[[], Answer], deadline: Deadline) -> Answer:
+    """Retry if the link fails, after growing, random pauses, or after the pause that the server asks for.
+
+    Do not retry if the source does not give the file, or asks for more time than `LONGEST_PAUSE` or the deadline leaves.
+    """
     for attempt in range(ATTEMPTS):
+        pause = BACKOFF * 2**attempt * random.uniform(0.5, 1.5)  # noqa: S311
         try:
             return once()
-        except NotFoundError:
+        except (NotFoundError, RefusedError, ShortError):
             raise
+        except LaterError as error:
+            pause += error.seconds
+            if attempt == ATTEMPTS - 1 or pause > LONGEST_PAUSE or time.monotonic() + pause >= deadline():
+                raise
         except TransferError:
             if attempt == ATTEMPTS - 1:
                 raise
-            time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
+        time.sleep(pause)
     raise AssertionError("unreachable")

@@ -31,8 +31,9 @@ from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from ota.agent import clock, page, rules, transport
+from ota.agent.network import LaterError, NotFoundError, RefusedError
 from ota.agent.state import HighWater, Home
-from ota.agent.transport import NotFoundError, Transport, at_most, read_small
+from ota.agent.transport import Transport, at_most, read_small
 from ota.errors import ExpiredError, InvalidError, OtaError, RepositoryError, StateError, TransferError, TrustError
 from ota.manifest import MAX_COUNT, MAX_WEIGHTS, Document, KiB, Sha256
 from ota.wording import first_fault
@@ -276,6 +277,10 @@ class _Fetcher(FetcherInterface):
             first = next(pieces, b"")
         except NotFoundError as error:
             raise DownloadHTTPError(str(error), 404) from error
+        except RefusedError as error:
+            if error.status != 403:  # S3 says so of a file that it lacks, unless everybody may list the bucket
+                raise
+            raise DownloadHTTPError(str(error), 403) from error
         if page.is_page(first):
             raise TransferError(f"the repository cannot be reached: {page.PAGE}; it will be tried again")
         return self._rest(first, pieces)
@@ -310,10 +315,12 @@ class _foreign_errors:  # noqa: N801 - used as a statement
             raise ExpiredError(
                 f"the repository's signatures have expired ({error}); the running model is kept, and the factory must sign again"
             ) from error
-        if isinstance(error, DownloadHTTPError):
+        cause = error.__cause__ if isinstance(error, DownloadError) else None
+        if isinstance(cause, LaterError):
+            raise LaterError(str(cause), cause.seconds) from error
+        if isinstance(error, DownloadHTTPError) and error.status_code == 404:
             raise TransferError(f"the repository lacks a file that it should have: {error}") from error
         if isinstance(error, DownloadError):
-            cause = error.__cause__
             raise TransferError(str(cause) if isinstance(cause, TransferError) else f"cannot fetch metadata: {error}") from error
         if isinstance(error, (TufRepositoryError, DeserializationError)):
             raise TrustError(f"the repository's metadata failed verification: {error}; nothing is installed") from error

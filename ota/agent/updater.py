@@ -25,10 +25,11 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from ota.agent import history, reports, trial
+from ota.agent.network import UnavailableError
 from ota.agent.plan import OnStep, Plan, check_room, decide, fetch_objects, find_delta, have, missing, verify
 from ota.agent.slots import file_is, finish_slot, is_complete, is_sound, prepare_slot
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
-from ota.agent.transport import Deadline, NotFoundError, Transport, at_most, connect, download
+from ota.agent.transport import Deadline, Transport, at_most, connect, download
 from ota.agent.trust import Target, Trust
 from ota.errors import (
     BaseError,
@@ -85,7 +86,8 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
             if not check_only:
                 history.begin(home)
                 trial.finish_probation(home, on_step or _silent)  # what an earlier call left on trial comes first
-            with closing(connect(home.config().repository)) as transport:
+            config = home.config()
+            with closing(connect(config.repository, config.authorities)) as transport:
                 return _update(home, transport, on_step or _silent, check_only)
     except OtaError as error:
         if not check_only and not isinstance(error, GateError):  # the refusal is noted where it is made
@@ -102,7 +104,7 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
     if damaged and not check_only:
         try:
             _repair(home, trust, transport)
-        except (RepositoryError, NotFoundError) as error:  # a newer release may still help
+        except (RepositoryError, UnavailableError) as error:  # a newer release may still help
             log.warning("the running bundle is damaged and cannot be repaired: %s", error)
             problem = error
     step(2, "read the policy")
@@ -139,7 +141,7 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
             except BaseError as error:
                 log.warning("%s", error)
                 reports.queue(home, "base_corrupt", state.active, str(error))
-            except (DeltaError, DeviceError, RepositoryError, NotFoundError) as error:
+            except (DeltaError, DeviceError, RepositoryError, UnavailableError) as error:
                 if isinstance(error, (RoomError, StateError)) and not isinstance(error, SoftwareError):
                     raise
                 log.warning("%s; fetching the full bundle", error)
