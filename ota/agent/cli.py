@@ -58,10 +58,10 @@ _PLACE = "of 500 characters at most, none of them a control character"
 _WATTS = "give the watts at rest (0 to 10000) and the watts that a busy core adds (above 0, at most 10000), such as 2.1,3.5"
 WRITTEN = {
     "device": ("device", _NAME), "line": ("line", _NAME), "device_class": ("class", _NAME),
-    "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "authorities": ("ca", "give fewer certificates"), "reports": ("reports", f"give a folder, {_PLACE}"),
+    "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "reports": ("reports", f"give a folder, {_PLACE}"),
     "window": ("window", window.WRITTEN), "prefer": ("prefer", "choose default, quality, latency or energy"),
     "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev or fast"),
-    "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
+    "authorities": ("ca", "give fewer certificates"), "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
 }  # fmt: skip
 """Name the option of `init` for each field of the configuration, and say how its value is written."""
 

@@ -40,12 +40,12 @@ from ota.errors import BaseError, BusyError, ManifestError, OperatorError, State
 from ota.manifest import MAX_MANIFEST, MAX_TABLE, Document, Manifest, Name, Reference, Role, Sha256, VariantName, parse
 
 MAX_STATE = 1024 * 1024  # bytes; more than MAX_REFUSED reasons take, even if each of their characters takes twelve
-CERTIFICATES = r"^(-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----\n)*$"
-MAX_AUTHORITIES = 512 * 1024  # characters of PEM certificates, twice what all public authorities together take
 TRIAL_GOOD = 3  # inferences that must succeed before a bundle is trusted
 TRIAL_LOADS = 6  # times that a bundle on trial may be loaded before it is rolled back
 MAX_REFUSED = 64  # refused bundles that are remembered; the newest are kept
 SETTLED = (".", "slots", "incoming")  # folders whose entries must be durable before anything relies on them
+CERTIFICATES = r"^(-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----\n)*$"
+MAX_AUTHORITIES = 512 * 1024  # characters of PEM certificates, twice what all public authorities together take
 LOCK_PAUSE = 0.1  # seconds between two attempts to take the lock
 
 
