@@ -1,7 +1,8 @@
-"""Tags that lead from a version back to everything that it was made of, so that MLflow can search for it.
+"""Tags that lead from a run back to everything that its version was made of, so that MLflow can search for it.
 
 The facts come from the checkpoint's lineage, the scorecard and the decision, each with its hash, and from the environment in
-which they were recorded. The names of the tags do not change: a search written today finds next year's versions.
+which they were recorded. The names of the tags do not change: a search written today finds next year's runs. The run has all of
+them. Its version has the few that a person reads there, or that ferry searches versions by.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from model.errors import RevisionError
 from model.scorecard import DataVersion, Lineage, Scorecard
 from registry.selection import Decision
 
+ON_VERSION = (
+    "data.rev", "data.md5", "gate.outcome", "gate.n", "parent.version", "teacher.version", "training.seconds",  # for people
+    "checkpoint.sha256", "scorecard.sha256", "weights.sha256",  # read back by registry.registration and registry.catalog
+)  # fmt: skip
 WEIGHTS = "weights.safetensors"  # file name in a checkpoint; not imported from `model.train`, because that needs torch
 
 
@@ -32,10 +37,15 @@ def data_tags(data: DataVersion, repository: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def tags_on_version(tags: Mapping[str, str]) -> dict[str, str]:
+    """Choose the tags of a run that its version has, too."""
+    return {name: tags[name] for name in ON_VERSION if name in tags}
+
+
 def version_tags(
     lineage: Lineage, card: Scorecard, decision: Decision, checkpoint: Path, export: Path, curve: list[dict[str, float]]
 ) -> dict[str, str]:
-    """Return the tags of a version, without those of its data revision.
+    """Return the tags of a version's run, without those of its data revision.
 
     Args:
         lineage: of the checkpoint.

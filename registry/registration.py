@@ -30,10 +30,12 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import Schema, TensorSpec
 
 from registry.dataset import dataset_input
-from registry.lineage import data_tags, environment, version_tags
+from registry.lineage import data_tags, environment, shortened, tags_on_version, version_tags
 from registry.runs import BUNDLE, CHECKPOINT, COMMIT, NOTE, PARENT_RUN, Retraining, check_place, create_run, reopen
 from registry.seal import SCORECARD, FileSeal, files_of, is_whole, sealed_bytes
 from registry.selection import Decision
+
+DESCRIPTION = 500  # characters of a gate's reason on a version's page; the page of its run has more of it
 
 
 def register(
@@ -86,7 +88,7 @@ def register(
         for version in there:
             cut_off = version.number not in judged and version.tags.get("scorecard.sha256") == card.sha256
             if judged.get(version.number) == card.sha256 or (cut_off and _holds(catalog.client, version.run_id, files)):
-                return _challenging(catalog, version)
+                return _challenging(catalog, _named(catalog, version))
         experiment = catalog.experiment(subject.line)
         tags = data_tags(lineage.data, catalog.repository)
         tags |= version_tags(lineage, card, decision, checkpoint, export, curve)
@@ -116,13 +118,13 @@ def register(
                     catalog.client.set_terminated(run_id, "FAILED")
             raise
         if not catalog.client.search_registered_models(f"name = '{subject.model}'"):
-            catalog.client.create_registered_model(subject.model, description=f"{subject}, made by DeltaFerry")
+            catalog.client.create_registered_model(subject.model, description=model_text(subject))
         made = catalog.client.create_model_version(  # a server, unlike a database, needs the view's id besides its address
             subject.model,
             source=f"models:/{view}",
             run_id=run_id,
-            tags=tags,
-            description=tags["gate.reason"],
+            tags=tags_on_version(tags),
+            description=shortened(decision.reason, DESCRIPTION),
             model_id=view,
         )
         # If a server answers too late, the client asks twice, and two versions are made for this run: the first stays.
@@ -134,12 +136,29 @@ def register(
         )
         for twin in twins:
             catalog.client.delete_model_version(subject.model, str(twin.number))
-        return _challenging(catalog, first)
+        return _challenging(catalog, _named(catalog, first))
 
 
 def card_text(card: Scorecard) -> str:
     """Serialise a scorecard in the form that MLflow keeps and the seal covers."""
     return card.model_dump_json(indent=1)
+
+
+def model_text(subject: Subject) -> str:
+    """Describe a registered model for people who open its page in MLflow."""
+    return (
+        f"What devices of configuration {subject.configuration} run as the variant {subject.variant} of the line {subject.line}. "
+        "`champion` is the version that is fielded next, `challenger` the newest that passed the gate, `anchor` the best so far. "
+        f"Why each became champion: `ferry history {subject}`. Everything that a version was made of is in the tags of its run."
+    )
+
+
+def _named(catalog: Catalog, version: Version) -> Version:
+    """Name the run of a version after it; return the version."""
+    if version.run_id:
+        name = f"{version.subject.configuration}/{version.subject.variant} version {version.number}"
+        catalog.client.update_run(version.run_id, name=name)
+    return version
 
 
 def _holds(client: MlflowClient, run_id: str, files: Mapping[str, FileSeal]) -> bool:

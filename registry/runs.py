@@ -146,7 +146,7 @@ def open_retraining(catalog: Catalog, data: DataVersion, key: str) -> Retraining
                 reopen(catalog, run_id, {})
         else:
             tags = {RETRAINING: key, **data_tags(data, catalog.repository)}
-            run_id = _new_run(catalog, experiment, f"{data.line} {data.rev[:7]}", tags)
+            run_id = _new_run(catalog, experiment, f"{data.line} on data {data.rev[:12]}", tags)
             catalog.client.log_inputs(run_id, [dataset_input(data, catalog.repository, "retraining")])
     return Retraining(run_id=run_id, data=data)
 
@@ -242,7 +242,7 @@ def open_training(catalog: Catalog, subject: Subject, key: str, within: Retraini
 
 def create_run(catalog: Catalog, experiment: str, subject: Subject, tags: dict[str, str]) -> str:
     """Create a run for a model and return its id."""
-    return _new_run(catalog, experiment, f"{subject.configuration}-{subject.variant}", tags)
+    return _new_run(catalog, experiment, f"{subject.configuration}/{subject.variant}, in training", tags)
 
 
 def _new_run(catalog: Catalog, experiment: str, name: str, tags: dict[str, str]) -> str:

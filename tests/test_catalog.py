@@ -167,7 +167,7 @@ def test_view_for_tools_is_a_runnable_model(versions: list[Version], catalog: Ca
 
 
 def test_tags_lead_back_to_data_code_and_decision(versions: list[Version], catalog: Catalog, checkpoint: Checkpoint):
-    tags = catalog.version(SUBJECT, 1).tags
+    tags = run_of(catalog, versions[0]).data.tags
     lineage = checkpoint.lineage
     assert tags["data.rev"] == lineage.data.rev
     assert tags["data.md5"] == lineage.data.md5
@@ -185,7 +185,7 @@ def test_tags_lead_back_to_data_code_and_decision(versions: list[Version], catal
 def test_hashes_in_tags_are_those_of_the_files(
     versions: list[Version], catalog: Catalog, checkpoint: Checkpoint, exported: Export
 ):
-    tags = catalog.version(SUBJECT, 1).tags
+    tags = run_of(catalog, versions[0]).data.tags
 
     def digest(content: bytes) -> str:
         return hashlib.sha256(content).hexdigest()
@@ -206,15 +206,44 @@ def test_reason_that_is_too_long_for_a_page_is_cut_and_kept_whole_beside_it(
     said = decision(one).model_copy(update={"outcome": "refuse", "reason": "coverage is 0.00; " * 1000})
     made = registration.register(catalog, other, checkpoint.lineage, one, said, checkpoint.folder, exported.folder, {}, [])
     shown = f"{said.reason[:2000]} … (the rest is in decision.json)"
-    assert made.tags["gate.reason"] == shown
-    assert run_of(catalog, made).data.tags["mlflow.note.content"] == shown
+    of_run = run_of(catalog, made).data.tags
+    assert of_run["gate.reason"] == of_run["mlflow.note.content"] == shown
     assert Decision.model_validate_json(in_run(catalog, made.run_id, "decision.json")) == said
-    assert catalog.client.get_model_version(other.model, "1").description == shown
+    page = catalog.client.get_model_version(other.model, "1")
+    assert page.description == f"{said.reason[:500]} … (the rest is in decision.json)"
+    assert max(len(value) for value in page.tags.values()) <= 64
 
 
 def test_run_has_every_tag_of_its_version(versions: list[Version], catalog: Catalog):
     of_run = run_of(catalog, versions[0]).data.tags
-    assert catalog.version(SUBJECT, 1).tags.items() <= of_run.items()
+    of_version = catalog.version(SUBJECT, 1).tags
+    assert of_version.items() <= of_run.items()
+    assert len(of_version) <= 10
+    assert len(of_run) > 30
+
+
+def test_run_is_named_by_its_version(versions: list[Version], catalog: Catalog):
+    assert [run_of(catalog, version).info.run_name for version in versions] == ["I/full version 1", "I/full version 2"]
+
+
+def test_version_of_an_older_ferry_with_every_tag_is_found_again(catalog: Catalog, checkpoint: Checkpoint, exported: Export):
+    """Write a version as ferry did before its tags were few: it stays what it is, and a child of it names it as its parent."""
+    subject = SUBJECT.model_copy(update={"line": "older"})
+    one, child = card(1, checkpoint, exported), checkpoint.lineage.model_copy(update={"parent": checkpoint.weights_sha256})
+    made = registration.register(
+        catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+    )
+    for name, value in run_of(catalog, made).data.tags.items():
+        if not name.startswith("mlflow."):
+            catalog.client.set_model_version_tag(subject.model, "1", name, value)
+    again = registration.register(
+        catalog, subject, checkpoint.lineage, one, decision(one), checkpoint.folder, exported.folder, {}, []
+    )
+    assert (again.number, again.tagged_weights) == (1, one.weights_sha256)
+    two = card(2, checkpoint, exported)
+    younger = registration.register(catalog, subject, child, two, decision(two), checkpoint.folder, exported.folder, {}, [])
+    assert younger.number == 2
+    assert younger.tags["parent.version"].endswith("-I-full/1")
 
 
 def test_version_names_those_that_it_came_from(catalog: Catalog, checkpoint: Checkpoint, exported: Export):
@@ -225,9 +254,10 @@ def test_version_names_those_that_it_came_from(catalog: Catalog, checkpoint: Che
         catalog, subject, checkpoint.lineage, elder, decision(elder), checkpoint.folder, exported.folder, {}, []
     )
     made = registration.register(catalog, subject, child, younger, decision(younger), checkpoint.folder, exported.folder, {}, [])
-    assert made.tags["parent.sha256"] == checkpoint.weights_sha256
+    of_run = run_of(catalog, made).data.tags
+    assert of_run["parent.sha256"] == checkpoint.weights_sha256
     assert made.tags["parent.version"].endswith("-I-full/1")
-    assert made.tags["teacher.sha256"] == "9" * 64
+    assert of_run["teacher.sha256"] == "9" * 64
     assert "teacher.version" not in made.tags  # nobody registered it
 
 
@@ -276,7 +306,7 @@ def test_runs_of_a_retraining_are_nested_and_none_is_left_running(catalog: Catal
     assert catalog.client.get_run(made.run_id).data.tags["mlflow.parentRunId"] == around.run_id
     end_runs(catalog, "nested", "a" * 32, "FINISHED", "| model | outcome |")
     parent = catalog.client.get_run(around.run_id)
-    assert (parent.info.run_name, parent.info.status) == ("nested 0000000", "FINISHED")
+    assert (parent.info.run_name, parent.info.status) == ("nested on data 000000000000", "FINISHED")
     assert parent.data.tags["mlflow.note.content"] == "| model | outcome |"
 
     other = open_retraining(catalog, data, "b" * 32)  # with other settings: a run of its own

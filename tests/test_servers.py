@@ -258,7 +258,7 @@ def test_same_story_on_all_engines(engines: Engines, tmp_path: Path, monkeypatch
         assert seal is not None
         bundle = workspace.catalog.files(seal, "bundle", tmp_path / "fetched")
         assert file_sha256(bundle / "weights.bin") == seal.weights == champion.tagged_weights
-        assert file_sha256(bundle / "graph.onnx") == champion.tags["onnx.sha256"]
+        assert file_sha256(bundle / "graph.onnx") == run.data.tags["onnx.sha256"]
 
         (again,) = ferry(workspace, "retrain", "shapes")["models"]
         assert again["outcome"] == "unchanged"
