@@ -20,7 +20,7 @@ from prefect.flow_runs import resume_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from flows import telling
+from flows import pages, telling
 from flows.workspace import Workspace
 from registry.catalog import Subject
 from registry.champions import approve, waiting
@@ -30,9 +30,11 @@ from registry.ledger import Entry
 class Approval(RunInput):
     """A person's decision."""
 
-    who: str = Field(min_length=1, max_length=100, description="your name; it is recorded, and nobody checks it")
-    promote: bool = Field(description="no: it is refused, and not asked about again")
-    reason: str = Field(min_length=1, max_length=1000, description="why")
+    who: str = Field(title="Your name", min_length=1, max_length=100, description="it is recorded, and nobody checks it")
+    promote: bool = Field(
+        title="Make it champion", description="yes: it becomes champion; no: it is refused, and not asked about again"
+    )
+    reason: str = Field(title="Reason", min_length=1, max_length=1000, description="it is recorded in the ledger")
 
 
 def name_of(workspace: Workspace) -> str:
@@ -46,7 +48,10 @@ def _find(workspace: Workspace, subject: Subject, version: int) -> Entry | None:
     )
 
 
-@flow(name="approval", flow_run_name="approve {subject} {version}", persist_result=False)
+@flow(
+    name="approval", flow_run_name="approve {subject} version {version}", persist_result=False,
+    description="Wait for a person who approves or refuses a version that passed the gate.",
+)  # fmt: skip
 def approval(root: str, subject: str, version: int) -> str:
     """Suspend until a person approves or refuses a version; then Prefect starts the flow again, with the person's answer."""
     workspace, chosen = Workspace(Path(root)), Subject.parse(subject)
@@ -54,6 +59,8 @@ def approval(root: str, subject: str, version: int) -> str:
     if asked is None:
         return f"{subject} {version} does not wait any more; `ferry history {subject}` says why"
     text = f"{subject} version {version}: {asked.why}. `ferry report` and MLflow show what it draws."
+    pages.keep_logs()
+    pages.log(f"{text} To decide, choose Resume at the top of this page (in the menu there), and fill in the form.")
     said = suspend_flow_run(wait_for_input=Approval.with_initial_data(description=text), key="approval")
     # Prefect's page knows no users (its paid edition does): the name is what somebody wrote.
     entry = approve(workspace, chosen, version, said.reason, not said.promote, who=f"{said.who} (in Prefect, unverified)")
@@ -74,11 +81,14 @@ def ask_in_prefect(workspace: Workspace, subject: Subject, version: int) -> bool
             deployment = client.read_deployment_by_name(f"approval/{name_of(workspace)}")
         except ObjectNotFound:
             return False
-        client.create_flow_run_from_deployment(
+        run = client.create_flow_run_from_deployment(
             deployment.id,
+            name=f"approve {subject} version {version}",
             parameters={"root": str(workspace.root), "subject": str(subject), "version": version},
             idempotency_key=f"approval {subject} {version} {asked.sha256}",
         )
+    page = f"{os.environ['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{run.id}"
+    telling.tell(f"{subject} version {version} waits for a person: `ferry approve`, or the form behind Resume at {page}")
     return True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import approval, pages
+from flows import approval, pages, progress
 from flows.steps import (
     REAL,
     SAMPLES,
@@ -93,6 +93,7 @@ def judge(
             workspace, subject, number, decision, taken_back, workspace.needs_approval(data.line),
             lambda: approval.ask_in_prefect(workspace, subject, number),
         )  # fmt: skip
+    progress.say(f"{subject} version {number}: {outcome}{', it is champion now' if promoted else ''}")
     row = Retrained(
         subject=str(subject), data_rev=data.rev, version=number, outcome=outcome, reason=reason, n=decision.n, promoted=promoted,
     )  # fmt: skip

@@ -110,7 +110,7 @@ def remeasure(workspace: Workspace, line: str, why: str, rev: str = "") -> Remea
             own = {q.space_sha256 for q in workspace.catalog.card(version).quality}
             if spaces.sha256 in own or figures(workspace, Subject.parse(version.subject), version.version, spaces.sha256):
                 continue
-            quality, asked = score.anew(spaces, dataset, drawer(workspace, line, bundle), settings.gate.images)
+            quality, asked = score.anew(spaces, dataset, drawer(workspace, version.name, bundle), settings.gate.images)
             made = Figures(
                 version=version.version, weights=version.weights, spaces=spaces.sha256, before=before.sha256, data_rev=data.rev, data_md5=data.md5,
                 quality=quality, asked=asked,

@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
-from flows import policies, progress
+from flows import pages, policies, progress, running
 from flows.policies import check_ledger
 from flows.settings import TEACHING_MS
 from flows.steps import RETRIES, champion_files
@@ -50,12 +50,13 @@ class Released(Frozen):
     """Changes of the images that the release allows, by variant."""
 
 
-@task(name="bundle")
+@task(name="bundle", task_run_name="bundle {line}/{device_class}")
 def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[VariantName, Allowed] | None = None) -> str:
     """Build the bundle of a line's champions for a device class, with the changes that it allows; return its folder."""
     workspace = Workspace(Path(root))
     settings = workspace.device_class(line, device_class)
     found = champions(workspace, workspace.class_subjects(line, device_class))
+    progress.say(f"build the bundle of {', '.join(champion.name for champion in found.values())}")
     exports = {variant: champion_files(workspace, champion).bundle for variant, champion in found.items()}
     first = next(iter(found.values()))
     lineage = load_checkpoint(champion_files(workspace, first).checkpoint).lineage
@@ -129,7 +130,7 @@ def foretold(root: str, line: str, device_class: str, reason: str | None) -> tup
     return str(made.folder), allowed
 
 
-@task(name="deltas")
+@task(name="deltas", task_run_name="build deltas to the bundle")
 def make_deltas(root: str, folder: str) -> list[Delta]:
     """Build the deltas to a bundle from every bundle of `fielded`; leave out those that are not smaller than the bundle."""
     workspace = Workspace(Path(root))
@@ -158,7 +159,7 @@ def fielded(workspace: Workspace, target: Bundle) -> list[Bundle]:
     ]
 
 
-@task(name="sign", **RETRIES)
+@task(name="sign", task_run_name="sign the release", **RETRIES)
 def sign(root: str, folder: str, deltas: list[Delta], allowed: Mapping[VariantName, Allowed]) -> tuple[Release, bool]:
     """Add a bundle and its deltas to the signed repository, and record the release in the ledger.
 
@@ -171,6 +172,7 @@ def sign(root: str, folder: str, deltas: list[Delta], allowed: Mapping[VariantNa
     workspace = Workspace(Path(root))
     made = bundle.open_bundle(Path(folder))
     subject = f"{made.manifest.line}/{made.manifest.device_class}"
+    progress.say(f"sign the bundle and {len(deltas)} deltas")
     with workspace.locked("records"):
         entries = [e for e in workspace.ledger.entries(subject) if e.kind == "release"]
         newest = bool(entries) and entries[-1].facts["manifest"] == made.manifest.digest
@@ -194,13 +196,16 @@ def sign(root: str, folder: str, deltas: list[Delta], allowed: Mapping[VariantNa
     return release, newest
 
 
-@task(name="publish", **RETRIES)
+@task(name="publish", task_run_name="publish the repository", **RETRIES)
 def publish(root: str) -> int:
     """Copy new files of the repository to where devices fetch them, and return their number."""
     return policies.publish(Workspace(Path(root)))
 
 
-@flow(name="release", persist_result=False)
+@flow(
+    name="release", flow_run_name="release {line}/{device_class}", persist_result=False,
+    description="Publish a line's champions for a device class as a signed release, with deltas from what devices run.",
+)  # fmt: skip
 def release(root: str, line: str, device_class: str, allow_change: str | None = None) -> dict[str, Any]:
     """Publish the champions of a line for a device class, and return a `Released` as plain data.
 
@@ -216,7 +221,7 @@ def release(root: str, line: str, device_class: str, allow_change: str | None = 
         ForetoldError: devices would refuse the release; nothing was signed.
     """
     workspace = Workspace(Path(root))
-    with workspace.locked("release"):
+    with workspace.locked("release"), pages.progress(), running.noted(workspace.work, "release", f"{line}/{device_class}"):
         check_ledger(workspace)
         folder, allowed = foretold(root, line, device_class, allow_change)
         deltas = make_deltas(root, folder)
@@ -230,5 +235,9 @@ def release(root: str, line: str, device_class: str, allow_change: str | None = 
         metadata_bytes=workspace.repository.metadata_bytes(), copied=copied, known=known,
         allowed={variant: change.model_dump(mode="json") for variant, change in allowed.items()},
     )  # fmt: skip
-    create_table_artifact(table=[made.model_dump()], key="release", description=f"{line}/{device_class} {published.seq}")
+    create_table_artifact(
+        table=[made.model_dump()],
+        key=pages.key_of(f"release {line} {device_class}"),
+        description=f"{line}/{device_class} release {published.seq}",
+    )
     return made.model_dump()

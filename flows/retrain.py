@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,9 +16,10 @@ from prefect import Flow, State, flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun
+from prefect.runtime import deployment
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import pages, telling, triggers
+from flows import pages, progress, running, telling, triggers
 from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
 from flows.settings import TEACHING_MS, Line
@@ -30,17 +32,30 @@ from model.scorecard import DataVersion, Lineage, Sha256
 from registry import runs
 from registry.catalog import Subject
 from registry.champions import champion_of, reconcile, verdict
+from registry.lineage import shortened
 from registry.runs import Retrained
 from registry.selection import Decision, level
 
+ENDS = {"Running": "begins", "Completed": "is done"}
+
+
+def stamp() -> str:
+    """Return the present time, for a line of a log."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+
 
 def _tell(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001 - Prefect fixes the names
-    """Write one line for whoever watches `ferry serve`; if a run was started by hand, its command reports the failure."""
+    """Write one line for whoever watches `ferry serve`; if a run was started by hand, its command reports how it ends."""
     if flow_run.deployment_id:
-        telling.tell(f"the scheduled retraining {flow_run.name} failed: {state.message}")
+        how = ENDS.get(str(state.name)) or f"ends as {state.name}: {state.message}"
+        telling.tell(f"{stamp()} {flow_run.name} {how}", limit=2000)
 
 
-@flow(name="retrain", validate_parameters=True, persist_result=False, on_failure=[_tell], on_crashed=[_tell])
+@flow(
+    name="retrain", flow_run_name="retrain {line} on data {rev:.12}", validate_parameters=True, persist_result=False,
+    description="Retrain the models of a line on a data revision, judge them, and promote those that pass the gate.",
+    on_running=[_tell], on_completion=[_tell], on_failure=[_tell], on_crashed=[_tell], on_cancellation=[_tell],
+)  # fmt: skip
 def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = True) -> list[dict[str, Any]]:
     """Retrain every model of a line on a data revision, and promote what the gate lets through.
 
@@ -61,21 +76,40 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
     """
     workspace = Workspace(Path(root))
     settings = workspace.line(line)
-    with workspace.locked("retraining"), pages.progress():
+    with workspace.locked("retraining"), pages.progress(), running.noted(workspace.work, "retraining", line):
         # Training starts from the ledger's champion, and challengers are judged against it.
         reconcile(workspace, workspace.subjects([line]), workspace.needs_approval)
         data = versions.resolve(workspace.root, settings.data, line, rev)
+        pages.name_run(f"retrain {line} on data {data.rev[:12]}")
         pull_data(workspace, data)
         with runs.ending(workspace.catalog, data, retraining_key(workspace, data)) as tell:
             ladders = _retrain_configurations(workspace, data, promote_winners)
             rows = [row.model_dump() for ladder in ladders for row in ladder.rows]
-            create_table_artifact(table=rows, key="scorecards", description=f"{line} at {data.rev[:12]}")
+            create_table_artifact(
+                table=rows,
+                key=pages.key_of(f"results {line}"),
+                description=f"What came of data revision {data.rev[:12]} of {line}",
+            )
+            _report(rows)
             _raise_failures(rows, [failure for ladder in ladders for failure in ladder.failures])
             tell(rows)
     return rows
 
 
-@flow(name="look for data", persist_result=False)
+def _report(rows: list[dict[str, Any]]) -> None:
+    """Say what came of each model; whoever watches `ferry serve` sees it, too."""
+    for row in rows:
+        told = f"{row['subject']} version {row['version']}: {row['outcome']}, {shortened(row['reason'], 300)}"
+        if row["outcome"] in ("unchanged", "no teacher", "failed"):  # the others were told when they were judged
+            progress.say(told)
+        if deployment.get_id():
+            telling.tell(f"{stamp()} {told}", limit=2000)
+
+
+@flow(
+    name="look for data", flow_run_name="look for new data", persist_result=False,
+    description="Ask for the retrainings that new data revisions and events make.",
+)  # fmt: skip
 def look_for_data(root: str, lines: list[str]) -> int:
     """Ask for the retrainings that new data revisions and events make; for a schedule where no `ferry serve` looks for them.
 
@@ -85,7 +119,10 @@ def look_for_data(root: str, lines: list[str]) -> int:
     return len(triggers.look(Workspace(Path(root)), lines))
 
 
-@flow(name="register checkpoint", persist_result=False)
+@flow(
+    name="register checkpoint", flow_run_name="register a checkpoint", persist_result=False,
+    description="Judge and register a checkpoint that was trained elsewhere; it is not promoted.",
+)  # fmt: skip
 def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
     """Evaluate, gate and register a checkpoint that was trained elsewhere; it is not promoted.
 
@@ -159,7 +196,7 @@ def _raise_failures(rows: list[dict[str, Any]], failures: list[Exception]) -> No
         raise VariantError(f"{failed} failed, the others are done; the first error: {failures[0]}", rows) from failures[0]
 
 
-@task(name="ladder", cache_policy=NO_CACHE, persist_result=False)
+@task(name="ladder", task_run_name="retrain {data.line}/{configuration}", cache_policy=NO_CACHE, persist_result=False)
 def retrain_ladder(
     workspace: Workspace,
     data: DataVersion,

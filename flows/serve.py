@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from cronsim import CronSim, CronSimError
 
+from flows import running
 from flows.errors import ServerError, WorkspaceError
 from flows.workspace import Workspace
 
@@ -37,10 +38,14 @@ NO_CRON = "{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 
 
 
 @contextmanager
-def server(workspace: Workspace) -> Iterator[tuple[str, str]]:
+def server(workspace: Workspace, port: int = 0) -> Iterator[tuple[str, str]]:
     """Serve a workspace: with the configured Prefect server, or with one of our own that lives as long as the block.
 
     Enter the block before `prefect` is imported, because Prefect reads the address only once.
+
+    Args:
+        workspace: that is served.
+        port: of our own server; 0 chooses a free one.
 
     Yields:
         the address of its API, and the file with the password that its page asks for; "" if the server is not ours.
@@ -49,7 +54,7 @@ def server(workspace: Workspace) -> Iterator[tuple[str, str]]:
         BusyError: another process serves this workspace.
         ServerError: our server does not start or fails, or others could read the file.
     """
-    with workspace.locked("serving"):
+    with workspace.locked("serving"), running.noted(workspace.work, "serving", ""):
         if configured := os.environ.get("PREFECT_API_URL"):
             yield configured, ""
             return
@@ -58,7 +63,9 @@ def server(workspace: Workspace) -> Iterator[tuple[str, str]]:
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
             # By default the page calls port 4200, so whoever has that port would get what a person types.
-            with _own(workspace, {"PREFECT_SERVER_UI_API_URL": "/api"}, apart=True) as (process, address):
+            # One run at a time is executed, so a run that waits for its turn is not late.
+            settings = {"PREFECT_SERVER_UI_API_URL": "/api", "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false"}
+            with _own(workspace, settings, apart=True, port=port) as (process, address):
                 asked.unlink(missing_ok=True)  # left by a server that was killed
                 write_secret(asked, os.environ["PREFECT_SERVER_API_AUTH_STRING"])
                 os.environ["PREFECT_API_URL"] = address
@@ -99,7 +106,9 @@ def start_in_process(workspace: Workspace) -> None:
 
 
 @contextmanager
-def _own(workspace: Workspace, settings: dict[str, str], *, apart: bool) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def _own(
+    workspace: Workspace, settings: dict[str, str], *, apart: bool, port: int = 0
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Start a Prefect server that lives as long as the block; yield its process and the address of its API.
 
     Ferry holds the port from before the server starts until after it has ended. Another process on that port would receive the
@@ -110,7 +119,7 @@ def _own(workspace: Workspace, settings: dict[str, str], *, apart: bool) -> Iter
         ServerError: it does not start.
     """
     log_path = _log_of(workspace)
-    with socket.create_server(("127.0.0.1", 0)) as listening, log_path.open("ab") as log:
+    with _listening(port) as listening, log_path.open("ab") as log:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
         # -P and --app-dir: import no code from the present folder.
         process = subprocess.Popen(  # noqa: S603
@@ -131,6 +140,19 @@ def _own(workspace: Workspace, settings: dict[str, str], *, apart: bool) -> Iter
             _end(process)
             with suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)  # ends the thread
+
+
+def _listening(port: int) -> socket.socket:
+    """Open the socket of our server.
+
+    Raises:
+        ServerError: the port cannot be used.
+    """
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ServerError(f"Prefect's page cannot be served at port {port}: {why}; choose another with --port") from error
 
 
 def _watch(process: subprocess.Popen[bytes], listening: socket.socket, ending: threading.Event, apart: bool) -> None:
@@ -213,6 +235,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def described(line: str) -> str:
+    """Describe the deployment that retrains a line, for people who read Prefect's page."""
+    return (
+        f"Retrains every model of the line **{line}**: by the schedule, for each new data revision, and for events that `ferry trigger` leaves. "
+        "What passes the gate is promoted, or waits for a person. The ledger (`ferry history`) has the decisions, MLflow the versions."
+    )
+
+
 def check_cron(cron: str) -> None:
     """Refuse what is certainly no cron schedule, before Prefect is loaded, which takes seconds.
 
@@ -247,7 +277,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
     from prefect.deployments.runner import RunnerDeployment
     from prefect.flows import EntrypointType
 
-    from flows import triggers
+    from flows import names, triggers
     from flows.approval import approval, name_of
     from flows.retrain import retrain
 
@@ -255,11 +285,14 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
         deployments = [
             retrain.to_deployment(
                 name=triggers.deployment_name(workspace, line), cron=cron, parameters={"root": str(workspace.root), "line": line},
-                entrypoint_type=EntrypointType.MODULE_PATH, concurrency_limit=1,
+                entrypoint_type=EntrypointType.MODULE_PATH, concurrency_limit=1, description=described(line),
             )
             for line in lines
         ]  # fmt: skip
-        deployments.append(approval.to_deployment(name=name_of(workspace), entrypoint_type=EntrypointType.MODULE_PATH))
+        waits = f"Each run is a version in {workspace.root.name} that passed the gate and waits for a person. Open it, and fill in its form."
+        deployments.append(
+            approval.to_deployment(name=name_of(workspace), entrypoint_type=EntrypointType.MODULE_PATH, description=waits)
+        )
     except ValueError as error:
         raise WorkspaceError(NO_CRON.format(cron=cron)) from error
     again = triggers.take_up(workspace, lines)
@@ -268,6 +301,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
     stop = threading.Event()
     looking = threading.Thread(target=triggers.keep_looking, args=(workspace, lines, every, stop), daemon=True)
     looking.start()
+    threading.Thread(target=names.keep_naming, args=(workspace, lines, stop), daemon=True).start()
     try:
         prefect_serve(*cast("list[RunnerDeployment]", deployments), limit=1, print_starting_message=False)
     finally:

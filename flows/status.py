@@ -129,7 +129,8 @@ def gather(workspace: Workspace) -> tuple[Standing, Exception | None]:
         found["models"] = [_model(subject, state) for subject, state in states.items()]
         for subject, state in states.items():
             waits += _decisions(subject, state)
-        waits += _data(workspace, states)
+        if not any(running.is_held(workspace.work, part) for part in ("serving", "retraining")):  # they retrain by themselves
+            waits += _data(workspace, states)
         with part():
             classes = [_class(workspace, line, name, states, waits) for line, name in _classes(workspace)]
             found["classes"] = classes
@@ -176,7 +177,7 @@ def _decisions(subject: str, state: SubjectState) -> Iterator[Waits]:
     """Yield the versions of a model on which a person must decide."""
     for version, asked in state.waiting.items():
         yield Waits(
-            what=f"{subject} {version} passed the gate and waits for approval since {asked.when[:10]}",
+            what=f"{subject} {version} waits for approval since {asked.when[:10]}",
             command=f"ferry approve {subject} {version} --reason ...",
         )
     newest = max(state.judged, default=0)

@@ -98,14 +98,31 @@ def renewed(step: Any, result: Path) -> Any:
     return step if result.is_file() else step.with_options(refresh_cache=True)
 
 
-@task(name="pull data", cache_policy=NO_CACHE, **RETRIES)
+def _subject_at(checkpoint: Path) -> Subject:
+    return subject_of(Lineage.model_validate_json((checkpoint / train.LINEAGE).read_bytes()))
+
+
+def _exporting(parameters: dict[str, Any]) -> str:
+    return f"export {_subject_at(parameters['checkpoint'])}"
+
+
+def _evaluating(parameters: dict[str, Any]) -> str:
+    return f"evaluate {_subject_at(parameters['model'].checkpoint)}"
+
+
+def _registering(parameters: dict[str, Any]) -> str:
+    return f"register {_subject_at(parameters['model'].checkpoint)}"
+
+
+@task(name="pull data", task_run_name="pull data {data.rev:.12} of {data.line}", cache_policy=NO_CACHE, **RETRIES)
 def pull_data(workspace: Workspace, data: DataVersion) -> str:
     """Deliver and verify a data revision, and return its folder."""
+    progress.say(f"pull data revision {data.rev[:12]} of {data.line}: {data.files} files")
     with workspace.locked("data"):
         return str(versions.pull(workspace.root, data, workspace.work / "data"))
 
 
-@task(name="train", cache_key_fn=by_key, persist_result=True, result_serializer="json")
+@task(name="train", task_run_name="train {lesson.subject}", cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
     """Train or distil a network, or resume an interrupted training; return the checkpoint's folder."""
     line = workspace.line(lesson.data.line)
@@ -114,6 +131,8 @@ def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
     objective = None
     if teacher:
         objective = distill.stage(teacher.network(), teacher.lineage.variant, lesson.variant, line.sampler.guidance)
+    begin = "its teacher's weights" if teacher and lesson.parent == lesson.teacher else "its parent" if lesson.parent else "noise"
+    progress.say(f"train {lesson.subject}: {settings.steps} steps from {begin}")
     with training_log.watching(workspace, lesson.subject, key, settings.steps, lesson.data) as watcher:
         checkpoint = train.train(
             line.config(lesson.configuration),
@@ -130,7 +149,7 @@ def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
     return str(checkpoint.folder)
 
 
-@task(name="export", cache_key_fn=by_key, persist_result=True, result_serializer="json")
+@task(name="export", task_run_name=cast("Any", _exporting), cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def export_model(workspace: Workspace, checkpoint: Path, key: str) -> str:
     """Write and check the files that devices run, and return their folder."""
     opened = train.load_checkpoint(checkpoint)
@@ -138,13 +157,16 @@ def export_model(workspace: Workspace, checkpoint: Path, key: str) -> str:
     line = workspace.line(data.line)
     captions = sorted(set(open_dataset(workspace, line, configuration, data).captions))
     out = workspace.work / "exports" / key
+    progress.say(
+        f"export {subject_of(opened.lineage)} as ONNX, stored as {line.precision(configuration)}, and compare it with torch"
+    )
     export.export(
         opened, line.precision(configuration), line.sampler_of(variant), captions, line.latency_ms(configuration, variant), out
     )
     return str(out)
 
 
-@task(name="evaluate", cache_key_fn=by_key, persist_result=True, result_serializer="json")
+@task(name="evaluate", task_run_name=cast("Any", _evaluating), cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def evaluate_model(workspace: Workspace, model: ModelFiles, rivals: Rivals, key: str) -> str:
     """Draw images and score them beside those of the rivals; return the folder with the scorecard and the pictures."""
     opened = train.load_checkpoint(model.checkpoint)
@@ -160,15 +182,24 @@ def evaluate_model(workspace: Workspace, model: ModelFiles, rivals: Rivals, key:
         folder = pull_data.fn(workspace, old)
         datasets["old"] = prepare(Path(folder), lineage.config, workspace.work / "cache", old.md5)
     champion, anchor = rivals.champion, rivals.anchor
+    subject = subject_of(lineage)
+    if not frozen.is_file():
+        progress.say(f"fit the feature spaces of {lineage.data.line}, in which its images are compared from now on")
+    beside = [
+        name for name, there in (("the champion", champion), ("the best version so far", anchor), ("full", rivals.full)) if there
+    ]
+    progress.say(
+        f"draw {line.gate.images} images of {subject} and judge them{', beside ' if beside else ''}{' and '.join(beside)}"
+    )
     solver = distill.solver(lineage.variant, line.sampler.guidance)
     contest = Contest(
         spaces=features.fit(dataset, frozen),
         datasets=datasets,
         n=line.gate.images,
-        challenger=drawer(workspace, lineage.data.line, model.bundle, line.sampler_of(lineage.variant)),
-        champion=drawer(workspace, lineage.data.line, champion.bundle) if champion else None,
-        anchor=drawer(workspace, lineage.data.line, anchor) if anchor else None,
-        full=drawer(workspace, lineage.data.line, rivals.full, solver) if rivals.full else None,
+        challenger=drawer(workspace, f"{subject}, challenger", model.bundle, line.sampler_of(lineage.variant)),
+        champion=drawer(workspace, f"{subject}, champion", champion.bundle) if champion else None,
+        anchor=drawer(workspace, f"{subject}, best so far", anchor) if anchor else None,
+        full=drawer(workspace, f"{subject}, full beside it", rivals.full, solver) if rivals.full else None,
     )
     card = score(contest, lineage, line.precision(configuration))
     out = workspace.work / "evaluations" / key
@@ -178,7 +209,7 @@ def evaluate_model(workspace: Workspace, model: ModelFiles, rivals: Rivals, key:
     return str(out)
 
 
-@task(name="register", cache_policy=NO_CACHE, **RETRIES)
+@task(name="register", task_run_name=cast("Any", _registering), cache_policy=NO_CACHE, **RETRIES)
 def register_model(workspace: Workspace, model: ModelFiles, evaluation: Path, decision: Decision) -> int:
     """Record the model in MLflow, and the decision with the model's hashes in the ledger; return the version's number.
 
@@ -189,6 +220,7 @@ def register_model(workspace: Workspace, model: ModelFiles, evaluation: Path, de
     """
     opened, card = train.load_checkpoint(model.checkpoint), read_card(evaluation)
     subject, data = subject_of(opened.lineage), opened.lineage.data
+    progress.say(f"register {subject} in MLflow and in the ledger")
     files = {
         **files_of("bundle", model.bundle), **files_of("checkpoint", opened.folder), **files_of("pictures", evaluation),
         SCORECARD: sealed_bytes(card_text(card).encode()),
@@ -227,11 +259,18 @@ def read_card(evaluation: Path) -> Scorecard:
     return Scorecard.model_validate_json((evaluation / CARD).read_bytes())
 
 
-def drawer(workspace: Workspace, line: str, bundle: Path, sampler: Sampler | None = None) -> Drawer:
-    """Open exported files for drawing, with this sampler; None: with that of their own table."""
+def drawer(workspace: Workspace, who: str, bundle: Path, sampler: Sampler | None = None) -> Drawer:
+    """Open exported files for drawing, with this sampler; None: with that of their own table.
+
+    Args:
+        workspace: where drawn images are kept.
+        who: draws, in words for people.
+        bundle: folder of the exported files.
+        sampler: how it draws.
+    """
     return Drawer(
         bundle, workspace.work / "draws", sampler or sampler_of(bundle),
-        lambda weights, done, total: progress.advance(f"draw {line} {weights}", done, total),
+        lambda _, done, total: progress.advance(f"draw {who}", done, total),
     )  # fmt: skip
 
 

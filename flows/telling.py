@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from ota.errors import printable
+from ota.errors import MAX_MESSAGE, printable
 
 
-def tell(text: str) -> None:
+def tell(text: str, limit: int = MAX_MESSAGE) -> None:
     """Write a line; what it quotes from outside, such as a caption or the name of a file, is made printable."""
-    sys.stderr.write(f"ferry: {printable(text)}\n")
+    sys.stderr.write(f"ferry: {printable(text, limit=limit)}\n")

@@ -51,7 +51,7 @@ def watching(workspace: Workspace, subject: Subject, key: str, steps: int, data:
     live = LiveTraining(begin, failed=_warn)
 
     def step(number: int, figures: Figures) -> None:
-        progress.advance(label, number, steps)
+        progress.advance(label, number, steps, f"loss {figures.loss:.3g}")
         if recorded_after(number, steps):
             live.tell(lambda training: training.figures(number, figures.numbers()))
 

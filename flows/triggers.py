@@ -91,7 +91,11 @@ def fire(workspace: Workspace, data: DataVersion, why: str, event: str = "") -> 
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(f"retrain/{deployment_name(workspace, data.line)}")
         run = client.create_flow_run_from_deployment(
-            deployment.id, parameters={"rev": data.rev}, idempotency_key=key, tags=[why[:100]]
+            deployment.id,
+            name=f"retrain {data.line} on data {data.rev[:12]}",
+            parameters={"rev": data.rev},
+            idempotency_key=key,
+            tags=[why[:100]],
         )
     with workspace.locked("records"):
         if not any(e.kind == "trigger" and e.facts.get("key") == key for e in workspace.ledger.entries(data.line)):

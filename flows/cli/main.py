@@ -16,7 +16,18 @@ from flows.cli.data import data_app
 from flows.cli.delta import delta_app
 from flows.cli.fleet import fleet_app, rollout_app
 from flows.cli.report import rate, report
-from flows.cli.shared import Json, Options, answer, fail, open_workspace, reported_errors, showing_progress, subject_in, time_of
+from flows.cli.shared import (
+    Json,
+    Options,
+    answer,
+    fail,
+    open_workspace,
+    phase,
+    reported_errors,
+    showing_progress,
+    subject_in,
+    time_of,
+)
 from flows.cli.status import status
 from flows.cli.trust import trust_app
 from flows.errors import VariantError
@@ -111,6 +122,7 @@ def retrain(
         versions.resolve(workspace.root, settings.data, line, data or "HEAD")
         if not data:
             versions.check_clean(workspace.root, settings.data, line)
+        phase("load what trains, and start Prefect: some seconds")
         from flows import retrain as flow
         from flows import serve as schedule
         from registry.lineage import shortened
@@ -335,6 +347,7 @@ def serve(
             help="Time between two checks for new data and events, such as 30s or 5m.",
         ),
     ] = 30,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of Prefect's page; 0: any free one.")] = 0,
     webhooks: Annotated[
         str,
         typer.Option(metavar="[HOST:]PORT", show_default=False, help="Address for MLflow's signed webhooks; polling goes on."),
@@ -358,7 +371,7 @@ def serve(
         from flows.web import webhook
 
         at = webhook.address_of(webhooks) if webhooks else None
-        with schedule.server(workspace) as (address, asked), webhook.watching(workspace, at) as taken:
+        with schedule.server(workspace, port) as (address, asked), webhook.watching(workspace, at) as taken:
             if taken:
                 typer.echo(
                     f"MLflow's webhooks go to http://{taken[0]}:{taken[1]}{webhook.PATH}, their secret is in "

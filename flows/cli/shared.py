@@ -83,6 +83,12 @@ def time_of(low: int, high: int) -> Callable[[object], int]:
     return seconds
 
 
+def phase(sentence: str) -> None:
+    """Say on stderr what takes a while now, before progress can be shown; not with --quiet."""
+    if not Options.quiet:
+        typer.echo(f"  {sentence}", err=True)
+
+
 def answer(as_json: bool, value: dict[str, Any], text: str) -> None:
     """Print a command's answer as one JSON object, or as text."""
     typer.echo(json.dumps(value) if as_json else printable(text, limit=len(text), keep="\n"))
