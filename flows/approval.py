@@ -87,7 +87,7 @@ def ask_in_prefect(workspace: Workspace, subject: Subject, version: int) -> bool
             parameters={"root": str(workspace.root), "subject": str(subject), "version": version},
             idempotency_key=f"approval {subject} {version} {asked.sha256}",
         )
-    page = f"{os.environ['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{run.id}"
+    page = f"{os.environ['PREFECT_API_URL'].removesuffix('/api')}/login?redirect=/runs/flow-run/{run.id}"
     telling.tell(f"{subject} version {version} waits for a person: `ferry approve`, or the form behind Resume at {page}")
     return True
 

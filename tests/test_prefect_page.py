@@ -89,7 +89,7 @@ def test_serve_says_what_begins_what_came_of_it_and_what_waits(served: Served):
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d retrain shapes on data [0-9a-f]{12} begins", told)
     assert re.search(r"shapes/I/full version 1: pending, ", told)
     assert re.search(r"retrain shapes on data [0-9a-f]{12} is done", told)
-    assert f"the form behind Resume at http://127.0.0.1:{served.port}/runs/flow-run/" in told
+    assert f"the form behind Resume at http://127.0.0.1:{served.port}/login?redirect=/runs/flow-run/" in told
 
 
 def test_runs_and_tasks_are_named_for_people(served: Served):
@@ -242,8 +242,7 @@ def test_person_approves_by_form_in_a_browser(served: Served, page: Page):
             windowsVirtualKeyCode=13,
             text="\r" * (kind == "keyDown"),
         )
-    page.until("!/login/.test(location.pathname) && document.body.innerText.includes('Logs')")
-    page.call("Page.navigate", url=address)
+    page.until("/flow-run/.test(location.pathname)")
     page.click(button("Resume"))
     page.until("document.body.innerText.includes('it is recorded, and nobody checks it')")
     if folder := os.environ.get("FERRY_PICTURES"):

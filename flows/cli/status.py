@@ -42,7 +42,7 @@ def text_of(found: Standing) -> str:
     head = f"{stamp(found.now)} UTC  "
     where = printable(found.workspace, limit=4096)
     where = where if len(head + where) <= WIDTH else f"…{where[len(head) + 1 - WIDTH :]}"  # its end says more than its beginning
-    return "\n".join([head + where, *_section("models", _models(found, LINES - 1 - len(after))), *after])
+    return "\n".join([head + where, *_section("champions", _models(found, LINES - 1 - len(after))), *after])
 
 
 def fit(text: str, width: int = WIDTH) -> str:
@@ -68,7 +68,7 @@ def _models(found: Standing, room: int) -> list[str]:
     rows = []
     for m in found.models:
         newest = f"; newest {m.newest}: {m.outcome}" if m.newest and m.newest != m.champion else ""
-        champion = f"version {m.champion} since {m.since[:10]}, by {m.who}" if m.champion else "no champion"
+        champion = f"{m.champion} since {m.since[:10]}, by {m.who}" if m.champion else "no champion"
         rows.append(f"{m.subject:22} {champion}{newest}")
     return _some(rows, room)
 
