@@ -6,17 +6,19 @@ A halt is an emergency stop. Prefect is not needed for it and takes seconds to l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import progress
+from flows.clone import is_clone
 from flows.errors import BusyError
 from flows.workspace import Workspace
-from ota.errors import OtaError
+from ota.errors import OtaError, TransferError
 from ota.manifest import Policy
-from ota.release import fielded, rollout, store
+from ota.release import copies, fielded, rollout, store
 from ota.release.repository import Release
 from registry.errors import LedgerError, RegistryError
 from registry.ledger import START
@@ -71,15 +73,39 @@ def _copy(workspace: Workspace, urgent: bool = False) -> int:
         copied.append(name)
         progress.advance("publish", len(copied), total)
 
+    check_published(workspace)
     large = [] if urgent else [file for file in repository.files() if not file[0].startswith("metadata/")]
     count = put(large) if large else 0  # `put` lists a bucket even if there is no file
     with repository.held():
+        if large:  # it may have taken minutes
+            check_published(workspace)
         there = {name for name, _ in large}
         urgently = ("metadata/", "targets/rollout/") if urgent else ""
         count += put([file for file in repository.files() if file[0] not in there and file[0].startswith(urgently)])
     if copied:
         progress.advance("publish", total, total)  # the other files were there before
     return count
+
+
+def check_published(workspace: Workspace) -> None:
+    """Refuse to go on if what is published is no state of this workspace's repository.
+
+    Raises:
+        OperatorError: another copy of the workspace, or another workspace, published it.
+        TransferError: it cannot be read.
+    """
+    stores = workspace.settings.stores
+    copies.check(workspace.repository, stores.publish, workspace.root, stores.s3_endpoint or None)
+
+
+def check_newest(workspace: Workspace) -> None:
+    """Check `check_published` before anything is signed; a place that cannot be reached now is left to the publication.
+
+    Raises:
+        OperatorError: another copy of the workspace, or another workspace, published there.
+    """
+    with suppress(TransferError):
+        check_published(workspace)
 
 
 def _change(workspace: Workspace, target: str, why: str, sign: Callable[[], dict[str, Any]]) -> None:
@@ -93,6 +119,7 @@ def _change(workspace: Workspace, target: str, why: str, sign: Callable[[], dict
     """
     with workspace.locked("records"):
         workspace.ledger.check_ready()
+        check_newest(workspace)
         with workspace.repository.held():
             facts = sign()
         workspace.ledger.append("rollout", target, why, facts)
@@ -171,6 +198,7 @@ def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Hal
         OperatorError: nothing is rolled out, or another process does not end its signing.
         TransferError: it cannot be written where devices fetch it.
     """
+    check_newest(workspace)
     with workspace.repository.held():
         policy = rollout.halt(fielded.rolled_out(workspace.repository, line, device_class, "halt"))
         workspace.repository.set_policy(policy)
@@ -255,6 +283,8 @@ def check_ledger(workspace: Workspace) -> dict[str, int]:
     Raises:
         LedgerError: entries that were there when a release was signed are gone.
     """
+    if is_clone(workspace.root):
+        return {}  # it knows no release
     numbers = {entry_sha256: number for number, entry_sha256 in enumerate(workspace.ledger.hashes(), start=1)}
     signed: dict[str, int] = {}
     for line, device_class in classes(workspace):

@@ -61,6 +61,7 @@ def trust_refresh(as_json: Json = False) -> None:
         from flows import policies
 
         with workspace.locked("records"):
+            policies.check_newest(workspace)
             workspace.repository.refresh()
         with showing_progress():
             policies.publish(workspace)
@@ -81,6 +82,7 @@ def trust_renew(
 
         with workspace.locked("records"):
             check_finished(workspace)
+            policies.check_newest(workspace)
             expiries = workspace.repository.renew(roles or ["models", "deltas"])
         with showing_progress():
             policies.publish(workspace)

@@ -249,6 +249,12 @@ def create(folder: Path, offline: Path | None = None, signers: Mapping[str, Sequ
     return KeyRing(folder)
 
 
+def for_ledger(folder: Path) -> KeyRing:
+    """Make a ring without keys of any role, for the ledger of a workspace that signs nothing else."""
+    _write_ring(folder, dict.fromkeys(ROLES, ()), ())
+    return KeyRing(folder)
+
+
 def place(folder: Path, signer: CryptoSigner, role: str, offline: Path | None = None, name: str = "") -> tuple[Entry, Path]:
     """Choose where the file of a new private key goes; nothing is written yet.
 

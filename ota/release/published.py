@@ -13,7 +13,6 @@ from ota.release import store
 from ota.release.repository import Repository
 
 TIMESTAMP = "metadata/timestamp.json"
-MOST = 64 * 1024  # bytes of a timestamp that are read
 PRIVATE = (
     "the bucket {bucket!r} has no public read, so devices get 403 from it; allow s3:GetObject to everybody in its policy, or let them "
     "fetch from a server in front of it that may read"
@@ -48,7 +47,8 @@ def compare(repository: Repository, url: str, base: Path, endpoint: str | None =
     signed = (repository.metadata / "timestamp.json").read_bytes()
     again = "`ferry trust refresh` signs and publishes again"
     try:
-        found, public = store.read(TIMESTAMP, MOST, url, base, endpoint)
+        found = store.read(TIMESTAMP, url, base, endpoint)
+        public = found is None or store.is_public(TIMESTAMP, url, base, endpoint)
     except OtaError as error:
         return Published("unknown", f"whether it is published cannot be seen from here: {error}")
     private = "" if public else PRIVATE.format(bucket=urlsplit(url).netloc)

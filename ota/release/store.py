@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -19,6 +20,9 @@ from ota.errors import OperatorError, TransferError
 Files = Iterable[tuple[str, Path]]
 OnFile = Callable[[str], None]
 IMMUTABLE, SHORT = "public, max-age=31536000, immutable", "no-cache"
+
+MOST = 16 * 1024 * 1024
+"""Bytes of a published file that are read; metadata are far smaller."""
 
 
 def publish(files: Files, url: str, base: Path, endpoint: str | None = None, on_file: OnFile | None = None) -> int:
@@ -47,17 +51,30 @@ def publish(files: Files, url: str, base: Path, endpoint: str | None = None, on_
     return copied
 
 
-def read(name: str, most: int, url: str, base: Path, endpoint: str | None = None) -> tuple[bytes | None, bool]:
-    """Read a small published file; `url`, `base` and `endpoint` are those of `publish`.
+def read(name: str, url: str, base: Path, endpoint: str | None = None) -> bytes | None:
+    """Return a small published file, such as one of the metadata, up to `MOST` bytes; None: it is not there.
 
-    Returns:
-        the content, or None if it is not there; and whether everybody may read it without credentials.
+    Args:
+        name: of the file.
+        url: `s3://bucket/prefix`, or a folder, relative to `base`.
+        base: folder that a relative `url` starts from.
+        endpoint: URL of an S3-compatible server; None: AWS.
 
     Raises:
         OperatorError, TransferError: as `publish`.
     """
     with _open(url, base, endpoint) as store:
-        return store.read(name, most)
+        return store.read(name)
+
+
+def is_public(name: str, url: str, base: Path, endpoint: str | None = None) -> bool:
+    """Check whether everybody may read a published file without credentials, as devices do; the arguments are those of `read`.
+
+    Raises:
+        OperatorError, TransferError: as `publish`.
+    """
+    with _open(url, base, endpoint) as store:
+        return store.is_public(name)
 
 
 def is_mutable(name: str) -> bool:
@@ -66,13 +83,20 @@ def is_mutable(name: str) -> bool:
 
 
 class Store(Protocol):
-    """A place where the repository is published. To add one, write these three methods, and name its scheme in `_open`."""
+    """A place where the repository is published. To add one, write these four methods, and name its scheme in `_open`."""
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes of a published file; None: it is not there.
 
         Raises:
             TransferError: it cannot be found out.
+        """
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a small published file; None: it is not there.
+
+        Raises:
+            TransferError: it cannot be read.
         """
 
     def put(self, name: str, source: Path) -> None:
@@ -82,8 +106,8 @@ class Store(Protocol):
             OperatorError, TransferError: it cannot be written there.
         """
 
-    def read(self, name: str, most: int) -> tuple[bytes | None, bool]:
-        """Return the first `most` bytes of a file, or None if it is not there; and whether everybody may read it.
+    def is_public(self, name: str) -> bool:
+        """Check whether everybody may read a published file without credentials.
 
         Raises:
             TransferError: it cannot be found out.
@@ -117,6 +141,16 @@ class _Folder:
         except OSError as error:
             raise TransferError(f"cannot read {place}: {error.strerror}; check the permissions") from error
 
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a small published file; None: it is not there."""
+        try:
+            with (self._folder / name).open("rb") as file:
+                return file.read(MOST)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise TransferError(f"cannot read {self._folder / name}: {error.strerror}; check the permissions") from error
+
     def put(self, name: str, source: Path) -> None:
         """Copy a file into the folder under a temporary name, then give it its own."""
         place = self._folder / name
@@ -127,16 +161,9 @@ class _Folder:
         except OSError as error:
             raise TransferError(f"cannot write {place}: {error.strerror}; make room or check the permissions") from error
 
-    def read(self, name: str, most: int) -> tuple[bytes | None, bool]:
-        """Return the first bytes of a file; who may read the folder is the business of whoever serves it."""
-        place = self._folder / name
-        try:
-            with place.open("rb") as file:
-                return file.read(most), True
-        except FileNotFoundError:
-            return None, True
-        except OSError as error:
-            raise TransferError(f"cannot read {place}: {error.strerror}; check the permissions") from error
+    def is_public(self, name: str) -> bool:  # noqa: ARG002
+        """Return True; who may read the folder is the business of whoever serves it."""
+        return True
 
 
 class _Bucket:
@@ -145,31 +172,45 @@ class _Bucket:
     def __init__(self, client: Any, anybody: Any, bucket: str, prefix: str) -> None:
         self._anybody = anybody
         self._client, self._bucket, self._prefix = client, bucket, f"{prefix}/" if prefix else ""
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        self._sizes = {row["Key"]: row["Size"] for page in pages for row in page.get("Contents", [])}
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Sizes of all files, from one listing; it is made when the first size is asked for."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix.rstrip("/"))
+        return {row["Key"]: row["Size"] for page in pages for row in page.get("Contents", [])}
 
     def size(self, name: str) -> int | None:
-        """Return the size in bytes that a file had when the bucket was opened; None: it was not there."""
+        """Return the size in bytes that a file had when the bucket was listed; None: it was not there."""
         return self._sizes.get(self._prefix + name)
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a small published file; None: it is not there."""
+        from botocore.exceptions import ClientError
+
+        try:
+            content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read(MOST)
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") == "NoSuchKey":
+                return None
+            raise
+        return content
 
     def put(self, name: str, source: Path) -> None:
         """Upload a file, and say how long caches may keep it."""
         extra = {"CacheControl": SHORT if is_mutable(name) else IMMUTABLE}
         self._client.upload_file(str(source), self._bucket, self._prefix + name, ExtraArgs=extra)
 
-    def read(self, name: str, most: int) -> tuple[bytes | None, bool]:
-        """Return the first bytes of a file; a request without credentials, as a device sends it, shows whether everybody may read it."""
+    def is_public(self, name: str) -> bool:
+        """Send a request without credentials, as a device does."""
         from botocore.exceptions import ClientError
 
-        if name not in {key.removeprefix(self._prefix) for key in self._sizes}:
-            return None, True
-        wanted = {"Bucket": self._bucket, "Key": self._prefix + name}
         try:
-            return self._anybody.get_object(**wanted)["Body"].read(most), True
+            self._anybody.head_object(Bucket=self._bucket, Key=self._prefix + name)
         except ClientError as error:
             if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in (401, 403):
                 raise
-        return self._client.get_object(**wanted)["Body"].read(most), False
+            return False
+        return True
 
 
 @contextmanager
