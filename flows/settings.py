@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from flows.addresses import CHECKS, fault
 from flows.errors import WorkspaceError
+from flows.secrets import remember, secrets_of
 from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
 from model.folder import shown
 from model.scorecard import LineName, Sampler
@@ -61,6 +63,12 @@ def _data_folder(path: str) -> str:
 DataFolder = Annotated[str, AfterValidator(_data_folder)]
 
 
+VARIABLES = {  # a key of [stores] → the environment variable that replaces it, so that a password need not stand in the file
+    "data": "FERRY_STORES_DATA", "database": "FERRY_STORES_DATABASE", "mlflow": "FERRY_STORES_MLFLOW",
+    "publish": "FERRY_STORES_PUBLISH", "s3_endpoint": "FERRY_STORES_S3_ENDPOINT", "reports": "FERRY_STORES_REPORTS",
+}  # fmt: skip
+
+
 class Section(BaseModel):
     """A part of ferry.toml."""
 
@@ -68,17 +76,33 @@ class Section(BaseModel):
 
 
 class Stores(Section):
-    """Places where things are stored. Relative paths start at the workspace."""
+    """Places where things are stored. Relative paths start at the workspace.
+
+    An environment variable replaces each key: see `VARIABLES`.
+    """
+
+    @field_validator("data", "publish", "s3_endpoint", "reports")
+    @classmethod
+    def _no_secret(cls, address: str) -> str:
+        if secrets_of(address):
+            raise PydanticCustomError(
+                "secret", "it must hold no password, because DVC and S3 take none from an address; put the account into AWS_ACCESS_KEY_ID "
+                "and AWS_SECRET_ACCESS_KEY",
+            )  # fmt: skip
+        return address
 
     data: str = Field(
         default="dvc-remote", description="where DVC keeps the bytes of all data revisions: a folder, or s3://bucket/prefix"
     )
     database: str = Field(
         default="sqlite:///ferry.db",
-        description="SQLAlchemy URL of the database with the ledger and the fleet; several machines share postgresql://…",
+        description="SQLAlchemy URL of the database with the ledger and the fleet; several machines share postgresql://…; if it holds a "
+        "password, give it by FERRY_STORES_DATABASE instead",
     )
     mlflow: str = Field(
-        default="sqlite:///mlflow.db", description="database of MLflow, or the http(s) address of an MLflow server"
+        default="sqlite:///mlflow.db",
+        description="database of MLflow, or the http(s) address of an MLflow server; if it holds a password, give it by "
+        "FERRY_STORES_MLFLOW instead",
     )
     publish: str = Field(
         default="published", description="where the signed repository is copied to for devices: a folder, or s3://bucket/prefix"
@@ -327,7 +351,10 @@ class Settings(Section):
 
     schema_version: Literal[1] = Field(alias="schema", description="version of the workspace's format")
     parallel: int = Field(default=1, ge=1, le=8, description="number of configurations that are retrained at the same time")
-    stores: Stores = Field(default=Stores(), description="where things are stored")
+    stores: Stores = Field(
+        default=Stores(),
+        description="where things are stored; the environment variable FERRY_STORES_KEY, such as FERRY_STORES_DATABASE, replaces a key",
+    )
     prices: Prices = Field(default=Prices(), description="your prices, for the report")
     require_approval: StrictBool = Field(
         default=False, description="whether a version that passes the gate waits for `ferry approve`; a line may say otherwise"
@@ -380,6 +407,7 @@ def read(path: Path) -> Settings:
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
         _check_format(path, given.get("schema"))
+        given = _from_environment(given)
         settings = Settings.model_validate(given)
         for line in settings.lines.values():
             for configuration, _ in line.combinations():
@@ -390,8 +418,22 @@ def read(path: Path) -> Settings:
         where = (
             "" if error.title == Settings.__name__ else "a line: "
         )  # what its network needs is checked key by key, without its name
-        raise WorkspaceError(f"{path}: {where}{first_fault(error, Settings)}") from error
+        told = f"{where}{first_fault(error, Settings)}"
+        at = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+        if at.startswith("stores.") and (variable := VARIABLES.get(at.removeprefix("stores."), "")) in os.environ:
+            raise WorkspaceError(f"{variable}: {told.partition(': ')[2] or told}") from error
+        raise WorkspaceError(f"{path}: {told}") from error
     return settings
+
+
+def _from_environment(given: dict[str, Any]) -> dict[str, Any]:
+    """Put the values of `VARIABLES` that are set in the place of the file's, and remember the passwords in both, to hide them."""
+    set_here = {key: os.environ[name] for key, name in VARIABLES.items() if os.environ.get(name)}
+    stores = given.get("stores", {})
+    if isinstance(stores, dict):
+        remember(*(value for value in (*stores.values(), *set_here.values()) if isinstance(value, str)))
+        given = given | {"stores": stores | set_here}
+    return given
 
 
 def _check_format(path: Path, found: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tomllib
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from flows import clone
 from flows.errors import WorkspaceError
 from flows.settings import SETTINGS, Settings
 from flows.workspace import Workspace
@@ -62,15 +64,21 @@ def create(root: Path, lines: list[str], settings: str | None = None) -> Workspa
         root.mkdir(parents=True, exist_ok=True)
         fresh = root / f".{SETTINGS}.tmp"
         fresh.unlink(missing_ok=True)
-        fresh.write_text(text, encoding="utf-8")
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)  # an address in it may hold a password
         fresh.replace(path)
     workspace = Workspace(root)
     root = workspace.root
+    if (root / "keys" / clone.OWN).exists():
+        raise WorkspaceError(
+            f"{root} is a clone with records of its own; to make it a factory of its own, remove keys/{clone.OWN}, and the databases and "
+            "mlartifacts/, first"
+        )
     for line in workspace.settings.lines.values():
         inside(root, line.data).mkdir(parents=True, exist_ok=True)
     ignored = root / ".gitignore"
     known = ignored.read_bytes().splitlines() if ignored.is_file() else []
-    asked = [f"/{name}".encode() for name in IGNORED]
+    asked = [*(f"/{name}".encode() for name in IGNORED), b"*.pem", b"*.secret"]  # private keys, wherever they are
     ignored.write_bytes(b"\n".join([*known, *(name for name in asked if name not in known)]) + b"\n")
     versions.init(root, workspace.data_remote, workspace.settings.stores.s3_endpoint)
     ring = keys.create(root / "keys")
@@ -124,6 +132,10 @@ def template(lines: list[str]) -> str:
 _HEAD = """\
 # Settings of a DeltaFerry workspace. Relative paths start at this folder.
 # A line such as "# key = value" is optional: remove "# " and enter your value. What it shows is the default, or an example.
+# `ferry data add` records this file in Git, unless an address in it holds a password. Keep passwords out of it: the environment variables
+# FERRY_STORES_DATABASE and FERRY_STORES_MLFLOW (in general FERRY_STORES_ and a key of [stores] in capitals) replace these addresses, S3
+# takes its account from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLflow from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD,
+# Prefect from PREFECT_API_AUTH_STRING.
 schema = 1                         # version of the workspace's format
 require_approval = false           # true: a version that passes the gate waits for `ferry approve`
 poll_seconds = 60                  # seconds between two checks of MLflow's aliases by `ferry serve`

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -25,9 +26,12 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
+from flows.clone import is_clone, ledger_keys
 from flows.errors import BusyError, WorkspaceError
 from flows.progress import advance
+from flows.secrets import written_in
 from flows.settings import SETTINGS, DeviceClass, Line, read
+from model import clone
 from model.git import forget_redirections
 
 if TYPE_CHECKING:
@@ -54,10 +58,14 @@ class Workspace:
         self.root = root.absolute()
         path = self.root / SETTINGS
         if not path.is_file():
-            raise WorkspaceError(f"{self.root} is not a workspace (it has no {SETTINGS}); make one with `ferry init {root}`")
+            hint = f"make one with `ferry init {root}`"
+            if (self.root / ".dvc").is_dir():  # an older ferry did not record the settings
+                hint = f"it is a Git clone: in the original, `git add {SETTINGS} .gitignore` and commit them, or copy {SETTINGS} here"
+            raise WorkspaceError(f"{self.root} is not a workspace (it has no {SETTINGS}); {hint}")
         self.settings = read(path)
         self.work = self.root / "work"
         configure_environment(self.root)
+        clone.follow(self.root, self.settings.stores.data, self.settings.stores.s3_endpoint)
 
     def feature_spaces(self, line: str) -> Path:
         """Name the file of the feature spaces in which a line's images are compared; the first evaluation makes it."""
@@ -123,6 +131,15 @@ class Workspace:
         """URL of the database that holds the ledger and the fleet."""
         return self._sqlite(self.settings.stores.database)
 
+    @property
+    def mlflow(self) -> str:
+        """URL of MLflow's database, or of its server."""
+        return self._sqlite(self.settings.stores.mlflow)
+
+    def is_own(self, url: str) -> bool:
+        """Check whether a database is a file of this workspace, which goes where the workspace goes."""
+        return url.startswith("sqlite:///") and Path(url.removeprefix("sqlite:///")).is_relative_to(self.root)
+
     def _sqlite(self, url: str) -> str:
         """Let a relative SQLite path start at the workspace, wherever `ferry` is called; other URLs stay as they are."""
         prefix = "sqlite:///"
@@ -133,18 +150,20 @@ class Workspace:
     @cached_property
     def catalog(self) -> Catalog:
         """The catalogue in MLflow; one process at a time opens it, because two that set up a new database together fail."""
+        from registry import addresses
         from registry.catalog import Catalog
 
         self.work.mkdir(exist_ok=True)
         with FileLock(self.work / "mlflow.lock"):
-            return Catalog(self._sqlite(self.settings.stores.mlflow), self.root / "mlartifacts")
+            addresses.follow(self.mlflow, self.root / "mlartifacts", own=self.is_own(self.mlflow), host=socket.gethostname())
+            return Catalog(self.mlflow, self.root / "mlartifacts")
 
     @cached_property
     def ledger(self) -> Ledger:
         """The record of decisions; if an older ferry did not sign it, its entries are signed from the next one on."""
         from registry.ledger import Ledger
 
-        ring = self.keys
+        ring = ledger_keys(self)
         if not ring.ledger:
             ring.begin_ledger(since=Ledger.length(self.database) + 1)
         return Ledger(self.database, ring, ring.folder / SEEN)
@@ -161,6 +180,11 @@ class Workspace:
         """Signing keys."""
         from ota.release.keys import KeyRing
 
+        if is_clone(self.root):
+            raise WorkspaceError(
+                f"{self.root} is a Git clone without keys/ and repository/, so it signs nothing and does not know what is released; run "
+                "this command in the workspace that has them"
+            )
         return KeyRing(self.root / "keys")
 
     @cached_property
@@ -172,9 +196,13 @@ class Workspace:
 
     @property
     def data_remote(self) -> str:
-        """Where DVC keeps the bytes: a URL or an absolute path."""
-        remote = self.settings.stores.data
-        return remote if "://" in remote else str(self.root / remote)
+        """Where DVC keeps the bytes: a URL, or a path; a relative one starts at the workspace."""
+        return self.settings.stores.data
+
+    def for_clones(self) -> tuple[str, ...]:
+        """Name the files that a Git clone needs; ferry.toml is not among them if an address in it holds a password."""
+        text = (self.root / SETTINGS).read_text(encoding="utf-8")
+        return (".gitignore",) if any(written_in(text)) else (".gitignore", SETTINGS)
 
     def line_data(self, name: str) -> LineData:
         """Return what recording and comparing a line's data revisions needs.
@@ -188,7 +216,7 @@ class Workspace:
         return LineData(
             line=name, root=self.root, folder=line.data, text_length=line.text_length, work=self.work, keys=self.root / "keys",
             remote=self.data_remote, s3_endpoint=self.settings.stores.s3_endpoint, locked=lambda: self.locked("data"),
-            progress=advance,
+            progress=advance, beside=self.for_clones(),
         )  # fmt: skip
 
     @property

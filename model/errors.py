@@ -2,7 +2,8 @@
 
     ModelError
     ├── DataError            the images, captions or revision handed in
-    │   └── RevisionError    a data revision that is missing, unrecorded or damaged; a failure of Git or DVC
+    │   ├── RevisionError    a data revision that is missing, unrecorded or damaged; a failure of Git or DVC
+    │   └── OwnerError       Git does not read the workspace, because it belongs to another user
     ├── ConfigError          the choice of tier, configuration, size or sampler
     ├── CheckpointError      a file of weights that is truncated, foreign or of another shape
     ├── TrainingError        the run diverged; its last saved state is kept
@@ -22,6 +23,10 @@ class DataError(ModelError):
 
 class RevisionError(DataError):
     """A data revision is missing, has unrecorded changes or damaged bytes, or Git or DVC fails."""
+
+
+class OwnerError(DataError):
+    """Git does not read a repository, because another user owns it. It is no RevisionError: nothing is known of what is recorded."""
 
 
 class ConfigError(ModelError):

@@ -8,10 +8,11 @@ change a call made by a program, such as hooks and the encoding of messages.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
-from model.errors import RevisionError
+from model.errors import OwnerError, RevisionError
 from model.folder import shown
 
 # Git's variables that are kept: who the user is, which files hold the settings, and how a server is reached.
@@ -24,6 +25,7 @@ SETTINGS = {
     "i18n.commitEncoding": "UTF-8", "i18n.logOutputEncoding": "UTF-8",
 }  # fmt: skip
 FORMATS = {"GIT_DEFAULT_HASH": "sha1", "GIT_DEFAULT_REF_FORMAT": "files"}  # of a new repository; DVC's libraries can read these
+DISTRUST = (b"detected dubious ownership", b"unsafe repository")  # Git's words, of now and of 2.35
 
 
 def _redirects(name: str) -> bool:
@@ -50,6 +52,7 @@ def run(folder: Path, *arguments: str, given: bytes = b"", around: bool = False,
         the standard output, without surrounding white space.
 
     Raises:
+        OwnerError: Git does not trust the repository, because another user owns it.
         RevisionError: Git is missing, cannot be started or fails.
     """
     kept = {name: value for name, value in os.environ.items() if not _redirects(name)}
@@ -67,8 +70,20 @@ def run(folder: Path, *arguments: str, given: bytes = b"", around: bool = False,
     except OSError as error:
         raise RevisionError(f"git cannot be started ({error.strerror or error}); check its installation") from error
     if done.returncode:
+        if any(words in done.stderr for words in DISTRUST):
+            raise _foreign(folder)
         said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
         fatal = [line.partition(": ")[2] for line in said if line.startswith(("fatal: ", "error: "))]  # advice may follow
         command = next(word for word in arguments if not word.startswith("-") and "=" not in word)
         raise RevisionError(f"git {command} failed: {shown((fatal or said or ['no reason given'])[-1])}")
     return done.stdout.decode(errors="replace").strip()
+
+
+def _foreign(folder: Path) -> OwnerError:
+    """Build the error for a repository that Git refuses to read."""
+    place = folder.resolve()
+    owners = {f"user {path.stat().st_uid}" for path in (place, place / ".git") if path.exists()} - {f"user {os.geteuid()}"}
+    return OwnerError(
+        f"Git does not trust {shown(place)}, because it belongs to {' and '.join(sorted(owners)) or 'another user'} and not to you (user {os.geteuid()}); "
+        f"run ferry as the owner, or allow it with `git config --global --add safe.directory {shown(shlex.quote(str(place)))}`"
+    )

@@ -38,13 +38,15 @@ class LineData:
     keys: Path
     """Folder of the signing keys, which must never be recorded."""
     remote: str
-    """Where DVC keeps the bytes: a URL or an absolute path."""
+    """Where DVC keeps the bytes: a URL, or a path; a relative one starts at the workspace."""
     s3_endpoint: str
     """Address of the S3 server of the remote; empty: Amazon's, or the remote is not on S3."""
     locked: Callable[[], AbstractContextManager[None]]
     """Locks the data against another process that records or delivers them."""
     progress: Callable[[str, int, int], None]
     """Called with the step's label, how much is done, and how much there is to do in all."""
+    beside: tuple[str, ...] = ()
+    """Files of the workspace that a Git clone needs, and that are committed with the data."""
 
 
 class Status(Frozen):
@@ -90,7 +92,7 @@ def add(data: LineData, message: str) -> tuple[DataVersion, DataReport]:
         def report(md5: str) -> str:
             return found.model_copy(update={"md5": md5}).model_dump_json(indent=1) + "\n"
 
-        version = versions.add(data.root, data.folder, data.line, message, report, after.files)
+        version = versions.add(data.root, data.folder, data.line, message, report, after.files, data.beside)
         data.progress("record and push", 1, 1)
     after.save(_place(data, version.md5))
     kept = recorded(data.root, version)

@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,30 @@ def _dvc(root: Path) -> Iterator[Any]:
     Raises:
         RevisionError: DVC or one of its libraries fails, also within the block.
     """
-    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-    forget_redirections()
-    from dvc.repo import Repo
+    with dvc_errors(root):
+        from dvc.repo import Repo
 
-    logging.getLogger("dvc").setLevel(logging.CRITICAL)
-    try:
         repo = Repo(str(root), config=OURS)
         try:
             yield repo
         finally:
             repo.close()
+
+
+@contextmanager
+def dvc_errors(root: Path) -> Iterator[None]:
+    """Turn what DVC raises in the block into one sentence, and keep it from sending analytics and from the terminal.
+
+    Raises:
+        RevisionError: DVC or one of its libraries fails.
+    """
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    forget_redirections()
+    try:
+        import dvc.repo  # noqa: F401 - when imported, DVC sets the level of its log
+
+        logging.getLogger("dvc").setLevel(logging.CRITICAL)
+        yield
     except DataError:
         raise
     except Exception as error:  # what DVC and its libraries raise has no common base
@@ -66,6 +79,8 @@ def _dvc(root: Path) -> Iterator[Any]:
 
 def init(root: Path, remote: str, s3_endpoint: str = "") -> None:
     """Make `root` a Git and DVC repository whose data go to `remote`, a folder or an s3:// URL; may be repeated.
+
+    A relative folder starts at `root`. It is written relative to DVC's configuration, so that a workspace can be moved.
 
     Other entries of DVC's configuration, such as credentials, are kept.
 
@@ -88,11 +103,16 @@ def init(root: Path, remote: str, s3_endpoint: str = "") -> None:
     (root / ".dvcignore").touch()  # missing if a run was killed after it wrote the config
     with opened(path) as file:
         present = file.read()
-    written = _configured(present, remote, s3_endpoint)
+    written = _configured(present, address(remote), s3_endpoint)
     if written != present:
-        fresh = path.with_suffix(".tmp")
+        fresh = path.with_name(f".config.{os.getpid()}.tmp")
         fresh.write_bytes(written)
         fresh.replace(path)
+
+
+def address(remote: str) -> str:
+    """Return how DVC's configuration names a remote: DVC lets a relative path start at the folder .dvc."""
+    return remote if "://" in remote or Path(remote).is_absolute() else f"../{remote}"
 
 
 def check_remote(remote: str) -> None:
@@ -137,6 +157,7 @@ def add(
     message: str,
     report: Callable[[str], str] | None = None,
     looked_at: dict[str, str] | None = None,
+    also: Collection[str] = (),
 ) -> DataVersion:
     """Record the folder's current content as a revision, and push its bytes to the remote; unchanged content adds no revision.
 
@@ -147,6 +168,7 @@ def add(
         message: message of the Git commit.
         report: called with DVC's hash of new content; its result is stored in the same commit, see `report_of`.
         looked_at: content that was checked, as the md5 of every file by name; None: the current content.
+        also: files of the workspace that a clone needs; they are committed, too, as they are now.
 
     Raises:
         DataError: the folder contains something that no revision can hold.
@@ -162,7 +184,7 @@ def add(
         if _added(repo, folder, no_commit=True) != expected:
             repo.state.hashes.clear()  # DVC recognises a file that it has hashed by size and times alone
             _check_same(_added(repo, folder, no_commit=True), expected, folder)
-        ours = [pointer, ignored, *(root / name for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore"))]
+        ours = [pointer, ignored, *(root / name for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", *also))]
         if report and _recorded(root, path) != md5:
             beside.write_text(report(md5), encoding="utf-8")
             ours.append(beside)
@@ -496,6 +518,10 @@ def check_clean(root: Path, path: str, line: str) -> None:
         RevisionError: the content differs, the folder has no revision yet, or Git fails.
     """
     if is_dirty(root, path):
+        if not any((root / path).glob("*")):
+            raise RevisionError(
+                f"{path} is empty, but data are recorded; fetch them with `ferry data pull {line}`, or name a revision with --data"
+            )
         raise RevisionError(
             f"{path} holds changes that no revision has; record them with `ferry data add {line}`, or name a revision with --data"
         )

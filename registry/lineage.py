@@ -18,7 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 import onnx
 
 from model import git
-from model.errors import RevisionError
+from model.errors import OwnerError, RevisionError
 from model.scorecard import DataVersion, Lineage, Scorecard
 from registry.selection import Decision
 
@@ -94,7 +94,7 @@ def code_tags() -> Mapping[str, str]:
         git.run(here.parent, "ls-files", "--error-unmatch", here.name, around=True)
         changed = git.run(here.parent.parent, "status", "--porcelain", "--untracked-files=no", around=True)
         commit = git.run(here.parent, "rev-parse", "HEAD", around=True)
-    except RevisionError:
+    except (OwnerError, RevisionError):
         return {}
     return {"code.rev": commit, "code.dirty": str(bool(changed)).lower()}
 

@@ -120,6 +120,26 @@ def data_check(
             raise typer.Exit(3)
 
 
+@data_app.command("pull")
+def data_pull(line: Annotated[str, typer.Argument(help="Line whose data are fetched.")], as_json: Json = False) -> None:
+    """Fetch a line's current revision into its data folder.
+
+    Use it in a Git clone of a workspace, and after `git pull`. The bytes come from the DVC remote, and every byte is verified. Data
+    that no revision has are never replaced.
+    """
+    with reported_errors():
+        from model import clone
+
+        workspace = open_workspace()
+        data = workspace.line_data(line)
+        with workspace.locked("data"), showing_progress():
+            version = clone.deliver(data, lambda said: typer.echo(said, err=True))
+        answer(
+            as_json, version.model_dump(),
+            f"{data.folder} holds revision {version.rev[:12]} of {line}: {version.files} files, {version.bytes:,} bytes",
+        )  # fmt: skip
+
+
 @data_app.command("diff")
 def data_diff(
     line: Annotated[str, typer.Argument(help="Line whose revisions are compared.")],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -31,6 +32,7 @@ from flows.cli.shared import (
 from flows.cli.status import status
 from flows.cli.trust import trust_app
 from flows.errors import VariantError
+from flows.secrets import Hiding
 from ota.errors import exit_codes, printable
 
 FEATURES = "inception:"  # a file name follows; these are the only features that are not the line's own
@@ -287,10 +289,13 @@ def release(
         line, device_class = line_and_class(target, workspace)
         with workspace.locked("release"):  # if another process holds it, say so before large modules are loaded
             pass
-        from flows.policies import allowances, check_ledger, publication
+        from flows.clone import check_release
+        from flows.policies import allowances, check_ledger, check_newest, publication
         from ota.release.fielded import next_step
         from registry.champions import champions
 
+        check_release(workspace)
+        check_newest(workspace)
         check_ledger(workspace)
         champions(workspace, workspace.class_subjects(line, device_class))
         from flows.publish import release as flow
@@ -417,7 +422,8 @@ def _fresh_folder() -> Path:
 
 
 def main() -> None:
-    """Run the command `ferry`."""
+    """Run the command `ferry`; whatever it or a library writes to stderr, passwords in addresses are not in it."""
     if completion.ASKED in os.environ:
         completion.tell(app)
+    sys.stderr = cast("TextIO", Hiding(sys.stderr))
     app()

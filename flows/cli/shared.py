@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from flows.errors import BusyError, FlowError, ServerError, VariantError
+from flows.secrets import hidden, without_secrets
 from model.errors import ModelError
 from ota.errors import ForetoldError, OtaError, TransferError, printable
 from registry.errors import LedgerError, PromotionError, RegistryError, SealError, StoreError
@@ -91,7 +92,7 @@ def phase(sentence: str) -> None:
 
 def answer(as_json: bool, value: dict[str, Any], text: str) -> None:
     """Print a command's answer as one JSON object, or as text."""
-    typer.echo(json.dumps(value) if as_json else printable(text, limit=len(text), keep="\n"))
+    typer.echo(json.dumps(without_secrets(value)) if as_json else hidden(printable(text, limit=len(text), keep="\n")))
 
 
 @contextmanager
@@ -150,5 +151,7 @@ def _exit_code(error: BaseException) -> int:
 
 def fail(message: str, code: int) -> NoReturn:
     """Say what went wrong in one line, and end with a code."""
-    typer.echo(f"ferry: {printable(message)}", err=True)  # it may quote untrusted text: a tag in MLflow, a device's report
+    typer.echo(
+        f"ferry: {hidden(printable(message))}", err=True
+    )  # it may quote untrusted text: a tag in MLflow, a device's report
     raise typer.Exit(code)

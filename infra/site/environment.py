@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flows.settings import VARIABLES
 from infra.site.text import code, joined, plain, table
 
 READ = {
@@ -9,6 +10,7 @@ READ = {
     "FERRY_WEBHOOK_SECRET": (
         "ferry serve", "Secret that signs MLflow's webhooks, 24 characters or more; otherwise it is in keys/webhook.secret."
     ),
+    **{name: ("ferry", f"Replaces {key} of [stores] in ferry.toml; use it for an address that holds a password.") for key, name in VARIABLES.items()},
     "FERRY_AGENT_DIR": ("ferry-agent", "Directory of the agent; the option --dir goes first."),
     "PREFECT_API_URL": ("ferry", "Address of a Prefect server to use; otherwise ferry starts one of its own."),
     "PREFECT_API_AUTH_STRING": (
