@@ -138,14 +138,12 @@ class Workspace:
 
     def is_own(self, url: str) -> bool:
         """Check whether a database is a file of this workspace, which goes where the workspace goes."""
-        return url.startswith("sqlite:///") and Path(url.removeprefix("sqlite:///")).is_relative_to(self.root)
+        place = file_of(url)
+        return place is not None and place.is_relative_to(self.root)
 
     def _sqlite(self, url: str) -> str:
         """Let a relative SQLite path start at the workspace, wherever `ferry` is called; other URLs stay as they are."""
-        prefix = "sqlite:///"
-        if url.startswith(prefix) and not url.startswith(prefix + "/"):
-            return prefix + str(self.root / url.removeprefix(prefix))
-        return url
+        return located(url, self.root)
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -256,6 +254,18 @@ class Workspace:
             yield
         finally:
             lock.release()
+
+
+def located(url: str, root: Path) -> str:
+    """Return the URL of a database with a relative SQLite path made absolute; it starts at the workspace."""
+    place = file_of(url)
+    return f"sqlite:///{root / place}" if place and not place.is_absolute() else url
+
+
+def file_of(url: str) -> Path | None:
+    """Return the file of an SQLite database; None: the URL is that of a server, or of a database in memory."""
+    path = url.removeprefix("sqlite:///")
+    return Path(path) if path != url and path not in ("", ":memory:") else None
 
 
 def configure_environment(root: Path) -> None:

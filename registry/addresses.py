@@ -67,6 +67,27 @@ def stale(uri: str, artifacts: Path, own: bool) -> list[Path]:
         engine.dispose()
 
 
+def lost(uri: str) -> list[Path]:
+    """List the folders of experiments with runs that MLflow's database names and that are not there.
+
+    Raises:
+        SQLAlchemyError: the database cannot be used.
+    """
+    engine = create_engine(uri)
+    try:
+        with engine.connect() as connection:
+            if not inspect(connection).has_table("runs"):
+                return []
+            number, location, runs_of = _column("experiment_id"), _column("artifact_location"), _column("experiment_id")
+            with_runs = select(runs_of).select_from(table("runs", runs_of))
+            rows = select(location).select_from(table("experiments", number, location)).where(number.in_(with_runs))
+            places = [urlsplit(found or "") for found in connection.scalars(rows)]
+    finally:
+        engine.dispose()
+    folders = [Path(url2pathname(place.path)) for place in places if place.scheme in ("", "file")]
+    return [folder for folder in folders if not folder.is_dir()]
+
+
 def follow(uri: str, artifacts: Path, own: bool, host: str) -> int:
     """Let MLflow's database name the files where they are now; return how many addresses changed.
 

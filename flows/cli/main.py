@@ -15,6 +15,7 @@ from flows.cli import completion, promotion
 from flows.cli.config import config_app
 from flows.cli.data import data_app
 from flows.cli.delta import delta_app
+from flows.cli.doctor import doctor
 from flows.cli.fleet import fleet_app, rollout_app
 from flows.cli.report import rate, report
 from flows.cli.shared import (
@@ -316,6 +317,7 @@ def release(
         answer(as_json, made, said)
 
 
+app.command()(doctor)
 app.command()(report)
 app.command()(rate)
 
