@@ -41,24 +41,29 @@ class Halted:
     """Why the halt is not in the ledger; None: it is. A damaged record must not keep a bad release going."""
 
 
-def publish(workspace: Workspace) -> int:
+def publish(workspace: Workspace, whatever_is_there: bool = False) -> int:
     """Copy new files of the repository to where devices fetch them, and return their number.
+
+    Args:
+        workspace: workspace of the repository.
+        whatever_is_there: also over a state that this repository does not know; after a theft of keys, it may be the thief's.
 
     Raises:
         TransferError, OperatorError: it cannot be written there.
         BusyError: another ferry holds the records.
     """
     with workspace.locked("records"):
-        return _copy(workspace)
+        return _copy(workspace, whatever_is_there=whatever_is_there)
 
 
-def _copy(workspace: Workspace, urgent: bool = False) -> int:
+def _copy(workspace: Workspace, urgent: bool = False, whatever_is_there: bool = False) -> int:
     """Copy objects and targets first, which may take long; then, while nobody signs, the metadata that lead to them.
 
     Args:
         workspace: workspace of the repository.
         urgent: copy only what a policy needs. The files of a release that another process is uploading now may take minutes, and
             no policy names them yet.
+        whatever_is_there: as in `publish`.
     """
     stores, repository = workspace.settings.stores, workspace.repository
     copied: list[str] = []
@@ -73,11 +78,12 @@ def _copy(workspace: Workspace, urgent: bool = False) -> int:
         copied.append(name)
         progress.advance("publish", len(copied), total)
 
-    check_published(workspace)
+    if not whatever_is_there:
+        check_published(workspace)
     large = [] if urgent else [file for file in repository.files() if not file[0].startswith("metadata/")]
     count = put(large) if large else 0  # `put` lists a bucket even if there is no file
     with repository.held():
-        if large:  # it may have taken minutes
+        if large and not whatever_is_there:  # it may have taken minutes
             check_published(workspace)
         there = {name for name, _ in large}
         urgently = ("metadata/", "targets/rollout/") if urgent else ""

@@ -10,10 +10,10 @@ from flows.cli.shared import Json, Options, answer, reported_errors
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what is wrong with a workspace; exit with code 3 if something is.
+    """Say what is wrong with a workspace.
 
-    It looks at settings, paths, Git, data and their remote, keys and expiries, databases, what is published, installed packages and free
-    space. It changes nothing, and also works where other commands refuse.
+    It ends with code 3 if something is. It looks at settings, paths, Git, data and their remote, keys and expiries, databases, what is published,
+    installed packages and free space. It changes nothing, and also works where other commands refuse.
     """
     with reported_errors():
         from flows.doctor import broken, examine

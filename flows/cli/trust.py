@@ -149,7 +149,7 @@ def trust_rotate(
         request = replacement.Request(
             roles, lost=lost or [], stolen=stolen or [], new=new, signers=signers, offline=offline, out=out
         )
-        publish, classes = partial(policies.publish, workspace), policies.classes(workspace)
+        publish, classes = partial(policies.publish, workspace, whatever_is_there=bool(stolen)), policies.classes(workspace)
         with showing_progress():
             value, text = replacement.rotate(workspace, request, publish, classes, lambda: len(workspace.ledger.hashes()))
         answer(as_json, value, text)
