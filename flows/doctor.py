@@ -281,8 +281,8 @@ def _mlflow(patient: Patient) -> Iterator[Finding]:
 
 
 def _published(patient: Patient) -> Iterator[Finding]:
-    from ota.release.keys import KeyRing
     from ota.release.copies import compare
+    from ota.release.keys import KeyRing
     from ota.release.repository import Repository
 
     if patient.clone:
