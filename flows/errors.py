@@ -4,6 +4,7 @@ FlowError
 ├── WorkspaceError   the folder is not a workspace, or its ferry.toml or an argument is wrong
 ├── BusyError        another process holds a part of the workspace
 ├── VariantError     some variants could not be retrained; the others were
+├── GivenUpError     a retraining that was asked for failed in all of its attempts
 ├── ServerError      Prefect's server does not start or answer
 └── DemoError        a step of `ferry demo` failed (in `flows.demo`)
 """
@@ -31,6 +32,10 @@ class VariantError(FlowError):
     def __init__(self, message: str, rows: list[dict[str, Any]]) -> None:
         super().__init__(message)
         self.rows = rows
+
+
+class GivenUpError(FlowError):
+    """A retraining that data or an event asked for failed in all of its attempts."""
 
 
 class ServerError(FlowError):

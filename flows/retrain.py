@@ -12,16 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from prefect import Flow, State, flow, task
+from prefect import Flow, State, flow, runtime, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun
 from prefect.runtime import deployment
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import pages, progress, running, telling, triggers
+from flows import alerts, lifeline, lost, overrides, pages, progress, running, telling, triggers
 from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
+from flows.overrides import Overrides
 from flows.settings import TEACHING_MS, Line
 from flows.steps import Lesson, ModelFiles, champion_files, pull_data, renewed, subject_of, train_model
 from flows.training_log import retraining_key
@@ -51,12 +52,21 @@ def _tell(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  
         telling.tell(f"{stamp()} {flow_run.name} {how}", limit=2000)
 
 
+def _tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Say that a run failed, on the terminal and to whoever gets alerts."""
+    _tell(flow, flow_run, state)
+    if flow_run.deployment_id:
+        alerts.failed(flow_run.parameters, state.message or "without a message")
+
+
 @flow(
     name="retrain", flow_run_name="retrain {line} on data {rev:.12}", validate_parameters=True, persist_result=False,
     description="Retrain the models of a line on a data revision, judge them, and promote those that pass the gate.",
-    on_running=[_tell], on_completion=[_tell], on_failure=[_tell], on_crashed=[_tell], on_cancellation=[_tell],
+    on_running=[_tell], on_completion=[_tell], on_failure=[_tell_failure], on_crashed=[_tell_failure], on_cancellation=[_tell],
 )  # fmt: skip
-def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = True) -> list[dict[str, Any]]:
+def retrain(
+    root: str, line: str, rev: str = "HEAD", promote_winners: bool = True, seed: int | None = None, steps: int | None = None
+) -> list[dict[str, Any]]:
     """Retrain every model of a line on a data revision, and promote what the gate lets through.
 
     Args:
@@ -64,6 +74,8 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
         line: whose models.
         rev: Git revision of the data.
         promote_winners: False registers only; a person promotes with `ferry promote`.
+        seed: of this run's trainings; None: as ferry.toml says.
+        steps: of this run's trainings; None: as ferry.toml says.
 
     Returns:
         one `Retrained`, as plain data, for each configuration and variant. Its outcome is the gate's, or one of these.
@@ -75,8 +87,10 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
             has only one model, its own error is raised instead.
     """
     workspace = Workspace(Path(root))
+    overrides.apply(workspace, line, Overrides(seed=seed, steps=steps))
     settings = workspace.line(line)
-    with workspace.locked("retraining"), pages.progress(), running.noted(workspace.work, "retraining", line):
+    lifeline.end_with_ferry()
+    with lost.held(workspace, str(runtime.flow_run.id)), pages.progress(), running.noted(workspace.work, "retraining", line):
         # Training starts from the ledger's champion, and challengers are judged against it.
         reconcile(workspace, workspace.subjects([line]), workspace.needs_approval)
         data = versions.resolve(workspace.root, settings.data, line, rev)
@@ -93,6 +107,8 @@ def retrain(root: str, line: str, rev: str = "HEAD", promote_winners: bool = Tru
             _report(rows)
             _raise_failures(rows, [failure for ladder in ladders for failure in ladder.failures])
             tell(rows)
+    alerts.tell(workspace, f"retraining {line}", "well", f"the retraining of {line} at {data.rev[:12]} is done", well=True)
+    alerts.survey(workspace)
     return rows
 
 
@@ -134,7 +150,7 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
         lineage = train.load_checkpoint(Path(checkpoint)).lineage
         pull_data(workspace, lineage.data)
         subject = subject_of(lineage)
-        incumbent = _incumbent(workspace, subject)
+        incumbent = incumbent_of(workspace, subject)
         teacher = champion_of(workspace, subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
         full = champion_files(workspace, teacher).bundle if teacher else None
         with runs.ending(workspace.catalog, lineage.data, retraining_key(workspace, lineage.data)) as tell:
@@ -219,7 +235,7 @@ def retrain_ladder(
 
 def _retrain_one(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _Ladder, promote_winners: bool) -> Retrained:
     line, variant = workspace.line(data.line), subject.variant
-    champion, teacher = _incumbent(workspace, subject), ladder.teacher_of(variant)
+    champion, teacher = incumbent_of(workspace, subject), ladder.teacher_of(variant)
     if variant in TEACHERS and teacher is None:
         return _row(
             subject, data, 0, "no teacher", f"it is taught by {TEACHERS[variant]}, of which no version has passed the gate"
@@ -231,7 +247,8 @@ def _retrain_one(workspace: Workspace, data: DataVersion, subject: Subject, ladd
         check_same_pictures("the champion", (before.lineage.config.image_size, before.lineage.config.channels), config)
         if before.lineage.config == config:
             ladder.files[variant] = champion.files
-        if _is_current(before.lineage, line, data, teacher):
+        wanted = overrides.current(workspace, data.line)
+        if any(is_current(before.lineage, settings, data, teacher) for settings in wanted):
             if _is_exported_so(workspace, champion, line):
                 # If a run was interrupted after this promotion, the next run must leave the other models the same level.
                 ladder.last = verdict(workspace, subject, champion.seal.version)
@@ -276,7 +293,7 @@ def _row(subject: Subject, data: DataVersion, version: int, outcome: str, reason
     )
 
 
-def _incumbent(workspace: Workspace, subject: Subject) -> Incumbent | None:
+def incumbent_of(workspace: Workspace, subject: Subject) -> Incumbent | None:
     """Find a subject's champion, with its files."""
     champion = champion_of(workspace, subject)
     return Incumbent(champion, champion_files(workspace, champion)) if champion else None
@@ -295,7 +312,7 @@ def _training_key(lesson: Lesson, line: Line) -> str:
     ])[:32]  # fmt: skip
 
 
-def _is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: ModelFiles | None) -> bool:
+def is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: ModelFiles | None) -> bool:
     """Check whether a champion was made from these data, by this code, with these settings: then there is nothing to do."""
     ways = (
         [line.distillation, line.distillation.model_copy(update={"update_grid": 0.0})]

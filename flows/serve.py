@@ -19,14 +19,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 from urllib.parse import urlsplit
 
-from cronsim import CronSim, CronSimError
-
-from flows import running
+from flows import lifeline, running, schedules, watchers
 from flows.errors import ServerError, WorkspaceError
 from flows.workspace import Workspace
 
@@ -34,7 +31,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 START_SECONDS = 300.0
-NO_CRON = "{cron!r} is not a cron schedule; write five fields, such as '0 3 * * 1' for Mondays at 3"
 
 
 @contextmanager
@@ -119,7 +115,14 @@ def _own(
         ServerError: it does not start.
     """
     log_path = _log_of(workspace)
-    with _listening(port) as listening, log_path.open("ab") as log:
+    lifeline.end_orphans(log_path.parent)  # a second server on the same database would start the same runs
+    end, mine = os.pipe()  # mine is never written to; whatever ends this process closes it
+    with (
+        os.fdopen(mine, "wb"),
+        os.fdopen(end, "rb"),
+        _listening(port) as listening,
+        log_path.open("ab") as log,
+    ):
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
         # -P and --app-dir: import no code from the present folder.
         process = subprocess.Popen(  # noqa: S603
@@ -127,9 +130,10 @@ def _own(
                 sys.executable, "-P", "-m", "uvicorn", "--factory", "flows.serve:app", "--fd", str(listening.fileno()),
                 "--app-dir", str(Path(__file__).parents[1]), "--lifespan", "on", "--log-level", "error",
             ],
-            stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=apart, pass_fds=[listening.fileno()],
-            env=os.environ | settings,
+            stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=apart, pass_fds=[listening.fileno(), end],
+            env=os.environ | settings | {lifeline.PIPE: str(end)},
         )  # fmt: skip
+        record = lifeline.note(log_path.parent, process.pid)
         ending = threading.Event()
         try:
             _wait_until_healthy(address, process, log_path)
@@ -138,6 +142,7 @@ def _own(
         finally:
             ending.set()
             _end(process)
+            record.unlink(missing_ok=True)
             with suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)  # ends the thread
 
@@ -174,6 +179,7 @@ def app() -> FastAPI:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    lifeline.hold_on()
     made = create_app(final=True)
 
     @made.middleware("http")
@@ -243,23 +249,7 @@ def described(line: str) -> str:
     )
 
 
-def check_cron(cron: str) -> None:
-    """Refuse what is certainly no cron schedule, before Prefect is loaded, which takes seconds.
-
-    Forms that only Prefect knows (`@daily`, `?`, ranges that wrap) are left to Prefect.
-
-    Raises:
-        WorkspaceError: it is no schedule, or it is never due.
-    """
-    if set("@?-R") & set(cron):
-        return
-    try:
-        CronSim(cron, datetime.now(UTC))
-    except CronSimError as error:
-        raise WorkspaceError(NO_CRON.format(cron=cron)) from error
-
-
-def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> None:
+def serve(workspace: Workspace, lines: list[str], cron: str, every: float, timezone: str = "UTC") -> None:
     """Run `retrain` for lines by a cron schedule, for new data and for events, until interrupted; one run at a time.
 
     Call it within `server`, so that no other process serves this workspace.
@@ -267,8 +257,9 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
     Args:
         workspace: workspace of the lines.
         lines: lines to retrain.
-        cron: five fields, in UTC, or another form that Prefect knows.
+        cron: five fields.
         every: seconds between two looks for new data revisions and events.
+        timezone: IANA time zone of the schedule, such as Europe/Berlin.
 
     Raises:
         WorkspaceError: the schedule is not valid.
@@ -276,6 +267,7 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
     from prefect import serve as prefect_serve
     from prefect.deployments.runner import RunnerDeployment
     from prefect.flows import EntrypointType
+    from prefect.schedules import Cron
 
     from flows import names, triggers
     from flows.approval import approval, name_of
@@ -284,8 +276,9 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
     try:
         deployments = [
             retrain.to_deployment(
-                name=triggers.deployment_name(workspace, line), cron=cron, parameters={"root": str(workspace.root), "line": line},
-                entrypoint_type=EntrypointType.MODULE_PATH, concurrency_limit=1, description=described(line),
+                name=triggers.deployment_name(workspace, line), schedule=Cron(cron, timezone=timezone),
+                parameters={"root": str(workspace.root), "line": line}, entrypoint_type=EntrypointType.MODULE_PATH, concurrency_limit=1,
+                description=described(line),
             )
             for line in lines
         ]  # fmt: skip
@@ -294,15 +287,15 @@ def serve(workspace: Workspace, lines: list[str], cron: str, every: float) -> No
             approval.to_deployment(name=name_of(workspace), entrypoint_type=EntrypointType.MODULE_PATH, description=waits)
         )
     except ValueError as error:
-        raise WorkspaceError(NO_CRON.format(cron=cron)) from error
+        raise WorkspaceError(schedules.NO_CRON.format(cron=cron)) from error
     again = triggers.take_up(workspace, lines)
     if again:
         sys.stderr.write(f"ferry: {again} interrupted retrainings are started again\n")
+    os.environ[lifeline.PARENT] = lifeline.me()
     stop = threading.Event()
-    looking = threading.Thread(target=triggers.keep_looking, args=(workspace, lines, every, stop), daemon=True)
-    looking.start()
     threading.Thread(target=names.keep_naming, args=(workspace, lines, stop), daemon=True).start()
     try:
-        prefect_serve(*cast("list[RunnerDeployment]", deployments), limit=1, print_starting_message=False)
+        with watchers.watching("data and events", lambda: triggers.keep_looking(workspace, lines, every, stop), stop):
+            prefect_serve(*cast("list[RunnerDeployment]", deployments), limit=1, print_starting_message=False)
     finally:
-        stop.set()
+        os.environ.pop(lifeline.PARENT, None)

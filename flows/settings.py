@@ -6,6 +6,7 @@ import os
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -117,6 +118,45 @@ class Stores(Section):
         if said := fault({name: getattr(self, name) for name in CHECKS}):
             raise ValueError(said)
         return self
+
+
+class Alerts(Section):
+    """Who is told about failed retrainings, refused promotions and expiring signatures, once for each change."""
+
+    command: list[str] = Field(
+        default=[],
+        description="command and arguments that are run for each alert, with JSON on standard input; it has 15 seconds",
+    )
+    webhook: str = Field(
+        default="", description="http(s) address to which each alert is sent, signed with the secret in FERRY_ALERT_SECRET"
+    )
+
+    @field_validator("command")
+    @classmethod
+    def _named(cls, words: list[str]) -> list[str]:
+        if words and (not words[0].strip() or any("\0" in word for word in words)):
+            raise PydanticCustomError(
+                "command", "command names no program; write a list such as ['/usr/local/bin/page', 'factory']"
+            )
+        return words
+
+    @field_validator("webhook")
+    @classmethod
+    def _reachable(cls, url: str) -> str:
+        if not url:
+            return url
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            good, parts = False, urlsplit("")
+        if not good or not url.isascii() or not url.isprintable() or " " in url:
+            raise PydanticCustomError("webhook", "this is no http(s) address; write one such as https://alerts.example/ferry")
+        if parts.username or parts.password:
+            raise PydanticCustomError(
+                "webhook", "an address with a password is refused: the signature proves who sends; remove the part before @"
+            )
+        return url
 
 
 class Energy(Section):
@@ -355,6 +395,7 @@ class Settings(Section):
         default=Stores(),
         description="where things are stored; the environment variable FERRY_STORES_KEY, such as FERRY_STORES_DATABASE, replaces a key",
     )
+    alerts: Alerts = Field(default=Alerts(), description="who is told when something needs a person")
     prices: Prices = Field(default=Prices(), description="your prices, for the report")
     require_approval: StrictBool = Field(
         default=False, description="whether a version that passes the gate waits for `ferry approve`; a line may say otherwise"

@@ -149,6 +149,10 @@ publish = "published"              # where devices fetch updates: a folder, or s
 s3_endpoint = ""                   # URL of an S3-compatible server; empty: the servers of AWS
 reports = "inbox"                  # folder in which devices leave their reports
 
+[alerts]                           # tells failed retrainings, refused promotions and expiring signatures, once for each change
+# command = ["/usr/local/bin/page", "factory"]  # is run with JSON on standard input
+# webhook = "https://alerts.example/ferry"  # is sent JSON, signed with the secret in the environment variable FERRY_ALERT_SECRET
+
 [prices]                           # for the yearly cost in `ferry report`; what stays a comment counts as assumed, and is marked so
 # currency = "EUR"
 # megabyte = 0.5                   # price of 1 MB of traffic to or from a device

@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from flows.clone import is_clone, ledger_keys
 from flows.errors import BusyError, WorkspaceError
+from flows.overrides import Overrides
 from flows.progress import advance
 from flows.secrets import written_in
 from flows.settings import SETTINGS, DeviceClass, Line, read
@@ -63,6 +64,7 @@ class Workspace:
                 hint = f"it is a Git clone: in the original, `git add {SETTINGS} .gitignore` and commit them, or copy {SETTINGS} here"
             raise WorkspaceError(f"{self.root} is not a workspace (it has no {SETTINGS}); {hint}")
         self.settings = read(path)
+        self.overrides = Overrides()
         self.work = self.root / "work"
         configure_environment(self.root)
         clone.follow(self.root, self.settings.stores.data, self.settings.stores.s3_endpoint)

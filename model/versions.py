@@ -464,6 +464,40 @@ def resolve(root: Path, path: str, line: str, rev: str = "HEAD") -> DataVersion:
         ) from None
 
 
+def is_in_history(root: Path, rev: str) -> bool:
+    """Check whether the present commit is this one, or descends from it."""
+    try:
+        git(root, "merge-base", "--is-ancestor", rev, "HEAD")
+    except RevisionError:  # it says no, or does not know the commit any more
+        return False
+    return True
+
+
+def between(root: Path, path: str, line: str, first: str, last: str) -> list[DataVersion]:
+    """List the versions of a data folder after one Git revision up to another, oldest first, each content once in a row.
+
+    Raises:
+        RevisionError: one is no revision with data, the last does not descend from the first, or the data did not change.
+    """
+    start, end = resolve(root, path, line, first), resolve(root, path, line, last)
+    try:
+        git(root, "merge-base", "--is-ancestor", start.rev, end.rev)
+    except RevisionError:
+        raise RevisionError(
+            f"revision '{shown(last)}' does not come after '{shown(first)}'; write the older one first (`ferry data log {line}` lists them)"
+        ) from None
+    commits = git(root, "rev-list", "--reverse", f"{start.rev}..{end.rev}", "--", f"{path}.dvc").split()
+    found: list[DataVersion] = []
+    for version in (resolve(root, path, line, commit) for commit in commits):
+        if version.md5 != (found[-1] if found else start).md5:
+            found.append(version)
+    if not found:
+        raise RevisionError(
+            f"the data of {line} did not change between '{shown(first)}' and '{shown(last)}'; name other revisions"
+        )
+    return found
+
+
 def _pointer(root: Path, path: str, rev: str = "HEAD") -> Any:
     """Read the output entry of a folder's .dvc file at a Git revision.
 

@@ -360,6 +360,11 @@ def unreachable(error: BaseException) -> re.Match[str] | None:
     return re.match(r"API request to https?://(?:[^/@]*@)?([^/]+)\S* failed with (?:timeout )?exception", str(error).strip())
 
 
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, which may be empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextmanager
 def foreign_errors() -> Iterator[None]:
     """Turn errors of MLflow and of its database into one StoreError that says what to do."""
@@ -372,10 +377,10 @@ def foreign_errors() -> Iterator[None]:
                 f"MLflow at {lost[1]} {how} after several attempts; start it, or correct its address in ferry.toml, then "
                 "repeat the command"
             ) from error
-        first = str(error).strip().splitlines()[0]
+        first = _first_line(error)
         raise StoreError(f"MLflow refused: {first}; check its address in ferry.toml") from error
     except SQLAlchemyError as error:
-        first = str(error).strip().splitlines()[0]
+        first = _first_line(error)
         raise StoreError(f"MLflow's database cannot be used: {first}; start it, or correct its address in ferry.toml") from error
     except OSError as error:
         raise StoreError(f"MLflow cannot be reached: {error}; check its address in ferry.toml") from error

@@ -382,6 +382,11 @@ def reconcile(records: Records, subjects: Iterable[Subject], needs_approval: Cal
         return [_reconcile(records, subject, needs_approval) for subject in subjects]
 
 
+def news_of_aliases(records: Records, subjects: Iterable[Subject], needs_approval: Callable[[str], bool]) -> str:
+    """Do what `reconcile` does, and return what differed in one line; empty: nothing did."""
+    return "; ".join(row.text for row in reconcile(records, subjects, needs_approval) if row.answer != "agrees")
+
+
 def _reconcile(records: Records, subject: Subject, needs_approval: Callable[[str], bool]) -> Reconciled:
     entries = records.ledger.entries(str(subject))
     now = subject_state(entries)

@@ -143,6 +143,17 @@ def subject_state(entries: Iterable[Entry]) -> SubjectState:
     return SubjectState(champion, tuple(line), passed, judged, waiting, refused, seals, verdicts, anchor)
 
 
+def latest_refusal(entries: Iterable[Entry]) -> Entry | None:
+    """Return the entry by which the gate or a person last refused a version; None: a later entry promoted one, or none was refused."""
+    refused: Entry | None = None
+    for entry in entries:
+        if entry.kind == "refusal" or (entry.kind == "gate" and entry.facts["outcome"] == "refuse"):
+            refused = entry
+        elif entry.kind in ("promotion", "pending"):
+            refused = None
+    return refused
+
+
 def check(subject: str, version: int, tagged: Sha256, now: SubjectState, reason: str = "") -> None:
     """Check that a version may become champion.
 

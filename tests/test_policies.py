@@ -395,13 +395,6 @@ def test_what_must_be_quick_loads_nothing_large(two: Factory, name: str):
     assert [heavy for heavy in HEAVY if heavy in modules] == []
 
 
-@pytest.mark.parametrize("cron", ["@daily", "0 22-4 * * *", "0 0 ? * *", "0 3 * * 1", "*/5 * * * *"])
-def test_schedules_that_prefect_knows_are_left_to_it(cron: str):
-    from flows.serve import check_cron
-
-    check_cron(cron)
-
-
 @pytest.mark.parametrize("shares", [[], [0], [10, 10], [101], [float("nan")], list(range(1, 18))])
 def test_shares_that_do_not_rise_are_refused_before_anything_is_read(two: Factory, shares: list[float]):
     before = two.facts()

@@ -17,7 +17,14 @@ from flows.setup import template
 LINE = "gaskets-2"
 TEXT = template([LINE])
 OPTIONAL = re.compile(r"^# ([\w.-]+ = .+)$", re.MULTILINE)  # "# key = value"; other comments are prose
-EXAMPLES = {"cloud_thousand_images", f"{LINE}.edge.full", "classes.station", "memory_mib"}  # keys that have no default
+EXAMPLES = {
+    "command",
+    "webhook",
+    "cloud_thousand_images",
+    f"{LINE}.edge.full",
+    "classes.station",
+    "memory_mib",
+}  # keys that have no default
 
 
 def loaded(text: str, folder: Path) -> Settings:

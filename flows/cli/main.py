@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
 
@@ -106,8 +107,18 @@ def init(
 @app.command()
 def retrain(
     line: Annotated[str, typer.Argument(help="Line whose models are retrained.")],
-    data: Annotated[str, typer.Option("--data", help="Git revision of the data; the current one by default.")] = "",
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Git revision of the data, or A..B for each after A up to B; the current one by default."),
+    ] = "",
     promote: Annotated[bool, typer.Option(help="Promote versions that pass the gate.")] = True,
+    seed: Annotated[
+        int | None, typer.Option(show_default=False, help="Seed of this run's trainings; recorded in the ledger.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(show_default=False, help="Steps of this run's trainings; recorded in the ledger.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate time and bytes; train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train, evaluate and register a line's models; promote winners.
@@ -117,14 +128,21 @@ def retrain(
     """
     with reported_errors():
         workspace = open_workspace()
+        from flows import overrides
         from model import versions
 
-        settings = workspace.line(line)
-        with workspace.locked("retraining"):  # if another process holds it, say so before large modules are loaded
+        settings, wanted = workspace.line(line), overrides.parse(seed, steps)
+        with nullcontext() if dry_run else workspace.locked("retraining"):  # say so before large modules are loaded
             pass
-        versions.resolve(workspace.root, settings.data, line, data or "HEAD")
+        revisions = overrides.revisions(workspace, line, data)
         if not data:
             versions.check_clean(workspace.root, settings.data, line)
+        if dry_run:
+            from flows.estimate import estimate
+
+            made = estimate(workspace, line, revisions, wanted)
+            answer(as_json, made.value, made.text)
+            return
         phase("load what trains, and start Prefect: some seconds")
         from flows import retrain as flow
         from flows import serve as schedule
@@ -139,7 +157,13 @@ def retrain(
         try:
             schedule.start_in_process(workspace)
             with showing_progress():
-                rows = flow.retrain(str(workspace.root), line, data or "HEAD", promote)
+                rows = overrides.each(
+                    workspace,
+                    line,
+                    revisions,
+                    wanted,
+                    lambda rev: flow.retrain(str(workspace.root), line, rev, promote, seed, steps),
+                )
         except VariantError as error:
             tell(error.rows)
             raise
@@ -344,7 +368,8 @@ def trace(
 @app.command()
 def serve(
     lines: Annotated[list[str] | None, typer.Argument(help="Lines to retrain; all by default.")] = None,
-    cron: Annotated[str, typer.Option(help="Schedule as five cron fields, in UTC.")] = "0 3 * * 1",
+    cron: Annotated[str, typer.Option(help="Schedule as five cron fields.")] = "0 3 * * 1",
+    timezone: Annotated[str, typer.Option(help="Time zone of the schedule, such as Europe/Berlin.")] = "UTC",
     look_every: Annotated[
         int,
         typer.Option(
@@ -370,9 +395,11 @@ def serve(
         chosen = lines or list(workspace.settings.lines)
         for line in chosen:
             workspace.line(line)
+        from flows import alerts, schedules
         from flows import serve as schedule
 
-        schedule.check_cron(cron)
+        schedules.check_cron(cron, timezone)
+        alerts.check(workspace.settings.alerts)
         with workspace.locked("serving"):
             pass
         from flows.web import webhook
@@ -388,10 +415,10 @@ def serve(
             if asked:
                 typer.echo(f"Prefect's page asks for a password, which is in {asked}", err=True)
             typer.echo(
-                f"retraining {', '.join(chosen)} at {cron!r} and for new data; Prefect's page is {address.removesuffix('/api')}",
+                f"retraining {', '.join(chosen)} at {cron!r} ({timezone}) and for new data; Prefect's page is {address.removesuffix('/api')}",
                 err=True,
             )
-            schedule.serve(workspace, chosen, cron, look_every)
+            schedule.serve(workspace, chosen, cron, look_every, timezone)
 
 
 @app.command()

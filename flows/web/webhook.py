@@ -33,12 +33,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from flows import telling
+from flows import alerts, telling, watchers
 from flows.errors import ServerError, WorkspaceError
 from flows.serve import write_secret
 from flows.web.app import application, body_of, serving
 from flows.workspace import Workspace
-from registry.champions import reconcile
+from registry.champions import news_of_aliases
 
 PATH = "/mlflow"
 SECRET = "FERRY_WEBHOOK_SECRET"  # noqa: S105 - the variable's name
@@ -46,7 +46,6 @@ SHORTEST = 24  # characters of a secret
 MAX_AGE = 300.0  # seconds between signing and arrival, in either direction, because clocks differ
 MAX_BODY = 64 * 1024  # bytes; MLflow sends some hundred
 MAX_SEEN = 10_000  # deliveries that are remembered; with so many, new ones are refused until old ones expire
-PATIENCE = 10.0  # seconds to wait for the last look to end
 
 
 class RefusedError(Exception):
@@ -188,14 +187,8 @@ def watching(workspace: Workspace, webhooks: tuple[str, int] | None) -> Iterator
                 raise ServerError(
                     f"webhooks cannot be received at {where}: {error.strerror or error}; choose another port"
                 ) from error
-        looking = threading.Thread(target=_look, args=(workspace, wake, ending), name="reconcile", daemon=True)
-        looking.start()
-        try:
+        with watchers.watching("MLflow's aliases", lambda: _look(workspace, wake, ending), ending, wake):
             yield address
-        finally:
-            ending.set()
-            wake.set()
-            looking.join(PATIENCE)  # not longer, because a store may hang
 
 
 def _look(workspace: Workspace, wake: threading.Event, ending: threading.Event) -> None:
@@ -203,12 +196,11 @@ def _look(workspace: Workspace, wake: threading.Event, ending: threading.Event) 
     while not ending.is_set():
         wake.clear()  # before looking, so that an alias that is moved meanwhile is looked at next
         try:
-            news = "; ".join(
-                row.text for row in reconcile(workspace, workspace.subjects(), workspace.needs_approval) if row.answer != "agrees"
-            )
+            news = news_of_aliases(workspace, workspace.subjects(), workspace.needs_approval)
         except Exception as error:  # noqa: BLE001 - whatever somebody puts into MLflow, the watcher goes on
             news = f"MLflow's aliases cannot be looked at: {error}"
+        alerts.survey(workspace)
         if news and news != told:  # the same news is printed once
-            telling.tell(f"{news}")
+            telling.tell(news)
         told = news
         wake.wait(workspace.settings.poll_seconds)

@@ -10,6 +10,7 @@ READ = {
     "FERRY_WEBHOOK_SECRET": (
         "ferry serve", "Secret that signs MLflow's webhooks, 24 characters or more; otherwise it is in keys/webhook.secret."
     ),
+    "FERRY_ALERT_SECRET": ("ferry", "Secret that signs the alerts sent to alerts.webhook of ferry.toml, 24 characters or more."),
     **{name: ("ferry", f"Replaces {key} of [stores] in ferry.toml; use it for an address that holds a password.") for key, name in VARIABLES.items()},
     "FERRY_AGENT_DIR": ("ferry-agent", "Directory of the agent; the option --dir goes first."),
     "PREFECT_API_URL": ("ferry", "Address of a Prefect server to use; otherwise ferry starts one of its own."),
