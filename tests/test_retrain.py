@@ -219,4 +219,5 @@ def test_deployments_of_prefect_yaml_can_be_made(prefect: dict[str, str]):
         [*prefect_command, "deployment", "ls"], env=prefect | {"COLUMNS": "200"}, capture_output=True, text=True
     )
     assert "retrain/factory-surfaces" in listed.stdout
-    assert "look for data/factory" in listed.stdout
+    for name in ("look for data/factory", "look at aliases/factory", "approval/factory"):
+        assert name in listed.stdout
