@@ -158,12 +158,14 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[list[str]]:
     """Collect the answers of each look at the aliases in a queue, as the look ends."""
     answers: queue.Queue[list[str]] = queue.Queue()
 
+    reconcile = champions.reconcile
+
     def told(*asked: Any) -> list[Reconciled]:
-        rows = champions.reconcile(*asked)
+        rows = reconcile(*asked)
         answers.put([row.answer for row in rows])
         return rows
 
-    monkeypatch.setattr(webhook, "reconcile", told)
+    monkeypatch.setattr(champions, "reconcile", told)
     return answers
 
 

@@ -49,6 +49,7 @@ SET = {
 """Variables that the programs set for libraries, mostly unless they are set already: name → what that does."""
 
 INTERNAL = {
+    "FERRY_LIFELINE", "FERRY_SERVED_BY",
     "PREFECT_SERVER_UI_ENABLED", "PREFECT__SERVER_EPHEMERAL", "PREFECT_SERVER_UI_API_URL", "GIT_DEFAULT_HASH", "GIT_DEFAULT_REF_FORMAT",
     "GIT_CEILING_DIRECTORIES", "GIT_LITERAL_PATHSPECS", "LC_ALL",
 }  # fmt: skip

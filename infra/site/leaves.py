@@ -180,8 +180,9 @@ ARTIFACTS = {
 }
 
 RUNS = {
-    "retrain": "parameters: the workspace's path, line, Git revision, whether winners are promoted",
+    "retrain": "parameters: the workspace's path, line, Git revision, whether winners are promoted, seed, steps",
     "look for data": "parameters: the workspace's path, lines",
+    "look at aliases": "parameters: the workspace's path",
     "register checkpoint": "parameters: the workspace's path, path of a checkpoint",
     "release": "parameters: the workspace's path, line, device class",
     "approval": "parameters: the workspace's path, model, version; then the name, answer and reason that a person typed",
@@ -202,7 +203,16 @@ RUNS = {
 def page() -> str:
     """Write the page."""
     return joined(
-        _overview(), _reports(), _requests(), _endpoint(), _device_never(), _published(), _mlflow(), _others(), _plant_never()
+        _overview(),
+        _reports(),
+        _requests(),
+        _endpoint(),
+        _device_never(),
+        _published(),
+        _mlflow(),
+        _others(),
+        _alerts(),
+        _plant_never(),
     )
 
 
@@ -234,6 +244,13 @@ def _overview() -> str:
         ("[DVC remote](#dvc)", "factory → `stores.data`", "`ferry data add`", "**all images of the data**", "**all**"),
         ("[Prefect](#prefect)", "factory → `PREFECT_API_URL`", "while flows run", "generated", "those in decisions"),
         ("[Database](#database)", "factory → `stores.database`", "each decision", "none", "those in decisions"),
+        (
+            "[Alerts](#alerts)",
+            "factory → `alerts.webhook`, `alerts.command`",
+            "a matter changes its state",
+            "none",
+            "those in reasons",
+        ),
         (
             "[Pages](#pages)",
             "factory → whom you give them to",
@@ -396,6 +413,16 @@ def _others() -> str:
         "`ferry report` and `ferry rate` write self-contained HTML files, which load nothing from elsewhere. The report holds figures, prices, names of "
         "devices, generated images and held-out images. A rating page holds generated images and captions. `ferry rate --serve` shows its page to "
         "whoever knows its address, which cannot be guessed.",
+    )
+
+
+def _alerts() -> str:
+    return joined(
+        "### Alerts {#alerts}",
+        "If `[alerts]` in ferry.toml names a webhook or a command, each change of a state is sent there as one JSON object: `id`, `workspace` "
+        "(the folder's name), `what` (such as `promotion surfaces/I/full`), `state`, `before`, `since` and `text`, a sentence. The sentence "
+        "quotes an error or the reason of a decision, which may name captions. The headers are `webhook-id`, `webhook-timestamp` and "
+        "`webhook-signature`; the secret itself is never sent.",
     )
 
 
