@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 EVENTS = "events"  # folder of a workspace in which events wait
 FAILED = "failed"  # folder in it for events of which all attempts failed
-ATTEMPTS = 3
-PAUSES = (0.0, 60.0, 600.0)  # seconds before each attempt: a store that restarts needs a moment
+ATTEMPTS = 4
+PAUSES = (0.0, 60.0, 600.0, 7200.0)  # seconds before each attempt: a store restarts in moments, another retraining takes hours
 Outcome = Literal["waits", "done", "failed"]
 
 
@@ -89,7 +89,7 @@ def leave(workspace: Workspace, line: str, name: str, reason: str) -> Path:
         if failed.is_file():
             event = event.model_copy(update={"round": _round_of(failed) + 1})
         fresh = path.with_suffix(f".{threading.get_ident()}.tmp")
-        fresh.write_text(event.model_dump_json())
+        fresh.write_text(event.model_dump_json(exclude_defaults=True))
         fresh.replace(path)
         failed.unlink(missing_ok=True)
     return path
@@ -156,7 +156,7 @@ def pursue(
             again = f"attempt {attempt} of {ATTEMPTS}: " if attempt > 1 else ""
             _record(workspace, data, again + asked.why, asked.facts | {"key": key, "data": data.rev, "run": str(run.id)})
         found = _outcome(run)
-        if found != "failed" or run.run_count >= ATTEMPTS:  # a run that ended its process so often would do so again
+        if found != "failed" or run.run_count >= lost.STARTS:  # a run that ended its process so often would do so again
             return run, found
     return run, "failed"
 

@@ -123,14 +123,15 @@ def test_failed_run_of_an_event_is_tried_again_and_then_kept(workspace: Workspac
         assert len(prefect.runs) == 1 + attempt
         assert path.is_file()
         prefect.end(prefect.last, end)
-    with pytest.raises(GivenUpError, match=rf"the event 'ticket 4711' failed 3 times, the last time: {end.message}"):
+    with pytest.raises(GivenUpError, match=rf"the event 'ticket 4711' failed 4 times, the last time: {end.message}"):
         triggers.look(workspace, ["shapes"])
     assert triggers.look(workspace, ["shapes"])  # said once
-    assert len(prefect.runs) == 4
+    assert len(prefect.runs) == 5
     kept = path.parent / triggers.FAILED / path.name
     assert triggers.Event.model_validate_json(kept.read_bytes()).reason == "dull parts"
     assert [why for _, why in entries(workspace)[1:]] == [
-        "dull parts", "attempt 2 of 3: dull parts", "attempt 3 of 3: dull parts", "given up after 3 attempts: dull parts",
+        "dull parts", "attempt 2 of 4: dull parts", "attempt 3 of 4: dull parts", "attempt 4 of 4: dull parts",
+        "given up after 4 attempts: dull parts",
     ]  # fmt: skip
     assert len({asked["seed"] for asked in [*prefect.asked.values()][1:]}) == 1
     dues = [asked["due"] for asked in [*prefect.asked.values()][1:]]
@@ -142,7 +143,7 @@ def test_failed_run_of_an_event_is_tried_again_and_then_kept(workspace: Workspac
     triggers.look(workspace, ["shapes"])
     prefect.end(prefect.last, Completed())
     triggers.look(workspace, ["shapes"])
-    assert len(prefect.runs) == 5
+    assert len(prefect.runs) == 6
     assert not path.exists()
 
 
@@ -150,13 +151,13 @@ def test_failed_run_of_data_is_tried_again_and_given_up_once(workspace: Workspac
     for _ in range(triggers.ATTEMPTS):
         triggers.look(workspace, ["shapes"], {})
         prefect.end(prefect.last, Failed(message="caption too long"))
-    with pytest.raises(GivenUpError, match=r"data revision .* failed 3 times.*caption too long.*`ferry retrain shapes`"):
+    with pytest.raises(GivenUpError, match=r"data revision .* failed 4 times.*caption too long.*`ferry retrain shapes`"):
         triggers.look(workspace, ["shapes"], {})
     triggers.look(workspace, ["shapes"], {})  # also a new process says it no more
-    assert len(prefect.runs) == 3
+    assert len(prefect.runs) == 4
     deliver(workspace, 8)
     triggers.look(workspace, ["shapes"], {})
-    assert len(prefect.runs) == 4
+    assert len(prefect.runs) == 5
 
 
 def test_run_that_a_person_cancelled_is_not_tried_again(workspace: Workspace, prefect: Prefect):
