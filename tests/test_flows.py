@@ -776,6 +776,20 @@ def test_trace_leads_from_a_device_to_its_data_and_back(workspace: Workspace):
     assert "device press-01" in ferry(workspace, "trace", release.manifest).stdout
 
 
+def test_trace_forward_names_all_that_descends_from_a_revision(workspace: Workspace):
+    """List versions, bundle and device of the first revision, also those of a later one that were trained from them."""
+    first = versions.log(workspace.root, "data/shapes", "shapes")[-1][0]
+    told = ferry(workspace, "trace", "--forward", first.rev, "--json")
+    assert told.exit_code == 0, told.stderr
+    found = json.loads(told.stdout)
+    names = {row["name"] for row in found["descends"]}
+    every = {str(made.subject) + f" {made.number}" for made in workspace.catalog.versions(SUBJECT)}
+    assert {name for name in names if name.startswith("shapes/I/full")} == every
+    assert "press-01" in names
+    assert any(row["kind"] == "bundle" and row["because"].startswith("holds version shapes/I/full ") for row in found["descends"])
+    assert "device press-01: runs bundle shapes/edge release " in ferry(workspace, "trace", "--forward", first.md5).stdout
+
+
 @pytest.mark.parametrize("text", ["press-02", "abc", "f" * 64])
 def test_trace_of_nothing_says_what_can_be_traced(workspace: Workspace, text: str):
     told = ferry(workspace, "trace", text)

@@ -352,15 +352,27 @@ def trace(
         str,
         typer.Argument(metavar="HASH|DEVICE", help="Hash of a bundle, file, version, decision or data revision; or a device."),
     ],
+    forward: Annotated[
+        bool, typer.Option("--forward", help="List all that descends from a data revision to be withdrawn.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Trace a hash or device back to its data, and on to devices."""
+    """Trace a hash or device back to its data, and on to devices.
+
+    With --forward, name a data revision (its hash, or what Git calls it). It lists the later revisions that hold files of it, and every
+    version, bundle and device that descends from it, also through a parent or teacher.
+    """
     with reported_errors():
         workspace = open_workspace()
+        from flows.trace import forward as find_forward
         from flows.trace import gather
         from registry import trace as tracing
 
         workspace.fleet.collect(workspace.inbox)
+        if forward:
+            descent = find_forward(workspace, what)
+            answer(as_json, descent.plain(), descent.text())
+            return
         found = tracing.trace(gather(workspace), what)
         answer(as_json, found, tracing.text_of(found))
 
