@@ -144,6 +144,10 @@ bench-timer: install ## which timer lets devices look that are on for an hour a 
 bench-commands: install ## processor time of the emergency stop and of refusals; a minute; figures to build/bench/commands.json
 	$(BIN)/python -m tests.bench.commands
 
+.PHONY: bench-data
+bench-data: install ## time and memory of ferry data with 5,000 and 50,000 images, ten minutes; table to tests/bench/results/, figures to build/bench/data.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.data
+
 .PHONY: bench-model
 bench-model: $(VENV)/.bench ## the network beside its peers: two hours of one core; table to tests/bench/results/, figures to build/bench/bench-model.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.model

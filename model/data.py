@@ -30,13 +30,14 @@ from PIL import Image
 from torch import Tensor
 
 from model.config import HELD_OUT_PERMILLE, MAX_TEXT, ModelConfig, canonical_sha256
-from model.data_report import SMALL, FolderSummary, summarise
+from model.data_report import SMALL, Floats, FolderSummary, summarise
 from model.errors import DataError
 from model.folder import entries, md5_of, opened, shown, unreadable
 from model.metadata import METADATA, ONE_LINE_EACH, Item, items_of, missing
 from model.pictures import BRIGHTEST, READING, open_picture
 
 CACHE_SCHEMA = 3
+PART = 1024  # images that are summarised at a time; limits the memory
 MIN_TRAINING = 2  # images; a model trained on a single image could only copy it
 MIN_HELD_OUT = 6  # images; coverage needs 5 neighbours of each
 
@@ -194,6 +195,7 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Folde
     usable: list[Item] = []
     pixels: list[str] = []
     small: list[npt.NDArray[np.uint8]] = []
+    parts: list[tuple[Floats, Floats]] = []
     deep: list[int] = []
     for done, name in enumerate(names, start=1):
         try:
@@ -210,9 +212,13 @@ def scan(folder: Path, text_length: int, on_item: OnItem | None = None) -> Folde
             pixels.append(hashlib.sha256(b"%d,%d," % picture.size + picture.tobytes()).hexdigest())
             deep += [int(picture.info[BRIGHTEST])] if BRIGHTEST in picture.info else []
             small.append(_square(picture, SMALL, Image.Resampling.BILINEAR))  # a box filter makes a resized copy look different
+            if len(small) == PART:
+                parts.append(summarise(np.array(small)))
+                small.clear()
         if on_item:
             on_item(done, len(names))
-    thumbs, features = summarise(np.array(small, dtype=np.uint8).reshape(-1, SMALL, SMALL, 3))
+    parts.append(summarise(np.array(small, dtype=np.uint8).reshape(-1, SMALL, SMALL, 3)))
+    thumbs, features = (np.concatenate(rows) for rows in zip(*parts, strict=True))
     return FolderSummary(
         files=files, quarantine=bad, names=[item.file for item in usable], captions=[item.text for item in usable],
         groups=[item.group for item in usable], held_out=np.array([is_held_out(item.group) for item in usable], dtype=np.bool_),

@@ -34,6 +34,7 @@ Floats = npt.NDArray[np.float32]
 SMALL = 32  # pixels; side of an image's largest central square, scaled down for all comparisons
 THUMB = 16  # pixels; side of a grey thumbnail
 ALIKE = 0.995  # images are near copies if their thumbnails correlate at least so much; decision 0049
+REACH = (2 - 2 * ALIKE) ** 0.5 + 1e-3  # vectors of norm 1 that correlate so lie no further apart, in any direction
 FLAT = 1.0  # grey levels; a thumbnail with a smaller standard deviation has no structure to compare
 LISTED = 100  # entries of each list in a report; the total is given with them
 THIN = 2  # held-out images; a caption with fewer cannot be evaluated
@@ -290,18 +291,31 @@ def _near(thumbs: Floats, held_out: npt.NDArray[np.bool_], rows: int = 512) -> t
     """
     most_alike: dict[int, int] = {}
     learnable: dict[int, int] = {}
+    along = thumbs @ _widest(thumbs)
+    order = np.argsort(along, kind="stable")
+    sorted_along = along[order]
     for start in range(0, len(thumbs), rows):
-        alike = thumbs[start : start + rows] @ thumbs.T
-        own = np.arange(len(alike))
-        alike[own, start + own] = -1
-        for found, only in ((most_alike, own), (learnable, own[held_out[start : start + rows]])):
+        block = order[start : start + rows]
+        first, last = np.searchsorted(sorted_along, (along[block[0]] - REACH, along[block[-1]] + REACH))
+        near = np.sort(order[first:last])  # all others lie further away than near copies can
+        alike = thumbs[block] @ thumbs[near].T
+        own = np.arange(len(block))
+        alike[own, np.searchsorted(near, block)] = -1
+        for found, only in ((most_alike, own), (learnable, own[held_out[block]])):
             if found is learnable:
-                alike[:, held_out] = -1
+                alike[:, held_out[near]] = -1
             best = alike[only].argmax(axis=1)
             for row, column in zip(only, best, strict=True):
                 if alike[row, column] >= ALIKE:
-                    found[start + int(row)] = int(column)
+                    found[int(block[row])] = int(near[column])
     return most_alike, learnable
+
+
+def _widest(thumbs: Floats) -> Floats:
+    """Return the unit vector along which thumbnails differ most."""
+    spread = thumbs - thumbs.mean(axis=0) if len(thumbs) else thumbs
+    widest: Floats = np.linalg.eigh(spread.T @ spread)[1][:, -1]
+    return widest
 
 
 def balance(after: FolderSummary, before: FolderSummary | None) -> Balance:

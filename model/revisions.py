@@ -78,7 +78,10 @@ def add(data: LineData, message: str) -> tuple[DataVersion, DataReport]:
         DataError: the folder holds something that cannot or must not be recorded, or no usable image; nothing is recorded.
         RevisionError: the folder changed in the meantime, or Git, DVC or the remote fails; no revision is made.
     """
-    after = _scan(data, _checked(data), data.line)
+    live = _checked(data)
+    after = _kept(_place(data, versions.folder_md5(live))) or _scan(
+        data, live, data.line
+    )  # `versions.add` compares it with the folder
     folder.check_no_copy(after.files, data.keys)
     if not after.names:
         name, why = next(iter(after.quarantine.items()))
