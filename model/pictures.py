@@ -25,14 +25,16 @@ DEEPEST = 65_535  # value of white in a file that does not say how many of its 1
 BRIGHTEST = "brightest value of 16 bits"  # key in the info of a picture that was read from more than 8 bits
 ONE_PICTURE = frozenset({"MPO", "PSD"})  # further frames of these are previews or layers of the one picture
 PADDING = 8  # bytes; some cameras pad the data of a JPEG before its last marker
-DAMAGED = "is damaged in the middle; replace it by a whole copy"
+DAMAGED = "is damaged or cut off; replace it by a whole copy"
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """How each EXIF orientation is undone."""
-BITS_PER_SAMPLE, PHOTOMETRIC, SUBFILE = 258, 262, 254  # tags of TIFF
+BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, SUBFILE = 258, 259, 262, 254  # tags of TIFF
+PARTS = ((273, 279), (324, 325))  # tags of TIFF: where strips or tiles begin, and how long they are
+DEFLATE = (8, 32_946)
 
 
 def open_picture(source: Path | BinaryIO, channels: int, white: int | None = None) -> Image.Image:
@@ -56,7 +58,7 @@ def open_picture(source: Path | BinaryIO, channels: int, white: int | None = Non
                 raise DataError(f"has more than {MAX_PIXELS:,} pixels")
             _check_single(image)
             image.load()
-            _check_whole(image.format or "", source)
+            _check_whole(image, source)
             mode = "L" if channels == 1 else "RGB"
             picture = _shallow(image, white).convert(mode) if image.mode.startswith("I") else _opaque(image, white, mode)
             turned = UPRIGHT.get(_orientation(image))
@@ -91,21 +93,44 @@ def _check_single(image: Image.Image) -> None:
         raise DataError(f"holds {frames} images; store each in a file of its own")
 
 
-def _check_whole(kind: str, source: Path | BinaryIO) -> None:
+def _check_whole(image: Image.Image, source: Path | BinaryIO) -> None:
     """Refuse a file with damage that Pillow decodes without a word.
+
+    Args:
+        image: the file as Pillow opened and decoded it.
+        source: the file.
 
     Raises:
         DataError: it is damaged.
     """
-    if kind not in ("JPEG", "MPO", "PNG"):
+    kind, tags = image.format, getattr(image, "tag_v2", {})
+    deflated = kind == "TIFF" and tags.get(COMPRESSION) in DEFLATE
+    if kind not in ("JPEG", "MPO", "PNG") and not deflated:
         return
     if isinstance(source, Path):
         data = source.read_bytes()
     else:
         source.seek(0)
         data = source.read()
-    if not (_is_whole_png(data) if kind == "PNG" else _is_whole_jpeg(data)):
+    if deflated:
+        parts = (zip(tags.get(at, ()), tags.get(sizes, ()), strict=False) for at, sizes in PARTS)
+        whole = all(_is_whole_stream(data[at : at + size]) for rows in parts for at, size in rows)
+    else:
+        whole = _is_whole_png(data) if kind == "PNG" else _is_whole_jpeg(data)
+    if not whole:
         raise DataError(DAMAGED)
+
+
+def _is_whole_stream(data: bytes) -> bool:
+    """Check the checksum of a deflated part of a TIFF; libtiff stops reading before it."""
+    stream = zlib.decompressobj()
+    try:
+        while data and not stream.eof:
+            stream.decompress(data, 1 << 20)
+            data = stream.unconsumed_tail
+    except zlib.error:
+        return False
+    return True
 
 
 def _is_whole_png(data: bytes) -> bool:

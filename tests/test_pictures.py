@@ -291,11 +291,14 @@ def damaged(data: bytes, how: str) -> bytes:
 @pytest.mark.parametrize(
     "how", ["zeros", "noise", "a part is missing", "cut off", "cut off, and ended", "end is missing", "a part twice"]
 )
-@pytest.mark.parametrize("kind", [*JPEGS, "grey", "CMYK", "PNG", "grey PNG", "palette PNG"])
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize("kind", [*JPEGS, "grey", "CMYK", "PNG", "grey PNG", "palette PNG", "TIFF"])
 def test_damaged_image_is_refused(tmp_path: Path, kind: str, how: str) -> None:
     image = photograph()
     if kind in JPEGS:
         data = encoded(image, "JPEG", **JPEGS[kind])
+    elif kind == "TIFF":
+        data = encoded(image, "TIFF", compression="tiff_deflate")
     elif "PNG" in kind:
         data = encoded({"PNG": image, "grey PNG": image.convert("L"), "palette PNG": image.quantize(32)}[kind])
     else:
