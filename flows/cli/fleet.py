@@ -34,10 +34,9 @@ def rollout_start(
         typer.Option(
             parser=time_of(0, MAX_SOAK),
             metavar="TIME",
-            show_default="1d",
             help="Time between two waves, such as 2h or 3d; a bare number is seconds.",
         ),
-    ] = 86_400,
+    ] = "1d",  # type: ignore[assignment]
     revert: Annotated[bool, typer.Option("--revert", help="Roll all devices back to an older release, at once.")] = False,
     as_json: Json = False,
 ) -> None:

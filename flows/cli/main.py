@@ -387,10 +387,9 @@ def serve(
         typer.Option(
             parser=time_of(1, 86_400),
             metavar="TIME",
-            show_default="30s",
             help="Time between two checks for new data and events, such as 30s or 5m.",
         ),
-    ] = 30,
+    ] = "30s",  # type: ignore[assignment]
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of Prefect's page; 0: any free one.")] = 0,
     webhooks: Annotated[
         str,
