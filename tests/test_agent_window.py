@@ -86,6 +86,12 @@ def test_zone_that_nobody_knows_is_refused_at_init(scene: Field, zone: str):
     assert scene.device.facts() == before
 
 
+def test_window_that_never_opens_is_refused_and_seen(offered: Field):
+    assert "--window is not valid: 05:00-05:00 ends when it begins, so it never opens" in init(offered, "05:00-05:00", code=3)
+    offered.device.configure(window="05:00-05:00")  # as an agent of before took it
+    assert "waits for the maintenance window, but 05:00-05:00 ends when it begins" in offered.device.update().reason
+
+
 def init(field: Field, times: str, code: int = 0) -> str:
     given: Config = field.device.home.config()
     return field.device.command(

@@ -38,9 +38,11 @@ def _zone(name: str) -> tzinfo | None:
 
 def problem(window: str) -> str:
     """Say why a window cannot be used on this device; return an empty string if it can."""
-    if not window or zone_of(window):
+    hours, name = split(window)
+    if hours and hours[:5] == hours[6:]:
+        return f"{hours} ends when it begins, so it never opens; give another end"
+    if not hours or zone_of(window):
         return ""
-    name = split(window)[1]
     if any(map(_zone, SURELY)):
         return f"this device knows no time zone {name}; give a name of the IANA database, such as Europe/Berlin"
     return (
