@@ -384,7 +384,7 @@ def test_certificate_of_another_name_is_said_to_be(offered, tmp_path, authority)
     ("status", "said"),
     [
         (400, "refuses the request"), (401, "asks for a name and a password"), (403, "refuses metadata/timestamp.json to this device"),
-        (405, "refuses the request"), (407, "a proxy in between asks"), (451, "for legal reasons"), (511, "asks for a login"),
+        (405, "refuses the request"), (416, "has no more of metadata/2.root.json than this device has already"), (407, "a proxy in between asks"), (451, "for legal reasons"), (511, "asks for a login"),
     ],
 )  # fmt: skip
 def test_refusal_is_named_and_not_taken_for_a_missing_file(offered, site, status, said):

@@ -234,6 +234,7 @@ def refusal(status: int, name: str, url: str, authorized: bool, proxy: Proxy | N
         )
         + " with `ferry-agent init --repository https://NAME:PASSWORD@HOST/…`",
         403: f"{server} refuses {name} to this device {end}; ask who runs that server, or the firewall in between, to allow it",
+        416: f"{server} has no more of {name} than this device has already {end}; copy or publish it again",
         451: f"{server} withholds {name} for legal reasons {end}; ask who runs that server",
     }
     plain = f"{server} refuses the request for {name} {end}; check the address given at init, and ask who runs that server"
