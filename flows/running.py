@@ -74,18 +74,12 @@ def running(work: Path) -> list[Running]:
 
 
 def is_held(work: Path, part: str) -> bool:
-    """Check whether a process holds a lock of the workspace, without taking the lock where the kernel lists who holds it."""
-    lock = work / f"{part}.lock"
-    try:
-        status = lock.stat()
-    except FileNotFoundError:
-        return False
-    with suppress(OSError):
-        inode = f":{status.st_ino}"
-        if any(inode in line.split()[5] and "FLOCK" in line for line in Path("/proc/locks").read_text().splitlines()):
-            return True
-    # The list lacks locks that are held outside this container. A shared lock is refused if another process holds the lock.
-    with suppress(OSError), lock.open("rb") as file:
+    """Check whether a process holds a lock of the workspace.
+
+    A shared lock is tried for an instant: it is refused if a process holds the lock. A command that begins at that instant waits
+    for `flows.workspace.GLANCE`, so it does not take the look for another command.
+    """
+    with suppress(FileNotFoundError), (work / f"{part}.lock").open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

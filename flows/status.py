@@ -34,7 +34,7 @@ from registry.promotion import SubjectState, subject_state
 
 RENEW = {"snapshot": "ferry trust refresh", "timestamp": "ferry trust refresh", "rollout": "ferry rollout renew"}
 UNREAD = 60  # most new reports that `ferry status` receives; each takes milliseconds
-PROBLEMS = (FlowError, ModelError, RegistryError, OtaError)
+PROBLEMS = (FlowError, ModelError, RegistryError, OtaError, OSError)
 
 
 class ModelStanding(Frozen):

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 SEEN = "ledger.seen"  # beside the keys: the newest entry of the ledger that this workspace has seen
 LOCK_SECONDS = 60.0
+GLANCE = 0.2  # seconds; `ferry status` looks at a lock for much less
 
 
 class Workspace:
@@ -240,7 +241,7 @@ class Workspace:
 
         Args:
             part: of the workspace.
-            patience: seconds to wait for it; None: `LOCK_SECONDS` for `records` and `data`, 0 for the others.
+            patience: seconds to wait for it; None: `LOCK_SECONDS` for `records` and `data`, `GLANCE` for the others.
 
         Raises:
             BusyError: another process holds it.
@@ -248,7 +249,7 @@ class Workspace:
         self.work.mkdir(exist_ok=True)
         lock = FileLock(self.work / f"{part}.lock")
         try:
-            usual = LOCK_SECONDS if part in ("data", "records") else 0
+            usual = LOCK_SECONDS if part in ("data", "records") else GLANCE
             lock.acquire(timeout=usual if patience is None else patience)
         except Timeout as error:
             raise BusyError(f"another ferry process holds the {part} of {self.root}; wait for it to finish") from error

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -159,13 +160,24 @@ def test_says_what_runs_and_how_far_it_is(workspace: Workspace):
     assert status(workspace)["runs"] == []
 
 
-def test_looking_takes_no_lock_from_a_command(workspace: Workspace):
-    lock = FileLock(workspace.work / "release.lock")
-    for _ in range(5):
-        assert not running.is_held(workspace.work, "release")
-        lock.acquire(timeout=0)
-        assert running.is_held(workspace.work, "release")
-        lock.release()
+def test_looking_ends_no_command(workspace: Workspace):
+    """Look at a lock without a pause while it is taken again and again: every command gets it, and is seen to hold it."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            running.is_held(workspace.work, "release")
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(50):
+            with workspace.locked("release"):
+                assert running.is_held(workspace.work, "release")
+    finally:
+        done.set()
+        looking.join()
+    assert not running.is_held(workspace.work, "release")
 
 
 def test_devices_are_heard_silent_or_behind(workspace: Workspace):
