@@ -111,7 +111,7 @@ def follow(uri: str, artifacts: Path, own: bool, host: str) -> int:
                 )
         finally:
             engine.dispose()
-    except SQLAlchemyError:
+    except (SQLAlchemyError, ModuleNotFoundError):  # also if there is no driver for it
         return 0
 
 

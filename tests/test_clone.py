@@ -261,3 +261,12 @@ def test_password_in_an_address_is_never_printed(password: str, store: str, word
     assert done.returncode != 0
     for form in (password, password.replace("%40", "@")):
         assert form not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", [["history", "shapes/I/full"], ["fleet", "status"], ["report"]])
+def test_missing_driver_is_one_sentence(words: list[str], original: Path, tmp_path: Path):
+    root = tmp_path / "ws"
+    shutil.copytree(original, root, ignore=shutil.ignore_patterns("cache", "dvc-remote"))
+    stored(root, database="mssql+pyodbc://ferry:hunter2@127.0.0.1:1/x")
+    result = ferry(root, *words)
+    assert (result.exit_code, "driver pyodbc is not installed" in result.stderr) == (4, True), result.output

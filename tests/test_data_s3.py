@@ -68,6 +68,12 @@ def test_data_live_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert (len(told["changes"]["added"]), told["changes"]["changed"]) == (12, ["metadata.jsonl"])
         assert ferry(root, "status", "shapes")["remote_lacks"] == []
 
+        clone = tmp_path / "clone"  # which has the address of the bucket from Git
+        subprocess.run(["git", "clone", "--quiet", str(root), str(clone)], check=True)
+        assert ferry(clone, "pull", "shapes")["rev"] == second["rev"]
+        assert versions.folder_md5(clone / "data/shapes") == versions.folder_md5(folder)
+        shutil.rmtree(clone)
+
         key = f"factory/files/md5/{listed['003.png'][:2]}/{listed['003.png'][2:]}"
         whole = bucket.Object(key).get()["Body"].read()
         bucket.Object(key).put(Body=bytes(len(whole)))

@@ -216,4 +216,6 @@ def test_catalog_of_an_address_that_is_no_database_is_left_to_mlflow(tmp_path: P
 
     assert addresses.follow("http://127.0.0.1:1", tmp_path, own=False, host="here") == 0
     assert addresses.follow(f"sqlite:///{tmp_path}/missing/mlflow.db", tmp_path, own=True, host="here") == 0
+    assert addresses.follow("mysql+nosuch://127.0.0.1:1/x", tmp_path, own=False, host="here") == 0
+    assert addresses.follow("mssql+pyodbc://127.0.0.1:1/x", tmp_path, own=False, host="here") == 0  # no driver
     assert isinstance(Catalog(f"sqlite:///{tmp_path}/new.db", tmp_path / "mlartifacts"), Catalog)

@@ -254,6 +254,10 @@ def _set_aside(path: Path) -> None:
 def _foreign_errors() -> Iterator[None]:
     try:
         yield
+    except ModuleNotFoundError as error:
+        raise TransferError(
+            f"the database's driver {error.name} is not installed; `pip install 'deltaferry[postgres]'`"
+        ) from error
     except SQLAlchemyError as error:
         raise TransferError(f"the database cannot be used: {str(error).splitlines()[0]}; check its URL in ferry.toml") from error
     except ValidationError as error:
