@@ -115,7 +115,7 @@ def test_proxy_that_asks_for_a_password_is_named(offered, site, monkeypatch, sch
         monkeypatch.setenv(f"{scheme}_proxy", proxy.address(account))
         offered.device.configure(repository=f"{scheme}://{HOST}")
         what = "does not accept the name and password" if account else "asks for a name and a password"
-        with untouched(offered.device, TransferError, rf"{what} \(status 407\); set {scheme}_proxy to http://NAME:PASSWORD@HOST"):
+        with untouched(offered.device, RefusedError, rf"{what} \(status 407\); set {scheme}_proxy to http://NAME:PASSWORD@HOST"):
             offered.device.update()
         assert len(proxy.passed) == 1  # a proxy locks accounts that try again and again
         assert site.asked_for == []
@@ -128,7 +128,11 @@ def test_proxy_that_opens_no_tunnel_is_named(offered, monkeypatch, status, said)
     with Proxy({}, refuse=status) as proxy:
         monkeypatch.setenv("https_proxy", proxy.address())
         offered.device.configure(repository=f"https://{HOST}")
-        with untouched(offered.device, TransferError, f"the proxy 127.0.0.1:{proxy.port} {said}.*status {status}"):
+        with untouched(
+            offered.device,
+            RefusedError if status == 403 else TransferError,
+            f"the proxy 127.0.0.1:{proxy.port} {said}.*status {status}",
+        ):
             offered.device.update()
 
 
@@ -274,7 +278,7 @@ def test_redirect_from_https_to_http_is_not_followed(offered, tmp_path, authorit
     with Site(offered.repository.folder, authority.certify(tmp_path, "127.0.0.1")) as site:
         site.rule = to(other.address)
         offered.device.configure(repository=site.address, authorities=authority.pem.decode())
-        with untouched(offered.device, TransferError, "from https to http, which the agent does not follow"):
+        with untouched(offered.device, RefusedError, "from https to http, which the agent does not follow"):
             offered.device.update()
     assert other.asked_for == []
 
@@ -390,12 +394,12 @@ def test_certificate_of_another_name_is_said_to_be(offered, tmp_path, authority)
 def test_refusal_is_named_and_not_taken_for_a_missing_file(offered, site, status, said):
     site.rule = lambda _: (status, {})
     offered.device.configure(repository=site.address)
-    with untouched(offered.device, TransferError, f"{said}.*status {status}"):
+    with untouched(offered.device, RefusedError, f"{said}.*status {status}"):
         offered.device.update()
     assert len(site.asked_for) <= 2  # 403 for the next root means that there is none
     told = offered.device.command("update", code=4)
     assert "lack" not in told
-    assert "has no" not in told
+    assert "repository has no" not in told
 
 
 @pytest.mark.parametrize("status", [400, 401, 407, 451])
@@ -403,7 +407,7 @@ def test_refusal_of_the_next_root_does_not_hide_it(offered, site, status):
     # python-tuf would otherwise go on with the old root, and so with keys that the next one removed.
     site.rule = lambda asked: (status, {}) if asked.name.endswith("root.json") else None
     offered.device.configure(repository=site.address)
-    with untouched(offered.device, TransferError, f"status {status}"):
+    with untouched(offered.device, RefusedError, f"status {status}"):
         offered.device.update()
 
 
@@ -418,7 +422,7 @@ def test_store_that_refuses_what_it_lacks_serves_updates(offered, site, status):
 def test_wrong_password_is_said_to_be(offered, site):
     site.rule = lambda _: (401, {"WWW-Authenticate": 'Basic realm="x"'})
     offered.device.configure(repository=site.address.replace("//", f"//dev:{SECRET}@"))
-    with untouched(offered.device, TransferError, "does not accept the name and password that were given"):
+    with untouched(offered.device, RefusedError, "does not accept the name and password that were given"):
         offered.device.update()
 
 
@@ -462,6 +466,24 @@ def test_next_check_waits_as_long_as_the_server_asks(offered, site, asked, least
     stopper = Stopper()
     poll.run(offered.device.home, 3600, stopper, lambda _: None, at_once=True)
     assert least <= stopper.waited <= most
+
+
+def test_refused_device_does_not_ask_sooner(offered, site):
+    """Ask again after the usual time: a proxy locks an account after some attempts with an old password."""
+    waits: list[float] = []
+
+    class Stopper(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            if len(waits) == 2:
+                self.set()
+            return self.is_set()
+
+    site.rule = lambda _: (407, {})
+    offered.device.configure(repository=site.address)
+    poll.run(offered.device.home, 3600, Stopper(), lambda _: None, at_once=True)
+    assert [2700 <= wait <= 4500 for wait in waits] == [True, True]
+    assert len(site.asked_for) == 2
 
 
 NOW = 1_700_000_000

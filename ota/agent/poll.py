@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from ota.agent import reports, updater
-from ota.agent.network import LaterError
+from ota.agent.network import LaterError, RefusedError
 from ota.agent.notify import Supervisor
 from ota.agent.plan import OnStep
 from ota.agent.state import Home
@@ -74,7 +74,8 @@ def run(
             failures = 0
             tell(outcome)
         except TransferError as error:
-            failures += 1
+            # A refusal is no failure of the link: to ask sooner changes nothing, and may lock a proxy's account.
+            failures = 0 if isinstance(error, RefusedError) else failures + 1
             asked = error.seconds if isinstance(error, LaterError) else 0.0
             tell(error)
         except BusyError as error:  # somebody is updating by hand

@@ -318,6 +318,8 @@ class _foreign_errors:  # noqa: N801 - used as a statement
         cause = error.__cause__ if isinstance(error, DownloadError) else None
         if isinstance(cause, LaterError):
             raise LaterError(str(cause), cause.seconds) from error
+        if isinstance(cause, RefusedError):
+            raise RefusedError(str(cause), cause.status) from error
         if isinstance(error, DownloadHTTPError) and error.status_code == 404:
             raise TransferError(f"the repository lacks a file that it should have: {error}") from error
         if isinstance(error, DownloadError):
