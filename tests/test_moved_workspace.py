@@ -190,8 +190,8 @@ def test_addresses_of_servers_buckets_and_foreign_folders_stay(original: Path, t
     assert {name: client.get_experiment_by_name(name).artifact_location for name in kept} == kept
 
 
-    """Refuse to read a folder of another owner; GIT_TEST_ASSUME_DIFFERENT_OWNER lets Git believe that it has one."""
-    """Git refuses a folder of another owner; GIT_TEST_ASSUME_DIFFERENT_OWNER lets it believe that it has one."""
+def test_repository_that_git_does_not_trust_says_what_to_do(original: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Let Git believe that the folder belongs to somebody else, by GIT_TEST_ASSUME_DIFFERENT_OWNER."""
     root = tmp_path / "ws"
     shutil.copytree(original, root)
     real = subprocess.run
