@@ -67,7 +67,10 @@ CONCERNED = {
     "registry/ledger.py": ["tests/test_ledger.py", "tests/test_promotion.py"],
     "registry/champions.py": ["tests/test_promotion.py", "tests/test_flows.py"],
     "flows/policies.py": ["tests/test_policies.py"],
-    "flows/triggers.py": ["tests/test_triggers.py", "tests/test_webhook.py", "tests/test_flows.py"],
+    "flows/triggers.py": ["tests/test_triggers.py", "tests/test_attempts.py", "tests/test_webhook.py", "tests/test_flows.py"],
+    "flows/lost.py": ["tests/test_attempts.py"],
+    "flows/lifeline.py": ["tests/test_lifeline.py"],
+    "flows/alerts.py": ["tests/test_alerts.py"],
     "ota/delta/format.py": ["tests/test_delta.py", "tests/test_formats.py", "tests/test_delta_safety.py"],
     "ota/delta/header.py": ["tests/test_delta_header.py"],
     "ota/delta/numbers.py": ["tests/test_delta.py", "tests/test_formats.py"],
@@ -388,7 +391,21 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ('workspace.locked("records", HALT_SECONDS)', 'workspace.locked("records", 3600)', "a halt waits for whoever holds the records"),
         ("        with workspace.repository.held():\n            facts", "        if True:\n            facts", "a renewal revives what is just halted"),
     ],
+    "flows/lost.py": [
+        ('if alive not in (str(run.id), "unknown")]', "if True]", "a run that lives is begun again"),
+        ("if run.state is None or run.state.type.value not in GRACE:\n        return False", "if True:\n        return False", "a dead run stays running"),
+    ],
+    "flows/lifeline.py": [
+        ('started(int(named["pid"])) == named["started"]', 'started(int(named["pid"])) is not None', "another program with the same number is ended"),
+        ("if alive == [True, True]:", "if False:", "the server of a living ferry is ended"),
+    ],
+    "flows/alerts.py": [
+        ("(known and known.state == state):", "False:", "a state is told again and again"),
+        ('f"{ident}.{stamp}.".encode() + payload', "payload", "an old alert can be sent again by anybody"),
+    ],
     "flows/triggers.py": [
+        ("                    keep(path)\n", "                    path.unlink()\n", "the event of a failed run is lost"),
+        ('{"seed": asked.seed}', "{}", "an event trains the champion again"),
         ("    if not path.is_file():\n        path.parent.mkdir", "    if True:\n        path.parent.mkdir", "the same event asks twice"),
         ("    workspace.line(line)\n    try:", "    try:", "an event of no line is left"),
         ("[data.line, data.md5, code_sha256(),", "[data.line, code_sha256(),", "new data make no new run"),
