@@ -340,7 +340,7 @@ def test_bundle_that_was_tried_on_a_busy_device_is_tried_again(offered, bundles,
             with pytest.raises(UnfinishedError, match=r"an image took 1000000 ms here, of which it computed .* busy"):
                 device.update()
             assert (device.state.refused, device.state.tries) == ({}, {second: tries})
-        assert "waits for" in device.update().reason
+        assert "waits until" in device.update().reason
     assert trial.forget(device.home, second[:12]) == second
     assert device.update().changed
     assert (device.active, device.state.refused) == (second, {})

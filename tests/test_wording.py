@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from flows.errors import WorkspaceError
 from flows.settings import read
 from flows.setup import template
@@ -77,6 +79,21 @@ def test_setting_is_refused_in_our_own_words(old: str, new: str, says: str, tmp_
     assert says in said, said
     assert not any(words in said for words in FOREIGN), said
     assert said.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("promote", "a/I/full", "one"), "it must be a whole number, not 'one'"),
+        (("promote", "a/I/full", "0"), "it must be at least 1, not '0'"),
+        (("rate", "a/I/full", "--pairs", "501"), "it must be at most 500, not '501'"),
+    ],
+)
+def test_argument_is_refused_in_our_own_words(words: tuple[str, ...], says: str):
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert not any(foreign in result.stderr for foreign in FOREIGN)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from flows.cli.doctor import doctor
 from flows.cli.fleet import fleet_app, rollout_app
 from flows.cli.report import rate, report
 from flows.cli.shared import (
+    Commands,
     Json,
     Options,
     answer,
@@ -40,6 +41,7 @@ from ota.errors import exit_codes, printable
 FEATURES = "inception:"  # a file name follows; these are the only features that are not the line's own
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from flows.errors import BusyError, FlowError, ServerError, VariantError
 from flows.secrets import hidden, without_secrets
@@ -37,6 +38,23 @@ def open_workspace() -> Workspace:
     from flows.workspace import Workspace
 
     return Workspace(Options.workspace)
+
+
+class Commands(TyperGroup):
+    """The command `ferry`, which says what is wrong with an argument in its own words; typer quotes pydantic."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            from pydantic import BaseModel, ValidationError
+
+            from ota.wording import first_fault
+
+            if isinstance(error.__cause__, ValidationError):
+                error.message = first_fault(error.__cause__, BaseModel)
+            raise
 
 
 def subject_in(workspace: Workspace, text: str) -> Subject:
