@@ -209,7 +209,7 @@ def distance(qualities: Iterable[Quality]) -> Distance:
 def worst(rows: Iterable[CaptionCheck]) -> list[str]:
     """List the captions and words that a model draws worst, as text; leave out those that no feature space tells apart."""
     known = sorted((row.share, row.caption) for row in rows if row.share is not None and row.apart > 2 * row.apart_se)
-    return [f"{caption}: {100 * max(share, 0.0):.0f} % of what real images reach" for share, caption in known[:WORST_SHOWN]]
+    return [f"{caption}: {100 * max(share, 0.0):.0f} %" for share, caption in known[:WORST_SHOWN]]
 
 
 def change(qualities: Iterable[Quality], comparisons: Iterable[Comparison]) -> Change | None:

@@ -410,7 +410,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    workspace.line(line)\n    try:", "    try:", "an event of no line is left"),
         ("[data.line, data.md5, code_sha256(),", "[data.line, code_sha256(),", "new data make no new run"),
         ('workspace.line(data.line).model_dump(mode="json"), event])', 'workspace.line(data.line).model_dump(mode="json")])', "an event makes no run where data did"),
-        ("        except ValidationError:\n            telling.tell", "        except ZeroDivisionError:\n            telling.tell", "one damaged event ends the service"),
+        ("        except ValidationError:\n            telling", "        except ZeroDivisionError:\n            telling", "one damaged event ends the service"),
     ],
     "ota/delta/header.py": [
         ('re.fullmatch("[0-9a-f]{64}", value)', 're.match("[0-9a-f]{64}", value)', "a hash that ends as a path is accepted"),
