@@ -188,9 +188,7 @@ def evaluate_model(workspace: Workspace, model: ModelFiles, rivals: Rivals, key:
     beside = [
         name for name, there in (("the champion", champion), ("the best version so far", anchor), ("full", rivals.full)) if there
     ]
-    progress.say(
-        f"draw {line.gate.images} images of {subject} and judge them{', beside ' if beside else ''}{' and '.join(beside)}"
-    )
+    progress.say(f"draw images of {subject} and judge them{', beside ' if beside else ''}{' and '.join(beside)}")
     solver = distill.solver(lineage.variant, line.sampler.guidance)
     contest = Contest(
         spaces=features.fit(dataset, frozen),
