@@ -156,7 +156,9 @@ class Demo:
             "update", "the devices update by delta, try the new model, report", lambda: self._update("updated", CAPTIONS_AFTER)
         )
         self.step("break", "version 3 has garbage for weights; the gate says no, somebody overrules it", self._break)
-        self.step("release 3", "the broken version is signed and rolled out all the same", lambda: self._release([LINE]))
+        self.step(
+            "release 3", "the broken version is signed and rolled out all the same", lambda: self._release([LINE], drill=True)
+        )
         self.step("refuse", "the devices try it and refuse", lambda: self._update("after_broken", {}, refuses=True))
         self.step("recover", "halt, and go back to version 2", self._recover)
         self.step("report", "the one-page report", self._report)
@@ -183,12 +185,12 @@ class Demo:
         if self._retrain(SECOND)["outcome"] != "unchanged":
             raise DemoError(f"{SECOND} was trained again although its data did not change")
 
-    def _release(self, lines: list[str]) -> None:
+    def _release(self, lines: list[str], drill: bool = False) -> None:
         from flows import policies
         from flows.publish import release
 
         for line in lines:
-            made = release(str(self.root), line, CLASS)
+            made = release(str(self.root), line, CLASS, drill=drill)
             policies.start(self.workspace, line, CLASS, [100], soak=0, number=made["release"], why="to all devices at once")
 
     def _update(self, act: str, captions: dict[str, str], refuses: bool = False) -> None:

@@ -181,7 +181,7 @@ def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Rele
 def opened(workspace: Workspace, line: str, device_class: str) -> set[int]:
     """Return the numbers of the releases that policies opened and that may still run.
 
-    These are the last one and, as long as it is not open to all devices, the one before.
+    These are the last one, unless it is halted, and the one before, as long as the last is not open to all devices.
     """
     policy = workspace.repository.policy(line, device_class)
     if policy is None:
@@ -191,7 +191,8 @@ def opened(workspace: Workspace, line: str, device_class: str) -> set[int]:
         for entry in workspace.ledger.entries(f"{line}/{device_class}")
         if entry.kind == "rollout" and entry.facts.get("release") not in (None, policy.seq)
     ]
-    return {policy.seq} | (set() if rollout.is_open(policy) else set(before[-1:]))
+    last = set() if policy.halt else {policy.seq}
+    return last | (set() if rollout.is_open(policy) else set(before[-1:]))
 
 
 def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Halted:

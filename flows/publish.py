@@ -97,7 +97,9 @@ def try_here(root: str, line: str, device_class: str) -> dict[VariantName, Trial
     }
 
 
-def foretold(root: str, line: str, device_class: str, reason: str | None) -> tuple[str, dict[VariantName, Allowed]]:
+def foretold(
+    root: str, line: str, device_class: str, reason: str | None, drill: bool = False
+) -> tuple[str, dict[VariantName, Allowed]]:
     """Build the bundle, and ask the rules of the devices' own trial about it; return its folder, and the changes that it allows.
 
     Args:
@@ -105,6 +107,7 @@ def foretold(root: str, line: str, device_class: str, reason: str | None) -> tup
         line: of the release.
         device_class: of the release.
         reason: why a change for which devices would refuse the bundle is wanted; None: it is not.
+        drill: do not ask; the devices shall refuse it.
 
     Raises:
         ForetoldError: devices would refuse the bundle; nothing was signed.
@@ -115,7 +118,8 @@ def foretold(root: str, line: str, device_class: str, reason: str | None) -> tup
     bases = foretell.running(workspace, line, device_class, policies.opened(workspace, line, device_class))
     allowed = foretell.allowed_before(workspace.repository, plain)
     made = bundle.open_bundle(Path(make_bundle(root, line, device_class, allowed))) if allowed else plain
-    if not any(release.manifest != made.manifest.digest for release, _ in bases.values()):
+    signed = {release.manifest for release in workspace.repository.releases(line, device_class)}
+    if drill or made.manifest.digest in signed or not bases:  # what is signed already may be gone back to
         return str(made.folder), allowed
     trials = try_here(root, line, device_class)
     found = foretell.refusals(workspace.repository, made, trials, bases)
@@ -206,7 +210,7 @@ def publish(root: str) -> int:
     name="release", flow_run_name="release {line}/{device_class}", persist_result=False,
     description="Publish a line's champions for a device class as a signed release, with deltas from what devices run.",
 )  # fmt: skip
-def release(root: str, line: str, device_class: str, allow_change: str | None = None) -> dict[str, Any]:
+def release(root: str, line: str, device_class: str, allow_change: str | None = None, drill: bool = False) -> dict[str, Any]:
     """Publish the champions of a line for a device class, and return a `Released` as plain data.
 
     This does not decide which devices may install the release; `ferry rollout start` does.
@@ -216,6 +220,7 @@ def release(root: str, line: str, device_class: str, allow_change: str | None = 
         line: of the release.
         device_class: of the release.
         allow_change: why a change for which devices would refuse the release is wanted; None: such a release is not signed.
+        drill: sign it although devices would refuse it, to see that they do; `ferry demo` does so.
 
     Raises:
         ForetoldError: devices would refuse the release; nothing was signed.
@@ -223,7 +228,7 @@ def release(root: str, line: str, device_class: str, allow_change: str | None = 
     workspace = Workspace(Path(root))
     with workspace.locked("release"), pages.progress(), running.noted(workspace.work, "release", f"{line}/{device_class}"):
         check_ledger(workspace)
-        folder, allowed = foretold(root, line, device_class, allow_change)
+        folder, allowed = foretold(root, line, device_class, allow_change, drill)
         deltas = make_deltas(root, folder)
         published, known = sign(root, folder, deltas, allowed)
         copied = publish(root)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from flows import policies
 from model import golden
 from model.data import prepare
 from model.export import export
@@ -21,7 +23,7 @@ from model.train import Checkpoint, TrainOptions, train
 from ota import fitness
 from ota.errors import AgentError, GateError, OperatorError
 from ota.fitness import TrialResult
-from ota.manifest import Allowed, Manifest, Range, Reference, VariantName, parse
+from ota.manifest import Allowed, Manifest, Policy, Range, Reference, VariantName, Wave, parse
 from ota.release import foretell
 from ota.release.bundle import Bundle, assemble
 from ota.release.foretell import Refusal
@@ -258,6 +260,16 @@ def test_bundle_below_the_floor_is_not_compared_with(scene: Field, wanted: Wante
     publish(scene.repository, bundles["second"])
     scene.repository.set_floor(LINE, CLASS, 2)
     assert [r.release for r in against(scene.repository, wanted.bundle(), wanted.trials)] == [2]
+
+
+def test_halted_release_is_not_expected_on_devices():
+    workspace: Any = SimpleNamespace(
+        repository=SimpleNamespace(policy=lambda *_: Policy(
+            line=LINE, device_class=CLASS, seq=3, manifest=FIRST, salt="", waves=[Wave(bps=10_000, not_before=0)], halt=True
+        )),
+        ledger=SimpleNamespace(entries=lambda _: [SimpleNamespace(kind="rollout", facts={"release": seq}) for seq in (1, 2, 3)]),
+    )  # fmt: skip
+    assert policies.opened(workspace, LINE, CLASS) == {2}
 
 
 def test_many_devices_are_counted():
