@@ -34,7 +34,7 @@ def ferry(root: Path, *words: str, code: int = 0) -> Any:
 
 def test_moved_restored_and_cloned_workspace_goes_on(tmp_path: Path):
     first = tmp_path / "first"
-    made = create(first, [], SETTINGS.replace("steps = 500", "steps = 60").replace("images = 64", "images = 16"))
+    made = create(first, [], SETTINGS.replace("steps = 500", "steps = 60"))
     made.ledger.close()
     made.fleet.close()
     write_images(first / "data/shapes", 120)
