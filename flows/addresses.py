@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
@@ -16,14 +15,10 @@ OURS = frozenset(
 )
 
 
-def fault(stores: Mapping[str, str]) -> str:
-    """Say what is wrong with the first address or folder that cannot work; return an empty string if none is wrong."""
-    for name, value in stores.items():
-        if said := _control(value) or CHECKS[name](value):
-            return f"{name} = '{printable(value, 200)}' {said}"
-    if stores["publish"].rstrip("/") == stores["data"].rstrip("/"):
-        return "publish and data are the same place; devices must not see the data, so give each its own"
-    return ""
+def fault(name: str, value: str) -> str:
+    """Say why an address or folder cannot work as the value of a key; return an empty string if it can."""
+    said = _control(value) or CHECKS[name](value)
+    return f"'{printable(value, 200)}' {said}" if said else ""
 
 
 def _control(value: str) -> str:

@@ -116,12 +116,9 @@ def _of_stores(stores: Stores) -> Iterator[tuple[Loc, str]]:
                 ("stores", name),
                 f"it is no URL of a database; write one such as sqlite:///ferry.db or postgresql://HOST/NAME{more}",
             )
-    for name in ("data", "publish"):
-        scheme, apart, _ = getattr(stores, name).partition("://")
-        if apart and scheme != "s3":
-            yield ("stores", name), f"{scheme}:// is not supported; name a folder, or s3://BUCKET/PREFIX"
-    if stores.s3_endpoint and not stores.s3_endpoint.startswith(("http://", "https://")):
-        yield ("stores", "s3_endpoint"), "it is no address; write http://HOST:PORT or https://HOST"
+    scheme, apart, _ = stores.data.partition("://")
+    if apart and scheme != "s3":
+        yield ("stores", "data"), f"{scheme}:// is not supported; name a folder, or s3://BUCKET/PREFIX"
 
 
 def _plainly(loc: Loc, error: Mapping[str, Any]) -> str:

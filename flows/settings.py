@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from flows.addresses import CHECKS, fault
@@ -113,10 +123,17 @@ class Stores(Section):
     )
     reports: str = Field(default="inbox", description="folder in which devices leave their reports")
 
+    @field_validator(*CHECKS)
+    @classmethod
+    def _can_work(cls, value: str, info: ValidationInfo) -> str:
+        if said := fault(str(info.field_name), value):
+            raise PydanticCustomError("place", "{said}", {"said": said})
+        return value
+
     @model_validator(mode="after")
-    def _can_work(self) -> Stores:
-        if said := fault({name: getattr(self, name) for name in CHECKS}):
-            raise ValueError(said)
+    def _are_apart(self) -> Stores:
+        if self.publish.rstrip("/") == self.data.rstrip("/"):
+            raise ValueError("publish and data are the same place; devices must not see the data, so give each its own")
         return self
 
 

@@ -14,7 +14,7 @@ from flows.setup import create, template
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('publish = "published"', 'publish = ""', "publish = '' names no folder; give one, such as published"),
+        ('publish = "published"', 'publish = ""', "stores.publish: '' names no folder; give one, such as published"),
         ('publish = "published"', 'publish = "."', "names no folder"),
         ('publish = "published"', 'publish = "keys"', "is where ferry keeps other things; name a folder of its own"),
         ('publish = "published"', 'publish = "./repository/x"', "is where ferry keeps other things"),

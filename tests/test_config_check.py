@@ -110,7 +110,12 @@ def test_no_file_says_what_to_do(tmp_path: Path):
         (b"schema = 1\n\xff", None, "", "not UTF-8"),
         ('schema = 1\n[lines.a]\ndata = "data/a"\nclasses = []', 4, "lines.a.classes", "must be a section"),
         ('schema = 1\n[lines.a]\ndata = "x"\n[stores]\nreports = "x"', None, "", "share a folder"),
-        ('schema = 1\n[lines.a]\ndata = "data/a"\n[stores]\ns3_endpoint = "minio"', 5, "stores.s3_endpoint", "http://HOST:PORT"),
+        (
+            'schema = 1\n[lines.a]\ndata = "data/a"\n[stores]\ns3_endpoint = "minio"',
+            5,
+            "stores.s3_endpoint",
+            "write http(s)://host:port",
+        ),
     ],
 )
 def test_each_class_of_mistake(tmp_path: Path, text: str | bytes, line: int | None, key: str, said: str):

@@ -337,7 +337,8 @@ def test_lost_revision_does_not_stop_the_next(root: Path) -> None:
 
 def test_unreachable_remote_is_said_by_status_and_refused_by_add(root: Path) -> None:
     settings = (root / "ferry.toml").read_text()
-    (root / "ferry.toml").write_text(settings.replace('data = "dvc-remote"', 'data = "ferry.toml"'))
+    (root / "ferry.toml").write_text(settings.replace('data = "dvc-remote"', 'data = "a-file/remote"'))
+    (root / "a-file").write_text("no folder")
     picture(0).save(root / "data/shapes/new.png")
     told = CliRunner().invoke(cli.app, ["--quiet", "-w", str(root), "data", "add", "shapes"])
     assert (told.exit_code, told.stdout) == (3, "")

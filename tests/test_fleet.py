@@ -438,7 +438,9 @@ def test_links_planted_where_reports_are_left_are_not_followed(home, tmp_path, v
 
     def files() -> dict[str, bytes]:
         return {
-            p.name: p.read_bytes() for p in home.root.iterdir() if p.is_file() and p.name not in ("number", "undelivered.txt")
+            p.name: p.read_bytes()
+            for p in home.root.iterdir()
+            if p.is_file() and p.name not in ("number", "undelivered.txt", "history.json")
         }
 
     before = files()
