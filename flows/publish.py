@@ -176,7 +176,7 @@ def sign(root: str, folder: str, deltas: list[Delta], allowed: Mapping[VariantNa
     workspace = Workspace(Path(root))
     made = bundle.open_bundle(Path(folder))
     subject = f"{made.manifest.line}/{made.manifest.device_class}"
-    progress.say(f"sign the bundle and {len(deltas)} deltas")
+    progress.say(f"sign the bundle and {len(deltas)} delta{'' if len(deltas) == 1 else 's'}")
     with workspace.locked("records"):
         entries = [e for e in workspace.ledger.entries(subject) if e.kind == "release"]
         newest = bool(entries) and entries[-1].facts["manifest"] == made.manifest.digest

@@ -77,8 +77,8 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """Read all files where an attack would write: those around a device, except what a look at the metadata may change."""
-    passing = ("device/metadata", "device/highwater.json", "device/lock", "repository")
+    """Read all files where an attack would write: those around a device, except what a look at the metadata may change, and its history."""
+    passing = ("device/metadata", "device/highwater.json", "device/history.json", "device/lock", "repository")
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in sorted(files.items()) if not name.startswith(passing)}
 
