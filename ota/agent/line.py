@@ -6,7 +6,6 @@ import http.client
 import logging
 import re
 import socket
-import ssl
 import threading
 import weakref
 from contextlib import suppress
@@ -144,8 +143,9 @@ def why(error: BaseException) -> str:
     """Say what went wrong on the connection; the texts of urllib3 name its internal objects."""
     found: BaseException | None = error
     while found:
-        if isinstance(found, ssl.SSLCertVerificationError):
-            return f"its certificate is not accepted ({found.verify_message.rstrip('.')}); {_remedy(found.verify_code)}"
+        # Known by its fields: a Python without OpenSSL fetches from folders and by http, whose files are signed, too.
+        if (code := getattr(found, "verify_code", None)) is not None:
+            return f"its certificate is not accepted ({str(getattr(found, 'verify_message', '')).rstrip('.')}); {_remedy(code)}"
         if isinstance(found, OSError) and found.strerror:
             return str(found.strerror)
         if isinstance(found, TimeoutError):
