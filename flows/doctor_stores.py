@@ -45,9 +45,12 @@ def mlflow(root: Path, address: str, clone: bool) -> Answer:
     if address.startswith(("http://", "https://")):
         return _answers(address)
     url = located(address, root)
-    if problem := _unusable(url, "MLflow's versions", clone):
+    place, files = file_of(url), (root / "mlartifacts").exists()
+    new = not files and not (root / "keys" / SEEN).exists()  # neither MLflow nor the ledger was ever used
+    if problem := _unusable(url, "MLflow's versions", clone or new):
         return problem
-    place = file_of(url)
+    if place is not None and files and _no_runs(place):
+        return "fail", f"{place} knows none of the versions whose files are in {root / 'mlartifacts'}; restore it from a backup"
     moved = addresses.stale(url, root / "mlartifacts", own=place is not None and place.is_relative_to(root))
     if moved:
         return (
@@ -60,6 +63,14 @@ def mlflow(root: Path, address: str, clone: bool) -> Answer:
     return "ok", "the database can be read, and the files are where it says"
 
 
+def _no_runs(place: Path) -> bool:
+    """Tell whether an MLflow database has no runs, because it is empty, new or another program's."""
+    with closing(sqlite3.connect(f"{place.as_uri()}?mode=ro", uri=True)) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone():
+            return True
+        return not connection.execute("SELECT 1 FROM runs LIMIT 1").fetchone()
+
+
 def _unusable(url: str, what: str, clone: bool) -> Answer | None:
     """Check that a database can be opened, without making one."""
     from sqlalchemy import create_engine, text
@@ -68,7 +79,7 @@ def _unusable(url: str, what: str, clone: bool) -> Answer | None:
     place = file_of(url)
     if place is not None:
         if not place.is_file():
-            return ("ok", f"{place} is made when this clone first needs it") if clone else (
+            return ("ok", f"{place} is made when it is first needed") if clone else (
                 "fail", f"{place} with {what} is missing; restore it from a backup"
             )  # fmt: skip
         try:

@@ -447,3 +447,15 @@ def test_files_of_others_are_named(scene: Field, monkeypatch: pytest.MonkeyPatch
     assert (
         f"such as lock, so the agent cannot use them; run `chown -R --reference={scene.device.root} {scene.device.root}`" in told
     )
+
+
+def test_role_that_was_signed_again_and_not_needed_since_is_no_fault(updated: Field):
+    path = updated.device.root / "metadata" / "deltas.json"
+    cached = json.loads(path.read_bytes())
+    cached["signed"]["expires"] = "2020-01-01T00:00:00Z"
+    path.write_text(json.dumps(cached))
+    assert any("deltas ended" in text for text in found(updated.device, "signatures", "fail"))
+    updated.repository.renew(["deltas"])
+    updated.device.update()
+    assert json.loads(path.read_bytes())["signed"]["expires"] == "2020-01-01T00:00:00Z"  # nothing was to be installed
+    assert found(updated.device, "signatures", "fail") == []

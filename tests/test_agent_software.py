@@ -267,12 +267,12 @@ def test_table_for_a_newer_agent_condemns_no_bundle(scene, bundles, tmp_path, mo
 
     monkeypatch.setattr("ota.release.bundle.parse", of_a_later_factory)
     made = variation(
-        bundles["second"], tmp_path / "newer", role, changed_json(bundles["second"], role, schema_version=2, more=[])
+        bundles["second"], tmp_path / "newer", role, changed_json(bundles["second"], role, schema_version=3, more=[])
     )
     publish(scene.repository, made)
     before = scene.device.state
     for _ in range(2):
-        with pytest.raises(AgentError, match="has form 2 and needs an agent that knows it"):
+        with pytest.raises(AgentError, match="has form 3 and needs an agent that knows it"):
             scene.device.update()
         assert scene.device.state == before
     assert "update the agent first" in scene.device.command("--quiet", "update", code=5)

@@ -132,6 +132,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no ledger": (removed("ferry.db"), "ledger", "ferry.db with the ledger and the fleet is missing"),
     "a damaged database": (written("ferry.db", b"SQLite format 3\0" + b"x" * 5000), "ledger", "damaged"),
     "a forged entry": (forged, "ledger", "changed after it was written"),
+    "an empty file of versions": (lambda root: (root / "mlflow.db").write_bytes(b""), "mlflow", "knows none of the versions"),
     "no versions": (removed("mlflow.db"), "mlflow", "mlflow.db with MLflow's versions is missing"),
     "no files of versions": (removed("mlartifacts"), "mlflow", "restore them from a backup"),
     "an unreachable MLflow": (lambda root: stored(root, mlflow="http://127.0.0.1:1"), "mlflow", "127.0.0.1:1 does not answer"),
@@ -229,3 +230,10 @@ def test_doctor_loads_neither_torch_nor_mlflow(root: Path):
     )
     done = subprocess.run([sys.executable, "-c", script, str(root)], capture_output=True, text=True, env=os.environ)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_new_workspace_lacks_nothing(tmp_path: Path):
+    made = create(tmp_path / "ws", [], SETTINGS)
+    made.fleet.close()
+    assert levels(doctor(made.root)[1]["mlflow"]) == {"ok"}
+    assert not (made.root / "mlflow.db").exists()

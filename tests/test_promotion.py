@@ -942,7 +942,7 @@ def test_person_approves_in_prefects_page(tmp_path: Path):
         assert asked(1)  # and no second run
         wait_for(lambda: len(runs("Suspended")) == 1, serving)
         (run,) = runs("Suspended")
-        assert run["name"] == "approve shapes/I/full 1"
+        assert run["name"] == "approve shapes/I/full version 1"
         said = {"who": "anna", "promote": True, "reason": "looked at it"}
         prefect(address, secret, f"/flow_runs/{run['id']}/resume", {"run_input": said})
         wait_for(lambda: len(runs("Completed")) == 1, serving)

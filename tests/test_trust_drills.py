@@ -905,6 +905,7 @@ def test_half_of_a_life_gone_is_an_alarm(plant):
     sign_in_place(
         repository.metadata / "timestamp.json", repository.keys, "timestamp", lambda signed: setattr(signed, "expires", soon)
     )
+    shutil.copy(repository.metadata / "timestamp.json", plant.ws / "published/metadata")
     assert "ALARM: timestamp ends in 6.0 days of 14; sign it with `ferry trust refresh`" in plant.ferry("trust", "status")
     assert len(plant.status()["alarms"]) == 1
     assert "ALARM: timestamp" in plant.ferry("trust", "status", "--check", code=7)

@@ -172,7 +172,7 @@ def test_device_runs_the_variants_of_its_class(workspace: Workspace, tmp_path: P
 
 def test_variant_that_a_class_begins_to_run_is_the_same_model(workspace: Workspace):
     from flows.publish import make_bundle
-    from flows.retrain import _incumbent, _is_exported_so
+    from flows.retrain import _is_exported_so, incumbent_of
     from ota.manifest import Reference
 
     before = champion(workspace, "full")
@@ -185,7 +185,7 @@ def test_variant_that_a_class_begins_to_run_is_the_same_model(workspace: Workspa
             Reference.model_validate_json(p.read_bytes()) for p in made.iterdir() if b'"statistics"' in p.read_bytes()[:99_999]
         ]
         assert {r.latency_ms for r in references} == {DeviceClass().latency_ms}
-    incumbent = _incumbent(workspace, subject("full"))
+    incumbent = incumbent_of(workspace, subject("full"))
     assert incumbent
     for budget, kept in (({"latency_ms": 0.001}, False), ({"memory_mib": 0.001}, False), ({}, True)):
         classes = {"edge": DeviceClass(variants=["full"], **budget)}

@@ -96,10 +96,18 @@ def _room(home: Home) -> Iterator[Finding]:
 def _signatures(home: Home) -> Iterator[Finding]:
     """Check when the cached metadata expire; only the next update sees what the repository has now."""
     now = time.time()
-    for path in sorted(home.disk.path("metadata").glob("*.json")):
+    folder = home.disk.path("metadata")
+    try:
+        listed = json.loads((folder / "snapshot.json").read_bytes())["signed"]["meta"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        listed = {}
+    for path in sorted(folder.glob("*.json")):
         try:
-            ends = datetime.fromisoformat(json.loads(path.read_bytes())["signed"]["expires"]).timestamp()
-        except (ValueError, KeyError, TypeError, RecursionError):
+            signed = json.loads(path.read_bytes())["signed"]
+            ends = datetime.fromisoformat(signed["expires"]).timestamp()
+            if listed.get(path.name, signed)["version"] > signed["version"]:
+                continue  # the factory has signed it again; an update fetches it when it needs it, as deltas
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # the next update replaces a torn cache file
         if ends < now:
             yield Finding(

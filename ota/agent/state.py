@@ -70,6 +70,7 @@ class Config(Document):
     root_sha256: Sha256
     authorities: str = Field(
         default="",
+        pattern=CERTIFICATES,
         max_length=MAX_AUTHORITIES,
         description="PEM certificates that the repository's must lead to; empty: the system's",
     )
