@@ -252,7 +252,9 @@ def test_person_approves_by_form_in_a_browser(served: Served, page: Page):
     page.click("document.querySelector('input[type=checkbox]')?.parentElement")  # the switch hides the box itself
     page.until("document.querySelector('input[type=checkbox]').checked")
     page.write(f"{fields}.at(-1)", "looks as the parts do")
+    page.until(f"{fields}[0].value === 'Anna' && {fields}.at(-1).value === 'looks as the parts do'")
     page.click(button("Submit"))
+    page.until("!document.body.innerText.includes('it is recorded, and nobody checks it')")  # the page closes the form
     wait_for(lambda: champion_of(served.workspace, SUBJECT) is not None, served.process)
     entry = [e for e in served.workspace.ledger.entries() if e.kind == "promotion"][-1]
     assert (entry.who, entry.why) == ("Anna (in Prefect, unverified)", "looks as the parts do")
