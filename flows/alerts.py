@@ -19,7 +19,6 @@ import os
 import signal
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 from pydantic import Field, TypeAdapter, ValidationError
 
+from flows import telling
 from flows.errors import WorkspaceError
 from model.config import canonical_sha256
 from model.scorecard import Frozen
@@ -95,7 +95,7 @@ def settle(workspace: Workspace, states: dict[str, tuple[str, str, bool]]) -> No
             _deliver(workspace, kept, channels)
             _write(_file(workspace), kept)
     except (OSError, Timeout) as error:
-        _say(f"alerts cannot be kept in {_file(workspace)}: {error}")
+        telling.tell(f"alerts cannot be kept in {_file(workspace)}: {error}")
 
 
 def failed(parameters: dict[str, Any], message: str) -> None:
@@ -167,7 +167,7 @@ def _deliver(workspace: Workspace, kept: dict[str, Matter], channels: list[str])
             try:
                 _send(workspace.settings.alerts, name, body)
             except DeliveryError as error:
-                _say(f"an alert about {what} was not delivered by the {name} and is tried again: {error}")
+                telling.tell(f"an alert about {what} was not delivered by the {name} and is tried again: {error}")
                 silent.add(name)
                 failed.append(name)
         pause = min(LONGEST_PAUSE, 30.0 * 2**matter.tries) if failed else 0.0
@@ -261,11 +261,6 @@ def _post(url: str, secret: str, ident: str, payload: bytes) -> None:
         raise DeliveryError(f"{parts.hostname} answered {status}")
 
 
-def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # whoever started ferry may have closed the terminal
-        sys.stderr.write(f"ferry: {printable(text)}\n")
-
-
 def survey(workspace: Workspace) -> None:
     """Look at what can need a person, and tell what has changed: refused promotions and signatures. It never raises."""
     if not (workspace.settings.alerts.command or workspace.settings.alerts.webhook):
@@ -275,7 +270,7 @@ def survey(workspace: Workspace) -> None:
         try:
             states |= look(workspace)
         except Exception as error:  # noqa: BLE001 - a store that is down is told elsewhere, and comes back
-            _say(f"alerts cannot look at the {look.__name__.strip('_')}: {error}")
+            telling.tell(f"alerts cannot look at the {look.__name__.strip('_')}: {error}")
     settle(workspace, states)
 
 

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from prefect import flow
 
-from flows import alerts
+from flows import alerts, telling
 from flows.workspace import Workspace
-from ota.errors import printable
 from registry.champions import news_of_aliases
 
 
@@ -26,6 +24,6 @@ def look_at_aliases(root: str) -> str:
     workspace = Workspace(Path(root))
     news = news_of_aliases(workspace, workspace.subjects(), workspace.needs_approval)
     if news:
-        sys.stderr.write(f"ferry: {printable(news)}\n")
+        telling.tell(news)
     alerts.survey(workspace)
     return news

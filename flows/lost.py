@@ -51,8 +51,8 @@ def holder(workspace: Workspace) -> str:
         return "unknown"
 
 
-def begun(client: SyncPrefectClient, names: list[str]) -> list[FlowRun]:
-    """List the runs of deployments of these names that Prefect calls begun and not ended."""
+def runs_of(client: SyncPrefectClient, names: list[str], *states: str) -> list[FlowRun]:
+    """List the runs of deployments of these names that are in one of Prefect's states, such as SCHEDULED."""
     from prefect.client.schemas.filters import (
         DeploymentFilter,
         DeploymentFilterName,
@@ -63,12 +63,16 @@ def begun(client: SyncPrefectClient, names: list[str]) -> list[FlowRun]:
     from prefect.client.schemas.objects import StateType
     from prefect.client.schemas.sorting import FlowRunSort
 
-    states = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     return client.read_flow_runs(
         deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=names)),
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states))),
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType(state) for state in states]))),
         sort=FlowRunSort.ID_DESC, limit=200,  # the client's own defaults are null, which the server refuses
     )  # fmt: skip
+
+
+def begun(client: SyncPrefectClient, names: list[str]) -> list[FlowRun]:
+    """List the runs of deployments of these names that Prefect calls begun and not ended."""
+    return runs_of(client, names, *GRACE)
 
 
 def take_up_lost(workspace: Workspace, line: str, deployment: str, client: SyncPrefectClient) -> list[FlowRun]:

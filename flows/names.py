@@ -6,17 +6,9 @@ import threading
 from contextlib import suppress
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.client.schemas.sorting import FlowRunSort
+from prefect.client.schemas.objects import FlowRun
 
-from flows import triggers
+from flows import lost, triggers
 from flows.workspace import Workspace
 
 EVERY = 60.0  # seconds between two looks
@@ -37,11 +29,7 @@ def name_scheduled(workspace: Workspace, lines: list[str]) -> list[str]:
     named = []
     with get_client(sync_client=True) as client:
         for line in lines:
-            found = client.read_flow_runs(
-                deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[triggers.deployment_name(workspace, line)])),
-                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))),
-                sort=FlowRunSort.ID_DESC, limit=200,  # the client's own defaults are null, which the server refuses
-            )  # fmt: skip
+            found = lost.runs_of(client, [triggers.deployment_name(workspace, line)], "SCHEDULED")
             for run in found:
                 if (name := scheduled_name(line, run)) != run.name and not run.name.startswith("retrain "):
                     client.update_flow_run(run.id, name=name)

@@ -28,11 +28,11 @@ from ota.release.fleet import Heard
 from ota.release.keys import DELEGATED
 from ota.release.metadata import LIFETIMES
 from ota.release.repository import Release
+from ota.release.trust import REMEDIES
 from registry.errors import RegistryError
 from registry.ledger import Entry
 from registry.promotion import SubjectState, subject_state
 
-RENEW = {"snapshot": "ferry trust refresh", "timestamp": "ferry trust refresh", "rollout": "ferry rollout renew"}
 UNREAD = 60  # most new reports that `ferry status` receives; each takes milliseconds
 PROBLEMS = (FlowError, ModelError, RegistryError, OtaError, OSError)
 
@@ -243,10 +243,8 @@ def _expiries(workspace: Workspace, now: datetime) -> list[Expiry]:
     for role, at in workspace.repository.expiries().items():
         empty = role in DELEGATED and not workspace.repository.in_force(role).signed.targets
         alarm = not empty and at - now < LIFETIMES[role] / 2
-        renew = RENEW.get(role, f"ferry trust renew {role}")
-        if role == "rollout":
-            rolled = next((f"{line}/{name}" for line, name in _classes(workspace) if workspace.repository.policy(line, name)), "")
-            renew = f"{renew} {rolled}".strip()
+        rolled = (f"{line}/{name}" for line, name in _classes(workspace) if workspace.repository.policy(line, name))
+        renew = REMEDIES[role].replace("LINE/CLASS", next(rolled, "LINE/CLASS")) if role == "rollout" else REMEDIES[role]
         if not empty:
             found.append(Expiry(role=role, at=at, alarm=alarm, command=renew))
     return sorted(found, key=lambda expiry: expiry.at)

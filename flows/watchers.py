@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
+from flows import telling
 from flows.errors import ServerError
-from ota.errors import printable
 
 BEGINS = 5  # how often a watcher may begin in a row
 PAUSE = 5.0  # seconds before it begins again
@@ -50,8 +49,7 @@ def watching(
                 why = f"{type(error).__name__}: {error}"
             if ending.is_set():
                 return
-            with suppress(OSError, ValueError):  # the terminal may be gone, which may be why it ended
-                sys.stderr.write(f"ferry: the watcher of {name} ended ({printable(why)}){'; it begins again' if left else ''}\n")
+            telling.tell(f"the watcher of {name} ended ({why}){'; it begins again' if left else ''}")
             if left and ending.wait(pause):
                 return
         lost.append(why)

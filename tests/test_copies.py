@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
 from flows.cli import app
@@ -20,30 +16,17 @@ from ota.release.keys import KeyRing
 from ota.release.keys import create as make_keys
 from ota.release.repository import Repository
 from tests.test_flows import SETTINGS
+from tests.test_release import bucket, credentials, s3_server
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+__all__ = ["bucket", "credentials", "s3_server"]
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path, str | None]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, str | None]:
     """Provide a place to publish to, as `store.publish` takes it."""
     if request.param == "folder":
         return "published", tmp_path, None
-    address = request.getfixturevalue("server")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    bucket = "b-" + hashlib.sha256(str(tmp_path).encode()).hexdigest()[:16]
-    boto3.client("s3", endpoint_url=address).create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/devices", tmp_path, address
+    return f"s3://{request.getfixturevalue('bucket').name}/devices", tmp_path, request.getfixturevalue("s3_server")
 
 
 def copied(repository: Repository, to: Path) -> Repository:
