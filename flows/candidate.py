@@ -16,6 +16,7 @@ from flows.steps import (
     read_card,
     register_model,
     renewed,
+    source_of,
     subject_of,
 )
 from flows.workspace import Workspace
@@ -64,7 +65,7 @@ def judge(
         champion: the present one, if any.
         allowed: chance of a wrong promotion that all attempts on these held-out images may take together; None: `gate.alpha`.
         promote_winners: promote what the gate lets through.
-        full: bundle of the `full` that a student is compared with at equal network evaluations.
+        full: bundle of the `full` whose variant this is; None: it is `full`.
     """
     opened = train.load_checkpoint(checkpoint)
     data, subject = opened.lineage.data, subject_of(opened.lineage)
@@ -104,9 +105,10 @@ def _key(workspace: Workspace, opened: train.Checkpoint) -> str:
     """Hash everything that an export depends on."""
     line = workspace.line(opened.lineage.data.line)
     settings = canonical_sha256([
-        line.sampler.model_dump(), line.gate.model_dump(), {k: c.model_dump() for k, c in line.classes.items()}, opened.lineage.data.md5,
+        line.sampler.model_dump(), line.sampler_of(opened.lineage.variant, source_of(opened.lineage)).model_dump(), line.gate.model_dump(),
+        {k: c.model_dump() for k, c in line.classes.items()}, opened.lineage.data.md5,
     ])  # fmt: skip
-    return canonical_sha256([opened.weights_sha256, settings, train.code_sha256()])[:32]
+    return canonical_sha256([opened.weights_sha256, opened.lineage.sha256, settings, train.code_sha256()])[:32]
 
 
 def _evaluated(
@@ -126,7 +128,7 @@ def _evaluated(
     spaces = file_sha256(frozen) if known and frozen.is_file() else None
     key = canonical_sha256([
         key, champion.seal.weights if champion else None, scored.weights if scored else None,
-        file_sha256(full / "weights.bin") if full else None, spaces,
+        file_sha256(full / "weights.bin") if full else None, file_sha256(full / "sampler.json") if full else None, spaces,
     ])[:32]  # fmt: skip
     rivals = Rivals(
         champion=champion.files if champion else None,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from flows.settings import FORMAT, SUCCESSORS, Settings, Stores
+from flows.settings import FORMAT, FORMATS, SUCCESSORS, Settings, Stores
 from model.folder import shown
 from model.scorecard import Frozen
 
@@ -62,7 +62,7 @@ def problems(path: Path) -> list[Problem]:
 
 def _mistakes(given: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
     """Yield all mistakes; what is wrong is taken out of `given`, so that the rest can be checked."""
-    if (schema := given.get("schema")) != FORMAT or isinstance(schema, bool):
+    if (schema := given.get("schema")) not in FORMATS or isinstance(schema, bool):
         newer = isinstance(schema, int) and schema > FORMAT
         yield (
             ("schema",),

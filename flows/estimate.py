@@ -15,16 +15,16 @@ import torch
 
 from flows import overrides
 from flows.overrides import Overrides
-from flows.retrain import incumbent_of, is_current
+from flows.retrain import comes_from, incumbent_of, is_current
 from flows.settings import Line, Training
-from flows.steps import ModelFiles
 from flows.workspace import Workspace
 from model import train, versions
-from model.config import TEACHERS, ModelConfig, PrecisionName
+from model.config import ModelConfig, PrecisionName
 from model.diffusion import add_noise
 from model.hardware import Hardware
 from model.network import Network
 from model.scorecard import DataVersion
+from model.students import SUBSTEPS
 from registry.catalog import Subject
 
 STORED = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}  # bytes of a weight
@@ -106,7 +106,8 @@ def estimate(workspace: Workspace, line: str, revisions: list[str], wanted: Over
     for place, data in enumerate(found):
         retrained: set[Subject] = set()
         for subject in workspace.subjects([line]):
-            row = _row(workspace, subject, data, first=place == 0, taught={s.variant for s in retrained}, measured=measured)
+            beside = {str(other.variant) for other in retrained if other.configuration == subject.configuration}
+            row = _row(workspace, subject, data, first=place == 0, trained=beside, measured=measured)
             rows.append(row)
             if row.steps:
                 retrained.add(subject)
@@ -120,36 +121,43 @@ def _row(
     data: DataVersion,
     *,
     first: bool,
-    taught: set[str],
+    trained: set[str],
     measured: dict[ModelConfig, float],
 ) -> Row:
     line = workspace.line(data.line)
     champion, config = incumbent_of(workspace, subject), line.config(subject.configuration)
     before = train.load_checkpoint(champion.files.checkpoint) if champion else None
-    taught_by = TEACHERS.get(subject.variant)
-    if first and before and taught_by not in taught:
-        teacher = _teacher(workspace, subject)
-        if any(is_current(before.lineage, settings, data, teacher) for settings in overrides.current(workspace, data.line)):
-            return Row(str(subject), data.rev, "unchanged, nothing to train")
-    way = line.distillation if taught_by else line.retraining if before and before.lineage.config == config else line.training
+    derived = subject.variant != "full"
+    if first and before and "full" not in trained and _is_up_to_date(workspace, subject, data, before):
+        return Row(str(subject), data.rev, "unchanged, nothing to train")
+    if derived and line.sources(subject.variant)[0] == "table":
+        return Row(str(subject), data.rev, "draws with the weights of full, nothing to train unless the gate refuses that")
+    way = line.distillation if derived else line.retraining if before and before.lineage.config == config else line.training
     known = _known(before, line, way) if before and before.lineage.config == config else None
     if known is None and config not in measured:
         measured[config] = measure(config)
-    seconds = known if known is not None else measured[config] * way.batch * (2 if taught_by else 1)
-    basis = f"measured on {MEASURED_STEPS} steps of an untrained network{', twice because of its teacher' if taught_by else ''}"
+    seconds = (known if known is not None else measured[config] * way.batch) * way.steps
+    basis = f"measured on {MEASURED_STEPS} steps of an untrained network"
     if known is not None:
         basis = "as its champion took"
+    if derived:  # a third of a training step's time is the way forward, and a trajectory takes two evaluations a step
+        each = (known / way.batch if known is not None else measured[config]) / 3
+        seconds += line.distillation.trajectories * 2 * SUBSTEPS * each
+        basis += ", and its trajectories"
     weights = sum(p.numel() for p in Network(config).parameters())
     bundle = weights * STORED[line.precision(subject.configuration)]
     disk = weights * 4 * COPIES + 2 * bundle + weights * 4  # the export here and in MLflow, and the checkpoint in MLflow
-    action = "taught" if taught_by else "trained from the champion" if way is line.retraining else "trained from noise"
-    return Row(str(subject), data.rev, action, way.steps, round(seconds * way.steps, 1), basis, bundle, disk)
+    action = "taught by full" if derived else "trained from the champion" if way is line.retraining else "trained from noise"
+    return Row(str(subject), data.rev, action, way.steps, round(seconds, 1), basis, bundle, disk)
 
 
-def _teacher(workspace: Workspace, subject: Subject) -> ModelFiles | None:
-    variant = TEACHERS.get(subject.variant)
-    found = incumbent_of(workspace, subject.model_copy(update={"variant": variant})) if variant else None
-    return found.files if found else None
+def _is_up_to_date(workspace: Workspace, subject: Subject, data: DataVersion, before: train.Checkpoint) -> bool:
+    """Check whether a retraining would find a champion unchanged, if it does not replace its `full`."""
+    wanted = overrides.current(workspace, data.line)
+    if subject.variant == "full":
+        return any(is_current(before.lineage, settings, data) for settings in wanted)
+    full = incumbent_of(workspace, subject.model_copy(update={"variant": "full"}))
+    return full is not None and comes_from(before, train.load_checkpoint(full.files.checkpoint), wanted)
 
 
 def _known(before: train.Checkpoint, line: Line, way: Training) -> float | None:

@@ -24,11 +24,11 @@ from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
 from flows.overrides import Overrides
 from flows.settings import TEACHING_MS, Line
-from flows.steps import Lesson, ModelFiles, champion_files, pull_data, renewed, subject_of, train_model
+from flows.steps import Lesson, ModelFiles, champion_files, pull_data, renewed, source_of, subject_of, train_model
 from flows.training_log import retraining_key
 from flows.workspace import Workspace
-from model import train, versions
-from model.config import TEACHERS, ConfigurationName, PrecisionName, VariantName, canonical_sha256, check_same_pictures
+from model import students, train, versions
+from model.config import ConfigurationName, PrecisionName, SourceName, VariantName, canonical_sha256, check_same_pictures
 from model.scorecard import DataVersion, Lineage, Sha256
 from registry import runs
 from registry.catalog import Subject
@@ -79,7 +79,7 @@ def retrain(
 
     Returns:
         one `Retrained`, as plain data, for each configuration and variant. Its outcome is the gate's, or one of these.
-        "unchanged": the champion is up to date. "no teacher": a student whose teacher has no version that passed the gate; the
+        "unchanged": the champion is up to date. "no source": a variant of a `full` that has no version that passed the gate; the
         version is 0. "pending": it passed the gate and waits for a person. "refused": it passed the gate, and a person refused it.
 
     Raises:
@@ -116,7 +116,7 @@ def _report(rows: list[dict[str, Any]]) -> None:
     """Say what came of each model; whoever watches `ferry serve` sees it, too."""
     for row in rows:
         told = f"{row['subject']} version {row['version']}: {row['outcome']}, {shortened(row['reason'], 300)}"
-        if row["outcome"] in ("unchanged", "no teacher", "failed"):  # the others were told when they were judged
+        if row["outcome"] in ("unchanged", "no source", "failed"):  # the others were told when they were judged
             progress.say(told)
         if deployment.get_id():
             telling.tell(f"{stamp()} {told}", limit=2000)
@@ -151,8 +151,8 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
         pull_data(workspace, lineage.data)
         subject = subject_of(lineage)
         incumbent = incumbent_of(workspace, subject)
-        teacher = champion_of(workspace, subject.model_copy(update={"variant": "full"})) if lineage.variant in TEACHERS else None
-        full = champion_files(workspace, teacher).bundle if teacher else None
+        whole = champion_of(workspace, subject.model_copy(update={"variant": "full"})) if lineage.variant != "full" else None
+        full = champion_files(workspace, whole).bundle if whole else None
         with runs.ending(workspace.catalog, lineage.data, retraining_key(workspace, lineage.data)) as tell:
             judged = judge(workspace, Path(checkpoint), incumbent, None, promote_winners=False, full=full)
             row = judged.row.model_dump()
@@ -162,24 +162,19 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
 
 @dataclass
 class _Ladder:
-    """Results of the variants of one configuration, and what one variant passes on to the next.
-
-    `files` has, by variant, the model that may teach the next variant: the new version if the gate let it through, otherwise the
-    champion. A version from which somebody went back may not teach, nor may a champion of another network configuration.
-    """
+    """Results of the variants of one configuration, and what `full` passes on to the others."""
 
     candidates: int
     """Number of models that the whole run may decide on."""
     rows: list[Retrained] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
-    files: dict[VariantName, ModelFiles] = field(default_factory=dict)
+    full: ModelFiles | None = None
+    """The `full` that the other variants come from: the new version if the gate let it through, otherwise the champion.
+
+    No variant comes from a version that somebody went back from, or from a champion of another network configuration.
+    """
     last: Decision | None = None
     """The gate's last decision in this configuration; None: there is none yet."""
-
-    def teacher_of(self, variant: VariantName) -> ModelFiles | None:
-        """Return the files of the variant that teaches this one; None: this one has no teacher, or the teacher has no model."""
-        taught_by = TEACHERS.get(variant)
-        return self.files.get(taught_by) if taught_by else None
 
     def allowed(self, line: Line, attempts: int) -> float:
         """Return the chance of a wrong promotion that one of a model's attempts may take; each attempt may pass by luck."""
@@ -221,68 +216,126 @@ def retrain_ladder(
     candidates: int,
     promote_winners: bool,
 ) -> _Ladder:
-    """Retrain the variants of a configuration one after another, teachers first; an error in one does not stop the others."""
+    """Make the variants of a configuration one after another, `full` first; an error in one does not stop the others."""
     ladder = _Ladder(candidates)
     for variant in variants:
         subject = Subject(line=data.line, configuration=configuration, variant=variant)
         try:
-            ladder.rows.append(_retrain_one(workspace, data, subject, ladder, promote_winners))
+            make = _retrain_full if variant == "full" else _derive
+            ladder.rows.append(make(workspace, data, subject, ladder, promote_winners))
         except Exception as error:  # noqa: BLE001 - whatever befell one, the others are worth their hours
             ladder.failures.append(error)
             ladder.rows.append(_row(subject, data, 0, "failed", str(error).strip() or type(error).__name__))
     return ladder
 
 
-def _retrain_one(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _Ladder, promote_winners: bool) -> Retrained:
-    line, variant = workspace.line(data.line), subject.variant
-    champion, teacher = incumbent_of(workspace, subject), ladder.teacher_of(variant)
-    if variant in TEACHERS and teacher is None:
-        return _row(
-            subject, data, 0, "no teacher", f"it is taught by {TEACHERS[variant]}, of which no version has passed the gate"
-        )
-    full = ladder.files["full"].bundle if teacher else None
-    config, starts = line.config(subject.configuration), [teacher.checkpoint if teacher else None]
+def _retrain_full(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _Ladder, promote_winners: bool) -> Retrained:
+    line, champion, parent = workspace.line(data.line), incumbent_of(workspace, subject), None
+    config = line.config(subject.configuration)
     if champion:
         before = train.load_checkpoint(champion.files.checkpoint)
         check_same_pictures("the champion", (before.lineage.config.image_size, before.lineage.config.channels), config)
         if before.lineage.config == config:
-            ladder.files[variant] = champion.files
-        wanted = overrides.current(workspace, data.line)
-        if any(is_current(before.lineage, settings, data, teacher) for settings in wanted):
+            ladder.full = champion.files
+        if any(is_current(before.lineage, settings, data) for settings in overrides.current(workspace, data.line)):
             if _is_exported_so(workspace, champion, line):
                 # If a run was interrupted after this promotion, the next run must leave the other models the same level.
                 ladder.last = verdict(workspace, subject, champion.seal.version)
                 why = "the champion was trained on these data with these settings"
                 return _row(subject, data, champion.seal.version, "unchanged", why)
             # Only how it is stored or drawn has changed: no training, but the gate has to see it.
-            allowed = ladder.allowed(line, attempts=1)
-            judged = judge(workspace, champion.files.checkpoint, champion, allowed, promote_winners, full)
-            return _noted(ladder, variant, judged)
+            return _noted(ladder, judge(workspace, champion.files.checkpoint, champion, ladder.allowed(line, 1), promote_winners))
         if before.lineage.config.tier == config.tier:  # weights of another tier have other shapes
-            # A student starts from the previous student, so that the update is small; if that does not pass, from its teacher.
-            starts = [champion.files.checkpoint, *(starts if teacher else ())]
-    for parent in starts:
-        lesson = Lesson(
-            data=data,
-            configuration=subject.configuration,
-            variant=variant,
-            parent=parent,
-            teacher=teacher.checkpoint if teacher else None,
-        )
-        key = _training_key(lesson, line)
-        checkpoint = renewed(train_model, workspace.work / "runs" / key / train.LINEAGE)(workspace, lesson, key)
-        allowed = ladder.allowed(line, attempts=len(starts))
-        row = _noted(ladder, variant, judge(workspace, Path(checkpoint), champion, allowed, promote_winners, full))
+            parent = champion.files.checkpoint
+    lesson = Lesson(data=data, configuration=subject.configuration, variant="full", parent=parent)
+    checkpoint = _trained(workspace, lesson, line)
+    return _noted(ladder, judge(workspace, checkpoint, champion, ladder.allowed(line, 1), promote_winners))
+
+
+def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _Ladder, promote_winners: bool) -> Retrained:
+    """Make a variant of the ladder's `full` from the cheapest source that the gate lets through."""
+    line, champion = workspace.line(data.line), incumbent_of(workspace, subject)
+    if ladder.full is None:
+        return _row(subject, data, 0, "no source", "its weights come from full, of which no version has passed the gate")
+    full = train.load_checkpoint(ladder.full.checkpoint)
+    before = train.load_checkpoint(champion.files.checkpoint) if champion else None
+    if champion and before:
+        pictures = before.lineage.config.image_size, before.lineage.config.channels
+        check_same_pictures("the champion", pictures, line.config(subject.configuration))
+        if comes_from(before, full, overrides.current(workspace, data.line)):
+            if _is_exported_so(workspace, champion, line):
+                ladder.last = verdict(workspace, subject, champion.seal.version)
+                why = "the champion comes from the present full with these settings"
+                return _row(subject, data, champion.seal.version, "unchanged", why)
+            allowed = ladder.allowed(line, 1)
+            return _passed(
+                ladder, judge(workspace, champion.files.checkpoint, champion, allowed, promote_winners, ladder.full.bundle)
+            )
+    ways = _ways(line, subject.variant, full, before)
+    for source, parent in ways:
+        checkpoint = _made(workspace, data, subject, full, source, parent)
+        allowed = ladder.allowed(line, len(ways))
+        row = _passed(ladder, judge(workspace, checkpoint, champion, allowed, promote_winners, ladder.full.bundle))
         if row.outcome in ("promote", "pending", "refused"):  # the gate let it through
             break
     return row
 
 
-def _noted(ladder: _Ladder, variant: VariantName, judged: Judged) -> Retrained:
-    """Keep the gate's decision, and the model if it may teach the next variant; return the row."""
+def _ways(
+    line: Line, variant: VariantName, full: train.Checkpoint, before: train.Checkpoint | None
+) -> list[tuple[SourceName, train.Checkpoint]]:
+    """List the sources of a variant, and the weights from which each starts, in the order in which they are tried.
+
+    A student starts from the fielded student, so that the update is small; if that does not pass, from `full`.
+    """
+    ways: list[tuple[SourceName, train.Checkpoint]] = []
+    for source in line.sources(variant):
+        if source == "student" and before and before.lineage.teacher and before.lineage.config == full.lineage.config:
+            ways.append((source, before))
+        ways.append((source, full))
+    return ways
+
+
+def _made(
+    workspace: Workspace,
+    data: DataVersion,
+    subject: Subject,
+    full: train.Checkpoint,
+    source: SourceName,
+    parent: train.Checkpoint,
+) -> Path:
+    """Make a variant's checkpoint: the weights of `full` as they are, or those of a student, which serves several variants."""
+    line, made = workspace.line(data.line), full
+    if source == "table":
+        pull_data(workspace, full.lineage.data)  # of an older revision, if `full` was not replaced
+    else:
+        lesson = Lesson(
+            data=data, configuration=subject.configuration, variant="turbo", parent=parent.folder, teacher=full.folder
+        )
+        made = train.load_checkpoint(_trained(workspace, lesson, line))
+        if subject.variant == "turbo":
+            return made.folder
+    name = canonical_sha256([made.weights_sha256, made.lineage.sha256, subject.variant])[:32]
+    return students.as_variant(made, subject.variant, workspace.work / "runs" / name).folder
+
+
+def _trained(workspace: Workspace, lesson: Lesson, line: Line) -> Path:
+    """Train, unless that was done before; return the checkpoint's folder."""
+    key = _training_key(lesson, line)
+    return Path(renewed(train_model, workspace.work / "runs" / key / train.LINEAGE)(workspace, lesson, key))
+
+
+def _noted(ladder: _Ladder, judged: Judged) -> Retrained:
+    """Keep the gate's decision on `full`, and the model if the other variants may come from it; return the row."""
     ladder.last = judged.decision
     if judged.fit:
-        ladder.files[variant] = judged.files
+        ladder.full = judged.files
+    return judged.row
+
+
+def _passed(ladder: _Ladder, judged: Judged) -> Retrained:
+    """Keep the gate's decision on a variant; return the row."""
+    ladder.last = judged.decision
     return judged.row
 
 
@@ -308,26 +361,38 @@ def _training_key(lesson: Lesson, line: Line) -> str:
     options = lesson.settings(line).options(line.precision(lesson.configuration))
     return canonical_sha256([
         lesson.data.line, lesson.data.md5, line.config(lesson.configuration).sha256, lesson.variant, options.sha256, train.code_sha256(),
-        _weights_of(lesson.parent), _weights_of(lesson.teacher), line.guidance_learnt(lesson.variant),
+        _weights_of(lesson.parent), _weights_of(lesson.teacher), _taught(line) if lesson.teacher else None,
     ])[:32]  # fmt: skip
 
 
-def is_current(lineage: Lineage, line: Line, data: DataVersion, teacher: ModelFiles | None) -> bool:
-    """Check whether a champion was made from these data, by this code, with these settings: then there is nothing to do."""
-    ways = (
-        [line.distillation, line.distillation.model_copy(update={"update_grid": 0.0})]
-        if teacher
-        else [line.training, line.retraining]
-    )
+def _taught(line: Line) -> dict[str, Any]:
+    """Return what a student's lineage says of its lessons."""
+    way = line.distillation
+    return {"guidance": line.sampler.guidance, "trajectories": way.trajectories, "thin": way.thin}
+
+
+def is_current(lineage: Lineage, line: Line, data: DataVersion) -> bool:
+    """Check whether a `full` was trained on these data, by this code, with these settings: then there is nothing to do."""
     # A change of the stored precision alone needs no training.
-    options = {way.options(stored).sha256 for way in ways for stored in get_args(PrecisionName)}
+    options = {way.options(stored).sha256 for way in (line.training, line.retraining) for stored in get_args(PrecisionName)}
     return (
         lineage.data.md5 == data.md5
         and lineage.code == train.code_sha256()
         and lineage.config == line.config(lineage.config.configuration)
         and lineage.training_sha256 in options
-        and lineage.teacher == _weights_of(teacher.checkpoint if teacher else None)
-        and lineage.guidance == line.guidance_learnt(lineage.variant)
+    )
+
+
+def comes_from(variant: train.Checkpoint, full: train.Checkpoint, settings: list[Line]) -> bool:
+    """Check whether a variant comes from this `full` in a way that the settings want: then there is nothing to make."""
+    lineage, source = variant.lineage, source_of(variant.lineage)
+    if source == "table":
+        return variant.weights_sha256 == full.weights_sha256 and any(source in line.sources(lineage.variant) for line in settings)
+    return lineage.teacher == full.weights_sha256 and any(
+        source in line.sources(lineage.variant)
+        and lineage.training_sha256 in {line.distillation.options(stored).sha256 for stored in get_args(PrecisionName)}
+        and {name: getattr(lineage, name) for name in _taught(line)} == _taught(line)
+        for line in settings
     )
 
 
@@ -338,7 +403,8 @@ def _is_exported_so(workspace: Workspace, champion: Incumbent, line: Line) -> bo
     to keep the budgets of the class; a release puts them into its reference.
     """
     card = workspace.catalog.card(champion.seal)
-    if (card.sampler, card.precision) != (line.sampler_of(card.variant), line.precision(card.configuration)):
+    source = source_of(train.load_checkpoint(champion.files.checkpoint).lineage)
+    if (card.sampler, card.precision) != (line.sampler_of(card.variant, source), line.precision(card.configuration)):
         return False
     wanted, memory = (budget(card.configuration, card.variant) for budget in (line.latency_ms, line.memory_mib))
     latency = json.loads((champion.files.bundle / "reference.json").read_bytes())["latency_ms"]

@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 from flows.addresses import CHECKS, fault
 from flows.errors import WorkspaceError
 from flows.secrets import remember, secrets_of
-from model.config import TEACHERS, VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, TierName, VariantName
+from model.config import VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, SourceName, TierName, VariantName
 from model.folder import shown
 from model.scorecard import LineName, Sampler
 from ota.wording import first_fault
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from model.train import TrainOptions
 
 SETTINGS = "ferry.toml"
-FORMAT = 1  # version of the format of ferry.toml and of everything else in a workspace
-TEACHING_MS = 3_600_000.0  # latency budget of one image, for a variant that no device class runs
+FORMAT = 2  # version of the format of ferry.toml and of everything else in a workspace
+FORMATS = (1, 2)  # 1 differs by its defaults only: see `Settings._older_defaults`
+TEACHING_MS = 3_600_000.0  # latency budget of one image, for a `full` that only gives its weights to the variants of a class
 # Names in a workspace that serve other purposes than data; compared without case, because some file systems ignore case.
 NOT_DATA = frozenset({
     "keys", "repository", "published", "dvc-remote", "mlartifacts", "features", "inbox", "events", "ratings", "work", "ferry.toml",
@@ -217,6 +218,27 @@ class Training(Section):
         return TrainOptions(stored=stored, **self.model_dump())
 
 
+class Distillation(Training):
+    """How a student is taught; see `model.students`."""
+
+    trajectories: int = Field(
+        default=384,
+        ge=16,
+        le=100_000,
+        description="images that `full` draws for the student, which learns from every point on their way",
+    )
+    thin: StrictBool = Field(
+        default=True,
+        description="whether only a twentieth of the weights is trained and the rest is that of `full`, so that a bundle hardly grows",
+    )
+
+    def options(self, stored: PrecisionName) -> TrainOptions:
+        """Convert to the options that `model.train` takes, for weights that will be stored in this precision."""
+        from model.train import TrainOptions
+
+        return TrainOptions(stored=stored, warmup=10, decay_from=0.5, **self.model_dump(exclude={"trajectories", "thin"}))
+
+
 SUCCESSORS = {  # removed keys of [lines.*.gate], which were shares of pure noise's distance, and what replaces them
     "margin": "tolerance (a share of the champion's own distance; 0.5 unless given)",
     "decay": "total_tolerance (how many such losses in all; 2.0 unless given)",
@@ -283,7 +305,7 @@ class Gate(Section):
     )
     beat_solver: StrictBool = Field(
         default=True,
-        description="whether dev and fast must be better than full, sampled by a second-order solver at equal network evaluations",
+        description="whether a student must draw nearer to the converged images of full than full itself with as many evaluations",
     )
 
 
@@ -297,9 +319,9 @@ class DeviceClass(Section):
         default="bfloat16", description="how weights are stored: bfloat16 gives the smallest updates, int8 the smallest file"
     )
     variants: list[VariantName] = Field(
-        default=["full"],
+        default=["full", "dev", "fast", "turbo"],
         min_length=1,
-        max_length=3,
+        max_length=4,
         description="variants that the devices can choose from; the first is the default",
     )
     latency_ms: float = Field(default=5000, gt=0, description="time budget for one image, in milliseconds")
@@ -332,10 +354,16 @@ class Line(Section):
         default=Training(steps=200, learning_rate=5e-4, update_grid=2.0),
         description="training from the champion, for later versions",
     )
-    distillation: Training = Field(
-        default=Training(steps=200, learning_rate=5e-4, update_grid=2.0), description="training of dev and fast by their teachers"
+    distillation: Distillation = Field(
+        default=Distillation(steps=160, batch=16, learning_rate=3e-3, update_grid=1.0),
+        description="training of students, which draw in a few evaluations",
     )
     sampler: Sampler = Field(default=Sampler(), description="how the variant full draws an image")
+    samplers: dict[VariantName, Sampler] = Field(
+        default={},
+        description="how another variant draws; not given: dev with half and fast with a quarter of the steps of full, turbo in 4 steps of a "
+        "student. The method mean is a student's, the others draw with the weights of full",
+    )
     gate: Gate = Field(default=Gate(), description="limits of the promotion gate")
     require_approval: StrictBool | None = Field(
         default=None,
@@ -344,6 +372,14 @@ class Line(Section):
     classes: dict[LineName, DeviceClass] = Field(
         default={"edge": DeviceClass()}, min_length=1, description="a device class: a kind of hardware, and what runs on it"
     )
+
+    @model_validator(mode="after")
+    def _full_has_its_own(self) -> Line:
+        if "full" in self.samplers or self.sampler.method == "mean":
+            raise PydanticCustomError(
+                "sampler", "full draws with a solver, as [lines.NAME.sampler] says; name it there, and no `mean`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_precision(self) -> Line:
@@ -360,14 +396,8 @@ class Line(Section):
         )  # fmt: skip
 
     def combinations(self) -> list[tuple[ConfigurationName, VariantName]]:
-        """List what must be trained: each (configuration, variant) that a class runs, and its teachers; teachers come first."""
-        wanted: set[tuple[ConfigurationName, VariantName]] = set()
-        for device_class in self.classes.values():
-            for variant in device_class.variants:
-                taught: VariantName | None = variant
-                while taught:
-                    wanted.add((device_class.configuration, taught))
-                    taught = TEACHERS.get(taught)
+        """List what must be made: each (configuration, variant) that a class runs, and `full`, which all come from, first."""
+        wanted = {(c.configuration, variant) for c in self.classes.values() for variant in ("full", *c.variants)}
         ladder = list(VARIANTS)
         return sorted(wanted, key=lambda pair: (pair[0], ladder.index(pair[1])))
 
@@ -378,15 +408,21 @@ class Line(Section):
             found.setdefault(configuration, []).append(variant)
         return found
 
-    def sampler_of(self, variant: VariantName) -> Sampler:
-        """Return the sampler of a variant: for `full` that of the settings, for a student the steps that it was taught."""
-        if VARIANTS[variant].guided:
-            return self.sampler
-        return Sampler(method="mean", steps=VARIANTS[variant].steps, guidance=1.0)
+    def sources(self, variant: VariantName) -> tuple[SourceName, ...]:
+        """List where the weights of a variant may come from, the cheapest source first."""
+        given = self.samplers.get(variant)
+        if given:
+            return ("student",) if given.method == "mean" else ("table",)
+        return VARIANTS[variant].sources
 
-    def guidance_learnt(self, variant: VariantName) -> float | None:
-        """Return the guidance of `full` that a student learns to do without, where `full` teaches it."""
-        return self.sampler.guidance if TEACHERS.get(variant) == "full" else None
+    def sampler_of(self, variant: VariantName, source: SourceName | None = None) -> Sampler:
+        """Return the sampler of a variant whose weights come from a source; None: from the cheapest one."""
+        source, steps = source or self.sources(variant)[0], self.sampler.steps
+        if variant in self.samplers:
+            return self.samplers[variant]
+        if source == "student":
+            return Sampler(method="mean", steps=VARIANTS[variant].student_steps, guidance=1.0)
+        return self.sampler.model_copy(update={"steps": -(-steps // VARIANTS[variant].divisor)})
 
     def precision(self, configuration: ConfigurationName) -> PrecisionName:
         """Return the precision in which the classes of a configuration store weights; all of them share it."""
@@ -403,10 +439,23 @@ class Line(Section):
         return min((c.memory_mib for c in running if c.memory_mib is not None), default=None)
 
 
+def _with_older_defaults(line: Any) -> Any:
+    """Add the defaults of format 1 to a line's settings as they stand in the file; what has no form stays as it is."""
+    if not isinstance(line, dict) or not all(isinstance(line.get(key, {}), dict) for key in ("sampler", "classes")):
+        return line
+    classes = line.get("classes") or {"edge": {}}
+    return line | {
+        "sampler": {"steps": 14} | line.get("sampler", {}),
+        "classes": {k: {"variants": ["full"]} | c if isinstance(c, dict) else c for k, c in classes.items()},
+    }
+
+
 class Settings(Section):
     """The content of ferry.toml."""
 
-    schema_version: Literal[1] = Field(alias="schema", description="version of the workspace's format")
+    schema_version: Literal[1, 2] = Field(
+        alias="schema", description="version of the workspace's format; 1 has the defaults of ferry 0.1: 14 steps, and full alone"
+    )
     parallel: int = Field(default=1, ge=1, le=8, description="number of configurations that are retrained at the same time")
     stores: Stores = Field(
         default=Stores(),
@@ -434,6 +483,14 @@ class Settings(Section):
             if given and device_class.configuration == configuration:
                 return given
         return None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_defaults(cls, given: Any) -> Any:
+        """Give a workspace of format 1 the defaults that it was made with, so that its lines stay as they are until asked."""
+        if not isinstance(given, dict) or given.get("schema") != 1 or not isinstance(given.get("lines"), dict):
+            return given
+        return given | {"lines": {name: _with_older_defaults(line) for name, line in given["lines"].items()}}
 
     @model_validator(mode="after")
     def _data_apart(self) -> Settings:
@@ -495,7 +552,7 @@ def _from_environment(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_format(path: Path, found: object) -> None:
-    """Refuse a workspace whose format is not the one that this ferry knows; there is only one so far.
+    """Refuse a workspace whose format this ferry does not know.
 
     Raises:
         WorkspaceError: a newer ferry made the workspace, or ferry.toml names no known format.
@@ -505,7 +562,7 @@ def _check_format(path: Path, found: object) -> None:
             f"{path}: schema = {found} is the format of a newer version of ferry, but this version knows {FORMAT}; install "
             "the newer version (nothing was changed)"
         )
-    if found != FORMAT:
+    if found not in FORMATS:
         raise WorkspaceError(
             f"{path}: schema = {FORMAT} is missing at its beginning; if this is a workspace, write it there: no older format was ever released"
         )

@@ -136,7 +136,7 @@ _HEAD = """\
 # FERRY_STORES_DATABASE and FERRY_STORES_MLFLOW (in general FERRY_STORES_ and a key of [stores] in capitals) replace these addresses, S3
 # takes its account from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLflow from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD,
 # Prefect from PREFECT_API_AUTH_STRING.
-schema = 1                         # version of the workspace's format
+schema = 2                         # version of the workspace's format
 require_approval = false           # true: a version that passes the gate waits for `ferry approve`
 poll_seconds = 60                  # seconds between two checks of MLflow's aliases by `ferry serve`
 # parallel = 1                     # configurations that are retrained at the same time; each needs processor cores of its own
@@ -174,8 +174,8 @@ reports = "inbox"                  # folder in which devices leave their reports
 # LINE.edge.full = { joules = 2.1, low = 1.9, high = 2.3, source = "RAPL package-0", quality = "measured" }
 
 # A line is one product. Choose tier, image_size and configuration by what an image may cost on a device. One core of an AMD EPYC
-# (Zen 4) took this long for an image of 16 pixels, with the sampler below (28 network evaluations) and weights in bfloat16. With
-# 32 pixels, nano took 3.3 times as long in configuration I, and 6.2 times in II.
+# (Zen 4) took this long for an image of 16 pixels, in 28 network evaluations (variant dev) and with weights in bfloat16; full takes
+# twice as long, fast half as long, turbo a seventh. With 32 pixels, nano took 3.3 times as long in configuration I, and 6.2 times in II.
 #
 #   tier    weights      file    configuration I      II    training, images a second
 #   test     0.09 M    0.2 MB             0.01 s  0.03 s    (for trials only)
@@ -216,17 +216,27 @@ learning_rate = 5e-4
 update_grid = 2.0                  # rounds each change, so that its delta is small: 0 is off, 2 loses nothing visible, 4 loses quality
 # seed = 0
 
-[lines.LINE.distillation]          # dev and fast, if a class lists them: each is taught by the variant before it
-steps = 200
-batch = 32
-learning_rate = 5e-4
-update_grid = 2.0
+[lines.LINE.distillation]          # a student of full, which draws in a few evaluations: turbo
+steps = 160
+batch = 16
+learning_rate = 3e-3
+update_grid = 1.0                  # rounds its difference from full, so that a bundle hardly grows
+# trajectories = 384               # images that full draws for the student
+# thin = true                      # trains a twentieth of the weights; the rest is that of full
 # seed = 0
 
 [lines.LINE.sampler]               # how the variant full draws
 method = "ab2"                     # euler, heun (two evaluations a step) or ab2 (second order, one evaluation a step)
-steps = 14                         # with guidance, a step evaluates the network twice; time grows with it
+steps = 28                         # with guidance, a step evaluates the network twice: 56 evaluations; time grows with them
 guidance = 2.0                     # how strongly a caption is followed; 1 is unguided and takes half of the time
+# shift = 1.0                      # grid of the times: 1 is even, below 1 the steps at little noise are shorter
+# guidance_low = 0.0               # guide only at times from here (0 is the image)
+# guidance_high = 1.0              # to here (1 is noise)
+
+[lines.LINE.samplers]              # other variants; by default dev takes half, fast a quarter of these steps, turbo 4 of a student
+# dev = { method = "ab2", steps = 14, guidance = 2.0 }
+# fast = { method = "ab2", steps = 7, guidance = 2.0, shift = 0.5 }
+# turbo = { method = "mean", steps = 4, guidance = 1.0 }
 
 [lines.LINE.gate]                  # what a version must show to become champion
 images = 256                       # images that are generated for each evaluation
@@ -242,12 +252,12 @@ duplicates = 0.3                   # limit of the share of images like another g
 copies = 0.1                       # limit of the share of images nearer to training images than any held-out one
 copying = 0.8                      # limit of the chance that an image is nearer to training images than a held-out one; 0.5 is none
 captions = true                    # images must match their captions, and each caption must be drawn
-beat_solver = true                 # dev and fast must be better than full at the same number of network evaluations
+beat_solver = true                 # a student must draw nearer to the converged images of full than full with as many evaluations
 
 [lines.LINE.classes.edge]          # a kind of device
 configuration = "I"                # I: first convolution with stride 2 (faster); II: stride 1 (more positions)
 precision = "bfloat16"             # how weights are stored: float32, float16, bfloat16 (smallest updates) or int8 (smallest file)
 latency_ms = 5000                  # budget for one image, in milliseconds; the gate and every device check it
 # memory_mib = 64                  # budget for the model's memory (nano at 16 pixels needs 37 MiB); no limit by default
-# variants = ["full"]              # also "dev" (28 evaluations, no guidance) and "fast" (14); the first is the default
+# variants = ["full", "dev", "fast", "turbo"]  # what devices choose from, by quality, time or energy; the first is the default
 """

@@ -18,11 +18,12 @@ from prefect.tasks import exponential_backoff
 from flows import progress, training_log
 from flows.settings import Line, Training
 from flows.workspace import Workspace
-from model import distill, export, features, train, versions
-from model.config import ConfigurationName, VariantName
+from model import export, features, students, train, versions
+from model.config import ConfigurationName, SourceName, VariantName, canonical_sha256
 from model.data import Dataset, prepare
 from model.drawing import Drawer, sampler_of
 from model.errors import CheckpointError
+from model.hardware import Hardware
 from model.score import Contest, pictures, score
 from model.scorecard import DataVersion, Frozen, Lineage, Sampler, Scorecard
 from registry.catalog import Subject
@@ -57,8 +58,8 @@ class Lesson(Frozen):
     variant: VariantName
     parent: Path | None
     """Checkpoint that training starts from; None: from noise."""
-    teacher: Path | None
-    """Checkpoint that teaches a student; None: it is no student."""
+    teacher: Path | None = None
+    """Checkpoint of `full` that teaches a student; None: it is no student."""
 
     @property
     def subject(self) -> Subject:
@@ -66,16 +67,10 @@ class Lesson(Frozen):
         return Subject(line=self.data.line, configuration=self.configuration, variant=self.variant)
 
     def settings(self, line: Line) -> Training:
-        """Choose the settings of the training: from noise, from a parent, or of a student.
-
-        If a student starts from its teacher's weights, its update is not rounded to a grid around them, because no device has
-        those weights as weights of this variant.
-        """
-        if self.teacher is None:
-            return line.retraining if self.parent else line.training
-        if train.load_checkpoint(cast("Path", self.parent)).lineage.variant == self.variant:
+        """Choose the settings of the training: from noise, from a parent, or of a student."""
+        if self.teacher:
             return line.distillation
-        return line.distillation.model_copy(update={"update_grid": 0.0})
+        return line.retraining if self.parent else line.training
 
 
 class Rivals(Frozen):
@@ -85,7 +80,7 @@ class Rivals(Frozen):
     anchor: Path | None
     """Bundle of the best model ever, where it is not the champion."""
     full: Path | None
-    """Bundle of the `full` that a student is compared with at equal network evaluations."""
+    """Bundle of the `full` that a variant is compared with."""
 
 
 def by_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -124,19 +119,18 @@ def pull_data(workspace: Workspace, data: DataVersion) -> str:
 
 @task(name="train", task_run_name="train {lesson.subject}", cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
-    """Train or distil a network, or resume an interrupted training; return the checkpoint's folder."""
+    """Train a network or a student, or resume an interrupted training; return the checkpoint's folder."""
     line = workspace.line(lesson.data.line)
     settings = lesson.settings(line)
     teacher = train.load_checkpoint(lesson.teacher) if lesson.teacher else None
-    objective = None
-    if teacher:
-        objective = distill.stage(teacher.network(), teacher.lineage.variant, lesson.variant, line.sampler.guidance)
-    begin = "its teacher's weights" if teacher and lesson.parent == lesson.teacher else "its parent" if lesson.parent else "noise"
+    dataset = open_dataset(workspace, line, lesson.configuration, lesson.data)
+    objective = _trajectories(workspace, lesson, teacher, dataset) if teacher else None
+    begin = "the weights of full" if teacher and lesson.parent == lesson.teacher else "its parent" if lesson.parent else "noise"
     progress.say(f"train {lesson.subject}: {settings.steps} steps from {begin}")
     with training_log.watching(workspace, lesson.subject, key, settings.steps, lesson.data) as watcher:
         checkpoint = train.train(
             line.config(lesson.configuration),
-            open_dataset(workspace, line, lesson.configuration, lesson.data),
+            dataset,
             lesson.data,
             settings.options(line.precision(lesson.configuration)),
             workspace.work / "runs" / key,
@@ -149,20 +143,34 @@ def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
     return str(checkpoint.folder)
 
 
+def _trajectories(workspace: Workspace, lesson: Lesson, teacher: train.Checkpoint, dataset: Dataset) -> students.Trajectories:
+    """Draw the trajectories that a student learns from, unless they are there from another attempt."""
+    line = workspace.line(lesson.data.line)
+    way, drawn = line.distillation, f"draw trajectories of full for {lesson.subject}"
+    identity = canonical_sha256([
+        teacher.weights_sha256, lesson.data.md5, line.sampler.model_dump(), way.seed, way.trajectories, train.code_sha256(),
+    ])[:32]  # fmt: skip
+    progress.say(f"{drawn}: {way.trajectories}")
+    return students.Trajectories.of(
+        teacher.network().to(Hardware.here().device), dataset, line.sampler, way.seed, count=way.trajectories, thin=way.thin,
+        kept=workspace.work / "trajectories" / f"{identity}.safetensors", identity=identity,
+        on_drawn=lambda done: progress.advance(drawn, done, way.trajectories),
+    )  # fmt: skip
+
+
 @task(name="export", task_run_name=cast("Any", _exporting), cache_key_fn=by_key, persist_result=True, result_serializer="json")
 def export_model(workspace: Workspace, checkpoint: Path, key: str) -> str:
     """Write and check the files that devices run, and return their folder."""
     opened = train.load_checkpoint(checkpoint)
     data, configuration, variant = opened.lineage.data, opened.lineage.config.configuration, opened.lineage.variant
     line = workspace.line(data.line)
+    sampler = line.sampler_of(variant, source_of(opened.lineage))
     captions = sorted(set(open_dataset(workspace, line, configuration, data).captions))
     out = workspace.work / "exports" / key
     progress.say(
         f"export {subject_of(opened.lineage)} as ONNX, stored as {line.precision(configuration)}, and compare it with torch"
     )
-    export.export(
-        opened, line.precision(configuration), line.sampler_of(variant), captions, line.latency_ms(configuration, variant), out
-    )
+    export.export(opened, line.precision(configuration), sampler, captions, line.latency_ms(configuration, variant), out)
     return str(out)
 
 
@@ -189,15 +197,19 @@ def evaluate_model(workspace: Workspace, model: ModelFiles, rivals: Rivals, key:
         name for name, there in (("the champion", champion), ("the best version so far", anchor), ("full", rivals.full)) if there
     ]
     progress.say(f"draw images of {subject} and judge them{', beside ' if beside else ''}{' and '.join(beside)}")
-    solver = distill.solver(lineage.variant, line.sampler.guidance)
+    own, full = line.sampler_of(lineage.variant, source_of(lineage)), rivals.full
     contest = Contest(
         spaces=features.fit(dataset, frozen),
         datasets=datasets,
         n=line.gate.images,
-        challenger=drawer(workspace, f"{subject}, challenger", model.bundle, line.sampler_of(lineage.variant)),
+        challenger=drawer(workspace, f"{subject}, challenger", model.bundle, own),
         champion=drawer(workspace, f"{subject}, champion", champion.bundle) if champion else None,
         anchor=drawer(workspace, f"{subject}, best so far", anchor) if anchor else None,
-        full=drawer(workspace, f"{subject}, full beside it", rivals.full, solver) if rivals.full else None,
+        full=drawer(workspace, f"{subject}, full beside it", full) if full else None,
+        converged=drawer(workspace, f"{subject}, full in many steps", full, students.converged(line.sampler)) if full else None,
+        solver=drawer(workspace, f"{subject}, full in few steps", full, students.solver(own, line.sampler))
+        if full and lineage.teacher
+        else None,
     )
     card = score(contest, lineage, line.precision(configuration))
     out = workspace.work / "evaluations" / key
@@ -283,6 +295,11 @@ def champion_files(workspace: Workspace, champion: Seal) -> ModelFiles:
 def subject_of(lineage: Lineage) -> Subject:
     """Return the subject of which a checkpoint is a version."""
     return Subject(line=lineage.data.line, configuration=lineage.config.configuration, variant=lineage.variant)
+
+
+def source_of(lineage: Lineage) -> SourceName:
+    """Say where a checkpoint's weights come from: their own training, `full` with another table, or a student's training."""
+    return "training" if lineage.variant == "full" else "student" if lineage.teacher else "table"
 
 
 def open_dataset(workspace: Workspace, line: Line, configuration: ConfigurationName, data: DataVersion) -> Dataset:

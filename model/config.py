@@ -1,7 +1,7 @@
 """Choices for a model, as rows of three tables: tier, configuration, variant.
 
-A *tier* is the size of the network, a *configuration* the stride of its initial convolution, a *variant* the number of
-sampling steps it is meant for. A fourth choice, the line (the product that the data show), is not made here.
+A *tier* is the size of the network, a *configuration* the stride of its initial convolution, a *variant* what a device can
+choose between, by quality, time or energy: weights with a table of sampling steps. A fourth choice, the line (the product that the data show), is not made here.
 
     >>> config = ModelConfig(tier="nano", configuration="I", image_size=16, channels=1)
     >>> config.tokens, config.blocks
@@ -22,7 +22,7 @@ from model.errors import ConfigError
 
 TierName = Literal["test", "nano", "small", "base"]
 ConfigurationName = Literal["I", "II"]
-VariantName = Literal["full", "dev", "fast"]
+VariantName = Literal["full", "dev", "fast", "turbo"]
 PrecisionName = Literal["float32", "float16", "bfloat16", "int8"]
 RouterName = Literal["expert-choice", "token-choice"]
 AblationName = Literal["none", "no-conv", "positions", "dense", "single-stream"]
@@ -56,22 +56,25 @@ TIERS: dict[str, Tier] = {
 CONFIGURATIONS: dict[str, int] = {"I": 2, "II": 1}  # stride of the initial convolution
 
 
+SourceName = Literal["training", "table", "student"]
+"""Where a variant's weights come from: its own training; `full`'s weights with another sampler table; a student of `full`."""
+
+
 @dataclass(frozen=True)
 class Variant:
-    """Number of sampling steps of a variant, and whether it is guided (then each step costs two network evaluations)."""
+    """How a variant draws, and where its weights may come from."""
 
-    steps: int
-    guided: bool
+    divisor: int  # with `full`'s weights it takes this part of the steps of `full`
+    student_steps: int  # steps of a student, each of which is one evaluation
+    sources: tuple[SourceName, ...]  # in the order in which they are tried: the cheapest comes first
 
 
-VARIANTS: dict[str, Variant] = {
-    "full": Variant(steps=56, guided=True),
-    "dev": Variant(steps=28, guided=False),
-    "fast": Variant(steps=14, guided=False),
+VARIANTS: dict[VariantName, Variant] = {  # from the highest to the lowest quality and cost
+    "full": Variant(divisor=1, student_steps=8, sources=("training",)),
+    "dev": Variant(divisor=2, student_steps=8, sources=("table", "student")),
+    "fast": Variant(divisor=4, student_steps=8, sources=("table", "student")),
+    "turbo": Variant(divisor=7, student_steps=4, sources=("student",)),
 }
-
-
-TEACHERS: dict[VariantName, VariantName] = {"dev": "full", "fast": "dev"}  # variant → the variant that it is distilled from
 
 
 @dataclass(frozen=True)

@@ -33,23 +33,22 @@ def logit_normal(size: int, generator: torch.Generator) -> Tensor:
     return torch.sigmoid(torch.randn(size, generator=generator))
 
 
-def timetable(steps: int) -> list[float]:
-    """Return the steps + 1 evenly spaced times of a sampler, from 1 to 0."""
-    return [1 - i / steps for i in range(steps)] + [0.0]
-
-
-def guided(network: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], ids: Tensor, guidance: float) -> Velocity:
+def guided(network: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], ids: Tensor, sampler: Sampler) -> Velocity:
     """Return the velocity field for captions `ids` [B, L] with classifier-free guidance (Ho and Salimans 2022).
+
+    A guided velocity extrapolates past the one with the caption and costs two evaluations. Outside the sampler's interval of
+    times (Kynkäänniemi et al. 2024) there is no guidance.
 
     Args:
         network: (x, t [B], r [B], ids) → v.
         ids: captions; the unconditional velocity is computed for all zeros, "no caption".
-        guidance: scale; 1 is unguided, a larger one extrapolates past the conditional velocity and costs two evaluations.
+        sampler: gives the scale of the guidance, and the times at which it applies.
     """
+    guidance = sampler.guidance
 
     def velocity(x: Tensor, t: float, r: float) -> Tensor:
         B = x.shape[0]
-        if guidance == 1:
+        if not sampler.guides(t):
             return network(x, torch.full((B,), t, device=x.device), torch.full((B,), r, device=x.device), ids)
         begin, end = torch.full((2 * B,), t, device=x.device), torch.full((2 * B,), r, device=x.device)
         both = network(torch.cat((x, x)), begin, end, torch.cat((ids, torch.zeros_like(ids))))
@@ -95,7 +94,7 @@ def sample_ab2(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
 
 
 def sample_mean(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
-    """Integrate with the mean velocity over each step, which distilled networks predict: one evaluation a step."""
+    """Integrate with the mean velocity over each step, which students predict: one evaluation a step."""
     for t, s in pairwise(times):
         x = x + (s - t) * velocity(x, t, s)
     return x
@@ -119,4 +118,4 @@ def sample(velocity: Velocity, noise: Tensor, sampler: Sampler) -> Tensor:
         method = SAMPLERS[sampler.method]
     except KeyError:
         raise ConfigError(f"there is no sampler {sampler.method!r}; choose one of {', '.join(SAMPLERS)}") from None
-    return method(velocity, noise, timetable(sampler.steps))
+    return method(velocity, noise, sampler.times)

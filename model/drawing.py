@@ -68,7 +68,11 @@ class Drawer:
 def sampler_of(bundle: Path) -> Sampler:
     """Read from its sampler table how a device draws with a bundle."""
     table = json.loads((bundle / "sampler.json").read_bytes())
-    return Sampler(method=table["method"], steps=len(table["times"]) - 1, guidance=table["guidance"])
+    times, interval = table["times"], {k: table[k] for k in ("guidance_low", "guidance_high") if k in table}
+    steps, shift = len(times) - 1, 1.0
+    if steps > 1 and times[1] != 1 - 1 / steps:  # the table has the times themselves; the first of them tells the shift
+        shift = round(times[1] / (steps - 1) / (1 - times[1]), 6)
+    return Sampler(method=table["method"], steps=steps, guidance=table["guidance"], shift=shift, **interval)
 
 
 def grouped(captions: list[str], images: npt.NDArray[np.uint8]) -> dict[str, list[Any]]:

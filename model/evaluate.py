@@ -39,6 +39,7 @@ from model.scorecard import (
     CaptionCheck,
     CaptionRow,
     Comparison,
+    Converged,
     Cost,
     Following,
     Lineage,
@@ -67,6 +68,7 @@ JUDGED_CAPTIONS = 64  # judged at most, and as many words
 IMPLAUSIBLE, DUPLICATE = 0.995, 0.01  # quantiles of a real image's distance to the nearest one of another group
 PUBLISHED_BATCH = 256  # images of a folder that are decoded at a time
 BLANK_DEVIATION = 2.0  # grey levels; an image with a smaller standard deviation counts as constant
+GREY = 127.5  # grey levels of a change by 1 of a pixel, whose values span 2
 DEAD_SHARE = 0.1  # of an even share; an expert with less is dead
 
 Images = npt.NDArray[np.uint8]  # [n, C, R, R]
@@ -288,9 +290,9 @@ def compare(
     champion: Drawn,
     split: str,
     champion_sha256: Sha256,
-    against: Literal["champion", "anchor", "solver"] = "champion",
+    against: Literal["champion", "anchor", "full", "solver"] = "champion",
 ) -> list[Comparison]:
-    """Compare the challenger with champion or anchor, or a student with its solver, on one split.
+    """Compare the challenger with champion or anchor, or a variant with its `full`, on one split.
 
     There is one comparison for each space and aspect (images alone, pairs of image and caption).
     """
@@ -318,6 +320,31 @@ def compare(
                 )
             )
     return rows
+
+
+def converged(own: Images, reference: Images, evaluations: int, solver: Images | None = None) -> Converged:
+    """Measure how far a variant's images lie from the converged ones of `full`, which start from the same noise.
+
+    Args:
+        own: images of the variant, uint8 [n, C, R, R].
+        reference: converged images.
+        evaluations: with which these were drawn.
+        solver: images of `full` with as many evaluations as the variant takes; None: the variant is no student.
+    """
+
+    def distance(images: Images) -> npt.NDArray[np.float64]:
+        change = (images.astype(np.float64) - reference.astype(np.float64)) / GREY
+        rows: npt.NDArray[np.float64] = np.sqrt(np.square(change).mean(axis=(1, 2, 3)))
+        return rows
+
+    mine, n = distance(own), len(own)
+    difference = mine - distance(solver) if solver is not None else None
+    return Converged(
+        n=n, evaluations=evaluations, distance=float(mine.mean()), distance_se=float(mine.std(ddof=1) / np.sqrt(n)),
+        solver=float((mine - difference).mean()) if difference is not None else None,
+        delta=float(difference.mean()) if difference is not None else None,
+        se=float(difference.std(ddof=1) / np.sqrt(n)) if difference is not None else None,
+    )  # fmt: skip
 
 
 def following(spaces: FeatureSpaces, dataset: Dataset, drawn: Drawn, split: str) -> list[Following]:
@@ -700,13 +727,14 @@ def scorecard(
     asked: list[CaptionCheck] | None = None,
     plausible: Plausibility | None = None,
     held_out: list[str] | None = None,
+    near: Converged | None = None,
 ) -> Scorecard:
     """Combine the figures of one model into its scorecard; `solver` is the sampler of `full` that a student was compared with."""
-    beside = [row.delta for row in comparisons if row.against == "solver" and row.aspect == "images"]
+    beats = near.delta < 0 if near and near.delta is not None else None
     return Scorecard(
         line=lineage.data.line, tier=config.tier, configuration=config.configuration, variant=lineage.variant,
         weights_sha256=weights_sha256, lineage_sha256=lineage.sha256, sampler=sampler, precision=precision, seed=EVALUATION_SEED,
         quality=qualities, comparisons=comparisons, memorisation=memories, captions=captions, bad_images=drawn.bad,
-        usage=usage(drawn.load), cost=cost, solver=solver if beside else None, beats_solver=max(beside) < 0 if beside else None,
+        usage=usage(drawn.load), cost=cost, solver=solver, beats_solver=beats, converged=near,
         following=follows or [], asked=asked or [], plausibility=plausible, held_out=held_out or [],
     )  # fmt: skip

@@ -20,8 +20,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from model.config import VARIANTS, ModelConfig, PrecisionName, VariantName
-from model.diffusion import timetable
+from model.config import ModelConfig, PrecisionName, VariantName
 from model.errors import ExportError
 from model.graph import SCALE, WEIGHTS_FILE, build, layout, scaled_axis
 from model.network import Network
@@ -80,6 +79,11 @@ def export(
         onnx.checker.check_model(str(out / "graph.onnx"), full_check=True)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
+    if (sampler.method == "mean") != (checkpoint.lineage.teacher is not None):
+        raise ExportError(
+            f"these weights are {'not ' if sampler.method == 'mean' else ''}a student's, and cannot be drawn with the method "
+            f"{sampler.method!r}: a student takes `mean`, and only a student does; change the sampler of {checkpoint.lineage.variant}"
+        )
     describe(Session(graph, weights), sampler, checkpoint.lineage.variant, captions, latency_ms, out)
     return Export(out, hashlib.sha256(weights).hexdigest(), parity)
 
@@ -208,19 +212,17 @@ def describe(session: Session, sampler: Sampler, variant: VariantName, captions:
     """Write `sampler.json`, `golden.npz` and `reference.json` for a session.
 
     Raises:
-        ExportError: the sampler does not fit the variant.
+        ExportError: the sampler guides a student, whose images hold the guidance already.
     """
-    if (sampler.method == "mean") == VARIANTS[variant].guided:
-        raise ExportError(
-            f"the variant {variant} is not drawn with the method {sampler.method!r}; only distilled ones take `mean`"
-        )
-    if sampler.guidance != 1 and not VARIANTS[variant].guided:
-        raise ExportError(f"the variant {variant} is trained without guidance; give its sampler guidance 1")
+    if sampler.guidance != 1 and sampler.method == "mean":
+        raise ExportError(f"the student {variant} has learnt guidance; give its sampler guidance = 1")
+    interval = sampler.model_dump(include={"guidance_low", "guidance_high"})  # empty where every step is guided
     table: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": 2 if interval else 1,  # agents before 0.2 know no interval
+        **interval,
         "variant": variant,
         "method": sampler.method,
-        "times": timetable(sampler.steps),
+        "times": sampler.times,
         "guidance": sampler.guidance,
         "image": {"channels": session.channels, "size": session.size},
         "text_length": session.text_length,
@@ -233,7 +235,7 @@ def describe(session: Session, sampler: Sampler, variant: VariantName, captions:
     ids = session.encode(chosen)
     x = np.stack([noise(seed, (session.channels, session.size, session.size)) for seed in seeds])
     t = np.linspace(1, 0.1, GOLDEN_IMAGES, dtype=np.float32)
-    # A distilled variant only ever predicts the mean velocity over one of its steps.
+    # A student only ever predicts the mean velocity over one of its steps.
     r = np.maximum(t - np.float32(1 / sampler.steps), 0) if sampler.method == "mean" else t
     velocity = session.run(x, t, r, ids)[0]
     images, load = session.generate(ids, seeds, sampler)

@@ -7,7 +7,7 @@ What is unusual here, compared with a diffusion transformer as published (DiT, H
 - captions enter as UTF-8 bytes through a lookup table, so every language works and there is no tokenizer to ship;
 - all block instances have the same parameter shapes, so the weights are a bank of M equal records;
 - a dual layer is two instances (image, text) that share one attention; a single layer is one instance for both;
-- there are two time inputs, t and r: distilled variants learn the mean velocity from t to r; `full` passes r = t;
+- there are two time inputs, t and r: students learn the mean velocity from t to r; `full` passes r = t;
 - every forward pass also returns how much each expert contributed, [B, M, E].
 
 Under autocast the matrix products are bfloat16; the residual stream, normalisation, routing and both times stay float32.

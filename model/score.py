@@ -13,7 +13,9 @@ from model.drawing import GRID_COLUMNS, Drawer, picture
 from model.errors import DataError
 from model.evaluate import Drawn
 from model.features import FeatureSpaces
-from model.scorecard import CaptionCheck, Comparison, Following, Lineage, Quality, Scorecard
+from model.scorecard import CaptionCheck, Comparison, Converged, Following, Lineage, Quality, Scorecard
+
+CONVERGED_IMAGES = 32  # separate a distance of 0.043 from one of 0.117
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,11 @@ class Contest:
     anchor: Drawer | None = None
     """The best model ever, where it is not the champion."""
     full: Drawer | None = None
-    """Of a student: `full`, drawn by a second-order solver with as many network evaluations."""
+    """The `full` whose variant the challenger is; None: the challenger is `full`."""
+    converged: Drawer | None = None
+    """That `full` in so many steps that more change nothing."""
+    solver: Drawer | None = None
+    """That `full` with as many evaluations as the challenger takes, where this is a student."""
 
     def asked(self, split: Literal["new", "old"]) -> list[str]:
         """List the captions that are drawn for a split: on the new one also those that are looked at one by one."""
@@ -57,17 +63,27 @@ def score(contest: Contest, lineage: Lineage, precision: PrecisionName) -> Score
     first = drawn.first(n)
     qualities, comparisons, follows = _by_split(contest)
     if contest.full:
-        images = contest.full.draw(asked[:n])
-        comparisons += evaluate.compare(spaces, data, first, images, "new", contest.full.weights_sha256, "solver")
+        images = contest.full.draw(asked).first(n)  # as `full` was asked in its own evaluation, so they may be there already
+        comparisons += evaluate.compare(spaces, data, first, images, "new", contest.full.weights_sha256, "full")
     beside = contest.champion.draw(asked) if contest.champion else None
     return evaluate.scorecard(
         lineage, lineage.config, challenger.weights_sha256, challenger.sampler, precision, first, qualities, comparisons,
         evaluate.memorisation(spaces, data, first), evaluate.by_caption(spaces, data, first, asked[:n]),
         evaluate.measure_cost(challenger.folder, data.captions[0], challenger.sampler),
-        contest.full.sampler if contest.full else None, follows,
+        contest.solver.sampler if contest.solver else None, follows,
         evaluate.asked_for(spaces, data, drawn, beside, n), evaluate.plausibility(spaces, data, drawn, beside, n),
-        evaluate.group_hashes(data),
+        evaluate.group_hashes(data), _converged(contest, asked, drawn),
     )  # fmt: skip
+
+
+def _converged(contest: Contest, asked: list[str], drawn: Drawn) -> Converged | None:
+    """Measure the distance from the converged images, over the first images; None: the challenger is `full`."""
+    if contest.converged is None:
+        return None
+    n = min(CONVERGED_IMAGES, contest.n)
+    reference = contest.converged.draw(asked[:n]).images
+    solver = contest.solver.draw(asked[:n]).images if contest.solver else None
+    return evaluate.converged(drawn.images[:n], reference, contest.converged.sampler.evaluations, solver)
 
 
 def _by_split(contest: Contest) -> tuple[list[Quality], list[Comparison], list[Following]]:

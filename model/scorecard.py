@@ -6,9 +6,10 @@ Every value can be written as JSON and refers to its parents by hash:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from model.config import ConfigurationName, ModelConfig, PrecisionName, TierName, VariantName, canonical_sha256
@@ -33,6 +34,11 @@ def _below(path: str) -> str:
 FOLLOW = 1 / 3  # least share of the real images' value that a model must reach, for matching captions and for drawing one
 HASHES = 256  # number of hashes that are kept of a held-out set's groups
 RelativePath = Annotated[str, AfterValidator(_below)]
+
+
+def _absent(value: object) -> bool:
+    """Check whether a field has its default and is left out, so that scorecards of older versions of ferry keep their hash."""
+    return value is None or value in ([], "images")
 
 
 class Frozen(BaseModel):
@@ -71,41 +77,80 @@ class Lineage(Frozen):
     teacher: Sha256 | None = Field(default=None, description="hash of the teacher's weights; null: it has no teacher")
     guidance: float | None = Field(
         default=None,
-        description="guidance scale that the teacher was run with; null: it has no teacher, or the teacher is a student",
+        description="guidance scale that the teacher was run with; null: it has no teacher, or the teacher is a student, as in older versions",
     )
-    steps: int = Field(description="optimizer steps")
+    trajectories: int | None = Field(
+        default=None, exclude_if=_absent, description="trajectories of `full` that a student learnt from"
+    )
+    thin: bool | None = Field(
+        default=None, exclude_if=_absent, description="whether a student has most weights of `full`, bit by bit"
+    )
+    steps: int = Field(description="optimizer steps; 0: nothing was trained, the weights are the parent's")
     items: int = Field(description="items of the training data, without the held-out ones")
     torch: str = Field(description="version of torch")
     hardware: str = Field(default="cpu", description="hardware that it was trained on")
 
 
 SamplerName = Literal["euler", "heun", "ab2", "mean"]
-EVALUATIONS: dict[SamplerName, int] = {"euler": 1, "heun": 2, "ab2": 1, "mean": 1}
-"""Network evaluations that a step takes without guidance. What each does is in `model.diffusion` and, on devices, in `ota.agent.sampler`."""
+"""Solvers. What each does is in `model.diffusion` and, on devices, in `ota.agent.sampler`."""
+
+
+def _is(usual: float) -> Callable[[object], bool]:
+    """Check whether a field has its usual value and is left out, so that older samplers and scorecards keep their hash."""
+    return lambda value: value == usual
 
 
 class Sampler(Frozen):
-    """How images are drawn: the solver, its number of steps, and the guidance scale (1 is unguided)."""
+    """How images are drawn: the solver, its steps and their times, and the guidance scale (1 is unguided)."""
 
     method: SamplerName = Field(
         default="ab2",
         description="solver: euler (first order), heun (second order, two evaluations a step), ab2 (second order, one evaluation a step); "
-        "mean is the sampler of distilled variants",
+        "mean is the sampler of students",
     )
-    steps: int = Field(default=14, ge=1, le=1000, description="number of sampling steps")
+    steps: int = Field(default=28, ge=1, le=1000, description="number of sampling steps")
     guidance: float = Field(
         default=2.0, ge=1.0, le=20.0, description="scale of classifier-free guidance; 1 is unguided and halves the evaluations"
     )
+    shift: float = Field(
+        default=1.0,
+        ge=0.1,
+        le=10.0,
+        exclude_if=_is(1.0),
+        description="grid of the times: 1 is even, below 1 the steps at little noise are shorter, above 1 those at much noise",
+    )
+    guidance_low: float = Field(
+        default=0.0, ge=0.0, lt=1.0, exclude_if=_is(0.0), description="time (0 the image, 1 noise) below which nothing is guided"
+    )
+    guidance_high: float = Field(
+        default=1.0, gt=0.0, le=1.0, exclude_if=_is(1.0), description="time above which nothing is guided"
+    )
+
+    @model_validator(mode="after")
+    def _has_an_interval(self) -> Sampler:
+        if self.guidance_low >= self.guidance_high:
+            raise PydanticCustomError("interval", "guidance_low must lie below guidance_high; leave both out to guide every step")
+        return self
+
+    @property
+    def times(self) -> list[float]:
+        """The steps + 1 times of the sampler, from 1 (noise) to 0 (the image).
+
+        With the shift s, an even time u becomes s u / (1 + (s - 1) u) (Esser et al. 2024, equation 23).
+        """
+        even = (1 - i / self.steps for i in range(self.steps))
+        return [*(self.shift * u / (1 + (self.shift - 1) * u) for u in even), 0.0]
+
+    def guides(self, t: float) -> bool:
+        """Check whether an evaluation at time t is guided; it then takes two evaluations of the network."""
+        return self.guidance != 1 and self.guidance_low <= t <= self.guidance_high
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations for one image; guidance doubles them."""
-        return self.steps * EVALUATIONS[self.method] * (2 if self.guidance != 1 else 1)
-
-
-def _absent(value: object) -> bool:
-    """Check whether a field has its default and is left out, so that scorecards of older versions of ferry keep their hash."""
-    return value is None or value in ([], "images")
+        """Network evaluations for one image; a guided evaluation counts twice."""
+        times = self.times
+        at = times[:-1] if self.method != "heun" else [*times[:-1], *times[1:]]
+        return sum(2 if self.guides(t) else 1 for t in at)
 
 
 class Quality(Frozen):
@@ -151,8 +196,9 @@ class PublishedFid(Frozen):
 class Comparison(Frozen):
     """Challenger minus another model, on the same noise seeds and captions; below 0 the challenger is better."""
 
-    against: Literal["champion", "anchor", "solver"] = Field(
-        description="anchor: the best model ever; solver: full, drawn with as many evaluations as the student"
+    against: Literal["champion", "anchor", "full", "solver"] = Field(
+        description="anchor: the best model ever; full: the one whose variant this is; solver: full, drawn with as many evaluations as the "
+        "student, in scorecards of ferry 0.1"
     )
     against_sha256: Sha256 = Field(description="hash of the other model's weights")
     space: str = Field(description="name of the feature space")
@@ -166,6 +212,24 @@ class Comparison(Frozen):
         default="images", exclude_if=_absent, description="what was compared: images, or (captions) pairs of image and caption"
     )
     drawn_se: float | None = Field(default=None, exclude_if=_absent, description="part of se that more drawn images would remove")
+
+
+class Converged(Frozen):
+    """How far a variant's images lie from those that `full` draws from the same noise in very many steps.
+
+    A distance is the root mean square over the pixels of an image, which span 2, averaged over the images.
+    """
+
+    n: int = Field(description="images")
+    evaluations: int = Field(description="network evaluations with which `full` draws the converged images")
+    distance: float = Field(description="distance of the variant's images")
+    distance_se: float = Field(description="standard error of distance")
+    solver: float | None = Field(
+        default=None,
+        description="distance of the images of `full` with as many evaluations as the variant takes; null: it is no student",
+    )
+    delta: float | None = Field(default=None, description="mean over the images of distance minus solver")
+    se: float | None = Field(default=None, description="standard error of delta")
 
 
 class Following(Frozen):
@@ -292,7 +356,11 @@ class Scorecard(Frozen):
     )
     beats_solver: bool | None = Field(
         default=None,
-        description="whether the images of a student are nearer to the data than those of that solver, in every space, by the estimates",
+        description="whether a student's images are nearer to the converged ones than those of that solver, by the estimate (in ferry 0.1: "
+        "nearer to the data, in every space)",
+    )
+    converged: Converged | None = Field(
+        default=None, exclude_if=_absent, description="distance from the converged images of `full`; null: it is `full`"
     )
     memorisation: list[Memorisation] = Field(description="whether it copies training images, by feature space")
     captions: list[CaptionRow] = Field(description="the most frequent captions of the held-out images")

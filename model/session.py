@@ -93,7 +93,7 @@ class Session:
 
         shape = (self.channels, self.size, self.size)
         start = torch.from_numpy(np.stack([noise(seed, shape) for seed in seeds]))
-        images = sample(guided(network, torch.from_numpy(ids), sampler.guidance), start, sampler)
+        images = sample(guided(network, torch.from_numpy(ids), sampler), start, sampler)
         evaluations = np.stack(loads)  # [S * evaluations of a step, M, E]
         by_step: Floats = evaluations.reshape(sampler.steps, -1, *evaluations.shape[1:]).mean(axis=1, dtype=np.float32)
         return images, by_step

@@ -17,7 +17,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from model.diffusion import add_noise, logit_normal
 from model.errors import CheckpointError, ConfigError, TrainingError
 from model.hardware import Hardware
 from model.network import Network
-from model.scorecard import DataVersion, Frozen, Lineage, Sha256
+from model.scorecard import DataVersion, Frozen, Lineage, Sampler, Sha256
 from model.watch import Figures, Watcher, draw, recorded_after, sampled_after
 
 WEIGHTS = "weights.safetensors"
@@ -42,28 +42,35 @@ CURVE = "curve.json"
 STRETCH = 5  # points of the curve that `diverged` averages
 
 
+class Rows(NamedTuple):
+    """What a training step regresses: v(x, t, r, ids) on `velocity`."""
+
+    x: Tensor  # [B, C, R, R]
+    t: Tensor  # [B]
+    r: Tensor  # [B]
+    ids: Tensor  # [B, L]
+    velocity: Tensor  # [B, C, R, R]
+
+
 class Objective(Protocol):
-    """Regression objective of a network. Times are drawn for the whole batch, targets are computed for a process's own rows."""
+    """Regression objective of a network."""
 
     @property
-    def guidance(self) -> float | None:
-        """Guidance scale of the teacher, for the lineage; None if there is none."""
+    def origin(self) -> dict[str, Any]:
+        """Fields of the lineage that say what was taught; empty where there is no teacher."""
         ...
 
-    def times(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw the times t and r of a batch, both [size], on the CPU."""
+    @property
+    def preview(self) -> Sampler:
+        """Sampler for the pictures that are drawn during the training."""
         ...
 
-    def aim(self, images: Tensor, ids: Tensor, noise: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the network's input x and the velocity to predict there, both [B, C, R, R], on the device of the images.
+    def trains(self, name: str) -> bool:
+        """Check whether a parameter is trained; the others are the teacher's and stay so."""
+        ...
 
-        Args:
-            images: [B, C, R, R].
-            ids: captions [B, L].
-            noise: [B, C, R, R].
-            t: [B].
-            r: [B].
-        """
+    def rows(self, dataset: Dataset, options: TrainOptions, step: int) -> Rows:
+        """Draw the whole batch of a step (numbered from 0), on the CPU, from the options' seed and the step alone."""
         ...
 
 
@@ -176,8 +183,9 @@ def train(
         out: folder of the checkpoint; created if missing.
         variant: variant that the weights are for.
         parent: start from these weights instead of random ones (warm start).
-        teacher: checkpoint whose weights the objective uses, for the lineage.
-        objective: regression objective; flow matching by default, `model.distill` has the other.
+        teacher: `full` of a student: gives the weights that the objective does not train, and the weights around which the
+            student's are rounded to a grid, because a bundle holds a student as its difference from `full`.
+        objective: regression objective; flow matching by default, `model.students` has the other.
         watcher: callbacks for every step and for samples; they change no weight.
         hardware: hardware to train on; by default that of this process. A state saved on other hardware is not resumed.
 
@@ -186,11 +194,11 @@ def train(
         TrainingError: the run diverged, or the loss or a weight is not finite; the last saved state is kept.
         CheckpointError: the parent is damaged or has another shape.
     """
-    hardware = hardware or Hardware.here()
+    hardware, objective = hardware or Hardware.here(), objective or FlowMatching()
     lineage = Lineage(
         data=data, config=config, variant=variant, training_sha256=options.sha256, code=code_sha256(), seed=options.seed,
         parent=parent.weights_sha256 if parent else None, teacher=teacher.weights_sha256 if teacher else None, steps=options.steps, items=len(dataset.training()),
-        torch=torch.__version__, hardware=hardware.name, guidance=objective.guidance if objective else None,
+        torch=torch.__version__, hardware=hardware.name, **objective.origin,
     )  # fmt: skip
     try:
         done = load_checkpoint(out)
@@ -204,9 +212,11 @@ def train(
     network = Network(config)
     if parent:
         load_weights(network, parent.folder / WEIGHTS)
+    if teacher:
+        keep_untrained(network, teacher.network(), objective)
     network.to(hardware.device)  # initial weights come from the seed, whatever the device
     average = copy.deepcopy(network)
-    run = _Run(network, average, options, ranks, objective or FlowMatching(), hardware)
+    run = _Run(network, average, options, ranks, objective, hardware)
     first = run.resume(out / RESUME, lineage.sha256)
     began = time.monotonic() - (run.curve[-1]["seconds"] if run.curve else 0.0)
     for step in range(first, options.steps):
@@ -226,19 +236,19 @@ def train(
                 f"train again with a learning rate below {options.learning_rate:g}"
             )
         if watched.samples and step + 1 < options.steps and step + 1 in sampled_after(options.steps):
-            watched.samples(step + 1, *draw(average, dataset, variant))
+            watched.samples(step + 1, *draw(average, dataset, objective.preview))
         if (step + 1) % options.save_every == 0 and step + 1 < options.steps and ranks.rank == 0:
             run.save(out / RESUME, lineage.sha256, step + 1)
         watched.step(step + 1, figures)
-    if parent and options.update_grid:
-        round_update(average, parent.network().to(hardware.device), options.update_grid)
+    if (around := teacher or parent) and options.update_grid:
+        round_update(average, around.network().to(hardware.device), options.update_grid)
     round_to_stored(average, options.stored)
     if not all(weight.isfinite().all() for weight in average.parameters()):
         raise TrainingError(
             f"the last step left weights that are not finite; train again with a learning rate below {options.learning_rate:g}"
         )
     if watched.samples:
-        watched.samples(options.steps, *draw(average, dataset, variant))
+        watched.samples(options.steps, *draw(average, dataset, objective.preview))
     if ranks.rank == 0:
         (out / LINEAGE).unlink(missing_ok=True)  # an old lineage must never stand beside new weights
         write_safely(out / WEIGHTS, average.state_dict())
@@ -252,17 +262,36 @@ def train(
 class FlowMatching:
     """The objective of an undistilled network: the velocity of the straight path at a logit-normal time, r = t."""
 
-    guidance: float | None = None
+    preview = Sampler(steps=8)
 
-    def times(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    @property
+    def origin(self) -> dict[str, Any]:
         """See `Objective`."""
-        t = logit_normal(size, generator)
-        return t, t
+        return {}
 
-    def aim(self, images: Tensor, ids: Tensor, noise: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Objective`; the path does not depend on the caption."""
-        del ids, r
-        return add_noise(images, noise, t)
+    def trains(self, name: str) -> bool:
+        """See `Objective`; everything is trained."""
+        del name
+        return True
+
+    def rows(self, dataset: Dataset, options: TrainOptions, step: int) -> Rows:
+        """See `Objective`; some captions are hidden, for guidance."""
+        images, ids = dataset.batch(options.seed, step, options.batch)
+        generator = torch.Generator().manual_seed(mix(options.seed, step, 2))
+        ids[torch.rand(options.batch, generator=generator) < options.caption_dropout] = 0
+        noise = torch.randn(images.shape, generator=generator)
+        t = logit_normal(options.batch, generator)
+        x, velocity = add_noise(images, noise, t)
+        return Rows(x, t, t, ids, velocity)
+
+
+def keep_untrained(network: Network, teacher: Network, objective: Objective) -> None:
+    """Give a network, in place, its teacher's weights wherever the objective trains nothing, and freeze these."""
+    with torch.no_grad():
+        for (name, ours), theirs in zip(network.named_parameters(), teacher.parameters(), strict=True):
+            if not objective.trains(name):
+                ours.copy_(theirs)
+                ours.requires_grad_(False)
 
 
 def diverged(losses: list[float]) -> bool:
@@ -361,6 +390,7 @@ class _Run:
         self.predict = torch.compile(network.traced, dynamic=False) if compiled else network.traced
         self.curve: list[dict[str, Any]] = []
         self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.trained = [objective.trains(name) for name, _ in network.named_parameters()]
         # Gains, biases and modulation tables get no weight decay.
         spared = ("gain", "bias", "mod")
         decayed = [p for name, p in network.named_parameters() if p.requires_grad and not name.endswith(spared)]
@@ -378,14 +408,9 @@ class _Run:
     def step(self, dataset: Dataset, step: int) -> Figures:
         """Take one step of gradient descent (numbered from 0), and return its figures."""
         o = self.options
-        images, ids = dataset.batch(o.seed, step, o.batch)
-        generator = torch.Generator().manual_seed(mix(o.seed, step, 2))
-        ids[torch.rand(o.batch, generator=generator) < o.caption_dropout] = 0
-        noise = torch.randn(images.shape, generator=generator)
-        drawn = (images, ids, noise, *self.objective.times(o.batch, generator))  # on the CPU, so the device does not matter
-        images, ids, noise, t, r = (self.ranks.share(rows).to(self.hardware.device) for rows in drawn)
+        drawn = self.objective.rows(dataset, o, step)  # on the CPU, so the device does not matter
+        x, t, r, ids, target = (self.ranks.share(rows).to(self.hardware.device) for rows in drawn)
         with self.hardware.precision():
-            x, target = self.objective.aim(images, ids, noise, t, r)
             v, load, chosen = self.predict(x, t, r, ids)
         loss = (v - target).square().mean()
         torch.autograd.backward(loss)
@@ -396,11 +421,15 @@ class _Run:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.network.config.router == "token-choice":
+        if self.network.config.router == "token-choice" and self.objective.trains("gate_bias"):
             self.network.balance(chosen, self.ranks.average)
         decay = min(o.ema, (step + 1) / (step + 10))  # a short run must not average in its own beginning
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+            averaged, own = (
+                [weight.data for weight, trained in zip(of.parameters(), self.trained, strict=True) if trained]
+                for of in (self.average, self.network)
+            )
+            torch._foreach_lerp_(averaged, own, 1 - decay)
         share, mean = load.detach().mean(dim=0), loss.detach()
         self.ranks.average([share, mean])
         return Figures(float(mean), rate, share.tolist())

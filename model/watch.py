@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.config import VARIANTS, VariantName
 from model.data import Dataset, to_bytes
 from model.diffusion import guided, sample
 from model.network import Network
@@ -88,11 +87,10 @@ def sampled_after(steps: int) -> set[int]:
 
 
 @torch.no_grad()
-def draw(network: Network, dataset: Dataset, variant: VariantName) -> tuple[list[str], npt.NDArray[np.uint8]]:
+def draw(network: Network, dataset: Dataset, sampler: Sampler) -> tuple[list[str], npt.NDArray[np.uint8]]:
     """Draw a few images of the data's most frequent captions: n captions and uint8 [n, C, R, R].
 
-    The noise is always the same, so only the network changes from one call to the next. A guided variant is drawn in 8 steps
-    of ab2. A distilled variant is drawn in its own steps, because it has learnt no others.
+    The noise is always the same, so only the network changes from one call to the next.
     """
     training = dataset.training()
     common = Counter(dataset.captions[i] for i in training)
@@ -103,7 +101,5 @@ def draw(network: Network, dataset: Dataset, variant: VariantName) -> tuple[list
     shape = (len(captions), config.channels, config.image_size, config.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(SAMPLE_SEED)).to(device)
     ids = torch.from_numpy(dataset.ids[[row[caption] for caption in captions]]).to(device)
-    taught = VARIANTS[variant]
-    sampler = Sampler(steps=8) if taught.guided else Sampler(method="mean", steps=taught.steps, guidance=1)
-    images = sample(guided(lambda *inputs: network(*inputs)[0], ids, sampler.guidance), noise, sampler)
+    images = sample(guided(lambda *inputs: network(*inputs)[0], ids, sampler), noise, sampler)
     return captions, to_bytes(images.nan_to_num().cpu())

@@ -14,7 +14,7 @@ MAX_GRAPH = 8 * MiB
 MAX_WEIGHTS = 4096 * MiB
 
 Role = Literal["graph", "weights", "sampler", "golden", "reference"]
-VariantName = Literal["full", "dev", "fast"]
+VariantName = Literal["full", "dev", "fast", "turbo"]
 SIZE_LIMITS: dict[str, int] = {
     "graph": MAX_GRAPH, "weights": MAX_WEIGHTS, "sampler": MAX_TABLE, "golden": MAX_GOLDEN, "reference": MAX_TABLE,
 }  # fmt: skip

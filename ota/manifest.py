@@ -30,7 +30,8 @@ MAX_NUMBER = 2**31 - 1  # largest number of a report; fits into the integer colu
 MAX_COUNT = 2**53
 MAX_TOLD = 500  # characters of a reason
 FORM = 1  # `schema_version` of every document that this agent knows, but for these
-FORMS = {"manifest": 2, "reference": 2}  # newest forms; form 2 allows a change of the images, which older agents do not know
+FORMS = {"manifest": 2, "reference": 2, "samplertable": 2}  # newest forms
+# Form 2 of manifest and reference allows a change of the images, that of the sampler table an interval of guidance.
 MAX_ALLOWED = 0.1  # width of the range of an allowed statistic; pixel values span 2
 MAX_BASES = 16  # bundles from which a change is allowed
 
@@ -157,7 +158,7 @@ class Origin(Document):
 
 
 class Manifest(Document):
-    """The manifest of a bundle: one line for one device class, in one to three variants. Its hash is the bundle's name."""
+    """The manifest of a bundle: one line for one device class, in one to four variants. Its hash is the bundle's name."""
 
     schema_version: Literal[1, 2] = Field(
         default=1, description="version of this form; 2 where a reference allows a change of the images"
@@ -167,9 +168,9 @@ class Manifest(Document):
     tier: Name = Field(max_length=20, description="size of the network")
     configuration: Literal["I", "II"] = Field(description="stride of the first convolution: I is 2, II is 1")
     precision: Precision = Field(description="how the weights are stored")
-    variants: list[VariantName] = Field(min_length=1, max_length=3, description="variants in the bundle")
+    variants: list[VariantName] = Field(min_length=1, max_length=4, description="variants in the bundle")
     default_variant: VariantName = Field(description="variant that a device uses unless it is told otherwise")
-    files: list[FileEntry] = Field(min_length=5, max_length=13, description="all files of the bundle")
+    files: list[FileEntry] = Field(min_length=5, max_length=17, description="all files of the bundle")
     origin: Origin = Field(description="where the bundle comes from")
     minimum_agent: str = Field(pattern=AGENT_VERSION, description="oldest version of ferry-agent that can use the bundle")
 
@@ -220,11 +221,13 @@ class Runtime(Document):
 class SamplerTable(Document):
     """`sampler.json`: everything needed to draw an image with a graph and its weights."""
 
-    schema_version: Literal[1] = Field(description="version of this form")
+    schema_version: Literal[1, 2] = Field(description="version of this form; 2 where guidance has an interval")
     variant: VariantName = Field(description="variant that the table is for")
     method: Literal["euler", "heun", "ab2", "mean"] = Field(description="solver")
     times: list[float] = Field(min_length=2, max_length=1001, description="times of the sampling steps, falling from 1 to 0")
     guidance: float = Field(ge=1, le=20, description="guidance scale; 1 is unguided")
+    guidance_low: float = Field(default=0, ge=0, lt=1, description="time below which nothing is guided")
+    guidance_high: float = Field(default=1, gt=0, le=1, description="time above which nothing is guided")
     image: Image = Field(description="shape of the images")
     text_length: int = Field(ge=4, le=256, description="bytes of a caption that the network reads")
     runtime: Runtime = Field(description="ONNX Runtime that computes what was scored")
@@ -233,6 +236,16 @@ class SamplerTable(Document):
     def _falling(self) -> Self:
         if not all(1 >= a > b >= 0 for a, b in zip(self.times, self.times[1:], strict=False)):
             raise ValueError("the times must fall from 1 to 0")
+        if self.times[0] != 1 or self.times[-1] != 0:
+            raise ValueError("the first time must be 1, which is noise, and the last one 0, which is the image")
+        return self
+
+    @model_validator(mode="after")
+    def _has_an_interval(self) -> Self:
+        if self.guidance_low >= self.guidance_high:
+            raise ValueError("guidance_low must lie below guidance_high")
+        if self.schema_version < 2 and (self.guidance_low, self.guidance_high) != (0, 1):
+            raise ValueError("only form 2 limits the guidance to an interval")
         return self
 
 

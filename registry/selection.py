@@ -12,9 +12,11 @@ Promotion needs
 
 and it needs floors, which hold without a champion, too: images go with their captions; each caption, and each word of captions,
 is drawn; few images are unlike all real ones or like each other; and there are limits on coverage, copying, bad images, unused
-experts, latency and memory. A distilled variant must also be better than `full` sampled by a second-order solver with as many
-network evaluations, because that solver needs no second set of weights on a device. With too few images the answer is not
-"refuse" but "more data", and says how much.
+experts, latency and memory. With too few images the answer is not "refuse" but "more data", and says how much.
+
+Another variant than `full` is not tested for superiority, because its `full` was. Instead it is tested for non-inferiority to that
+`full`. A student must also draw nearer to the converged images of `full` than `full` with as many evaluations, because that needs
+no second set of weights on a device.
 
 A challenger may be promoted for a recorded reason other than quality ("promote if reasoned", then `reasoned`) if it fails only
 superiority, and is within the margin on the new data, too. If it is shown to be worse within the margin, a person must accept
@@ -32,7 +34,7 @@ from typing import Literal
 from pydantic import Field
 from scipy import stats
 
-from model.config import HELD_OUT_PERMILLE, TEACHERS
+from model.config import HELD_OUT_PERMILLE
 from model.scorecard import (
     FOLLOW,
     HASHES,
@@ -123,7 +125,7 @@ class Limits(Frozen):
     dead_experts: int = Field(default=2, ge=0, description="largest number of routed experts that may carry almost no load")
     beat_solver: bool = Field(
         default=True,
-        description="whether a student must be better than full, sampled by a second-order solver at equal network evaluations",
+        description="whether a student must draw nearer to the converged images of full than full itself with as many evaluations",
     )
 
 
@@ -249,7 +251,7 @@ def decide(
     found = [*floors(card, limits, budgets, alpha, again, champion is not None)]
     beside = _beside_champion(card, limits, champion, alpha, again) if champion is not None else _Beside()
     best = [c for c in card.comparisons if c.against in ("champion", "anchor") and c.against_sha256 == anchor]
-    found += [*beside.found, *_beside_solver(card, limits, alpha, again)]
+    found += [*beside.found, *_beside_full(card, limits, alpha, again)]
     if anchor is not None and (anchor != champion or limits.total_tolerance < 1):
         found += _beside_anchor(card, limits, best, alpha, again)
     too_few = _too_few(card.quality, limits)
@@ -282,7 +284,7 @@ def _beside_champion(card: Scorecard, limits: Limits, champion: Sha256, alpha: f
     made = _Beside()
     if not {"new", "old"} <= {c.split for c in rows}:
         made.found.append(_missing("this version was not compared with the present champion"))
-    if any(row.split == "new" for row in rows):
+    if card.variant == "full" and any(row.split == "new" for row in rows):
         made.superior.append(_superior(rows, "new", alpha, again))
     for row in rows:
         finding = _below(row, _margin(card, row, limits), f"non-inferiority on the {row.split} data", alpha, again)
@@ -292,15 +294,31 @@ def _beside_champion(card: Scorecard, limits: Limits, champion: Sha256, alpha: f
     return made
 
 
-def _beside_solver(card: Scorecard, limits: Limits, alpha: float, again: float) -> list[_Finding]:
-    """Test whether a student is better than `full`, drawn by a solver with as many network evaluations."""
-    if not limits.beat_solver or card.variant not in TEACHERS:
+def _beside_full(card: Scorecard, limits: Limits, alpha: float, again: float) -> list[_Finding]:
+    """Test whether a variant is not worse than its `full`, and whether a student is worth its weights."""
+    if card.variant == "full":
         return []
-    rows = [c for c in card.comparisons if c.against == "solver" and c.aspect == "images"]
+    rows = [c for c in card.comparisons if c.against == "full"]
     if not rows:
-        return [_missing("this version was not compared with full, drawn by a solver")]
-    what = f"superiority over full in {card.solver.steps if card.solver else '?'} steps of a second-order solver"
-    return [_below(row, 0.0, what, alpha, again) for row in rows]
+        return [_missing("this version was not compared with full")]
+    found = [_below(row, _margin(card, row, limits), "non-inferiority to full", alpha, again) for row in rows]
+    return [*found, *_beside_solver(card, limits, alpha)]
+
+
+def _beside_solver(card: Scorecard, limits: Limits, alpha: float) -> list[_Finding]:
+    """Test whether a student draws nearer to the converged images of `full` than `full` with as many evaluations."""
+    if not limits.beat_solver or card.sampler.method != "mean":
+        return []
+    row = card.converged
+    if row is None or row.delta is None or row.se is None or row.solver is None:
+        return [_missing("this student was not compared with full in as many evaluations")]
+    upper = row.delta + quantile(row.n, alpha) * row.se
+    text = (
+        f"distance from the converged images: {row.distance:.3f} in {card.sampler.evaluations} evaluations, full in as many {row.solver:.3f}, "
+        f"difference {row.delta:+.3f} (upper bound {upper:+.3f} at n = {row.n}); the upper bound must be below 0"
+    )
+    needed = f"{text}: undecided" if upper >= 0 > row.delta else None
+    return [_Finding(Check(name="nearer than full with as many evaluations", passed=upper < 0, text=text), needed)]
 
 
 def _beside_anchor(card: Scorecard, limits: Limits, rows: Sequence[Comparison], alpha: float, again: float) -> list[_Finding]:
@@ -322,6 +340,9 @@ def _outcome(
     reason = "; ".join(f.needed or f.check.text for f in failed)
     if not failed:
         reason = _first(limits) if champion is None else "better on the new data, not worse on the old"
+        if card.variant != "full":
+            first = "first version, " if champion is None else ""
+            reason = f"{first}as good as full within the margin, in {card.sampler.evaluations} evaluations of the network"
         return "promote", reason + _untested(card, limits)
     if all(f.check.passed or f.waivable for f in [*beside.harmless, *found]):
         reason += f"; {'; '.join(beside.worse)}" if beside.worse else ""

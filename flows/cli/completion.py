@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 ASKED = "_FERRY_COMPLETE"  # environment variable by which a shell asks for completions
-LADDER = ("full", "dev", "fast")  # each variant is trained if a class runs it or one after it
+LADDER = ("full", "dev", "fast", "turbo")  # each variant is trained if a class runs it or one after it
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,11 @@ STATUS = {
     "milliseconds": "by variant: number of recent images, median and 95th percentile of their times",
 }
 
-ASKED = {"caption": ("text", "what to draw"), "seed": ("whole number", "seed"), "variant": ("text", "`full`, `dev` or `fast`")}
+ASKED = {
+    "caption": ("text", "what to draw"),
+    "seed": ("whole number", "seed"),
+    "variant": ("text", "`full`, `dev`, `fast` or `turbo`"),
+}
 
 METADATA = {
     "signatures[].keyid": "id of the key that signed",

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -40,6 +40,7 @@ from ota.errors import (
     own_errors,
     printable,
 )
+from ota.limits import VariantName
 
 ABOUT = f"""Keep this device's model up to date: verify, apply and try updates, and roll them back if necessary.
 
@@ -60,7 +61,7 @@ WRITTEN = {
     "device": ("device", _NAME), "line": ("line", _NAME), "device_class": ("class", _NAME),
     "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "reports": ("reports", f"give a folder, {_PLACE}"),
     "window": ("window", window.WRITTEN), "prefer": ("prefer", "choose default, quality, latency or energy"),
-    "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev or fast"),
+    "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev, fast or turbo"),
     "authorities": ("ca", "give fewer certificates"), "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
 }  # fmt: skip
 """Name the option of `init` for each field of the configuration, and say how its value is written."""
@@ -143,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--seed", type=_at_least(0), default=0, metavar="N", help="seed; the same seed gives the same image (%(default)s)"
     )
-    made.add_argument("--variant", default="", help="full, dev or fast; the bundle's default by default")
+    made.add_argument("--variant", default="", help="full, dev, fast or turbo; the bundle's default by default")
 
     command(rollback)
 
@@ -304,8 +305,8 @@ def generate(given: Arguments) -> None:
     from ota.agent import drawing
 
     output.check(given.output)
-    if given.variant not in ("", "full", "dev", "fast"):
-        raise OperatorError(f"there is no variant {given.variant!r}; choose full, dev or fast")
+    if given.variant not in ("", *get_args(VariantName)):
+        raise OperatorError(f"there is no variant {given.variant!r}; choose full, dev, fast or turbo")
     data, how = drawing.generate(Home(given.dir), given.caption, given.seed, given.variant or None)
     with output.fresh(given.output) as file:
         file.write(data)

@@ -40,9 +40,9 @@ class Model:
     """Number of experts of each block, as listed in the bundle's own reference; None: not checked."""
 
     def velocity(self, x: Floats, t: float, r: float, ids: npt.NDArray[np.int64]) -> Floats:
-        """Evaluate the network at (x [B, C, R, R], t, r) for captions [B, L]; with guidance if the table asks for it."""
+        """Evaluate the network at (x [B, C, R, R], t, r) for captions [B, L]; with guidance where the table asks for it."""
         guidance, B = np.float32(self.table.guidance), len(x)
-        if guidance == 1:
+        if guidance == 1 or not self.table.guidance_low <= t <= self.table.guidance_high:
             return self.run(x, np.full(B, t, np.float32), np.full(B, r, np.float32), ids)
         twice = np.concatenate((x, x)), np.full(2 * B, t, np.float32), np.full(2 * B, r, np.float32)
         both = self.run(*twice, np.concatenate((ids, np.zeros_like(ids))))
@@ -177,7 +177,7 @@ def sample_ab2(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
 
 
 def sample_mean(velocity: Velocity, x: Floats, times: list[float]) -> Floats:
-    """Integrate by the mean velocity from each time to the next, which distilled variants predict."""
+    """Integrate by the mean velocity from each time to the next, which students predict."""
     for t, s in pairwise(times):
         x = x + np.float32(s - t) * velocity(x, t, s)
     return x

@@ -604,7 +604,7 @@ def _request(body: bytes) -> dict[str, Any]:
     if not isinstance(request, dict) or any(type(value) is not kinds.get(name) for name, value in request.items()):
         raise OperatorError('the body is not of the form {"caption": "…", "seed": 0, "variant": "full"}')
     if request.get("variant", "full") not in variants.LADDER:
-        raise OperatorError(f"there is no variant {request['variant']!r}; choose full, dev or fast")
+        raise OperatorError(f"there is no variant {request['variant']!r}; choose full, dev, fast or turbo")
     return {"caption": request.get("caption", ""), "seed": request.get("seed", 0), "variant": request.get("variant")}
 
 

@@ -1,6 +1,6 @@
 """Which variant of a bundle draws, and when its expert routing has shifted: rules without I/O.
 
-A bundle holds up to three variants of one network, from `full` (best quality, highest cost) to `fast`. The device's owner chooses
+A bundle holds up to four variants of one network, from `full` (best quality, highest cost) to `turbo`. The device's owner chooses
 the goal: the best quality within a budget of time or energy, or the lowest time or energy. The cost of a variant is measured on
 this device, by `ferry-agent bench` and with every image that `ferry-agent serve` draws.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ota.agent.state import Config
 from ota.manifest import VariantName
 
-LADDER: tuple[VariantName, ...] = ("full", "dev", "fast")  # from the highest to the lowest quality and cost
+LADDER: tuple[VariantName, ...] = ("full", "dev", "fast", "turbo")  # from the highest to the lowest quality and cost
 ROUTE_IMAGES = 32  # images over which the expert load is averaged before it is checked
 ROUTE_LIMIT = 0.3  # share of a block's load that may go to other experts than at the factory
 
