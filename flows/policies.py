@@ -171,10 +171,11 @@ def start(
 def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Release | None:
     """Find the newest release that holds the weights of exactly the champions that the ledger names; None: there is none."""
     settings = workspace.device_class(line, device_class)
-    wanted = {
+    found = {
         variant: subject_state(workspace.ledger.entries(f"{line}/{settings.configuration}/{variant}")).weights
         for variant in settings.variants
     }
+    wanted = {variant: weights for variant, weights in found.items() if weights}  # a variant without a champion is left out
     return fielded.release_with(workspace.repository, line, device_class, settings.configuration, wanted)
 
 

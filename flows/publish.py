@@ -56,7 +56,9 @@ def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[Varian
     workspace = Workspace(Path(root))
     settings = workspace.device_class(line, device_class)
     found = champions(workspace, workspace.class_subjects(line, device_class))
-    progress.say(f"build the bundle of {', '.join(champion.name for champion in found.values())}")
+    left = [str(subject) for subject in workspace.class_subjects(line, device_class) if subject.variant not in found]
+    without = f"; {', '.join(left)} has no champion and is left out" if left else ""
+    progress.say(f"build the bundle of {', '.join(champion.name for champion in found.values())}{without}")
     exports = {variant: champion_files(workspace, champion).bundle for variant, champion in found.items()}
     first = next(iter(found.values()))
     lineage = load_checkpoint(champion_files(workspace, first).checkpoint).lineage

@@ -267,10 +267,9 @@ def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _
                 ladder.last = verdict(workspace, subject, champion.seal.version)
                 why = "the champion comes from the present full with these settings"
                 return _row(subject, data, champion.seal.version, "unchanged", why)
-            allowed = ladder.allowed(line, 1)
-            return _passed(
-                ladder, judge(workspace, champion.files.checkpoint, champion, allowed, promote_winners, ladder.full.bundle)
-            )
+            if before.lineage.teacher:  # only how it is stored or drawn has changed: no training, but the gate has to see it
+                allowed, own = ladder.allowed(line, 1), champion.files.checkpoint
+                return _passed(ladder, judge(workspace, own, champion, allowed, promote_winners, ladder.full.bundle))
     ways = _ways(line, subject.variant, full, before)
     for source, parent in ways:
         checkpoint = _made(workspace, data, subject, full, source, parent)

@@ -225,9 +225,9 @@ def _class(workspace: Workspace, line: str, name: str, states: dict[str, Subject
 
 
 def _weights(line: str, settings: DeviceClass, states: dict[str, SubjectState]) -> dict[VariantName, str]:
-    """Return the champions' weights of all variants of a class; empty if a variant has no champion."""
-    wanted = {variant: states[f"{line}/{settings.configuration}/{variant}"].weights for variant in settings.variants}
-    return wanted if all(wanted.values()) else {}
+    """Return the champions' weights of the variants of a class; a variant without a champion is left out, as of a release."""
+    found = {variant: states[f"{line}/{settings.configuration}/{variant}"].weights for variant in settings.variants}
+    return {variant: weights for variant, weights in found.items() if weights}
 
 
 def _events(workspace: Workspace) -> Iterator[Waits]:

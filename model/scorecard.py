@@ -138,8 +138,8 @@ class Sampler(Frozen):
 
         With the shift s, an even time u becomes s u / (1 + (s - 1) u) (Esser et al. 2024, equation 23).
         """
-        even = (1 - i / self.steps for i in range(self.steps))
-        return [*(self.shift * u / (1 + (self.shift - 1) * u) for u in even), 0.0]
+        even = (1 - i / self.steps for i in range(1, self.steps))
+        return [1.0, *(self.shift * u / (1 + (self.shift - 1) * u) for u in even), 0.0]
 
     def guides(self, t: float) -> bool:
         """Check whether an evaluation at time t is guided; it then takes two evaluations of the network."""

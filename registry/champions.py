@@ -39,16 +39,17 @@ class Records(Protocol):
 
 
 def champions(records: Records, subjects: Iterable[Subject]) -> dict[VariantName, Seal]:
-    """Find the seals of the champions that a device class runs, by variant.
+    """Find the seals of the champions that a device class runs, by variant; a variant without a champion is left out.
 
     Raises:
-        CatalogError: a variant has no champion, an older ferry kept no hashes of it, or MLflow's alias differs from the ledger.
+        CatalogError: no variant has a champion, an older ferry kept no hashes of one, or MLflow's alias differs from the ledger.
     """
     found: dict[VariantName, Seal] = {}
-    for subject in subjects:
+    asked = list(subjects)
+    for subject in asked:
         now, alias = _state(records, subject), records.catalog.champion(subject)
         if now.version is None and alias is None:
-            raise CatalogError(f"{subject} has no champion to release; run `ferry retrain {subject.line}` or `ferry promote`")
+            continue
         if alias is None:
             check_champion_kept(records, subject)
         if now.version is None or alias is None or now.version != alias.number or now.weights != alias.tagged_weights:
@@ -58,6 +59,9 @@ def champions(records: Records, subjects: Iterable[Subject]) -> dict[VariantName
                 f"{subject} VERSION --reason ...` with the version that you want"
             )
         found[subject.variant] = now.seal(str(subject), now.version)
+    if not found:
+        first = asked[0]
+        raise CatalogError(f"{first} has no champion to release; run `ferry retrain {first.line}` or `ferry promote`")
     return found
 
 

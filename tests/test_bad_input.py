@@ -167,10 +167,10 @@ def test_data_folder_and_a_store_in_one(root: Path, store: str, data: str) -> No
 
 def test_unknown_variant(root: Path) -> None:
     assert refused(CatalogError, lambda: Subject.parse("shapes/I/slow")) == (
-        "'shapes/I/slow' is not LINE/CONFIG/VARIANT; write it as shapes/I/full, with configuration I or II and variant full, dev or fast"
+        "'shapes/I/slow' is not LINE/CONFIG/VARIANT; write it as shapes/I/full, with configuration I or II and variant full, dev, fast or turbo"
     )
     for command in (("promote", "shapes/I/slow", "1"), ("evaluate", "shapes/I/slow")):
-        assert "and variant full, dev or fast" in ferry(root, *command)
+        assert "and variant full, dev, fast or turbo" in ferry(root, *command)
     asked = setting(root, 'configuration = "I" ', 'variants = ["slow"]\nconfiguration = "I" ')
     assert asked.startswith("lines.shapes.classes.edge.variants.0: it must be 'full'")
 
@@ -178,7 +178,7 @@ def test_unknown_variant(root: Path) -> None:
 def test_unknown_variant_on_device(tmp_path: Path) -> None:
     told = agent("generate", "bar", "--variant", "slow", "--dir", str(tmp_path))
     assert (told.exit_code, told.stdout) == (3, "")
-    assert told.stderr == "ferry-agent: there is no variant 'slow'; choose full, dev or fast\n"
+    assert told.stderr == "ferry-agent: there is no variant 'slow'; choose full, dev, fast or turbo\n"
 
 
 def test_image_size_not_divisible_by_the_stride(root: Path) -> None:

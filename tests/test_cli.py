@@ -197,12 +197,12 @@ def test_first_wrong_steps_in_a_fresh_workspace_name_the_next_command(
     ("change", "says"),
     [
         (
-            ("schema = 1", "schema = 2"),
-            "schema = 2 is the format of a newer version of ferry, but this version knows 1; install the newer version",
+            ("schema = 2", "schema = 3"),
+            "schema = 3 is the format of a newer version of ferry, but this version knows 2; install the newer version",
         ),
-        (("schema = 1", ""), "schema = 1 is missing at its beginning"),
-        (("schema = 1", "schema = 0"), "no older format was ever released"),
-        (("schema = 1", "schema = "), "is not valid TOML"),
+        (("schema = 2", ""), "schema = 2 is missing at its beginning"),
+        (("schema = 2", "schema = 0"), "no older format was ever released"),
+        (("schema = 2", "schema = "), "is not valid TOML"),
         (("steps = 400", "stepps = 400"), "stepps"),
         (("guidance = 2.0", "guidance = 0.5"), "guidance"),
         (
@@ -565,7 +565,7 @@ def test_agent_without_a_directory_says_so(arguments: tuple[str, ...], tmp_path:
         ({"--watts": "2"}, "--watts is not valid; give"),
         ({"--latency-ms": "0"}, "--latency-ms is not valid; give a number above 0"),
         ({"--joules": "inf"}, "--joules is not valid; give"),
-        ({"--safe": "best"}, "--safe is not valid; choose full, dev or fast"),
+        ({"--safe": "best"}, "--safe is not valid; choose full, dev, fast or turbo"),
         ({"--prefer": "best"}, "--prefer is not valid; choose default"),
         ({"--repository": "http://user:sec/ret@127.0.0.1:9/f"}, "--repository is not valid; give"),
         ({"--repository": "/etc/passwd"}, "--repository is not valid: /etc/passwd is not a folder"),

@@ -101,9 +101,9 @@ def test_no_file_says_what_to_do(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "line", "key", "said"),
     [
-        ("", None, "schema", "write schema = 1"),
-        ('schema = 2\n[lines.a]\ndata = "data/a"', 1, "schema", "newer version"),
-        ('schema = "1"\n[lines.a]\ndata = "data/a"', 1, "schema", "write schema = 1"),
+        ("", None, "schema", "write schema = 2"),
+        ('schema = 3\n[lines.a]\ndata = "data/a"', 1, "schema", "newer version"),
+        ('schema = "1"\n[lines.a]\ndata = "data/a"', 1, "schema", "write schema = 2"),
         ("schema = 1\nlines = 3", 2, "lines", "must be a section"),
         ("schema = 1\n[lines]", 2, "lines", "there is no line"),
         ("schema = 1\n[lines.a\n", 2, "", "not valid TOML"),

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from model.diffusion import SAMPLERS, Velocity, add_noise, guided, logit_normal, sample, timetable
+from model.diffusion import SAMPLERS, Velocity, add_noise, guided, logit_normal, sample
 from model.errors import ConfigError
 from model.scorecard import Sampler
 
@@ -69,18 +69,26 @@ def test_times_favour_the_middle() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 14, 28, 56, 1000])
-def test_timetable_falls_to_zero(steps: int) -> None:
-    times = timetable(steps)
+@pytest.mark.parametrize("shift", [0.1, 0.5, 1.0, 3.0])
+def test_times_fall_to_zero(steps: int, shift: float) -> None:
+    times = Sampler(steps=steps, shift=shift).times
     assert len(times) == steps + 1
     assert (times[0], times[-1]) == (1, 0)
     assert all(a > b for a, b in pairwise(times))
+
+
+def test_shift_below_1_shortens_the_steps_at_little_noise() -> None:
+    even, shifted = (Sampler(steps=8, shift=shift).times for shift in (1.0, 0.5))
+    assert even == [1 - i / 8 for i in range(9)]
+    assert shifted[-2] < even[-2]
+    assert all(a < b for a, b in zip(shifted[1:-1], even[1:-1], strict=True))
 
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
 @pytest.mark.parametrize("warp", [even, bent, alternating])
 def test_solver_has_its_order(method: str, order: int, warp: Callable[[list[float]], list[float]]) -> None:
     """Check that half the step divides the error by 2 to the order, on even and on uneven times."""
-    errors = [error_of(method, warp(timetable(steps))) for steps in (42, 84, 168)]
+    errors = [error_of(method, warp(Sampler(steps=steps).times)) for steps in (42, 84, 168)]
     for coarse, fine in pairwise(errors):
         assert 0.85 * 2**order < coarse / fine < 1.15 * 2**order
 
@@ -108,17 +116,18 @@ class Counter:
 
 @pytest.mark.parametrize("method", list(SAMPLERS))
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_evaluations_count_real_calls(method: str, guidance: float) -> None:
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7), (0.0, 0.5)])
+def test_evaluations_count_real_calls(method: str, guidance: float, interval: tuple[float, float]) -> None:
     network, ids = Counter(), torch.tensor([[1, 2], [3, 0]])
-    sampler = Sampler(method=method, steps=5, guidance=guidance)
-    sample(guided(network, ids, guidance), torch.randn(2, 1, 4, 4), sampler)
+    sampler = Sampler(method=method, steps=5, guidance=guidance, guidance_low=interval[0], guidance_high=interval[1])
+    sample(guided(network, ids, sampler), torch.randn(2, 1, 4, 4), sampler)
     assert network.images == 2 * sampler.evaluations
 
 
 def test_unguided_network_sees_captions_only() -> None:
     network, ids = Counter(), torch.tensor([[1, 2], [3, 0]])
     x = torch.randn(2, 1, 4, 4)
-    v = guided(network, ids, 1.0)(x, 0.5, 0.5)
+    v = guided(network, ids, Sampler(guidance=1.0))(x, 0.5, 0.5)
     assert [torch.equal(seen, ids) for seen in network.ids] == [True]
     assert torch.equal(v, network(x, torch.full((2,), 0.5), torch.full((2,), 0.5), ids))
 
@@ -128,8 +137,26 @@ def test_guidance_extrapolates_from_no_caption(guidance: float) -> None:
     network, ids = Counter(), torch.tensor([[1, 2], [3, 0]])
     x, t = torch.randn(2, 1, 4, 4), torch.full((2,), 0.5)
     with_caption, without = network(x, t, t, ids), network(x, t, t, torch.zeros_like(ids))
-    v = guided(network, ids, guidance)(x, 0.5, 0.5)
+    v = guided(network, ids, Sampler(guidance=guidance))(x, 0.5, 0.5)
     torch.testing.assert_close(v - without, guidance * (with_caption - without))
+
+
+@pytest.mark.parametrize(("t", "led"), [(0.8, False), (0.7, True), (0.5, True), (0.2, False)])
+def test_guidance_applies_only_in_its_interval(t: float, led: bool) -> None:
+    network, ids = Counter(), torch.tensor([[1, 2], [3, 0]])
+    x = torch.randn(2, 1, 4, 4)
+    within = Sampler(guidance=3.0, guidance_low=0.3, guidance_high=0.7)
+    v = guided(network, ids, within)(x, t, t)
+    assert torch.equal(v, guided(network, ids, Sampler(guidance=3.0 if led else 1.0))(x, t, t))
+
+
+def test_empty_interval_of_guidance_is_refused() -> None:
+    with pytest.raises(ValidationError, match="guidance_low must lie below guidance_high"):
+        Sampler(guidance_low=0.5, guidance_high=0.5)
+
+
+def test_sampler_of_an_older_ferry_keeps_its_hash() -> None:
+    assert Sampler(steps=14).model_dump() == {"method": "ab2", "steps": 14, "guidance": 2.0}
 
 
 def test_solvers_leave_noise_alone() -> None:

@@ -20,6 +20,7 @@ import torch
 from model import graph
 from model.config import ModelConfig, PrecisionName, RouterName
 from model.data import Dataset, to_unit
+from model.drawing import sampler_of
 from model.errors import DataError, ExportError
 from model.export import Export, check_parity, export, image_statistics, pack, tensor_of, unpack
 from model.graph import RECORD_ALIGNMENT, SCALE, TENSOR_ALIGNMENT, Tensor, build, layout, scaled_axis
@@ -62,11 +63,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
-def of_variant(checkpoint: Checkpoint, variant: str, folder: Path) -> Checkpoint:
-    """Copy a checkpoint, with the same weights, as another variant."""
+def student_of(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Copy a checkpoint, with the same weights, as a student of itself."""
     shutil.copytree(checkpoint.folder, folder)
     lineage = json.loads((folder / LINEAGE).read_text())
-    (folder / LINEAGE).write_text(json.dumps({**lineage, "variant": variant}))
+    (folder / LINEAGE).write_text(json.dumps({**lineage, "variant": "turbo", "teacher": checkpoint.weights_sha256}))
     return load_checkpoint(folder)
 
 
@@ -369,18 +370,37 @@ def test_reference_statistics_match_the_data(exported: Export, dataset: Dataset)
         assert statistics[name]["low"] - 0.3 < value < statistics[name]["high"] + 0.3, name
 
 
-@pytest.mark.parametrize("variant", ["dev", "fast"])
-def test_unguided_variant_refuses_guided_sampler(checkpoint: Checkpoint, tmp_path: Path, variant: str) -> None:
-    student = of_variant(checkpoint, variant, tmp_path / "student")
-    with pytest.raises(ExportError, match=f"the variant {variant} is trained without guidance; give its sampler guidance 1"):
+def test_student_refuses_the_sampler_of_full_and_full_that_of_a_student(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    student = student_of(checkpoint, tmp_path / "student")
+    with pytest.raises(ExportError, match="the student turbo has learnt guidance; give its sampler guidance = 1"):
         export_of(student, tmp_path / "guided", sampler=Sampler(method="mean", steps=3, guidance=2.0))
     assert not (tmp_path / "guided" / "sampler.json").exists()
-    with pytest.raises(ExportError, match=f"the variant {variant} is not drawn with the method 'ab2'"):
+    with pytest.raises(ExportError, match="these weights are a student's, and cannot be drawn with the method 'ab2'"):
         export_of(student, tmp_path / "solved", sampler=Sampler(method="ab2", steps=3, guidance=1.0))
+    with pytest.raises(ExportError, match="these weights are not a student's, and cannot be drawn with the method 'mean'"):
+        export_of(checkpoint, tmp_path / "full", sampler=Sampler(method="mean", steps=3, guidance=1.0))
     unguided = export_of(student, tmp_path / "unguided", sampler=Sampler(method="mean", steps=4, guidance=1.0))
     with np.load(unguided.folder / "golden.npz") as golden:  # the mean velocity over one of its own steps is compared
         assert (golden["t"] - golden["r"] == np.minimum(golden["t"], 0.25)).all()
-    assert json.loads((unguided.folder / "sampler.json").read_text())["variant"] == variant
+    assert json.loads((unguided.folder / "sampler.json").read_text())["variant"] == "turbo"
+
+
+def test_table_holds_the_times_and_the_interval_and_gives_the_sampler_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plain = Sampler(steps=4, shift=0.5)
+    made = export_of(checkpoint, tmp_path / "plain", sampler=plain)
+    table = json.loads((made.folder / "sampler.json").read_text())
+    assert table["schema_version"] == 1
+    assert "guidance_low" not in table  # agents before 0.2 read it
+    assert table["times"] == plain.times
+    assert sampler_of(made.folder) == plain
+    limited = Sampler(steps=5, guidance_low=0.2, guidance_high=0.8)
+    made = export_of(checkpoint, tmp_path / "limited", sampler=limited)
+    table = json.loads((made.folder / "sampler.json").read_text())
+    assert (table["schema_version"], table["guidance_low"], table["guidance_high"]) == (2, 0.2, 0.8)
+    assert sampler_of(made.folder) == limited
+    for steps in (1, 2, 7, 28):
+        given = Sampler(steps=steps, shift=1.0)
+        assert sampler_of(export_of(checkpoint, tmp_path / f"{steps}", sampler=given).folder) == given
 
 
 def test_caption_too_long_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

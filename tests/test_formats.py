@@ -74,7 +74,7 @@ def test_format_is_trained_exported_and_drawn(tmp_path: Path, configuration: Con
     ids, start = session.encode(["bar"]), torch.from_numpy(noise(5, (channels, size, size)))[None]
     image = session.generate(ids, [5], DRAWING)[0]
     with torch.inference_mode():
-        expected = sample(guided(lambda *inputs: network(*inputs)[0], torch.from_numpy(ids), 2.0), start, DRAWING)
+        expected = sample(guided(lambda *inputs: network(*inputs)[0], torch.from_numpy(ids), DRAWING), start, DRAWING)
     assert image.shape == (1, channels, size, size)
     assert not agree(image.numpy(), start.numpy())  # two steps of training draw something
     assert agree(image.numpy(), expected.numpy())
@@ -133,12 +133,14 @@ def test_guidance_towards_no_caption_changes_nothing(unconditional: Export, guid
         return torch.from_numpy(np.asarray(session.run(*(i.numpy() for i in inputs))[0]))
 
     for t in (1.0, 0.3):
-        plain = guided(network, torch.from_numpy(ids), 1.0)(torch.from_numpy(x), t, t)
-        led = guided(network, torch.from_numpy(ids), guidance)(torch.from_numpy(x), t, t)
+        plain = guided(network, torch.from_numpy(ids), Sampler(guidance=1.0))(torch.from_numpy(x), t, t)
+        led = guided(network, torch.from_numpy(ids), Sampler(guidance=guidance))(torch.from_numpy(x), t, t)
         torch.testing.assert_close(led, plain, rtol=0, atol=1e-5)
         model.table = model.table.model_copy(update={"guidance": guidance})
         np.testing.assert_allclose(model.velocity(x, t, t, ids), plain.numpy(), rtol=0, atol=1e-5)
-        given = guided(network, torch.from_numpy(session.encode(["bar", "bar"])), guidance)(torch.from_numpy(x), t, t)
+        given = guided(network, torch.from_numpy(session.encode(["bar", "bar"])), Sampler(guidance=guidance))(
+            torch.from_numpy(x), t, t
+        )
         assert float((given - plain).abs().max()) > 1e-3  # a caption would change it
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from model import diffusion, session
 from model.config import PrecisionName
 from model.export import Export, image_statistics
-from model.scorecard import EVALUATIONS, Sampler, SamplerName
+from model.scorecard import Sampler, SamplerName
 from model.train import round_to_stored
 from ota.agent import sampler
 from ota.errors import DeviceError, OperatorError
@@ -42,12 +42,14 @@ def device(exported: Export, **fields: Any) -> sampler.Model:
     return sampler.open_model(graph, weights, table(exported, **fields))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "fields", [{"guidance": 1.0}, {"guidance": 3.0}, {"guidance": 3.0, "guidance_low": 0.15, "guidance_high": 0.7}]
+)
 @pytest.mark.parametrize("method", list(sampler.SAMPLERS))
-def test_device_draws_factory_images(exported, factory, method, guidance):
-    asked = Sampler(method=method, steps=5, guidance=guidance)
+def test_device_draws_factory_images(exported, factory, method, fields):
+    asked = Sampler(method=method, steps=5, shift=0.6, **fields)
     expected, load = factory.generate(factory.encode(CAPTIONS), SEEDS, asked)
-    model = device(exported, method=method, guidance=guidance, times=diffusion.timetable(5))
+    model = device(exported, method=method, times=asked.times, schema_version=2, **fields)
     ids = np.concatenate([model.encode(caption) for caption in CAPTIONS])
     images = model.generate(ids, SEEDS)
     assert images.dtype == np.float32
@@ -167,7 +169,7 @@ class Counted:
 @pytest.mark.parametrize("method", get_args(SamplerName))
 def test_lists_of_samplers_agree_and_each_takes_the_evaluations_that_costs_are_counted_with(method):
     """Compare the lists: a sampler that is missing in one draws on no device, or its cost is wrong."""
-    assert set(EVALUATIONS) == set(get_args(SamplerName)) == set(diffusion.SAMPLERS) == set(sampler.SAMPLERS)
+    assert set(get_args(SamplerName)) == set(diffusion.SAMPLERS) == set(sampler.SAMPLERS)
     assert get_args(SamplerName) == get_args(SamplerTable.model_fields["method"].annotation)
     times = [1.0, 0.6, 0.3, 0.0]
     factory, device = Counted(), Counted()

@@ -16,6 +16,7 @@ from model.scorecard import (
     HASHES,
     CaptionCheck,
     Comparison,
+    Converged,
     Cost,
     Following,
     Memorisation,
@@ -78,7 +79,7 @@ def card(
     ]
     return Scorecard(
         line="shapes", tier="test", configuration="I", variant="full", weights_sha256=CHALLENGER, lineage_sha256="c" * 64,
-        sampler=Sampler(), precision="bfloat16", seed=0, quality=quality, comparisons=comparisons, memorisation=[],
+        sampler=Sampler(steps=14), precision="bfloat16", seed=0, quality=quality, comparisons=comparisons, memorisation=[],
         captions=[], bad_images=bad, usage=Usage(load=[[0.25] * 4], by_step=[[[0.25] * 4]], entropy=[1], dead=dead),
         cost=Cost(milliseconds=milliseconds, evaluations=28, peak_mib=60, bare_mib=40, machine="x"),
     )  # fmt: skip
@@ -169,41 +170,76 @@ def test_many_variants_decided_together_need_more_evidence():
     assert judged(close, together=3).outcome == "promote if reasoned"
 
 
-def student(delta: float, se: float) -> Scorecard:
-    """Make a challenger that passes everything else, with this difference to `full` drawn at as many evaluations."""
+def student(delta: float, se: float, full: float = -0.01) -> Scorecard:
+    """Make a student that passes everything else, so much nearer to the converged images than `full` in as many evaluations."""
     beside = [
-        row.model_copy(update={"against": "solver", "against_sha256": "e" * 64, "delta": delta, "se": se})
+        row.model_copy(update={"against": "full", "against_sha256": "e" * 64, "delta": full, "se": 0.005})
         for row in card().comparisons
         if row.split == "new"
     ]
-    fields = {"variant": "dev", "comparisons": [*card().comparisons, *beside], "solver": Sampler(steps=14)}
+    near = Converged(n=32, evaluations=80, distance=0.05, distance_se=0.005, solver=0.05 - delta, delta=delta, se=se)
+    fields = {
+        "variant": "turbo", "comparisons": [*card().comparisons, *beside], "converged": near,
+        "sampler": Sampler(method="mean", steps=4, guidance=1.0),
+    }  # fmt: skip
     return card().model_copy(update=fields)
 
 
-def test_student_that_does_not_beat_the_solver_is_refused():
-    assert judged(student(-0.1, 0.01)).outcome == "promote"
+def test_student_that_is_no_nearer_than_the_solver_is_refused():
+    decision = judged(student(-0.07, 0.01))
+    assert decision.outcome == "promote"
+    assert decision.reason == "as good as full within the margin, in 4 evaluations of the network (n = 100)"
     decision = judged(student(0.01, 0.01))
     assert decision.outcome == "refuse"
     assert (
-        "superiority over full in 14 steps of a second-order solver, trained features, images alone: difference +0.0100"
-        in decision.reason
+        "distance from the converged images: 0.050 in 4 evaluations, full in as many 0.040, difference +0.010" in decision.reason
     )
     assert judged(student(-0.01, 0.02)).outcome == "more data"
 
 
-def test_student_need_not_beat_the_solver_where_that_is_not_asked():
+def test_student_need_not_be_nearer_than_the_solver_where_that_is_not_asked():
     lenient = LIMITS.model_copy(update={"beat_solver": False})
     assert decide(student(0.01, 0.01), lenient, BUDGETS, CHAMPION).outcome == "promote"
 
 
 def test_student_that_was_not_compared_with_the_solver_is_refused():
+    decision = judged(student(-0.07, 0.01).model_copy(update={"converged": None}))
+    assert decision.outcome == "refuse"
+    assert decision.reason == "this student was not compared with full in as many evaluations (n = 100)"
+
+
+def table_variant(full: float = 0.0, new: tuple[float, float] = (0.0, 0.005)) -> Scorecard:
+    """Make a variant with the weights of `full`, this much further from the data than `full`."""
+    made = student(-0.07, 0.01, full)
+    fields = {"variant": "fast", "sampler": Sampler(steps=7), "converged": None}
+    rows = [*card(new=new).comparisons, *(row for row in made.comparisons if row.against == "full")]
+    return made.model_copy(update=fields | {"comparisons": rows})
+
+
+def test_variant_that_is_worse_than_its_full_is_refused():
+    assert judged(table_variant()).outcome == "promote"
+    decision = judged(table_variant(full=0.2))
+    assert decision.outcome == "refuse"
+    assert "non-inferiority to full, trained features, images alone: difference +0.2000" in decision.reason
+    assert judged(table_variant(full=0.045)).outcome == "more data"
+
+
+def test_variant_need_not_be_better_than_its_champion_but_not_worse():
+    assert judged(table_variant(new=(0.0, 0.005))).outcome == "promote"  # its full was shown to be better
+    assert judged(card(new=(0.0, 0.005))).outcome != "promote"  # full itself must be
+    decision = judged(table_variant(new=(0.3, 0.01)))
+    assert decision.outcome == "refuse"
+    assert "non-inferiority on the new data" in decision.reason
+
+
+def test_variant_that_was_not_compared_with_its_full_is_refused():
     decision = judged(card().model_copy(update={"variant": "fast"}))
     assert decision.outcome == "refuse"
-    assert decision.reason == "this version was not compared with full, drawn by a solver (n = 100)"
+    assert decision.reason == "this version was not compared with full (n = 100)"
 
 
-def test_solver_is_not_taken_for_the_champion():
-    only = [row for row in student(-0.1, 0.01).comparisons if row.against == "solver"]
+def test_full_is_not_taken_for_the_champion():
+    only = [row for row in student(-0.1, 0.01).comparisons if row.against == "full"]
     decision = judged(student(-0.1, 0.01).model_copy(update={"comparisons": only}), champion="e" * 64)
     assert decision.outcome == "refuse"
     assert "this version was not compared with the present champion" in decision.reason

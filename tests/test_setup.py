@@ -24,6 +24,9 @@ EXAMPLES = {
     f"{LINE}.edge.full",
     "classes.station",
     "memory_mib",
+    "dev",
+    "fast",
+    "turbo",
 }  # keys that have no default
 
 
@@ -34,7 +37,7 @@ def loaded(text: str, folder: Path) -> Settings:
 
 
 def test_new_file_changes_no_default(tmp_path: Path):
-    plain = Settings.model_validate({"schema": 1, "lines": {LINE: {"data": f"data/{LINE}"}}})
+    plain = Settings.model_validate({"schema": 2, "lines": {LINE: {"data": f"data/{LINE}"}}})
     assert loaded(TEXT, tmp_path) == plain
     assert loaded(template([LINE, "0"]), tmp_path).lines["0"].gate == plain.lines[LINE].gate
 

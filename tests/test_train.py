@@ -29,6 +29,7 @@ from model.train import (
     Checkpoint,
     FlowMatching,
     Ranks,
+    Rows,
     TrainOptions,
     diverged,
     learning_rate,
@@ -89,11 +90,11 @@ class Recording(FlowMatching):
     def __init__(self, scale: float = 1.0) -> None:
         self.scale, self.ids, self.targets = scale, list[torch.Tensor](), list[torch.Tensor]()
 
-    def aim(self, images: torch.Tensor, ids: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, target = super().aim(images, ids, *rest)
-        self.ids.append(ids.clone())
-        self.targets.append(self.scale * target)
-        return x, self.targets[-1]
+    def rows(self, dataset: Dataset, options: TrainOptions, step: int) -> Rows:
+        rows = super().rows(dataset, options, step)
+        self.ids.append(rows.ids.clone())
+        self.targets.append(self.scale * rows.velocity)
+        return rows._replace(velocity=self.targets[-1])
 
 
 @pytest.mark.parametrize(("dropout", "least", "most"), [(0.0, 0.0, 0.0), (0.1, 0.04, 0.18), (0.9, 0.82, 0.96), (1.0, 1.0, 1.0)])

@@ -1,4 +1,4 @@
-"""Distilled variants in one workspace, with real Prefect, MLflow, signatures and a device: who teaches whom, what is fielded.
+"""The variants of one `full`, with real Prefect, MLflow, signatures and a device: where each comes from, and what is fielded.
 
 The tests of this file build on each other and run in order.
 """
@@ -17,7 +17,7 @@ from flows.workspace import Workspace
 from model import versions
 from model.config import VariantName
 from model.features import SPACES
-from model.scorecard import Lineage, Scorecard
+from model.scorecard import Lineage, Sampler, Scorecard
 from ota.agent import drawing
 from registry.catalog import Subject
 from registry.champions import champion_of, seals
@@ -28,8 +28,10 @@ from tests.test_flows import settings
 
 pytestmark = pytest.mark.slow
 
+ALL: tuple[VariantName, ...] = ("full", "dev", "fast", "turbo")
+
 SETTINGS = """
-schema = 1
+schema = 2
 
 [lines.shapes]
 data = "data/shapes"
@@ -47,13 +49,11 @@ batch = 16
 learning_rate = 1e-3
 
 [lines.shapes.distillation]
-steps = 10
-batch = 16
-learning_rate = 1e-3
-update_grid = 1.0
+steps = 30
+trajectories = 32
 
 [lines.shapes.sampler]
-steps = 6
+steps = 8
 
 [lines.shapes.gate]
 images = 32
@@ -65,7 +65,7 @@ coverage = 1.0
 beat_solver = false
 
 [lines.shapes.classes.edge]
-variants = ["fast", "dev"]
+variants = ["fast", "turbo", "dev"]
 """
 
 
@@ -96,13 +96,6 @@ def lineage(workspace: Workspace, version: Seal) -> Lineage:
     return Lineage.model_validate_json((champion_files(workspace, version).checkpoint / "lineage.json").read_bytes())
 
 
-def weights(workspace: Workspace, version: Seal) -> str:
-    from flows.steps import champion_files
-    from model.train import load_checkpoint
-
-    return load_checkpoint(champion_files(workspace, version).checkpoint).weights_sha256
-
-
 def card(workspace: Workspace, version: Seal) -> Scorecard:
     return workspace.catalog.card(version)
 
@@ -113,45 +106,56 @@ def retrain(workspace: Workspace) -> list[dict[str, Any]]:
     return flow(str(workspace.root), "shapes")
 
 
-def test_student_without_a_teacher_waits(workspace: Workspace):
+def test_variant_without_a_source_waits(workspace: Workspace):
     rows = retrain(workspace)  # no model of 60 steps covers everything
     assert [(row["subject"], row["outcome"]) for row in rows] == [
-        ("shapes/I/full", "refuse"), ("shapes/I/dev", "no teacher"), ("shapes/I/fast", "no teacher"),
+        ("shapes/I/full", "refuse"), ("shapes/I/dev", "no source"), ("shapes/I/fast", "no source"), ("shapes/I/turbo", "no source"),
     ]  # fmt: skip
-    assert rows[1]["reason"] == "it is taught by full, of which no version has passed the gate"
+    assert rows[1]["reason"] == "its weights come from full, of which no version has passed the gate"
     assert workspace.catalog.versions(subject("dev")) == []
 
 
-def test_each_variant_is_taught_by_the_one_before(workspace: Workspace):
+def test_each_variant_comes_from_the_cheapest_source(workspace: Workspace):
     path = workspace.root / "ferry.toml"
     path.write_text(path.read_text().replace("coverage = 1.0", "coverage = 0.0"))
     rows = retrain(Workspace(workspace.root))
-    assert [(row["outcome"], row["promoted"]) for row in rows] == [("promote", True)] * 3
-    full, dev, fast = (champion(workspace, variant) for variant in ("full", "dev", "fast"))
-    assert lineage(workspace, full).teacher is None
-    for student, teacher in ((dev, full), (fast, dev)):
-        made = lineage(workspace, student)
-        assert made.teacher == made.parent == weights(workspace, teacher)  # there was no student to start from
-    assert len({full.weights, dev.weights, fast.weights}) == 3
+    assert [(row["outcome"], row["promoted"]) for row in rows] == [("promote", True)] * 4
+    assert "as good as full within the margin, in 4 evaluations of the network" in rows[3]["reason"]
+    full, dev, fast, turbo = (champion(workspace, variant) for variant in ALL)
+    assert full.weights == dev.weights == fast.weights
+    assert turbo.weights != full.weights
+    for table in (dev, fast):
+        made = lineage(workspace, table)
+        assert (made.parent, made.teacher, made.steps) == (full.checkpoint, None, 0)
+    student = lineage(workspace, turbo)
+    assert student.teacher == student.parent == full.checkpoint  # there was no student to start from
+    assert (student.thin, student.trajectories, student.guidance) == (True, 32, 2.0)
 
 
-def test_scorecard_says_whether_a_student_beats_the_solver(workspace: Workspace):
+def test_scorecards_compare_with_full_and_with_its_converged_images(workspace: Workspace):
     full = champion(workspace, "full")
-    assert card(workspace, full).beats_solver is None
-    for variant, steps in (("dev", 28), ("fast", 14)):
-        made = card(workspace, champion(workspace, variant))  # type: ignore[arg-type]
-        assert (made.sampler.method, made.sampler.steps, made.sampler.guidance) == ("mean", steps, 1.0)
-        assert made.solver is not None
-        assert made.solver.evaluations == made.sampler.evaluations == steps
-        beside = [row for row in made.comparisons if row.against == "solver"]
+    assert card(workspace, full).converged is None
+    steps: dict[VariantName, int] = {"dev": 4, "fast": 2, "turbo": 4}
+    for variant, wanted in steps.items():
+        made = card(workspace, champion(workspace, variant))
+        assert made.sampler.steps == wanted
+        assert made.sampler.evaluations == {"dev": 8, "fast": 4, "turbo": 4}[variant]
+        beside = [row for row in made.comparisons if row.against == "full"]
         assert {row.space for row in beside} == set(SPACES)
         assert {row.against_sha256 for row in beside} == {full.weights}
-        assert made.beats_solver is all(row.delta < 0 for row in beside if row.aspect == "images")
+        assert made.converged is not None
+        assert made.converged.n == 32
+        if variant == "turbo":
+            assert made.solver is not None
+            assert made.solver.evaluations == made.sampler.evaluations
+            assert made.beats_solver is (made.converged.delta is not None and made.converged.delta < 0)
+        else:
+            assert made.solver is made.beats_solver is made.converged.solver is None
 
 
 def test_nothing_new_means_no_work_for_any_variant(workspace: Workspace):
     before = sorted(path.name for path in (workspace.work / "runs").iterdir())
-    assert [row["outcome"] for row in retrain(Workspace(workspace.root))] == ["unchanged"] * 3
+    assert [row["outcome"] for row in retrain(Workspace(workspace.root))] == ["unchanged"] * 4
     assert sorted(path.name for path in (workspace.work / "runs").iterdir()) == before
 
 
@@ -160,14 +164,17 @@ def test_device_runs_the_variants_of_its_class(workspace: Workspace, tmp_path: P
     from ota.release import rollout
 
     made = release(str(workspace.root), "shapes", "edge")
-    assert made["versions"] == {"fast": 1, "dev": 1}
+    assert made["versions"] == {"fast": 1, "turbo": 1, "dev": 1}
     (published,) = workspace.repository.releases("shapes", "edge")
-    assert workspace.repository.manifest(published).default_variant == "fast"
+    manifest = workspace.repository.manifest(published)
+    assert manifest.default_variant == "fast"
     workspace.repository.set_policy(rollout.start(published, [100], soak=0))
     device = Device.init(tmp_path / "device", workspace.repository)
     assert device.update().changed
-    pictures = {variant: drawing.generate(device.home, "disc", 3, variant)[0] for variant in ("dev", "fast")}
-    assert pictures["dev"] != pictures["fast"]
+    before = device.update()
+    pictures = {variant: drawing.generate(device.home, "disc", 3, variant)[0] for variant in manifest.variants}
+    assert len(set(pictures.values())) == 3  # each draws otherwise, and switching fetches nothing
+    assert not before.changed
 
 
 def test_variant_that_a_class_begins_to_run_is_the_same_model(workspace: Workspace):
@@ -176,9 +183,9 @@ def test_variant_that_a_class_begins_to_run_is_the_same_model(workspace: Workspa
     from ota.manifest import Reference
 
     before = champion(workspace, "full")
-    with settings(workspace, 'variants = ["fast", "dev"]', 'variants = ["fast", "dev", "full"]'):
+    with settings(workspace, 'variants = ["fast", "turbo", "dev"]', 'variants = ["fast", "turbo", "dev", "full"]'):
         opened = Workspace(workspace.root)
-        assert [row["outcome"] for row in retrain(opened)] == ["unchanged"] * 3
+        assert [row["outcome"] for row in retrain(opened)] == ["unchanged"] * 4
         assert champion(workspace, "full") == before
         made = Path(make_bundle.fn(str(workspace.root), "shapes", "edge"))
         references = [
@@ -193,42 +200,98 @@ def test_variant_that_a_class_begins_to_run_is_the_same_model(workspace: Workspa
         assert _is_exported_so(workspace, incumbent, line) is kept  # a budget that it does not keep, the gate has to see
 
 
-def test_changed_guidance_is_taught_anew(workspace: Workspace):
+def test_variant_without_a_champion_is_left_out_of_the_bundle(workspace: Workspace, capsys: pytest.CaptureFixture[str]):
+    """A class of configuration II has no champion at all; one of I lacks none, and gets what there is."""
+    from flows.publish import make_bundle
+    from ota.release.bundle import open_bundle
+    from registry.champions import champions
+    from registry.errors import CatalogError
+
+    listed = [subject("fast"), Subject(line="shapes", configuration="II", variant="full")]
+    assert list(champions(workspace, listed)) == ["fast"]
+    with pytest.raises(CatalogError, match="shapes/II/full has no champion to release"):
+        champions(workspace, listed[1:])
+    assert open_bundle(Path(make_bundle.fn(str(workspace.root), "shapes", "edge"))).manifest.variants == ["fast", "turbo", "dev"]
+
+
+def test_changed_guidance_is_judged_and_taught_anew(workspace: Workspace):
     before = champion(workspace, "full")
-    with settings(workspace, "steps = 6\n", "steps = 6\nguidance = 4.0\n"):
+    with settings(workspace, "steps = 8\n", "steps = 8\nguidance = 4.0\n"):
         rows = retrain(Workspace(workspace.root))
-    assert [row["outcome"] for row in rows[1:]] != ["unchanged"] * 2
-    made = lineage(workspace, seals(workspace, subject("dev"))[1])
-    assert (made.guidance, made.teacher) == (4.0, weights(workspace, before))
-    assert lineage(workspace, seals(workspace, subject("dev"))[0]).guidance == 2.0
+    assert [row["outcome"] for row in rows] != ["unchanged"] * 4
+    made = lineage(workspace, seals(workspace, subject("turbo"))[1])
+    assert (made.guidance, made.teacher) == (4.0, before.checkpoint)
+    assert lineage(workspace, seals(workspace, subject("turbo"))[0]).guidance == 2.0
+
+
+def test_settings_choose_the_source_of_a_variant(workspace: Workspace):
+    line = workspace.line("shapes")
+    assert [line.sources(variant) for variant in ALL] == [("training",), ("table", "student"), ("table", "student"), ("student",)]
+    mean = Sampler(method="mean", steps=2, guidance=1.0)
+    given = line.model_copy(update={"samplers": {"dev": mean, "turbo": Sampler(steps=3)}})
+    assert given.sources("dev") == ("student",)
+    assert given.sampler_of("dev") == mean
+    assert given.sources("turbo") == ("table",)
+    assert line.sampler_of("fast") == Sampler(steps=2)
+    assert line.sampler_of("fast", "student") == Sampler(method="mean", steps=8, guidance=1.0)
 
 
 def test_budget_of_a_class_is_for_what_it_runs(workspace: Workspace):
     line = workspace.line("shapes").model_copy(
-        update={"classes": {"slow": DeviceClass(latency_ms=900), "quick": DeviceClass(latency_ms=20, variants=["fast"])}}
+        update={
+            "classes": {
+                "slow": DeviceClass(latency_ms=900, variants=["full"]),
+                "quick": DeviceClass(latency_ms=20, variants=["fast"]),
+            }
+        }
     )
     assert [line.latency_ms("I", variant) for variant in ("full", "dev", "fast")] == [900, 3_600_000, 20]
-    assert line.combinations() == [("I", "full"), ("I", "dev"), ("I", "fast")]
+    assert line.combinations() == [("I", "full"), ("I", "fast")]
 
 
-def test_champion_of_another_tier_teaches_nobody(workspace: Workspace):
+def test_workspace_of_format_1_keeps_its_sampler_and_its_variants(tmp_path: Path):
+    from flows.settings import read
+
+    (tmp_path / "ferry.toml").write_text('schema = 1\n[lines.a]\ndata = "data/a"\n[lines.a.sampler]\nguidance = 3.0\n')
+    line = read(tmp_path / "ferry.toml").lines["a"]
+    assert (line.sampler, line.classes["edge"].variants) == (Sampler(steps=14, guidance=3.0), ["full"])
+    (tmp_path / "ferry.toml").write_text('schema = 2\n[lines.a]\ndata = "data/a"\n')
+    line = read(tmp_path / "ferry.toml").lines["a"]
+    assert (line.sampler.evaluations, line.classes["edge"].variants) == (56, list(ALL))
+    assert [line.sampler_of(variant).evaluations for variant in ALL] == [56, 28, 14, 4]
+
+
+def test_champion_of_another_tier_is_no_source(workspace: Workspace):
     small = (("steps = 60", "steps = 1"), ("coverage = 0.0", "coverage = 1.0"))
     with settings(workspace, 'tier = "test"', 'tier = "nano"'), settings(workspace, *small[0]), settings(workspace, *small[1]):
         rows = retrain(Workspace(workspace.root))
-    assert [row["outcome"] for row in rows] == ["refuse", "no teacher", "no teacher"]
+    assert [row["outcome"] for row in rows] == ["refuse", "no source", "no source", "no source"]
 
 
-def test_student_goes_on_from_the_student_before_and_if_that_fails_from_its_teacher(workspace: Workspace):
+def test_student_starts_from_the_fielded_student_and_if_that_fails_from_full(workspace: Workspace):
     write_images(workspace.root / "data/shapes", 120, seed=1, dim=True)
     versions.add(workspace.root, "data/shapes", "shapes", "dimmer light")
-    before = {variant: champion(workspace, variant) for variant in ("full", "dev", "fast")}  # type: ignore[arg-type]
+    before = {variant: champion(workspace, variant) for variant in ALL}
     with settings(workspace, "coverage = 0.0", "coverage = 1.0"):  # refuses all
         rows = retrain(Workspace(workspace.root))
-    assert [row["outcome"] for row in rows] == ["refuse"] * 3
-    for variant, teacher in (("dev", "full"), ("fast", "dev")):
-        first, second = seals(workspace, subject(variant))[-2:]  # type: ignore[arg-type]
-        taught = weights(workspace, before[teacher])
-        assert lineage(workspace, first).teacher == lineage(workspace, second).teacher == taught
-        assert lineage(workspace, first).parent == weights(workspace, before[variant])
-        assert lineage(workspace, second).parent == taught
-    assert {v: champion(workspace, v) for v in before} == before  # type: ignore[arg-type]
+    # full is refused, so the others come from its champion as before, which is no news for them.
+    assert [row["outcome"] for row in rows] == ["refuse", "unchanged", "unchanged", "unchanged"]
+    with settings(workspace, "coverage = 0.0", "coverage = 1.0"), settings(workspace, "trajectories = 32", "trajectories = 48"):
+        rows = retrain(Workspace(workspace.root))
+    assert rows[3]["outcome"] == "refuse"
+    first, second = seals(workspace, subject("turbo"))[-2:]
+    assert lineage(workspace, first).parent == before["turbo"].checkpoint
+    assert lineage(workspace, second).parent == before["full"].checkpoint
+    assert {v: champion(workspace, v) for v in before} == before
+
+
+def test_table_that_the_gate_refuses_is_followed_by_a_student(workspace: Workspace):
+    strict = ("images = 32", "images = 32\ntolerance = 0.001\ntolerance_bands = 0.0")
+    with settings(workspace, "steps = 8\n", "steps = 3\n"), settings(workspace, *strict):
+        rows = retrain(Workspace(workspace.root))
+    assert rows[2]["outcome"] in ("refuse", "more data")
+    table, student = (lineage(workspace, seal) for seal in seals(workspace, subject("fast"))[-2:])
+    assert table.teacher is None
+    assert student.teacher == table.parent == champion(workspace, "full").checkpoint
+    assert student.variant == "fast"
+    assert card(workspace, seals(workspace, subject("fast"))[-1]).sampler == Sampler(method="mean", steps=8, guidance=1.0)

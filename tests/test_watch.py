@@ -12,7 +12,8 @@ import torch
 
 from model.data import Dataset
 from model.errors import CheckpointError
-from model.train import CURVE, Checkpoint, Ranks, TrainOptions, train
+from model.students import Trajectories
+from model.train import CURVE, Checkpoint, FlowMatching, Ranks, TrainOptions, train
 from model.watch import Figures, Watcher, draw, sampled_after
 
 from .conftest import CAPTIONS, CONFIG, VERSION
@@ -52,15 +53,15 @@ def test_samples_come_after_each_quarter_and_the_last_are_of_what_is_kept(
         assert set(captions) == set(CAPTIONS)
         assert images.shape == (len(captions), 1, 16, 16)
         assert images.dtype == np.uint8
-    assert np.array_equal(album[-1][2], draw(kept.network(), dataset, "full")[1])
+    assert np.array_equal(album[-1][2], draw(kept.network(), dataset, FlowMatching.preview)[1])
     assert not np.array_equal(album[0][2], album[-1][2])  # another network, from the same noise
 
 
-def test_distilled_variant_is_drawn_in_its_own_steps(checkpoint: Checkpoint, dataset: Dataset) -> None:
+def test_student_is_drawn_in_its_own_steps(checkpoint: Checkpoint, dataset: Dataset) -> None:
     network, times = checkpoint.network(), []
     network.register_forward_hook(lambda _, inputs, __: times.append((float(inputs[1][0]), float(inputs[2][0]))))
-    draw(network, dataset, "fast")
-    np.testing.assert_allclose(times, [(1 - i / 14, 1 - (i + 1) / 14) for i in range(14)], atol=1e-6)
+    draw(network, dataset, Trajectories.preview)
+    np.testing.assert_allclose(times, [(1 - i / 4, 1 - (i + 1) / 4) for i in range(4)], atol=1e-6)
 
 
 def test_curve_holds_the_load_of_every_expert(watched: tuple[Checkpoint, list[Figures], ALBUM]) -> None:
@@ -133,5 +134,5 @@ def test_drawing_leaves_the_process_where_it_was(checkpoint: Checkpoint, dataset
     torch.manual_seed(3)
     wanted = torch.rand(4)
     torch.manual_seed(3)
-    draw(network, dataset, "full")
+    draw(network, dataset, FlowMatching.preview)
     assert torch.equal(torch.rand(4), wanted)

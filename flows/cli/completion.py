@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 ASKED = "_FERRY_COMPLETE"  # environment variable by which a shell asks for completions
-LADDER = ("full", "dev", "fast", "turbo")  # each variant is trained if a class runs it or one after it
+LADDER = ("full", "dev", "fast", "turbo")  # full is trained, too, if a class runs another
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ def subjects(settings: dict[str, Any]) -> list[str]:
     found: dict[str, None] = {}
     for line in lines(settings):
         for asked in _classes(settings, line).values():
-            last = max(LADDER.index(variant) for variant in asked.get("variants", ["full"]))
-            found |= {f"{line}/{asked.get('configuration', 'I')}/{variant}": None for variant in LADDER[: last + 1]}
+            run = asked.get("variants", ["full"] if settings.get("schema") == 1 else LADDER)
+            made = [variant for variant in LADDER if variant in run or variant == "full"]
+            found |= {f"{line}/{asked.get('configuration', 'I')}/{variant}": None for variant in made}
     return [*found]
 
 

@@ -184,7 +184,7 @@ def draw(network: torch.nn.Module, captions: list[str]) -> Images:
             start = torch.from_numpy(
                 np.stack([noise(1_000_000 + first + i, (1, world.SIDE, world.SIDE)) for i in range(len(part))])
             )
-            velocity = guided(lambda x, t, r, text: network(x, t, r, text)[0], ids, SAMPLER.guidance)
+            velocity = guided(lambda x, t, r, text: network(x, t, r, text)[0], ids, SAMPLER)
             made.append(to_bytes(sample(velocity, start, SAMPLER)))
     return np.concatenate(made)
 

@@ -1,6 +1,6 @@
 """`make bench-model`: compare the network's quality and speed with its peers, and with itself when one idea is switched off.
 
-    python -m tests.bench.model [quality|distil|speed|report ...]   by default all parts
+    python -m tests.bench.model [quality|speed|report ...]   by default all parts
 
 Quality: every contender trains by the same loop on the same batches, with one thread, and is measured twice: after `SECONDS` of
 processor time, and after as much arithmetic as configuration I does in half of that time. Processor time is used instead of wall
@@ -28,7 +28,7 @@ from unittest.mock import patch
 import numpy as np
 import onnxruntime as ort
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,7 +39,6 @@ from model.config import TIERS, ModelConfig, Tier
 from model.data import Dataset, mix, prepare, to_bytes, to_unit
 from model.diffusion import add_noise, guided, logit_normal, sample
 from model.distances import Sample
-from model.distill import Teaching
 from model.export import pack
 from model.graph import build
 from model.network import Network
@@ -51,11 +50,10 @@ BUILD, RESULTS = Path("build/bench/model"), Path("tests/bench/results")
 SIZE, TEXT = 16, 20
 SEEDS = (0, 1, 2)
 SECONDS = float(os.environ.get("BENCH_SECONDS", "120"))  # of processor time, for each contender and seed
-DISTIL_SECONDS = SECONDS / 2  # for each stage
 BATCH = 16
 IMAGES = 256  # generated for each evaluation
 DRAW = Sampler(method="ab2", steps=14, guidance=1.0)
-GUIDANCE = 2.0  # of `full` in the distillation
+GUIDANCE = 2.0  # of `full`
 SWEEP = (5e-4, 1e-3, 2e-3)
 EMA, WARMUP = 0.995, 20
 ROWS = ("I", "II", "DiT", "U-Net", "no-conv", "positions", "dense", "single-stream")
@@ -146,10 +144,8 @@ class Words:
 class Trainer:
     """A training that can be paused at a budget and continued; the same for every contender."""
 
-    def __init__(
-        self, network: nn.Module, row: str, data: Dataset, rate: float, seed: int, teaching: Teaching | None = None
-    ) -> None:
-        self.network, self.data, self.rate, self.seed, self.teaching = network.train(), data, rate, seed, teaching
+    def __init__(self, network: nn.Module, row: str, data: Dataset, rate: float, seed: int) -> None:
+        self.network, self.data, self.rate, self.seed = network.train(), data, rate, seed
         self.words = Words(row, data).table
         self.average = copy.deepcopy(network).eval()
         parameters = [p for p in network.parameters() if p.requires_grad]
@@ -164,13 +160,9 @@ class Trainer:
         words = self.words[chosen].clone()
         words[torch.rand(BATCH, generator=g) < 0.1] = 0
         e = torch.randn(images.shape, generator=g)
-        if self.teaching:
-            x, t, r, target = self.teaching(images, words, e, g)
-        else:
-            t = logit_normal(BATCH, g)
-            x, target = add_noise(images, e, t)
-            r = t
-        loss = (self.network(x, t, r, words)[0] - target).square().mean()
+        t = logit_normal(BATCH, g)
+        x, target = add_noise(images, e, t)
+        loss = (self.network(x, t, t, words)[0] - target).square().mean()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
@@ -213,7 +205,7 @@ def judge(
         for first in range(0, IMAGES, 32):
             part = chosen[first : first + 32]
             start = torch.from_numpy(np.stack([noise(mix(seed, first + i), (1, SIZE, SIZE)) for i in range(len(part))]))
-            velocity = guided(lambda x, t, r, ids: network(x, t, r, ids)[0], words[part], sampler.guidance)
+            velocity = guided(lambda x, t, r, ids: network(x, t, r, ids)[0], words[part], sampler)
             images.append(to_bytes(sample(velocity, start, sampler)))
     drawn, real, groups = np.concatenate(images), data.images[reference], data.reference_groups()
     row_of: dict[str, float] = {"loss": float(torch.cat(losses).mean())}
@@ -296,39 +288,6 @@ def quality_one(row: str, seed: int, rate: float, compute: float) -> dict[str, A
     return kept(f"quality-{row}-{seed}", run)
 
 
-def distil_one(seed: int, rate: float) -> dict[str, Any]:
-    """Distil full → dev → fast from one seed's network; compare each with `full` under solvers with as many evaluations."""
-
-    def run() -> dict[str, Any]:
-        data, spaces, _ = setting()
-        full = Network(config("I"))
-        full.load_state_dict(load_file(BUILD / f"teacher-{seed}.safetensors"))
-        full.eval()
-        found: dict[str, Any] = {}
-        solvers = {
-            "full, 56 guided Euler steps (112)": Sampler(method="euler", steps=56, guidance=GUIDANCE),
-            "full, AB2 at 28": Sampler(method="ab2", steps=14, guidance=GUIDANCE),
-            "full, Heun at 28": Sampler(method="heun", steps=7, guidance=GUIDANCE),
-            "full, AB2 at 14": Sampler(method="ab2", steps=7, guidance=GUIDANCE),
-        }
-        for name, sampler in solvers.items():
-            found[name] = judge(full, "I", data, spaces, seed, sampler)
-        teacher: Network = full
-        guidance: float | None = GUIDANCE
-        for variant, steps in (("dev", 28), ("fast", 14)):
-            student = copy.deepcopy(teacher).train()
-            trainer = Trainer(student, "I", data, rate, mix(seed, steps) % 2**31, Teaching(teacher.eval(), steps, guidance))
-            while trainer.seconds < DISTIL_SECONDS:
-                trainer.step()
-            name = f"{variant} ({steps})"
-            found[name] = judge(trainer.average, "I", data, spaces, seed, Sampler(method="mean", steps=steps, guidance=1.0))
-            found[name]["steps"] = trainer.steps
-            teacher, guidance = trainer.average, None
-        return found
-
-    return kept(f"distil-{seed}", run)
-
-
 def in_two(calls: list[tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]]) -> None:
     """Run parts in two processes, and print which are done."""
     with ProcessPoolExecutor(2) as pool:
@@ -361,12 +320,6 @@ def quality() -> None:
 
     compute = kept("compute", measure)["compute"]
     in_two([(quality_one, (row, seed, chosen[row], compute)) for seed in SEEDS for row in ROWS])
-
-
-def distil() -> None:
-    """Distil with all seeds."""
-    rate = rates()["I"] / 3
-    in_two([(distil_one, (seed, rate)) for seed in SEEDS])
 
 
 # Speed
@@ -579,22 +532,6 @@ def quality_table(budget: str) -> list[str]:
     return lines
 
 
-def distil_table() -> list[str]:
-    """Format the table of variants and solvers."""
-    parts = list(read("distil-*.json").values())
-    lines = ["| sampler | kd trained | kd random | coverage | fd trained |", "|---|---|---|---|---|"]
-    for name in [name for name in parts[0] if "(" in name or "at" in name] if len(parts) > 1 else ():
-        cells = [part[name] for part in parts]
-        lines.append(
-            f"| {name} | "
-            + " | ".join(
-                mean_interval([c[k] for c in cells]) for k in ("kd_trained", "kd_random", "coverage_trained", "fd_trained")
-            )
-            + " |"
-        )
-    return lines
-
-
 def speed_table() -> list[str]:
     """Format the milliseconds and the ratios of the speed measurements."""
     lines = []
@@ -637,7 +574,6 @@ def report() -> None:
         f"Learning rates, by held-out loss after {SECONDS / 5:.0f} s on a seed that is not reported, but on the same held-out images: {rates_used}. The ablations take the rate of I.", "",
         f"## At equal training seconds ({SECONDS:.0f} s of one thread)", "", *quality_table("seconds"), "",
         "## At equal arithmetic (what I does in half of that time)", "", *quality_table("compute"), "",
-        f"## full, dev and fast (configuration I; {DISTIL_SECONDS:.0f} s for each stage)", "", *distil_table(), "",
         "## Time", *speed_table(), "",
     ]  # fmt: skip
     for name, part in read("images-*.json").items():
@@ -660,7 +596,7 @@ def main() -> None:
     """Run the named parts, or all."""
     BUILD.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    parts: dict[str, Callable[[], None]] = {"quality": quality, "distil": distil, "speed": speed, "report": report}
+    parts: dict[str, Callable[[], None]] = {"quality": quality, "speed": speed, "report": report}
     wanted = sys.argv[1:] or list(parts)
     unknown = set(wanted) - set(parts)
     if unknown:
