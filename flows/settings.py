@@ -361,7 +361,7 @@ class Line(Section):
     sampler: Sampler = Field(default=Sampler(), description="how the variant full draws an image")
     samplers: dict[VariantName, Sampler] = Field(
         default={},
-        description="how another variant draws; not given: dev with half and fast with a quarter of the steps of full, turbo in 4 steps of a "
+        description="how another variant draws; not given: dev with half and fast with a quarter of the steps of full, on shifted grids, turbo in 4 steps of a "
         "student. The method mean is a student's, the others draw with the weights of full",
     )
     gate: Gate = Field(default=Gate(), description="limits of the promotion gate")
@@ -422,7 +422,9 @@ class Line(Section):
             return self.samplers[variant]
         if source == "student":
             return Sampler(method="mean", steps=VARIANTS[variant].student_steps, guidance=1.0)
-        return self.sampler.model_copy(update={"steps": -(-steps // VARIANTS[variant].divisor)})
+        drawn = VARIANTS[variant]
+        shift = min(10.0, max(0.1, round(self.sampler.shift * drawn.shift, 6)))
+        return self.sampler.model_copy(update={"steps": -(-steps // drawn.divisor), "shift": shift})
 
     def precision(self, configuration: ConfigurationName) -> PrecisionName:
         """Return the precision in which the classes of a configuration store weights; all of them share it."""

@@ -234,7 +234,7 @@ guidance = 2.0                     # how strongly a caption is followed; 1 is un
 # guidance_high = 1.0              # to here (1 is noise)
 
 [lines.LINE.samplers]              # other variants; by default dev takes half, fast a quarter of these steps, turbo 4 of a student
-# dev = { method = "ab2", steps = 14, guidance = 2.0 }
+# dev = { method = "ab2", steps = 14, guidance = 2.0, shift = 0.7 }
 # fast = { method = "ab2", steps = 7, guidance = 2.0, shift = 0.5, guidance_low = 0.0, guidance_high = 1.0 }
 # turbo = { method = "mean", steps = 4, guidance = 1.0 }
 

@@ -65,15 +65,16 @@ class Variant:
     """How a variant draws, and where its weights may come from."""
 
     divisor: int  # with `full`'s weights it takes this part of the steps of `full`
+    shift: float  # grid of these steps: that of `full` times this (docs/decisions/0117)
     student_steps: int  # steps of a student, each of which is one evaluation
     sources: tuple[SourceName, ...]  # in the order in which they are tried: the cheapest comes first
 
 
 VARIANTS: dict[VariantName, Variant] = {  # from the highest to the lowest quality and cost
-    "full": Variant(divisor=1, student_steps=8, sources=("training",)),
-    "dev": Variant(divisor=2, student_steps=8, sources=("table", "student")),
-    "fast": Variant(divisor=4, student_steps=8, sources=("table", "student")),
-    "turbo": Variant(divisor=7, student_steps=4, sources=("student",)),
+    "full": Variant(divisor=1, shift=1.0, student_steps=8, sources=("training",)),
+    "dev": Variant(divisor=2, shift=0.7, student_steps=8, sources=("table", "student")),
+    "fast": Variant(divisor=4, shift=0.5, student_steps=8, sources=("table", "student")),
+    "turbo": Variant(divisor=7, shift=1.0, student_steps=4, sources=("student",)),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,18 +42,19 @@ class Drawer:
         self._session: session.Session | None = None
 
     def draw(self, captions: list[str]) -> Drawn:
-        """Draw an image for each caption, or load what was drawn for them before."""
-        key = canonical_sha256([self.weights_sha256, captions, self.sampler.model_dump(), evaluate.EVALUATION_SEED])[:32]
-        path = self.kept / f"{key}.npz"
-        try:
-            with np.load(path) as file:
-                return Drawn(file["images"], file["by_step"], float(file["bad"]))
-        except (OSError, ValueError, KeyError):
-            self._session = self._session or session.load(self.folder)
-            drawn = evaluate.draw(self._session, captions, self.sampler, self._progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".tmp.npz")
-        np.savez(fresh, images=drawn.images, by_step=drawn.load, bad=drawn.bad)
+        """Draw an image for each caption, or load what was drawn for them before, also if more were drawn then."""
+        folder = self.kept / canonical_sha256([self.weights_sha256, self.sampler.model_dump(), evaluate.EVALUATION_SEED])[:32]
+        for path in sorted(folder.glob("*.npz")):
+            if drawn := _read(path, captions):
+                return drawn
+        self._session = self._session or session.load(self.folder)
+        drawn = evaluate.draw(self._session, captions, self.sampler, self._progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{canonical_sha256(captions)[:32]}.npz"
+        fresh = path.with_suffix(".tmp")
+        with fresh.open("wb") as file:
+            asked = np.frombuffer(json.dumps(captions).encode(), np.uint8)
+            np.savez(file, captions=asked, images=drawn.images, by_step=drawn.load, bad=drawn.bad)
         fresh.replace(path)
         return drawn
 
@@ -63,6 +65,17 @@ class Drawer:
     def _progress(self, done: int, total: int) -> None:
         if self.on_image:
             self.on_image(self.weights_sha256[:8], done, total)
+
+
+def _read(path: Path, captions: list[str]) -> Drawn | None:
+    """Read kept images that begin with those of the captions, each of which has a seed by its place; None: they do not."""
+    try:
+        with path.open("rb") as raw, np.load(raw) as file:
+            if json.loads(file["captions"].tobytes())[: len(captions)] != captions:
+                return None
+            return Drawn(file["images"], file["by_step"], float(file["bad"])).first(len(captions))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def sampler_of(bundle: Path) -> Sampler:

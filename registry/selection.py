@@ -287,7 +287,7 @@ def _beside_champion(card: Scorecard, limits: Limits, champion: Sha256, alpha: f
     if card.variant == "full" and any(row.split == "new" for row in rows):
         made.superior.append(_superior(rows, "new", alpha, again))
     for row in rows:
-        finding = _below(row, _margin(card, row, limits), f"non-inferiority on the {row.split} data", alpha, again)
+        finding = _below(row, margin(card.quality, row, limits), f"non-inferiority on the {row.split} data", alpha, again)
         (made.harmless if row.split == "new" else made.found).append(finding)
         if row.delta - quantile(row.groups, limits.alpha) * row.se > 0:
             made.worse.append(_worse(row, alpha))
@@ -301,7 +301,7 @@ def _beside_full(card: Scorecard, limits: Limits, alpha: float, again: float) ->
     rows = [c for c in card.comparisons if c.against == "full"]
     if not rows:
         return [_missing("this version was not compared with full")]
-    found = [_below(row, _margin(card, row, limits), "non-inferiority to full", alpha, again) for row in rows]
+    found = [_below(row, margin(card.quality, row, limits), "non-inferiority to full", alpha, again) for row in rows]
     return [*found, *_beside_solver(card, limits, alpha)]
 
 
@@ -328,7 +328,7 @@ def _beside_anchor(card: Scorecard, limits: Limits, rows: Sequence[Comparison], 
         found.append(_missing("this version was not compared with the anchor, the best model ever"))
     for row in rows:
         what = f"total loss against the anchor on the {row.split} data"
-        found.append(_below(row, limits.total_tolerance * _margin(card, row, limits), what, alpha, again))
+        found.append(_below(row, limits.total_tolerance * margin(card.quality, row, limits), what, alpha, again))
     return found
 
 
@@ -393,13 +393,18 @@ def _untested(card: Scorecard, limits: Limits) -> str:
     return "" if shown or judged else "; whether it follows its captions could not be tested with these data"
 
 
-def _margin(card: Scorecard, row: Comparison, limits: Limits) -> float:
+def margin(qualities: Sequence[Quality], row: Comparison, limits: Limits) -> float:
     """Return how much worse a challenger may be, in one space and aspect.
 
     The margin is the larger of a share of the champion's distance from the data and a multiple of the distance between two sets
     of real images. It never depends on the distance of noise.
+
+    Args:
+        qualities: figures with these real images, in the row's space.
+        row: comparison with the champion.
+        limits: the gate's.
     """
-    place = next(q for q in card.quality if (q.space, q.split) == (row.space, row.split))
+    place = next(q for q in qualities if (q.space, q.split) == (row.space, row.split))
     band = place.band if row.aspect == "images" else place.captions_band
     return max(limits.tolerance * row.champion_kd, limits.tolerance_bands * (band or 0.0))
 

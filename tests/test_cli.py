@@ -165,6 +165,10 @@ def test_outside_a_workspace_everything_says_so(arguments: tuple[str, ...], tmp_
         (("rate", "shapes/I/full"), "shapes/I/full has no versions, but a comparison needs two; run `ferry retrain shapes`"),
         (("rate", "shapes/I/full", "--answers", "ferry.toml"), "ferry.toml: No such file or directory; check the path"),
         (("history", "tables/I/full"), "there is no line 'tables' in ferry.toml; there is shapes"),
+        (("tune", "tables"), "there is no line 'tables' in ferry.toml; there is shapes"),
+        (("tune", "shapes"), "shapes/I/full has no champion to measure; run `ferry retrain shapes`"),
+        (("tune", "shapes", "--configuration", "III"), "there is no configuration 'III'; choose I or II"),
+        (("tune", "shapes", "--configuration", "II"), "line shapes has no class of configuration II; it has I"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

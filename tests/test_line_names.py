@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("promote", "partz/I/full", "1"), ("promote", "partz/I/full", "1", "--reason", "x", "--overrule"), ("rollback", "partz/I/full"),
         ("approve", "partz/I/full", "1", "--reason", "x"), ("evaluate", "partz/I/full"), ("rate", "partz/I/full"), ("history", "partz/I/full"),
         ("rate", "partz/I/full", "--answers", "ferry.toml"), ("history", "partz"), ("history", "partz/edge"), ("release", "partz"), ("rollout", "status", "partz/edge"),
-        ("retrain", "partz"), ("trigger", "partz", "--reason", "x"), ("remeasure", "partz", "--reason", "x"), ("serve", "partz"), ("report", "partz"),
+        ("retrain", "partz"), ("trigger", "partz", "--reason", "x"), ("remeasure", "partz", "--reason", "x"), ("tune", "partz"), ("serve", "partz"), ("report", "partz"),
     ],
     ids=" ".join,
 )  # fmt: skip

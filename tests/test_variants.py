@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flows.errors import WorkspaceError
 from flows.settings import DeviceClass
 from flows.setup import create
 from flows.workspace import Workspace
@@ -232,8 +233,23 @@ def test_settings_choose_the_source_of_a_variant(workspace: Workspace):
     assert given.sources("dev") == ("student",)
     assert given.sampler_of("dev") == mean
     assert given.sources("turbo") == ("table",)
-    assert line.sampler_of("fast") == Sampler(steps=2)
+    assert line.sampler_of("fast") == Sampler(steps=2, shift=0.5)
+    assert line.sampler_of("dev") == Sampler(steps=4, shift=0.7)
     assert line.sampler_of("fast", "student") == Sampler(method="mean", steps=8, guidance=1.0)
+
+
+def test_tuning_measures_the_champion_and_changes_nothing(workspace: Workspace):
+    from flows.tuning import tune
+
+    before = (workspace.root / "ferry.toml").read_text()
+    found = tune(workspace, "shapes", None, 16)
+    assert found.subject == "shapes/I/full"
+    assert {variant: rows[0].sampler.steps for variant, rows in found.grids.items()} == {"dev": 4, "fast": 2}
+    assert len(found.guidance) == 4
+    assert "write into ferry.toml" in found.text or "nothing was shown to be better" in found.text
+    assert (workspace.root / "ferry.toml").read_text() == before
+    with pytest.raises(WorkspaceError, match="line shapes has no class of configuration II; it has I"):
+        tune(workspace, "shapes", "II", 16)
 
 
 def test_budget_of_a_class_is_for_what_it_runs(workspace: Workspace):

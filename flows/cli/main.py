@@ -34,6 +34,7 @@ from flows.cli.shared import (
 )
 from flows.cli.status import status
 from flows.cli.trust import trust_app
+from flows.cli.tuning import tune
 from flows.errors import VariantError
 from flows.secrets import Hiding
 from ota.errors import exit_codes, printable
@@ -280,6 +281,7 @@ def remeasure(
         answer(as_json, made.model_dump(mode="json"), made.text)
 
 
+app.command()(tune)
 app.command()(status)
 app.command()(promotion.promote)
 app.command()(promotion.rollback)
