@@ -16,13 +16,14 @@ from flows import progress
 from flows.clone import is_clone
 from flows.errors import BusyError
 from flows.workspace import Workspace
+from model.config import VariantName
 from ota.errors import OtaError, TransferError
 from ota.manifest import Policy
 from ota.release import copies, fielded, rollout, store
 from ota.release.repository import Release
 from registry.errors import LedgerError, RegistryError
 from registry.ledger import START
-from registry.promotion import subject_state
+from registry.promotion import of_one_full, subject_state
 
 if TYPE_CHECKING:
     from ota.release.published import Published
@@ -171,11 +172,10 @@ def start(
 def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Release | None:
     """Find the newest release that holds the weights of exactly the champions that the ledger names; None: there is none."""
     settings = workspace.device_class(line, device_class)
-    found = {
-        variant: subject_state(workspace.ledger.entries(f"{line}/{settings.configuration}/{variant}")).weights
-        for variant in settings.variants
-    }
-    wanted = {variant: weights for variant, weights in found.items() if weights}  # a variant without a champion is left out
+    names: set[VariantName] = {"full", *settings.variants}
+    states = {variant: subject_state(workspace.ledger.entries(f"{line}/{settings.configuration}/{variant}")) for variant in names}
+    held = of_one_full(states["full"], {variant: states[variant] for variant in settings.variants})
+    wanted = {variant: state.weights for variant, state in held.items()}
     return fielded.release_with(workspace.repository, line, device_class, settings.configuration, wanted)
 
 

@@ -57,7 +57,7 @@ def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[Varian
     settings = workspace.device_class(line, device_class)
     found = champions(workspace, workspace.class_subjects(line, device_class))
     left = [str(subject) for subject in workspace.class_subjects(line, device_class) if subject.variant not in found]
-    without = f"; {', '.join(left)} has no champion and is left out" if left else ""
+    without = f"; left out, because they have no champion that comes from that of full: {', '.join(left)}" if left else ""
     progress.say(f"build the bundle of {', '.join(champion.name for champion in found.values())}{without}")
     exports = {variant: champion_files(workspace, champion).bundle for variant, champion in found.items()}
     first = next(iter(found.values()))

@@ -31,7 +31,7 @@ from ota.release.repository import Release
 from ota.release.trust import REMEDIES
 from registry.errors import RegistryError
 from registry.ledger import Entry
-from registry.promotion import SubjectState, subject_state
+from registry.promotion import SubjectState, of_one_full, subject_state
 
 UNREAD = 60  # most new reports that `ferry status` receives; each takes milliseconds
 PROBLEMS = (FlowError, ModelError, RegistryError, OtaError, OSError)
@@ -225,9 +225,10 @@ def _class(workspace: Workspace, line: str, name: str, states: dict[str, Subject
 
 
 def _weights(line: str, settings: DeviceClass, states: dict[str, SubjectState]) -> dict[VariantName, str]:
-    """Return the champions' weights of the variants of a class; a variant without a champion is left out, as of a release."""
-    found = {variant: states[f"{line}/{settings.configuration}/{variant}"].weights for variant in settings.variants}
-    return {variant: weights for variant, weights in found.items() if weights}
+    """Return the champions' weights of the variants that a release of a class holds."""
+    of = {variant: states[f"{line}/{settings.configuration}/{variant}"] for variant in settings.variants}
+    held = of_one_full(states[f"{line}/{settings.configuration}/full"], of)
+    return {variant: state.weights for variant, state in held.items()}
 
 
 def _events(workspace: Workspace) -> Iterator[Waits]:

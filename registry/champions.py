@@ -10,12 +10,24 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
-from model.config import VariantName
+from model.config import VARIANTS, VariantName
 from model.scorecard import Frozen, Scorecard
 from registry.catalog import ANCHOR, CHAMPION, Catalog, Subject
 from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import Entry, Ledger
-from registry.promotion import Alias, Answer, How, SubjectState, before, check, goes_on, reconcile_alias, subject_state
+from registry.promotion import (
+    Alias,
+    Answer,
+    How,
+    SubjectState,
+    before,
+    check,
+    goes_on,
+    of_one_full,
+    reconcile_alias,
+    subject_state,
+    version_of,
+)
 from registry.seal import Seal
 from registry.selection import Budgets, Decision, Limits, decide, reasoned, spent
 
@@ -39,15 +51,18 @@ class Records(Protocol):
 
 
 def champions(records: Records, subjects: Iterable[Subject]) -> dict[VariantName, Seal]:
-    """Find the seals of the champions that a device class runs, by variant; a variant without a champion is left out.
+    """Find the seals of the champions that a device class runs, by variant; see `registry.promotion.of_one_full`.
 
     Raises:
         CatalogError: no variant has a champion, an older ferry kept no hashes of one, or MLflow's alias differs from the ledger.
     """
+    asked = {subject.variant: subject for subject in subjects}
+    states = {variant: _state(records, subject) for variant, subject in asked.items()}
+    first = next(iter(asked.values()))
+    full = _state(records, first.model_copy(update={"variant": "full"}))
     found: dict[VariantName, Seal] = {}
-    asked = list(subjects)
-    for subject in asked:
-        now, alias = _state(records, subject), records.catalog.champion(subject)
+    for variant, subject in asked.items():
+        now, alias = states[variant], records.catalog.champion(subject)
         if now.version is None and alias is None:
             continue
         if alias is None:
@@ -58,11 +73,11 @@ def champions(records: Records, subjects: Iterable[Subject]) -> dict[VariantName
                 f"MLflow says {subject} {said}, but the ledger does not; run `ferry reconcile`, or run `ferry promote "
                 f"{subject} VERSION --reason ...` with the version that you want"
             )
-        found[subject.variant] = now.seal(str(subject), now.version)
-    if not found:
-        first = asked[0]
+        found[variant] = now.seal(str(subject), now.version)
+    held = of_one_full(full, states)
+    if not held:
         raise CatalogError(f"{first} has no champion to release; run `ferry retrain {first.line}` or `ferry promote`")
-    return found
+    return {variant: seal for variant, seal in found.items() if variant in held}
 
 
 def champion_of(records: Records, subject: Subject) -> Seal | None:
@@ -319,7 +334,26 @@ def _promote(
             f"the ledger holds it as entry {entry.number}, but MLflow's alias of {subject} did not move ({error}); `ferry reconcile` "
             "completes it"
         ) from error
+    if subject.variant == "full":
+        _take_along(records, subject, number, how, who)
     return entry
+
+
+def _take_along(records: Records, subject: Subject, number: int, how: How, who: str | None) -> None:
+    """Promote with a `full` the versions of the other variants that came from it and were champions then.
+
+    Otherwise, after a rollback, a release would hold no other variant. A variant that has no such version keeps its champion, and a
+    release leaves it out.
+    """
+    full = _state(records, subject).seals.get(number)
+    for variant in VARIANTS:
+        other = subject.model_copy(update={"variant": variant})
+        state = _state(records, other)
+        if variant == "full" or full is None or state.version is None:
+            continue
+        version = version_of(full, state)
+        if version is not None and version != state.version:
+            _promote(records, other, version, f"it comes from {subject} {number}, which is champion again", state, how, who=who)
 
 
 def _check_unmoved(subject: Subject, expected: SubjectState, now: SubjectState) -> None:

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from model.config import VARIANTS, VariantName
 from model.scorecard import Sha256
 from registry.errors import CatalogError, PromotionError
 from registry.ledger import Entry
-from registry.seal import Seal
+from registry.seal import PARTS, Seal
 
 How = Literal["command", "rollback", "approval", "alias"]
 
@@ -47,6 +48,11 @@ class SubjectState:
     def weights(self) -> Sha256:
         """Hash of the champion's weights; empty if there is no champion, as in a gate's entry."""
         return str(self.champion.facts["weights"]) if self.champion else ""
+
+    @property
+    def champions_seal(self) -> Seal | None:
+        """The champion's seal; None: there is no champion, or an older ferry kept no seal of it."""
+        return self.seals.get(self.version) if self.version is not None else None
 
     @property
     def number(self) -> int:
@@ -101,6 +107,42 @@ class SubjectState:
         if version not in self.seals and version == self.version:
             return self.weights
         return self.seal(subject, version).weights
+
+
+def of_one_full(full: SubjectState, variants: Mapping[VariantName, SubjectState]) -> dict[VariantName, SubjectState]:
+    """Choose the variants that a release holds: those with a champion that comes from the champion of `full`.
+
+    A variant that comes from another `full` may have the very fault for which somebody went back from that one. Champions of an
+    older ferry, which kept no seal or taught `fast` by `dev`, are not left out for that.
+
+    Args:
+        full: state of the variant `full`.
+        variants: states of the variants of a device class.
+    """
+    found: dict[VariantName, SubjectState] = {}
+    origins = {_checkpoint(seal)} if (seal := full.champions_seal) else None
+    for variant in (name for name in VARIANTS if name in variants):
+        state = variants[variant]
+        own = state.champions_seal
+        if state.version is None:
+            continue
+        if variant == "full" or origins is None or own is None or own.origin in origins:
+            found[variant] = state
+            if own and origins is not None:
+                origins.add(_checkpoint(own))
+    return {variant: found[variant] for variant in variants if variant in found}
+
+
+def version_of(full: Seal, state: SubjectState) -> int | None:
+    """Find the version of a variant that comes from this `full` and was champion after it passed the gate; None: there is none."""
+    wanted = _checkpoint(full)
+    made = [n for n in state.passed if wanted and n in state.seals and state.seals[n].origin == wanted]
+    return max(made, default=None)
+
+
+def _checkpoint(seal: Seal) -> Sha256 | None:
+    """Return the hash of a version's trained weights; None: its seal does not cover them."""
+    return seal.checkpoint if f"checkpoint/{PARTS['checkpoint'][0]}" in seal.files else None
 
 
 def subject_state(entries: Iterable[Entry]) -> SubjectState:

@@ -55,6 +55,11 @@ class Seal(Frozen):
         return self.files["checkpoint/weights.safetensors"].digest
 
     @property
+    def origin(self) -> Sha256 | None:
+        """Checkpoint that a variant comes from: that of a student's teacher, otherwise the one with the same weights."""
+        return self.teacher or self.parent
+
+    @property
     def name(self) -> str:
         """Subject and number, for messages."""
         return f"{self.subject} {self.version}"

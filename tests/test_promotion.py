@@ -26,8 +26,8 @@ from registry import champions as rules
 from registry.catalog import Catalog, Subject, Version
 from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import Entry, Ledger
-from registry.promotion import Alias, SubjectState, reconcile_alias, subject_state
-from registry.seal import Seal
+from registry.promotion import Alias, SubjectState, of_one_full, reconcile_alias, subject_state, version_of
+from registry.seal import FileSeal, Seal
 from registry.selection import Decision, Limits
 from tests.test_slow import FERRY, clean_environment, wait_for
 
@@ -963,3 +963,52 @@ def test_person_approves_in_prefects_page(tmp_path: Path):
         serving.send_signal(signal.SIGTERM)
         serving.communicate(timeout=60)
         workspace.ledger.close()
+
+
+# Variants of one full
+
+
+def sealed_state(
+    version: int | None, checkpoint: str, origin: str | None = None, teacher: bool = False, **others: Any
+) -> SubjectState:
+    """Make the state of a subject whose champion has this checkpoint and comes from that one."""
+    if version is None:
+        return SubjectState()
+    seals = {n: _seal(n, *of) for n, of in {version: (checkpoint, origin, teacher), **others.get("also", {})}.items()}
+    champion = Entry.model_construct(number=1, kind="promotion", facts={"version": version, "weights": checkpoint})
+    return SubjectState(champion=champion, seals=seals, passed={n: seal.weights for n, seal in seals.items()})
+
+
+def _seal(version: int, checkpoint: str, origin: str | None, teacher: bool) -> Seal:
+    file = FileSeal(size=1, digest=checkpoint)
+    return Seal(
+        subject="x/I/any", version=version, weights=checkpoint, lineage="0" * 64, scorecard="0" * 64, data_rev="", data_md5="", code="",
+        parent=None if teacher else origin, teacher=origin if teacher else None, files={"checkpoint/weights.safetensors": file},
+    )  # fmt: skip
+
+
+ONE, TWO, OLD = "1" * 64, "2" * 64, "3" * 64
+
+
+def test_release_holds_variants_of_one_full():
+    full = sealed_state(2, TWO)
+    variants = {
+        "turbo": sealed_state(1, "a" * 64, TWO, teacher=True), "full": full, "dev": sealed_state(2, TWO, TWO), "fast": sealed_state(1, ONE, ONE),
+    }  # fmt: skip
+    assert list(of_one_full(full, variants)) == ["turbo", "full", "dev"]  # fast comes from a full that somebody replaced
+    assert list(of_one_full(full, {"dev": variants["dev"], "turbo": SubjectState()})) == ["dev"]
+
+
+def test_students_of_an_older_ferry_are_not_left_out():
+    full, dev = sealed_state(1, ONE), sealed_state(1, TWO, ONE, teacher=True)
+    fast = sealed_state(1, OLD, TWO, teacher=True)  # dev taught it
+    assert list(of_one_full(full, {"fast": fast, "dev": dev})) == ["fast", "dev"]
+    unsealed = SubjectState(champion=Entry.model_construct(number=1, facts={"version": 1, "weights": "x"}))
+    assert list(of_one_full(full, {"dev": unsealed})) == ["dev"]
+
+
+def test_version_that_came_from_a_full_is_found_again():
+    full = _seal(1, ONE, None, False)
+    state = sealed_state(3, TWO, TWO, also={1: (ONE, ONE, False), 2: (OLD, ONE, True)})
+    assert version_of(full, state) == 2
+    assert version_of(_seal(9, "9" * 64, None, False), state) is None

@@ -311,3 +311,23 @@ def test_table_that_the_gate_refuses_is_followed_by_a_student(workspace: Workspa
     assert student.teacher == table.parent == champion(workspace, "full").checkpoint
     assert student.variant == "fast"
     assert card(workspace, seals(workspace, subject("fast"))[-1]).sampler == Sampler(method="mean", steps=8, guidance=1.0)
+
+
+def test_variants_go_with_their_full(workspace: Workspace):
+    """A full that somebody promotes has no variants yet; one that somebody goes back to brings its own."""
+    from registry.champions import champions, promote, rollback
+    from registry.errors import CatalogError
+
+    before = {variant: champion(workspace, variant) for variant in ALL}
+    second = seals(workspace, subject("full"))[-1]
+    promote(workspace, subject("full"), second.version, "a drill", overrule=True)
+    with pytest.raises(CatalogError, match="has no champion to release"):  # the class runs other variants, all of the first full
+        champions(workspace, workspace.class_subjects("shapes", "edge"))
+    retrain(Workspace(workspace.root))
+    made = seals(workspace, subject("dev"))[-1]
+    assert made.origin == second.checkpoint
+    promote(workspace, subject("dev"), made.version, "a drill", overrule=True)
+    assert "dev" in champions(workspace, workspace.class_subjects("shapes", "edge"))
+    rollback(workspace, subject("full"), "the drill is over")
+    assert {variant: champion(workspace, variant) for variant in ALL} == before
+    assert set(champions(workspace, workspace.class_subjects("shapes", "edge"))) == {"fast", "turbo", "dev"}
