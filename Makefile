@@ -132,6 +132,10 @@ fix: install ## let ruff mend what it can
 prove-demo: install ## play the demo, check every claim against the stores; figures to build/bench/prove-demo.json
 	$(BIN)/python -m tests.bench.demo
 
+.PHONY: base
+base: install ## train the base that the demo adopts, half an hour of one core; weights and recipe to flows/bases (goes on where it was cut)
+	OMP_NUM_THREADS=1 $(BIN)/python -m infra.base.train
+
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@

@@ -1,0 +1,1 @@
+"""What the demo starts from, and how it was made."""
