@@ -61,6 +61,8 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
 def _model(workspace: Workspace, champion: Champion, champions: list[Champion]) -> report.ModelColumn:
     # If the history was rewritten, the report still shows the hash.
     message = versions.message(workspace.root, champion.version.data_rev) or "a revision that Git no longer has"
+    if champion.version.adopted:
+        message = f"adopted from {champion.version.adopted.source}"
     told, energy = _on_devices(workspace, champion.subject), _energy(workspace, champion.subject)
     return columns.column(workspace, champion, champions, message, told, energy)
 

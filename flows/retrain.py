@@ -215,14 +215,21 @@ def retrain_ladder(
     variants: list[VariantName],
     candidates: int,
     promote_winners: bool,
+    adopted: Path | None = None,
 ) -> _Ladder:
-    """Make the variants of a configuration one after another, `full` first; an error in one does not stop the others."""
+    """Make the variants of a configuration one after another, `full` first; an error in one does not stop the others.
+
+    `adopted` is a checkpoint of weights that were trained elsewhere: it is judged instead of a training of `full`.
+    """
     ladder = _Ladder(candidates)
     for variant in variants:
         subject = Subject(line=data.line, configuration=configuration, variant=variant)
         try:
-            make = _retrain_full if variant == "full" else _derive
-            ladder.rows.append(make(workspace, data, subject, ladder, promote_winners))
+            if variant == "full" and adopted:
+                row = _adopt_full(workspace, data, subject, ladder, promote_winners, adopted)
+            else:
+                row = (_retrain_full if variant == "full" else _derive)(workspace, data, subject, ladder, promote_winners)
+            ladder.rows.append(row)
         except Exception as error:  # noqa: BLE001 - whatever befell one, the others are worth their hours
             ladder.failures.append(error)
             ladder.rows.append(_row(subject, data, 0, "failed", str(error).strip() or type(error).__name__))
@@ -250,6 +257,22 @@ def _retrain_full(workspace: Workspace, data: DataVersion, subject: Subject, lad
     lesson = Lesson(data=data, configuration=subject.configuration, variant="full", parent=parent)
     checkpoint = _trained(workspace, lesson, line)
     return _noted(ladder, judge(workspace, checkpoint, champion, ladder.allowed(line, 1), promote_winners))
+
+
+def _adopt_full(
+    workspace: Workspace, data: DataVersion, subject: Subject, ladder: _Ladder, promote_winners: bool, adopted: Path
+) -> Retrained:
+    line, champion = workspace.line(data.line), incumbent_of(workspace, subject)
+    config = line.config(subject.configuration)
+    if champion:
+        before = train.load_checkpoint(champion.files.checkpoint)
+        check_same_pictures("the champion", (before.lineage.config.image_size, before.lineage.config.channels), config)
+        if before.lineage.config == config:
+            ladder.full = champion.files
+        if (before.weights_sha256, champion.seal.data_md5) == (train.load_checkpoint(adopted).weights_sha256, data.md5):
+            ladder.last = verdict(workspace, subject, champion.seal.version)
+            return _row(subject, data, champion.seal.version, "unchanged", "the champion has these weights")
+    return _noted(ladder, judge(workspace, adopted, champion, ladder.allowed(line, 1), promote_winners))
 
 
 def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _Ladder, promote_winners: bool) -> Retrained:

@@ -401,6 +401,17 @@ class Line(Section):
         ladder = list(VARIANTS)
         return sorted(wanted, key=lambda pair: (pair[0], ladder.index(pair[1])))
 
+    def configuration_called(self, text: str) -> ConfigurationName:
+        """Find one of the configurations that the line's classes run.
+
+        Raises:
+            WorkspaceError: none of them is called so.
+        """
+        for name in self.ladders():
+            if name == text:
+                return name
+        raise WorkspaceError(f"no class of this line runs configuration {shown(text)}; choose {' or '.join(self.ladders())}")
+
     def ladders(self) -> dict[ConfigurationName, list[VariantName]]:
         """Group `combinations` by configuration; different configurations do not depend on each other."""
         found: dict[ConfigurationName, list[VariantName]] = {}

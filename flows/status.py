@@ -196,7 +196,7 @@ def _data(workspace: Workspace, states: dict[str, SubjectState]) -> Iterator[Wai
         if md5 is None:
             yield Waits(what=f"{name} has no data yet", command=f"ferry data add {name}")
         elif not any(
-            seal.data_md5 == md5
+            seal.data_md5 == md5 and not seal.adopted
             for subject, state in states.items() if subject.startswith(f"{name}/") for seal in state.seals.values()
         ):  # fmt: skip
             yield Waits(what=f"no model of {name} was trained on its newest data", command=f"ferry retrain {name}")

@@ -63,6 +63,27 @@ class DataVersion(Frozen):
     bytes: int = Field(description="bytes of all files")
 
 
+def _one_line(text: str) -> str:
+    """Check that a text has no control characters, and return it.
+
+    Raises:
+        PydanticCustomError: it has some.
+    """
+    if not text.isprintable():
+        raise PydanticCustomError("one_line", "a text of one line must not have control characters")
+    return text
+
+
+Source = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200), AfterValidator(_one_line)]
+
+
+class Adopted(Frozen):
+    """Where weights come from that were trained elsewhere."""
+
+    source: Source = Field(description="in words, as whoever adopted them said it")
+    file_sha256: Sha256 = Field(description="hash of the file that was adopted")
+
+
 class Lineage(Frozen):
     """Origin of a checkpoint: everything that is needed to reproduce it."""
 
@@ -89,6 +110,12 @@ class Lineage(Frozen):
     items: int = Field(description="items of the training data, without the held-out ones")
     torch: str = Field(description="version of torch")
     hardware: str = Field(default="cpu", description="hardware that it was trained on")
+    adopted: Adopted | None = Field(
+        default=None,
+        exclude_if=_absent,
+        description="where the weights come from, if they were not trained here: then `data` is the revision on which they were first "
+        "judged, `training_sha256` the hash of this field, and `steps` and `items` are 0; a training from them has `parent` instead",
+    )
 
 
 SamplerName = Literal["euler", "heun", "ab2", "mean"]

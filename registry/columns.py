@@ -61,11 +61,12 @@ def read(records: Records, subject: Subject, into: Path) -> Champion | None:
         return None
     parts: tuple[Part, Part] = ("checkpoint", "bundle")
     checkpoint, _ = (catalog.files(version, part, into) for part in parts)  # the bundle only to check that it is whole
+    curve = json.loads((checkpoint / CURVE).read_bytes())
     return Champion(
         subject=subject,
         version=version,
         card=catalog.card(version),
-        train_seconds=json.loads((checkpoint / CURVE).read_bytes())[-1]["seconds"],
+        train_seconds=curve[-1]["seconds"] if curve else 0.0,  # an adopted model was not trained here
         grid=catalog.data(version, GRID),
         real=catalog.data(version, REAL) if REAL in version.files else None,
         captions=json.loads(catalog.data(version, CAPTIONS)),

@@ -23,7 +23,7 @@ from model.scorecard import DataVersion, Lineage, Scorecard
 from registry.selection import Decision
 
 ON_VERSION = (
-    "data.rev", "data.md5", "gate.outcome", "gate.n", "parent.version", "teacher.version", "training.seconds",  # for people
+    "data.rev", "data.md5", "gate.outcome", "gate.n", "parent.version", "teacher.version", "training.seconds", "adopted.from",  # for people
     "checkpoint.sha256", "scorecard.sha256", "weights.sha256",  # read back by registry.registration and registry.catalog
 )  # fmt: skip
 WEIGHTS = "weights.safetensors"  # file name in a checkpoint; not imported from `model.train`, because that needs torch
@@ -58,6 +58,7 @@ def version_tags(
     spaces = {f"evaluation.space.{q.space}": q.space_sha256 for q in card.quality}
     trained = {"training.seconds": f"{curve[-1]['seconds']:.1f}"} if curve and "seconds" in curve[-1] else {}
     taught = {"teacher.sha256": lineage.teacher} if lineage.teacher else {}
+    adopted = {"adopted.from": lineage.adopted.source, "adopted.sha256": lineage.adopted.file_sha256} if lineage.adopted else {}
     return {
         "data.items": str(lineage.items), "code.sha256": lineage.code, **code_tags(),
         "environment.sha256": hashlib.sha256(environment().encode()).hexdigest(), "python": platform.python_version(),
@@ -65,7 +66,7 @@ def version_tags(
         "onnx.sha256": file_sha256(export / "graph.onnx"), "configuration": card.configuration, "variant": card.variant, "tier": card.tier,
         "config.sha256": lineage.config.sha256, "training.sha256": lineage.training_sha256, "seed": str(lineage.seed),
         "training.steps": str(lineage.steps), **trained, "hardware": lineage.hardware, "parent.sha256": lineage.parent or "",
-        **taught, "lineage.sha256": lineage.sha256, "checkpoint.sha256": file_sha256(checkpoint / WEIGHTS),
+        **taught, **adopted, "lineage.sha256": lineage.sha256, "checkpoint.sha256": file_sha256(checkpoint / WEIGHTS),
         "weights.sha256": card.weights_sha256, "scorecard.sha256": card.sha256, **spaces, "evaluation.n": str(max((q.n for q in card.quality), default=0)),
         "evaluation.seed": str(card.seed), "gate.outcome": decision.outcome, "gate.reason": shortened(decision.reason), "gate.n": str(decision.n),
         "gate.decision": decision.sha256, "gate.champion": decision.champion or "",

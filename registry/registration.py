@@ -97,7 +97,8 @@ def register(
         try:
             commit = {COMMIT: tags["code.rev"]} if "code.rev" in tags else {}
             reopen(catalog, run_id, tags | commit | {NOTE: tags["gate.reason"]} | ({PARENT_RUN: within.run_id} if within else {}))
-            used = [dataset_input(lineage.data, catalog.repository, context) for context in ("training", "evaluation")]
+            contexts = ("evaluation",) if lineage.adopted else ("training", "evaluation")
+            used = [dataset_input(lineage.data, catalog.repository, context) for context in contexts]
             catalog.client.log_inputs(run_id, used)
             _log(catalog.client, run_id, subject, lineage, card)
             _log_curve(catalog.client, run_id, curve)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from model.scorecard import Frozen, Lineage, Scorecard, Sha256
+from model.scorecard import Adopted, Frozen, Lineage, Scorecard, Sha256
 from registry.errors import SealError
 
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -47,6 +47,9 @@ class Seal(Frozen):
     code: str
     parent: Hash | None = Field(description="checkpoint from which its training started")
     teacher: Hash | None
+    adopted: Adopted | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="where weights come from that were trained elsewhere"
+    )
     files: dict[str, FileSeal] = Field(description="by name in MLflow's run, such as bundle/graph.onnx")
 
     @property
@@ -87,7 +90,7 @@ class Seal(Frozen):
         return cls(
             subject=subject, version=version, weights=card.weights_sha256, lineage=lineage.sha256, scorecard=card.sha256,
             data_rev=lineage.data.rev, data_md5=lineage.data.md5, code=lineage.code, parent=lineage.parent, teacher=lineage.teacher,
-            files=dict(files),
+            adopted=lineage.adopted, files=dict(files),
         )  # fmt: skip
 
 

@@ -126,8 +126,11 @@ def _version(seal: Seal, said: Entry, made: Version | None) -> Thing:
     facts = {"gate": said.facts["outcome"], "code": seal.code[:12], "run": made.run_id if made else "deleted"}
     if made and made.aliases:
         facts["is"] = ", ".join(made.aliases)
-    from_ = [seal.data_md5, seal.parent, seal.teacher, str(said.facts["decision"])]
-    return Thing("version", seal.name, hashes, facts, [value for value in from_ if value])
+    from_, files = [seal.data_md5, seal.parent, seal.teacher, str(said.facts["decision"])], []
+    if seal.adopted:  # it was judged on these data, but not trained on them
+        facts |= {"adopted from": seal.adopted.source, "judged on data": seal.data_rev[:12]}
+        from_[0], files = None, [seal.adopted.file_sha256]
+    return Thing("version", seal.name, hashes, facts, [value for value in from_ if value], files)
 
 
 def decisions(entries: Iterable[Entry]) -> Iterator[Thing]:

@@ -176,6 +176,51 @@ def retrain(
 
 
 @app.command()
+def adopt(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="File of safetensors, or folder of a checkpoint that ferry wrote.", show_default=False)
+    ],
+    line: Annotated[str, typer.Option(help="Line that the model is for.", show_default=False)],
+    configuration: Annotated[str, typer.Option(help="Configuration that the weights are for: I or II.")] = "I",
+    source: Annotated[
+        str, typer.Option("--from", help="Words that say where the weights come from; the file's name by default.")
+    ] = "",
+    promote: Annotated[bool, typer.Option(help="Promote it if it passes the gate.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Register weights that were trained elsewhere, as a version of a line.
+
+    They are checked, exported, evaluated on the line's present data and judged by the gate like those of a retraining. Later
+    retrainings start from them. Pickles are refused, because they are programs.
+    """
+    with reported_errors():
+        workspace = open_workspace()
+        from model import adopt as weights
+        from model import versions
+
+        settings, chosen = workspace.line(line), workspace.line(line).configuration_called(configuration)
+        with workspace.locked("retraining"):  # say so before large modules are loaded
+            pass
+        found = weights.look(checkpoint)
+        words = weights.source_of(source or found.source)
+        versions.check_clean(workspace.root, settings.data, line)
+        phase("load what evaluates, and start Prefect: some seconds")
+        from flows import adopt as flow
+        from flows import serve as schedule
+        from registry.lineage import shortened
+
+        schedule.start_in_process(workspace)
+        with showing_progress():
+            rows = flow.adopt(str(workspace.root), line, chosen, str(checkpoint.absolute()), words, promote)
+        text = "\n".join(
+            f"{r['subject']} version {r['version']}: {r['outcome']}, {printable(shortened(r['reason']))}" for r in rows
+        )
+        answer(as_json, {"models": rows, "from": words, "file_sha256": found.sha256}, text)
+        if any(row["outcome"] in ("refuse", "more data", "promote if reasoned") for row in rows):
+            raise typer.Exit(5)
+
+
+@app.command()
 def trigger(
     line: Annotated[str, typer.Argument(help="Line whose models are retrained.")],
     reason: Annotated[str, typer.Option(help="Reason; recorded in the ledger.")],

@@ -31,10 +31,11 @@ from model.scorecard import DataVersion
 from model.train import CURVE, WEIGHTS, TrainOptions, code_sha256, train
 from model.watch import Figures, Watcher
 
-OUT = Path(__file__).parents[2] / "flows" / "bases"
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "flows" / "bases"
 PATCHES = 2000  # of each surface; the demo delivers 320
 OPTIONS = TrainOptions(
-    steps=6500, batch=16, learning_rate=2e-3, warmup=100, decay_from=0.4, ema=0.999, stored="bfloat16", seed=18, save_every=250
+    steps=5200, batch=16, learning_rate=2e-3, warmup=100, decay_from=0.5, ema=0.999, stored="bfloat16", seed=18, save_every=250
 )  # fmt: skip
 LOSS_TIMES, LOSS_SEED = 16, 0
 
@@ -66,7 +67,7 @@ def main() -> None:
             "what": f"first delivery of model/photographs.py, {PATCHES} patches of each surface", "sha256": _hash(many),
             "training": len(many.training()), "held_out": len(many.reference()),
         },
-        "code": {"commit": git.run(Path(__file__).parent, "rev-parse", "HEAD", around=True), "model_sha256": code_sha256()},
+        "code": {"commit": git.run(ROOT, "log", "-1", "--format=%H", "--", "model"), "model_sha256": code_sha256()},
         "torch": torch.__version__, "seconds": round(curve[-1]["seconds"]),
         "held_out_loss": {
             "what": f"mean squared error of the velocity on the demo's {len(demo.reference())} held-out patches, {LOSS_TIMES} times each",

@@ -152,6 +152,8 @@ TAGS = {
     "hardware": "what it was trained on",
     "parent.sha256": "weights that training started from",
     "teacher.sha256": "weights of the teacher",
+    "adopted.from": "where weights come from that were trained elsewhere, in the words of whoever adopted them",
+    "adopted.sha256": "hash of the file that was adopted",
     "lineage.sha256": "hash of the lineage",
     "checkpoint.sha256": "hash of the trained weights",
     "weights.sha256": "hash of the exported weights",
