@@ -136,6 +136,10 @@ prove-demo: install ## play the demo, check every claim against the stores; figu
 base: install ## train the base that the demo adopts, half an hour of one core; weights and recipe to flows/bases (goes on where it was cut)
 	OMP_NUM_THREADS=1 $(BIN)/python -m infra.base.train
 
+.PHONY: believable
+believable: install ## whether a judge that learnt from real patches names the base's pictures by their captions, minutes (DEMO=folder of a finished demo); figures to build/bench/believable.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.believable $(DEMO)
+
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@

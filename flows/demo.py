@@ -26,6 +26,8 @@ from registry.lineage import file_sha256
 
 LINE, SECOND, CLASS = "surfaces", "digits", "edge"
 DEVICES = ("press-01", "press-02", "press-03")
+BASE = Path(__file__).parent / "bases" / f"{LINE}.safetensors"
+BASE_SOURCE = "the base that comes with ferry, trained by infra/base/train.py"
 CAPTIONS = {"press-01": "brick", "press-02": "coins", "press-03": "gravel, hole"}
 CAPTIONS_AFTER = {"press-01": "dim brick", "press-02": "dim coins", "press-03": "page"}
 
@@ -142,8 +144,8 @@ class Demo:
                 LINE: lambda folder: photographs.surfaces(folder, 1), SECOND: lambda folder: photographs.digits(folder, 1),
             }),
         )  # fmt: skip
-        self.step("train 1", f"train {LINE} (nano, configuration I) → evaluate → gate → MLflow", lambda: self._retrain(LINE))
-        self.step("train digits", f"the same flow for {SECOND} (test tier)", lambda: self._retrain(SECOND))
+        self.step("adopt", f"adopt a base for {LINE} (nano, configuration I) → evaluate → gate → MLflow", self._adopt)
+        self.step("train digits", f"train {SECOND} (test tier) from noise, and the same flow", lambda: self._retrain(SECOND))
         self.step("release 1", "ONNX bundles → signed repository → rollout", lambda: self._release([LINE, SECOND]))
         self.step("install", "three devices install it and draw an image each", lambda: self._update("installed", CAPTIONS))
         self.step(
@@ -179,6 +181,14 @@ class Demo:
         if row["outcome"] not in ("promote", "unchanged"):
             raise DemoError(f"the gate did not promote {row['subject']} {row['version']}: {row['reason']}")
         return row
+
+    def _adopt(self) -> None:
+        """Register the base as version 1; the line's later versions are trained from it."""
+        from flows.adopt import adopt
+
+        (row, *_) = adopt(str(self.root), LINE, "I", str(BASE), BASE_SOURCE)
+        if row["outcome"] not in ("promote", "unchanged"):
+            raise DemoError(f"the gate did not promote the base of {LINE}: {row['reason']}")
 
     def _retrain_both(self) -> None:
         self._retrain(LINE)
