@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,11 +17,15 @@ from safetensors.torch import save, save_file
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.demo import BASE
+from flows.demo import SETTINGS as DEMO
 from flows.setup import create
 from flows.workspace import Workspace
-from model import versions
+from infra.base.train import OPTIONS
+from model import photographs, versions
 from model.adopt import MAX_FILE, MAX_HEADER, Found, adopt, check_tensors, look
 from model.config import ModelConfig
+from model.data import prepare
 from model.errors import CheckpointError
 from model.network import Network
 from model.scorecard import Lineage
@@ -360,3 +365,30 @@ def test_next_retraining_starts_from_the_adopted_champion(workspace: Workspace):
     assert json.loads(told.stdout)["models"][0]["version"] == 3
     first, last = seals(workspace, SUBJECT)[0], seals(workspace, SUBJECT)[-1]
     assert (last.parent, last.adopted) == (first.checkpoint, None)
+
+
+# The demo's base
+
+
+def test_base_of_the_demo_is_that_of_its_recipe_and_fits():
+    recipe = json.loads(BASE.with_suffix(".json").read_bytes())
+    found = look(BASE)
+    assert (recipe["sha256"], recipe["bytes"]) == (found.sha256, len(found.content))
+    assert len(found.content) <= 8_000_000
+    line = tomllib.loads(DEMO)["lines"]["surfaces"]
+    shape = {name: line[name] for name in ("tier", "image_size", "channels", "text_length")}
+    check_tensors(found, ModelConfig(configuration="I", **shape))
+    assert recipe["config"] == ModelConfig(configuration="I", **shape).model_dump()
+    assert recipe["options"] == OPTIONS.model_dump()
+
+
+def test_base_is_trained_on_no_tile_that_the_demo_holds_out(tmp_path: Path):
+    config = ModelConfig(tier="nano", image_size=16, text_length=20)
+    kinds = []
+    for patches in (20, 30):
+        photographs.surfaces(tmp_path / str(patches), 1, patches)
+        kinds.append(prepare(tmp_path / str(patches), config, tmp_path / "cache"))
+    small, many = kinds
+    held_out = {small.groups[i] for i in small.reference()}
+    assert held_out
+    assert not held_out & {many.groups[i] for i in many.training()}

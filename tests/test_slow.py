@@ -16,10 +16,12 @@ import pytest
 
 from flows.setup import create
 from flows.workspace import Workspace
-from model import versions
+from model import photographs, versions
+from model.data import prepare
+from model.train import WEIGHTS, TrainOptions, train
 from registry.catalog import Subject
 from registry.champions import champion_of
-from tests.conftest import write_images
+from tests.conftest import CONFIG, VERSION, write_images
 from tests.test_flows import SETTINGS
 
 pytestmark = pytest.mark.slow
@@ -105,6 +107,11 @@ def test_small_demo_killed_twice_still_tells_the_whole_story(tmp_path: Path, mon
         assert old in small
         small = small.replace(old, new)
     monkeypatch.setattr(demo, "SETTINGS", small)
+    photographs.surfaces(tmp_path / "patches", 1)
+    config = CONFIG.model_copy(update={"text_length": 20})
+    learnt = TrainOptions(steps=250, batch=32, learning_rate=8e-3, stored="bfloat16")
+    base = train(config, prepare(tmp_path / "patches", config, tmp_path / "cache"), VERSION, learnt, tmp_path / "base")
+    monkeypatch.setattr(demo, "BASE", base.folder / WEIGHTS)
     said: list[str] = []
 
     class PulledPlugError(Exception):

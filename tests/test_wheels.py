@@ -108,7 +108,7 @@ def test_big_wheel_holds_every_module(wheels):
     assert {name for name in names if name.endswith(".py")} == sources("model", "registry", "ota", "flows")
     assert scripts_in(wheels["deltaferry"]) == {"ferry", "ferry-agent", "ferry-delta"}
     assert not any(name.endswith("pyproject.toml") for name in names)
-    assert {"ota/py.typed"} <= names
+    assert {"ota/py.typed", "flows/bases/surfaces.safetensors", "flows/bases/surfaces.json"} <= names  # the demo's base
 
 
 def test_device_wheel_holds_the_device_alone(wheels):

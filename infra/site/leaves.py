@@ -187,6 +187,7 @@ ARTIFACTS = {
 
 RUNS = {
     "retrain": "parameters: the workspace's path, line, Git revision, whether winners are promoted, seed, steps",
+    "adopt": "parameters: the workspace's path, line, configuration, path of a file, where it comes from, whether it is promoted",
     "look for data": "parameters: the workspace's path, lines",
     "look at aliases": "parameters: the workspace's path",
     "register checkpoint": "parameters: the workspace's path, path of a checkpoint",
@@ -243,7 +244,7 @@ def _overview() -> str:
         (
             "[MLflow](#mlflow)",
             "factory → `stores.mlflow`",
-            "`ferry retrain`, `promote`",
+            "`ferry retrain`, `adopt`, `promote`",
             "generated, and some held-out",
             "most frequent ones",
         ),
