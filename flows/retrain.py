@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from prefect import Flow, State, flow, runtime, task
 from prefect.artifacts import create_table_artifact
@@ -28,7 +28,7 @@ from flows.steps import Lesson, ModelFiles, champion_files, pull_data, renewed, 
 from flows.training_log import retraining_key
 from flows.workspace import Workspace
 from model import students, train, versions
-from model.config import ConfigurationName, PrecisionName, SourceName, VariantName, canonical_sha256, check_same_pictures
+from model.config import ConfigurationName, PrecisionName, VariantName, canonical_sha256, check_same_pictures
 from model.scorecard import DataVersion, Lineage, Sha256
 from registry import runs
 from registry.catalog import Subject
@@ -158,6 +158,9 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
             row = judged.row.model_dump()
             tell([row])
         return row
+
+
+Way = Literal["table", "carried over", "student"]
 
 
 @dataclass
@@ -294,8 +297,8 @@ def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _
                 allowed, own = ladder.allowed(line, 1), champion.files.checkpoint
                 return _passed(ladder, judge(workspace, own, champion, allowed, promote_winners, ladder.full.bundle))
     ways = _ways(line, subject.variant, full, before)
-    for source, parent in ways:
-        checkpoint = _made(workspace, data, subject, full, source, parent)
+    for way, parent in ways:
+        checkpoint = _made(workspace, data, subject, full, way, parent)
         allowed = ladder.allowed(line, len(ways))
         row = _passed(ladder, judge(workspace, checkpoint, champion, allowed, promote_winners, ladder.full.bundle))
         if row.outcome in ("promote", "pending", "refused"):  # the gate let it through
@@ -305,16 +308,19 @@ def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _
 
 def _ways(
     line: Line, variant: VariantName, full: train.Checkpoint, before: train.Checkpoint | None
-) -> list[tuple[SourceName, train.Checkpoint]]:
-    """List the sources of a variant, and the weights from which each starts, in the order in which they are tried.
+) -> list[tuple[Way, train.Checkpoint]]:
+    """List the ways to make a variant, and the weights from which each starts, in the order in which they are tried.
 
-    A student starts from the fielded student, so that the update is small; if that does not pass, from `full`.
+    The cheapest update comes first: the layers of the fielded student as they are, over the new `full`. Then a student is trained
+    from the fielded one, and last from `full`.
     """
-    ways: list[tuple[SourceName, train.Checkpoint]] = []
+    ways: list[tuple[Way, train.Checkpoint]] = []
     for source in line.sources(variant):
         if source == "student" and before and before.lineage.teacher and before.lineage.config == full.lineage.config:
-            ways.append((source, before))
-        ways.append((source, full))
+            if before.lineage.thin and line.distillation.thin:
+                ways.append(("carried over", before))
+            ways.append(("student", before))
+        ways.append(("student" if source == "student" else "table", full))
     return ways
 
 
@@ -323,14 +329,19 @@ def _made(
     data: DataVersion,
     subject: Subject,
     full: train.Checkpoint,
-    source: SourceName,
+    way: Way,
     parent: train.Checkpoint,
 ) -> Path:
     """Make a variant's checkpoint: the weights of `full` as they are, or those of a student, which serves several variants."""
     line, made = workspace.line(data.line), full
-    if source == "table":
+    if way != "student":
         pull_data(workspace, full.lineage.data)  # of an older revision, if `full` was not replaced
-    else:
+    if way == "carried over":
+        name = canonical_sha256([parent.weights_sha256, parent.lineage.sha256, full.weights_sha256, way])[:32]
+        made = students.carried_over(parent, full, workspace.work / "runs" / name)
+        if made.lineage.variant == subject.variant:
+            return made.folder
+    elif way == "student":
         lesson = Lesson(
             data=data, configuration=subject.configuration, variant="turbo", parent=parent.folder, teacher=full.folder
         )

@@ -163,6 +163,25 @@ def solver(student: Sampler, full: Sampler) -> Sampler:
     return full.model_copy(update={"method": "ab2", "steps": max(1, student.evaluations // guided_cost), "shift": 1.0})
 
 
+def carried_over(student: Checkpoint, full: Checkpoint, out: Path) -> Checkpoint:
+    """Put the layers of a fielded thin student over a new `full`, without training: devices have these layers already.
+
+    Args:
+        student: a thin student of an earlier `full`.
+        full: the new one.
+        out: folder of the checkpoint; created if missing.
+    """
+    weights, own = load_file(full.folder / WEIGHTS), load_file(student.folder / WEIGHTS)
+    weights |= {name: weight for name, weight in own.items() if is_thin(name)}
+    made = {"data": full.lineage.data, "parent": student.weights_sha256, "teacher": full.weights_sha256, "steps": 0}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / LINEAGE).unlink(missing_ok=True)  # an old lineage must never stand beside new weights
+    write_safely(out / WEIGHTS, weights)
+    (out / CURVE).write_text("[]")
+    (out / LINEAGE).write_text(student.lineage.model_copy(update=made).model_dump_json(indent=1))
+    return load_checkpoint(out)
+
+
 def as_variant(source: Checkpoint, variant: VariantName, out: Path) -> Checkpoint:
     """Write a checkpoint with the same weights for another variant.
 

@@ -14,9 +14,9 @@ from model.diffusion import guided, sample
 from model.evaluate import converged
 from model.network import Network
 from model.scorecard import Sampler
-from model.students import JUMPS, SUBSTEPS, Trajectories, as_variant, is_thin, solver
+from model.students import JUMPS, SUBSTEPS, Trajectories, as_variant, carried_over, is_thin, solver
 from model.students import converged as converged_sampler
-from model.train import Checkpoint, Ranks, TrainOptions, train
+from model.train import LINEAGE, WEIGHTS, Checkpoint, Ranks, TrainOptions, load_checkpoint, train, write_safely
 from model.watch import Figures, Watcher
 from tests.conftest import CONFIG, VERSION
 
@@ -133,8 +133,6 @@ def test_next_student_starts_from_the_fielded_one_and_keeps_what_it_does_not_tra
 ):
     with torch.no_grad():
         weights = {name: weight + 0.01 for name, weight in checkpoint.network().state_dict().items()}
-    from model.train import LINEAGE, WEIGHTS, load_checkpoint, write_safely
-
     full = tmp_path / "full"
     full.mkdir()
     write_safely(full / WEIGHTS, weights)
@@ -212,6 +210,20 @@ def _spied(traced: object, seen: list[int]) -> object:
         return traced(self, x, *others)  # type: ignore[operator]
 
     return spy
+
+
+def test_carried_over_student_has_its_own_layers_over_the_new_full(checkpoint: Checkpoint, student: Checkpoint, tmp_path: Path):
+    weights = {name: weight + 0.01 for name, weight in checkpoint.network().state_dict().items()}
+    (tmp_path / "full").mkdir()
+    write_safely(tmp_path / "full" / WEIGHTS, weights)
+    (tmp_path / "full" / LINEAGE).write_text(checkpoint.lineage.model_dump_json())
+    full = load_checkpoint(tmp_path / "full")
+    made = carried_over(student, full, tmp_path / "carried")
+    old = student.network().state_dict()
+    for name, weight in made.network().state_dict().items():
+        assert torch.equal(weight, old[name] if is_thin(name) else weights[name]), name
+    assert (made.lineage.teacher, made.lineage.parent, made.lineage.steps) == (full.weights_sha256, student.weights_sha256, 0)
+    assert (made.lineage.variant, made.lineage.thin, made.lineage.guidance) == ("turbo", True, 2.0)
 
 
 def test_table_variant_has_the_weights_of_full_and_says_so(checkpoint: Checkpoint, tmp_path: Path):

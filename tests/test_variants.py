@@ -295,7 +295,9 @@ def test_student_starts_from_the_fielded_student_and_if_that_fails_from_full(wor
     with settings(workspace, "coverage = 0.0", "coverage = 1.0"), settings(workspace, "trajectories = 32", "trajectories = 48"):
         rows = retrain(Workspace(workspace.root))
     assert rows[3]["outcome"] == "refuse"
-    first, second = seals(workspace, subject("turbo"))[-2:]
+    carried, first, second = seals(workspace, subject("turbo"))[-3:]
+    assert lineage(workspace, carried).steps == 0  # its layers as they are, which no device has to fetch
+    assert lineage(workspace, carried).parent == before["turbo"].checkpoint
     assert lineage(workspace, first).parent == before["turbo"].checkpoint
     assert lineage(workspace, second).parent == before["full"].checkpoint
     assert {v: champion(workspace, v) for v in before} == before

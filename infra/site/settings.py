@@ -15,7 +15,7 @@ from flows.setup import template
 from infra.site.schema import kind
 from infra.site.text import code, definitions, joined, plain, sentence
 
-NAMES = {"lines": ("LINE",), "classes": ("CLASS",), "energy": ("LINE", "CLASS", "VARIANT")}
+NAMES = {"lines": ("LINE",), "classes": ("CLASS",), "energy": ("LINE", "CLASS", "VARIANT"), "samplers": ("VARIANT",)}
 """What the names stand for in a table of tables."""
 
 
@@ -61,7 +61,7 @@ def page() -> str:
         "([below](#example)). A key that is not in the file has its default. A key or table that ferry does not know is an error, and so is "
         "a value that is not allowed: every command then names the key and stops.",
         "In the names of tables, LINE, CLASS and VARIANT stand for names: of a line (product), of a device class, and of a variant (`full`, "
-        "`dev` or `fast`). Names of lines and classes have 1 to 40 lower-case letters, digits and `-`.",
+        "`dev`, `fast` or `turbo`). Names of lines and classes have 1 to 40 lower-case letters, digits and `-`.",
         overview,
         *(_section(t) for t in found),
         "## What `ferry init` writes {#example}",
