@@ -319,6 +319,7 @@ def released(workspace: Workspace, subject: Subject, weights: str) -> list[Relea
         subject: of the version.
         weights: sha256 of its exported weights.
     """
+    from ota.release import foretell
     from ota.release.bundle import FILE_NAMES  # it loads the codec, for which a halt does not wait
     from registry.sealing import Released
 
@@ -327,7 +328,9 @@ def released(workspace: Workspace, subject: Subject, weights: str) -> list[Relea
         release.manifest
         for device_class in workspace.line(line).classes
         for release in repository.releases(line, device_class)
-        if repository.manifest(release).schema_version > 1  # its references hold an allowed change, which the version's do not
+        if foretell.allowed_by(
+            repository, repository.manifest(release)
+        )  # changes in its references, which the version's do not hold
     }
     return [
         Released(f"{line}/{device_class} release {release.seq}", f"bundle/{FILE_NAMES[file.role]}", file.sha256)

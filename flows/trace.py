@@ -35,14 +35,12 @@ def gather(workspace: Workspace) -> Iterator[Thing]:
 def _published(workspace: Workspace, line: str, device_class: str) -> Iterator[Thing]:
     for release in workspace.repository.releases(line, device_class):
         manifest = workspace.repository.manifest(release)
-        # The manifest names the scorecard of this variant only. The other variants are found by their weights.
+        # The manifest names the scorecard of this variant only. The other variants are found by the weights that they compute with.
         first = manifest.origin.model.rpartition("-")[2]
+        others = dict.fromkeys(manifest.weights_sha256(variant) for variant in manifest.variants if variant != first)
         yield Thing(
             "bundle", f"{line}/{device_class} release {release.seq}", {"manifest": release.manifest}, {"bytes": release.full_bytes},
-            [
-                manifest.origin.scorecard, *(e.sha256 for e in manifest.files if e.role == "weights" and e.variant != first),
-                manifest.origin.decision,
-            ],
+            [manifest.origin.scorecard, *others, manifest.origin.decision],
             [e.sha256 for e in manifest.files if e.role not in ("weights", "graph")],
         )  # fmt: skip
     for delta in workspace.repository.deltas(line, device_class):

@@ -13,11 +13,13 @@ MAX_GOLDEN = 8 * MiB
 MAX_GRAPH = 8 * MiB
 MAX_WEIGHTS = 4096 * MiB
 
-Role = Literal["graph", "weights", "sampler", "golden", "reference"]
+Role = Literal["graph", "weights", "overlay", "sampler", "golden", "reference"]
 VariantName = Literal["full", "dev", "fast", "turbo"]
 SIZE_LIMITS: dict[str, int] = {
-    "graph": MAX_GRAPH, "weights": MAX_WEIGHTS, "sampler": MAX_TABLE, "golden": MAX_GOLDEN, "reference": MAX_TABLE,
+    "graph": MAX_GRAPH, "weights": MAX_WEIGHTS, "overlay": MAX_WEIGHTS, "sampler": MAX_TABLE, "golden": MAX_GOLDEN, "reference": MAX_TABLE,
 }  # fmt: skip
+OF_NUMBERS: tuple[Role, ...] = ("weights", "overlay")
+"""Roles of files that hold a model's numbers; a delta streams them, however large they are."""
 
 
 def check_file(role: Role, variant: VariantName | None, size: int) -> None:

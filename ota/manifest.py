@@ -4,7 +4,7 @@ All are frozen values with a closed list of fields, and with a limit on every nu
 canonical JSON is hashed and signed, so its keys are sorted, and it holds no floats where TUF signs it (`Policy`).
 
 A bundle is a closed set of files. File names never come from a document: on the device a file is named by its hash, and
-its purpose is one of five roles.
+its purpose is one of six roles.
 """
 
 from __future__ import annotations
@@ -12,9 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 import ota
 from ota import limits
@@ -30,8 +40,9 @@ MAX_NUMBER = 2**31 - 1  # largest number of a report; fits into the integer colu
 MAX_COUNT = 2**53
 MAX_TOLD = 500  # characters of a reason
 FORM = 1  # `schema_version` of every document that this agent knows, but for these
-FORMS = {"manifest": 2, "reference": 2, "samplertable": 2}  # newest forms
-# Form 2 of manifest and reference allows a change of the images, that of the sampler table an interval of guidance.
+FORMS = {"manifest": 3, "reference": 2, "samplertable": 2}  # newest forms, which older agents do not know
+# Form 2 of manifest and reference allows a change of the images, that of the sampler table an interval of guidance. Form 3 of a
+# manifest lets variants share weights.
 MAX_ALLOWED = 0.1  # width of the range of an allowed statistic; pixel values span 2
 MAX_BASES = 16  # bundles from which a change is allowed
 
@@ -53,6 +64,7 @@ Role = limits.Role
 VariantName = limits.VariantName
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 ROLES_OF_VARIANT: tuple[Role, ...] = ("weights", "sampler", "golden", "reference")
+"""Roles of a variant's files; in form 3, an overlay may be in the place of the weights."""
 SIZE_LIMITS = limits.SIZE_LIMITS
 WEIGHTS_LOCATION = "weights.bin"  # name of the file of external weights in the graph
 
@@ -137,11 +149,27 @@ class FileEntry(Document):
     )
     size: int = Field(ge=1, le=MAX_WEIGHTS, description="bytes of the file")
     sha256: Sha256 = Field(description="hash of the file, which is also its name under objects/")
+    base: VariantName | None = Field(
+        default=None, description="of an overlay, the variant over whose weights it is put; other files do not have this field"
+    )
+    weights: Sha256 | None = Field(
+        default=None, description="of an overlay, the hash of the weights that this makes; other files do not have this field"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         limits.check_file(self.role, self.variant, self.size)
+        if (self.role == "overlay") != (self.base is not None) or (self.base is None) != (self.weights is None):
+            raise ValueError("an overlay, and only an overlay, names its base and the weights that it makes")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_in_older_forms(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what only an overlay has, so that manifests of older forms keep their hashes."""
+        said: dict[str, Any] = handler(self)
+        return (
+            said if self.role == "overlay" else {name: value for name, value in said.items() if name not in ("base", "weights")}
+        )
 
 
 class Origin(Document):
@@ -160,8 +188,9 @@ class Origin(Document):
 class Manifest(Document):
     """The manifest of a bundle: one line for one device class, in one to four variants. Its hash is the bundle's name."""
 
-    schema_version: Literal[1, 2] = Field(
-        default=1, description="version of this form; 2 where a reference allows a change of the images"
+    schema_version: Literal[1, 2, 3] = Field(
+        default=1,
+        description="version of this form; 2 where a reference allows a change of the images, 3 where variants share weights or one is turbo",
     )
     line: Name = Field(description="line (product) of the model")
     device_class: Name = Field(description="device class that the bundle is for")
@@ -177,21 +206,46 @@ class Manifest(Document):
     @model_validator(mode="after")
     def _closed(self) -> Self:
         expected = {("graph", None)} | {(role, v) for v in self.variants for role in ROLES_OF_VARIANT}
-        found = [(entry.role, entry.variant) for entry in self.files]
+        found = [("weights" if entry.role == "overlay" else entry.role, entry.variant) for entry in self.files]
         if len(set(self.variants)) != len(self.variants) or self.default_variant not in self.variants:
             raise ValueError("the default variant must be one of the variants, and each is listed once")
         if len(found) != len(set(found)) or set(found) != expected:
             raise ValueError("the files are not one graph and four files for each variant")
+        overlays = [entry for entry in self.files if entry.role == "overlay"]
+        if self.schema_version < 3 and (overlays or "turbo" in self.variants or len(self.variants) > 3):
+            raise ValueError("only form 3 holds overlays, four variants or the variant turbo")
+        plain = {entry.variant for entry in self.files if entry.role == "weights"}
+        if any(entry.base not in plain for entry in overlays):
+            raise ValueError("the base of an overlay is not a variant of this bundle that has weights of its own")
+        if self.schema_version >= 3 and any(entry.size != self.objects[entry.sha256].size for entry in self.files):
+            raise ValueError("a file is listed with two sizes")
         return self
 
     def entry(self, role: Role, variant: VariantName | None = None) -> FileEntry:
-        """Return the file of a role; all roles but the graph need a `variant`."""
+        """Return the file of a role; all roles but the graph need a `variant`, which has either weights or an overlay."""
         return next(e for e in self.files if (e.role, e.variant) == (role, variant))
+
+    def overlay(self, variant: VariantName) -> FileEntry | None:
+        """Return the overlay that makes the weights of a variant; None: it has a file of weights."""
+        return next((e for e in self.files if (e.role, e.variant) == ("overlay", variant)), None)
+
+    def weights_sha256(self, variant: VariantName) -> str:
+        """Return the hash of the weights that a variant computes with, whichever file they come from."""
+        made = self.overlay(variant)
+        return made.weights if made and made.weights else self.entry("weights", variant).sha256
 
     @property
     def objects(self) -> dict[str, FileEntry]:
-        """The files by hash; two variants may share a file."""
-        return {entry.sha256: entry for entry in self.files}
+        """The files by hash, each as it is listed first; variants may share files."""
+        found: dict[str, FileEntry] = {}
+        for entry in self.files:
+            found.setdefault(entry.sha256, entry)
+        return found
+
+    @property
+    def made(self) -> list[FileEntry]:
+        """The files that a delta to this bundle makes, in order; before form 3, it makes a shared file once for each variant."""
+        return self.files if self.schema_version < 3 else [*self.objects.values()]
 
     @property
     def size(self) -> int:

@@ -217,12 +217,12 @@ def changed(data: bytes, **fields: Any) -> bytes:
         (
             Manifest,
             {"minimum_agent": "99.0.0", "variants": {}, "more": 1},
-            "the manifest needs agent 99.0.0, but this is 0.1.0; update",
+            "the manifest needs agent 99.0.0, but this is 0.2.0; update",
         ),
         (
             Manifest,
-            {"schema_version": 3, "lines": ["a"]},
-            "the manifest has form 3 and needs an agent that knows it, but this is 0.1.0; update",
+            {"schema_version": 4, "lines": ["a"]},
+            "the manifest has form 4 and needs an agent that knows it, but this is 0.2.0; update",
         ),
         (Policy, {"schema_version": 7, "when": "soon"}, "the policy has form 7"),
         (SamplerTable, {"schema_version": 2, "method": "new"}, "the samplertable has form 2"),

@@ -100,8 +100,9 @@ def apply(patch: bytes, cases: Sequence[Case], output: Output | None = None) -> 
     stream, out = io.BytesIO(patch), output or Output()
     olds = {(case.entry.role, case.entry.variant): case.old for case in cases}
 
-    def open_base(role: Any, variant: Any) -> BinaryIO:
-        return io.BytesIO(olds[role, variant] or b"")
+    def open_base(file: DeltaFile) -> BinaryIO:
+        assert isinstance(file.target, BundleFile)
+        return io.BytesIO(olds[file.target.role, file.target.variant] or b"")
 
     header = delta.read_header(stream)
     if (header.base, header.target, [f.target for f in header.files]) != (BASE, TARGET, [case.entry for case in cases]):

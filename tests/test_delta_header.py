@@ -129,5 +129,5 @@ def test_header_that_the_factory_makes_is_checked_too():
         PlainFile(size=MAX_WEIGHTS + 1, sha256=A)
     with pytest.raises(ValueError, match="base is not a sha256"):
         DeltaFile(PlainFile(1, A), base="x", base_size=1)
-    with pytest.raises(ValueError, match="1 to 13"):
+    with pytest.raises(ValueError, match="1 to 17"):
         Header(A, B, [])

@@ -42,7 +42,7 @@ from ota.errors import (
     StateError,
     UnfinishedError,
 )
-from ota.manifest import Role, SamplerTable, VariantName
+from ota.manifest import SamplerTable, VariantName
 
 MEMORY = 4 * 1024**3  # bytes of address space; ONNX Runtime maps far more than it uses
 SECONDS = {"apply": 600, "check": 60, "try": 300, "generate": 300}  # of wall time; of CPU time twice as many, for two cores
@@ -307,7 +307,10 @@ def _say(answer: dict[str, Any]) -> None:
 def apply(
     root: str, patch: str, base: str, base_digest: str, slot: str, target_digest: str, files: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Build a bundle's files in the folder `slot` from the slot `base` and the delta `patch`, all relative to `root`."""
+    """Build a bundle's files in the folder `slot` from the slot `base` and the delta `patch`, all relative to `root`.
+
+    A file is made from one of the slot `base`, or from one that was made before.
+    """
     from ota import delta
     from ota.agent.disk import Disk
     from ota.agent.state import Slot
@@ -319,11 +322,12 @@ def apply(
     except StateError as error:
         raise BaseError("the installed bundle's manifest is missing or damaged; fetch the full bundle") from error
 
-    def open_base(role: Role, variant: VariantName | None) -> BinaryIO:
+    def open_base(file: delta.DeltaFile) -> BinaryIO:
+        place = running.folder if file.base in running.manifest.objects else disk.path(slot)
         try:
-            return running.path(role, variant).open("rb")
-        except (OSError, StopIteration) as error:
-            raise BaseError(f"the installed bundle lacks its {role} file; fetch the full bundle") from error
+            return (place / str(file.base)).open("rb")
+        except OSError as error:
+            raise BaseError(f"the installed bundle lacks what the {file.name} is made from; fetch the full bundle") from error
 
     with (Path(root) / patch).open("rb") as stream:
         header = delta.read_header(stream)

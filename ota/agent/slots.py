@@ -43,7 +43,7 @@ def finish_slot(home: Home, plan: Plan, fresh: str, step: OnStep) -> None:
 
 
 def _check_slot(home: Home, name: str, plan: Plan) -> None:
-    for entry in plan.manifest.files:
+    for entry in plan.manifest.objects.values():
         digest, size = hashlib.sha256(), 0
         try:
             for piece in read_uncached(home.disk.path(f"{name}/{entry.sha256}")):

@@ -34,10 +34,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from ota import overlay
 from ota.agent import window as hours
 from ota.agent.disk import Disk
 from ota.errors import BaseError, BusyError, ManifestError, OperatorError, StateError
-from ota.manifest import MAX_MANIFEST, MAX_TABLE, Document, Manifest, Name, Reference, Role, Sha256, VariantName, parse
+from ota.manifest import MAX_MANIFEST, MAX_TABLE, Document, FileEntry, Manifest, Name, Reference, Role, Sha256, VariantName, parse
 
 MAX_STATE = 1024 * 1024  # bytes; more than MAX_REFUSED reasons take, even if each of their characters takes twelve
 TRIAL_GOOD = 3  # inferences that must succeed before a bundle is trusted
@@ -388,19 +389,31 @@ class Slot:
         return self.folder / self.manifest.entry(role, variant).sha256
 
     def read(self, role: Role, variant: VariantName | None = None) -> bytes:
-        """Read a role's file and check its hash.
+        """Read a role's file and check its hash; weights that the bundle holds as an overlay are composed.
 
         Raises:
-            BaseError: the file is missing, or is not the one that was installed.
+            BaseError: a file is missing, or is not the one that was installed.
+            ManifestError: the overlay does not make the weights that the manifest lists, which is the bundle's fault.
         """
-        entry = self.manifest.entry(role, variant)
+        if role == "weights" and variant and (thin := self.manifest.overlay(variant)):
+            return self._composed(thin)
+        return self._checked(self.manifest.entry(role, variant))
+
+    def _checked(self, entry: FileEntry) -> bytes:
         try:
             data = (self.folder / entry.sha256).read_bytes()
         except OSError as error:
-            raise BaseError(f"the {role} file of bundle {self.digest[:12]} is lost; run `ferry-agent update`") from error
+            raise BaseError(f"the {entry.role} file of bundle {self.digest[:12]} is lost; run `ferry-agent update`") from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise BaseError(f"the {role} file of bundle {self.digest[:12]} is damaged; run `ferry-agent update`")
+            raise BaseError(f"the {entry.role} file of bundle {self.digest[:12]} is damaged; run `ferry-agent update`")
         return data
+
+    def _composed(self, thin: FileEntry) -> bytes:
+        """Compose the weights of a variant. Both files are as the manifest lists them, so what does not fit is not the device's fault."""
+        made = overlay.compose(self._checked(self.manifest.entry("weights", thin.base)), self._checked(thin))
+        if hashlib.sha256(made).hexdigest() != thin.weights:
+            raise ManifestError(f"the overlay of {thin.variant} does not make the weights that are signed; publish a new release")
+        return made
 
     def reference(self, variant: VariantName) -> Reference:
         """Read the reference of a variant: what it looked like at the factory."""

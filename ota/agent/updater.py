@@ -246,7 +246,7 @@ def _fetch_delta(
     try:
         child.run(
             "apply", root=str(home.root), patch=part, base=f"slots/{active}", base_digest=active, slot=fresh,
-            target_digest=plan.manifest.digest, files=[entry.model_dump(mode="json") for entry in plan.manifest.files],
+            target_digest=plan.manifest.digest, files=[entry.model_dump(mode="json", exclude={"base", "weights"}) for entry in plan.manifest.made],
         )  # fmt: skip
     finally:
         home.disk.remove(part)

@@ -84,7 +84,7 @@ def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
         out: file to write.
 
     Raises:
-        DeltaError: a bundle's file that is not weights is larger than `MAX_SMALL`, or its predecessor is; a file takes more than
+        DeltaError: a bundle's file that is neither weights nor an overlay is larger than `MAX_SMALL`, or its predecessor is; a file takes more than
             `MAX_RECORDS` records; or its `Elements` overlap, end inside a number or go past its end.
         OperatorError: a file became shorter while it was read.
     """

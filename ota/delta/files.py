@@ -270,7 +270,11 @@ def elements(old: Path | None, new: Path, graph: Path | None = None, old_graph: 
     and shape that no other tensor follows. Bytes between tensors follow the old bytes at the same distance from the last matched
     tensor.
     """
-    after, before = tensors(new, graph), tensors(old, old_graph or graph) if old else []
+    return stretches(tensors(new, graph), tensors(old, old_graph or graph) if old else [], new.stat().st_size)
+
+
+def stretches(after: Sequence[Tensor], before: Sequence[Tensor], size: int) -> list[Elements]:
+    """Find where the numbers of a file of `size` bytes lie, as `elements` does, from its tensors and those of the old file."""
     followed = follow(after, before)
     found: list[Elements] = []
     at, shift = 0, 0
@@ -283,7 +287,7 @@ def elements(old: Path | None, new: Path, graph: Path | None = None, old_graph: 
         found.append(Elements(tensor.offset, tensor.length, tensor.kind, tensor.row, predecessor.offset if predecessor else None))
         at = tensor.offset + tensor.length
         shift = at - (predecessor.offset + predecessor.length) if predecessor else shift
-    rest = new.stat().st_size - at
+    rest = size - at
     return [*found, Elements(at, rest, "bytes", 0, max(0, at - shift))] if found and rest else found
 
 

@@ -28,7 +28,7 @@ from ota.delta import numbers, streams
 from ota.delta.header import BundleFile, DeltaFile, Header, PlainFile, parse
 from ota.delta.numbers import CONTEXTS, KIND_OF_CODE, MAX_FACTOR, Factors, Kind, KindName, Scales
 from ota.errors import BaseError, DeltaError
-from ota.limits import KiB, MiB, Role, VariantName
+from ota.limits import KiB, MiB
 
 MAGIC = b"DFDELTA"
 VERSION = 1
@@ -135,7 +135,7 @@ def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | N
     return streams.frame(made) + (streams.encode(numbers.zigzag(np.concatenate(sides))) if sides else b"")
 
 
-OpenBase = Callable[[Role, VariantName | None], BinaryIO]
+OpenBase = Callable[[DeltaFile], BinaryIO]
 OpenOutput = Callable[[BundleFile], AbstractContextManager[BinaryIO]]
 
 
@@ -173,18 +173,18 @@ def apply(patch: BinaryIO, header: Header, open_base: OpenBase, open_output: Ope
     Args:
         patch: the delta, standing at its first record (after `read_header`).
         header: what `read_header` returned; compare its base and target with what is signed before calling this.
-        open_base: opens a file of the old bundle for reading.
+        open_base: opens the file that a file is made from: one of the old bundle, or one that the delta made before.
         open_output: opens a new file for writing; it is closed when complete.
 
     Raises:
         DeltaError: the delta is damaged, exceeds a limit, or is for plain files; discard the outputs.
-        BaseError: a file of the old bundle is not the one that the delta starts from.
+        BaseError: a file that another is made from is not the one that the delta names.
     """
     for file in header.files:
         if not isinstance(file.target, BundleFile):
             raise DeltaError("the delta is for plain files and not for bundles; apply it with `ferry delta apply`")
         with open_output(file.target) as output:
-            _apply_file(patch, file, partial(open_base, file.target.role, file.target.variant), output)
+            _apply_file(patch, file, partial(open_base, file), output)
     _end(patch)
 
 

@@ -11,9 +11,9 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
-from ota.limits import MAX_WEIGHTS, Role, VariantName, check_file
+from ota.limits import MAX_WEIGHTS, OF_NUMBERS, Role, VariantName, check_file
 
-MAX_FILES = 13  # of a bundle
+MAX_FILES = 17  # of a bundle
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class DeltaFile:
     """One file that a delta makes."""
 
     target: BundleFile | PlainFile
-    base: str | None  # hash of the base's file of the same role and variant; None: made without one
+    base: str | None  # hash of the file it is made from: of the base, or one that the delta made before; None: of none
     base_size: int  # bytes
 
     def __post_init__(self) -> None:
@@ -82,8 +82,8 @@ class DeltaFile:
 
     @property
     def small(self) -> bool:
-        """Whether it is handled whole where that is shorter; weights are not."""
-        return not isinstance(self.target, BundleFile) or self.target.role != "weights"
+        """Whether it is handled whole where that is shorter; weights and overlays are not."""
+        return not isinstance(self.target, BundleFile) or self.target.role not in OF_NUMBERS
 
     @property
     def remedy(self) -> str:

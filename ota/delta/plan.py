@@ -20,7 +20,7 @@ from ota.delta.format import MAX_CHUNK, MAX_NUMBERS, MAX_SEGMENTS
 from ota.delta.header import BundleFile, PlainFile
 from ota.delta.numbers import KINDS, Kind, KindName
 from ota.errors import DeltaError, OperatorError
-from ota.limits import KiB, MiB
+from ota.limits import OF_NUMBERS, KiB, MiB
 from ota.output import shown
 
 MAX_BSDIFF = 2 * MiB  # bytes of the largest plain file for which bsdiff4 is tried; it may take four seconds
@@ -53,9 +53,9 @@ class Pair:
 
     @property
     def whole(self) -> bool:
-        """Whether the file is encoded as a whole: a bundle's file other than weights, or a small plain file without numbers."""
+        """Whether the file is encoded as a whole: a bundle's file other than weights and overlays, or a small plain file without numbers."""
         if isinstance(self.entry, BundleFile):
-            return self.entry.role != "weights"
+            return self.entry.role not in OF_NUMBERS
         return not self.elements and max(self.entry.size, self.old.stat().st_size if self.old else 0) <= MAX_BSDIFF
 
 

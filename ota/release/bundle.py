@@ -8,17 +8,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from pydantic import ValidationError
 
-from ota import delta
+import ota
+from ota import delta, overlay
 from ota.delta import encode, files
 from ota.delta.header import BundleFile
 from ota.errors import DeltaError, ManifestError, OperatorError
+from ota.limits import OF_NUMBERS
 from ota.manifest import (
     MAX_MANIFEST,
     MAX_TABLE,
@@ -32,6 +35,7 @@ from ota.manifest import (
     Role,
     SamplerTable,
     VariantName,
+    as_numbers,
     parse,
 )
 from ota.wording import first_fault
@@ -40,7 +44,8 @@ FILE_NAMES: dict[Role, str] = {
     "graph": "graph.onnx", "weights": WEIGHTS_LOCATION, "sampler": "sampler.json", "golden": "golden.npz",
     "reference": "reference.json",
 }  # fmt: skip
-MINIMUM_AGENT = "0.1.0"
+MINIMUM_AGENT = {1: "0.1.0", 2: "0.1.0", 3: "0.2.0"}  # oldest version of ferry-agent that can use a bundle, by its form
+THIN = 0.5  # share of the weights; an overlay that is at least as large is not worth composing
 
 
 @dataclass(frozen=True)
@@ -83,20 +88,27 @@ def update_bytes(old: Path, new: Path) -> int:
 def assemble(
     exports: Mapping[VariantName, Path], *, line: str, device_class: str, tier: str, configuration: Literal["I", "II"],
     precision: Precision, origin: Origin, out: Path, allowed: Mapping[VariantName, Allowed] | None = None,
-    latency_ms: Mapping[VariantName, float] | None = None,
+    latency_ms: Mapping[VariantName, float] | None = None, oldest_agent: str = ota.__version__,
 ) -> Bundle:  # fmt: skip
     """Build a bundle from exported variants as `out/<manifest's sha256>/`; the same input makes the same folder.
 
-    `allowed` changes of the images, by variant, go into the references. Then the manifest has the form 2, so that an older agent keeps
-    what it runs, and fetches nothing. `latency_ms` limits the budget for an image, by variant; a smaller one in a reference stays.
+    The first variant has its own weights. The others share them where they are equal, or have an overlay over them where that is less
+    than half as large. Such a bundle has form 3, and so has one that holds something else that older agents do not know.
+
+    `allowed` changes of the images, by variant, go into the references. Then the manifest has at least form 2, so that an older agent
+    keeps what it runs, and fetches nothing. `latency_ms` limits the budget for an image, by variant; a smaller one in a reference stays.
+    `oldest_agent` is the oldest version of ferry-agent that must be able to use the bundle; for one before 0.2.0, each variant has its
+    own weights, and the bundle has form 1 or 2.
 
     Raises:
-        OperatorError: a file is missing, or the variants do not share one graph.
+        OperatorError: a file is missing, or the variants do not share one graph, or agents of `oldest_agent` do not know what it holds.
         ManifestError: a table or name does not have the form that devices accept.
     """
     entries: list[FileEntry] = []
     sources: dict[str, bytes | Path] = {}
     allowed = allowed or {}
+    old = as_numbers(oldest_agent) < as_numbers(MINIMUM_AGENT[3])
+    newer = ["the variant turbo"] if "turbo" in exports else []  # what only form 3 holds
     for variant, folder in exports.items():
         for role, name in FILE_NAMES.items():
             try:
@@ -104,7 +116,8 @@ def assemble(
             except OSError as error:
                 raise OperatorError(f"{folder / name} is missing; export {variant} again") from error
             if role == "sampler":
-                parse(SamplerTable, data, MAX_TABLE)
+                if parse(SamplerTable, data, MAX_TABLE).schema_version > 1:
+                    newer.append(f"the interval of guidance of {variant}")
             elif role == "reference":
                 parse(Reference, data, MAX_TABLE)
             source: bytes | Path = folder / name
@@ -118,14 +131,24 @@ def assemble(
                 raise ManifestError(f"{folder / name} does not fit into a bundle: {first_fault(error, FileEntry)}") from error
             if role == "graph" and entries and entries[0].sha256 != digest:
                 raise OperatorError(f"{variant} was exported with another graph than {next(iter(exports))}; export both again")
+            if role == "weights" and not old and (thin := _thin(entry, data, entries, exports)):
+                entry, source = thin
             if entry not in entries:
                 entries.append(entry)
-                sources[digest] = source
+                sources[entry.sha256] = source
+    if old and newer:
+        raise OperatorError(
+            f"agents of version {oldest_agent} do not know {' and '.join(newer)}; leave it out of {line}/{device_class}, or bring its "
+            f"devices to agent {MINIMUM_AGENT[3]} first"
+        )
+    weights = [entry.sha256 for entry in entries if entry.role == "weights"]
+    shared = len(weights) < len(exports) or len(set(weights)) < len(weights)
+    form: Literal[1, 2, 3] = 3 if not old and (shared or newer) else 2 if allowed else 1
     try:
         manifest = Manifest(
             line=line, device_class=device_class, tier=tier, configuration=configuration, precision=precision,
             variants=list(exports), default_variant=next(iter(exports)), files=entries, origin=origin,
-            minimum_agent=MINIMUM_AGENT, schema_version=2 if allowed else 1,
+            minimum_agent=MINIMUM_AGENT[form], schema_version=form,
         )  # fmt: skip
     except ValidationError as error:
         raise ManifestError(f"these exports do not make a bundle: {first_fault(error, Manifest)}") from error
@@ -142,6 +165,24 @@ def assemble(
         (fresh / "manifest.json").write_bytes(manifest.canonical())
         fresh.rename(place)
     return Bundle(place, manifest)
+
+
+def _thin(
+    entry: FileEntry, weights: bytes, before: Sequence[FileEntry], exports: Mapping[VariantName, Path]
+) -> tuple[FileEntry, bytes] | None:
+    """Make the overlay of a variant over the weights of the first one; None: it takes its own weights, or those of another variant."""
+    plain = [known for known in before if known.role == "weights"]
+    if not plain or entry.sha256 in {known.sha256 for known in plain} or plain[0].variant is None:
+        return None
+    folder = exports[plain[0].variant]
+    placed = [(t.offset, t.length) for t in files.tensors(folder / FILE_NAMES["weights"], folder / FILE_NAMES["graph"])]
+    made = overlay.make((folder / FILE_NAMES["weights"]).read_bytes(), weights, placed)
+    if made is None or len(made) >= THIN * len(weights):
+        return None
+    digest = hashlib.sha256(made).hexdigest()
+    return FileEntry(
+        role="overlay", variant=entry.variant, size=len(made), sha256=digest, base=plain[0].variant, weights=entry.sha256
+    ), made
 
 
 def _adapted(reference: bytes, change: Allowed | None, latency_ms: float | None) -> bytes:
@@ -172,14 +213,7 @@ def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
     Raises:
         DeltaError: the delta does not make the target (an error in the codec; nothing is published).
     """
-    pairs = []
-    for entry in target.manifest.files:
-        has_old = any((e.role, e.variant) == (entry.role, entry.variant) for e in base.manifest.files)
-        old = base.path(entry.role, entry.variant) if has_old else None
-        new = target.path(entry.role, entry.variant)
-        elements = files.elements(old, new, target.path("graph"), base.path("graph")) if entry.role == "weights" else ()
-        named = BundleFile(entry.role, entry.variant, entry.size, entry.sha256)
-        pairs.append(encode.Pair(named, new, old, elements))
+    pairs = [_pair(entry, base, target) for entry in target.manifest.made]
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{base.manifest.digest}.{target.manifest.digest}"
     try:
@@ -194,18 +228,59 @@ def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
     return Delta(path, base.manifest.digest, target.manifest.digest, built.size, built.by_kind)
 
 
+def _pair(entry: FileEntry, base: Bundle, target: Bundle) -> encode.Pair:
+    """Choose the file that a file of the target is made from: of the possible ones, the one that makes the delta smallest."""
+    ways = [_from(entry, old, where, target) for old, where in _predecessors(entry, base, target)]
+    if len(ways) < 2:
+        return ways[0] if ways else _from(entry, None, base, target)
+    return min(ways, key=lambda pair: encode.write([pair], "0" * 64, "0" * 64, BytesIO()).size)
+
+
+def _predecessors(entry: FileEntry, base: Bundle, target: Bundle) -> list[tuple[FileEntry, Bundle]]:
+    """List the files that a file of the target may be made from, each with its bundle.
+
+    Before form 3, it is the base's file of the same role and variant. From then on it may also be a file of the target that is made
+    before: what an overlay lies over, or the first file of its role. If all weights are new, it is the first weights of the base.
+    """
+    same = [(e, base) for e in base.manifest.files if (e.role, e.variant) == (entry.role, entry.variant)]
+    if target.manifest.schema_version < 3:
+        return same
+    if entry.role == "weights":
+        return same or [(e, base) for e in base.manifest.files if e.role == "weights"][:1]
+    made = target.manifest.made
+    before = made[: made.index(entry)]
+    role: Role = "weights" if entry.role == "overlay" else entry.role
+    return same + [(e, target) for e in before if e.role == role and (entry.base is None or e.variant == entry.base)][:1]
+
+
+def _from(entry: FileEntry, old: FileEntry | None, where: Bundle, target: Bundle) -> encode.Pair:
+    elements: list[encode.Elements] = []
+    if entry.role in OF_NUMBERS:
+        elements = files.stretches(_tensors(entry, target), _tensors(old, where) if old else [], entry.size)
+    named = BundleFile(entry.role, entry.variant, entry.size, entry.sha256)
+    return encode.Pair(named, target.folder / entry.sha256, where.folder / old.sha256 if old else None, elements)
+
+
+def _tensors(entry: FileEntry, of: Bundle) -> list[files.Tensor]:
+    """Find the tensors in weights or in an overlay, which holds some tensors of the weights that it makes."""
+    if entry.role == "weights":
+        return files.tensors(of.folder / entry.sha256, of.path("graph"))
+    whole = {(t.offset, t.length): t for t in files.tensors(of.path("weights", entry.base), of.path("graph"))}
+    held = overlay.ranges((of.folder / entry.sha256).read_bytes())
+    return [replace(whole[r.offset, r.length], offset=r.at) for r in held if (r.offset, r.length) in whole]
+
+
 def _prove(path: Path, base: Bundle, target: Bundle) -> None:
     with tempfile.TemporaryDirectory() as folder, path.open("rb") as patch:
 
-        def open_base(role: Role, variant: VariantName | None) -> BinaryIO:
-            return base.path(role, variant).open("rb")
+        def open_base(file: delta.DeltaFile) -> BinaryIO:
+            return ((base.folder if file.base in base.manifest.objects else Path(folder)) / str(file.base)).open("rb")
 
         def open_output(entry: BundleFile) -> BinaryIO:
             return (Path(folder) / entry.sha256).open("wb")
 
         header = delta.read_header(patch)
         delta.apply(patch, header, open_base, open_output)
-        for entry in target.manifest.files:
-            made = Path(folder) / entry.sha256
-            if not filecmp.cmp(made, target.path(entry.role, entry.variant), shallow=False):
+        for entry in target.manifest.objects.values():
+            if not filecmp.cmp(Path(folder) / entry.sha256, target.folder / entry.sha256, shallow=False):
                 raise DeltaError(f"the delta {path.name} does not make the {entry.role} file; do not publish it")

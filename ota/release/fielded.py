@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 from ota.errors import OperatorError
+from ota.limits import OF_NUMBERS
 from ota.manifest import DeviceReport, FileEntry, Policy, VariantName
 from ota.release import rollout
 from ota.release.repository import Release, Repository
@@ -121,7 +122,7 @@ def release_with(
     """
     for release in reversed(repository.releases(line, device_class)):
         manifest = repository.manifest(release)
-        held = {variant: manifest.entry("weights", variant).sha256 for variant in manifest.variants}
+        held = {variant: manifest.weights_sha256(variant) for variant in manifest.variants}
         if manifest.configuration == configuration and held == weights:
             return release
     return None
@@ -142,8 +143,8 @@ def files_beside(
     found: list[tuple[Release, FileEntry]] = []
     for release in repository.releases(line, device_class):
         manifest = repository.manifest(release)
-        if variant in manifest.variants and manifest.entry("weights", variant).sha256 == weights:
-            found += [(release, f) for f in manifest.files if f.variant in (None, variant) and f.role != "weights"]
+        if variant in manifest.variants and manifest.weights_sha256(variant) == weights:
+            found += [(release, f) for f in manifest.files if f.variant in (None, variant) and f.role not in OF_NUMBERS]
     return found
 
 

@@ -375,7 +375,7 @@ class Repository:
                 if changes:
                     self.commit(changes)
                 return release.model_copy(update={"ledger": ledger}) if again else release
-        for entry in manifest.files:
+        for entry in manifest.objects.values():
             self._add_object(files / entry.sha256, entry.sha256)
         seq = 1 + max((release.seq for release in known), default=0)
         if seq > MAX_COUNT or self.floor(line, device_class) > seq:
