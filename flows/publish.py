@@ -138,7 +138,7 @@ def foretold(
 
 @task(name="deltas", task_run_name="build deltas to the bundle")
 def make_deltas(root: str, folder: str) -> list[Delta]:
-    """Build the deltas to a bundle from every bundle of `fielded`; leave out those that are not smaller than the bundle."""
+    """Build the deltas to a bundle from every bundle of `fielded`, and the one for its overlays; leave out those that save nothing."""
     workspace = Workspace(Path(root))
     target = bundle.open_bundle(Path(folder))
     bases = fielded(workspace, target)
@@ -150,6 +150,8 @@ def make_deltas(root: str, folder: str) -> list[Delta]:
             made.append(delta)
     if bases:
         progress.advance("build deltas", len(bases), len(bases))
+    if overlays := bundle.make_overlay_delta(target, workspace.work / "deltas"):
+        made.append(overlays)
     return made
 
 
@@ -190,7 +192,7 @@ def sign(root: str, folder: str, deltas: list[Delta], allowed: Mapping[VariantNa
             facts: dict[str, Any] = {
                 "release": release.seq,
                 "manifest": release.manifest,
-                "deltas": {d.base: d.size for d in deltas},
+                "deltas": {d.base: d.size for d in deltas if d.base != d.target},
             }
             if allowed:
                 facts["allowed"] = {variant: change.model_dump(mode="json") for variant, change in allowed.items()}

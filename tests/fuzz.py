@@ -101,6 +101,16 @@ def streams(data: bytes) -> None:
     assert (coder.decode(coder.Reader(coder.encode(found)), count) == found).all()
 
 
+def composed(data: bytes) -> None:
+    """Put an overlay over weights; what it makes is as long as they are, and another overlay can make it again."""
+    from ota import overlay
+
+    made = overlay.compose(OLD, data)
+    assert len(made) == len(OLD), "it made another length than its base has"
+    stretches = [(found.offset, found.length) for found in overlay.ranges(data)]
+    assert made == OLD or overlay.compose(OLD, overlay.make(OLD, made, stretches) or b"") == made
+
+
 def request(data: bytes) -> None:
     """Parse what a local program posts."""
     from ota.agent.serve import _request
@@ -111,7 +121,7 @@ def request(data: bytes) -> None:
 TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "manifest": lambda: parse_with("Manifest"), "policy": lambda: parse_with("Policy"), "sampler": lambda: parse_with("SamplerTable"),
     "reference": lambda: parse_with("Reference"), "report": lambda: parse_with("SignedReport"), "state": lambda: state, "header": lambda: header,
-    "delta": lambda: delta, "numbers": lambda: numbers, "streams": lambda: streams, "request": lambda: request,
+    "delta": lambda: delta, "numbers": lambda: numbers, "streams": lambda: streams, "overlay": lambda: composed, "request": lambda: request,
 }  # fmt: skip
 
 
@@ -131,6 +141,12 @@ def documents() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "manifest", {
         "schema_version": 1, "line": "a", "device_class": "b", "tier": "nano", "configuration": "I", "precision": "int8", "variants": ["full"],
         "default_variant": "full", "files": [entry | {"role": "graph", "variant": None}, *roles], "origin": origin, "minimum_agent": "0.1.0",
+    }  # fmt: skip
+    thin = entry | {"role": "overlay", "variant": "turbo", "base": "full", "weights": "3" * 64}
+    yield "manifest", {
+        "schema_version": 3, "line": "a", "device_class": "b", "tier": "nano", "configuration": "I", "precision": "int8", "variants": ["full", "turbo"],
+        "default_variant": "full", "origin": origin, "minimum_agent": "0.2.0",
+        "files": [entry | {"role": "graph", "variant": None}, *roles, thin, *(role | {"variant": "turbo"} for role in roles[1:])],
     }  # fmt: skip
     yield "policy", {"schema_version": 1, "line": "a", "device_class": "b", "seq": 1, "manifest": "1" * 64, "salt": "s",
                      "waves": [{"bps": 1, "not_before": 0}], "halt": False, "revert": False}  # fmt: skip
@@ -175,6 +191,14 @@ def sow(target: str, folder: Path) -> None:
     from ota.delta import format as container
 
     seeds = [json.dumps(value).encode() for name, value in documents() if name == target]
+    if target == "overlay":
+        from ota import overlay
+
+        moved = bytes(byte ^ (at % 400 < 100) for at, byte in enumerate(OLD))
+        seeds += [
+            overlay.make(OLD, moved, [(at, 100) for at in range(0, len(OLD), 400)]) or b"",
+            overlay.make(OLD, moved, [(0, len(OLD))]) or b"",
+        ]
     if target in ("header", "delta", "numbers", "streams"):
         for patch in deltas():
             stream = io.BytesIO(patch)

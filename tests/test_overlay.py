@@ -22,9 +22,9 @@ from ota.delta import files, read_header
 from ota.errors import AgentError, BaseError, GateError, ManifestError, OperatorError
 from ota.manifest import MAX_MANIFEST, Manifest, parse
 from ota.release import fielded
-from ota.release.bundle import Bundle, assemble, make_delta
+from ota.release.bundle import Bundle, assemble, make_delta, make_overlay_delta
 from tests.conftest import CAPTIONS, LATENCY_MS, SAMPLER, origin
-from tests.fleet_kit import CLASS, LINE, publish, untouched
+from tests.fleet_kit import CLASS, LINE, WebServer, name_delta, publish, untouched
 from tests.test_agent_attacks import not_installed, offer
 from tests.test_agent_update import digest, files_of, slot_files, stand_still
 
@@ -87,6 +87,12 @@ def assembled(exports: dict[Any, Path], out: Path, version: int = 5, **more: Any
 def four(exports: dict[Any, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Provide a bundle of all four variants."""
     return assembled(exports, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def two(exports: dict[Any, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Provide a bundle of full and turbo, which is tried in half the time."""
+    return assembled({v: exports[v] for v in ("full", "turbo")}, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -211,18 +217,65 @@ def test_device_with_variants_of_their_own_gets_shared_ones(scene, exports, four
         assert [f.target.sha256 for f in read_header(patch).files] == [e.sha256 for e in before.manifest.files]
 
 
+def test_device_without_a_base_fetches_less_than_the_overlay(scene, two, tmp_path):
+    made = make_overlay_delta(two, tmp_path)
+    thin = two.manifest.overlay("turbo")
+    assert made.size < thin.size / 2
+    publish(scene.repository, two, made.path, two)
+    assert scene.repository.deltas(LINE, CLASS) == []  # it leads from no other bundle
+    with WebServer(scene.repository.folder) as server:
+        scene.device.configure(repository=server.address)
+        outcome = scene.device.update()
+        assert (outcome.way, server.asked(thin.sha256)) == ("full", [])
+        assert slot_files(scene.device, two) == files_of(two)
+        stand_still(scene)
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def altered(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+@pytest.mark.parametrize("damage", [missing, cut, altered])
+def test_overlay_delta_that_cannot_be_had_gives_way_to_the_overlays(scene, two, tmp_path, damage):
+    publish(scene.repository, two, make_overlay_delta(two, tmp_path).path, two)
+    (path,) = (scene.repository.target_files / "deltas").rglob(f"*.{digest(two)}.{digest(two)}")
+    damage(path)
+    assert scene.device.update().way == "full"
+    assert slot_files(scene.device, two) == files_of(two)
+    stand_still(scene)
+
+
+@pytest.mark.parametrize("lie", ["other files", "nonsense"])
+def test_overlay_delta_of_a_thief_gives_way_to_the_overlays(scene, bundles, two, later, tmp_path, lie):
+    publish(scene.repository, two)
+    data = make_delta(bundles["first"], later, tmp_path).path.read_bytes() if lie == "other files" else b"DFDELTA\1" + bytes(40)
+    name_delta(scene.repository, digest(two), digest(two), data)
+    assert scene.device.update().way == "full"
+    assert slot_files(scene.device, two) == files_of(two)
+    assert scene.device.state.refused == {}
+    stand_still(scene)
+
+
 @pytest.mark.parametrize("role", ["overlay", "weights"])
-def test_overlay_or_base_that_the_disk_damaged_is_fetched_again(scene, four, tmp_path, role):
-    publish(scene.repository, four)
+def test_overlay_or_base_that_the_disk_damaged_is_fetched_again(scene, two, tmp_path, role):
+    publish(scene.repository, two)
     scene.device.update()
     path = scene.device.file(role, "turbo" if role == "overlay" else "full")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(BaseError, match=f"the {role} file of bundle .* is damaged; run `ferry-agent update`"):
-        scene.device.home.slot(digest(four)).read("weights", "turbo")
+        scene.device.home.slot(digest(two)).read("weights", "turbo")
     assert scene.device.update().changed
-    assert slot_files(scene.device, four) == files_of(four)
+    assert slot_files(scene.device, two) == files_of(two)
     assert scene.device.state.refused == {}
 
 
@@ -278,9 +331,9 @@ def test_overlay_that_lies_is_refused(four, name):
 
 
 @pytest.mark.parametrize("name", ["another size", "another result", "more than its ranges", "another version"])
-def test_bundle_whose_overlay_lies_is_refused_in_its_trial(scene, four, tmp_path, name):
+def test_bundle_whose_overlay_lies_is_refused_in_its_trial(scene, two, tmp_path, name):
     lie, sentence = LYING[name]
-    bad = exchanged(four, tmp_path, lie((four.folder / four.manifest.overlay("turbo").sha256).read_bytes()))
+    bad = exchanged(two, tmp_path, lie((two.folder / two.manifest.overlay("turbo").sha256).read_bytes()))
     publish(scene.repository, bad)
     before = scene.device.state
     with pytest.raises(GateError, match=f"failed its trial and is refused: turbo: .*{sentence}"):
@@ -290,24 +343,24 @@ def test_bundle_whose_overlay_lies_is_refused_in_its_trial(scene, four, tmp_path
     stand_still(scene)
 
 
-def test_overlay_for_another_base_is_refused_in_its_trial(scene, four, later, tmp_path):
+def test_overlay_for_another_base_is_refused_in_its_trial(scene, two, later, tmp_path):
     """Refuse an overlay that was made for other weights of `full`, whose size is the same."""
     stranger = later.manifest.overlay("turbo")
-    bad = exchanged(four, tmp_path, (later.folder / stranger.sha256).read_bytes(), weights=stranger.weights)
+    bad = exchanged(two, tmp_path, (later.folder / stranger.sha256).read_bytes(), weights=stranger.weights)
     publish(scene.repository, bad)
     with pytest.raises(GateError, match="turbo: the overlay of turbo does not make the weights that are signed"):
         scene.device.update()
     assert list(scene.device.state.refused) == [digest(bad)]
 
 
-def test_overlay_that_makes_other_images_than_signed_is_refused(scene, four, later, tmp_path):
+def test_overlay_that_makes_other_images_than_signed_is_refused(scene, two, later, tmp_path):
     """Refuse a variant that is not the default one and whose weights are consistent, but not those that were measured."""
-    data = bytearray((four.folder / four.manifest.overlay("turbo").sha256).read_bytes())
+    data = bytearray((two.folder / two.manifest.overlay("turbo").sha256).read_bytes())
     rows = overlay.ranges(bytes(data))
     largest = max(rows, key=lambda row: row.length)
     data[largest.at : largest.at + largest.length] = bytes(largest.length)
-    made = overlay.compose(four.path("weights", "full").read_bytes(), bytes(data))
-    bad = exchanged(four, tmp_path, bytes(data), weights=hashlib.sha256(made).hexdigest())
+    made = overlay.compose(two.path("weights", "full").read_bytes(), bytes(data))
+    bad = exchanged(two, tmp_path, bytes(data), weights=hashlib.sha256(made).hexdigest())
     publish(scene.repository, bad)
     with pytest.raises(GateError, match=r"refused: turbo: only .* of its golden outputs are right on this device"):
         scene.device.update()
@@ -379,11 +432,11 @@ def test_agent_that_is_too_old_says_so_and_keeps_what_runs(scene, four, tmp_path
         scene.device.update()
 
 
-def test_memory_of_composing_is_bounded(scene, four, tmp_path):
+def test_memory_of_composing_is_bounded(scene, two, tmp_path):
     """Compose in the child that tries the bundle, whose peak is measured as for other variants."""
-    publish(scene.repository, four)
+    publish(scene.repository, two)
     scene.device.update()
-    slot = scene.device.home.slot(digest(four))
+    slot = scene.device.home.slot(digest(two))
     peaks = [child.run("try", slot=str(slot.folder), digest=slot.digest, variant=v)["peak_mib"] for v in ("full", "turbo")]
     assert peaks[1] < peaks[0] + 64
 

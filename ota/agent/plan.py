@@ -75,13 +75,23 @@ def find_delta(trust: Trust, active: str | None, plan: Plan) -> Target | None:
     """
     if active is None:
         return None
+    return _delta(trust, active, plan, plan.manifest.size)
+
+
+def find_overlay_delta(trust: Trust, plan: Plan) -> Target | None:
+    """Return the delta that makes the overlays of a bundle from its own weights, if one is published and is smaller than they are."""
+    size = sum(entry.size for entry in plan.manifest.objects.values() if entry.role == "overlay")
+    return _delta(trust, plan.manifest.digest, plan, size) if size else None
+
+
+def _delta(trust: Trust, base: str, plan: Plan, limit: int) -> Target | None:
     m = plan.manifest
     try:
-        found = trust.target(f"deltas/{m.line}/{m.device_class}/{active}.{m.digest}")
+        found = trust.target(f"deltas/{m.line}/{m.device_class}/{base}.{m.digest}")
     except InvalidError as error:
         log.warning("%s; fetching the full bundle", error)
         return None
-    return found if found and found.size < m.size else None
+    return found if found and found.size < limit else None
 
 
 # Downloads and room

@@ -21,12 +21,13 @@ reuses a finished slot.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 from ota.agent import history, reports, trial
 from ota.agent.network import UnavailableError
-from ota.agent.plan import OnStep, Plan, check_room, decide, fetch_objects, find_delta, have, missing, verify
+from ota.agent.plan import OnStep, Plan, check_room, decide, fetch_objects, find_delta, find_overlay_delta, have, missing, verify
 from ota.agent.slots import file_is, finish_slot, is_complete, is_sound, prepare_slot
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
 from ota.agent.transport import Deadline, Transport, at_most, connect, download
@@ -43,7 +44,7 @@ from ota.errors import (
     StateError,
     own_errors,
 )
-from ota.manifest import MAX_MANIFEST
+from ota.manifest import MAX_MANIFEST, FileEntry
 
 FETCH_SECONDS = 3600.0  # seconds that all downloads of one update may take; the next update resumes them
 
@@ -132,8 +133,8 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
         step(3, "check the software, choose a way")
         _check_software()
         latest = at_most(FETCH_SECONDS)
-        delta = find_delta(trust, state.active, plan)
-        home.collect_garbage({digest, *plan.manifest.objects, *([delta.sha256] if delta else [])})
+        delta, overlays = find_delta(trust, state.active, plan), find_overlay_delta(trust, plan)
+        home.collect_garbage({digest, *plan.manifest.objects, *(found.sha256 for found in (delta, overlays) if found)})
         if delta and state.active:
             try:
                 _fetch_delta(home, transport, state.active, plan, delta, step, latest)
@@ -142,12 +143,9 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
                 log.warning("%s", error)
                 reports.queue(home, "base_corrupt", state.active, str(error))
             except (DeltaError, DeviceError, RepositoryError, UnavailableError) as error:
-                if isinstance(error, (RoomError, StateError)) and not isinstance(error, SoftwareError):
-                    raise
-                log.warning("%s; fetching the full bundle", error)
-                home.disk.remove(f"incoming/{delta.sha256}")
+                _give_way(home, delta, error, "the full bundle")
         if way == "full":
-            _fetch_full(home, transport, plan, step, latest)
+            _fetch_full(home, transport, plan, overlays, step, latest)
 
     step(9, "refresh again")
     fresh, wanted = decide(home, Trust(home, transport))
@@ -232,8 +230,6 @@ def _check_software() -> None:
 def _fetch_delta(
     home: Home, transport: Transport, active: str, plan: Plan, delta: Target, step: OnStep, latest: Deadline
 ) -> None:
-    from ota.agent import child
-
     part, fresh = f"incoming/{delta.sha256}", prepare_slot(home, plan)
     step(4, "check room")
     check_room(home, delta.size - have(home, delta.sha256) + plan.manifest.size, plan.manifest.size)
@@ -243,26 +239,63 @@ def _fetch_delta(
     step(6, "verify what was downloaded")
     verify(home, part, delta.size, delta.sha256)
     step(7, "apply into a new slot")
-    try:
-        child.run(
-            "apply", root=str(home.root), patch=part, base=f"slots/{active}", base_digest=active, slot=fresh,
-            target_digest=plan.manifest.digest, files=[entry.model_dump(mode="json", exclude={"base", "weights"}) for entry in plan.manifest.made],
-        )  # fmt: skip
-    finally:
-        home.disk.remove(part)
+    _apply(home, plan, part, f"slots/{active}", active, fresh, plan.manifest.made)
     finish_slot(home, plan, fresh, step)
 
 
-def _fetch_full(home: Home, transport: Transport, plan: Plan, step: OnStep, latest: Deadline) -> None:
-    fresh, entries = prepare_slot(home, plan), plan.manifest.objects.values()
+def _apply(home: Home, plan: Plan, part: str, base: str, base_digest: str, fresh: str, made: Sequence[FileEntry]) -> None:
+    """Apply a delta that was downloaded to `part`, and remove it."""
+    from ota.agent import child
+
+    try:
+        child.run(
+            "apply", root=str(home.root), patch=part, base=base, base_digest=base_digest, slot=fresh,
+            target_digest=plan.manifest.digest, files=[entry.model_dump(mode="json", exclude={"base", "weights"}) for entry in made],
+        )  # fmt: skip
+    finally:
+        home.disk.remove(part)
+
+
+def _give_way(home: Home, delta: Target, error: OtaError, instead: str) -> None:
+    """Go on without a delta after an error; raise an error that would also end the longer way."""
+    if isinstance(error, (RoomError, StateError)) and not isinstance(error, SoftwareError):
+        raise error
+    log.warning("%s; fetching %s", error, instead)
+    home.disk.remove(f"incoming/{delta.sha256}")
+
+
+def _fetch_full(home: Home, transport: Transport, plan: Plan, overlays: Target | None, step: OnStep, latest: Deadline) -> None:
+    """Fetch the files of a bundle; its overlays by the delta `overlays` if there is one, because they are not compressed."""
+    fresh, entries = prepare_slot(home, plan), [*plan.manifest.objects.values()]
+    thin = [entry for entry in entries if overlays and entry.role == "overlay"]
+    whole = [entry for entry in entries if entry not in thin]
+    written = missing(home, whole) + sum(entry.size for entry in thin) + (overlays.size if overlays else 0)
     step(4, "check room")
-    check_room(home, missing(home, entries), plan.manifest.size)
-    step(5, f"download the full bundle, {plan.manifest.size:,} bytes")
-    fetch_objects(home, transport, entries, latest)
+    check_room(home, written, plan.manifest.size)
+    step(5, f"download the full bundle, {sum(entry.size for entry in whole) + (overlays.size if overlays else 0):,} bytes")
+    fetch_objects(home, transport, whole, latest)
+    if overlays:
+        try:
+            download(transport, overlays.published_as, overlays.size, home.disk, f"incoming/{overlays.sha256}", latest)
+            verify(home, f"incoming/{overlays.sha256}", overlays.size, overlays.sha256)
+        except (RepositoryError, UnavailableError) as error:
+            _give_way(home, overlays, error, "the overlays as they are")
+            fetch_objects(home, transport, thin, latest)
+            overlays, whole = None, entries
     step(6, "verify what was downloaded")
-    for entry in entries:
+    for entry in whole:
         verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
     step(7, "move into a new slot")
-    for entry in entries:
+    for entry in whole:
         home.disk.rename(f"incoming/{entry.sha256}", f"{fresh}/{entry.sha256}")
+    if overlays:
+        try:
+            home.disk.replace(f"{fresh}/manifest.json", plan.manifest_bytes, durable=False)  # the slot is its own base
+            _apply(home, plan, f"incoming/{overlays.sha256}", fresh, plan.manifest.digest, fresh, thin)
+        except (DeltaError, DeviceError) as error:
+            _give_way(home, overlays, error, "the overlays as they are")
+            fetch_objects(home, transport, thin, latest)
+            for entry in thin:
+                verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
+                home.disk.rename(f"incoming/{entry.sha256}", f"{fresh}/{entry.sha256}")
     finish_slot(home, plan, fresh, step)

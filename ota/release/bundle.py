@@ -213,16 +213,35 @@ def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
     Raises:
         DeltaError: the delta does not make the target (an error in the codec; nothing is published).
     """
-    pairs = [_pair(entry, base, target) for entry in target.manifest.made]
+    return _built([_pair(entry, base, target) for entry in target.manifest.made], base, target, out)
+
+
+def make_overlay_delta(target: Bundle, out: Path) -> Delta | None:
+    """Build the delta from a bundle to itself: it makes the overlays from the weights that they lie over.
+
+    A device that has no base fetches it in the place of the overlays, which are not compressed.
+
+    Returns:
+        The delta, applied once as a proof; None: the bundle has no overlays, or it is not smaller than these.
+
+    Raises:
+        DeltaError: the delta does not make the overlays (an error in the codec; nothing is published).
+    """
+    thin = [entry for entry in target.manifest.made if entry.role == "overlay"]
+    pairs = [_from(entry, target.manifest.entry("weights", entry.base), target, target) for entry in thin]
+    return _built(pairs, target, target, out) if pairs else None
+
+
+def _built(pairs: Sequence[encode.Pair], base: Bundle, target: Bundle, out: Path) -> Delta | None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{base.manifest.digest}.{target.manifest.digest}"
     try:
         built = encode.build(pairs, base.manifest.digest, target.manifest.digest, path)
-        _prove(path, base, target)
+        _prove(path, base, pairs)
     except BaseException:
         path.unlink(missing_ok=True)  # an unproved delta must not stay where deltas for a release are read
         raise
-    if built.size >= target.manifest.size:
+    if built.size >= sum({pair.new: pair.entry.size for pair in pairs}.values()):
         path.unlink()
         return None
     return Delta(path, base.manifest.digest, target.manifest.digest, built.size, built.by_kind)
@@ -270,7 +289,7 @@ def _tensors(entry: FileEntry, of: Bundle) -> list[files.Tensor]:
     return [replace(whole[r.offset, r.length], offset=r.at) for r in held if (r.offset, r.length) in whole]
 
 
-def _prove(path: Path, base: Bundle, target: Bundle) -> None:
+def _prove(path: Path, base: Bundle, pairs: Sequence[encode.Pair]) -> None:
     with tempfile.TemporaryDirectory() as folder, path.open("rb") as patch:
 
         def open_base(file: delta.DeltaFile) -> BinaryIO:
@@ -281,6 +300,6 @@ def _prove(path: Path, base: Bundle, target: Bundle) -> None:
 
         header = delta.read_header(patch)
         delta.apply(patch, header, open_base, open_output)
-        for entry in target.manifest.objects.values():
-            if not filecmp.cmp(Path(folder) / entry.sha256, target.folder / entry.sha256, shallow=False):
-                raise DeltaError(f"the delta {path.name} does not make the {entry.role} file; do not publish it")
+        for file, pair in zip(header.files, pairs, strict=True):
+            if not filecmp.cmp(Path(folder) / pair.entry.sha256, pair.new, shallow=False):
+                raise DeltaError(f"the delta {path.name} does not make the {file.name}; do not publish it")

@@ -247,13 +247,14 @@ class Repository:
         return sorted(found, key=lambda release: release.seq)
 
     def deltas(self, line: str, device_class: str) -> list[DeltaTarget]:
-        """Return the published deltas of a line and class."""
+        """Return the published deltas of a line and class, except those that make only the overlays of a bundle."""
         prefix = f"deltas/{line}/{device_class}/"
         return [
             DeltaTarget(base, to, target.length)
             for path, target in self._targets("deltas").targets.items()
             if path.startswith(prefix)
             for base, _, to in [path.removeprefix(prefix).partition(".")]
+            if base != to
         ]
 
     def policy(self, line: str, device_class: str) -> Policy | None:
