@@ -17,7 +17,7 @@ from model.export import Export, describe
 from model.session import Session
 from model.students import is_thin
 from ota import overlay
-from ota.agent import child, drawing
+from ota.agent import child, drawing, sampler
 from ota.delta import files, read_header
 from ota.errors import AgentError, BaseError, GateError, ManifestError, OperatorError
 from ota.manifest import MAX_MANIFEST, Manifest, parse
@@ -182,6 +182,16 @@ def test_device_draws_with_every_variant(scene, four, exports, tmp_path):
     pictures = {v: drawing.generate(scene.device.home, "bar", 1, v)[0] for v in four.manifest.variants}
     assert pictures["full"] == pictures["dev"] == pictures["fast"] != pictures["turbo"]
     stand_still(scene)
+
+
+def test_equal_weights_are_loaded_once(four, monkeypatch):
+    opened, real = [], sampler.open_model
+    monkeypatch.setattr(sampler, "open_model", lambda *given: opened.append(given) or real(*given))
+    bundle = child.Drawing(str(four.folder), digest(four))
+    drawn = {variant: bundle.draw(variant, "bar", 1) for variant in four.manifest.variants}
+    assert len(opened) == 2
+    assert drawn["full"]["png"] == drawn["dev"]["png"] != drawn["turbo"]["png"]
+    assert all(answer["load"] for answer in drawn.values())
 
 
 def test_delta_makes_each_file_once(scene, bundles, four, later, tmp_path):
@@ -433,7 +443,7 @@ def test_agent_that_is_too_old_says_so_and_keeps_what_runs(scene, four, tmp_path
 
 
 def test_memory_of_composing_is_bounded(scene, two, tmp_path):
-    """Compose in the child that tries the bundle, whose peak is measured as for other variants."""
+    """Measure the peak of the child that composes and tries a variant, as a trial does."""
     publish(scene.repository, two)
     scene.device.update()
     slot = scene.device.home.slot(digest(two))

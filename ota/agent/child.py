@@ -428,11 +428,12 @@ def _check_version(table: SamplerTable) -> None:
 
 
 class Drawing:
-    """A bundle that draws; each variant is loaded when it is first asked for, and stays loaded."""
+    """A bundle that draws; each variant is loaded when it is first asked for, and stays loaded. Equal weights are loaded once."""
 
     def __init__(self, slot: str, digest: str, on_trial: bool = False) -> None:
         self._slot, self._digest, self._on_trial = slot, digest, on_trial
         self._models: dict[VariantName, Any] = {}
+        self._sessions: dict[tuple[str, bytes], Any] = {}  # by the hash of the weights, and the settings of the runtime
 
     def draw(self, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
         """Draw one image; return the PNG in base64, whether it is good, its time, the peak memory and the expert load [M][E]."""
@@ -447,7 +448,11 @@ class Drawing:
             table = parse(SamplerTable, bundle.read("sampler", variant), MAX_TABLE)
             if self._on_trial:  # a trusted bundle draws with any version that can
                 _check_version(table)
-            model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
+            key = bundle.manifest.weights_sha256(variant), table.runtime.canonical()
+            if key not in self._sessions:
+                opened = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
+                self._sessions[key] = opened.session
+            model = sampler.Model(self._sessions[key], table)
             model.experts = [len(row) for row in bundle.reference(variant).load]
             self._models[variant] = model
         model = self._models[variant]

@@ -81,7 +81,11 @@ def find_delta(trust: Trust, active: str | None, plan: Plan) -> Target | None:
 def find_overlay_delta(trust: Trust, plan: Plan) -> Target | None:
     """Return the delta that makes the overlays of a bundle from its own weights, if one is published and is smaller than they are."""
     size = sum(entry.size for entry in plan.manifest.objects.values() if entry.role == "overlay")
-    return _delta(trust, plan.manifest.digest, plan, size) if size else None
+    try:
+        return _delta(trust, plan.manifest.digest, plan, size) if size else None
+    except ExpiredError as error:  # a device without a base needs no delta
+        log.warning("%s; fetching the overlays as they are", error)
+        return None
 
 
 def _delta(trust: Trust, base: str, plan: Plan, limit: int) -> Target | None:

@@ -409,7 +409,7 @@ class Slot:
         return data
 
     def _composed(self, thin: FileEntry) -> bytes:
-        """Compose the weights of a variant. Both files are as the manifest lists them, so what does not fit is not the device's fault."""
+        """Make weights from an overlay and its base. Both are as the manifest lists them, so what does not fit is not the device's fault."""
         made = overlay.compose(self._checked(self.manifest.entry("weights", thin.base)), self._checked(thin))
         if hashlib.sha256(made).hexdigest() != thin.weights:
             raise ManifestError(f"the overlay of {thin.variant} does not make the weights that are signed; publish a new release")

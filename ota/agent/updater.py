@@ -257,7 +257,7 @@ def _apply(home: Home, plan: Plan, part: str, base: str, base_digest: str, fresh
 
 
 def _give_way(home: Home, delta: Target, error: OtaError, instead: str) -> None:
-    """Go on without a delta after an error; raise an error that would also end the longer way."""
+    """Remove a delta that cannot be used, so that the update goes on with what it replaces; raise an error that would also end that."""
     if isinstance(error, (RoomError, StateError)) and not isinstance(error, SoftwareError):
         raise error
     log.warning("%s; fetching %s", error, instead)
