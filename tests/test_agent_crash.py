@@ -23,18 +23,20 @@ from typing import Any
 
 import pytest
 
+from model.export import Export
 from ota.agent import child, drawing, history, reports, slots, transport
 from ota.agent.disk import Disk
 from ota.agent.state import HighWater, Home, State, opened
 from ota.errors import DeviceError, FaultError, GateError, OtaError
 from ota.manifest import DeviceReport, SignedReport
-from ota.release.bundle import Bundle
+from ota.release.bundle import Bundle, make_overlay_delta
 from tests import crash_kit
 from tests.conftest import few
 from tests.crash_kit import Log, Recorder, Tree, fingerprint, lay_out
 from tests.fleet_kit import Device, Field, name_delta, publish
 from tests.test_agent_machine import Children
 from tests.test_chaos import difference, facts
+from tests.test_overlay import assembled, taught
 
 pytest_plugins = ["tests.fleet_kit", "tests.test_agent_machine"]
 LOOSE = "metadata"
@@ -291,7 +293,7 @@ class Scenario:
             shutil.rmtree(folder)
 
 
-NAMES = ["delta", "full", "first", "broken delta", "refused", "taken back", "damaged"]
+NAMES = ["delta", "full", "first", "overlay", "broken delta", "refused", "taken back", "damaged"]
 
 
 class Failing(Children):
@@ -305,9 +307,21 @@ class Failing(Children):
         return super().run(task, **request)
 
 
+@pytest.fixture(scope="module")
+def thin(exported: Export, tries: dict[str, Any], bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Provide a bundle of which a device makes a part from another part; its trial gives what that of `first` gives."""
+    folder = tmp_path_factory.mktemp("thin")
+    exports: dict[Any, Path] = {"full": exported.folder, "turbo": taught(exported.folder, folder / "turbo", "turbo", seed=1)}
+    for name in ("reference.json", "golden.npz"):  # the stand-ins of children answer alike for all variants
+        shutil.copyfile(exported.folder / name, exports["turbo"] / name)
+    made = assembled(exports, folder / "out")
+    tries[made.manifest.digest] = tries[bundles["first"].manifest.digest]
+    return made
+
+
 @pytest.fixture
 def scenario(
-    request: pytest.FixtureRequest, fielded: Field, bundles: dict[str, Bundle], step: Path, tries: dict[str, Any],
+    request: pytest.FixtureRequest, fielded: Field, bundles: dict[str, Bundle], step: Path, tries: dict[str, Any], thin: Bundle,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Scenario]:  # fmt: skip
     name, children = request.param, Failing(tries)
@@ -324,6 +338,10 @@ def scenario(
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     elif name == "refused":
         publish(field.repository, garbage)
+    elif name == "overlay":
+        patch = make_overlay_delta(thin, tmp_path / "deltas")
+        assert patch
+        publish(field.repository, thin, patch.path, thin)
     else:
         publish(field.repository, second, step if name != "full" else None, first)
     if name == "broken delta":
