@@ -178,6 +178,23 @@ def test_device_runs_the_variants_of_its_class(workspace: Workspace, tmp_path: P
     assert not before.changed
 
 
+def test_bytes_of_a_thin_student_lead_to_its_version(workspace: Workspace):
+    from flows.trace import gather
+    from registry.trace import trace
+
+    (published,) = workspace.repository.releases("shapes", "edge")
+    manifest = workspace.repository.manifest(published)
+    thin = manifest.overlay("turbo")
+    assert thin
+    assert thin.weights == champion(workspace, "turbo").weights
+    assert manifest.entry("weights", "dev") == manifest.entry("weights", "fast").model_copy(update={"variant": "dev"})
+    found = trace(gather(workspace), thin.sha256)
+    assert found["of"]["name"] == "shapes/edge release 1"
+    names = {thing["name"] for thing in found["back"]}
+    assert {champion(workspace, variant).name for variant in ("turbo", "full")} <= names
+    assert any(name.startswith("shapes ") for name in names)  # the data revision
+
+
 def test_variant_that_a_class_begins_to_run_is_the_same_model(workspace: Workspace):
     from flows.publish import make_bundle
     from flows.retrain import _is_exported_so, incumbent_of
