@@ -208,8 +208,8 @@ def image_statistics(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]
     return np.stack((x.mean(axis=(1, 2, 3)), x.std(axis=(1, 2, 3)), edges), axis=1)
 
 
-def describe(session: Session, sampler: Sampler, variant: VariantName, captions: list[str], latency_ms: float, out: Path) -> None:
-    """Write `sampler.json`, `golden.npz` and `reference.json` for a session.
+def sampler_table(sampler: Sampler, variant: VariantName, channels: int, size: int, text_length: int) -> dict[str, Any]:
+    """Return the content of `sampler.json`: how a device draws images of `channels` and `size` for captions of `text_length` bytes.
 
     Raises:
         ExportError: the sampler guides a student, whose images hold the guidance already.
@@ -217,17 +217,26 @@ def describe(session: Session, sampler: Sampler, variant: VariantName, captions:
     if sampler.guidance != 1 and sampler.method == "mean":
         raise ExportError(f"the student {variant} has learnt guidance; give its sampler guidance = 1")
     interval = sampler.model_dump(include={"guidance_low", "guidance_high"})  # empty where every step is guided
-    table: dict[str, Any] = {
+    return {
         "schema_version": 2 if interval else 1,  # agents before 0.2 know no interval
         **interval,
         "variant": variant,
         "method": sampler.method,
         "times": sampler.times,
         "guidance": sampler.guidance,
-        "image": {"channels": session.channels, "size": session.size},
-        "text_length": session.text_length,
+        "image": {"channels": channels, "size": size},
+        "text_length": text_length,
         "runtime": RUNTIME,
     }
+
+
+def describe(session: Session, sampler: Sampler, variant: VariantName, captions: list[str], latency_ms: float, out: Path) -> None:
+    """Write `sampler.json`, `golden.npz` and `reference.json` for a session.
+
+    Raises:
+        ExportError: the sampler guides a student, whose images hold the guidance already.
+    """
+    table = sampler_table(sampler, variant, session.channels, session.size, session.text_length)
     (out / "sampler.json").write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
     chosen = [captions[i % len(captions)] for i in range(GOLDEN_IMAGES)]

@@ -107,7 +107,8 @@ def test_big_wheel_holds_every_module(wheels):
     names = names_in(wheels["deltaferry"])
     assert {name for name in names if name.endswith(".py")} == sources("model", "registry", "ota", "flows")
     assert scripts_in(wheels["deltaferry"]) == {"ferry", "ferry-agent", "ferry-delta"}
-    assert not any(name.endswith("pyproject.toml") for name in names)
+    settings = {name for name in names if name.endswith("pyproject.toml")}
+    assert settings == {"ota/pyproject.toml"}  # `ferry poc` makes the agent's wheel from it
     assert {"ota/py.typed", "flows/bases/surfaces.safetensors", "flows/bases/surfaces.json"} <= names  # the demo's base
 
 
@@ -115,7 +116,7 @@ def test_device_wheel_holds_the_device_alone(wheels):
     names = names_in(wheels["deltaferry-agent"])
     both = sources("ota/agent", "ota/delta") | {
         f"ota/{name}.py"
-        for name in ("__init__", "durations", "errors", "fitness", "limits", "manifest", "output", "overlay", "wording")
+        for name in ("__init__", "durations", "errors", "fitness", "kit", "limits", "manifest", "output", "overlay", "wording")
     }
     assert {name for name in names if ".dist-info/" not in name} == both | {"ota/py.typed"}
     assert scripts_in(wheels["deltaferry-agent"]) == {"ferry-agent"}

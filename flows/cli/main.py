@@ -18,6 +18,7 @@ from flows.cli.data import data_app
 from flows.cli.delta import delta_app
 from flows.cli.doctor import doctor
 from flows.cli.fleet import fleet_app, rollout_app
+from flows.cli.poc import poc
 from flows.cli.report import rate, report
 from flows.cli.shared import (
     Commands,
@@ -391,6 +392,7 @@ def release(
 
 
 app.command()(doctor)
+app.command()(poc)
 app.command()(report)
 app.command()(rate)
 

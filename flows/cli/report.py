@@ -8,25 +8,68 @@ from typing import Annotated
 import typer
 
 from flows.cli.shared import Json, answer, open_workspace, reported_errors, showing_progress, subject_in
+from flows.errors import WorkspaceError
 from ota.errors import printable
 
 
 def report(
-    line: Annotated[str, typer.Argument(help="Only this line; all by default.")] = "",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; report.html by default.")] = None,
+    lines: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[LINE|FILE...]", help="Only this line; all by default. With --poc: the boards' results."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file; report.html in the workspace by default, or poc.html here.")
+    ] = None,
+    of_poc: Annotated[
+        bool, typer.Option("--poc", help="Show what boards measured with a kit of `ferry poc`; needs no workspace.")
+    ] = False,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="With --poc: budget of time for one image, in ms.", show_default=False)
+    ] = None,
+    joules: Annotated[
+        float | None, typer.Option(help="With --poc: budget of energy for one image, in J.", show_default=False)
+    ] = None,
+    memory_mib: Annotated[
+        float | None, typer.Option(help="With --poc: budget of memory of the process, in MiB.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the one-page report on quality, cost and changes.
 
-    It shows quality, time, energy, bytes, the cost compared with a cloud, and how to roll back.
+    It shows quality, time, energy, bytes, the cost compared with a cloud, and how to roll back. With --poc it shows for each board a table,
+    what no other candidate dominates, and the best choice within the budgets.
     """
     with reported_errors():
+        given = lines or []
+        budgets = {"--latency-ms": latency_ms, "--joules": joules, "--memory-mib": memory_mib}
+        set_here = [name for name, value in budgets.items() if value is not None]
+        if of_poc:
+            _report_poc(given, output or Path("poc.html"), budgets, as_json)
+            return
+        if set_here:
+            raise WorkspaceError(f"{set_here[0]} is a budget for a PoC; add --poc and the boards' results")
+        if len(given) > 1:
+            raise WorkspaceError("a report is of one line or of all; name one, or add --poc if these are boards' results")
         workspace = open_workspace()
         from flows.report import write
 
         workspace.fleet.collect(workspace.inbox)
-        path = write(workspace, output or workspace.root / "report.html", line or None)
+        path = write(workspace, output or workspace.root / "report.html", given[0] if given else None)
         answer(as_json, {"report": str(path)}, str(path))
+
+
+def _report_poc(files: list[str], output: Path, budgets: dict[str, float | None], as_json: bool) -> None:
+    from flows import poc
+    from registry.poc import Budget
+
+    if not files:
+        raise WorkspaceError("name the files that boards gave back, as in `ferry report --poc board.json`")
+    for name, value in budgets.items():
+        if value is not None and not 0 < value < 1e9:
+            raise WorkspaceError(f"{name} cannot be {value:g}; give a number above 0")
+    budget = Budget(budgets["--latency-ms"], budgets["--joules"], budgets["--memory-mib"])
+    told = poc.report([Path(file) for file in files], budget, output)
+    answer(as_json, told, "\n".join([*(f"{board['name']}: {board['choice']}" for board in told["boards"]), str(output)]))
 
 
 def rate(

@@ -14,6 +14,9 @@ sampler     images from a model, in NumPy, driven by sampler.json
 child       tasks in a separate process: applying, trying, generating
 energy      joules per image from the device's sensors
 bench       what an image costs here, by measurement
+board       what kind of board this is
+kit         a PoC kit: its documents and files, each checked before use
+poc         what the candidates of a kit cost here, by measurement
 measured    the stored figures of `bench`
 reports     the signed, bounded queue of reports
 plan        what an update installs and from what: release, delta or full bundle, downloads, room

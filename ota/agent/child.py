@@ -98,8 +98,13 @@ class Worker:
     The child lives no longer than the thread that started it, because the kernel takes that thread for its parent.
     """
 
-    def __init__(self, slot: str, digest: str) -> None:
+    def __init__(self, slot: str, digest: str, entry: str = "") -> None:
         """Start the child; faults of the bundle show only when it is asked to draw.
+
+        Args:
+            slot: folder of the bundle, or of a PoC kit.
+            digest: hash of the bundle or the kit.
+            entry: candidate of the kit; empty: it is a bundle.
 
         Raises:
             RoomError: no process can be started.
@@ -116,7 +121,7 @@ class Worker:
         except OSError as error:
             self._said.close()
             raise _not_started("serve", error) from error
-        self._send({"slot": slot, "digest": digest})
+        self._send({"slot": slot, "digest": digest} | ({"entry": entry} if entry else {}))
 
     @property
     def alive(self) -> bool:
@@ -244,7 +249,8 @@ def main() -> None:
     sys.stdout.flush()
     if task == "serve":  # without a limit of CPU time: the parent stops it if it takes too long
         _limit(resource.RLIMIT_FSIZE, MAX_SAID)
-        bundle = Drawing(**_at_home(json.loads(sys.stdin.buffer.readline())))
+        request = _at_home(json.loads(sys.stdin.buffer.readline()))
+        bundle = KitDrawing(**request) if "entry" in request else Drawing(**request)
         for line in iter(sys.stdin.buffer.readline, b""):
             _say(_done(task, lambda line=line: bundle.draw(**json.loads(line))))  # type: ignore[misc]
     else:
@@ -467,6 +473,31 @@ class Drawing:
             "milliseconds": 1000 * elapsed,
             "peak_mib": peak_mib(),
         }
+
+
+class KitDrawing:
+    """A candidate of a PoC kit that draws; it is loaded when it is first asked to draw, and stays loaded."""
+
+    def __init__(self, slot: str, digest: str, entry: str) -> None:
+        self._slot, self._digest, self._entry = slot, digest, entry
+        self._model: Any = None
+        self._bare = 0.0
+
+    def draw(self, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
+        """Draw one image of the candidate's own variant; return its time, and the peak memory with and without the model."""
+        from ota.agent.kit import OpenKit
+
+        del variant
+        if self._model is None:
+            self._bare = peak_mib()
+            kit = OpenKit(Path(self._slot))
+            if kit.digest != self._digest:
+                raise ManifestError("the kit was changed while it was measured; measure again")
+            self._model = kit.open_model(self._entry)
+            _check_version(self._model.table)
+        start = time.perf_counter()
+        self._model.generate(self._model.encode(caption), [seed])
+        return {"milliseconds": 1000 * (time.perf_counter() - start), "peak_mib": peak_mib(), "bare_mib": self._bare}
 
 
 def generate(slot: str, digest: str, variant: VariantName, caption: str, seed: int, on_trial: bool = False) -> dict[str, Any]:

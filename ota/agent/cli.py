@@ -185,6 +185,16 @@ def parser() -> argparse.ArgumentParser:
         help=f"images to draw with each variant, {rules.LEAST_IMAGES} to {rules.MOST_IMAGES} (%(default)s)",
     )
     made.add_argument("--no-joules", dest="joules", action="store_false", help="do not measure energy, which takes minutes")
+    made.add_argument(
+        "--kit", type=Path, metavar="FOLDER", help="measure the candidates of this PoC kit instead; needs no agent's directory"
+    )
+    made.add_argument(
+        "--seconds", type=_at_least(1, 3600), default=20, metavar="N",
+        help="with --kit: begin no further image of a candidate after N seconds (%(default)s)",
+    )  # fmt: skip
+    made.add_argument(
+        "--watts", default="", metavar="IDLE,CORE", help="with --kit: power at rest, and of one busy core in addition, if there is no sensor"
+    )  # fmt: skip
 
     made = command(doctor)
     made.add_argument("--no-draw", dest="draw", action="store_false", help="do not draw an image with each variant")
@@ -418,12 +428,34 @@ def serve(given: Arguments) -> None:
         endpoint.run(endpoint.Service(home), server, stopped)
 
 
-def bench(given: Arguments) -> None:
-    """Measure an image here: time, memory, and energy with its source."""
+def bench(given: Arguments) -> int | None:
+    """Measure an image here: time, memory, and energy with its source.
+
+    With --kit it measures the networks of a kit that `ferry poc` made. It then needs neither a factory nor a network. Send its --json back.
+    """
+    if given.kit is not None:
+        return _bench_kit(given)
     from ota.agent import bench as measuring
 
     found = measuring.run(Home(given.dir), given.images, given.joules, (lambda _: None) if given.quiet else _tell)
     _answer(given.json, found, "\n".join(measuring.line(variant, row) for variant, row in found["variants"].items()))
+    return None
+
+
+def _bench_kit(given: Arguments) -> int:
+    """Measure a kit, and answer with what was measured even if the user or the system ends it; exit code 130 then."""
+    from ota.agent import poc
+
+    def ended(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, ended)
+    watts = _watts(given.watts) or None
+    found = poc.run(given.kit, given.images, given.seconds, watts, given.joules, (lambda _: None) if given.quiet else _tell)
+    _answer(given.json, found.model_dump(mode="json"), poc.text(found))
+    if found.rows[-1].failed == poc.INTERRUPTED:
+        return 130
+    return 0 if any(not row.failed for row in found.rows) else 3
 
 
 def doctor(given: Arguments) -> int:

@@ -101,7 +101,7 @@ class Model:
         return rows
 
 
-def open_model(graph: bytes, weights: bytes, table: SamplerTable, threads: int = 1) -> Model:
+def open_model(graph: bytes, weights: bytes | bytearray, table: SamplerTable, threads: int = 1) -> Model:
     """Load a variant with the session options that its table pins.
 
     Raises:
