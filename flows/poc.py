@@ -192,7 +192,7 @@ def report(paths: Sequence[Path], budget: poc.Budget, out: Path) -> dict[str, An
 def _read(path: Path) -> kit.PocResult:
     try:
         with path.open("rb") as file:
-            data = file.read(kit.MAX_RESULT + 1)
+            data = file.read(kit.MAX_RESULT + 1)[: kit.MAX_RESULT]
     except OSError as error:
         raise OperatorError(f"{path} cannot be read ({error.strerror}); name a file that a board gave back") from error
     try:
@@ -241,7 +241,7 @@ def _facts(result: kit.PocResult) -> list[tuple[str, str]]:
     found = {
         "Board": b.model, "Processor": f"{b.cpu}, {b.cores} core{'s' * (b.cores > 1)} ({b.architecture}){', a virtual machine' if b.virtual else ''}",
         "Memory": f"{b.memory_mib:,.0f} MiB", "Frequency": ", ".join(filter(None, clock)), "Temperature": warm, "Power": b.power,
-        "Load before": f"{b.busy:g} running processes on average" if b.busy >= 0.5 else "",
+        "Load before": f"{b.busy:g} running processes on average; other programs may have slowed it" if b.busy >= 0.5 else "",
         "System": f"{b.system}, Linux {b.kernel}", "Software": f"Python {b.python}, NumPy {b.numpy}, ONNX Runtime {b.onnxruntime}, ferry-agent {result.agent}",
     }  # fmt: skip
     return [(name, text) for name, text in found.items() if text]

@@ -43,6 +43,7 @@ def untrained(config: ModelConfig, precision: PrecisionName, seed: int = 0) -> U
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Network(config)
+        torch.manual_seed(seed)  # so that networks that differ outside of their blocks have the same block
         with torch.no_grad():
             for parameter in network.parameters():
                 if not parameter.any():

@@ -1,7 +1,7 @@
 """Which candidates of a PoC are worth a look on a board, and which one fits a budget: rules without I/O, and the page.
 
-A kit's networks are untrained, so there is no quality here, only what each candidate is and what it costs. What it is counts in
-this order: more blocks, then more positions (stride 1), then more evaluations, then more bits of a weight.
+A kit's networks are untrained, so there is no quality here, only what each candidate is and what it costs. In place of quality stands
+an order: more blocks first, then more positions (stride 1), then more evaluations, then more bits of a weight.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from registry.report import TEMPLATES, human_seconds, human_size
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8}
 STRIDES = {"I": 2, "II": 1}
+NOISE = 0.02  # share by which two measurements of a cost differ without a meaning
 RULE = (
-    "Of the candidates whose cost is known to fit every budget (95th percentile of the time, peak memory of the process, mean energy), "
-    "the best is the one with the most blocks; among those, stride 1 before stride 2, then the most evaluations, then the most bits of "
-    "a weight, then the least time."
+    "Nothing was trained, so an order stands in place of quality: more blocks first, then stride 1 before stride 2, then more evaluations, "
+    "then more bits of a weight. The best choice is the first in this order whose cost is known to fit every budget (95th percentile of the "
+    "time, mean energy, peak memory of the process)."
 )
+"""How a choice is made, for people."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Candidate:
 
     @property
     def worth(self) -> tuple[int, int, int, int]:
-        """What it is, to be compared: blocks, positions, evaluations, bits."""
+        """Its place in the order that stands for quality: blocks, positions, evaluations, bits."""
         return self.blocks, self.tokens, self.evaluations, BITS.get(self.precision, 0)
 
     @property
@@ -119,12 +121,13 @@ class Choice:
 
 
 def front(rows: Iterable[Candidate]) -> list[Candidate]:
-    """Return the candidates that no other one dominates: none is at least as much in all that it is, and costs no more in anything."""
+    """Return the candidates that no other one dominates: none comes before it in the order and costs no more, up to `NOISE`."""
     known = [row for row in rows if not row.failed]
 
     def dominates(a: Candidate, b: Candidate) -> bool:
-        more = all(x >= y for x, y in zip(a.worth, b.worth, strict=True))
-        return more and all(x <= y for x, y in zip(a.costs, b.costs, strict=True)) and (a.worth, a.costs) != (b.worth, b.costs)
+        if a.worth == b.worth:
+            return a.costs != b.costs and all(x <= y for x, y in zip(a.costs, b.costs, strict=True))
+        return a.worth > b.worth and all(x <= (1 + NOISE) * y for x, y in zip(a.costs, b.costs, strict=True))
 
     return [row for row in known if not any(dominates(other, row) for other in known)]
 
@@ -177,21 +180,23 @@ def _costs(row: Candidate) -> str:
 class Mark:
     """A candidate in a picture."""
 
-    number: int
     row: Candidate
     x: float
-    y: float
-    colour: int
+    above: bool
+    """Whether its name stands above it; the names of neighbours alternate, so that they do not overlap."""
     on_front: bool
+    fits: bool
 
 
 @dataclass(frozen=True)
-class Series:
-    """The candidates of one network, from the cheapest variant to the dearest."""
+class Lane:
+    """The candidates of one network, which differ in their samplers, from the cheapest to the dearest."""
 
+    y: float
     name: str
-    colour: int
+    about: str
     stride: int
+    colour: int
     marks: list[Mark]
 
 
@@ -199,85 +204,76 @@ class Series:
 class Tick:
     """A labelled place of an axis."""
 
-    at: float
+    x: float
     text: str
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Seconds of an image (across) against another cost (upwards), both logarithmic, in the units of the page's drawing."""
+    """A cost of an image across, on a logarithmic axis; the networks above one another, in the order that stands for quality."""
 
     title: str
-    unit: str
-    series: list[Series]
-    across: list[Tick]
-    upwards: list[Tick]
-    limit_x: float | None
-    limit_y: float | None
+    height: float
+    lanes: list[Lane]
+    ticks: list[Tick]
+    limit: float | None
+    """Place of the budget; None: there is none, or it lies outside."""
 
 
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 430.0, 14.0, 268.0  # of the drawing; the template says how large it is
+LEFT, RIGHT, TOP, LANE = 112.0, 392.0, 26.0, 46.0  # of the drawing, in its own units
+WIDTH, FOOT = 400.0, 34.0
 COLOURS = 5
 
 
 def pictures(board: Board, budget: Budget) -> list[Picture]:
-    """Draw the pictures of a board: against memory, and against energy where it was measured."""
-    known = board.measured
-    made = (
-        [_picture(board, known, "Seconds against memory", "MiB", lambda row: row.peak_mib, budget.memory_mib, budget)]
-        if known
-        else []
-    )
-    powered = [row for row in known if row.joules]
-    if powered:
-        made.append(_picture(board, powered, "Seconds against energy", "J", lambda row: row.joules, budget.joules, budget))
-    return made
+    """Draw the pictures of a board: its time, and its energy where it was measured."""
+    seconds = budget.latency_ms / 1000 if budget.latency_ms else None
+    made = [_picture(board, "Seconds of an image, median", lambda row: row.p50_seconds, seconds, budget)]
+    made.append(_picture(board, "Joules of an image", lambda row: row.joules, budget.joules, budget))
+    return [picture for picture in made if picture.lanes]
 
 
 def _picture(
-    board: Board, rows: list[Candidate], title: str, unit: str, cost: Callable[[Candidate], float | None], limit: float | None, budget: Budget
+    board: Board, title: str, cost: Callable[[Candidate], float | None], limit: float | None, budget: Budget
 ) -> Picture:  # fmt: skip
-    best, seconds_limit = {row.key for row in front(board.rows)}, budget.latency_ms and budget.latency_ms / 1000
-    place_x, across = _axis([row.p50_seconds or 0 for row in rows], LEFT, RIGHT)
-    place_y, upwards = _axis([cost(row) or 0 for row in rows], BOTTOM, TOP)
-    sizes = sorted({row.blocks for row in board.rows})
+    rows = [row for row in board.measured if cost(row)]
+    if not rows:
+        return Picture(title, 0, [], [], None)
+    best, sizes = {row.key for row in front(board.rows)}, sorted({row.blocks for row in board.rows})
+    place, ticks = _axis([cost(row) or 0 for row in rows])
     several = len({row.precision for row in rows}) > 1
-    groups: dict[str, list[Mark]] = {}
-    for row in sorted(rows, key=lambda row: (row.blocks, row.tokens, row.precision, row.evaluations)):
-        name = f"{row.network}{f', {row.precision}' if several else ''}"
-        mark = Mark(
-            board.rows.index(row) + 1, row, place_x(row.p50_seconds or 0), place_y(cost(row) or 0), sizes.index(row.blocks) % COLOURS,
-            row.key in best,
-        )  # fmt: skip
-        groups.setdefault(name, []).append(mark)
-    return Picture(
-        title, unit, [Series(name, marks[0].colour, marks[0].row.stride, marks) for name, marks in groups.items()], across, upwards,
-        _inside(seconds_limit, place_x, LEFT, RIGHT), _inside(limit, place_y, TOP, BOTTOM),
-    )  # fmt: skip
+    networks: dict[tuple[int, int, int, str], list[Candidate]] = {}
+    for row in sorted(rows, key=lambda row: row.worth, reverse=True):
+        networks.setdefault((row.blocks, row.tokens, BITS.get(row.precision, 0), row.precision), []).append(row)
+    lanes = []
+    for number, key in enumerate(sorted(networks, reverse=True)):
+        inside = sorted(networks[key], key=lambda row: cost(row) or 0)
+        marks = [
+            Mark(row, place(cost(row) or 0), i % 2 == 0, row.key in best, max(budget.ratios(row), default=0) <= 1)
+            for i, row in enumerate(inside)
+        ]
+        about = f"{max(row.peak_mib or 0 for row in inside):.0f} MiB{f', {inside[0].precision}' if several else ''}"
+        colour = sizes.index(inside[0].blocks) % COLOURS
+        lanes.append(Lane(TOP + (number + 0.5) * LANE, inside[0].network, about, inside[0].stride, colour, marks))
+    inside_limit = place(limit) if limit and LEFT <= place(limit) <= RIGHT else None
+    return Picture(title, TOP + len(lanes) * LANE, lanes, ticks, inside_limit)
 
 
-def _inside(value: float | None, place: Callable[[float], float], low: float, high: float) -> float | None:
-    """Return the place of a limit, or None if there is none or it lies outside of the picture."""
-    return at if value and low <= (at := place(value)) <= high else None
-
-
-def _axis(values: Sequence[float], begin: float, end: float) -> tuple[Callable[[float], float], list[Tick]]:
-    """Make a logarithmic axis over some values: a function from a value to its place, and labels at 1, 2 and 5 times powers of ten."""
-    low, high = max(min(values), 1e-9), max(*values, 1e-9)
-    span = max(math.log(high / low), math.log(1.5))
-    start = (math.log(low) + math.log(high) - span) / 2 - 0.08 * span
-    span *= 1.16
+def _axis(values: Sequence[float]) -> tuple[Callable[[float], float], list[Tick]]:
+    """Make a logarithmic axis over some values: a function from a value to its place, and round values with their places."""
+    low, high = math.log(min(values)), math.log(max(values))
+    span = max(high - low, math.log(1.5))
+    start, span = (low + high - span) / 2 - 0.07 * span, 1.14 * span
 
     def place(value: float) -> float:
-        return begin + (end - begin) * (math.log(max(value, 1e-9)) - start) / span
+        return LEFT + (RIGHT - LEFT) * (math.log(value) - start) / span
 
+    steps = (
+        (1.0,) if span > math.log(1e4) else (1.0, 2.0, 5.0) if span > math.log(8) else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    )
     decades = range(math.floor(start / math.log(10)), math.ceil((start + span) / math.log(10)) + 1)
-    steps = (1, 2, 5) if span < math.log(200) else (1,)
-    if span < math.log(4):
-        steps = (1, 1.5, 2, 3, 4, 5, 6, 8)  # type: ignore[assignment]
     known = [step * 10.0**decade for decade in decades for step in steps]
-    inside = [value for value in known if start <= math.log(value) <= start + span]
-    return place, [Tick(place(value), f"{value:g}") for value in inside]
+    return place, [Tick(place(value), f"{value:g}") for value in known if LEFT <= place(value) <= RIGHT]
 
 
 @dataclass(frozen=True)
@@ -306,5 +302,5 @@ def render(page: Page) -> str:
         for board in page.boards
     ]  # fmt: skip
     return environment.get_template("poc.html").render(
-        page=page, shown=shown, rule=RULE, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM
+        page=page, shown=shown, rule=RULE, left=LEFT, right=RIGHT, top=TOP, width=WIDTH, foot=FOOT
     )
