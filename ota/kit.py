@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from ota import limits
+from ota.errors import printable
 from ota.manifest import AGENT_VERSION, MAX_COUNT, Document, Image, Name, Precision, Sha256, Told, VariantName
 
 KIT, OBJECTS = "kit.json", "objects"
@@ -23,6 +24,9 @@ FIRST_AGENT = "0.1.0"  # oldest agent that reads this form of a kit
 NOT_MEASURED = "not measured"
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9._-]{0,99}$")]
+MAX_REASON = 4000  # characters
+Reason = Annotated[str, Field(max_length=MAX_REASON), AfterValidator(lambda text: printable(text)[:MAX_REASON])]
+"""Sentences for people: a sensor's path, or what ONNX Runtime said."""
 Amount = Annotated[float, Field(ge=0, le=1e9)]
 
 
@@ -139,7 +143,7 @@ class Joules(Document):
     high: float | None = Field(default=None, description="upper end of the 95 % interval")
     source: Told = Field(description="sensor; 'not measured' if there is no figure")
     quality: Literal["measured", "partial", "model", "none"] = Field(description="what the sensor sees; none: there is no figure")
-    reason: Told = Field(description="which sensors were skipped, and what the figure leaves out")
+    reason: Reason = Field(description="which sensors were skipped, and what the figure leaves out")
 
 
 class Measured(Network):
@@ -152,7 +156,7 @@ class Measured(Network):
     peak_mib: Amount | None = Field(default=None, description="peak memory of the process")
     bare_mib: Amount | None = Field(default=None, description="part of it before the network is loaded")
     energy: Joules | None = Field(default=None, description="energy of one image; null: nobody asked for it")
-    failed: Told = Field(default="", description="why it was not measured; empty: it was")
+    failed: Reason = Field(default="", description="why it was not measured; empty: it was")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

@@ -10,13 +10,15 @@ import os
 import stat
 from pathlib import Path
 
+import ota
 from ota import output
 from ota.agent import sampler
 from ota.errors import AgentError, ManifestError, OperatorError
 from ota.kit import KIT, MAX_KIT, OBJECTS, Entry, Kit
-from ota.manifest import MAX_TABLE, SamplerTable, parse
+from ota.manifest import MAX_TABLE, SamplerTable, as_numbers, parse
 
 AGAIN = "copy the kit again"
+NEWER = "install the agent that lies in the kit, and measure with it"
 
 
 class OpenKit:
@@ -48,6 +50,8 @@ class OpenKit:
             ) from error
         except ManifestError as error:
             raise ManifestError(f"{str(error).partition('; it is not used')[0]}; {AGAIN}") from error
+        if as_numbers(self.kit.minimum_agent) > as_numbers(ota.__version__):
+            raise AgentError(f"the kit needs agent {self.kit.minimum_agent}, but this is {ota.__version__}; {NEWER}")
 
     def entry(self, key: str) -> Entry:
         """Return a candidate of the kit."""

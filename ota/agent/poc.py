@@ -15,7 +15,8 @@ from ota.agent import board, child, energy, measured
 from ota.agent.bench import Energy, cpu_seconds
 from ota.agent.kit import OpenKit
 from ota.errors import DeviceError, ManifestError, SoftwareError, UnfinishedError
-from ota.kit import NOT_MEASURED, Board, Entry, Joules, Measured, Network, PocResult
+from ota.kit import MAX_REASON, NOT_MEASURED, Board, Entry, Joules, Measured, Network, PocResult
+from ota.manifest import MAX_TOLD
 
 LEAST = 3  # images after the first, however long they take
 IDLE = 10.0  # seconds of each baseline of energy; a bundle's takes longer, but a kit has many candidates
@@ -55,8 +56,8 @@ def run(
     entries = kit.kit.entries
     for number, entry in enumerate(entries, 1):
         if not end:
-            tell(f"{number}/{len(entries)} {entry.key}: {entry.evaluations} evaluations an image")
             try:
+                tell(f"{number}/{len(entries)} {entry.key}: {entry.evaluations} evaluations an image")
                 rows.append(_measured(kit, entry, images, seconds, watts, with_energy, measure or _briefly, root))
                 continue
             except KeyboardInterrupt:
@@ -73,8 +74,8 @@ def _briefly(draw: Callable[[], Any], found: energy.Found) -> energy.Reading:
     return energy.measure(draw, found, idle=IDLE)
 
 
-def _row(entry: Entry, **figures: Any) -> Measured:
-    return Measured(**{name: getattr(entry, name) for name in Network.model_fields}, **figures)
+def _row(entry: Entry, failed: str = "", **figures: Any) -> Measured:
+    return Measured(**{name: getattr(entry, name) for name in Network.model_fields}, failed=failed[:MAX_REASON], **figures)
 
 
 def _measured(
@@ -114,7 +115,9 @@ def _joules(worker: child.Worker, entry: Entry, watts: dict[str, float] | None, 
     found = energy.probe(root, table=table, cpu=lambda: cpu_seconds(worker.pid))
     read = measure(lambda: worker.draw(entry.variant, "", 0), found)
     source = read.source if read.joules is not None else NOT_MEASURED
-    return Joules(joules=read.joules, low=read.low, high=read.high, source=source, quality=read.quality, reason=read.reason)
+    return Joules(
+        joules=read.joules, low=read.low, high=read.high, source=source[:MAX_TOLD], quality=read.quality, reason=read.reason[:MAX_REASON]
+    )  # fmt: skip
 
 
 def text(result: PocResult) -> str:
