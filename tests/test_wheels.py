@@ -23,7 +23,10 @@ from pathlib import Path
 
 import pytest
 
+import flows.poc
 import ota
+from flows import setup
+from ota.release import agent_wheel
 from ota.release.bundle import Bundle, make_delta
 from ota.release.repository import Repository
 from ota.release.rollout import start
@@ -120,6 +123,56 @@ def test_device_wheel_holds_the_device_alone(wheels):
     }
     assert {name for name in names if ".dist-info/" not in name} == both | {"ota/py.typed"}
     assert scripts_in(wheels["deltaferry-agent"]) == {"ferry-agent"}
+
+
+def test_kit_holds_the_same_agent_as_its_wheel(wheels, tmp_path):
+    name, data = agent_wheel.build()
+    (tmp_path / name).write_bytes(data)
+    built = wheels["deltaferry-agent"]
+    assert (name, agent_wheel.build()[1]) == (built.name, data)
+    assert names_in(tmp_path / name) == names_in(built)
+    for field in (
+        "Name",
+        "Version",
+        "Summary",
+        "License-Expression",
+        "License-File",
+        "Description-Content-Type",
+    ):
+        assert about(tmp_path / name)[field] == about(built)[field], field
+    assert set(about(tmp_path / name)["Requires-Python"].split(",")) == set(about(built)["Requires-Python"].split(","))
+    for field in ("Requires-Dist", "Classifier"):
+        assert sorted(about(tmp_path / name).get_all(field)) == sorted(about(built).get_all(field))
+    assert about(tmp_path / name).get_payload().strip() == about(built).get_payload().strip()
+    with zipfile.ZipFile(tmp_path / name) as made, zipfile.ZipFile(built) as other:
+        for file in names_in(built):
+            if ".dist-info/" not in file:
+                assert made.read(file) == other.read(file), file
+
+
+@pytest.mark.slow
+def test_kit_is_measured_by_the_agent_in_it_with_three_packages(tmp_path):
+    """Unpack a kit on a board that has three packages, and follow its README.txt; the agent is not installed."""
+    if not WHEELHOUSE.is_dir():
+        pytest.fail("build/wheelhouse is missing; run `make wheelhouse`")
+    kits = flows.poc.Chosen(tiers=["test"], configurations=["I"])
+    workspace = setup.create(tmp_path / "workspace", ["shapes"])
+    out = tmp_path / "kit.zip"
+    flows.poc.make(workspace, "shapes", kits, out)
+    with zipfile.ZipFile(out) as archive:
+        archive.extractall(tmp_path / "kit")
+    venv.create(tmp_path / "venv", with_pip=True)
+    alone = Installed(tmp_path / "venv")
+    install = ("-m", "pip", "install", "--quiet", "--no-index", "--find-links", WHEELHOUSE)
+    assert alone.run("python", *install, "numpy", "onnxruntime>=1.20,<2", "pydantic").returncode == 0
+    (wheel,) = (tmp_path / "kit").glob("*.whl")
+    words = ("python", "-m", "ota.agent.cli", "bench", "--kit", "kit", "--json", "--seconds", "1", "--no-joules")
+    done = alone.run(*words, cwd=tmp_path, PYTHONPATH=f"kit/{wheel.name}")
+    assert done.returncode == 0, done.stderr
+    assert [row["failed"] for row in json.loads(done.stdout)["rows"]] == [""] * 4
+    assert alone.run("python", *install, wheel).returncode == 0  # or installed, as any wheel
+    done = alone.run("ferry-agent", "bench", "--kit", tmp_path / "kit", "--json", "--seconds", "1", "--no-joules")
+    assert done.returncode == 0, done.stderr
 
 
 def test_delta_wheel_holds_the_codec_alone(wheels):
