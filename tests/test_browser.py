@@ -19,8 +19,9 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
-from registry import rating
+from registry import poc, rating
 from registry.report import Report, render
+from tests.test_poc import BOARD
 from tests.test_rate import dealt
 from tests.test_report import REPORT, samples
 
@@ -100,7 +101,16 @@ def test_report_prints_on_one_sheet(report: Report, browser: str, tmp_path: Path
 
 @pytest.mark.parametrize("width", [PHONE[0], DESKTOP[0]])
 @pytest.mark.parametrize(
-    "page", [render(REPORT), render(two_lines()), rating.page(dealt(), [(samples(1, 1), samples(1, 1))] * 20)]
+    "page",
+    [
+        render(REPORT),
+        render(two_lines()),
+        rating.page(dealt(), [(samples(1, 1), samples(1, 1))] * 20),
+        poc.render(
+            poc.Page("s" * 40, "128 x 128 pixels, in colour", [replace(BOARD, name="b" * 60)] * 2, poc.Budget(300, 5, 150))
+        ),
+    ],
+    ids=["report", "two lines", "rating", "PoC"],
 )
 def test_no_page_scrolls_sideways(page: str, width: int, browser: str, tmp_path: Path):
     begin = "if (d.getElementById('name')) { d.getElementById('name').value = 'Anna'; d.forms[0].requestSubmit(); }"
