@@ -153,6 +153,9 @@ class Measured(Network):
     first_seconds: Amount | None = Field(default=None, description="seconds from the start of the process to the first image")
     p50_seconds: Amount | None = Field(default=None, description="median of the images after the first")
     p95_seconds: Amount | None = Field(default=None, description="95th percentile of the images after the first")
+    cpu_seconds: Amount | None = Field(
+        default=None, description="processor seconds of an image: what other programs cannot stretch"
+    )
     peak_mib: Amount | None = Field(default=None, description="peak memory of the process")
     bare_mib: Amount | None = Field(default=None, description="part of it before the network is loaded")
     energy: Joules | None = Field(default=None, description="energy of one image; null: nobody asked for it")
@@ -160,7 +163,7 @@ class Measured(Network):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
-        figures = (self.first_seconds, self.p50_seconds, self.p95_seconds, self.peak_mib, self.bare_mib)
+        figures = (self.first_seconds, self.p50_seconds, self.p95_seconds, self.cpu_seconds, self.peak_mib, self.bare_mib)
         if any(figure is None for figure in figures) != bool(self.failed):
             raise ValueError("a candidate has figures, or a reason why it has none")
         return self

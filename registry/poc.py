@@ -41,6 +41,7 @@ class Candidate:
     first_seconds: float | None = None
     p50_seconds: float | None = None
     p95_seconds: float | None = None
+    cpu_seconds: float | None = None
     peak_mib: float | None = None
     joules: float | None = None
     low: float | None = None

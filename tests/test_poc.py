@@ -173,6 +173,7 @@ def test_board_measures_every_candidate(result: PocResult, packed: Path, tmp_pat
         assert row.images == 3
         assert 0 < row.p50_seconds <= row.p95_seconds  # type: ignore[operator]
         assert row.first_seconds > row.p50_seconds  # type: ignore[operator]  # it starts a process and loads the network
+        assert row.cpu_seconds is not None
         assert row.peak_mib > row.bare_mib > 10  # type: ignore[operator]
 
 

@@ -88,15 +88,16 @@ def _measured(
         return _row(entry, failed=str(error))
     try:
         first = worker.draw(entry.variant, "", 0)
-        drawn = time.perf_counter()
+        drawn, before = time.perf_counter(), cpu_seconds(worker.pid)
         cold, until, took = drawn - start, drawn + seconds, list[float]()
         while len(took) < images and (len(took) < LEAST or time.perf_counter() < until):
             last = worker.draw(entry.variant, "", 1 + len(took))
             took.append(last["milliseconds"] / 1000)
+        computed = (cpu_seconds(worker.pid) - before) / len(took)
         took.sort()
         return _row(
             entry, images=len(took), first_seconds=cold, p50_seconds=measured.percentile(took, 0.5),
-            p95_seconds=measured.percentile(took, 0.95), peak_mib=last["peak_mib"], bare_mib=first["bare_mib"],
+            p95_seconds=measured.percentile(took, 0.95), cpu_seconds=computed, peak_mib=last["peak_mib"], bare_mib=first["bare_mib"],
             energy=_joules(worker, entry, watts, measure, root) if with_energy else None,
         )  # fmt: skip
     except SoftwareError:  # no candidate can draw
