@@ -276,7 +276,9 @@ def test_every_option_of_ferry_is_explained(words: str):
     terms = explained(section)
     for parameter in FERRY[words].params:
         if parameter.param_type_name == "argument":
-            wanted = {(parameter.metavar or parameter.opts[0]) + ("..." if parameter.nargs != 1 else "")}
+            wanted = {
+                (parameter.metavar or parameter.opts[0]) + ("..." if parameter.nargs != 1 and not parameter.metavar else "")
+            }
         else:
             wanted = {*parameter.opts, *parameter.secondary_opts}
         (said,) = (text for term, text in terms.items() if wanted <= set(re.split(r",? ", term)))

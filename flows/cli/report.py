@@ -15,7 +15,7 @@ from ota.errors import printable
 def report(
     lines: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[LINE|FILE...]", help="Only this line; all by default. With --poc: the boards' results."),
+        typer.Argument(metavar="LINE|FILE", help="Only this line; all by default. With --poc: the boards' results."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML file; report.html in the workspace by default, or poc.html here.")
@@ -37,7 +37,7 @@ def report(
     """Write the one-page report on quality, cost and changes.
 
     It shows quality, time, energy, bytes, the cost compared with a cloud, and how to roll back. With --poc it shows for each board a table,
-    what no other candidate dominates, and the best choice within the budgets.
+    a Pareto picture, and the best choice within the budgets.
     """
     with reported_errors():
         given = lines or []
