@@ -35,7 +35,7 @@ class Untrained:
 def untrained(config: ModelConfig, precision: PrecisionName, seed: int = 0) -> Untrained:
     """Build a network with random weights whose blocks are all equal; the same input gives the same bytes.
 
-    Equal blocks have one record in the weight file, so a file of this network is a shell and one block, whatever its depth.
+    A block is a record of fixed size in the weight file, so a file of this network is a shell and one record, whatever its depth.
 
     Raises:
         ExportError: the weights do not fit the precision.
@@ -48,9 +48,6 @@ def untrained(config: ModelConfig, precision: PrecisionName, seed: int = 0) -> U
             for parameter in network.parameters():
                 if not parameter.any():
                     torch.nn.init.normal_(parameter, std=SPREAD)
-    first = network.blocks[0].state_dict()
-    for block in network.blocks:
-        block.load_state_dict(first)
     weights = pack(network, precision)
     placed, size = layout(config, precision)
     start = next(tensor.offset for tensor in placed if tensor.name.startswith("block"))
