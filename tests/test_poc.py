@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import socket
 import zipfile
 from collections.abc import Callable
@@ -347,6 +349,40 @@ def test_interrupted_measurement_keeps_what_was_measured(kit: Path, tmp_path: Pa
     rows = measured(kit, tmp_path / "empty", tell=tell).rows
     assert [row.failed for row in rows] == ["", "", poc.INTERRUPTED, poc.INTERRUPTED]
     assert rows[1].p50_seconds
+
+
+def test_ended_measurement_answers_with_what_was_measured(kit: Path, monkeypatch: pytest.MonkeyPatch):
+    real, before = child.Worker.draw, signal.getsignal(signal.SIGTERM)
+
+    def draw(self: child.Worker, variant: Any, caption: str, seed: int) -> dict[str, Any]:
+        if variant == "turbo":
+            signal.raise_signal(signal.SIGTERM)  # as systemd, or a board that is switched off
+        return real(self, variant, caption, seed)
+
+    monkeypatch.setattr(child.Worker, "draw", draw)
+    done = told_of(kit, "--no-joules")
+    assert done.exit_code == 130
+    assert [row.failed for row in PocResult.model_validate_json(done.stdout).rows] == ["", *[poc.INTERRUPTED] * 3]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_kit_for_odd_images_and_the_other_router(tmp_path: Path):
+    workspace = setup.create(tmp_path / "workspace", ["shapes"])
+    settings = workspace.root / "ferry.toml"
+    text = re.sub(
+        r"^(# )?image_size = .*$", 'image_size = 15\nrouter = "token-choice"', settings.read_text(), count=1, flags=re.MULTILINE
+    )
+    text = re.sub(r"^# (router = .*)$", "", text, flags=re.MULTILINE)
+    settings.write_text(re.sub(r'^(# )?configuration = "I"', 'configuration = "II"', text, flags=re.MULTILINE))
+    done = ferry("-w", workspace.root, "poc", "shapes", "--tier", "test", "--variant", "turbo", "-o", tmp_path / "kit.zip")
+    assert done.exit_code == 0, done.output
+    with zipfile.ZipFile(tmp_path / "kit.zip") as archive:
+        archive.extractall(tmp_path / "kit")
+    found = measured(tmp_path / "kit", tmp_path / "empty", with_energy=False)
+    assert [(row.key, row.tokens, row.failed) for row in found.rows] == [("test/II/turbo/bfloat16", 225, "")]
+    done = ferry("-w", workspace.root, "poc", "shapes", "--configuration", "I", "-o", tmp_path / "other.zip")
+    assert done.exit_code == 3
+    assert "images of 15 pixels do not fit configuration I; choose --configuration II" in done.output
 
 
 def test_kit_that_changes_while_it_is_measured_is_noticed(kit: Path, tmp_path: Path):

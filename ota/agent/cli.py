@@ -449,9 +449,11 @@ def _bench_kit(given: Arguments) -> int:
     def ended(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, ended)
-    watts = _watts(given.watts) or None
-    found = poc.run(given.kit, given.images, given.seconds, watts, given.joules, (lambda _: None) if given.quiet else _tell)
+    watts, before = _watts(given.watts) or None, signal.signal(signal.SIGTERM, ended)
+    try:
+        found = poc.run(given.kit, given.images, given.seconds, watts, given.joules, (lambda _: None) if given.quiet else _tell)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _answer(given.json, found.model_dump(mode="json"), poc.text(found))
     if found.rows[-1].failed == poc.INTERRUPTED:
         return 130
