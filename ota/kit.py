@@ -20,7 +20,7 @@ from ota.manifest import AGENT_VERSION, MAX_COUNT, Document, Image, Name, Precis
 KIT, OBJECTS = "kit.json", "objects"
 MAX_KIT = 1024 * 1024
 MAX_RESULT = 4 * 1024 * 1024
-FIRST_AGENT = "0.1.0"  # oldest agent that reads this form of a kit
+FIRST_AGENT = "0.2.0"
 NOT_MEASURED = "not measured"
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9._-]{0,99}$")]
