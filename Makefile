@@ -176,6 +176,10 @@ device-wheel: install ## build deltaferry-agent into dist/
 delta-wheel: install ## build deltaferry-delta into dist/
 	cd ota/delta && ../../$(BIN)/python -m hatchling build -t wheel -d ../../dist
 
+.PHONY: former
+former: install ## renew the fixtures of the version before, minutes (COMMIT=the last commit of that version)
+	$(BIN)/python -m tests.former.make "$(COMMIT)"
+
 .PHONY: clean
 clean: ## remove build results and demo folders, keep .venv
 	rm -rf build dist ferry-demo ferry-demo-* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
