@@ -20,6 +20,7 @@
     │   └── BaseError        a file of an installed bundle is missing or was changed
     ├── GateError            this device tried the new bundle and refused it
     ├── ForetoldError        fielded devices would refuse a new bundle; nothing was signed
+    ├── LeftBehindError      agents of fielded devices are too old for a new bundle; nothing was signed
     ├── OperatorError        a key, store or name given on the factory's side is wrong
     └── FaultError           an unforeseen error; the running bundle is kept, and the next try starts again
 
@@ -42,7 +43,7 @@ EXIT_CODES: dict[str, dict[int, str]] = {
         2: "wrong usage",
         3: "invalid input (workspace, data, name, key)",
         4: "a store or server is not available, try later",
-        5: "the gate did not pass a version, or devices would refuse a release",
+        5: "the gate did not pass a version, or devices would refuse a release or be left behind",
         6: "a record was changed afterwards",
         7: "a signature is past half of its lifetime (`trust status --check`)",
         130: "interrupted",
@@ -55,6 +56,7 @@ EXIT_CODES: dict[str, dict[int, str]] = {
         4: "the repository or the folder of reports cannot be reached, try later",
         5: "the published update failed verification; nothing was installed",
         6: "the new bundle failed its trial on this device and was refused",
+        7: "what is published needs a newer agent; what runs is kept",
         130: "interrupted",
     },
     "ferry-delta": {
@@ -170,6 +172,10 @@ class GateError(OtaError):
 
 class ForetoldError(OtaError):
     """Fielded devices would refuse a new bundle in its trial, so the factory does not sign it."""
+
+
+class LeftBehindError(OtaError):
+    """The agents of fielded devices are too old for a new bundle, and nobody decided to leave them behind."""
 
 
 class OperatorError(OtaError):

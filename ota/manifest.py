@@ -385,13 +385,14 @@ class Policy(Document):
         return self
 
 
-Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "base_corrupt", "strayed"]
+Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "base_corrupt", "strayed", "new_agent"]
+REPORT_FORM: Literal[2] = 2  # newest form of a report, which agents write and the factory reads
 
 
 class DeviceReport(Document):
     """What a device tells the factory: what happened and how it ran, never an image."""
 
-    schema_version: Literal[1] = Field(default=1, description="version of this form")
+    schema_version: Literal[1, 2] = Field(default=1, description="version of this form; 2 names the agent")
     device: Name = Field(description="id of the device, which its owner chose")
     boot: Token = Field(max_length=64, description="id of the machine's present start; the kernel makes a new one at every start")
     number: int = Field(ge=1, le=MAX_NUMBER, description="rises by one with every report of this device")
@@ -404,6 +405,25 @@ class DeviceReport(Document):
     reason: Told = Field(default="", description="why it happened, as a sentence of the agent; it quotes measurements and errors")
     received: int = Field(default=0, ge=0, le=MAX_COUNT, description="bytes fetched for this update, metadata included")
     milliseconds: int = Field(default=0, ge=0, le=MAX_COUNT, description="median time of one image, where it was measured")
+    agent: str | None = Field(
+        default=None,
+        pattern=AGENT_VERSION,
+        description="version of ferry-agent that wrote the report; agents before 0.2.0 leave it out",
+    )
+
+    @model_validator(mode="after")
+    def _form_says_so(self) -> Self:
+        if (self.agent is not None) != (self.schema_version >= REPORT_FORM):
+            raise ValueError("form 2 names the agent, and form 1 does not")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_signed(self, rest: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the agent out where the report does not name it, so that the bytes stay those that an older agent signed."""
+        made: dict[str, Any] = rest(self)
+        if self.agent is None:
+            made.pop("agent", None)
+        return made
 
 
 class SignedReport(Document):

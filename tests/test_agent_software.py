@@ -275,7 +275,7 @@ def test_table_for_a_newer_agent_condemns_no_bundle(scene, bundles, tmp_path, mo
         with pytest.raises(AgentError, match="has form 3 and needs an agent that knows it"):
             scene.device.update()
         assert scene.device.state == before
-    assert "update the agent first" in scene.device.command("--quiet", "update", code=5)
+    assert "update the agent first" in scene.device.command("--quiet", "update", code=7)
 
 
 # What the probe does not notice

@@ -440,7 +440,7 @@ def test_links_planted_where_reports_are_left_are_not_followed(home, tmp_path, v
         return {
             p.name: p.read_bytes()
             for p in home.root.iterdir()
-            if p.is_file() and p.name not in ("number", "undelivered.txt", "history.json")
+            if p.is_file() and p.name not in ("number", "agent", "undelivered.txt", "history.json")
         }
 
     before = files()

@@ -35,6 +35,7 @@ EVENTS = {
     "refused": "a bundle failed its trial",
     "base_corrupt": "a file of the running bundle is damaged",
     "strayed": "the images load other experts than in the factory (routing shift)",
+    "new_agent": "another version of the agent runs than at the report before",
 }
 
 REQUEST = {

@@ -30,6 +30,7 @@ from ota import output
 from ota.agent import rules, window
 from ota.agent.state import Config, Home, OwnerError, Rest
 from ota.errors import (
+    AgentError,
     DeviceError,
     GateError,
     OperatorError,
@@ -589,6 +590,8 @@ def _answer(as_json: bool, value: dict[str, Any], text: str) -> None:
 def _exit_code(error: OtaError) -> int:
     if isinstance(error, GateError):
         return 6
+    if isinstance(error, AgentError):
+        return 7
     if isinstance(error, RepositoryError):
         return 5
     if isinstance(error, TransferError):

@@ -19,12 +19,13 @@ from urllib.parse import urlsplit
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+import ota
 from ota import output
 from ota.agent import history
 from ota.agent.state import Home
 from ota.agent.transport import HungError, within
 from ota.errors import DeviceError, OperatorError, StateError, TransferError
-from ota.manifest import MAX_NUMBER, DeviceReport, Event, SignedReport
+from ota.manifest import MAX_NUMBER, REPORT_FORM, DeviceReport, Event, SignedReport
 
 MOUNT_SECONDS = 30.0  # seconds to wait for the reports folder, which may be a mount that hangs
 MAX_QUEUE = 200  # reports; the oldest are dropped first
@@ -64,13 +65,37 @@ def queue(home: Home, event: Event, manifest: str | None, reason: str = "", rece
     report = DeviceReport(
         device=config.device, boot=_boot(), number=number, time=int(time.time()), line=config.line,
         device_class=config.device_class, event=event, manifest=manifest, active=home.load().active, reason=reason[:500],
-        received=received, milliseconds=round(milliseconds),
+        received=received, milliseconds=round(milliseconds), schema_version=REPORT_FORM, agent=ota.__version__,
     )  # fmt: skip
     signed = SignedReport(report=report, signature=_key(home).sign(report.canonical()).hex())
     home.disk.replace(f"queue/{number:08d}.json", json.dumps(signed.model_dump(mode="json")).encode())
     for old in sorted(home.disk.path("queue").glob("*.json"))[:-MAX_QUEUE]:
         home.disk.remove(f"queue/{old.name}")
     history.note(home, event, manifest, reason, received, milliseconds)
+    if _named_agent(home) != ota.__version__:
+        with suppress(DeviceError):  # then the next update says it again
+            home.disk.replace("agent", ota.__version__.encode(), durable=False)
+
+
+def announce(home: Home) -> None:
+    """Report that another version of the agent runs, once: the factory asks no device, and must know which bundles it can read.
+
+    A device that has nothing installed waits for its first report, which names the agent, too. A disk that takes no report is no reason
+    to stop.
+    """
+    try:
+        active = home.load().active
+        if active is None or _named_agent(home) == ota.__version__:
+            return
+        queue(home, "new_agent", active, f"ferry-agent {ota.__version__} runs")
+        send(home)
+    except (DeviceError, OperatorError) as error:
+        log.warning("the factory does not know yet that ferry-agent %s runs: %s", ota.__version__, error)
+
+
+def _named_agent(home: Home) -> str:
+    """Return the version that the last report named; empty: the file is lost, or only older agents have reported."""
+    return (home.disk.read("agent") or b"").decode(errors="replace")
 
 
 def _next_number(home: Home) -> int:

@@ -4,6 +4,7 @@ config.json      who this device is and where it looks for updates; written by `
 root.json        the trust anchor, given at `init` with its hash
 device.key       Ed25519 private key that signs reports
 number           number of the newest report
+agent            version of the agent that the newest report names; may be lost
 state.json       what runs, what ran before, what is on trial; replacing this file is the only commit point
 state.prev.json  the state before, in case the disk damages state.json
 resting.json     until when a bundle waits whose trials gave no result; may be lost

@@ -86,6 +86,7 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
         with own_errors():
             if not check_only:
                 history.begin(home)
+                reports.announce(home)
                 trial.finish_probation(home, on_step or _silent)  # what an earlier call left on trial comes first
             config = home.config()
             with closing(connect(config.repository, config.authorities)) as transport:

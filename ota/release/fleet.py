@@ -19,7 +19,7 @@ from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, String, Ta
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from ota.errors import ManifestError, OperatorError, TransferError, printable
-from ota.manifest import NAME_PATTERN, DeviceReport, SignedReport, parse
+from ota.manifest import NAME_PATTERN, REPORT_FORM, DeviceReport, SignedReport, parse
 
 MAX_REPORT = 8 * 1024  # bytes
 
@@ -208,10 +208,16 @@ def _opened(data: bytes) -> tuple[SignedReport, bytes]:
         found = json.loads(data)
         received = json.dumps(found["report"], sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
         again = json.dumps(found).encode()  # drops duplicate fields, so that both parsers see the same value
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        form = found["report"].get("schema_version")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(
             "the report is not valid: it is not a JSON object with a report; look at the device that left it"
         ) from error
+    if isinstance(form, int) and form > REPORT_FORM:
+        raise ManifestError(
+            f"the report has form {form}, which a newer ferry-agent writes, and this ferry reads up to form {REPORT_FORM}; install the newer "
+            "ferry, and move the file back from rejected/"
+        )
     return parse(SignedReport, again, 8 * MAX_REPORT), received
 
 
