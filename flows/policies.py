@@ -19,7 +19,7 @@ from flows.workspace import Workspace
 from model.config import VariantName
 from ota.errors import OtaError, TransferError
 from ota.manifest import Policy
-from ota.release import copies, fielded, rollout, store
+from ota.release import compatibility, copies, fielded, rollout, store
 from ota.release.repository import Release
 from registry.errors import LedgerError, RegistryError
 from registry.ledger import START
@@ -280,6 +280,14 @@ def allowances(workspace: Workspace, line: str, device_class: str, number: int) 
     named = [release for release in workspace.repository.releases(line, device_class) if release.seq == number]
     allowed = foretell.allowed_by(workspace.repository, workspace.repository.manifest(named[0])) if named else {}
     return foretell.described(workspace.repository, line, device_class, allowed)
+
+
+def behind(workspace: Workspace, line: str, device_class: str, number: int) -> list[str]:
+    """Name the devices whose agents are too old for a release; no line if there are none."""
+    named = [release for release in workspace.repository.releases(line, device_class) if release.seq == number]
+    manifest = workspace.repository.manifest(named[0]) if named else None
+    found = compatibility.left_behind(manifest, workspace.fleet.devices()) if manifest else []
+    return [compatibility.described(manifest, found)] if manifest and found else []
 
 
 def check_ledger(workspace: Workspace) -> dict[str, int]:

@@ -11,6 +11,7 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
+import ota
 from flows import pages, policies, progress, running
 from flows.policies import check_ledger
 from flows.settings import TEACHING_MS
@@ -21,7 +22,7 @@ from model.scorecard import Frozen
 from model.train import load_checkpoint
 from ota.fitness import TrialResult
 from ota.manifest import Allowed, Origin, VariantName
-from ota.release import bundle, foretell
+from ota.release import bundle, compatibility, foretell
 from ota.release.bundle import Bundle, Delta
 from ota.release.repository import Release
 from registry.catalog import Subject
@@ -48,6 +49,10 @@ class Released(Frozen):
     """Whether a release held these champions before."""
     allowed: dict[str, Any] = Field(default={})
     """Changes of the images that the release allows, by variant."""
+    minimum_agent: str = ""
+    """Oldest agent that can read the bundle."""
+    left_behind: dict[str, str] = Field(default={})
+    """Devices whose agents are too old for it, and what is known of these agents."""
 
 
 @task(name="bundle", task_run_name="bundle {line}/{device_class}")
@@ -79,6 +84,7 @@ def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[Varian
         exports, line=line, device_class=device_class, tier=lineage.config.tier, configuration=settings.configuration,
         precision=settings.precision, origin=origin, out=workspace.work / "bundles", allowed=allowed,
         latency_ms={v: settings.latency_ms for v, export in exports.items() if latency_of(export) == TEACHING_MS},  # a teacher until then
+        oldest_agent=settings.oldest_agent or ota.__version__,
     )  # fmt: skip
     return str(made.folder)
 
@@ -136,6 +142,17 @@ def foretold(
     return str(made.folder), allowed
 
 
+def left_behind(workspace: Workspace, made: Bundle, leave_behind: bool) -> list[compatibility.Behind]:
+    """Return the devices whose agents are too old for a bundle that is not signed yet; what is signed may be gone back to.
+
+    Raises:
+        LeftBehindError: there are some, and nobody decided to leave them behind.
+    """
+    manifest = made.manifest
+    signed = {release.manifest for release in workspace.repository.releases(manifest.line, manifest.device_class)}
+    return compatibility.check(manifest, workspace.fleet.devices(), leave_behind or manifest.digest in signed)
+
+
 @task(name="deltas", task_run_name="build deltas to the bundle")
 def make_deltas(root: str, folder: str) -> list[Delta]:
     """Build the deltas to a bundle from every bundle of `fielded`, and the one for its overlays; leave out those that save nothing."""
@@ -168,11 +185,20 @@ def fielded(workspace: Workspace, target: Bundle) -> list[Bundle]:
 
 
 @task(name="sign", task_run_name="sign the release", **RETRIES)
-def sign(root: str, folder: str, deltas: list[Delta], allowed: Mapping[VariantName, Allowed]) -> tuple[Release, bool]:
+def sign(
+    root: str, folder: str, deltas: list[Delta], allowed: Mapping[VariantName, Allowed], behind: Mapping[str, str] | None = None
+) -> tuple[Release, bool]:
     """Add a bundle and its deltas to the signed repository, and record the release in the ledger.
 
     A bundle that was released before, and after which another one was released, is recorded again, and a new head of the ledger is
     signed with it.
+
+    Args:
+        root: the workspace.
+        folder: of the bundle.
+        deltas: to it.
+        allowed: changes that it allows.
+        behind: devices that somebody decided to leave behind, and their agents.
 
     Returns:
         the release, and whether it was the newest that was recorded, so that nothing new was.
@@ -196,6 +222,8 @@ def sign(root: str, folder: str, deltas: list[Delta], allowed: Mapping[VariantNa
             }
             if allowed:
                 facts["allowed"] = {variant: change.model_dump(mode="json") for variant, change in allowed.items()}
+            if behind:
+                facts["left_behind"] = dict(behind)
             reasons = "; ".join(dict.fromkeys(change.reason for change in allowed.values()))
             why = f"version {release.version} published{' again' if again else ''}"
             workspace.ledger.append(
@@ -214,7 +242,9 @@ def publish(root: str) -> int:
     name="release", flow_run_name="release {line}/{device_class}", persist_result=False,
     description="Publish a line's champions for a device class as a signed release, with deltas from what devices run.",
 )  # fmt: skip
-def release(root: str, line: str, device_class: str, allow_change: str | None = None, drill: bool = False) -> dict[str, Any]:
+def release(
+    root: str, line: str, device_class: str, allow_change: str | None = None, drill: bool = False, leave_behind: bool = False
+) -> dict[str, Any]:
     """Publish the champions of a line for a device class, and return a `Released` as plain data.
 
     This does not decide which devices may install the release; `ferry rollout start` does.
@@ -225,16 +255,20 @@ def release(root: str, line: str, device_class: str, allow_change: str | None = 
         device_class: of the release.
         allow_change: why a change for which devices would refuse the release is wanted; None: such a release is not signed.
         drill: sign it although devices would refuse it, to see that they do; `ferry demo` does so.
+        leave_behind: sign it although the agents of some devices are too old for it; they keep what they run.
 
     Raises:
         ForetoldError: devices would refuse the release; nothing was signed.
+        LeftBehindError: devices have an agent that is too old for it; nothing was signed.
     """
     workspace = Workspace(Path(root))
     with workspace.locked("release"), pages.progress(), running.noted(workspace.work, "release", f"{line}/{device_class}"):
         check_ledger(workspace)
         folder, allowed = foretold(root, line, device_class, allow_change, drill)
+        made_bundle = bundle.open_bundle(Path(folder))
+        behind = {b.device: b.agent for b in left_behind(workspace, made_bundle, leave_behind)}
         deltas = make_deltas(root, folder)
-        published, known = sign(root, folder, deltas, allowed)
+        published, known = sign(root, folder, deltas, allowed, behind)
         copied = publish(root)
     made = Released(
         line=line, device_class=device_class, release=published.seq, manifest=published.manifest,
@@ -243,6 +277,7 @@ def release(root: str, line: str, device_class: str, allow_change: str | None = 
         deltas={d.base: d.size for d in workspace.repository.deltas(line, device_class) if d.target == published.manifest},
         metadata_bytes=workspace.repository.metadata_bytes(), copied=copied, known=known,
         allowed={variant: change.model_dump(mode="json") for variant, change in allowed.items()},
+        minimum_agent=made_bundle.manifest.minimum_agent, left_behind=behind,
     )  # fmt: skip
     create_table_artifact(
         table=[made.model_dump()],

@@ -27,6 +27,7 @@ from flows.secrets import remember, secrets_of
 from model.config import VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, SourceName, TierName, VariantName
 from model.folder import shown
 from model.scorecard import LineName, Sampler
+from ota.manifest import AGENT_VERSION
 from ota.wording import first_fault
 from registry.cost import Prices
 
@@ -327,6 +328,11 @@ class DeviceClass(Section):
     latency_ms: float = Field(default=5000, gt=0, description="time budget for one image, in milliseconds")
     memory_mib: float | None = Field(
         default=None, gt=0, description="memory budget for the model, in MiB beyond a bare interpreter; not given: no limit"
+    )
+    oldest_agent: str | None = Field(
+        default=None,
+        pattern=AGENT_VERSION,
+        description="oldest ferry-agent among the devices, such as 0.1.0: bundles then have the form that it reads; not given: the newest form",
     )
 
     @model_validator(mode="after")

@@ -258,6 +258,7 @@ beat_solver = true                 # a student must draw nearer to the converged
 configuration = "I"                # I: first convolution with stride 2 (faster); II: stride 1 (more positions)
 precision = "bfloat16"             # how weights are stored: float32, float16, bfloat16 (smallest updates) or int8 (smallest file)
 latency_ms = 5000                  # budget for one image, in milliseconds; the gate and every device check it
+# oldest_agent = "0.1.0"           # oldest ferry-agent among the devices: bundles then have the form that it reads; the newest by default
 # memory_mib = 64                  # budget for the model's memory (nano at 16 pixels needs 37 MiB); no limit by default
 # variants = ["full", "dev", "fast", "turbo"]  # what devices choose from, by quality, time or energy; the first is the default
 """

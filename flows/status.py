@@ -23,7 +23,7 @@ from model.pointer import recorded_md5
 from model.scorecard import Frozen
 from ota.errors import OtaError
 from ota.manifest import DeviceReport, Policy
-from ota.release import fielded, rollout
+from ota.release import compatibility, fielded, rollout
 from ota.release.fleet import Heard
 from ota.release.keys import DELEGATED
 from ota.release.metadata import LIFETIMES
@@ -88,6 +88,8 @@ class DeviceStanding(Frozen):
     wave: int | None = Field(default=None, description="wave of the present rollout that holds it, from 1; null: none")
     waves: int = Field(default=0, description="number of waves of the present rollout")
     behind: bool = Field(default=False, description="whether its wave is open and it does not run the release")
+    agent: str = Field(default=compatibility.UNKNOWN, description="version of its ferry-agent, as far as it is known")
+    too_old: bool = Field(default=False, description="whether its agent is too old for the release that is rolled out")
 
 
 class Standing(Frozen):
@@ -261,13 +263,18 @@ def devices(workspace: Workspace, receive: bool = True) -> tuple[list[DeviceStan
     rejected = workspace.fleet.collect(workspace.inbox).rejected if receive else {}
     releases: dict[str, Release] = {}
     policies: dict[tuple[str, str], Policy] = {}
+    told = workspace.fleet.heard()
+    last = {name: heard.report if heard else None for name, heard in told.items()}
+    too_old: set[str] = set()
     for line, name in _classes(workspace):
         releases |= {release.manifest: release for release in workspace.repository.releases(line, name)}
         if policy := workspace.repository.policy(line, name):
             policies[line, name] = policy
+            if policy.manifest in releases:
+                manifest = workspace.repository.manifest(releases[policy.manifest])
+                too_old |= {behind.device for behind in compatibility.left_behind(manifest, last)}
     now = int(datetime.now(UTC).timestamp())
-    told = workspace.fleet.heard().items()
-    return [_device(name, last, releases.get, policies, now) for name, last in told], rejected
+    return [_device(name, heard, releases.get, policies, now, name in too_old) for name, heard in told.items()], rejected
 
 
 def _device(
@@ -276,6 +283,7 @@ def _device(
     release_of: Callable[[str], Release | None],
     policies: dict[tuple[str, str], Policy],
     now: int,
+    too_old: bool,
 ) -> DeviceStanding:
     if last is None:
         return DeviceStanding(device=name, heard=None)
@@ -288,6 +296,7 @@ def _device(
         event=report.event, reason=report.reason, runs=report.active or "", release=runs.seq if runs else None,
         wave=None if wave is None else wave + 1, waves=len(policy.waves) if policy else 0,
         behind=is_open and policy is not None and report.active != policy.manifest,
+        agent=compatibility.agent_of(report), too_old=too_old,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ EXAMPLES = {
     f"{LINE}.edge.full",
     "classes.station",
     "memory_mib",
+    "oldest_agent",
     "dev",
     "fast",
     "turbo",

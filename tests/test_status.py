@@ -219,9 +219,9 @@ def test_fleet_status_shows_time_release_wave_and_counts(workspace: Workspace):
     rows = {row.split()[0]: row.split() for row in text.splitlines()}
     heard = datetime.fromisoformat(" ".join(rows["dev-1"][1:3])).replace(tzinfo=UTC)
     assert before <= heard <= before + timedelta(minutes=10)
-    assert rows["dev-1"][3:] == ["confirmed", "1", "1", "of", "1"]
-    assert rows["dev-2"][3:] == ["refused", "-", "1", "of", "1", "it", "is", "too", "slow"]
-    assert rows["dev-3"][1:] == ["never", "silent", "-", "-"]
+    assert rows["dev-1"][3:] == ["confirmed", "1", "1", "of", "1", "0.1.0", "or", "older"]  # its report does not name the agent
+    assert rows["dev-2"][3:] == ["refused", "-", "1", "of", "1", "0.1.0", "or", "older", "it", "is", "too", "slow"]
+    assert rows["dev-3"][1:] == ["never", "silent", "-", "-", "unknown"]
     assert "1 of 3 devices: shapes/edge, release 1" in text
     assert "1 of 3 devices: their wave is open, and they do not run the release" in text
     assert "1 of 3 devices: silent" in text

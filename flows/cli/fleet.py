@@ -137,10 +137,12 @@ def rollout_status(
             )
             return
         allowed = policies.allowances(workspace, line, device_class, policy.seq)
+        behind = policies.behind(workspace, line, device_class, policy.seq)
         place = policies.publication(workspace)
         answer(
-            as_json, policy.model_dump() | {"allowed": allowed, "publication": place.state, "public": not place.private},
-            "\n".join([rollout.describe(policy), *allowed, *place.lines]),
+            as_json,
+            policy.model_dump() | {"allowed": allowed, "behind": behind, "publication": place.state, "public": not place.private},
+            "\n".join([rollout.describe(policy), *allowed, *behind, *place.lines]),
         )  # fmt: skip
 
 

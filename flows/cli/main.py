@@ -347,12 +347,16 @@ def release(
     reason: Annotated[
         str, typer.Option(show_default=False, help="Reason for --allow-change; signed, and recorded in the ledger.")
     ] = "",
+    leave_behind: Annotated[
+        bool,
+        typer.Option("--leave-behind", help="Publish although the agents of some devices are too old; these keep what they run."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Publish a line's champions as a signed release with deltas.
 
     Builds the bundle and deltas from the fielded bundles, signs them, and copies the repository to where devices fetch it. Nothing is
-    signed if devices would refuse the bundle in their trial.
+    signed if devices would refuse the bundle in their trial, or if their agents are too old for it.
     """
     with reported_errors():
         workspace = open_workspace()
@@ -365,7 +369,7 @@ def release(
         with workspace.locked("release"):  # if another process holds it, say so before large modules are loaded
             pass
         from flows.clone import check_release
-        from flows.policies import allowances, check_ledger, check_newest, publication
+        from flows.policies import allowances, behind, check_ledger, check_newest, publication
         from ota.release.fielded import next_step
         from registry.champions import champions
 
@@ -378,12 +382,15 @@ def release(
 
         start_in_process(workspace)
         with showing_progress():
-            made = flow(str(workspace.root), line, device_class, reason.strip() if allow_change else None)
+            made = flow(
+                str(workspace.root), line, device_class, reason.strip() if allow_change else None, leave_behind=leave_behind
+            )
         deltas = ", ".join(f"{size:,} bytes from {base[:8]}" for base, size in made["deltas"].items())
         said = "\n".join([
             f"{line}/{device_class} release {made['release']}: {made['full_bytes']:,} bytes in full{f'; as a delta {deltas}' if deltas else ''}",
             *(["it holds the same champions as before, so a device that runs it does not install it anew"] if made["known"] else []),
             *allowances(workspace, line, device_class, made["release"]),
+            *behind(workspace, line, device_class, made["release"]),
             *(["no device would refuse it, so --allow-change changed nothing"] if allow_change and not made["allowed"] else []),
             *([private] if (private := publication(workspace).private) else []),
             next_step(workspace, line, device_class, made["release"]),

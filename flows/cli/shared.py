@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from flows.errors import BusyError, FlowError, ServerError, VariantError
 from flows.secrets import hidden, without_secrets
 from model.errors import ModelError
-from ota.errors import ForetoldError, OtaError, TransferError, printable
+from ota.errors import ForetoldError, LeftBehindError, OtaError, TransferError, printable
 from registry.errors import LedgerError, PromotionError, RegistryError, SealError, StoreError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _is_unreachable(error: Exception) -> bool:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, VariantError) and error.__cause__:
         return _exit_code(error.__cause__)
-    if isinstance(error, (PromotionError, ForetoldError)):
+    if isinstance(error, (PromotionError, ForetoldError, LeftBehindError)):
         return 5
     if isinstance(error, (LedgerError, SealError)):
         return 6

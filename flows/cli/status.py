@@ -120,6 +120,8 @@ def _devices(found: Standing) -> list[str]:
     unread = f"; {found.unread} unread: ferry fleet status" if found.unread else ""
     rows = [f"{len(found.devices)} enrolled, {len(heard)} heard{when}, {len(silent)} silent{unread}"]
     rows += [f"  silent: {_names(silent)}"] if silent else []
+    old = [d for d in heard if d.too_old]
+    rows += [f"  agent too old for what is rolled out: {_names(old)}"] if old else []
     return rows + ([f"  open to them, but not running it: {_names(behind)}"] if behind else [])
 
 
@@ -130,12 +132,12 @@ def _names(devices: list[DeviceStanding]) -> str:
 
 def fleet_text(devices: list[DeviceStanding]) -> str:
     """Describe every device on a line: when it was heard, what it runs, its wave, and its last report; counts come last."""
-    rows = [f"{'device':20}  {'heard (UTC)':16}  {'event':11}  {'release':8}  {'wave':6}  why"]
+    rows = [f"{'device':20}  {'heard (UTC)':16}  {'event':11}  {'release':8}  {'wave':6}  {'agent':14}  why"]
     for d in devices:
         runs = f"{d.release}" if d.release else f"{d.runs[:8]}" if d.runs else "-"
         wave = f"{d.wave} of {d.waves}" if d.wave else "-"
         heard = stamp(d.heard) if d.heard else "never"
-        rows.append(f"{d.device:20}  {heard:16}  {d.event or 'silent':11}  {runs:8}  {wave:6}  {d.reason}".rstrip())
+        rows.append(f"{d.device:20}  {heard:16}  {d.event or 'silent':11}  {runs:8}  {wave:6}  {d.agent:14}  {d.reason}".rstrip())
     return "\n".join([*rows, *_counts(devices)])
 
 
@@ -146,6 +148,7 @@ def _counts(devices: list[DeviceStanding]) -> list[str]:
         if d.heard:
             key = (d.line, d.device_class, d.release or 0)
             groups[key] = groups.get(key, 0) + 1
+    old = sum(d.too_old for d in devices)
     silent, behind = sum(d.heard is None for d in devices), sum(d.behind for d in devices)
     of = f"of {len(devices)} devices"
     rows = [
@@ -153,4 +156,5 @@ def _counts(devices: list[DeviceStanding]) -> list[str]:
         for (line, device_class, release), count in sorted(groups.items())
     ]
     rows += [f"{behind} {of}: their wave is open, and they do not run the release"] if behind else []
+    rows += [f"{old} {of}: their agent is too old for the release that is rolled out"] if old else []
     return rows + ([f"{silent} {of}: silent"] if silent else [])

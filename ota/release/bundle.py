@@ -35,16 +35,15 @@ from ota.manifest import (
     Role,
     SamplerTable,
     VariantName,
-    as_numbers,
     parse,
 )
+from ota.release import compatibility
 from ota.wording import first_fault
 
 FILE_NAMES: dict[Role, str] = {
     "graph": "graph.onnx", "weights": WEIGHTS_LOCATION, "sampler": "sampler.json", "golden": "golden.npz",
     "reference": "reference.json",
 }  # fmt: skip
-MINIMUM_AGENT = {1: "0.1.0", 2: "0.1.0", 3: "0.2.0"}  # oldest version of ferry-agent that can use a bundle, by its form
 THIN = 0.5  # share of the weights; an overlay that is at least as large is not worth composing
 
 
@@ -107,7 +106,7 @@ def assemble(
     entries: list[FileEntry] = []
     sources: dict[str, bytes | Path] = {}
     allowed = allowed or {}
-    old = as_numbers(oldest_agent) < as_numbers(MINIMUM_AGENT[3])
+    old = compatibility.newest_form(oldest_agent) < 3
     newer = ["the variant turbo"] if "turbo" in exports else []  # what only form 3 holds
     for variant, folder in exports.items():
         for role, name in FILE_NAMES.items():
@@ -139,7 +138,7 @@ def assemble(
     if old and newer:
         raise OperatorError(
             f"agents of version {oldest_agent} do not know {' and '.join(newer)}; leave it out of {line}/{device_class}, or bring its "
-            f"devices to agent {MINIMUM_AGENT[3]} first"
+            f"devices to agent {compatibility.minimum_agent(3)} first"
         )
     weights = [entry.sha256 for entry in entries if entry.role == "weights"]
     shared = len(weights) < len(exports) or len(set(weights)) < len(weights)
@@ -148,7 +147,7 @@ def assemble(
         manifest = Manifest(
             line=line, device_class=device_class, tier=tier, configuration=configuration, precision=precision,
             variants=list(exports), default_variant=next(iter(exports)), files=entries, origin=origin,
-            minimum_agent=MINIMUM_AGENT[form], schema_version=form,
+            minimum_agent=compatibility.minimum_agent(form), schema_version=form,
         )  # fmt: skip
     except ValidationError as error:
         raise ManifestError(f"these exports do not make a bundle: {first_fault(error, Manifest)}") from error

@@ -68,6 +68,7 @@ CONCERNED = {
     "registry/promotion.py": ["tests/test_promotion.py"],
     "registry/ledger.py": ["tests/test_ledger.py", "tests/test_promotion.py"],
     "registry/champions.py": ["tests/test_promotion.py", "tests/test_flows.py"],
+    "ota/release/compatibility.py": ["tests/test_compatibility.py"],
     "flows/policies.py": ["tests/test_policies.py"],
     "flows/triggers.py": ["tests/test_triggers.py", "tests/test_attempts.py", "tests/test_webhook.py", "tests/test_flows.py"],
     "flows/lost.py": ["tests/test_attempts.py"],
@@ -295,6 +296,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("        signer.public_key.verify_signature(made, metadata.signed_bytes)\n", "", "metadata are signed by another key"),
         ("            if any(entry[0].keyid == known.key.keyid for known in self.ledger):", "            if False:", "a stolen key of the ledger is used again"),
         ('    if (folder / "keys.json").is_file():\n        return KeyRing(folder)', "    if False:\n        return KeyRing(folder)", "keys are overwritten"),
+    ],
+    "ota/release/compatibility.py": [
+        ("    if found and not leave_behind:", "    if found and leave_behind:", "devices are left behind without a word"),
+        ("is_older(report.agent or OLDEST_AGENT, manifest.minimum_agent)", "is_older(report.agent or manifest.minimum_agent, manifest.minimum_agent)", "agents of before 0.2.0 are never left behind"),
+        ("(report.line, report.device_class) == (manifest.line, manifest.device_class)", "report.line == manifest.line", "devices of another class hold a release up"),
+        ("return as_numbers(agent) < as_numbers(minimum)", "return agent < minimum", "agent 0.10.0 counts as older than 0.2.0"),
     ],
     "registry/selection.py": [
         ("    if waived:\n", "    if not waived:\n", "what a person waived is not recorded"),

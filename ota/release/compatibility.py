@@ -1,0 +1,103 @@
+"""Which agents can read which form of a bundle, and which devices a release leaves behind. Only values; no I/O.
+
+A device asks nobody before it reads a manifest: an agent that does not know its form says so and keeps what runs. So the factory has to
+know beforehand. Devices name their agent in each report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ota.errors import LeftBehindError
+from ota.manifest import DeviceReport, Manifest, as_numbers
+
+READ_SINCE: dict[int, str] = {1: "0.1.0", 2: "0.1.0", 3: "0.2.0"}
+"""Form of a manifest → oldest agent that reads it."""
+OLDEST_AGENT = READ_SINCE[min(READ_SINCE)]
+NOT_NAMED = f"{OLDEST_AGENT} or older"  # the agent of a device whose reports do not name it
+UNKNOWN = "unknown"  # that of a device that never reported
+SHOWN = 10  # devices that a message names; the others are counted
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A device whose agent is too old for a bundle."""
+
+    device: str
+    agent: str
+    """Its version in words."""
+
+
+def minimum_agent(form: int) -> str:
+    """Return the oldest agent that reads a form."""
+    return READ_SINCE[form]
+
+
+def newest_form(oldest_agent: str | None = None) -> int:
+    """Return the newest form that an agent reads; None: the newest form."""
+    if oldest_agent is None:
+        return max(READ_SINCE)
+    known = [form for form, since in READ_SINCE.items() if not is_older(oldest_agent, since)]
+    return max(known, default=min(READ_SINCE))
+
+
+def is_older(agent: str, minimum: str) -> bool:
+    """Check whether an agent's version is older than another one."""
+    return as_numbers(agent) < as_numbers(minimum)
+
+
+def agent_of(report: DeviceReport | None) -> str:
+    """Say which agent a device runs, by its last report; None: it never reported."""
+    if report is None:
+        return UNKNOWN
+    return report.agent or NOT_NAMED
+
+
+def left_behind(manifest: Manifest, last: Mapping[str, DeviceReport | None]) -> list[Behind]:
+    """Find the devices that a bundle is for and whose agents are too old to read it.
+
+    A device that never reported is not among them: it runs nothing, and neither its class nor its agent is known.
+
+    Args:
+        manifest: of the bundle.
+        last: last report of each enrolled device.
+    """
+    return [
+        Behind(device, agent_of(report))
+        for device, report in last.items()
+        if report
+        and (report.line, report.device_class) == (manifest.line, manifest.device_class)
+        and is_older(report.agent or OLDEST_AGENT, manifest.minimum_agent)
+    ]
+
+
+def check(manifest: Manifest, last: Mapping[str, DeviceReport | None], leave_behind: bool) -> list[Behind]:
+    """Return the devices that a bundle leaves behind, if somebody decided to leave them.
+
+    Raises:
+        LeftBehindError: there are some, and nobody decided.
+    """
+    found = left_behind(manifest, last)
+    if found and not leave_behind:
+        place = f"{manifest.line}/{manifest.device_class}"
+        oldest = min((behind.agent.split()[0] for behind in found), key=as_numbers)
+        raise LeftBehindError(
+            f'{described(manifest, found)}; update their agents first, or put oldest_agent = "{oldest}" into '
+            f"[lines.{manifest.line}.classes.{manifest.device_class}] of ferry.toml for a bundle in the form that they read, or leave them "
+            f"behind with `ferry release {place} --leave-behind`; nothing was signed"
+        )
+    return found
+
+
+def described(manifest: Manifest, behind: Iterable[Behind]) -> str:
+    """Say which devices a bundle leaves behind, and what becomes of them; empty if there are none."""
+    found = list(behind)
+    if not found:
+        return ""
+    named = ", ".join(f"{b.device} ({b.agent})" for b in found[:SHOWN])
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    count = "1 device has" if len(found) == 1 else f"{len(found)} devices have"
+    return (
+        f"the bundle needs ferry-agent {manifest.minimum_agent}, but {count} an older one and would keep what runs: {named}{more}"
+    )
