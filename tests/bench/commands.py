@@ -46,13 +46,13 @@ def roll_out(root: Path) -> None:
     """Publish a release of made-up files and start its rollout to all devices."""
     import hashlib
 
-    from ota.manifest import SIZE_LIMITS, FileEntry, Manifest, Origin
+    from ota.manifest import ROLES_OF_VARIANT, FileEntry, Manifest, Origin
     from ota.release import rollout
 
     workspace = create(root, ["shapes"])
     files, entries = root / "work/made", []
     files.mkdir(parents=True)
-    for role in SIZE_LIMITS:
+    for role in ("graph", *ROLES_OF_VARIANT):
         data = role.encode()
         digest = hashlib.sha256(data).hexdigest()
         (files / digest).write_bytes(data)
