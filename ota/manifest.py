@@ -35,6 +35,7 @@ KiB, MiB = limits.KiB, limits.MiB
 MAX_TABLE, MAX_GOLDEN, MAX_GRAPH, MAX_WEIGHTS = limits.MAX_TABLE, limits.MAX_GOLDEN, limits.MAX_GRAPH, limits.MAX_WEIGHTS
 MAX_MANIFEST = 64 * KiB
 MAX_POLICY = 16 * KiB
+MAX_TRACE = 4 * MiB
 MAX_WAVES = 16  # of a rollout
 MAX_NUMBER = 2**31 - 1  # largest number of a report; fits into the integer column of every database
 MAX_COUNT = 2**53
@@ -300,6 +301,28 @@ class SamplerTable(Document):
             raise ValueError("guidance_low must lie below guidance_high")
         if self.schema_version < 2 and (self.guidance_low, self.guidance_high) != (0, 1):
             raise ValueError("only form 2 limits the guidance to an interval")
+        return self
+
+
+class Trace(Document):
+    """Load of the experts while one image was drawn, as `ferry-agent generate --trace` stores it. No report ever contains it."""
+
+    schema_version: Literal[1] = Field(default=1, description="version of this form")
+    line: Name = Field(description="line of the bundle")
+    bundle: Sha256 = Field(description="hash of the manifest of the bundle that drew the image")
+    variant: VariantName = Field(description="variant that drew it")
+    caption: str = Field(max_length=1024, description="caption of the image")
+    seed: int = Field(ge=0, lt=2**128, description="seed of the image")
+    method: Literal["euler", "heun", "ab2", "mean"] = Field(description="solver")
+    guidance: float = Field(ge=1, le=20, description="guidance scale; 1 is unguided")
+    times: list[float] = Field(min_length=2, max_length=1001, description="times of the sampling steps")
+    load: list[list[list[Annotated[float, Field(ge=0)]]]] = Field(description="load of each expert, by step and block")
+
+    @model_validator(mode="after")
+    def _regular(self) -> Self:
+        steps, shapes = len(self.times) - 1, {tuple(map(len, step)) for step in self.load}
+        if len(self.load) != steps or len(shapes) != 1 or len({*next(iter(shapes))}) != 1:
+            raise ValueError("the load must have a row for each step, with as many blocks and experts at every step")
         return self
 
 

@@ -441,8 +441,11 @@ class Drawing:
         self._models: dict[VariantName, Any] = {}
         self._sessions: dict[tuple[str, bytes], Any] = {}  # by the hash of the weights, and the settings of the runtime
 
-    def draw(self, variant: VariantName, caption: str, seed: int) -> dict[str, Any]:
-        """Draw one image; return the PNG in base64, whether it is good, its time, the peak memory and the expert load [M][E]."""
+    def draw(self, variant: VariantName, caption: str, seed: int, trace: bool = False) -> dict[str, Any]:
+        """Draw one image; return the PNG in base64, whether it is good, its time, the peak memory and the expert load [M][E].
+
+        With `trace`, also return how it was drawn, and the load at each step.
+        """
         import numpy as np
 
         from ota.agent import sampler
@@ -462,7 +465,7 @@ class Drawing:
             model.experts = [len(row) for row in bundle.reference(variant).load]
             self._models[variant] = model
         model = self._models[variant]
-        model.load_sum, model.evaluations = None, 0
+        model.load_sum, model.evaluations, model.loads = None, 0, [] if trace else None
         start = time.perf_counter()
         image = model.generate(model.encode(caption), [seed])[0]
         elapsed = time.perf_counter() - start
@@ -472,6 +475,7 @@ class Drawing:
             "load": model.load(),
             "milliseconds": 1000 * elapsed,
             "peak_mib": peak_mib(),
+            **({"trace": _trace(variant, model)} if trace else {}),
         }
 
 
@@ -500,9 +504,17 @@ class KitDrawing:
         return {"milliseconds": 1000 * (time.perf_counter() - start), "peak_mib": peak_mib(), "bare_mib": self._bare}
 
 
-def generate(slot: str, digest: str, variant: VariantName, caption: str, seed: int, on_trial: bool = False) -> dict[str, Any]:
+def _trace(variant: VariantName, model: Any) -> dict[str, Any]:
+    """Return the fields of `ota.manifest.Trace` that only the child knows."""
+    table = model.table
+    return {"variant": variant, "method": table.method, "guidance": table.guidance, "times": table.times, "load": model.trace()}
+
+
+def generate(
+    slot: str, digest: str, variant: VariantName, caption: str, seed: int, on_trial: bool = False, trace: bool = False
+) -> dict[str, Any]:
     """Draw one image; see `Drawing.draw`."""
-    return Drawing(slot, digest, on_trial).draw(variant, caption, seed)
+    return Drawing(slot, digest, on_trial).draw(variant, caption, seed, trace)
 
 
 # The task `check` has nothing left to do: `_load` has checked the software before.

@@ -42,6 +42,7 @@ from ota.errors import (
     printable,
 )
 from ota.limits import VariantName
+from ota.manifest import Trace
 
 ABOUT = f"""Keep this device's model up to date: verify, apply and try updates, and roll them back if necessary.
 
@@ -146,6 +147,10 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=_at_least(0), default=0, metavar="N", help="seed; the same seed gives the same image (%(default)s)"
     )
     made.add_argument("--variant", default="", help="full, dev, fast or turbo; the bundle's default by default")
+    made.add_argument(
+        "--trace", type=Path, metavar="FILE",
+        help="JSON file to write with the load of the experts by step and block; it holds the caption, and never leaves the device by itself",
+    )  # fmt: skip
 
     command(rollback)
 
@@ -318,11 +323,30 @@ def generate(given: Arguments) -> None:
     output.check(given.output)
     if given.variant not in ("", *get_args(VariantName)):
         raise OperatorError(f"there is no variant {given.variant!r}; choose full, dev, fast or turbo")
-    data, how = drawing.generate(Home(given.dir), given.caption, given.seed, given.variant or None)
+    if given.trace:
+        output.check(given.trace, inputs=[given.output])
+        if _same_place(given.trace, given.output):
+            raise OperatorError(f"--trace and --output both name {output.shown(given.output)}; name another place")
+    home = Home(given.dir)
+    data, how = drawing.generate(home, given.caption, given.seed, given.variant or None, trace=given.trace is not None)
     with output.fresh(given.output) as file:
         file.write(data)
     figures = {"output": str(given.output), "milliseconds": round(how["milliseconds"], 1), "peak_mib": round(how["peak_mib"], 1)}
-    _answer(given.json, figures, f"{given.output}: {figures['milliseconds']} ms, {figures['peak_mib']} MiB at its peak")
+    text = f"{given.output}: {figures['milliseconds']} ms, {figures['peak_mib']} MiB at its peak"
+    if given.trace:
+        line = home.config().line
+        kept = Trace(line=line, bundle=how["bundle"], caption=given.caption, seed=given.seed, **how["trace"])
+        with output.fresh(given.trace, mode=0o600) as file:
+            file.write(kept.canonical() + b"\n")
+        figures["trace"], text = (
+            str(given.trace),
+            f"{text}\n{given.trace}: load of the experts; show it with `ferry explain --trace`",
+        )
+    _answer(given.json, figures, text)
+
+
+def _same_place(one: Path, other: Path) -> bool:
+    return (one.parent.resolve(), one.name) == (other.parent.resolve(), other.name)
 
 
 def rollback(given: Arguments) -> None:

@@ -27,12 +27,12 @@ TRIAL_WAIT = 5.0  # seconds that an image waits for a running update, before the
 log = logging.getLogger(__name__)
 
 
-def generate(home: Home, caption: str, seed: int, variant: VariantName | None = None) -> trial.Drawn:
+def generate(home: Home, caption: str, seed: int, variant: VariantName | None = None, trace: bool = False) -> trial.Drawn:
     """Draw one image with the running bundle, whatever else the agent is doing; the caller does not hold the lock.
 
     If a variant does not draw, the next one does, unless the caller chose the variant. The previous bundle draws if no variant
     of the running bundle does. It also draws if the running bundle is on trial and its loads cannot be counted, because an
-    update is running or the disk is full.
+    update is running or the disk is full. With `trace`, the answer also has the load of the experts at each step.
 
     Raises:
         StateError: nothing is installed.
@@ -49,7 +49,7 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
             with home.locked(TRIAL_WAIT):
                 state = home.load()
                 if state.trial is not None:
-                    return trial.generate_on_trial(home, state, caption, seed, variant)
+                    return trial.generate_on_trial(home, state, caption, seed, variant, trace)
         except (StateError, BaseError, RoomError, UnfinishedError, DiedError) as error:
             log.warning("%s", error)  # it may have been rolled back, and nothing else would say so
             problem = error
@@ -63,7 +63,7 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
                 log.warning("%s; the bundle before draws", problem)
             try:
                 left[digest] = trial.choices(home, digest, variant)
-                return _draw_first(home, digest, caption, seed, left[digest])
+                return _draw_first(home, digest, caption, seed, left[digest], trace)
             except OperatorError as error:
                 if digest == state.active or state.trial:
                     raise
@@ -76,14 +76,14 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
             while choices:  # a variant was stopped for its time or memory, and no other bundle draws: a cheaper variant may
                 log.warning("%s; variant %s draws", problem, choices[0])
                 try:
-                    return _draw_first(home, digest, caption, seed, choices)
+                    return _draw_first(home, digest, caption, seed, choices, trace)
                 except (DeviceError, ManifestError) as error:
                     problem = error
         before = state
     raise problem
 
 
-def _draw_first(home: Home, digest: str, caption: str, seed: int, choices: list[VariantName]) -> trial.Drawn:
+def _draw_first(home: Home, digest: str, caption: str, seed: int, choices: list[VariantName], trace: bool) -> trial.Drawn:
     """Draw with the first variant that can; remove from the list those that were tried.
 
     Raises:
@@ -93,7 +93,7 @@ def _draw_first(home: Home, digest: str, caption: str, seed: int, choices: list[
     while True:
         variant = choices.pop(0)
         try:
-            return trial.draw(home, digest, caption, seed, variant)
+            return trial.draw(home, digest, caption, seed, variant, trace=trace)
         except (RoomError, UnfinishedError):
             raise
         except (DeviceError, ManifestError) as error:

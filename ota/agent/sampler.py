@@ -36,6 +36,8 @@ class Model:
     table: SamplerTable
     load_sum: npt.NDArray[np.float64] | None = None
     evaluations: int = 0
+    loads: list[npt.NDArray[np.float64]] | None = None
+    """Load [M, E] of each evaluation, if a trace was asked for; None: it was not."""
     experts: list[int] | None = None
     """Number of experts of each block, as listed in the bundle's own reference; None: not checked."""
 
@@ -71,6 +73,8 @@ class Model:
         mean = load.mean(axis=0, dtype=np.float64)
         self.load_sum = mean if self.load_sum is None else self.load_sum + mean
         self.evaluations += 1
+        if self.loads is not None:
+            self.loads.append(mean)
         velocity: Floats = v
         return velocity
 
@@ -99,6 +103,11 @@ class Model:
             return []
         rows: list[list[float]] = (self.load_sum / self.evaluations).tolist()
         return rows
+
+    def trace(self) -> list[list[list[float]]]:
+        """Return the expert load [S][M][E] at each step of the image that was drawn; with guidance, with and without caption together."""
+        steps = np.array_split(np.stack(self.loads or []), len(self.table.times) - 1)
+        return [step.mean(axis=0).tolist() for step in steps]
 
 
 def open_model(graph: bytes, weights: bytes | bytearray, table: SamplerTable, threads: int = 1) -> Model:

@@ -206,7 +206,9 @@ def finish_probation(home: Home, on_step: OnStep | None = None) -> None:
         seed += 1
 
 
-def generate_on_trial(home: Home, state: State, caption: str, seed: int, variant: VariantName | None) -> Drawn:
+def generate_on_trial(
+    home: Home, state: State, caption: str, seed: int, variant: VariantName | None, trace: bool = False
+) -> Drawn:
     """Draw with the bundle on trial; the caller holds the lock.
 
     Each load is counted before it happens, so that a bundle that kills the machine is rolled back in the end.
@@ -220,7 +222,7 @@ def generate_on_trial(home: Home, state: State, caption: str, seed: int, variant
     counted = state.model_copy(update={"trial": trial.model_copy(update={"loads": trial.loads - 1})})
     home.save(counted)
     try:
-        drawn = draw(home, active, caption, seed, choices(home, active, variant)[0], on_trial=True)
+        drawn = draw(home, active, caption, seed, choices(home, active, variant)[0], on_trial=True, trace=trace)
     except (OperatorError, RoomError, AgentError):  # a wrong request, no process, broken software: not the bundle's fault
         home.save(state)
         raise
@@ -260,7 +262,7 @@ def draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName,
     answer = child.run("generate", slot=str(slot.folder), digest=digest, variant=variant, caption=caption, seed=seed, **how)
     if not answer["good"]:
         raise DeviceError("it made an image that is constant or not finite")
-    return base64.b64decode(answer["png"]), answer
+    return base64.b64decode(answer["png"]), answer | {"bundle": digest}
 
 
 def _count_good(home: Home, state: State, milliseconds: float) -> None:
