@@ -19,7 +19,7 @@ from flows.cli.delta import delta_app
 from flows.cli.doctor import doctor
 from flows.cli.fleet import fleet_app, rollout_app
 from flows.cli.poc import poc
-from flows.cli.report import rate, report
+from flows.cli.report import explain, rate, report
 from flows.cli.shared import (
     Commands,
     Json,
@@ -401,6 +401,7 @@ def release(
 app.command()(doctor)
 app.command()(poc)
 app.command()(report)
+app.command()(explain)
 app.command()(rate)
 
 

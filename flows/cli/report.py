@@ -1,4 +1,4 @@
-"""`ferry report` and `ferry rate`."""
+"""`ferry report`, `ferry explain` and `ferry rate`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,45 @@ def _report_poc(files: list[str], output: Path, budgets: dict[str, float | None]
     budget = Budget(budgets["--latency-ms"], budgets["--joules"], budgets["--memory-mib"])
     told = poc.report([Path(file) for file in files], budget, output)
     answer(as_json, told, "\n".join([*(f"{board['name']}: {board['choice']}" for board in told["boards"]), str(output)]))
+
+
+def explain(
+    subject: Annotated[
+        str, typer.Argument(help="LINE/CONFIG/VARIANT, such as surfaces/I/full; LINE is its full, if it has one configuration.")
+    ],
+    caption: Annotated[str, typer.Option(help="What the image shall show; by default that of --trace.", show_default=False)] = "",
+    version: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Version in MLflow; the champion by default.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, max=1000, help="Noises to draw from; more of them tell more experts apart.")] = 4,
+    seed: Annotated[
+        int | None, typer.Option(min=0, show_default=False, help="Seed of the first noise; by default that of --trace, or 0.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(show_default=False, help="File of `ferry-agent generate --trace`, to show beside the factory's loads."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; explain.html by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each expert does to an image.
+
+    It draws the same noise again with each routed expert switched off in turn, and shows the changes as pictures and figures with
+    intervals, and the load of the experts by block and step.
+    """
+    with reported_errors():
+        workspace = open_workspace()
+        from flows import explain as explaining
+
+        asked = explaining.subject_of(workspace, subject)
+        kept = explaining.read_trace(trace) if trace else None
+        with showing_progress():
+            made = explaining.explain(
+                workspace, asked, caption or (kept.caption if kept else ""), output or workspace.root / "explain.html", version=version,
+                images=images, seed=seed if seed is not None else kept.seed if kept else 0, trace=kept,
+            )  # fmt: skip
+        path = str(output or workspace.root / "explain.html")
+        answer(as_json, {"page": path} | made.model_dump(mode="json"), f"{made.text}\n\n{path}")
 
 
 def rate(
