@@ -7,11 +7,13 @@ from pathlib import Path
 
 from flows.workspace import Workspace
 from model import versions
+from model.config import VARIANTS
 from ota import output
 from ota.release import fielded, rollout
 from registry import columns, report
 from registry.catalog import Subject
 from registry.columns import Champion
+from registry.cost import GpuTime
 from registry.errors import CatalogError
 
 DECISIONS_SHOWN = 6
@@ -45,6 +47,7 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
             title="What the models cost and bring",
             made=datetime.now(UTC),
             models=[_model(workspace, c, champions) for c in champions],
+            variants=_variants(workspace, champions),
             releases=[row for name in lines for row in _releases(workspace, name, champions)],
             devices=_devices(workspace, lines),
             decisions=decisions[:DECISIONS_SHOWN],
@@ -65,6 +68,20 @@ def _model(workspace: Workspace, champion: Champion, champions: list[Champion]) 
         message = f"adopted from {champion.version.adopted.source}"
     told, energy = _on_devices(workspace, champion.subject), _energy(workspace, champion.subject)
     return columns.column(workspace, champion, champions, message, told, energy)
+
+
+def _variants(workspace: Workspace, champions: list[Champion]) -> list[report.VariantRow]:
+    settings, ladder = workspace.settings, [*VARIANTS]
+    ordered = sorted(champions, key=lambda c: (c.subject.line, c.subject.configuration, ladder.index(c.subject.variant)))
+    subjects = [c.subject for c in champions]
+    given = {s: settings.gpu_of(s.line, s.configuration, s.variant) for s in subjects}
+    gpu = {subject: GpuTime(time.seconds, time.source) for subject, time in given.items() if time}
+    return [
+        columns.variant_row(
+            workspace, c, champions, _on_devices(workspace, c.subject), _energy(workspace, c.subject), gpu, settings.prices
+        )
+        for c in ordered
+    ]
 
 
 def _on_devices(workspace: Workspace, subject: Subject) -> tuple[float, int] | None:

@@ -41,7 +41,7 @@ TEACHING_MS = 3_600_000.0  # latency budget of one image, for a `full` that only
 # Names in a workspace that serve other purposes than data; compared without case, because some file systems ignore case.
 NOT_DATA = frozenset({
     "keys", "repository", "published", "dvc-remote", "mlartifacts", "features", "inbox", "events", "ratings", "work", "ferry.toml",
-    "ferry.db", "mlflow.db", "root.json", "report.html",
+    "ferry.db", "mlflow.db", "root.json", "report.html", "explain.html",
 })  # fmt: skip
 
 
@@ -195,6 +195,13 @@ class Energy(Section):
         if (self.low is None) != (self.high is None) or not (self.low or 0.0) <= self.joules <= (self.high or self.joules):
             raise ValueError("low and high are given together, and joules lies between them")
         return self
+
+
+class GpuTime(Section):
+    """Time of an accelerator for 1,000 images, as somebody measured it, for the report."""
+
+    seconds: float = Field(gt=0, description="seconds that the accelerator computes for 1,000 images, without idle time")
+    source: str = Field(min_length=1, max_length=80, description="how it was measured, such as NVIDIA L4, batches of 256")
 
 
 class Training(Section):
@@ -495,6 +502,15 @@ class Settings(Section):
         default={}, description="measured energy of an image, by line, class and variant"
     )
 
+    gpu: dict[LineName, dict[ConfigurationName, dict[VariantName, GpuTime]]] = Field(
+        default={},
+        description="measured time of an accelerator for 1,000 images, by line, configuration and variant; not given: estimated",
+    )
+
+    def gpu_of(self, line: str, configuration: ConfigurationName, variant: VariantName) -> GpuTime | None:
+        """Return the measured time of an accelerator for a variant; None: nobody entered one."""
+        return self.gpu.get(line, {}).get(configuration, {}).get(variant)
+
     def energy_of(self, line: str, configuration: ConfigurationName, variant: VariantName) -> Energy | None:
         """Return the energy of an image, for the first class of a line that has a figure; None: no class has one."""
         for name, device_class in self.lines[line].classes.items():
@@ -520,6 +536,17 @@ class Settings(Section):
             parts = Path(line.data).parts
             if any(store and (store[: len(parts)] == parts or parts[: len(store)] == store) for store in stores):
                 raise ValueError(f"lines.{name}.data and one of the stores share a folder; give each its own")
+        return self
+
+    @model_validator(mode="after")
+    def _gpu_of_something(self) -> Settings:
+        for name, configurations in self.gpu.items():
+            known = self.lines[name].combinations() if name in self.lines else []
+            for configuration, variants in configurations.items():
+                if not {(configuration, variant) for variant in variants} <= {*known}:
+                    raise ValueError(
+                        f"gpu.{name}.{configuration} names a line, configuration or variant that is not in this file"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -12,19 +12,24 @@ from pathlib import Path
 
 from PIL import Image
 
+from model import flop
+from model.config import ModelConfig
 from model.scorecard import Scorecard
 from registry.catalog import Subject
 from registry.champions import Records, champion_of, judged, promotions, seals
-from registry.cost import Prices, Work, yearly
+from registry.cost import GpuTime, Prices, Work, estimated, yearly
 from registry.figures import MeasuredRecords, figures
 from registry.ledger import Entry
 from registry.promotion import about, kind_of, overruled_verdict, why_promoted
-from registry.report import DecisionRow, Energy, ModelColumn, ReleaseRow, change, distance, worst
+from registry.report import DecisionRow, Energy, ModelColumn, ReleaseRow, VariantRow, change, distance, estimate, worst
 from registry.seal import Part, Seal
 from registry.sheets import verdicts
 
 SAMPLE_ROWS, SAMPLE_COLUMNS = 3, 5  # captions of a line, and images for each
-CURVE = "curve.json"  # file name in a checkpoint; not imported from `model.train`, because that needs torch
+CURVE, LINEAGE = (
+    "curve.json",
+    "lineage.json",
+)  # file names in a checkpoint; not imported from `model.train`, because that needs torch
 GRID, CAPTIONS, REAL = "pictures/samples.png", "pictures/samples.json", "pictures/real.png"
 
 
@@ -41,6 +46,7 @@ class Champion:
     real: bytes | None
     """PNG: real images of the same captions; None: an older ferry kept none."""
     captions: list[str]
+    config: ModelConfig
 
 
 def read(records: Records, subject: Subject, into: Path) -> Champion | None:
@@ -70,6 +76,7 @@ def read(records: Records, subject: Subject, into: Path) -> Champion | None:
         grid=catalog.data(version, GRID),
         real=catalog.data(version, REAL) if REAL in version.files else None,
         captions=json.loads(catalog.data(version, CAPTIONS)),
+        config=ModelConfig.model_validate(json.loads((checkpoint / LINEAGE).read_bytes())["config"]),
     )
 
 
@@ -126,6 +133,58 @@ def column(
         anew=anew.data_rev if anew else None,
         ratings=[v.text for v in verdicts(records, str(subject)) if v.challenger == version.version],
     )
+
+
+def variant_row(
+    records: MeasuredRecords,
+    champion: Champion,
+    champions: Iterable[Champion],
+    on_devices: tuple[float, int] | None,
+    energy: Energy | None,
+    gpu: Mapping[Subject, GpuTime],
+    prices: Prices,
+) -> VariantRow:
+    """Make the row that shows what a variant costs and brings beside `full`.
+
+    Args:
+        records: MLflow, the ledger and the feature spaces.
+        champion: whose row.
+        champions: all that the page shows; `full` of the same line and configuration is among them, if there is one.
+        on_devices: as for `column`.
+        energy: of one image; None: not known.
+        gpu: measured time of 1,000 images on an accelerator; what is not in it is estimated.
+        prices: that the cost is computed with.
+
+    Raises:
+        LedgerError: a newer ferry measured it.
+    """
+    card, subject = champion.card, champion.subject
+    anew = figures(records, subject, champion.version.version)
+    quality = (anew.quality if anew else [q for q in card.quality if q.split == "new"])[0]
+    family = (subject.line, subject.configuration, "full")
+    full = next((c for c in champions if (c.subject.line, c.subject.configuration, c.subject.variant) == family), None)
+    lost = [
+        estimate(row.delta, row.se, row.groups)
+        for row in card.comparisons
+        if (row.against, row.split, row.aspect, row.space) == ("full", "new", "images", quality.space)
+        and full is not None
+        and row.against_sha256 == full.version.weights
+        and anew is None  # the comparison was measured in the previous spaces
+    ]
+    time = _gpu(champion, gpu, prices)
+    price, whole = time.price(prices), _gpu(full, gpu, prices).price(prices) if full and full is not champion else 0.0
+    return VariantRow(
+        family=f"{subject.line}/{subject.configuration}", variant=subject.variant, version=champion.version.version,
+        steps=card.sampler.steps, evaluations=card.sampler.evaluations, space=quality.space, n=quality.n,
+        distance=estimate(quality.kd, quality.kd_se, quality.groups), lost=lost[0] if lost else None,
+        milliseconds=card.cost.milliseconds, on_devices=on_devices, energy=energy, gpu=time, price=price,
+        saving=1 - price / whole if whole else None,
+    )  # fmt: skip
+
+
+def _gpu(champion: Champion, gpu: Mapping[Subject, GpuTime], prices: Prices) -> GpuTime:
+    operations = flop.evaluation(champion.config) * champion.card.sampler.evaluations
+    return gpu.get(champion.subject) or estimated(operations, prices)
 
 
 def samples(champion: Champion, same_line: Iterable[Champion]) -> tuple[bytes, bytes | None, list[str]]:

@@ -47,6 +47,11 @@ class Prices(Frozen):
     cloud_gpu_seconds: float = Field(
         default=0.1, ge=0, description="seconds that an image occupies the rented accelerator, idle time included"
     )
+    cloud_gpu_teraflops: float = Field(
+        default=17.0, gt=0,
+        description="10^12 floating-point operations that the rented accelerator does in a second, to estimate the time of what nobody "
+        "measured on it; the default is what an NVIDIA H200 did with tier nano in bfloat16, in batches of 1024",
+    )  # fmt: skip
     cloud_image_kilobytes: float = Field(
         default=5.0, ge=0, description="traffic of an image from a cloud in 10^3 bytes: request, answer and connection"
     )
@@ -78,6 +83,24 @@ class Row:
     cloud: float | None
     how: str
     assumed: bool
+
+
+@dataclass(frozen=True)
+class GpuTime:
+    """Seconds that an accelerator computes for 1,000 images of one variant, without idle time."""
+
+    seconds: float
+    source: str
+    """How it was measured; empty: it is estimated from the number of operations."""
+
+    def price(self, prices: Prices) -> float:
+        """Compute what these seconds cost."""
+        return self.seconds / 3600 * prices.cloud_gpu_hour
+
+
+def estimated(operations: float, prices: Prices) -> GpuTime:
+    """Estimate the time of 1,000 images from the floating-point operations of one."""
+    return GpuTime(1000 * operations / (prices.cloud_gpu_teraflops * 1e12), "")
 
 
 def images(prices: Prices) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from model.scorecard import CaptionCheck, Comparison, Quality
-from registry.cost import Prices, Row, Side, energy, images, total
+from registry.cost import GpuTime, Prices, Row, Side, energy, images, total
 from registry.selection import quantile
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -122,6 +122,52 @@ class ModelColumn:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class VariantRow:
+    """What a variant costs and brings, beside `full` of the same line and configuration."""
+
+    family: str
+    """LINE/CONFIGURATION."""
+    variant: str
+    version: int
+    steps: int
+    evaluations: int
+    space: str
+    """Feature space of `distance` and `lost`."""
+    n: int
+    """Images behind them."""
+    distance: Estimate
+    """Squared kernel distance from real images."""
+    lost: Estimate | None
+    """The same minus that of `full`, on the same captions and seeds; None: it is `full`, or was not compared with the present one."""
+    milliseconds: float
+    on_devices: tuple[float, int] | None
+    energy: Energy | None
+    gpu: GpuTime
+    price: float
+    """Of 1,000 images on a rented accelerator."""
+    saving: float | None
+    """Share of that of `full` that it saves; None: it is `full`, or there is none."""
+
+    @property
+    def word(self) -> str:
+        """What the interval of `lost` shows."""
+        if self.lost is None:
+            return "" if self.variant == "full" else "not compared with the present full"
+        return (
+            "further than full" if self.lost.low > 0 else "closer than full" if self.lost.high < 0 else "not told apart from full"
+        )
+
+
+@dataclass(frozen=True)
 class ReleaseRow:
     """A published release of a line and class, and its cost in a year."""
 
@@ -177,6 +223,8 @@ class Report:
     decisions: list[DecisionRow]
     prices: Prices
     go_back: list[str] = field(default_factory=list)
+    variants: list[VariantRow] = field(default_factory=list)
+    """By line and configuration, from the highest quality and cost to the lowest."""
     older: int = 0
     """Decisions that are not on the page."""
 
@@ -204,6 +252,12 @@ def distance(qualities: Iterable[Quality]) -> Distance:
     share, low, high = (_share(kd, worse.noise_kd) for kd in (worse.kd, worse.kd - half, worse.kd + half))
     real = _share(worse.band, worse.noise_kd) if worse.band is not None else None
     return Distance(share, low, high, {q.space: q.kd for q in found}, worse.n, real)
+
+
+def estimate(value: float, se: float, groups: int) -> Estimate:
+    """Make a figure's 95 % interval by Student's t over the groups of held-out images."""
+    half = quantile(groups, (1 - LEVEL) / 2) * se
+    return Estimate(value, value - half, value + half)
 
 
 def worst(rows: Iterable[CaptionCheck]) -> list[str]:
@@ -238,7 +292,7 @@ def render(report: Report) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "size": human_size, "seconds": human_seconds, "money": human_money,
+        "size": human_size, "seconds": human_seconds, "money": human_money, "small": human_small,
         "hours": lambda seconds: f"{timedelta(seconds=round(seconds))} h",
         "share": lambda value: f"{100 * value:.0f} %",
         "image": lambda data: base64.b64encode(data).decode(),
@@ -285,3 +339,9 @@ def human_money(value: float) -> str:
     if value == 0 or value >= 100:
         return f"{value:,.0f}"
     return f"{value:,.2f}" if value >= 0.01 else "less than 0.01"
+
+
+def human_small(value: float) -> str:
+    """Format a figure with two significant digits, without an exponent however small it is."""
+    digits = max(0, 1 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{digits}f}"

@@ -21,6 +21,7 @@ from PIL import Image
 
 from registry import poc, rating
 from registry.report import Report, render
+from tests.test_explain import explained
 from tests.test_poc import BOARD
 from tests.test_rate import dealt
 from tests.test_report import REPORT, samples
@@ -58,6 +59,7 @@ def two_lines() -> Report:
     return replace(
         REPORT,
         models=[models[0], replace(models[1], subject="digits/I/full")],
+        variants=[*REPORT.variants, *(replace(v, family="digits/I") for v in REPORT.variants)],
         releases=[first, replace(first, line="digits", costs=[replace(row, assumed=True) for row in first.costs])],
         devices=[replace(d, reason="refused because " * 9, release=f"shapes release {i}") for i, d in enumerate(REPORT.devices)],
         decisions=[replace(d, why="better on the new data " * 9) for d in REPORT.decisions],
@@ -105,12 +107,14 @@ def test_report_prints_on_one_sheet(report: Report, browser: str, tmp_path: Path
     [
         render(REPORT),
         render(two_lines()),
+        explained(),
+        explained(device=True),
         rating.page(dealt(), [(samples(1, 1), samples(1, 1))] * 20),
         poc.render(
             poc.Page("s" * 40, "128 x 128 pixels, in colour", [replace(BOARD, name="b" * 60)] * 2, poc.Budget(300, 5, 150))
         ),
     ],
-    ids=["report", "two lines", "rating", "PoC"],
+    ids=["report", "two lines", "explanation", "explanation with a device", "rating", "PoC"],
 )
 def test_no_page_scrolls_sideways(page: str, width: int, browser: str, tmp_path: Path):
     begin = "if (d.getElementById('name')) { d.getElementById('name').value = 'Anna'; d.forms[0].requestSubmit(); }"

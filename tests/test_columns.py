@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from model import flop
+from model.scorecard import Comparison, Sampler
 from registry.catalog import Subject
-from registry.columns import SAMPLE_COLUMNS, Champion, decisions, release_row, samples
-from registry.cost import Prices, Work, yearly
+from registry.columns import SAMPLE_COLUMNS, Champion, decisions, release_row, samples, variant_row
+from registry.cost import GpuTime, Prices, Work, yearly
 from registry.ledger import Entry
 from registry.promotion import overruled_verdict, why_promoted
-from registry.report import Energy, ReleaseRow
+from registry.report import Energy, ReleaseRow, VariantRow
 from registry.seal import Seal
+from tests.conftest import CONFIG
 from tests.test_selection import card
 
 CELL, COLUMNS = 6, 8
@@ -33,7 +40,7 @@ def grid(captions: list[str], level: int) -> bytes:
 
 
 def champion(captions: list[str], real: bool = True) -> Champion:
-    return Champion(SUBJECT, SEAL, card(), 1.0, grid(captions, 0), grid(captions, 100) if real else None, captions)
+    return Champion(SUBJECT, SEAL, card(), 1.0, grid(captions, 0), grid(captions, 100) if real else None, captions, CONFIG)
 
 
 def brightness(picture: bytes) -> list[int]:
@@ -110,3 +117,55 @@ def test_page_says_why_a_version_was_promoted_and_what_the_gate_had_said():
     assert overruled_verdict([forced], gate) == "worse on the new data"
     assert overruled_verdict([forced, again], gate) is None
     assert overruled_verdict([forced], None) is None
+
+
+RECORDS: Any = SimpleNamespace(ledger=SimpleNamespace(entries=lambda _: []))
+
+
+def of_variant(name: str, steps: int, compared_with: str = SEAL.weights) -> Champion:
+    """Make the champion of a variant, which lies 0.001 ± 0.0005 further from real images than `full` in the first space."""
+    made, subject = champion(["bar"]), Subject.parse(f"shapes/I/{name}")
+    rows = [
+        Comparison.model_validate({
+            "against": "full", "against_sha256": compared_with, "space": q.space, "split": q.split, "n": 100, "groups": 10_000,
+            "delta": 0.001 if (q.space, q.split) == (made.card.quality[0].space, "new") else 9.0, "se": 0.0005, "champion_kd": 0.1,
+            "aspect": aspect,
+        })
+        for q in made.card.quality
+        for aspect in ("images", "captions")
+        if (aspect, q.split) != ("captions", "old")
+    ]  # fmt: skip
+    rows = sorted(rows, key=lambda row: row.aspect)  # those of captions come first, and count for nothing here
+    own = {"sampler": Sampler(steps=steps), "variant": name, "comparisons": rows if name != "full" else []}
+    return replace(made, subject=subject, card=made.card.model_copy(update=own))
+
+
+def variants_row(one: Champion, *others: Champion, gpu: dict[Subject, GpuTime] | None = None) -> VariantRow:
+    return variant_row(RECORDS, one, [one, *others], None, None, gpu or {}, Prices(cloud_gpu_hour=3600, cloud_gpu_teraflops=1))
+
+
+def test_variant_is_set_beside_full():
+    full, dev = of_variant("full", 28), of_variant("dev", 14)
+    whole, half = variants_row(full, dev), variants_row(dev, full)
+    assert (whole.steps, whole.evaluations, whole.lost, whole.saving) == (28, 56, None, None)
+    assert whole.gpu.seconds == whole.price == pytest.approx(56 * 1000 * flop.evaluation(full.config) / 1e12)
+    assert (half.family, half.steps, half.evaluations) == ("shapes/I", 14, 28)
+    assert half.lost is not None
+    assert (half.lost.value, half.lost.low, half.lost.high) == pytest.approx((0.001, 0.00002, 0.00198), abs=1e-5)
+    assert (half.word, half.saving) == ("further than full", pytest.approx(0.5))
+    assert (half.distance.value, half.distance.low) == (0.02, pytest.approx(0.0004, abs=1e-4))
+
+
+def test_variant_that_was_compared_with_an_earlier_full_says_so():
+    full, dev = of_variant("full", 28), of_variant("dev", 14, compared_with="9" * 64)
+    row = variants_row(dev, full)
+    assert (row.lost, row.word) == (None, "not compared with the present full")
+    assert row.saving == pytest.approx(0.5)
+    alone = variants_row(dev, replace(full, subject=Subject.parse("shapes/II/full")))
+    assert (alone.lost, alone.saving) == (None, None)
+
+
+def test_measured_time_of_an_accelerator_counts_instead_of_the_estimate():
+    full, dev = of_variant("full", 28), of_variant("dev", 14)
+    row = variants_row(dev, full, gpu={dev.subject: GpuTime(3.0, "NVIDIA L4"), full.subject: GpuTime(4.0, "NVIDIA L4")})
+    assert (row.gpu.source, row.price, row.saving) == ("NVIDIA L4", pytest.approx(3.0), pytest.approx(0.25))

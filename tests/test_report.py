@@ -16,22 +16,26 @@ from pydantic import ValidationError
 
 from flows.settings import Settings
 from flows.setup import template
-from registry.cost import Prices, Work, energy, total, traffic, yearly
+from registry.cost import GpuTime, Prices, Work, energy, estimated, total, traffic, yearly
 from registry.report import (
     Change,
     DecisionRow,
     DeviceRow,
     Distance,
     Energy,
+    Estimate,
     ModelColumn,
     ReleaseRow,
     Report,
+    VariantRow,
     change,
     distance,
+    estimate,
     grouped,
     human_money,
     human_seconds,
     human_size,
+    human_small,
     render,
     worst,
 )
@@ -40,7 +44,7 @@ from tests.test_selection import asked, card
 PRICES = Prices(
     currency="EUR", megabyte=0.5, training_hour=0.1, fleet=1000, device=40, device_years=5, images_per_day=100,
     kilowatt_hour=0.3, operator_hour=60, operator_hours=2, updates_per_year=12, cloud_gpu_hour=1, cloud_gpu_seconds=0.1,
-    cloud_image_kilobytes=5,
+    cloud_gpu_teraflops=17, cloud_image_kilobytes=5,
 )  # fmt: skip
 WORK = Work(joules=3.6, update_bytes=906_000, training_seconds=360)
 
@@ -66,6 +70,24 @@ def column(variant: str, version: int, share: float, steps: int, joules: Energy 
     )  # fmt: skip
 
 
+def variant(
+    name: str, steps: int, evaluations: int, lost: Estimate | None, joules: Energy | None, source: str = ""
+) -> VariantRow:
+    gpu = GpuTime(0.3, source) if source else estimated(2e8 * evaluations, PRICES)
+    return VariantRow(
+        family="shapes/I", variant=name, version=2, steps=steps, evaluations=evaluations, space="trained", n=128,
+        distance=Estimate(0.0123, 0.0101, 0.0145), lost=lost, milliseconds=76, on_devices=(210, 3) if name == "full" else None,
+        energy=joules, gpu=gpu, price=gpu.price(PRICES),
+        saving=None if name == "full" else 1 - gpu.price(PRICES) / estimated(2e8 * 56, PRICES).price(PRICES),
+    )  # fmt: skip
+
+
+VARIANTS = [
+    variant("full", 28, 56, None, Energy(2.1, 1.9, 2.3, "RAPL package-0", "measured")),
+    variant("dev", 14, 28, Estimate(0.0004, -0.0011, 0.0019), None),
+    variant("fast", 7, 14, Estimate(0.0024, 0.0011, 0.0037), None, "NVIDIA L4, batches of 256"),
+    variant("turbo", 4, 4, Estimate(-0.0024, -0.0037, -0.0011), None),
+]
 REPORT = Report(
     title="What the models cost and bring",
     made=datetime(2026, 11, 21, tzinfo=UTC),
@@ -74,6 +96,7 @@ REPORT = Report(
         column("dev", 2, 0.24, 28, Energy(1.2, None, None, "CPU seconds at 4 W per busy core, 1 W idle", "model")),
         column("fast", 2, 0.4, 14, None),
     ],
+    variants=VARIANTS,
     releases=[
         ReleaseRow(
             line="shapes", device_class="edge", release=2, full_bytes=5_700_000, delta_bytes=900_000, metadata_bytes=6_000,
@@ -157,7 +180,9 @@ def test_energy_says_where_it_is_from_or_that_there_is_none():
 
 def test_prices_that_nobody_entered_are_marked():
     assumed = replace(REPORT, prices=Prices(), releases=[replace(REPORT.releases[0], costs=yearly(WORK, Prices()))])
-    assert render(assumed).count("†") == 10  # legend, sentence, heading, five kinds of cost, the electricity of two
+    assert (
+        render(assumed).count("†") == 13
+    )  # legend, sentence, heading, five kinds of cost, the electricity of two, the accelerator's hour (2), speed
     assert render(REPORT).count("†") == 1
     some = Prices(megabyte=0.5, fleet=1000, images_per_day=100, updates_per_year=12, cloud_image_kilobytes=5)
     assert [row.name for row in yearly(WORK, some) if not row.assumed] == ["Mobile data"]
@@ -298,7 +323,8 @@ def test_sizes_in_units_people_use(size: int, text: str):
 @pytest.mark.parametrize(
     ("shown", "text"),
     [(human_seconds(76), "0.076 s"), (human_seconds(4321), "4.3 s"), (human_money(12_345.6), "12,346"), (human_money(0.012), "0.01"),
-     (human_money(0.00175), "less than 0.01"), (human_seconds(100), "0.10 s"), (human_money(0), "0")],
+     (human_money(0.00175), "less than 0.01"), (human_seconds(100), "0.10 s"), (human_money(0), "0"),
+     (human_small(0.0000123), "0.000012"), (human_small(0.3), "0.30"), (human_small(4321.2), "4,321"), (human_small(0), "0")],
 )  # fmt: skip
 def test_figures_have_digits_that_mean_something(shown: str, text: str):
     assert shown == text
@@ -311,6 +337,7 @@ def test_settings_that_init_writes_show_every_price_and_take_them():
     found = Settings.model_validate(tomllib.loads(entered))
     assert not found.prices.assumed(*Prices.model_fields)
     assert found.energy["shapes"]["edge"]["full"].joules == 2.1
+    assert found.gpu["shapes"]["I"]["full"].seconds == 0.7
 
 
 @pytest.mark.parametrize(
@@ -326,3 +353,70 @@ def test_settings_that_init_writes_show_every_price_and_take_them():
 def test_energy_without_its_source_is_refused(given: dict[str, object], says: str):
     with pytest.raises(ValidationError, match=says):
         Settings.model_validate({"schema": 1, "lines": {"shapes": {"data": "data/shapes"}}, "energy": given})
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """Return the cells of each row of the table of variants, as text."""
+    table = page[page.index('<table class="rows">') :].partition("</table>")[0]
+    rows = re.findall(r"<tr>(<th scope=\"row.*?)</tr>", table, re.DOTALL)
+    return [
+        [" ".join(re.sub(r"<[^>]+>", "", cell).split()) for cell in re.split(r"</t[hd]>", row) if cell.strip()] for row in rows
+    ]
+
+
+def test_each_variant_shows_steps_and_evaluations_beside_what_it_gives_up():
+    full, dev, fast, turbo = rows_of(render(REPORT))
+    assert [row[1] for row in (full, dev, fast, turbo)] == ["28 (56)", "14 (28)", "7 (14)", "4 (4)"]
+    assert full[2] == "0.0123 (0.0101 to 0.0145, 128 images)"
+    assert [row[3] for row in (full, dev)] == ["–", "+0.0004 (-0.0011 to +0.0019) not told apart from full"]
+    assert fast[3].endswith("further than full")
+    assert turbo[3].endswith("closer than full")
+    assert (full[4], dev[4]) == ("0.21 s 3 devices", "0.076 s factory")
+    assert (full[5], dev[5]) == ("2.1 J measured: RAPL package-0", "not measured")
+    assert (full[8], dev[8]) == ("–", "50 %")
+
+
+def test_time_on_an_accelerator_says_whether_it_was_measured():
+    full, dev, fast, _ = rows_of(render(REPORT))
+    assert (full[6], dev[6], fast[6]) == ("0.66 s estimated", "0.33 s estimated", "0.30 s NVIDIA L4, batches of 256")
+    assert (full[7], dev[7], fast[7]) == ("≈ 0.00018", "≈ 0.000092", "0.000083")  # 0.66 s, 0.33 s and 0.3 s at 1 EUR an hour
+    page = render(REPORT)
+    assert "estimated from the number of operations at 17·10<sup>12</sup> a second where nobody entered a measured time" in page
+    assert "17·10<sup>12</sup> a second † where" in render(replace(REPORT, prices=Prices()))
+    assert "28 guided steps are 56 evaluations" in page
+    measured = replace(REPORT, variants=[VARIANTS[2]])
+    assert "estimated" not in render(measured)
+    assert "What each variant costs" not in render(replace(REPORT, variants=[]))
+
+
+def test_variants_of_several_lines_are_grouped():
+    other = replace(VARIANTS[0], family="digits/II")
+    rows = rows_of(render(replace(REPORT, variants=[*VARIANTS, other])))
+    assert [row[0] for row in rows] == [
+        "digits/II", "full version 2", "shapes/I", *(f"{name} version 2" for name in ("full", "dev", "fast", "turbo")),
+    ]  # fmt: skip
+
+
+def test_estimate_of_an_accelerators_time_follows_the_operations():
+    prices = PRICES.model_copy(update={"cloud_gpu_teraflops": 10.0, "cloud_gpu_hour": 3.6})
+    found = estimated(2e9, prices)
+    assert (found.seconds, found.source) == (pytest.approx(0.2), "")
+    assert found.price(prices) == pytest.approx(0.2 * 0.001)
+    assert estimate(1.0, 0.5, 4) == Estimate(
+        1.0, pytest.approx(1 - 3.182 * 0.5, rel=1e-3), pytest.approx(1 + 3.182 * 0.5, rel=1e-3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"shapes": {"I": {"turbo": {"seconds": 1, "source": "x"}}}}, "names a line, configuration or variant"),
+        ({"shapes": {"II": {"full": {"seconds": 1, "source": "x"}}}}, "names a line, configuration or variant"),
+        ({"tables": {"I": {"full": {"seconds": 1, "source": "x"}}}}, "names a line, configuration or variant"),
+        ({"shapes": {"I": {"full": {"seconds": 0, "source": "x"}}}}, "greater than 0"),
+        ({"shapes": {"I": {"full": {"seconds": 1}}}}, "source"),
+    ],
+)
+def test_time_on_an_accelerator_without_its_source_or_variant_is_refused(given: dict[str, object], says: str):
+    with pytest.raises(ValidationError, match=says):
+        Settings.model_validate({"schema": 1, "lines": {"shapes": {"data": "data/shapes"}}, "gpu": given})

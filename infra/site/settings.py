@@ -15,7 +15,13 @@ from flows.setup import template
 from infra.site.schema import kind
 from infra.site.text import code, definitions, joined, plain, sentence
 
-NAMES = {"lines": ("LINE",), "classes": ("CLASS",), "energy": ("LINE", "CLASS", "VARIANT"), "samplers": ("VARIANT",)}
+NAMES = {
+    "lines": ("LINE",),
+    "classes": ("CLASS",),
+    "energy": ("LINE", "CLASS", "VARIANT"),
+    "gpu": ("LINE", "CONFIGURATION", "VARIANT"),
+    "samplers": ("VARIANT",),
+}
 """What the names stand for in a table of tables."""
 
 
