@@ -22,6 +22,7 @@ from flows.errors import FlowError, WorkspaceError
 from flows.settings import SETTINGS as SETTINGS_FILE
 from flows.setup import create
 from ota.durations import spoken
+from ota.manifest import Manifest
 from registry.lineage import file_sha256
 
 LINE, SECOND, CLASS = "surfaces", "digits", "edge"
@@ -34,7 +35,7 @@ CAPTIONS_AFTER = {"press-01": "dim brick", "press-02": "dim coins", "press-03": 
 # These sizes let everything end within five minutes on two cores, while the samples can still be recognised.
 SETTINGS = """\
 # The demo's workspace. Relative paths start at this folder.
-schema = 1
+schema = 2
 
 [lines.surfaces]                   # patches of brick, grass, gravel, coins; later also of printed pages
 data = "data/surfaces"
@@ -54,9 +55,13 @@ batch = 8
 learning_rate = 7e-4
 update_grid = 3.0                  # rounds the update, so that its delta is small
 
-[lines.surfaces.sampler]
+[lines.surfaces.distillation]      # the student for turbo
+steps = 120
+trajectories = 192
+
+[lines.surfaces.sampler]           # full; dev takes half of these steps, fast a quarter, turbo 4 of a student
 method = "ab2"
-steps = 10
+steps = 14                         # 28 by default
 guidance = 2.0
 
 [lines.surfaces.gate]
@@ -94,6 +99,7 @@ implausible = 0.7                  # so small a model, so short a training: many
 configuration = "I"
 precision = "bfloat16"
 latency_ms = 1000
+variants = ["full"]
 """
 
 
@@ -177,10 +183,11 @@ class Demo:
     def _retrain(self, line: str) -> dict[str, Any]:
         from flows.retrain import retrain
 
-        (row,) = retrain(str(self.root), line)
-        if row["outcome"] not in ("promote", "unchanged"):
-            raise DemoError(f"the gate did not promote {row['subject']} {row['version']}: {row['reason']}")
-        return row
+        rows = retrain(str(self.root), line)
+        for row in rows:
+            if row["outcome"] not in ("promote", "unchanged"):
+                raise DemoError(f"the gate did not promote {row['subject']} {row['version']}: {row['reason']}")
+        return rows[0]
 
     def _adopt(self) -> None:
         """Register the base as version 1; the line's later versions are trained from it."""
@@ -321,12 +328,32 @@ class Demo:
             },
             "refused": {device: " ".join(refusals(w.root / "devices" / device).values()) for device in DEVICES},
             "champion": next((v.number for v in registered if "champion" in v.aliases), None),
+            "variants": self._variants(w.repository.manifest(releases[updated])),
             "ledger_entries": len(w.ledger.entries()),
             "also": {SECOND: [v.number for v in w.catalog.versions(subject.model_copy(update={"line": SECOND}))]},
             "seconds": self.notes["seconds"] | {"all": round(sum(self.notes["seconds"].values()), 1)},
             "report": str(w.root / "report.html"),
             "workspace": str(w.root),
         }  # fmt: skip
+
+    def _variants(self, manifest: Manifest) -> dict[str, Any]:
+        """Collect what each variant of the update costs: evaluations and seconds of an image, and bytes beyond `full`."""
+        from registry.champions import champion_of
+
+        made: dict[str, Any] = {}
+        for variant in manifest.variants:
+            subject = self._subject().model_copy(update={"variant": variant})
+            champion = champion_of(self.workspace, subject)
+            if champion is None:
+                raise DemoError(f"{subject} has no champion, but the update holds it")
+            cost = self.workspace.catalog.card(champion).cost
+            own = {entry.sha256: entry.size for entry in manifest.files if entry.variant == variant}
+            full = {entry.sha256 for entry in manifest.files if entry.variant == "full"}
+            beyond = sum(size for digest, size in own.items() if digest not in full)
+            made[variant] = {
+                "evaluations": cost.evaluations, "seconds": round(cost.milliseconds / 1000, 4), "bytes_beyond_full": beyond if variant != "full" else 0,
+            }  # fmt: skip
+        return made
 
 
 def is_finished(root: Path) -> bool:
@@ -380,6 +407,10 @@ def text(summary: dict[str, Any]) -> str:
         ),
         f"update      {b['delta']:,} bytes as a delta, {b['full']:,} in full ({b['full'] / b['delta']:.1f} times less)",
         f"fetched     {max(b['received'].values()):,} bytes by each device for the update, metadata included",
+    ]
+    lines += [
+        f"{variant:12}{row['evaluations']} evaluations, {1000 * row['seconds']:.0f} ms an image, {row['bytes_beyond_full']:,} bytes beyond full"
+        for variant, row in summary["variants"].items()
     ]
     for device, acts in summary["devices"].items():
         lines.append(

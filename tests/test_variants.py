@@ -219,7 +219,7 @@ def test_variant_that_a_class_begins_to_run_is_the_same_model(workspace: Workspa
 
 
 def test_variant_without_a_champion_is_left_out_of_the_bundle(workspace: Workspace, capsys: pytest.CaptureFixture[str]):
-    """A class of configuration II has no champion at all; one of I lacks none, and gets what there is."""
+    """Check a class of configuration II, which has no champion at all, and one of I, which gets what there is."""
     from flows.publish import make_bundle
     from ota.release.bundle import open_bundle
     from registry.champions import champions
@@ -333,7 +333,7 @@ def test_table_that_the_gate_refuses_is_followed_by_a_student(workspace: Workspa
 
 
 def test_variants_go_with_their_full(workspace: Workspace):
-    """A full that somebody promotes has no variants yet; one that somebody goes back to brings its own."""
+    """Promote another full, which has no variants yet, and go back to the first one, which brings its own."""
     from registry.champions import champions, promote, rollback
     from registry.errors import CatalogError
 
