@@ -164,6 +164,10 @@ bench-model: $(VENV)/.bench ## the network beside its peers: two hours of one co
 bench-gpu: install ## training on this machine's GPU beside its processor: ten minutes; a table for tests/bench/results/gpu.md
 	$(BIN)/python -m tests.bench.gpu
 
+.PHONY: bench-variants
+bench-variants: install ## solvers and students at 56 to 1 evaluations, from the demo's base; 20 minutes of one core; table to tests/bench/results/, figures to build/bench/variants.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.variants
+
 .PHONY: bench-delta
 bench-delta: $(VENV)/.bench ## our delta beside other tools: half an hour of one core (PAIRS=folder of NAME/old.*, new.* for others' files; PAIRS='--estimates FOLDER' for the forecasts)
 	$(BIN)/python -m tests.bench.delta $(PAIRS)

@@ -50,9 +50,9 @@ batch = 8
 learning_rate = 1.5e-3
 
 [lines.surfaces.retraining]        # from the champion, on the data of both deliveries
-steps = 310
+steps = 650
 batch = 8
-learning_rate = 7e-4
+learning_rate = 1.5e-3
 update_grid = 3.0                  # rounds the update, so that its delta is small
 
 [lines.surfaces.distillation]      # the student for turbo

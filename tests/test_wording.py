@@ -34,7 +34,7 @@ FOREIGN = (
         ("[lines.a.retraining]", "[lines.a.retaining]", "there is no key lines.a.retaining; did you mean `retraining`?"),
         ("parallel = 1", "paralel = 1", "there is no key paralel; did you mean `parallel`?"),
         (
-            'variants = ["full", "dev", "fast", "turbo"]  ',
+            'variants = ["full", "dev", "fast", "turbo"]',
             'variant = ["full"]  ',
             "there is no key lines.a.classes.edge.variant; did you mean `variants`?",
         ),
@@ -57,7 +57,7 @@ FOREIGN = (
             'configuration = "III" ',
             "lines.a.classes.edge.configuration: it must be 'I' or 'II', not 'III'",
         ),
-        ('["full", "dev", "fast", "turbo"]  ', "[]  ", "lines.a.classes.edge.variants: it must have at least 1 entries"),
+        ('["full", "dev", "fast", "turbo"]', "[]", "lines.a.classes.edge.variants: it must have at least 1 entries"),
         (
             "[lines.a.classes.edge]",
             "[lines.a.classes.EDGE]",

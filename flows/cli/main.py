@@ -189,7 +189,7 @@ def adopt(
     promote: Annotated[bool, typer.Option(help="Promote it if it passes the gate.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Register weights that were trained elsewhere, as a version of a line.
+    """Register weights that were trained elsewhere.
 
     They are checked, exported, evaluated on the line's present data and judged by the gate like those of a retraining. Later
     retrainings start from them. Pickles are refused, because they are programs.
