@@ -24,21 +24,23 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from infra.base.train import OUT as BASES
 from safetensors.torch import load_file
 from torch import Tensor
 
+from infra.base.train import OUT as BASES
 from model import photographs
 from model.config import ModelConfig
 from model.data import Dataset, mix, prepare, to_bytes
 from model.diffusion import guided, sample
-from model.export import pack
+from model.export import export, pack
 from model.graph import build
 from model.network import Network
 from model.scorecard import DataVersion, Lineage, Sampler
 from model.session import Session, noise
 from model.students import Trajectories, converged, is_thin, solver
 from model.train import LINEAGE, WEIGHTS, Checkpoint, Rows, TrainOptions, load_checkpoint, train, write_safely
+from ota.manifest import Origin
+from ota.release import bundle
 
 OUT = Path("build/bench/variants.json")
 PARTS = Path("build/bench/variants")
@@ -212,15 +214,13 @@ class Shortcut(_Own):
 LOSSES: dict[str, type[_Own]] = {"progressive": Progressive, "MeanFlow": MeanFlow, "shortcut": Shortcut}
 
 
-def student(setting: Setting, objective: Any, seed: int, grid: float, rate: float) -> Network:
+def student(setting: Setting, objective: Any, seed: int, grid: float, rate: float, out: Path) -> Checkpoint:
     """Train a student from `full`."""
     options = LESSONS.model_copy(update={"seed": seed, "update_grid": grid, "learning_rate": rate})
-    with tempfile.TemporaryDirectory() as folder:
-        made = train(
-            setting.full.lineage.config, setting.dataset, DATA, options, Path(folder), variant="turbo", parent=setting.full,
-            teacher=setting.full, objective=objective,
-        )  # fmt: skip
-        return made.network()
+    return train(
+        setting.full.lineage.config, setting.dataset, DATA, options, out, variant="turbo", parent=setting.full, teacher=setting.full,
+        objective=objective,
+    )  # fmt: skip
 
 
 def measured(setting: Setting, network: Network) -> dict[str, list[float]]:
@@ -240,7 +240,8 @@ def taught(setting: Setting, seed: int, thin: bool, grid: float, rate: float) ->
     lessons = trajectories(setting, seed, thin)
     drawn = time.process_time() - began
     began = time.process_time()
-    network = student(setting, lessons, seed, grid, rate)
+    with tempfile.TemporaryDirectory() as folder:
+        network = student(setting, lessons, seed, grid, rate, Path(folder)).network()
     return {"distances": measured(setting, network), "drawing": drawn, "training": time.process_time() - began}
 
 
@@ -257,7 +258,8 @@ def otherwise(setting: Setting, name: str, seed: int) -> dict[str, Any]:
 
     Network.train = noting  # type: ignore[method-assign]
     try:
-        network = student(setting, objective, seed, 0.0, LESSONS.learning_rate)
+        with tempfile.TemporaryDirectory() as folder:
+            network = student(setting, objective, seed, 0.0, LESSONS.learning_rate, Path(folder)).network()
     finally:
         Network.train = create  # type: ignore[method-assign]
     return {"distances": measured(setting, network), "training": time.process_time() - began}
@@ -303,22 +305,27 @@ def led(setting: Setting, interval: tuple[float, float]) -> dict[str, Any]:
     return {"evaluations": way.evaluations, "kd": {q.space: [q.kd, q.kd_se, q.captions_kd, q.captions_se] for q in rows}}
 
 
-def overlay_bytes(setting: Setting, seed: int, grid: float) -> int | None:
-    """Return the bytes of a thin student beside `full` in a bundle; None: there is no such form yet."""
-    from ota.release import bundle
-
-    if not hasattr(bundle, "overlay_bytes"):
-        return None
+def overlay_bytes(setting: Setting, seed: int, grid: float) -> dict[str, int]:
+    """Measure a thin student beside `full` in a bundle: its file on the device, what a device without a base fetches, and `full` alone."""
     lessons = trajectories(setting, seed, True)
-    network = student(setting, lessons, seed, grid, LESSONS.learning_rate)
-    config = setting.full.lineage.config
+    captions = sorted(set(setting.dataset.captions))
+    of = {"line": "surfaces", "device_class": "edge", "tier": "nano", "configuration": "I", "precision": "bfloat16"}
+    origin = Origin(
+        data_rev="0", data_md5="0", code="0" * 64, lineage="0" * 64, scorecard="0" * 64, decision="0" * 64, model="surfaces", version=1
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "graph").write_bytes(build(config, "bfloat16").SerializeToString(deterministic=True))
-        (folder / "full").write_bytes(pack(setting.network, "bfloat16"))
-        (folder / "student").write_bytes(pack(network, "bfloat16"))
-        size: int = bundle.overlay_bytes(folder / "full", folder / "student", folder / "graph")
-    return size
+        made = student(setting, lessons, seed, grid, LESSONS.learning_rate, folder / "student")
+        ways = {"full": (setting.full, FULL.model_copy(update={"steps": 2})), "turbo": (made, Trajectories.preview)}
+        exports = {
+            name: export(of_it, "bfloat16", way, captions, 5000, folder / name).folder for name, (of_it, way) in ways.items()
+        }
+        both = bundle.assemble(exports, origin=origin, out=folder / "both", **of)  # type: ignore[arg-type]
+        alone = bundle.assemble({"full": exports["full"]}, origin=origin, out=folder / "alone", **of)  # type: ignore[arg-type,dict-item]
+        fetched = bundle.make_overlay_delta(both, folder / "deltas")
+        thin = both.manifest.overlay("turbo")
+        assert thin is not None
+        return {"device": thin.size, "fetched": fetched.size if fetched else thin.size, "full": alone.manifest.size}
 
 
 def interval(rows: list[list[float]]) -> tuple[float, float]:
@@ -412,14 +419,15 @@ def table(found: dict[str, Any]) -> str:
         "",
         "## Grid of the thin student (seed 0)",
         "",
-        "| update_grid | 8 | 4 | 2 | 1 | bytes beside full |",
+        "| update_grid | 8 | 4 | 2 | 1 | bytes on the device / fetched at first (share of the bundle of full alone) |",
         "|---|---|---|---|---|---|",
     ]
     for grid in GRIDS:
         rows = found["student"]["thin-0" if grid == 0 else f"thin-grid-{grid:g}-0"]["distances"]
         size = found["bytes"].get(f"{grid:g}")
+        told = f"{size['device']:,} / {size['fetched']:,} ({size['fetched'] / size['full']:.2%})" if size else "not measured"
         cells = [f"{interval([rows[str(s)]])[0]:.4f}" for s in STUDENT_STEPS]
-        lines.append(f"| {grid:g} | {' | '.join(cells)} | {f'{size:,}' if size else 'not measured'} |")
+        lines.append(f"| {grid:g} | {' | '.join(cells)} | {told} |")
     lines += [
         "",
         "## Other losses (thin, as many training steps, three seeds)",
