@@ -37,7 +37,7 @@ def main() -> None:
     workspace, out = Workspace(Path(sys.argv[1])), Path(sys.argv[2])
     rows: list[tuple[str, npt.NDArray[np.uint8]]] = []
     for line, captions in ROWS.items():
-        (champion,) = champions(workspace, workspace.class_subjects(line, "edge")).values()
+        champion = champions(workspace, workspace.class_subjects(line, "edge"))["full"]
         files = champion_files(workspace, champion)
         data = load_checkpoint(files.checkpoint).lineage.data
         dataset = open_dataset(workspace, workspace.line(line), "I", data)
