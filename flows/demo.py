@@ -59,10 +59,14 @@ update_grid = 3.0                  # rounds the update, so that its delta is sma
 steps = 120
 trajectories = 192
 
-[lines.surfaces.sampler]           # full; dev takes half of these steps, fast a quarter, turbo 4 of a student
+[lines.surfaces.sampler]           # full; by default it takes 28 steps, dev 14, fast 7, and turbo 4 of a student
 method = "ab2"
-steps = 14                         # 28 by default
+steps = 14
 guidance = 2.0
+
+[lines.surfaces.samplers]
+dev = { method = "ab2", steps = 10, guidance = 2.0, shift = 0.7 }
+fast = { method = "ab2", steps = 7, guidance = 2.0, shift = 0.5 }
 
 [lines.surfaces.gate]
 images = 128

@@ -32,6 +32,7 @@ from model import photographs
 from model.config import ModelConfig
 from model.data import Dataset, mix, prepare, to_bytes
 from model.diffusion import guided, sample
+from model.errors import TrainingError
 from model.export import export, pack
 from model.graph import build
 from model.network import Network
@@ -188,8 +189,8 @@ class MeanFlow(_Own):
         with torch.no_grad():
             student = self.network[0]
             here, before = student(x, t, r, ids)[0], student(x - _wide(back) * v, t - back, r, ids)[0]
-        slope = (here - before) / _wide(back.clamp(min=1e-6))
-        return Rows(x, t, r, ids, v - _wide(t - r) * torch.where(_wide(back) > 1e-6, slope, 0.0))
+        slope = (here - before) / _wide(small)  # over shorter ways, rounding would be most of the difference
+        return Rows(x, t, r, ids, v - _wide(t - r) * torch.where(_wide(back < small), 0.0, slope))
 
 
 class Shortcut(_Own):
@@ -260,6 +261,8 @@ def otherwise(setting: Setting, name: str, seed: int) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             network = student(setting, objective, seed, 0.0, LESSONS.learning_rate, Path(folder)).network()
+    except TrainingError as error:
+        return {"failed": str(error), "training": time.process_time() - began}
     finally:
         Network.train = create  # type: ignore[method-assign]
     return {"distances": measured(setting, network), "training": time.process_time() - began}
@@ -437,6 +440,9 @@ def table(found: dict[str, Any]) -> str:
     ]
     for loss in ("trajectories", *LOSSES):
         parts = [found["student"][f"thin-{s}"] if loss == "trajectories" else found["loss"][f"{loss}-{s}"] for s in SEEDS]
+        if failed := [part["failed"] for part in parts if "failed" in part]:
+            lines.append(f"| {loss} | {len(failed)} of {len(parts)} runs failed: {failed[0]} | | | | |")
+            continue
         cells = [interval([part["distances"][str(s)] for part in parts]) for s in STUDENT_STEPS]
         cpu = float(np.mean([part["training"] + part.get("drawing", 0.0) for part in parts]))
         lines.append(f"| {loss} | " + " | ".join(f"{m:.4f} ± {r:.4f}" for m, r in cells) + f" | {cpu:.0f} |")
