@@ -169,12 +169,12 @@ reports = "inbox"                  # folder in which devices leave their reports
 # cloud_gpu_seconds = 0.1          # and seconds that an image occupies it, idle time included;
 # cloud_thousand_images = 3.0      # or the price of 1,000 images from a service (example: by default, accelerators are rented)
 # cloud_image_kilobytes = 5.0      # traffic of an image from the cloud, in kB
-# cloud_gpu_teraflops = 17.0       # 10^12 operations that it does in a second, where [gpu] has no measured time (default: NVIDIA H200, nano)
+# cloud_gpu_teraflops = 17.0       # 10^12 operations that it does in a second, where [gpu] has no time (NVIDIA H200, nano)
 
 [energy]                           # energy of an image by line, class and variant, for the report; `ferry-agent bench` measures it
 # LINE.edge.full = { joules = 2.1, low = 1.9, high = 2.3, source = "RAPL package-0", quality = "measured" }
 
-[gpu]                              # seconds of an accelerator for 1,000 images, by line, configuration and variant; what is not here is estimated
+[gpu]                              # seconds of an accelerator for 1,000 images, measured; what is not here is estimated
 # LINE.I.full = { seconds = 0.7, source = "NVIDIA L4, batches of 256" }
 
 # A line is one product. Choose tier, image_size and configuration by what an image may cost on a device. One core of an AMD EPYC

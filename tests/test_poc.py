@@ -219,13 +219,13 @@ def test_bench_of_a_kit_needs_no_directory_and_writes_nothing(kit: Path, monkeyp
 def test_kit_for_another_agent_version(kit: Path):
     rewrite(kit, lambda said: said.update(minimum_agent="9.1.0"))
     done = told_of(kit)
-    assert (done.exit_code, done.stdout) == (5, "")
+    assert (done.exit_code, done.stdout) == (7, "")
     assert done.stderr == (
         f"ferry-agent: the kit needs agent 9.1.0, but this is {ota.__version__}; install the agent that lies in the kit, and measure with it\n"
     )
     rewrite(kit, lambda said: said.update(minimum_agent=FIRST_AGENT, schema_version=2, novelty=True))
     done = told_of(kit)
-    assert done.exit_code == 5
+    assert done.exit_code == 7
     assert "has form 2 and needs an agent that knows it" in done.stderr
     assert as_numbers(FIRST_AGENT) <= as_numbers(ota.__version__)  # the agent in a kit can measure it
 

@@ -172,7 +172,7 @@ def test_printed_commands_take_a_device_back(two: Factory, tmp_path: Path):
 def test_next_step_is_what_is_true(factory: Factory):
     factory.promote("first")
     assert policies.after_promotion(factory.workspace, LINE, "I", "full") == "publish it with `ferry release shapes/edge`"
-    assert policies.after_promotion(factory.workspace, LINE, "I", "dev") == "no device class of shapes runs it"
+    assert policies.after_promotion(factory.workspace, LINE, "II", "full") == "no device class of shapes runs it"
     factory.release("first")
 
     def step(number: int) -> str:

@@ -87,7 +87,8 @@ def test_line_of_an_older_ferry_gets_the_new_space_by_one_command(workspace: Wor
     rows = [line.split() for line in told.stdout.splitlines() if line.startswith("new")]
     assert [(row[1], row[3]) for row in rows] == [(q.space, f"{q.kd:.4f}") for q in anew.quality]
     assert "measured anew" in told.stdout
-    champion = columns.Champion(SUBJECT, sealed(workspace, SUBJECT, 1), card, 1.0, b"", None, [])
+    config = workspace.line("shapes").config("I")
+    champion = columns.Champion(SUBJECT, sealed(workspace, SUBJECT, 1), card, 1.0, b"", None, [], config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns, "samples", lambda *_: (b"", None, []))
         column = columns.column(workspace, champion, [champion], "first", None, None)

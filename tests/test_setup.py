@@ -22,6 +22,7 @@ EXAMPLES = {
     "webhook",
     "cloud_thousand_images",
     f"{LINE}.edge.full",
+    f"{LINE}.I.full",
     "classes.station",
     "memory_mib",
     "oldest_agent",
