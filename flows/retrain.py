@@ -317,7 +317,8 @@ def _ways(
     ways: list[tuple[Way, train.Checkpoint]] = []
     for source in line.sources(variant):
         if source == "student" and before and before.lineage.teacher and before.lineage.config == full.lineage.config:
-            if before.lineage.thin and line.distillation.thin:
+            taught = {name: getattr(before.lineage, name) for name in _taught(line)}
+            if before.lineage.thin and taught == _taught(line):  # what was taught otherwise has to be taught anew
                 ways.append(("carried over", before))
             ways.append(("student", before))
         ways.append(("student" if source == "student" else "table", full))

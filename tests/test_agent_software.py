@@ -225,7 +225,7 @@ def changed(data: bytes, **fields: Any) -> bytes:
             "the manifest has form 4 and needs an agent that knows it, but this is 0.2.0; update",
         ),
         (Policy, {"schema_version": 7, "when": "soon"}, "the policy has form 7"),
-        (SamplerTable, {"schema_version": 2, "method": "new"}, "the samplertable has form 2"),
+        (SamplerTable, {"schema_version": 3, "method": "new"}, "the samplertable has form 3"),
         (Reference, {"schema_version": 3}, "the reference has form 3"),
     ],
 )
