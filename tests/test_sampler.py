@@ -19,8 +19,8 @@ from model.export import Export, image_statistics
 from model.scorecard import Sampler, SamplerName
 from model.train import round_to_stored
 from ota.agent import sampler
-from ota.errors import DeviceError, OperatorError
-from ota.manifest import SamplerTable
+from ota.errors import DeviceError, ManifestError, OperatorError
+from ota.manifest import MAX_TABLE, SamplerTable, parse
 
 SEEDS = [3, 2**31, 2**63 - 1]
 CAPTIONS = ["bar", "", "disc"]
@@ -191,3 +191,30 @@ def test_lists_of_precisions_agree():
     for name in get_args(PrecisionName):
         assert KINDS[name].width == graph.STORED[name][1] == TORCH_TYPES[name].itemsize
         round_to_stored(torch.nn.Linear(2, 2), name)
+
+
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [
+        ([1.0, 0.5, 0.25], "the first time must be 1, which is noise, and the last one 0, which is the image"),
+        ([0.9, 0.5, 0.0], "the first time must be 1, which is noise, and the last one 0, which is the image"),
+        ([1.0, 0.5, 0.5, 0.0], "the times must fall from 1 to 0"),
+    ],
+)
+def test_table_that_does_not_begin_at_noise_and_end_at_the_image_is_refused(exported, times, says):
+    rows = json.loads((exported.folder / "sampler.json").read_bytes()) | {"times": times}
+    with pytest.raises(ManifestError, match=says):
+        parse(SamplerTable, json.dumps(rows).encode(), MAX_TABLE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"schema_version": 1, "guidance_low": 0.2}, "only form 2 limits the guidance to an interval"),
+        ({"schema_version": 2, "guidance_low": 0.8, "guidance_high": 0.2}, "guidance_low must lie below guidance_high"),
+    ],
+)
+def test_table_with_an_interval_that_is_none_is_refused(exported, fields, says):
+    rows = json.loads((exported.folder / "sampler.json").read_bytes()) | fields
+    with pytest.raises(ManifestError, match=says):
+        parse(SamplerTable, json.dumps(rows).encode(), MAX_TABLE)
