@@ -40,7 +40,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Made:
-    """A kit that was packed."""
+    """A packed kit, and what the command says of it."""
 
     out: Path
     kit: kit.Kit

@@ -28,7 +28,7 @@ from flows.steps import Lesson, ModelFiles, champion_files, pull_data, renewed, 
 from flows.training_log import retraining_key
 from flows.workspace import Workspace
 from model import students, train, versions
-from model.config import ConfigurationName, PrecisionName, VariantName, canonical_sha256, check_same_pictures
+from model.config import ConfigurationName, ModelConfig, PrecisionName, VariantName, canonical_sha256, check_same_pictures
 from model.scorecard import DataVersion, Lineage, Sha256
 from registry import runs
 from registry.catalog import Subject
@@ -240,11 +240,10 @@ def retrain_ladder(
 
 
 def _retrain_full(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _Ladder, promote_winners: bool) -> Retrained:
-    line, champion, parent = workspace.line(data.line), incumbent_of(workspace, subject), None
+    line, parent = workspace.line(data.line), None
     config = line.config(subject.configuration)
-    if champion:
-        before = train.load_checkpoint(champion.files.checkpoint)
-        check_same_pictures("the champion", (before.lineage.config.image_size, before.lineage.config.channels), config)
+    champion, before = _present(workspace, subject, config)
+    if champion and before:
         if before.lineage.config == config:
             ladder.full = champion.files
         if any(is_current(before.lineage, settings, data) for settings in overrides.current(workspace, data.line)):
@@ -265,11 +264,10 @@ def _retrain_full(workspace: Workspace, data: DataVersion, subject: Subject, lad
 def _adopt_full(
     workspace: Workspace, data: DataVersion, subject: Subject, ladder: _Ladder, promote_winners: bool, adopted: Path
 ) -> Retrained:
-    line, champion = workspace.line(data.line), incumbent_of(workspace, subject)
+    line = workspace.line(data.line)
     config = line.config(subject.configuration)
-    if champion:
-        before = train.load_checkpoint(champion.files.checkpoint)
-        check_same_pictures("the champion", (before.lineage.config.image_size, before.lineage.config.channels), config)
+    champion, before = _present(workspace, subject, config)
+    if champion and before:
         if before.lineage.config == config:
             ladder.full = champion.files
         if (before.weights_sha256, champion.seal.data_md5) == (train.load_checkpoint(adopted).weights_sha256, data.md5):
@@ -280,22 +278,19 @@ def _adopt_full(
 
 def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _Ladder, promote_winners: bool) -> Retrained:
     """Make a variant of the ladder's `full` from the cheapest source that the gate lets through."""
-    line, champion = workspace.line(data.line), incumbent_of(workspace, subject)
+    line = workspace.line(data.line)
     if ladder.full is None:
         return _row(subject, data, 0, "no source", "its weights come from full, of which no version has passed the gate")
+    champion, before = _present(workspace, subject, line.config(subject.configuration))
     full = train.load_checkpoint(ladder.full.checkpoint)
-    before = train.load_checkpoint(champion.files.checkpoint) if champion else None
-    if champion and before:
-        pictures = before.lineage.config.image_size, before.lineage.config.channels
-        check_same_pictures("the champion", pictures, line.config(subject.configuration))
-        if comes_from(before, full, overrides.current(workspace, data.line)):
-            if _is_exported_so(workspace, champion, line):
-                ladder.last = verdict(workspace, subject, champion.seal.version)
-                why = "the champion comes from the present full with these settings"
-                return _row(subject, data, champion.seal.version, "unchanged", why)
-            if before.lineage.teacher:  # only how it is stored or drawn has changed: no training, but the gate has to see it
-                allowed, own = ladder.allowed(line, 1), champion.files.checkpoint
-                return _passed(ladder, judge(workspace, own, champion, allowed, promote_winners, ladder.full.bundle))
+    if champion and before and comes_from(before, full, overrides.current(workspace, data.line)):
+        if _is_exported_so(workspace, champion, line):
+            ladder.last = verdict(workspace, subject, champion.seal.version)
+            why = "the champion comes from the present full with these settings"
+            return _row(subject, data, champion.seal.version, "unchanged", why)
+        if before.lineage.teacher:  # only how it is stored or drawn has changed: no training, but the gate has to see it
+            allowed, own = ladder.allowed(line, 1), champion.files.checkpoint
+            return _passed(ladder, judge(workspace, own, champion, allowed, promote_winners, ladder.full.bundle))
     ways = _ways(line, subject.variant, full, before)
     for way, parent in ways:
         checkpoint = _made(workspace, data, subject, full, way, parent)
@@ -304,6 +299,18 @@ def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _
         if row.outcome in ("promote", "pending", "refused"):  # the gate let it through
             break
     return row
+
+
+def _present(
+    workspace: Workspace, subject: Subject, config: ModelConfig
+) -> tuple[Incumbent, train.Checkpoint] | tuple[None, None]:
+    """Return a subject's champion and its checkpoint, whose pictures have the format that is asked for; None: there is no champion."""
+    champion = incumbent_of(workspace, subject)
+    if champion is None:
+        return None, None
+    before = train.load_checkpoint(champion.files.checkpoint)
+    check_same_pictures("the champion", (before.lineage.config.image_size, before.lineage.config.channels), config)
+    return champion, before
 
 
 def _ways(
@@ -335,8 +342,8 @@ def _made(
 ) -> Path:
     """Make a variant's checkpoint: the weights of `full` as they are, or those of a student, which serves several variants."""
     line, made = workspace.line(data.line), full
-    if way != "student":
-        pull_data(workspace, full.lineage.data)  # of an older revision, if `full` was not replaced
+    if way != "student" and full.lineage.data != data:
+        pull_data(workspace, full.lineage.data)  # `full` was not replaced, so its variants are judged on its own revision
     if way == "carried over":
         name = canonical_sha256([parent.weights_sha256, parent.lineage.sha256, full.weights_sha256, way])[:32]
         made = students.carried_over(parent, full, workspace.work / "runs" / name)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from model.config import VariantName
 from model.data import Dataset, mix
-from model.diffusion import guided, sample
+from model.diffusion import Velocity, guided, sample
 from model.network import Network
 from model.scorecard import Sampler
 from model.train import CURVE, LINEAGE, WEIGHTS, Checkpoint, Rows, TrainOptions, load_checkpoint, write_safely
@@ -126,19 +126,23 @@ def _draw(
     parts = []
     for first in range(0, count, BATCH):
         rows = slice(first, first + BATCH)
-        points: list[Tensor] = []
         velocity = guided(lambda *inputs: teacher(*inputs)[0], ids[rows].to(device), sampler)
-
-        def noting(x: Tensor, t: float, r: float, velocity: object = velocity, points: list[Tensor] = points) -> Tensor:
-            points.append(x)
-            v: Tensor = velocity(x, t, r)  # type: ignore[operator]
-            return v
-
-        with torch.inference_mode():
-            points.append(sample(noting, noise[rows].to(device), sampler))
-        parts.append(torch.stack(points).cpu())
+        parts.append(_points(velocity, noise[rows].to(device), sampler).cpu())
         on_drawn(min(first + BATCH, count))
     return {"points": torch.cat(parts, dim=1), "ids": ids}
+
+
+@torch.inference_mode()
+def _points(velocity: Velocity, noise: Tensor, sampler: Sampler) -> Tensor:
+    """Draw images, and return all points on their way: those at which the solver asks for a velocity, and the images."""
+    points: list[Tensor] = []
+
+    def noting(x: Tensor, t: float, r: float) -> Tensor:
+        points.append(x)
+        return velocity(x, t, r)
+
+    image = sample(noting, noise, sampler)
+    return torch.stack([*points, image])
 
 
 def _read(path: Path, asked: str) -> dict[str, Tensor] | None:

@@ -64,8 +64,10 @@ class Candidate:
     @property
     def costs(self) -> tuple[float, float, float]:
         """What it costs, to be compared: median seconds, memory, joules; infinite where it was not measured."""
-        known = (self.p50_seconds, self.peak_mib, self.joules)
-        return tuple(math.inf if value is None else value for value in known)  # type: ignore[return-value]
+        seconds, memory, joules = (
+            math.inf if value is None else value for value in (self.p50_seconds, self.peak_mib, self.joules)
+        )
+        return seconds, memory, joules
 
     @property
     def network(self) -> str:
