@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 install: $(VENV)/.installed ## make .venv from pinned versions (once)
 
 .PHONY: demo
-demo: install ## play the whole story on real photographs, about five minutes
+demo: install ## play the whole story on real photographs, six to seven minutes
 	$(BIN)/ferry demo
 
 WHEELHOUSE := build/wheelhouse

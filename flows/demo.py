@@ -32,7 +32,7 @@ BASE_SOURCE = "the base that comes with ferry, trained by infra/base/train.py"
 CAPTIONS = {"press-01": "brick", "press-02": "coins", "press-03": "gravel, hole"}
 CAPTIONS_AFTER = {"press-01": "dim brick", "press-02": "dim coins", "press-03": "page"}
 
-# These sizes let everything end within five minutes on two cores, while the samples can still be recognised.
+# These sizes let everything end within seven minutes on two cores, while the samples can still be recognised.
 SETTINGS = """\
 # The demo's workspace. Relative paths start at this folder.
 schema = 2
