@@ -68,8 +68,12 @@ def _forget_prefect() -> None:
     os.environ.update(PREFECT)
     if "prefect" in sys.modules:
         from prefect.context import refresh_global_settings_context
+        from prefect.logging.handlers import APILogWorker
         from prefect.server.api.server import SubprocessASGIServer
 
+        # Logs that still wait must reach their server before it stops: a failed attempt to send them is reported on the
+        # standard error of whichever test runs by then.
+        APILogWorker.drain_all(timeout=60, at_exit=False)
         for server in [*SubprocessASGIServer._instances.values()]:
             server.stop()
         refresh_global_settings_context()
