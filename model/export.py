@@ -5,12 +5,15 @@ weights.bin     weights, at offsets that depend on the model configuration and t
 sampler.json    solver, times, guidance and pinned runtime: what a device needs to draw an image
 golden.npz      fixed inputs, and their outputs on the exporting machine
 reference.json  expert load, image statistics and latency budget, with which a device compares its own
+
+Beside them lies update.safetensors, if the weights were made from a master: for the codec, not for devices (`model.update`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,9 @@ from model.graph import SCALE, WEIGHTS_FILE, build, layout, scaled_axis
 from model.network import Network
 from model.scorecard import Sampler, Sha256
 from model.session import RUNTIME, Session, noise
+from model.storage import quantise
 from model.train import Checkpoint
+from model.update import FACTORS
 
 PARITY_TOLERANCE = 1e-4  # largest |difference| from torch with the same routing; float32 noise is a tenth of it
 ROUTING_TOLERANCE = 0.01  # mean |difference| of the expert load when torch routes by itself; a flipped tie changes it far less
@@ -75,6 +80,9 @@ def export(
     graph = build(config, precision).SerializeToString(deterministic=True)
     (out / "graph.onnx").write_bytes(graph)
     (out / WEIGHTS_FILE).write_bytes(weights)
+    (out / FACTORS).unlink(missing_ok=True)
+    if (checkpoint.folder / FACTORS).is_file():
+        shutil.copyfile(checkpoint.folder / FACTORS, out / FACTORS)
     try:
         onnx.checker.check_model(str(out / "graph.onnx"), full_check=True)
     except onnx.checker.ValidationError as error:
@@ -104,7 +112,7 @@ def tensor_of(network: Network, name: str) -> torch.Tensor:
 def pack(network: Network, precision: PrecisionName) -> bytes:
     """Build the weight file: every tensor at its offset, rounded to the stored precision; the gaps are zero.
 
-    int8 is symmetric around zero, with one scale for each index of `scaled_axis`; see `quantise`.
+    int8 has one scale for each index of `scaled_axis`; see `model.storage.quantise`.
 
     Raises:
         ExportError: a weight is not finite, or too large for the precision.
@@ -122,19 +130,6 @@ def pack(network: Network, precision: PrecisionName) -> bytes:
         values = values.to(TORCH_TYPES[tensor.stored])
         buffer[tensor.offset : tensor.offset + tensor.length] = values.contiguous().view(torch.uint8).numpy().tobytes()
     return bytes(buffer)
-
-
-def quantise(values: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a matrix: return whole numbers in [-127, 127], as float, and the scale of each index of `axis`.
-
-    A weight is its whole number times its scale. Scales are powers of two. So stored weights are exact in float32, storing
-    them again changes nothing, and a retraining seldom changes a scale; a changed scale would change all its numbers in a
-    delta. The cost is up to one bit of precision.
-    """
-    mantissa, exponent = torch.frexp(values.abs().amax(dim=1 - axis) / 127)
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=-100)  # rounded up to a power of two
-    scale = torch.ldexp(torch.ones_like(mantissa), exponent)
-    return torch.round(values / scale.unsqueeze(1 - axis)).clamp(-127, 127), scale
 
 
 def unpack(config: ModelConfig, precision: PrecisionName, weights: bytes) -> Network:

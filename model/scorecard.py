@@ -110,12 +110,36 @@ class Lineage(Frozen):
     items: int = Field(description="items of the training data, without the held-out ones")
     torch: str = Field(description="version of torch")
     hardware: str = Field(default="cpu", description="hardware that it was trained on")
+    start_master: Sha256 | None = Field(
+        default=None,
+        exclude_if=_absent,
+        description="hash of the master from which training started; null: it started from the parent's own weights, or from noise",
+    )
+    master: Sha256 | None = Field(
+        default=None,
+        exclude_if=_absent,
+        description="hash of the master, the fp32 weights that were trained and are never fielded; null: none was kept",
+    )
+    method: str | None = Field(
+        default=None, exclude_if=_absent, description="how the update was made from the master: a row of model.update.METHODS"
+    )
+    level: float | None = Field(
+        default=None, exclude_if=_absent, description="level of the method: a higher one takes fewer bytes"
+    )
+    polished: int | None = Field(
+        default=None, exclude_if=_absent, description="training steps that followed on the rounded update"
+    )
     adopted: Adopted | None = Field(
         default=None,
         exclude_if=_absent,
         description="where the weights come from, if they were not trained here: then `data` is the revision on which they were first "
         "judged, `training_sha256` the hash of this field, and `steps` and `items` are 0; a training from them has `parent` instead",
     )
+
+    @property
+    def start(self) -> Literal["noise", "fielded", "master"]:
+        """What training started from: noise, the parent's fielded weights, or the parent's master."""
+        return "noise" if self.parent is None else "master" if self.start_master else "fielded"
 
 
 SamplerName = Literal["euler", "heun", "ab2", "mean"]

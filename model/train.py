@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -30,12 +31,15 @@ from model.config import ModelConfig, PrecisionName, VariantName
 from model.data import Dataset, mix
 from model.diffusion import add_noise, logit_normal
 from model.errors import CheckpointError, ConfigError, TrainingError
+from model.gradients import STATISTICS, Gradients
 from model.hardware import Hardware
 from model.network import Network
 from model.scorecard import DataVersion, Frozen, Lineage, Sampler, Sha256
+from model.update import METHODS, MethodName
 from model.watch import Figures, Watcher, draw, recorded_after, sampled_after
 
 WEIGHTS = "weights.safetensors"
+MASTER = "master.safetensors"
 LINEAGE = "lineage.json"
 RESUME = "resume.safetensors"
 CURVE = "curve.json"
@@ -93,6 +97,12 @@ class TrainOptions(Frozen):
         default="float32",
         description="what devices will have: the result is rounded to it, so that the next training starts from their weights and "
         "its steps on a grid are theirs (int8 is rounded when it is exported)",
+    )
+    method: MethodName | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="the result is a master, from which `model.publish` makes the fielded weights by this method (or a cheaper row of "
+        "`model.update.METHODS`); null: the result itself is fielded, rounded as `update_grid` and `stored` say",
     )
     seed: int = 0
     save_every: int = Field(default=100, ge=1, description="steps between two states from which a run can resume")
@@ -152,6 +162,39 @@ def load_weights(network: Network, path: Path) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class Start:
+    """Weights from which a retraining starts."""
+
+    path: Path
+    master: Sha256 | None
+    """Hash of the master, or None: they are the fielded weights."""
+    says: str
+    """A sentence for the log."""
+
+
+def start_of(parent: Checkpoint, line: str) -> Start:
+    """Find the weights from which a retraining of a parent starts: its master if that is there and fits, else the fielded weights.
+
+    Args:
+        parent: what is fielded.
+        line: line that is trained.
+    """
+    wanted, path = parent.lineage.master, parent.folder / MASTER
+    why = None
+    if wanted is None:
+        why = "no master was kept for them"
+    elif parent.lineage.data.line != line:
+        why = f"their master is of another line, {parent.lineage.data.line}"
+    elif not path.is_file():
+        why = f"their master {wanted[:12]} is lost"
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
+        why = f"{path} is not their master {wanted[:12]}, but damaged or another's"
+    if why:
+        return Start(parent.folder / WEIGHTS, None, f"training starts from the fielded weights, because {why}")
+    return Start(path, wanted, f"training starts from the master {str(wanted)[:12]} of the fielded weights")
+
+
 def learning_rate(options: TrainOptions, step: int) -> float:
     """Compute the learning rate of step `step` (from 0): linear rise, plateau, linear fall to 0."""
     rise = min(1.0, (step + 1) / (options.warmup + 1))
@@ -195,10 +238,11 @@ def train(
         CheckpointError: the parent is damaged or has another shape.
     """
     hardware, objective = hardware or Hardware.here(), objective or FlowMatching()
+    start = start_of(parent, data.line) if parent and options.method else None
     lineage = Lineage(
         data=data, config=config, variant=variant, training_sha256=options.sha256, code=code_sha256(), seed=options.seed,
         parent=parent.weights_sha256 if parent else None, teacher=teacher.weights_sha256 if teacher else None, steps=options.steps, items=len(dataset.training()),
-        torch=torch.__version__, hardware=hardware.name, **objective.origin,
+        torch=torch.__version__, hardware=hardware.name, start_master=start.master if start else None, **objective.origin,
     )  # fmt: skip
     try:
         done = load_checkpoint(out)
@@ -211,9 +255,11 @@ def train(
     torch.manual_seed(mix(options.seed, 0))
     network = Network(config)
     if parent:
-        load_weights(network, parent.folder / WEIGHTS)
+        load_weights(network, start.path if start else parent.folder / WEIGHTS)
     if teacher:
         keep_untrained(network, teacher.network(), objective)
+    if parent and options.method:
+        freeze_untrained(network, METHODS[options.method].trains)
     network.to(hardware.device)  # initial weights come from the seed, whatever the device
     average = copy.deepcopy(network)
     run = _Run(network, average, options, ranks, objective, hardware)
@@ -242,7 +288,7 @@ def train(
         watched.step(step + 1, figures)
     if (around := teacher or parent) and options.update_grid:
         round_update(average, around.network().to(hardware.device), options.update_grid)
-    round_to_stored(average, options.stored)
+    round_to_stored(average, "float32" if options.method else options.stored)
     if not all(weight.isfinite().all() for weight in average.parameters()):
         raise TrainingError(
             f"the last step left weights that are not finite; train again with a learning rate below {options.learning_rate:g}"
@@ -252,6 +298,8 @@ def train(
     if ranks.rank == 0:
         (out / LINEAGE).unlink(missing_ok=True)  # an old lineage must never stand beside new weights
         write_safely(out / WEIGHTS, average.state_dict())
+        if run.gradients:
+            write_safely(out / STATISTICS, run.gradients.means())
         (out / CURVE).write_text(json.dumps(run.curve))
         (out / LINEAGE).write_text(lineage.model_dump_json(indent=1))
         (out / RESUME).unlink(missing_ok=True)
@@ -292,6 +340,12 @@ def keep_untrained(network: Network, teacher: Network, objective: Objective) -> 
             if not objective.trains(name):
                 ours.copy_(theirs)
                 ours.requires_grad_(False)
+
+
+def freeze_untrained(network: Network, trains: Callable[[Tensor], bool]) -> None:
+    """Stop, in place, the training of parameters that a method does not train."""
+    for weight in network.parameters():
+        weight.requires_grad_(weight.requires_grad and trains(weight))
 
 
 def diverged(losses: list[float]) -> bool:
@@ -391,6 +445,7 @@ class _Run:
         self.curve: list[dict[str, Any]] = []
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.trained = [objective.trains(name) for name, _ in network.named_parameters()]
+        self.gradients = Gradients(network) if options.method else None
         # Gains, biases and modulation tables get no weight decay.
         spared = ("gain", "bias", "mod")
         decayed = [p for name, p in network.named_parameters() if p.requires_grad and not name.endswith(spared)]
@@ -415,6 +470,8 @@ class _Run:
         loss = (v - target).square().mean()
         torch.autograd.backward(loss)
         self.ranks.average([p.grad for p in self.parameters if p.grad is not None])
+        if self.gradients and step >= Gradients.first_step(o.steps):
+            self.gradients.add(self.network)
         torch.nn.utils.clip_grad_norm_(self.parameters, o.clip)
         rate = learning_rate(o, step)
         for group in self.optimizer.param_groups:
@@ -441,6 +498,8 @@ class _Run:
         for i, parameter in enumerate(self.parameters):
             for k, v in self.optimizer.state[parameter].items():
                 named[f"moment.{i}.{k}"] = v
+        if self.gradients:
+            named |= {f"gradients.{k}": v for k, v in self.gradients.sums.items()}
         return named
 
     def save(self, path: Path, identity: Sha256, step: int) -> None:
@@ -465,6 +524,8 @@ class _Run:
         for i, parameter in enumerate(self.parameters):
             prefix = f"moment.{i}."
             self.optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+        if self.gradients:
+            self.gradients.sums = {k: saved[f"gradients.{k}"] for k in self.gradients.sums}
         return step
 
 

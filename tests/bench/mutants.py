@@ -526,7 +526,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("ours.copy_(theirs + torch.round(change / step) * step)", "ours.copy_(theirs + torch.floor(change / step) * step)", "rounding pulls all weights down"),
         ("step = grid * change.square().mean().sqrt()", "step = grid * change.abs().max()", "most of an update is rounded away"),
         ("(around := teacher or parent) and options.update_grid", "(around := teacher or parent) and not options.update_grid", "updates are not rounded"),
-        ("    round_to_stored(average, options.stored)\n", "", "devices start from other weights than the factory"),
+        ('    round_to_stored(average, "float32" if options.method else options.stored)\n', "", "devices start from other weights than the factory"),
         ("    if not all(weight.isfinite().all() for weight in average.parameters()):", "    if not any(weight.isfinite().all() for weight in average.parameters()):", "weights that are not finite are written"),
         ('            if meta.get("identity") != identity:\n                return 0\n', "", "another run's state is resumed"),
         ("return means[-1] > max(2.0, 3 * min(means))", "return means[-1] > 3 * max(means)", "a run that diverged goes on"),

@@ -1,0 +1,414 @@
+"""Approximate an update, master minus fielded weights, so that few bytes carry it; a device computes the result to the bit.
+
+    >>> approximation = Approximation.of(master, fielded, statistics, "bfloat16")  # slow: once
+    >>> update = approximation.at(0.03)  # fast: once for each noise level that is tried
+    >>> write_factors(folder / FACTORS, update)
+
+Every tensor of the weight file gets a *claim*: how its new numbers follow from the old ones. A matrix moves by the product of two
+thin matrices of integers, any other tensor by whole steps of one size. `predicted` and `stepped` are the rules by which devices
+compute this; they are those of `ota.delta.numbers`, from which `model` may not import (a test compares them bit by bit). What a
+claim cannot carry stays in the master and is part of the next update (error feedback; Seide et al. 2014, "1-bit SGD").
+
+The product is a singular value decomposition in the metric of the gradients (`model.gradients`). Both of its sides are rounded to
+steps that are powers of two, so fine that every number adds the same noise to the loss, over all matrices: reverse water-filling
+(Cover and Thomas, "Elements of Information Theory", 10.3.3). A component that is weaker than the noise rounds to nothing, so a
+single level chooses the rank of every matrix.
+
+A new method is a row of `METHODS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.config import ModelConfig, PrecisionName, canonical_json
+from model.errors import CheckpointError
+from model.gradients import is_matrix
+from model.graph import scaled_axis
+from model.network import Network
+from model.storage import KINDS, WHOLE_HIGH, WHOLE_LOW, dequantised, fielded, named, quantise
+
+FACTORS = "update.safetensors"
+MAX_FACTOR = 2**24  # limits of the delta format: of an integer in a product, of the rank, of the exponents
+MAX_RANK = 32
+MAX_EXPONENT = 50  # of a step; a product has the sum of two
+RIDGE = 0.03  # added to the metric, whose mean is 1: few gradients leave many directions unseen
+LEAST_SENSITIVITY = 1e-3  # of a tensor, relative to the mean over all matrices
+SMALL_STEP = 1.5  # times the root mean square of the change: step of a small tensor of which no gradients are known
+
+MethodName = Literal["full", "grid", "lowrank", "small-tensors"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """Claim: the numbers move by left times right times two to the power of the exponent; see `predicted`."""
+
+    left: Tensor  # int32 [rows, rank]
+    right: Tensor  # int32 [rank, columns]
+    exponent: int
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Claim: the numbers move by whole steps of one size; see `stepped`."""
+
+    steps: Tensor  # int32, in the tensor's shape
+    size: float  # a float32
+
+
+@dataclass(frozen=True)
+class Whole:
+    """No claim: the new numbers are the master's, and a delta has to find out how they follow from the old ones."""
+
+
+Claim = Product | Steps | Whole
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is known of one tensor when its claim is made."""
+
+    old: Tensor  # float32 numbers that devices have; whole numbers where they are stored as int8
+    change: Tensor  # float64, master minus fielded weights
+    scale: Tensor | None  # of each whole number, broadcast to the tensor; None: the numbers are the weights
+    left: Tensor | None  # statistics of the gradients, see `Gradients.means`
+    right: Tensor | None
+    square: float | None
+    typical: float  # mean squared gradient over all matrices
+
+
+class Planned(Protocol):
+    """A tensor's claim at any level."""
+
+    def __call__(self, level: float) -> Claim | None:
+        """Make the claim; None: nothing moves."""
+        ...
+
+
+Plan = Callable[[Change], Planned]
+
+
+def whole(change: Change) -> Planned:
+    """Plan to send the master's numbers."""
+    del change
+    return lambda _level: Whole()
+
+
+def unchanged(change: Change) -> Planned:
+    """Plan to send nothing."""
+    del change
+    return lambda _level: None
+
+
+def on_grid(change: Change) -> Planned:
+    """Plan steps of `level` times the root mean square of the change."""
+    rms = float(change.change.square().mean().sqrt()) if change.change.numel() else 0.0
+    return lambda level: _steps(change, level * rms)
+
+
+def in_noise(change: Change) -> Planned:
+    """Plan steps that add as much noise to the loss as a number of a product does at the same level."""
+    if change.square is None:
+        rms = float(change.change.square().mean().sqrt())
+        return lambda _level: _steps(change, SMALL_STEP * rms)
+    weight = math.sqrt(change.square / change.typical + LEAST_SENSITIVITY)
+    return lambda level: _steps(change, level / weight)
+
+
+def _steps(change: Change, size: float) -> Claim | None:
+    """Round a change to whole steps."""
+    if change.scale is not None:
+        return Whole()  # whole numbers have no smaller steps
+    size = float(torch.tensor(size, dtype=torch.float32))
+    if not 0 < size < math.inf:
+        return None
+    steps = torch.round(change.change / size).clamp(-MAX_FACTOR, MAX_FACTOR).to(torch.int32)
+    return Steps(steps, size) if steps.any() else None
+
+
+def low_rank(change: Change) -> Planned:
+    """Plan a product: decompose the change in the metric of the gradients."""
+    rows, columns = change.change.shape
+    sensitivity = 1.0
+    if change.left is not None:
+        sensitivity = float(change.left.diagonal().sum()) / (rows * columns * change.typical) + LEAST_SENSITIVITY
+    root = sensitivity**0.25
+    (over, under), (behind, before) = _roots(change.left, rows), _roots(change.right, columns)
+    u, strength, v = torch.linalg.svd((root * over) @ change.change @ (behind * root), full_matrices=False)
+    u, strength, v = u[:, :MAX_RANK], strength[:MAX_RANK], v[:MAX_RANK]
+    left, right = (under / root) @ (u * strength.sqrt()), (strength.sqrt()[:, None] * v) @ (before / root)
+    by_row, by_column = over.square().sum(dim=1), behind.square().sum(dim=0)  # diagonals of the metrics
+    if change.scale is not None:  # a product of whole numbers; one of the two sides has the scales
+        across, down = change.scale[:1], change.scale[:, :1]
+        if bool((change.scale == across).all()):
+            right, by_column = right / across, by_column * across[0].square()
+        else:
+            left, by_row = left / down, by_row * down[:, 0].square()
+    # A step d of one side adds the noise d² / 12 times this weight, squared, for each number.
+    weights = tuple(root * (strength * metric.mean()).sqrt() for metric in (by_row, by_column))
+    return lambda level: _product(left, right, *(level / weight.clamp(min=1e-30) for weight in weights))
+
+
+def _roots(metric: Tensor | None, side: int) -> tuple[Tensor, Tensor]:
+    """Return the square root of a metric, scaled to a mean of 1 and with a ridge, and its inverse."""
+    identity = torch.eye(side, dtype=torch.float64)
+    if metric is None:
+        return identity, identity
+    trace = metric.diagonal().sum().double().clamp(min=1e-30)
+    values, vectors = torch.linalg.eigh(metric.double() * (side / trace) + RIDGE * identity)
+    values = values.clamp(min=RIDGE / 2)  # rounding may have made it smaller
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
+def _product(left: Tensor, right: Tensor, left_step: Tensor, right_step: Tensor) -> Product | None:
+    """Round both sides to the nearest power-of-two steps below limits; fold the components' steps into the left side.
+
+    Args:
+        left: [rows, rank].
+        right: [rank, columns].
+        left_step: [rank], the step that is wished for.
+        right_step: the same of the right side.
+    """
+    e, f = (torch.log2(step).round().clamp(-MAX_EXPONENT, MAX_EXPONENT) for step in (left_step, right_step))
+    f = torch.maximum(f, _exponent(right.abs().amax(dim=1) / MAX_FACTOR))
+    b = torch.round(right * torch.exp2(-f)[:, None])
+    a = torch.round(left * torch.exp2(-e))
+    live = a.any(dim=0) & b.any(dim=1)
+    if not live.any():
+        return None
+    # Numbers of the left side span from its finest step to its largest value; where they span more than an integer may, the
+    # finest components get coarser steps.
+    top = float((_exponent(left.abs().amax(dim=0) / MAX_FACTOR) + f)[live].max())
+    e = torch.maximum(e, top - f)
+    a = torch.round(left * torch.exp2(-e))
+    live &= a.any(dim=0)
+    a, b, both = a[:, live], b[live], (e + f)[live]
+    exponent = int(both.min())
+    folded = a * torch.exp2(both - exponent)
+    return Product(folded.to(torch.int32), b.to(torch.int32), exponent)
+
+
+def _exponent(sizes: Tensor) -> Tensor:
+    """Return the least exponents of powers of two that are not below these sizes; very small for 0."""
+    return torch.log2(sizes.clamp(min=2.0**-200)).ceil()
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an update is trained and approximated: a row of `METHODS`."""
+
+    says: str  # what it does, for people
+    level: float  # usual level
+    matrix: Plan
+    small: Plan  # of all other tensors
+    trains: Callable[[Tensor], bool] = field(default=lambda _weight: True)  # whether a parameter is trained at all
+
+
+METHODS: dict[MethodName, Method] = {
+    "full": Method("every number of the master, rounded to the stored precision", 0.0, whole, whole),
+    "grid": Method("every change rounded to steps of its root mean square times the level", 2.0, on_grid, on_grid),
+    "lowrank": Method("matrices by products of thin integer matrices, the rest by steps, at one level of noise", 0.03, low_rank, in_noise),
+    "small-tensors": Method(
+        "gains, biases, modulation, router, first, last and depthwise convolutions only, by steps",
+        0.7, unchanged, on_grid, trains=lambda weight: not is_matrix(weight),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Update:
+    """New weights as devices compute them, and the claims by which they do.
+
+    Attributes:
+        config: shape of the network.
+        stored: precision for which they hold.
+        method: how they were made.
+        level: the method's level.
+        weights: by their names in the weight file, as float32.
+        claims: by the same names; a tensor without one is equal to the fielded one, or, if it is in `whole`, unknown.
+    """
+
+    config: ModelConfig
+    stored: PrecisionName
+    method: MethodName
+    level: float
+    weights: dict[str, Tensor]
+    claims: dict[str, Product | Steps]
+
+    def network(self) -> Network:
+        """Make the network with these weights, in evaluation mode."""
+        made = Network(self.config)
+        for name, weight in named(made).items():
+            weight.copy_(self.weights[name])
+        return made.eval()
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """An update of which everything that does not depend on the level is computed; see `at`."""
+
+    config: ModelConfig
+    stored: PrecisionName
+    method: MethodName
+    changes: dict[str, Change]
+    masters: dict[str, Tensor]  # the master's weights, by their names in the weight file
+    planned: dict[str, Planned]
+
+    @classmethod
+    def of(
+        cls,
+        master: Network,
+        before: Network,
+        statistics: dict[str, Tensor],
+        stored: PrecisionName,
+        method: MethodName = "lowrank",
+        *,
+        only: Callable[[str], bool] = lambda _name: True,
+    ) -> Approximation:
+        """Prepare an update for every level.
+
+        Args:
+            master: weights that were trained.
+            before: weights that devices have; they are rounded to the stored precision here.
+            statistics: of the gradients, see `Gradients.means`; empty: all weights count alike.
+            stored: precision of the devices' files.
+            method: row of the table.
+            only: names in the weight file of the tensors that may change.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+        row, typical = METHODS[method], _typical(statistics)
+        masters, olds = named(master), named(before)
+        changes = {
+            name: _change(name, masters[name], olds[name], statistics, stored, typical) for name in masters if only(name)
+        }  # fmt: skip
+        planned = {
+            name: (row.matrix if is_matrix(change.old) else row.small)(change) if change.change.any() else unchanged(change)
+            for name, change in changes.items()
+        }
+        masters = {
+            name: weight.cpu() if name in changes else fielded(name, olds[name], stored) for name, weight in masters.items()
+        }
+        return cls(master.config, stored, method, changes, masters, planned)
+
+    def at(self, level: float) -> Update:
+        """Round the update at a level: a higher one takes fewer bytes and carries less."""
+        weights, claims = dict(self.masters), dict[str, Product | Steps]()
+        for name, plan in self.planned.items():
+            change, claim = self.changes[name], plan(level)
+            if isinstance(claim, Product | Steps):
+                claims[name] = claim
+            weights[name] = _moved(change, claim, self.masters[name], self.stored)
+        return Update(self.config, self.stored, self.method, level, weights, claims)
+
+
+def approximate(
+    master: Network, before: Network, statistics: dict[str, Tensor], level: float, stored: PrecisionName, method: MethodName = "lowrank"
+) -> Update:  # fmt: skip
+    """Make an update at one level; see `Approximation`."""
+    return Approximation.of(master, before, statistics, stored, method).at(level)
+
+
+def _typical(statistics: dict[str, Tensor]) -> float:
+    """Return the mean squared gradient over all matrices of which it is known."""
+    total = count = 0.0
+    for name, left in statistics.items():
+        if name.startswith("left."):
+            total += float(left.diagonal().sum())
+            count += len(left) * len(statistics["right." + name.removeprefix("left.")])
+    return max(total / max(count, 1.0), 1e-30)
+
+
+def _change(
+    name: str, master: Tensor, before: Tensor, statistics: dict[str, Tensor], stored: PrecisionName, typical: float
+) -> Change:
+    """Collect what is known of one tensor."""
+    old, scale, axis = before.cpu().float(), None, scaled_axis(name) if stored == "int8" else None
+    if axis is None:
+        old = weights = fielded(name, old, stored)
+    else:
+        old, scales = quantise(old, axis)
+        weights = dequantised(old, scales, axis)
+        scale = scales.unsqueeze(1 - axis).expand_as(old).double()
+    change = master.cpu().double() - weights.double()
+    if not change.isfinite().all():
+        raise CheckpointError(f"{name} holds a weight that is not finite; train again with a lower learning rate")
+    square = statistics.get(f"square.{name}")
+    return Change(
+        old, change, scale, statistics.get(f"left.{name}"), statistics.get(f"right.{name}"),
+        None if square is None else float(square), typical,
+    )  # fmt: skip
+
+
+def _moved(change: Change, claim: Claim | None, master: Tensor, stored: PrecisionName) -> Tensor:
+    """Compute the weights that devices have after a claim."""
+    kind: PrecisionName = "float32" if stored == "int8" and change.scale is None else stored
+    scale = change.scale
+    if isinstance(claim, Product):
+        new = predicted(change.old, claim.left, claim.right, claim.exponent, kind)
+    elif isinstance(claim, Steps):
+        new = stepped(change.old, claim.steps, claim.size, kind)
+    elif isinstance(claim, Whole) and scale is None:
+        new = master.to(KINDS[kind]).float()
+    elif isinstance(claim, Whole) and scale is not None:  # the scales stay, or every number of the row or column would change
+        new = torch.round(master.double() / scale).clamp(WHOLE_LOW, WHOLE_HIGH).float()
+    else:
+        new = change.old
+    return new if scale is None else (new.double() * scale).float()
+
+
+def predicted(old: Tensor, left: Tensor, right: Tensor, exponent: int, stored: PrecisionName) -> Tensor:
+    """Move numbers by a product of integers, as `ota.delta.numbers.predicted` does; all numbers are given as float32.
+
+    The product of the integers is exact in float64, in whatever order it is summed.
+    """
+    product = (left.double() @ right.double()) * 2.0**exponent
+    if stored == "int8":
+        return (torch.round(product) + old).clamp(WHOLE_LOW, WHOLE_HIGH).float()
+    return _where_normal(old + product.float(), old, stored)
+
+
+def stepped(old: Tensor, steps: Tensor, size: float, stored: PrecisionName) -> Tensor:
+    """Move numbers by whole steps, as `ota.delta.numbers.stepped` does; all numbers are given as float32."""
+    by = steps.float() * torch.tensor(size, dtype=torch.float32)
+    return torch.where(steps == 0, old, _where_normal(old + by, old, stored))
+
+
+def _where_normal(new: Tensor, old: Tensor, stored: PrecisionName) -> Tensor:
+    """Round new numbers to a precision; keep the old one if either is denormal, zero or not finite there."""
+    kind = KINDS[stored]
+    new, least = new.to(kind).float(), torch.finfo(kind).smallest_normal
+    plain = [side.isfinite() & (side.abs() >= least) for side in (old, new)]
+    return torch.where(plain[0] & plain[1], new, old)
+
+
+def write_factors(path: Path, update: Update) -> None:
+    """Write the claims for the codec, as safetensors; they hold for the fielded weights from which they were made alone.
+
+    A product is `NAME.left` int32 [rows, rank] and `NAME.right` int32 [rank, columns], steps are `NAME.steps` int32 [count]. The
+    metadata has the entry `deltaferry`: canonical JSON with `schema_version`, the exponents of the products, and the sizes of the
+    steps as hexadecimal floats.
+    """
+    tensors: dict[str, Tensor] = {}
+    products: dict[str, int] = {}
+    sizes: dict[str, str] = {}
+    for name, claim in update.claims.items():
+        if isinstance(claim, Product):
+            products[name] = claim.exponent
+            tensors |= {f"{name}.left": claim.left.contiguous(), f"{name}.right": claim.right.contiguous()}
+        else:
+            sizes[name] = claim.size.hex()
+            tensors[f"{name}.steps"] = claim.steps.reshape(-1).contiguous()
+    said = canonical_json({"schema_version": 1, "products": products, "steps": sizes})
+    fresh = path.with_name(path.name + ".tmp")
+    save_file(tensors, fresh, {"deltaferry": said.decode()})
+    fresh.replace(path)

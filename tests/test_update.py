@@ -1,0 +1,322 @@
+"""Updates: the published weights are what devices compute from the old ones and the factors; what is left stays in the master."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from model.config import PrecisionName
+from model.data import Dataset
+from model.errors import CheckpointError
+from model.export import pack
+from model.gradients import STATISTICS, Gradients
+from model.graph import layout
+from model.network import Network
+from model.publish import Publication, publish, publish_first
+from model.storage import fielded, named
+from model.train import MASTER, RESUME, WEIGHTS, Checkpoint, TrainOptions, load_checkpoint, start_of, train
+from model.update import FACTORS, MAX_FACTOR, MAX_RANK, Approximation, Product, approximate, predicted, stepped
+from model.watch import Figures, Watcher
+from ota.delta import numbers
+
+from .conftest import CONFIG, VERSION
+
+OPTIONS = TrainOptions(steps=15, batch=8, warmup=2, learning_rate=4e-3, save_every=4, method="lowrank")
+PRECISIONS: list[PrecisionName] = ["float32", "bfloat16", "float16", "int8"]
+
+
+@pytest.fixture(scope="module")
+def first(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Publish a first version, stored as bfloat16."""
+    folder = tmp_path_factory.mktemp("first")
+    options = OPTIONS.model_copy(update={"steps": 60})
+    return publish_first(train(CONFIG, dataset, VERSION, options, folder / "master"), "bfloat16", folder / "published")
+
+
+@pytest.fixture(scope="module")
+def master(first: Checkpoint, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Retrain the first version."""
+    return train(CONFIG, dataset, VERSION, OPTIONS, tmp_path_factory.mktemp("master"), parent=first)
+
+
+def _bits(values: np.ndarray, stored: PrecisionName) -> np.ndarray:
+    """Return the bit patterns in which devices store values."""
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+    made = torch.from_numpy(np.array(values)).to(kinds[stored]).contiguous().view(torch.uint8).numpy()
+    return made.reshape(-1).view(numbers.KINDS[stored].dtype)
+
+
+def _awkward(stored: PrecisionName, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw numbers that a precision can store: usual, tiny, denormal, zero, huge and infinite ones."""
+    if stored == "int8":
+        return rng.integers(-127, 128, count).astype(np.float32)
+    kind = getattr(torch, stored)
+    least, most = torch.finfo(kind).smallest_normal, torch.finfo(kind).max
+    values = rng.normal(0, 0.1, count)
+    special = [0.0, -0.0, least, -least, least / 2, most, -most, math.inf, -math.inf, least * 1.5, 1.0]
+    at = rng.permutation(count)[: 4 * len(special)]
+    values[at] = np.resize(special, len(at))
+    return torch.from_numpy(values).to(kind).float().numpy()
+
+
+@pytest.mark.parametrize("stored", PRECISIONS)
+@pytest.mark.parametrize(
+    ("rank", "exponent", "size"), [(1, -20, 2**20), (7, -9, 40), (32, -48, MAX_FACTOR), (32, -12, 3), (3, 90, 9)]
+)
+def test_model_predicts_what_the_codec_predicts_bit_by_bit(stored: PrecisionName, rank: int, exponent: int, size: int):
+    rng = np.random.default_rng(rank)
+    old = _awkward(stored, 40 * 24, rng)
+    left, right = (rng.integers(-size, size + 1, shape, dtype=np.int32) for shape in ((40, rank), (rank, 24)))
+    left[3], right[:, 5] = MAX_FACTOR, -MAX_FACTOR
+    wanted = numbers.predicted(_bits(old, stored), left, right, exponent, numbers.KINDS[stored])
+    ours = predicted(torch.from_numpy(old).view(40, 24), torch.from_numpy(left), torch.from_numpy(right), exponent, stored)
+    assert np.array_equal(_bits(ours.numpy(), stored), wanted)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("size", [1e-3, 0.3, 1e-42, 3e38, 6e-6])
+def test_model_steps_as_the_codec_steps_bit_by_bit(stored: PrecisionName, size: float):
+    rng = np.random.default_rng(5)
+    old, step = _awkward(stored, 999, rng), np.float32(size)
+    steps = rng.integers(-3, 4, 999, dtype=np.int32)
+    wanted = numbers.stepped(_bits(old, stored), steps, step, numbers.KINDS[stored])
+    ours = stepped(torch.from_numpy(old), torch.from_numpy(steps), float(step), stored)
+    assert np.array_equal(_bits(ours.numpy(), stored), wanted)
+
+
+def _stored_tensors(network: Network, stored: PrecisionName) -> dict[str, bytes]:
+    """Cut the weight file of a network into the bytes of its tensors."""
+    weights = pack(network, stored)
+    return {t.name: weights[t.offset : t.offset + t.length] for t in layout(network.config, stored)[0]}
+
+
+@pytest.mark.parametrize("stored", PRECISIONS)
+@pytest.mark.parametrize("level", [0.003, 0.03])
+def test_published_file_is_what_a_device_computes_from_the_old_one_and_the_factors(
+    first: Checkpoint, master: Checkpoint, tmp_path: Path, stored: PrecisionName, level: float
+):
+    made = publish(master, first, level, stored, tmp_path)
+    before, after = (_stored_tensors(of.network(), stored) for of in (first, made))
+    factors = load_file(tmp_path / FACTORS)
+    with safe_open(tmp_path / FACTORS, framework="pt") as file:
+        said = json.loads(file.metadata()["deltaferry"])
+    assert said["schema_version"] == 1
+    assert len(said["products"]) > 5
+    for tensor in layout(CONFIG, stored)[0]:
+        kind, name = numbers.KINDS[tensor.stored], tensor.name
+        new = old = np.frombuffer(before[name], kind.dtype)
+        if name in said["products"]:
+            left, right = (factors[f"{name}.{side}"].numpy() for side in ("left", "right"))
+            new = numbers.predicted(old, left, right, said["products"][name], kind)
+        elif name in said["steps"]:
+            new = numbers.stepped(old, factors[f"{name}.steps"].numpy(), np.float32(float.fromhex(said["steps"][name])), kind)
+        assert new.tobytes() == after[name], name
+
+
+def test_int8_scales_stay_when_an_update_moves_the_largest_numbers(first: Checkpoint):
+    master = first.network()
+    with torch.no_grad():
+        for weight in named(master).values():
+            weight.mul_(1.4).add_(0.1 * weight.abs().max() * weight.sign())
+    update = approximate(master, first.network(), {}, 1e-4, "int8")
+    before, after = _stored_tensors(first.network(), "int8"), _stored_tensors(update.network(), "int8")
+    assert all(after[name] == before[name] for name in before if name.endswith(".scale"))
+    assert sum(after[name] != before[name] for name in before) > 5
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.009])
+def test_weights_on_an_int8_grid_are_stored_again_in_the_same_bytes(first: Checkpoint, factor: float):
+    network = first.network()
+    with torch.no_grad():
+        for name, weight in named(network).items():
+            weight.copy_(fielded(name, weight, "int8"))
+            whole = torch.round(weight * factor * 2**20) * 2.0**-20 if factor == 1.0 else weight
+            weight.copy_(whole)
+    once = pack(network, "int8")
+    with torch.no_grad():
+        for name, weight in named(network).items():
+            weight.copy_(fielded(name, weight, "int8"))
+    assert pack(network, "int8") == once
+
+
+def test_larger_level_leaves_fewer_numbers_and_loses_more(first: Checkpoint, master: Checkpoint):
+    approximation = Publication.of(master, first, "bfloat16").approximation
+    numbers_sent, missed = [], []
+    for level in (0.001, 0.01, 0.03, 0.1, 0.3, 3.0):
+        update = approximation.at(level)
+        sent = [t for c in update.claims.values() for t in ((c.left, c.right) if isinstance(c, Product) else (c.steps,))]
+        numbers_sent.append(sum(int(t.count_nonzero()) for t in sent))
+        weights = named(master.network())
+        missed.append(sum(float((weights[name] - new).square().sum()) for name, new in update.weights.items()))
+    assert numbers_sent == sorted(numbers_sent, reverse=True)
+    assert numbers_sent[-1] == 0
+    assert missed[0] < 0.2 * missed[-1]
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e6, 1e20])
+def test_factors_that_overflow_get_coarser_steps(spread: float):
+    generator = torch.Generator().manual_seed(1)
+    old, new = Network(CONFIG), Network(CONFIG)
+    new.load_state_dict(old.state_dict())
+    with torch.no_grad():
+        for weight in named(new).values():
+            if weight.dim() == 2 and min(weight.shape) >= 16:
+                sides = [torch.randn(shape, generator=generator) for shape in ((weight.shape[0], 40), (40, weight.shape[1]))]
+                weight.add_((sides[0] * torch.logspace(0, -math.log10(spread), 40)) @ sides[1])
+    update = approximate(new, old, {}, 1e-9, "float32")
+    products = [claim for claim in update.claims.values() if isinstance(claim, Product)]
+    assert products
+    for claim in products:
+        assert claim.left.shape[1] == claim.right.shape[0] <= MAX_RANK
+        assert max(int(side.abs().max()) for side in (claim.left, claim.right)) <= MAX_FACTOR
+        assert abs(claim.exponent) <= 100
+    name = "block0.qkv"
+    change = named(new)[name] - named(old)[name]
+    share = float((update.weights[name] - named(new)[name]).square().sum() / change.square().sum())
+    assert share < (0.3 if spread == 1 else 1e-4)  # coarser, not wrong
+
+
+def test_master_that_is_not_finite_is_refused(first: Checkpoint):
+    bad = first.network()
+    with torch.no_grad():
+        bad.stem.weight[0] = math.inf
+    with pytest.raises(CheckpointError, match=r"stem\.weight holds a weight that is not finite"):
+        Approximation.of(bad, first.network(), {}, "float32")
+
+
+def test_small_tensors_leaves_every_matrix_alone(first: Checkpoint, dataset: Dataset, tmp_path: Path):
+    options = OPTIONS.model_copy(update={"method": "small-tensors", "weight_decay": 0.5})
+    trained = train(CONFIG, dataset, VERSION, options, tmp_path / "master", parent=first)
+    made = publish(trained, first, 0.7, "bfloat16", tmp_path / "made", "small-tensors")
+    before, after = named(first.network()), named(made.network())
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "stem.weight" in moved
+    assert {"text", "block0.qkv", "block1.expert0.w13"}.isdisjoint(moved)
+
+
+def test_statistics_are_the_means_of_gradient_products():
+    network = Network(CONFIG)
+    gradients, wanted = Gradients(network), {"left": 0.0, "right": 0.0, "square": 0.0}
+    for step in range(3):
+        for weight in network.parameters():
+            weight.grad = (
+                torch.randn(weight.shape, generator=torch.Generator().manual_seed(step)) if weight.requires_grad else None
+            )
+        gradients.add(network)
+        expert = network.blocks[1].experts.w2.grad[2]
+        wanted["left"] = wanted["left"] + expert @ expert.T / 3
+        wanted["right"] = wanted["right"] + expert.T @ expert / 3
+        wanted["square"] = wanted["square"] + network.stem.weight.grad.square().mean() / 3
+    means = gradients.means()
+    torch.testing.assert_close(means["left.block1.expert2.w2"], wanted["left"])
+    torch.testing.assert_close(means["right.block1.expert2.w2"], wanted["right"])
+    torch.testing.assert_close(means["square.stem.weight"], wanted["square"])
+    assert "square.block0.gate_bias" not in means  # it has no gradient
+
+
+@pytest.mark.parametrize("cut", [9, 13])
+def test_killed_retraining_ends_in_the_same_master_and_statistics(
+    first: Checkpoint, master: Checkpoint, dataset: Dataset, tmp_path: Path, cut: int
+):
+    class PowerCutError(Exception):
+        pass
+
+    def on_step(number: int, _: Figures) -> None:
+        if number == cut:
+            raise PowerCutError
+
+    with pytest.raises(PowerCutError):
+        train(CONFIG, dataset, VERSION, OPTIONS, tmp_path, parent=first, watcher=Watcher(on_step))
+    assert (tmp_path / RESUME).is_file()
+    again = train(CONFIG, dataset, VERSION, OPTIONS, tmp_path, parent=first)
+    assert again.weights_sha256 == master.weights_sha256
+    assert (tmp_path / STATISTICS).read_bytes() == (master.folder / STATISTICS).read_bytes()
+
+
+def test_statistics_do_not_change_the_training(first: Checkpoint, master: Checkpoint, dataset: Dataset, tmp_path: Path):
+    plain = OPTIONS.model_copy(update={"method": None})
+    parent = tmp_path / "parent"
+    shutil.copytree(first.folder, parent)
+    shutil.copyfile(first.folder / MASTER, parent / WEIGHTS)  # as a training without a method starts from the weights
+    again = train(CONFIG, dataset, VERSION, plain, tmp_path / "again", parent=load_checkpoint(parent))
+    assert again.weights_sha256 == master.weights_sha256
+
+
+def test_next_training_starts_from_the_master(first: Checkpoint, master: Checkpoint):
+    assert first.lineage.master
+    start = start_of(first, "shapes")
+    assert (start.path, start.master) == (first.folder / MASTER, first.lineage.master)
+    assert master.lineage.start_master == first.lineage.master
+    assert master.lineage.start == "master"
+    rounded = load_file(first.folder / WEIGHTS), load_file(first.folder / MASTER)
+    assert any(not torch.equal(rounded[0][name], rounded[1][name]) for name in rounded[0])  # rounding is not lost
+
+
+def _copy(of: Checkpoint, to: Path) -> Checkpoint:
+    shutil.copytree(of.folder, to)
+    return load_checkpoint(to)
+
+
+def test_a_lost_master_is_replaced_by_the_fielded_weights_and_said(first: Checkpoint, dataset: Dataset, tmp_path: Path):
+    parent = _copy(first, tmp_path / "parent")
+    (parent.folder / MASTER).unlink()
+    assert "starts from the fielded weights, because their master" in start_of(parent, "shapes").says
+    assert start_of(parent, "shapes").says.endswith("is lost")
+    made = train(CONFIG, dataset, VERSION, OPTIONS.model_copy(update={"steps": 2}), tmp_path / "made", parent=parent)
+    assert (made.lineage.start, made.lineage.start_master) == ("fielded", None)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "of other weights"])
+def test_a_damaged_master_is_replaced_by_the_fielded_weights_and_said(
+    first: Checkpoint, master: Checkpoint, tmp_path: Path, damage: str
+):
+    parent = _copy(first, tmp_path / "parent")
+    content = bytearray((parent.folder / MASTER).read_bytes())
+    content[-3] ^= 1
+    given = {"cut": content[:-1000], "flipped": content, "of other weights": (master.folder / WEIGHTS).read_bytes()}
+    (parent.folder / MASTER).write_bytes(given[damage])
+    start = start_of(parent, "shapes")
+    assert (start.path, start.master) == (parent.folder / WEIGHTS, None)
+    assert "is not their master" in start.says
+
+
+def test_a_master_of_another_line_is_not_used(first: Checkpoint):
+    start = start_of(first, "bottles")
+    assert start.master is None
+    assert start.says.endswith("their master is of another line, shapes")
+
+
+def test_a_rollback_between_master_and_update_is_refused(
+    first: Checkpoint, master: Checkpoint, checkpoint: Checkpoint, tmp_path: Path
+):
+    with pytest.raises(CheckpointError, match="rolled back since"):
+        publish(master, checkpoint, 0.03, "bfloat16", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_an_update_cannot_carry_is_in_the_next_one(first: Checkpoint, master: Checkpoint, dataset: Dataset, tmp_path: Path):
+    coarse = publish(master, first, 0.3, "bfloat16", tmp_path / "coarse")
+    idle = OPTIONS.model_copy(update={"steps": 1, "learning_rate": 1e-9, "weight_decay": 0, "ema": 0})  # learns nothing new
+    trained = train(CONFIG, dataset, VERSION, idle, tmp_path / "idle", parent=coarse)
+    caught_up = publish(trained, coarse, 0.001, "bfloat16", tmp_path / "fine")
+
+    def gap(ours: Checkpoint) -> float:
+        theirs = named(master.network())
+        return sum(float((weight - theirs[name]).square().sum()) for name, weight in named(ours.network()).items())
+
+    assert gap(coarse) > 0.5 * gap(first)
+    assert gap(caught_up) < 0.2 * gap(coarse)
+
+
+def test_lineage_of_an_older_ferry_keeps_its_hash(checkpoint: Checkpoint):
+    dumped = checkpoint.lineage.model_dump(mode="json")
+    assert {"master", "start_master", "method", "level", "polished"}.isdisjoint(dumped)
+    assert "method" not in TrainOptions().model_dump(mode="json")
