@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import save
 
 from ota import delta
-from ota.delta import encode
+from ota.delta import encode, numbers
 from ota.delta import format as container
 from ota.delta.encode import Elements, Pair
+from ota.delta.factors import read
 from ota.delta.header import BundleFile
 from ota.delta.numbers import KINDS, KindName
 from registry.lineage import file_sha256
@@ -101,17 +103,55 @@ def _values(data: bytes, kind: str) -> npt.NDArray[np.float64]:
     return np.frombuffer(data, kind).astype(np.float64).reshape(ROWS, COLUMNS)
 
 
-def make(name: str) -> bytes:
-    """Encode a golden delta as the encoder does today."""
-    old, new = files(name)
+UPDATES = [f"{kind} update" for kind in ("float32", "float16", "bfloat16", "int8", "int4")]
+"""Deltas of format version 2, made from factors."""
+
+
+def update(name: str) -> tuple[bytes, bytes, dict[str, Any]]:
+    """Make the old and the new file of a golden update, and its factors: a matrix that moves by a product, one that stays, one of steps."""
+    kind = name.split(maxsplit=1)[0]
+    seed, one = UPDATES.index(name), ROWS * COLUMNS * KINDS[kind].width // (2 if kind == "int4" else 1)
+    before = b"".join(stored(drawn(seed + at, ROWS, COLUMNS) * 0.25, kind) for at in (400, 500, 600))
+    sizes = np.array([40.0, 12.0, 3.0])
+    left = np.rint(drawn(700 + seed, ROWS, 3) * sizes).astype(np.int32) * np.array([4, 1, 1], np.int32)
+    right = np.rint(drawn(800 + seed, 3, COLUMNS) * sizes[:, None]).astype(np.int32)
+    steps = np.rint(drawn(900 + seed, ROWS, COLUMNS) * 0.7).astype(np.int32).reshape(-1)
+    parts = [numbers.codes(before[at : at + one], KINDS[kind]) for at in (0, one, 2 * one)]
+    parts[0] = numbers.predicted(parts[0], left, right, -18 if KINDS[kind].mantissa else -11, KINDS[kind])
+    if KINDS[kind].mantissa:
+        parts[2] = numbers.stepped(parts[2], steps, np.float32(0.0078125), KINDS[kind])
+    factors: dict[str, Any] = {"left": left, "right": right, "steps": steps}
+    return before, b"".join(numbers.data(part, KINDS[kind]) for part in parts), factors
+
+
+def make_update(name: str) -> bytes:
+    """Encode a golden update as the encoder does today."""
+    kind = name.split(maxsplit=1)[0]
+    old, new, factors = update(name)
+    floats, one = bool(KINDS[kind].mantissa), len(new) // 3
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "old").write_bytes(old)
-        (folder / "new").write_bytes(new)
-        entry = BundleFile(role="weights", variant="full", size=len(new), sha256=file_sha256(folder / "new"))
-        elements = [Elements(0, len(new), name.split(maxsplit=1)[0], COLUMNS, 0)]
-        encode.build([Pair(entry, folder / "new", folder / "old", elements)], BASE, TARGET, folder / "patch")
-        return (folder / "patch").read_bytes()
+        tensors = {"a.left": factors["left"], "a.right": factors["right"]} | ({"c.steps": factors["steps"]} if floats else {})
+        said = {"schema_version": 1, "products": {"a": -18 if floats else -11}, "steps": {"c": "0x1.0p-7"} if floats else {}}
+        (folder / "factors").write_bytes(save(tensors, {"deltaferry": json.dumps(said)}))
+        claims = read(folder / "factors")
+        elements = [Elements(at * one, one, kind, COLUMNS, at * one, claims.get(tensor)) for at, tensor in enumerate("abc")]
+        return _encoded(old, new, elements, folder, 2)
+
+
+def make(name: str) -> bytes:
+    """Encode a golden delta as the encoder does today for programs before 0.3.0."""
+    old, new = files(name)
+    with tempfile.TemporaryDirectory() as place:
+        return _encoded(old, new, [Elements(0, len(new), name.split(maxsplit=1)[0], COLUMNS, 0)], Path(place), 1)
+
+
+def _encoded(old: bytes, new: bytes, elements: list[Elements], folder: Path, version: int) -> bytes:
+    (folder / "old").write_bytes(old)
+    (folder / "new").write_bytes(new)
+    entry = BundleFile(role="weights", variant="full", size=len(new), sha256=file_sha256(folder / "new"))
+    encode.build([Pair(entry, folder / "new", folder / "old", elements)], BASE, TARGET, folder / "patch", version)
+    return (folder / "patch").read_bytes()
 
 
 def ways(patch: bytes) -> tuple[set[str], int]:
@@ -125,9 +165,9 @@ def ways(patch: bytes) -> tuple[set[str], int]:
 def main() -> None:
     """Add the missing deltas to tests/golden/deltas.json."""
     there: dict[str, Any] = json.loads(DELTAS.read_bytes()) if DELTAS.is_file() else {}
-    for name in NAMES:
+    for name in (*NAMES, *UPDATES):
         if name not in there:
-            there[name] = base64.b64encode(make(name)).decode()
+            there[name] = base64.b64encode(make(name) if name in NAMES else make_update(name)).decode()
     DELTAS.parent.mkdir(exist_ok=True)
     DELTAS.write_text(json.dumps(there, indent=1) + "\n")
 

@@ -132,6 +132,21 @@ def test_published_delta_is_read(name):
     assert golden_kit.ways(patch)[0] == {name.split()[1]}
 
 
+@pytest.mark.parametrize("name", golden_kit.UPDATES)
+def test_published_update_is_read(name):
+    """Read updates of format version 2 that were published once."""
+    old, new, _ = golden_kit.update(name)
+    patch = base64.b64decode(json.loads(golden_kit.DELTAS.read_bytes())[name])
+    assert apply(patch, [Case(new, old)]) == [new]
+    assert golden_kit.ways(patch)[0] == {"same", "product"} | ({"steps"} if KINDS[name.split()[0]].mantissa else set())
+
+
+@pytest.mark.parametrize("name", golden_kit.NAMES)
+def test_version_1_is_written_byte_for_byte_as_before(name):
+    """Write, for fielded agents, the bytes that the factory wrote when there was no other version."""
+    assert golden_kit.make(name) == base64.b64decode(json.loads(golden_kit.DELTAS.read_bytes())[name])
+
+
 # Round trips
 
 
@@ -648,16 +663,16 @@ def test_bytes_after_the_end_refused(patch, cases):
 
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_refused(data):
-    for start in (b"", container.PREFIX.pack(container.MAGIC, container.VERSION, len(data))):
+    for start in (b"", *(container.PREFIX.pack(container.MAGIC, version, len(data)) for version in container.VERSIONS)):
         with pytest.raises(DeltaError):
             delta.read_header(io.BytesIO(start + data))
 
 
 def test_header_that_is_not_canonical_refused(patch):
-    length = container.PREFIX.unpack_from(patch)[2]
-    header, rest = patch[container.PREFIX.size :][:length], patch[container.PREFIX.size + length :]
+    stream = io.BytesIO(patch)
+    header, rest = delta.read_header(stream).canonical(), stream.read()
     for other in (header.replace(b",", b", ", 1), header[:-1] + b',"base":"' + b"c" * 64 + b'"}', header + b" "):
-        start = container.PREFIX.pack(container.MAGIC, container.VERSION, len(other))
+        start = container.PREFIX.pack(container.MAGIC, 1, len(other))
         with pytest.raises(DeltaError, match="header is damaged"):
             delta.read_header(io.BytesIO(start + other + rest))
 
@@ -673,14 +688,14 @@ def test_wrong_base_is_noticed(patch, cases, keep, add):
 def test_delta_of_another_format_is_not_read(patch, cases, version):
     other = bytearray(patch)
     other[len(container.MAGIC)] = version
-    with pytest.raises(DeltaError, match=f"format version {version}, but this agent reads 1"):
+    with pytest.raises(DeltaError, match=f"format version {version}, but this agent reads 1 and 2"):
         apply(bytes(other), cases)
 
 
 def test_newer_format_asks_for_newer_agent(patch, cases):
     newer = bytearray(patch)
     newer[len(container.MAGIC)] += 1
-    with pytest.raises(DeltaError, match="format version 2, but this agent reads 1; update the agent"):
+    with pytest.raises(DeltaError, match="format version 3, but this agent reads 1 and 2; update the agent"):
         apply(bytes(newer), cases)
 
 
@@ -731,7 +746,7 @@ def crafted(case: Case, *records: Record, **fields: Any) -> bytes:
     made = json.loads(Header(base=BASE, target=TARGET, files=[file]).canonical())
     made["files"][0].update(fields)  # also to values that a header may not have
     header = json.dumps(made, sort_keys=True, separators=(",", ":")).encode()
-    return container.PREFIX.pack(container.MAGIC, container.VERSION, len(header)) + header + b"".join(r.pack() for r in records)
+    return container.PREFIX.pack(container.MAGIC, 1, len(header)) + header + b"".join(r.pack() for r in records)
 
 
 def refuse(case: Case, *records: Record, sentence: str, **fields: Any) -> None:
@@ -954,7 +969,8 @@ def gap(zeros: int) -> bytes:
         pytest.param(table(words(), words(length=4, row=1)), "claims other numbers", id="makes too much"),
         pytest.param(table(words(length=401)), "in an unknown way", id="half a number"),
         pytest.param(table(words(), bytes={FIRST: 6}), "in an unknown way", id="unknown numbers"),
-        pytest.param(table(words(), bytes={FIRST + 1: 32}), "in an unknown way", id="unknown flag"),
+        pytest.param(table(words(), bytes={FIRST + 1: 64}), "in an unknown way", id="unknown flag"),
+        pytest.param(table(words(), bytes={FIRST + 1: 48}), "in an unknown way", id="factors in two ways"),
         pytest.param(table(words(), bytes={FIRST + 1: 4}), "ends too early", id="step missing"),
         pytest.param(table(words(step=0.0)) + ALL_ZERO * 3, "impossible steps", id="steps of nothing"),
         pytest.param(table(words(step=-1.0)) + ALL_ZERO * 3, "impossible steps", id="steps backwards"),

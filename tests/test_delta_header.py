@@ -8,9 +8,10 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+from backports import zstd
 
 from ota.delta import read_header
-from ota.delta.format import MAGIC, PREFIX, VERSION
+from ota.delta.format import MAGIC, PREFIX, VERSIONS, pack_header
 from ota.delta.header import MAX_FILES, BundleFile, DeltaFile, Header, PlainFile
 from ota.errors import DeltaError
 from ota.limits import MAX_WEIGHTS, SIZE_LIMITS
@@ -28,7 +29,7 @@ def packed(value: Any) -> bytes:
 
 
 def read(data: bytes) -> Header:
-    return read_header(io.BytesIO(PREFIX.pack(MAGIC, VERSION, len(data)) + data))
+    return read_header(io.BytesIO(PREFIX.pack(MAGIC, 1, len(data)) + data))
 
 
 def changed(*path: Any) -> Any:
@@ -79,6 +80,50 @@ REFUSED = {
 def test_header_comes_back_as_the_same_bytes(name):
     data = packed(ACCEPTED[name])
     assert read(data).canonical() == data
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_header_is_read_as_it_was_written(name, version):
+    header = read(packed(ACCEPTED[name]))
+    again = read_header(io.BytesIO(pack_header(header, version)))
+    assert again == header
+
+
+HASHES = bytes([2]) + bytes.fromhex(A) + bytes.fromhex(B)
+
+
+def numbered(text: bytes, hashes: bytes = HASHES) -> bytes:
+    """Build a header of version 2 from JSON in which numbers stand for hashes."""
+    data = hashes + zstd.compress(text)
+    return PREFIX.pack(MAGIC, 2, len(data)) + data
+
+
+TEXT = b'{"base":"0","files":[{"base":"1","base_size":9,"target":{"sha256":"0","size":9}}],"target":"1"}'
+
+
+def test_numbers_stand_for_hashes():
+    assert read_header(io.BytesIO(numbered(TEXT))) == Header(A, B, [DeltaFile(PlainFile(9, A), B, 9)])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(numbered(b""), id="nothing"),
+        pytest.param(numbered(TEXT.replace(b'"1"', b'"2"')), id="a hash that is not there"),
+        pytest.param(numbered(TEXT.replace(b'"1"', b'"0"')), id="a hash that is not used"),
+        pytest.param(numbered(TEXT, bytes([2]) + 2 * bytes.fromhex(A)), id="a hash twice"),
+        pytest.param(numbered(TEXT, bytes([255])), id="hashes that are missing"),
+        pytest.param(numbered(TEXT.replace(b'"0"', b'"' + A.encode() + b'"')), id="a hash in full"),
+        pytest.param(numbered(TEXT.replace(b'"0"', b'"00"')), id="a number in another form"),
+        pytest.param(numbered(TEXT.replace(b",", b", ")), id="another JSON"),
+        pytest.param(numbered(TEXT + b" " * 70_000), id="a bomb"),
+        pytest.param(PREFIX.pack(MAGIC, 2, 0), id="no byte"),
+    ],
+)
+def test_header_of_version_2_has_one_form(data):
+    with pytest.raises(DeltaError, match="header is damaged"):
+        read_header(io.BytesIO(data))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -25,6 +25,9 @@ Graph = Annotated[Path | None, typer.Option("--graph", parser=_named, metavar="<
 OldGraph = Annotated[
     Path | None, typer.Option("--old-graph", parser=_named, metavar="<path>", help=commands.OLD_GRAPH, show_default=False)
 ]
+Factors = Annotated[
+    Path | None, typer.Option("--factors", parser=_named, metavar="<path>", help=commands.FACTORS, show_default=False)
+]
 
 
 @delta_app.callback()
@@ -40,11 +43,12 @@ def delta_build(
     output: Annotated[Path, typer.Option("--output", "-o", parser=_named, metavar="<path>", help=commands.OUTPUT_OF_BUILD)],
     graph: Graph = None,
     old_graph: OldGraph = None,
+    factors: Factors = None,
     as_json: Json = False,
 ) -> None:
     """Print the answer of `commands.build`."""
     with reported_errors(commands.AFTER_INTERRUPT):
-        made = commands.build(old, new, output, graph, old_graph)
+        made = commands.build(old, new, output, graph, old_graph, factors)
         answer(as_json, made.value, made.text)
 
 
@@ -87,9 +91,10 @@ def delta_estimate(
     new: Annotated[Path, typer.Argument(parser=_named, help=commands.NEW)],
     graph: Graph = None,
     old_graph: OldGraph = None,
+    factors: Factors = None,
     as_json: Json = False,
 ) -> None:
     """Print the answer of `commands.estimate`."""
     with reported_errors(commands.AFTER_INTERRUPT):
-        made = commands.estimate(old, new, graph, old_graph)
+        made = commands.estimate(old, new, graph, old_graph, factors)
         answer(as_json, made.value, made.text)

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("old", type=_named, metavar="OLD", help=commands.OLD)
     made.add_argument("new", type=_named, metavar="NEW", help=commands.NEW_OF_MODEL)
     output(made, commands.OUTPUT_OF_BUILD)
-    options(made, ("--graph", commands.GRAPH), ("--old-graph", commands.OLD_GRAPH))
+    options(made, ("--graph", commands.GRAPH), ("--old-graph", commands.OLD_GRAPH), ("--factors", commands.FACTORS))
     answers_json(made)
 
     made = command(apply)
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     made = command(estimate)
     made.add_argument("old", type=_named, metavar="OLD", help=commands.OLD)
     made.add_argument("new", type=_named, metavar="NEW", help=commands.NEW)
-    options(made, ("--graph", commands.GRAPH), ("--old-graph", commands.OLD_GRAPH))
+    options(made, ("--graph", commands.GRAPH), ("--old-graph", commands.OLD_GRAPH), ("--factors", commands.FACTORS))
     answers_json(made)
     return root
 
@@ -85,7 +85,7 @@ def _named(text: str) -> Path:
 
 def build(given: Arguments) -> commands.Answer:
     """Pass what was given to `commands.build`."""
-    return commands.build(given.old, given.new, given.output, given.graph, given.old_graph)
+    return commands.build(given.old, given.new, given.output, given.graph, given.old_graph, given.factors)
 
 
 def apply(given: Arguments) -> commands.Answer:
@@ -100,7 +100,7 @@ def inspect(given: Arguments) -> commands.Answer:
 
 def estimate(given: Arguments) -> commands.Answer:
     """Pass what was given to `commands.estimate`."""
-    return commands.estimate(given.old, given.new, given.graph, given.old_graph)
+    return commands.estimate(given.old, given.new, given.graph, given.old_graph, given.factors)
 
 
 def call(words: list[str]) -> int:

@@ -36,6 +36,7 @@ NEW_OF_MODEL = "New file: ONNX, safetensors, or any other."
 OUTPUT_OF_BUILD, OUTPUT_OF_APPLY = "Delta file to write.", "New file to write."
 GRAPH = "ONNX file that describes NEW, if NEW is its external data."
 OLD_GRAPH = "ONNX file that describes OLD; --graph by default."
+FACTORS = "Factors of the training that made NEW from OLD (update.safetensors)."
 OF, FROM = "New file, to show tensor names.", "Old file, to show the bytes of each tensor."
 PLOT = "Picture to write: .svg or .png."
 JSON = "Print one JSON object instead of text."
@@ -68,11 +69,13 @@ def named(text: str) -> Path:
     return Path(text)
 
 
-def build(old: Path, new: Path, output: Path, graph: Path | None = None, old_graph: Path | None = None) -> Answer:
+def build(
+    old: Path, new: Path, output: Path, graph: Path | None = None, old_graph: Path | None = None, factors: Path | None = None
+) -> Answer:
     """Write a delta; arguments and errors are those of `ota.delta.files.build`."""
     from ota.delta import files
 
-    built = files.build(old, new, output, graph, old_graph)
+    built = files.build(old, new, output, graph, old_graph, factors)
     size = new.stat().st_size
     value = {"patch": str(output), "bytes": built.size, "of": size, "by_kind": built.by_kind}
     return Answer(value, f"{shown(output)}: {built.size:,} bytes{_share(size, built.size)}")
@@ -108,11 +111,13 @@ def inspect(
     return Answer(value, _table(parts, by_tensor=base is not None))
 
 
-def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> Answer:
+def estimate(
+    old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None, factors: Path | None = None
+) -> Answer:
     """Forecast the size of a delta; arguments and errors are those of `ota.delta.files.forecast`."""
     from ota.delta import files
 
-    found, size = files.forecast(old, new, graph, old_graph), new.stat().st_size
+    found, size = files.forecast(old, new, graph, old_graph, factors), new.stat().st_size
     bounds = f"between {found.low:,} and {found.high:,}"
     text = f"about {found.bytes:,} bytes{_share(size, found.bytes)}; {bounds}"
     if not found.close:

@@ -15,43 +15,41 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ota.delta import lowrank, numbers, streams
-from ota.delta.format import Product, Segment, pack_table
-from ota.delta.numbers import CONTEXTS, Kind
+from ota.delta import lowrank, numbers, streams, updates
+from ota.delta.format import MAX_RANK, VERSION, Segment, pack_table
+from ota.delta.numbers import CONTEXTS, Kind, Product
 from ota.delta.plan import File, Piece
+from ota.delta.sharing import entropy, half_octaves, joint, share
 
-STREAM_COST = 80  # bytes that one more stream costs, even if it is empty
-TOKEN_COST = 0.7  # bytes that a token adds to a Huffman table
 SCALE_COST = 0.65  # bytes that a row's or column's scale costs
 NEVER = -2000  # the scale of numbers that do not move at all
 NEAR = 0.6  # share of a piece's bytes; a description that takes more is also tried without predecessors
 CLEARLY = 0.3  # bits a number; a product that saves more than this is not compared with the description without it
 LEAST_MOVED = 0.3  # share of numbers that have to move before a product is looked for
 SAMPLE = 1 << 14  # numbers that are sampled to choose row and column scales
-MAX_STREAM_CONTEXTS = 24  # neighbouring contexts that may share a stream; bounds the search
 
 
-def payload_of(group: Sequence[Piece], made: bytes, old: File | None) -> bytes:
-    """Encode the payload of a record of numbers in the shortest of the ways that are tried."""
+def payload_of(group: Sequence[Piece], made: bytes, old: File | None, version: int = VERSION) -> bytes:
+    """Encode the payload of a record of numbers, for a version of the format, in the shortest of the ways that are tried."""
     said: list[Description] = []
     for piece in group:
         at = piece.start - group[0].start
-        said.append(describe(piece, numbers.codes(made[at : at + piece.length], piece.kind), _before(piece, old)))
+        said.append(describe(piece, numbers.codes(made[at : at + piece.length], piece.kind), _before(piece, old), version))
     segments = [one.segment for one in said]
     together, ids = np.concatenate([one.values for one in said]), np.concatenate([one.classes for one in said])
     rest = b"".join(streams.encode(part) for one in said for part in one.missed)
     sample = _sampled(ids)
-    stream_of = _share(_joint(sample, streams.tokens(_sampled(together))[0]), len(ids) / len(sample))
+    stream_of = share(joint(sample, streams.tokens(_sampled(together))[0]), len(ids) / len(sample))
     count = int(stream_of.max()) + 1
     ways: list[bytes] = []
     if count == 1 or all(s.old is None for s in segments):  # one stream: zstd may find repetitions that contexts do not show
-        plain = pack_table([replace(s, rows=None, columns=None) for s in segments], None)
+        plain = pack_table([replace(s, rows=None, columns=None) for s in segments], None, version)
         width = max(piece.kind.width for piece in group)
         ways += [plain + streams.encode(together) + rest, plain + streams.planes(together, width) + rest]
     if count > 1:
         ids = numbers.translated(ids, np.pad(stream_of, (0, 256 - CONTEXTS)))
         parts = [streams.encode(together[np.flatnonzero(ids == number)]) for number in range(count)]
-        ways.append(pack_table(segments, stream_of) + b"".join(parts) + rest)
+        ways.append(pack_table(segments, stream_of, version) + b"".join(parts) + rest)
     return min(ways, key=len)
 
 
@@ -85,7 +83,7 @@ class Description:
     def cost(self) -> float:
         """The estimated size in bytes, if each context had a code of its own."""
         symbols, below = self._tokens(_sampled(self.values))
-        bits = _bits(_joint(_sampled(self.classes), symbols)) + int(below.sum(dtype=np.int64))
+        bits = _bits(joint(_sampled(self.classes), symbols)) + int(below.sum(dtype=np.int64))
         apart = sum(map(alone, (*self.missed, *sides(self.segment))))
         return len(self.values) / max(len(symbols), 1) * bits / 8 + _scales(self.segment) + apart
 
@@ -100,14 +98,14 @@ def _bits(counts: npt.NDArray[np.int64]) -> float:
 
     The entropy of a sample is too low, by half a nat for each occupied cell of the histogram (Miller 1955). This is added.
     """
-    return float(_entropy(counts).sum()) + np.count_nonzero(counts) / (2 * math.log(2))
+    return float(entropy(counts).sum()) + np.count_nonzero(counts) / (2 * math.log(2))
 
 
-def describe(piece: Piece, after: numbers.Codes, before: numbers.Codes) -> Description:
+def describe(piece: Piece, after: numbers.Codes, before: numbers.Codes, version: int = VERSION) -> Description:
     """Choose the cheapest description of how the numbers of a piece moved.
 
     The choice is between moves one by one, steps of one size, a product of thin matrices, and moves from 0 if the old numbers
-    help little.
+    help little. Steps and product are those that the trainer claims, otherwise they are searched for.
     """
     row = piece.row if 1 < piece.row < len(before) else 0
     plain = Segment(piece.kind, piece.length, row or len(before), piece.old, NEVER)
@@ -117,9 +115,13 @@ def describe(piece: Piece, after: numbers.Codes, before: numbers.Codes) -> Descr
     moved = numbers.difference(after, before, piece.kind).astype(np.uint32)
     if piece.old is None or piece.kind.name == "bytes":
         return _scaled(plain, change, before, moved, row)
-    share = np.count_nonzero(moved) / len(before)
-    step = _step(change, after, before, piece.kind) if piece.kind.mantissa and 0.01 < share < 0.95 else None
-    product = _product(change, before, row, piece.kind) if row and share > LEAST_MOVED and step is None else None
+    share_moved = np.count_nonzero(moved) / len(before)
+    step = piece.claim.step if piece.claim else None
+    if step is None and piece.kind.mantissa and 0.01 < share_moved < 0.95:
+        step = _step(change, after, before, piece.kind)
+    product = _claimed(piece, row, version) if row else None
+    if product is None and row and share_moved > LEAST_MOVED and (step is None or version > 1):
+        product = _product(change, before, row, piece.kind)
     if product:
         segment = replace(plain, product=product)
         nearer = segment.before(before)
@@ -137,6 +139,20 @@ def describe(piece: Piece, after: numbers.Codes, before: numbers.Codes) -> Descr
         alone = _scaled(replace(plain, old=None), numbers.changes(after, zeros, piece.kind), zeros, by, row)
         best = min(best, alone, key=lambda said: said.cost)
     return best
+
+
+def _claimed(piece: Piece, row: int, version: int) -> Product | None:
+    """Return the rows of the trainer's product that move a piece; None if there is none, or it does not fit into a segment."""
+    if piece.claim is None or piece.claim.exponent is None or piece.row != row:
+        return None
+    count = piece.length * 2 if piece.kind.packed else piece.length // piece.kind.width
+    most = MAX_RANK if version == 1 else updates.MAX_RANK
+    if piece.first % row or piece.claim.rank > most or piece.claim.rank * (-(-count // row) + row) > count:
+        return None
+    product = piece.claim.product()
+    if product is None or product.left is None:
+        return None
+    return replace(product, left=product.left[piece.first // row :][: -(-count // row)])
 
 
 def _stepped(
@@ -176,7 +192,7 @@ def _scaled(
     mean = float(distance.mean(dtype=np.float64)) if len(distance) else 0.0
     if not mean:
         return Description(plain, plain.contexts(before), values)
-    segment = replace(plain, scale=int(_half_octaves(np.array(mean))))
+    segment = replace(plain, scale=int(half_octaves(np.array(mean))))
     if row:
         segment = _by_row_or_column(segment, distance, before, values, row)
     return Description(segment, segment.contexts(before), values)
@@ -199,14 +215,14 @@ def _by_row_or_column(
 
     def cost(way: Segment) -> float:
         part = replace(way, rows=None if way.rows is None else way.rows[: len(table) : step])
-        return len(distance) / len(old) * _bits(_joint(part.contexts(old), symbols)) / 8 + _scales(way)
+        return len(distance) / len(old) * _bits(joint(part.contexts(old), symbols)) / 8 + _scales(way)
 
     return min(ways, key=cost)
 
 
 def _apart(means: npt.NDArray[np.float64], scale: int) -> npt.NDArray[np.int16]:
     """Return how far the mean of each row or column lies from the common scale, in half octaves, at most 20 either way."""
-    return np.clip(_half_octaves(means) - scale, -20, 20).astype(np.int16)
+    return np.clip(half_octaves(means) - scale, -20, 20).astype(np.int16)
 
 
 def _mean_bits(values: streams.Numbers) -> float:
@@ -217,7 +233,7 @@ def _mean_bits(values: streams.Numbers) -> float:
 def alone(values: streams.Numbers) -> float:
     """Estimate how many bytes numbers cost in a stream of their own."""
     symbols, below = streams.tokens(values)
-    return (float(_entropy(np.bincount(symbols, minlength=1)[None]).sum()) + int(below.sum(dtype=np.int64))) / 8
+    return (float(entropy(np.bincount(symbols, minlength=1)[None]).sum()) + int(below.sum(dtype=np.int64))) / 8
 
 
 def _sampled(found: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -273,59 +289,3 @@ def _step(change: npt.NDArray[np.float32], after: numbers.Codes, before: numbers
             found = np.nextafter(found, direction)
             near_by.append(found)
     return max(near_by, key=hits)
-
-
-def _half_octaves(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:
-    """Return 2 · log2 of values, rounded to the nearest integer in the same way on every machine."""
-    part, exponent = np.frexp(np.maximum(values, 1e-60))  # parts in [1/2, 1)
-    found: npt.NDArray[np.int32] = 2 * exponent - (part < 2**-0.25) - (part < 2**-0.75)
-    return found
-
-
-def _joint(classes: npt.NDArray[np.uint8], symbols: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Count how often each token occurs in each context, [64, tokens]."""
-    both = classes.astype(np.intp)
-    both *= streams.TOKENS
-    both += symbols
-    return np.bincount(both, minlength=CONTEXTS * streams.TOKENS).reshape(CONTEXTS, streams.TOKENS)
-
-
-def _entropy(counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return the bits for the tokens of each row of a histogram, each row with its own code; rounded so that machines agree."""
-    total = counts.sum(axis=-1, dtype=np.float64)
-    found: npt.NDArray[np.float64] = total * np.log2(np.maximum(total, 1)) - (counts * np.log2(np.maximum(counts, 1))).sum(
-        axis=-1
-    )
-    return found.round(3)
-
-
-def _share(counts: npt.NDArray[Any], each: float) -> npt.NDArray[np.uint8]:
-    """Assign each context to a stream; neighbouring contexts share one where that costs least.
-
-    Dynamic programming finds where to cut the sequence of used contexts.
-
-    Args:
-        counts: of tokens in a sample, [64, tokens].
-        each: how many numbers one sampled number stands for.
-    """
-    used = np.flatnonzero(counts.sum(axis=1))
-    counts = counts[used][:, np.flatnonzero(counts.sum(axis=0))]
-    sums = np.concatenate((np.zeros((1, counts.shape[1])), np.cumsum(counts, axis=0, dtype=np.float64)))
-    cost, cut = [0.0], [0]
-    for stop in range(1, len(used) + 1):
-        first = max(0, stop - MAX_STREAM_CONTEXTS)
-        joined = sums[stop] - sums[first:stop]  # [starts, tokens]
-        spent = (
-            each * _entropy(joined) / 8 + STREAM_COST + TOKEN_COST * np.count_nonzero(joined, axis=1) + np.array(cost[first:stop])
-        )
-        best = int(spent.argmin())
-        cost.append(float(spent[best]))
-        cut.append(first + best)
-    stream_of, stop, starts = np.zeros(CONTEXTS, np.uint8), len(used), []
-    while stop:
-        starts.append((cut[stop], stop))
-        stop = cut[stop]
-    # Contexts that the sample missed join their neighbours.
-    for number, (start, _) in enumerate(reversed(starts)):
-        stream_of[used[start] if start else 0 :] = number
-    return stream_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,23 +13,24 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 import bsdiff4
 import numpy as np
 
-from ota.delta import streams
+from ota.delta import streams, updates
 from ota.delta.blocks import WINDOWS
 from ota.delta.describe import payload_of
 from ota.delta.format import (
     BSDIFF,
     KINDS,
-    MAGIC,
     MAX_CHUNK,
     MAX_RECORDS,
     MAX_SMALL,
     NUMBERS,
-    PREFIX,
     RECORD,
     SAME,
+    UPDATE,
+    UPDATE_WEIGHS,
     VERSION,
     ZSTD,
     ZSTD_PREFIX,
+    pack_header,
 )  # fmt: skip
 from ota.delta.header import DeltaFile, Header
 from ota.delta.numbers import KINDS as KIND_NAMES
@@ -43,7 +45,7 @@ from ota.delta.plain import (
     record,
     size_of,
 )  # fmt: skip
-from ota.delta.plan import LEAST_PLAIN, Elements, File, Pair, Piece, is_plain, open_file, plan, sha256_of
+from ota.delta.plan import LEAST_PLAIN, Elements, File, Pair, Piece, is_plain, is_update, moved, open_file, plan, sha256_of
 from ota.errors import DeltaError
 from ota.limits import KiB
 
@@ -74,7 +76,7 @@ class Built:
     """Payload bytes by record kind."""
 
 
-def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
+def build(pairs: Sequence[Pair], base: str, target: str, out: Path, version: int = VERSION) -> Built:
     """Write the delta that turns the old files into the new ones.
 
     Args:
@@ -82,6 +84,7 @@ def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
         base: sha256 of the old bundle's manifest, or of the old plain file.
         target: sha256 of the new bundle's manifest, or of the new plain file.
         out: file to write.
+        version: of the format; agents before 0.3.0 read version 1 alone.
 
     Raises:
         DeltaError: a bundle's file that is neither weights nor an overlay is larger than `MAX_SMALL`, or its predecessor is; a file takes more than
@@ -89,24 +92,26 @@ def build(pairs: Sequence[Pair], base: str, target: str, out: Path) -> Built:
         OperatorError: a file became shorter while it was read.
     """
     with out.open("wb") as file:
-        return write(pairs, base, target, file)
+        return write(pairs, base, target, file, version)
 
 
-def write(pairs: Sequence[Pair], base: str, target: str, file: BinaryIO) -> Built:
+def write(pairs: Sequence[Pair], base: str, target: str, file: BinaryIO, version: int = VERSION) -> Built:
     """Write the delta to an open file; arguments and errors are those of `build`."""
-    plans: list[list[list[Piece]]] = [plan(pair) for pair in pairs]
-    file.write(header_of(pairs, base, target))
+    plans: list[list[list[Piece]]] = [plan(pair, version) for pair in pairs]
+    file.write(header_of(pairs, base, target, version))
     by_kind = dict.fromkeys(KINDS.values(), 0)
     for pair, groups in zip(pairs, plans, strict=True):
-        for count, (kind, length, check, base_offset, payload) in enumerate(_encode(pair, groups)):
-            if count == MAX_RECORDS:
+        count = 0
+        for kind, length, check, base_offset, payload in _encode(pair, groups, version):
+            count += UPDATE_WEIGHS if kind == UPDATE else 1
+            if count > MAX_RECORDS:
                 raise DeltaError(f"a file would take more than {MAX_RECORDS} records; publish it without a delta")
             file.write(RECORD.pack(kind, length, len(payload), base_offset, check) + payload)
             by_kind[KINDS[kind]] += len(payload)
     return Built(file.tell(), by_kind)
 
 
-def header_of(pairs: Sequence[Pair], base: str, target: str) -> bytes:
+def header_of(pairs: Sequence[Pair], base: str, target: str, version: int = VERSION) -> bytes:
     """Make the bytes that a delta begins with: prefix and header."""
     files = [
         DeltaFile(
@@ -116,16 +121,15 @@ def header_of(pairs: Sequence[Pair], base: str, target: str) -> bytes:
         )
         for pair in pairs
     ]
-    header = Header(base=base, target=target, files=files).canonical()
-    return PREFIX.pack(MAGIC, VERSION, len(header)) + header
+    return pack_header(Header(base=base, target=target, files=files), version)
 
 
-def _encode(pair: Pair, groups: list[list[Piece]]) -> Iterator[Record]:
+def _encode(pair: Pair, groups: list[list[Piece]], version: int) -> Iterator[Record]:
     new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
     if pair.whole and groups:
         yield from encode_small(new, old)
         return
-    for records in _side_by_side([lambda group=group: encode_group(group, new, old) for group in groups]):  # type: ignore[misc]
+    for records in _side_by_side([lambda group=group: encode_group(group, new, old, version) for group in groups]):  # type: ignore[misc]
         yield from records
 
 
@@ -163,16 +167,34 @@ def encode_small(new_file: File, old_file: File | None) -> list[Record]:
     return min(ways, key=size_of)
 
 
-def encode_group(group: list[Piece], new: File, old: File | None) -> list[Record]:
+def encode_group(group: list[Piece], new: File, old: File | None, version: int = VERSION) -> list[Record]:
+    if is_update(group):
+        return [encode_update(group, new)]
     first = group[0]
     made = new[first.start : group[-1].start + group[-1].length].tobytes()
     if first.old is not None and len(group) == 1 and first.same and len(made) <= MAX_CHUNK:
         return [record(SAME, made, first.old, b"")]
     if len(group) == 1 and is_plain(first):
         return encode_plain(first, made, old)
-    ways = [[record(NUMBERS, made, 0, payload_of(group, made, old))]]
+    ways = [[record(NUMBERS, made, 0, payload_of(group, made, old, version))]]
     if size_of(ways[0]) > FAR * len(made):  # so far from the old numbers that these help little
         ways.append([record(ZSTD, made, 0, compress(made, LEVEL))])
         if old and len(old.blocks.places(np.frombuffer(made, np.uint8))) > WINDOWS // 2:
             ways.append([elsewhere(part, old, LEVELS) for part in parts_of(made, old)])
     return min(ways, key=size_of)
+
+
+def encode_update(group: list[Piece], new: File) -> Record:
+    """Encode pieces that stay, or that the trainer's factors make exactly, as one record."""
+    stretches: list[updates.Stretch] = []
+    for piece in group:
+        found, last = moved(piece), stretches[-1] if stretches else None
+        if last and last.way == found.way == updates.SAME and last.old + last.length == found.old:
+            stretches[-1] = updates.Stretch(KIND_NAMES["bytes"], last.length + found.length, last.old)
+        else:
+            stretches.append(found)
+    start, checks = group[0].start, list[bytes]()
+    for part in updates.pieces(stretches):
+        checks.append(hashlib.blake2b(new[start : start + part.length].tobytes(), digest_size=updates.CHECK).digest())
+        start += part.length
+    return UPDATE, sum(piece.length for piece in group), checks[0], 0, updates.pack(stretches, checks)

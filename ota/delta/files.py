@@ -14,7 +14,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
@@ -34,6 +34,7 @@ from ota.output import shown
 
 if TYPE_CHECKING:
     from ota.delta.encode import Built
+    from ota.delta.factors import Claim
     from ota.delta.forecast import Forecast
 
 _ONNX_KINDS: dict[int, KindName] = {
@@ -67,7 +68,10 @@ class Tensor:
         return math.prod(self.shape[1:]) if len(self.shape) > 1 else 0
 
 
-def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph: Path | None = None) -> Built:
+def build(
+    old: Path, new: Path, out: Path, graph: Path | None = None, old_graph: Path | None = None, factors: Path | None = None,
+    version: int = container.VERSION,
+) -> Built:  # fmt: skip
     """Write the delta that turns one file into another.
 
     Args:
@@ -76,41 +80,48 @@ def build(old: Path, new: Path, out: Path, graph: Path | None = None, old_graph:
         out: where the delta goes; see `ota.output`.
         graph: the ONNX file that says where the tensors of `new` lie, if `new` is its external data.
         old_graph: the same for `old`; None: the same as `graph`.
+        factors: what the training says of its update, see `ota.delta.factors`; it makes the delta smaller where it is right.
+        version: of the format; 1 for programs before 0.3.0.
 
     Raises:
         DeltaError: the delta would take too many records.
-        OperatorError: a file is not a regular file, cannot be read, is too large, or changes while it is read; or `out` cannot be
-            written, or is one of the input files.
+        OperatorError: a file is not a regular file, cannot be read, is too large, or changes while it is read; or `factors` is not
+            a file of factors, or these overflow; or `out` cannot be written, or is one of the input files.
     """
     from ota.delta import encode  # applying does not need it
 
-    _check_inputs(old, new, graph, old_graph)
-    output.check(out, [old, new, graph, old_graph])
+    _check_inputs(old, new, graph, old_graph, factors)
+    output.check(out, [old, new, graph, old_graph, factors])
     streams.keep_memory()
     base, target = _sha256(old), _sha256(new)
-    with output.fresh(out) as file, _unchanged({old: base, new: target}):
-        return encode.write([_pair(old, new, graph, old_graph, base, target)], base, target, file)
+    read = {factors: _sha256(factors)} if factors else {}
+    with output.fresh(out) as file, _unchanged({old: base, new: target} | read):
+        return encode.write([_pair(old, new, graph, old_graph, factors, base, target)], base, target, file, version)
 
 
-def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> int:
+def estimate(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None, factors: Path | None = None) -> int:
     """Estimate how many bytes `build` would write; see `forecast`."""
-    return forecast(old, new, graph, old_graph).bytes
+    return forecast(old, new, graph, old_graph, factors).bytes
 
 
-def forecast(old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> Forecast:
+def forecast(
+    old: Path, new: Path, graph: Path | None = None, old_graph: Path | None = None, factors: Path | None = None
+) -> Forecast:
     """Estimate, with bounds, how many bytes `build` would write, in a fraction of its time; arguments and errors are the same."""
     from ota.delta.forecast import forecast
 
-    _check_inputs(old, new, graph, old_graph)
+    _check_inputs(old, new, graph, old_graph, factors)
     streams.keep_memory()
-    return forecast([_pair(old, new, graph, old_graph, "0" * 64, "0" * 64)])
+    return forecast([_pair(old, new, graph, old_graph, factors, "0" * 64, "1" * 64)])
 
 
-def _pair(old: Path, new: Path, graph: Path | None, old_graph: Path | None, old_digest: str, digest: str) -> Pair:
+def _pair(
+    old: Path, new: Path, graph: Path | None, old_graph: Path | None, factors: Path | None, old_digest: str, digest: str
+) -> Pair:
     for path in (old, new):
         if path.stat().st_size > MAX_WEIGHTS:
             raise OperatorError(f"{shown(path)} is larger than {MAX_WEIGHTS // MiB} MiB, too large for a delta; split it")
-    found = elements(old, new, graph, old_graph)
+    found = elements(old, new, graph, old_graph, claims(factors))
     return Pair(PlainFile(size=new.stat().st_size, sha256=digest), new, old, found, old_digest)
 
 
@@ -158,7 +169,7 @@ def inspect(
     def tell(kind: str, at: int, length: int, size: float, said: Sequence[container.SegmentInfo], count: int) -> None:
         holds: dict[str, int] = {}
         for s in said:
-            what = s.kind if s.way == "each" else f"{s.kind} by {s.way}" if s.way != "new" else f"new {s.kind}"
+            what = s.kind if s.way == "each" else f"{s.way} {s.kind}" if s.way in ("new", "same") else f"{s.kind} by {s.way}"
             holds[what] = holds.get(what, 0) + s.count
         names = [t.name for t in named if t.offset < at + length and t.offset + t.length > at]
         parts.append(Part(kind, at, length, size, holds, count, names))
@@ -263,17 +274,32 @@ def _check_same(files: dict[Path, str]) -> None:
 # Which tensor follows which
 
 
-def elements(old: Path | None, new: Path, graph: Path | None = None, old_graph: Path | None = None) -> list[Elements]:
+def claims(path: Path | None) -> Mapping[str, Claim]:
+    """Read a factors file; see `ota.delta.factors.read`. Without one there are no claims."""
+    from ota.delta.factors import read
+
+    return read(path) if path else {}
+
+
+def elements(
+    old: Path | None,
+    new: Path,
+    graph: Path | None = None,
+    old_graph: Path | None = None,
+    claimed: Mapping[str, Claim] | None = None,
+) -> list[Elements]:
     """Find where the numbers of a file lie, and where in the old file the numbers lie that they follow.
 
     A tensor follows the old one of the same name, kind and shape. If there is none, it follows the next old one of the same kind
     and shape that no other tensor follows. Bytes between tensors follow the old bytes at the same distance from the last matched
-    tensor.
+    tensor. What is `claimed` of a tensor goes with it, if it fits its kind and shape.
     """
-    return stretches(tensors(new, graph), tensors(old, old_graph or graph) if old else [], new.stat().st_size)
+    return stretches(tensors(new, graph), tensors(old, old_graph or graph) if old else [], new.stat().st_size, claimed)
 
 
-def stretches(after: Sequence[Tensor], before: Sequence[Tensor], size: int) -> list[Elements]:
+def stretches(
+    after: Sequence[Tensor], before: Sequence[Tensor], size: int, claimed: Mapping[str, Claim] | None = None
+) -> list[Elements]:
     """Find where the numbers of a file of `size` bytes lie, as `elements` does, from its tensors and those of the old file."""
     followed = follow(after, before)
     found: list[Elements] = []
@@ -284,7 +310,10 @@ def stretches(after: Sequence[Tensor], before: Sequence[Tensor], size: int) -> l
         if tensor.offset > at:
             found.append(Elements(at, tensor.offset - at, "bytes", 0, max(0, at - shift)))
         predecessor = followed.get(tensor.name)
-        found.append(Elements(tensor.offset, tensor.length, tensor.kind, tensor.row, predecessor.offset if predecessor else None))
+        claim = (claimed or {}).get(tensor.name)
+        claim = claim if claim and claim.fits(tensor.kind, tensor.shape, tensor.length) else None
+        begins = predecessor.offset if predecessor else None
+        found.append(Elements(tensor.offset, tensor.length, tensor.kind, tensor.row, begins, claim))
         at = tensor.offset + tensor.length
         shift = at - (predecessor.offset + predecessor.length) if predecessor else shift
     rest = size - at

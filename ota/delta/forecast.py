@@ -33,7 +33,7 @@ from ota.delta.plain import (
     quick_size,
     size_of,
 )
-from ota.delta.plan import LEAST_PLAIN, File, Pair, Piece, is_plain, open_file, plan
+from ota.delta.plan import LEAST_PLAIN, File, Pair, Piece, is_plain, is_update, open_file, plan
 from ota.limits import KiB
 
 CLOSE = 1.3  # factor by which a forecast may be wrong and still be given as one number
@@ -76,7 +76,7 @@ class Forecast:
 
 def forecast(pairs: Sequence[Pair]) -> Forecast:
     """Estimate how large `encode.build` would make a delta; see there for arguments and errors."""
-    total, variance = _known(len(header_of(pairs, "0" * 64, "0" * 64))), 0.0
+    total, variance = _known(len(header_of(pairs, "0" * 64, "1" * 64))), 0.0
     for pair in pairs:
         new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
         found = (_small(new, old), 0.0) if pair.whole else _records(plan(pair), new, old)
@@ -124,7 +124,9 @@ def _records(groups: Sequence[list[Piece]], new: File, old: File | None) -> tupl
     spare, pieces_left = EXACT, EXACT_PIECES
     for group in sorted(groups, key=_length):
         first = group[0]
-        if len(group) == 1 and first.same and first.length <= MAX_CHUNK:
+        if is_update(group):
+            total += _made(group, new, old)
+        elif len(group) == 1 and first.same and first.length <= MAX_CHUNK:
             total += RECORD.size
         elif _length(group) <= spare and len(group) <= pieces_left:
             total += _made(group, new, old)

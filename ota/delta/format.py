@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bz2
 import hashlib
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,47 +24,48 @@ from typing import BinaryIO
 import bsdiff4
 import numpy as np
 import numpy.typing as npt
+from backports import zstd
 
-from ota.delta import numbers, streams
+from ota.delta import numbers, streams, updates, vectors
 from ota.delta.header import BundleFile, DeltaFile, Header, PlainFile, parse
-from ota.delta.numbers import CONTEXTS, KIND_OF_CODE, MAX_FACTOR, Factors, Kind, KindName, Scales
+from ota.delta.numbers import CONTEXTS, KIND_OF_CODE, MAX_FACTOR, Kind, KindName, Product, Scales
 from ota.errors import BaseError, DeltaError
 from ota.limits import KiB, MiB
 
 MAGIC = b"DFDELTA"
-VERSION = 1
+VERSION, VERSIONS = 2, (1, 2)  # the one that is written unless another is asked for; those that are read
 MAX_HEADER = 64 * KiB
 MAX_CHUNK = 1 * MiB  # bytes of the new file that one record makes
 MAX_NUMBERS = 512 * KiB  # numbers in a record; decoding takes some 40 bytes of memory for each, at worst 130
 MAX_RECORDS = 64 * KiB  # records of a file
 MAX_SEGMENTS = 128  # segments of a record: each takes time of its own, however few numbers it has
+UPDATE_WEIGHS = updates.MAX_STRETCHES // MAX_SEGMENTS  # records that an update counts as, because its stretches take as much time
 MAX_TABLE = 1 * MiB  # bytes of a record's table of segments, unpacked
 MAX_SCALE = 4000  # half octaves
-MAX_RANK = 16  # rank of the product that a segment may be predicted by
-MAX_EXPONENT = 100  # exponent of the power of two that scales that product, either way
+MAX_RANK = 16  # rank of the product that a segment may be predicted by, if all factors share one stream
+MAX_EXPONENT = updates.MAX_EXPONENT  # exponent of the power of two that scales that product, either way
 MAX_RANGE = 8 * MiB  # bytes of the old file that a record of zstd may refer to
 MAX_SMALL = 8 * MiB  # bytes of a file that is handled whole (graph, tables, golden outputs)
 MAX_BSDIFF_CONTROL = 1 * MiB  # bytes of bsdiff4's control block, unpacked
+
+# What headers look like, so that zstd need not say it (version 2).
+_USUAL = (
+    b'{"base":"0","files":[{"base":"2","base_size":,"target":{"role":"graph","sha256":"2","size":,"variant":null}},'
+    b'{"base":"3","base_size":,"target":{"role":"reference","sha256":"4","size":"golden""sampler","overlay","turbo","fast","dev"}},'
+    b'{"base":null,"base_size":0,"target":{"role":"weights","sha256":"1","size":,"variant":"full"}}],"target":"1"}'
+    b'{"base":"0","files":[{"base":"0","base_size":0,"target":{"sha256":"1","size":0}}],"target":"1"}'
+)
+_HASH, _NUMBER = re.compile(rb"[0-9a-f]{64}"), re.compile(rb'"([0-9]{1,2})"')
 
 PREFIX = struct.Struct("<7sBI")  # magic, version, header length
 RECORD = struct.Struct("<IIIQ16s")  # kind, new length, payload length, base offset, check
 _TABLE = struct.Struct("<HB")  # segments, streams
 _SEGMENT = struct.Struct("<BBhIIQ")  # kind, flags, scale, bytes, numbers in a row, base offset
-_ROWS, _COLUMNS, _STEPS, _NEW, _FACTORS = 1, 2, 4, 8, 16  # flags
+_ROWS, _COLUMNS, _STEPS, _NEW, _FACTORS, _VECTORS = 1, 2, 4, 8, 16, 32  # flags; the last since version 2
 _STEP = struct.Struct("<f")
 _PRODUCT = struct.Struct("<Bb")  # rank, exponent of two
-SAME, NUMBERS, ZSTD, BSDIFF, ZSTD_PREFIX = range(5)
-KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff", ZSTD_PREFIX: "beside"}
-
-
-@dataclass(frozen=True)
-class Product:
-    """Two thin matrices of integers whose product predicts how numbers moved; see `numbers.predicted`."""
-
-    rank: int
-    exponent: int  # of the power of two that scales the product
-    left: Factors | None = None  # [rows, rank]; None: not read yet
-    right: Factors | None = None  # [rank, columns]
+SAME, NUMBERS, ZSTD, BSDIFF, ZSTD_PREFIX, UPDATE = range(6)
+KINDS = {SAME: "same", NUMBERS: "numbers", ZSTD: "zstd", BSDIFF: "bsdiff", ZSTD_PREFIX: "beside", UPDATE: "update"}
 
 
 @dataclass(frozen=True)
@@ -112,27 +114,70 @@ class Segment:
         return -(-self.count // self.row)
 
 
-def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | None) -> bytes:
+def pack_table(segments: Sequence[Segment], stream_of: npt.NDArray[np.uint8] | None, version: int = 1) -> bytes:
     """Pack the start of a record of numbers: the table of its segments, then the factors of all their products.
 
     Args:
         segments: in the order of the file.
         stream_of: the stream of each context; None: there is one stream.
+        version: of the format. In version 1, all factors share one stream.
     """
     made = _TABLE.pack(len(segments), 1 if stream_of is None else int(stream_of.max()) + 1)
     made += b"" if stream_of is None else stream_of.tobytes()
     for s in segments:
         said = (s.rows, s.columns, s.step, None if s.old is not None else True, s.product)
-        flags = sum(
-            flag for flag, value in zip((_ROWS, _COLUMNS, _STEPS, _NEW, _FACTORS), said, strict=True) if value is not None
-        )
+        kinds = (_ROWS, _COLUMNS, _STEPS, _NEW, _FACTORS if version == 1 else _VECTORS)
+        flags = sum(flag for flag, value in zip(kinds, said, strict=True) if value is not None)
         made += _SEGMENT.pack(s.kind.code, flags, s.scale, s.length, s.row, s.old or 0)
     for s in segments:
         made += b"".join(scales.astype(np.int8).tobytes() for scales in (s.rows, s.columns) if scales is not None)
         made += b"" if s.step is None else _STEP.pack(s.step)
         made += b"" if s.product is None else _PRODUCT.pack(s.product.rank, s.product.exponent)
-    sides = [side.reshape(-1) for s in segments if s.product for side in (s.product.left, s.product.right) if side is not None]
+    held = [s.product for s in segments if s.product]
+    if version > 1:
+        apart = [vector for p in held if p.left is not None and p.right is not None for vector in (*p.left.T, *p.right)]
+        return streams.frame(made) + (vectors.encode(apart) if apart else b"")
+    sides = [side.reshape(-1) for p in held for side in (p.left, p.right) if side is not None]
     return streams.frame(made) + (streams.encode(numbers.zigzag(np.concatenate(sides))) if sides else b"")
+
+
+def pack_header(header: Header, version: int) -> bytes:
+    """Pack what a delta begins with: prefix and header.
+
+    Since version 2, the hashes are apart: each one once, in 32 bytes, and the JSON holds its number in its place.
+    """
+    data = header.canonical()
+    if version > 1:
+        hashes, numbered = _numbered(data)
+        options: dict[int, int] = {zstd.CompressionParameter.compression_level: 19}
+        packed = zstd.compress(numbered, options=options, zstd_dict=zstd.ZstdDict(_USUAL, is_raw=True).as_prefix)
+        data = bytes([len(hashes)]) + b"".join(bytes.fromhex(digest.decode()) for digest in hashes) + packed
+    return PREFIX.pack(MAGIC, version, len(data)) + data
+
+
+def _numbered(said: bytes) -> tuple[list[bytes], bytes]:
+    """Take the hashes out of the JSON of a header: return them, and the JSON with numbers in their places."""
+    hashes = list(dict.fromkeys(_HASH.findall(said)))
+    return hashes, _HASH.sub(lambda found: b"%d" % hashes.index(found[0]), said)
+
+
+def _unpacked_header(data: bytes) -> bytes:
+    """Return the JSON of a header of version 2.
+
+    Raises:
+        DeltaError: the bytes are damaged.
+    """
+    count = data[0] if data else 0
+    start = 1 + 32 * count
+    hashes = [data[at : at + 32].hex().encode() for at in range(1, start, 32)]
+    try:
+        said = streams.unpack(data[start:], None, MAX_HEADER, known=_USUAL)
+        made = _NUMBER.sub(lambda found: b'"%b"' % hashes[int(found[1])], said)
+    except (DeltaError, IndexError) as error:
+        raise DeltaError("the delta's header is damaged: it cannot be unpacked; fetch it again") from error
+    if _numbered(made) != (hashes, said):  # a hash that is not used, or is there twice: two forms of one header
+        raise DeltaError("the delta's header is damaged: its hashes are not those that it names; fetch it again")
+    return made
 
 
 OpenBase = Callable[[DeltaFile], BinaryIO]
@@ -151,11 +196,13 @@ def read_header(patch: BinaryIO) -> Header:
     magic, version, length = PREFIX.unpack(prefix)
     if magic != MAGIC:
         raise DeltaError("the file is not a delta")
-    if version != VERSION:
-        raise DeltaError(f"the delta has format version {version}, but this agent reads {VERSION}; update the agent")
+    if version not in VERSIONS:
+        read = " and ".join(map(str, VERSIONS))
+        raise DeltaError(f"the delta has format version {version}, but this agent reads {read}; update the agent")
     if length > MAX_HEADER:
         raise DeltaError(f"the delta's header claims {length} bytes, more than {MAX_HEADER}")
     data = _exactly(patch, length)
+    data = data if version == 1 else _unpacked_header(data)
     try:
         header = parse(data)
     except ValueError as error:
@@ -255,6 +302,8 @@ def records(patch: BinaryIO, file: DeltaFile, base: BinaryIO | None = None) -> I
             raise DeltaError("a record of the delta makes nothing; fetch it again")
         made += length
         payload, found, count = _exactly(patch, payload_length), list[SegmentInfo](), 0
+        if kind == UPDATE:
+            found = _told(payload, length)
         if kind == NUMBERS:
             reader = streams.Reader(payload)
             segments, stream_of, count = _read_table(reader, length)
@@ -267,6 +316,18 @@ def records(patch: BinaryIO, file: DeltaFile, base: BinaryIO | None = None) -> I
                 costs = [*spent.tolist()]
             found = [SegmentInfo(s.kind.name, s.way, s.count, s.length, cost) for s, cost in zip(segments, costs, strict=True)]
         yield RecordInfo(kind, length, RECORD.size + payload_length, found, count)
+
+
+def _told(payload: bytes, length: int) -> list[SegmentInfo]:
+    """Say what a record of an update states about each stretch; what each costs is known from the record alone."""
+    stretches, checks = updates.read(payload, length)
+    bits = np.array([sum(float(np.log2(np.abs(v) + 1.1).sum()) for v in s.vectors) for s in stretches])
+    table = 4 + streams.Reader(payload).number() + RECORD.size + sum(map(len, checks))
+    costs = table / len(stretches) + (len(payload) + RECORD.size - table) * bits / max(bits.sum(), 1.0)
+    return [
+        SegmentInfo(s.kind.name, updates.WAYS[s.way], s.count, s.length, cost)
+        for s, cost in zip(stretches, costs.tolist(), strict=True)
+    ]
 
 
 def _end(patch: BinaryIO) -> None:
@@ -286,13 +347,17 @@ def _apply_file(
         while written < file.target.size:
             count += 1
             record = _read_record(patch, file, written, count)
-            new = _held(record, output, written) if kept else None
-            kept = new is not None
-            if new is None:
-                new = _made(record, base, file)
-                output.write(new)
-            digest.update(new)
-            written += record.length
+            count += UPDATE_WEIGHS - 1 if record.kind == UPDATE else 0
+            for part in _parts(record, base, file):
+                new = _held(part, output, written) if kept else None
+                kept = new is not None
+                if new is None:
+                    new = part.make()
+                    if hashlib.blake2b(new, digest_size=16).digest() != part.check:
+                        raise DeltaError("a record of the delta does not make what it should; fetch it again")
+                    output.write(new)
+                digest.update(new)
+                written += part.length
     finally:
         if base:
             base.close()
@@ -320,16 +385,38 @@ def _read_record(patch: BinaryIO, file: DeltaFile, written: int, count: int) -> 
         raise DeltaError("a record of the delta is of an unknown kind; fetch it again, or update the agent")
     if not new_length:  # costs the sender a few bytes, and the device as much time as any other record
         raise DeltaError("a record of the delta makes nothing; fetch it again")
-    limit = MAX_SMALL if file.small and kind != NUMBERS else MAX_CHUNK
+    limit = MAX_SMALL if file.small and kind not in (NUMBERS, UPDATE) else MAX_CHUNK if kind != UPDATE else updates.MAX_BYTES
     if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:
+        raise DeltaError("a record of the delta claims more bytes than it may")
+    if kind == UPDATE and payload_length > updates.MAX_PAYLOAD:
         raise DeltaError("a record of the delta claims more bytes than it may")
     return _Record(kind, new_length, base_offset, check, _exactly(patch, payload_length))
 
 
-def _held(record: _Record, output: BinaryIO, written: int) -> bytes | None:
-    """Return what a record makes if the output holds it already; otherwise cut the output off after `written` bytes."""
-    there = output.read(record.length)
-    if hashlib.blake2b(there, digest_size=16).digest() == record.check:
+@dataclass(frozen=True)
+class _Part:
+    """Bytes that are made, checked and written at once: all of a record, or one piece of an update."""
+
+    length: int
+    check: bytes
+    make: Callable[[], bytes]
+
+
+def _parts(record: _Record, base: BinaryIO | None, file: DeltaFile) -> Iterator[_Part]:
+    """Yield the parts of a record, in the order of the file."""
+    if record.kind != UPDATE:
+        yield _Part(record.length, record.check, partial(_made, record, base, file))
+        return
+    stretches, checks = updates.read(record.payload, record.length)
+    known = partial(_base_range, base, file)
+    for piece, check in zip(updates.pieces(stretches), (record.check, *checks), strict=True):
+        yield _Part(piece.length, check, partial(piece.make, known))
+
+
+def _held(part: _Part, output: BinaryIO, written: int) -> bytes | None:
+    """Return what a part makes if the output holds it already; otherwise cut the output off after `written` bytes."""
+    there = output.read(part.length)
+    if hashlib.blake2b(there, digest_size=16).digest() == part.check:
         return there
     output.seek(written)
     output.truncate()
@@ -337,20 +424,16 @@ def _held(record: _Record, output: BinaryIO, written: int) -> bytes | None:
 
 
 def _made(record: _Record, base: BinaryIO | None, file: DeltaFile) -> bytes:
-    """Make the bytes of the new file that a record stands for, and check them."""
+    """Make the bytes of the new file that a record stands for."""
     if record.kind == NUMBERS:
-        new = _numbers(record.payload, base, file, record.length)
-    elif record.kind == SAME:
-        new = _same(record, base, file)
-    elif record.kind == BSDIFF:
-        new = _whole(record, base, file)
-    elif record.kind == ZSTD_PREFIX:
-        new = _beside(record, base, file)
-    else:
-        new = streams.unpack(record.payload, record.length)
-    if hashlib.blake2b(new, digest_size=16).digest() != record.check:
-        raise DeltaError("a record of the delta does not make what it should; fetch it again")
-    return new
+        return _numbers(record.payload, base, file, record.length)
+    if record.kind == SAME:
+        return _same(record, base, file)
+    if record.kind == BSDIFF:
+        return _whole(record, base, file)
+    if record.kind == ZSTD_PREFIX:
+        return _beside(record, base, file)
+    return streams.unpack(record.payload, record.length)
 
 
 def _same(record: _Record, base: BinaryIO | None, file: DeltaFile) -> bytes:
@@ -462,10 +545,11 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
         raise DeltaError("a record of the delta names a stream that it does not have; fetch it again")
     rows = [_SEGMENT.unpack(table.take(_SEGMENT.size)) for _ in range(segments_count)]
     segments: list[Segment] = []
-    known = _ROWS | _COLUMNS | _STEPS | _NEW | _FACTORS
+    known = _ROWS | _COLUMNS | _STEPS | _NEW | _FACTORS | _VECTORS
     for code, flags, scale, size, row, old in rows:
         kind = KIND_OF_CODE.get(code)
-        if kind is None or flags & ~known or abs(scale) > MAX_SCALE or size % kind.width:
+        both = flags & _FACTORS and flags & _VECTORS
+        if kind is None or flags & ~known or both or abs(scale) > MAX_SCALE or size % kind.width:
             raise DeltaError("a record of the delta describes numbers in an unknown way; update the agent")
         segment = Segment(kind, size, row, None if flags & _NEW else old, scale)
         if not 0 < row <= segment.count:  # scales are allocated by whole rows, so the row's length must be limited
@@ -479,22 +563,28 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
         step = np.float32(_STEP.unpack(table.take(_STEP.size))[0]) if flags & _STEPS else None
         if step is not None and not (segment.kind.mantissa and 0 < step < np.inf):
             raise DeltaError("a record of the delta describes impossible steps; fetch it again")
-        product = Product(*_PRODUCT.unpack(table.take(_PRODUCT.size))) if flags & _FACTORS else None
+        product = Product(*_PRODUCT.unpack(table.take(_PRODUCT.size))) if flags & (_FACTORS | _VECTORS) else None
+        most = updates.MAX_RANK if flags & _VECTORS else MAX_RANK
         # The product is computed in full, with the unused end of the last row, so it has to be thin.
         if product and not (
-            0 < product.rank <= MAX_RANK and abs(product.exponent) <= MAX_EXPONENT and segment.kind.name != "bytes"
+            0 < product.rank <= most and abs(product.exponent) <= MAX_EXPONENT and segment.kind.name != "bytes"
             and product.rank * (segment.table_rows + segment.row) <= segment.count
         ):  # fmt: skip
             raise DeltaError("a record of the delta describes an impossible product; fetch it again")
         segments[i] = replace(segment, rows=scales[0], columns=scales[1], step=step, product=product)
     table.end()
-    _read_factors(reader, segments)
+    _read_factors(reader, segments, [bool(flags & _FACTORS) for _, flags, *_ in rows])
+    _read_vectors(reader, segments, [bool(flags & _VECTORS) for _, flags, *_ in rows])
     return segments, stream_of, count
 
 
-def _read_factors(reader: streams.Reader, segments: list[Segment]) -> None:
-    """Read the two sides of every product, all in one stream, into the segments."""
-    sizes = [(s.table_rows * s.product.rank, s.product.rank * s.row) for s in segments if s.product]
+def _read_factors(reader: streams.Reader, segments: list[Segment], chosen: Sequence[bool]) -> None:
+    """Read the two sides of the products of the chosen segments, all in one stream, into the segments."""
+    sizes = [
+        (s.table_rows * s.product.rank, s.product.rank * s.row)
+        for s, wanted in zip(segments, chosen, strict=True)
+        if wanted and s.product
+    ]
     if not sizes:
         return
     found = numbers.signed(streams.decode(reader, sum(map(sum, sizes))))
@@ -502,7 +592,7 @@ def _read_factors(reader: streams.Reader, segments: list[Segment]) -> None:
         raise DeltaError("a record of the delta holds a factor that is too large; fetch it again")
     at = 0
     for i, segment in enumerate(segments):
-        if segment.product:
+        if segment.product and chosen[i]:
             rank, left, right = (
                 segment.product.rank,
                 segment.table_rows * segment.product.rank,
@@ -512,6 +602,19 @@ def _read_factors(reader: streams.Reader, segments: list[Segment]) -> None:
             product = replace(segment.product, left=sides[0].reshape(-1, rank), right=sides[1].reshape(rank, -1))
             segments[i] = replace(segment, product=product)
             at += left + right
+
+
+def _read_vectors(reader: streams.Reader, segments: list[Segment], chosen: Sequence[bool]) -> None:
+    """Read the vectors of the products of the chosen segments into the segments."""
+    thin = [(i, s, s.product) for i, s in enumerate(segments) if chosen[i] and s.product]
+    sizes = [size for _, s, product in thin for size in (*[s.table_rows] * product.rank, *[s.row] * product.rank)]
+    found = vectors.decode(reader, sizes) if sizes else []
+    at = 0
+    for i, segment, product in thin:
+        middle, stop = at + product.rank, at + 2 * product.rank
+        left, right = np.stack(found[at:middle], axis=1), np.stack(found[middle:stop])
+        segments[i] = replace(segment, product=replace(product, left=left, right=right))
+        at = stop
 
 
 def _bsdiff(payload: bytes, old: bytes, length: int) -> bytes:

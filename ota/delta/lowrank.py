@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ota.delta.format import MAX_EXPONENT, Product
-from ota.delta.numbers import MAX_FACTOR, multiplied
+from ota.delta.format import MAX_EXPONENT
+from ota.delta.numbers import MAX_FACTOR, Product, multiplied
 
 Matrix = npt.NDArray[np.float64]
 

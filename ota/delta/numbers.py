@@ -18,7 +18,7 @@ Numbers = npt.NDArray[np.uint32]
 Scales = npt.NDArray[np.int16]
 Factors = npt.NDArray[np.int32]
 
-MAX_FACTOR = 2**24  # a sum of 16 products of two such factors is an integer below 2^53, so float64 holds it exactly
+MAX_FACTOR = 2**24  # a sum of 32 products of two such factors is an integer of at most 2^53, so float64 holds it exactly
 
 _ONE_THREAD = 1 << 18  # multiplications; up to so many, OpenBLAS uses one thread
 
@@ -60,6 +60,16 @@ KINDS: dict[KindName, Kind] = {
     )
 }
 KIND_OF_CODE = {kind.code: kind for kind in KINDS.values()}
+
+
+@dataclass(frozen=True)
+class Product:
+    """Two thin matrices of integers whose product predicts how numbers moved; see `predicted`."""
+
+    rank: int
+    exponent: int  # of the power of two that scales the product
+    left: Factors | None = None  # [rows, rank]; None: not read yet
+    right: Factors | None = None  # [rank, columns]
 
 
 def codes(data: bytes, kind: Kind) -> Codes:
@@ -129,7 +139,7 @@ def stepped(old: Codes, steps: npt.NDArray[np.int32], size: np.float32, kind: Ki
     return result
 
 
-def predicted(old: Codes, left: Factors, right: Factors, exponent: int, kind: Kind) -> Codes:
+def predicted(old: Codes, left: Factors, right: Factors, exponent: int, kind: Kind, first: int = 0) -> Codes:
     """Move numbers by the product of two thin matrices of integers, times a power of two.
 
     The product of such integers is exact in whatever order a library adds, so it is the same on every machine. Floats are then
@@ -142,8 +152,9 @@ def predicted(old: Codes, left: Factors, right: Factors, exponent: int, kind: Ki
         right: the same, [rank, columns].
         exponent: of the power of two.
         kind: of the numbers.
+        first: how many numbers of the first row are left out.
     """
-    product = multiplied(left.astype(np.float64), right.astype(np.float64)).reshape(-1)[: len(old)] * 2.0**exponent
+    product = multiplied(left.astype(np.float64), right.astype(np.float64)).reshape(-1)[first : first + len(old)] * 2.0**exponent
     if not kind.mantissa:
         low, high = (-8, 7) if kind.packed else (-128, 127)
         return np.clip(np.rint(product) + values(old, kind), low, high).astype(np.int8).view(np.uint8) & (

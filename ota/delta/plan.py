@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ota.delta import updates
 from ota.delta.blocks import Blocks
-from ota.delta.format import MAX_CHUNK, MAX_NUMBERS, MAX_SEGMENTS
+from ota.delta.factors import Claim
+from ota.delta.format import MAX_CHUNK, MAX_NUMBERS, MAX_SEGMENTS, VERSION
 from ota.delta.header import BundleFile, PlainFile
 from ota.delta.numbers import KINDS, Kind, KindName
 from ota.errors import DeltaError, OperatorError
@@ -27,6 +30,7 @@ MAX_BSDIFF = 2 * MiB  # bytes of the largest plain file for which bsdiff4 is tri
 SAME_RUN = 64 * KiB  # bytes of the shortest unchanged run that gets a record of its own
 LEAST_PLAIN = 64 * KiB  # bytes of the shortest piece without numbers that is searched for elsewhere in the old file
 MAX_PLAIN = 4 * MiB  # bytes of such a piece that go into one record
+MAX_STEPS = 64 * KiB  # numbers; where more of a tensor make steps, scales of its rows and columns pay
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Elements:
     kind: KindName
     row: int  # numbers in a row; 0: it has no rows
     old: int | None  # where its predecessor lies in the old file; None: it has none
+    claim: Claim | None = None  # what the trainer says of its move
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,12 @@ class Piece:
     same: bool
     changed: int = 0
     """How many bytes differ from the old file; 0 for a piece without a predecessor."""
+    claim: Claim | None = None
+    """What the trainer says of the tensor that it belongs to."""
+    first: int = 0
+    """How many numbers of that tensor lie before it."""
+    exact: bool = False
+    """Whether the claim makes all of its bytes; then it is a whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +110,55 @@ def open_file(path: Path) -> File:
     return File(path, path.stat().st_size)
 
 
-def plan(pair: Pair) -> list[list[Piece]]:
-    """Plan what each record covers, in the order of the file.
+def plan(pair: Pair, version: int = VERSION) -> list[list[Piece]]:
+    """Plan what each record covers, in the order of the file, in a version of the format.
 
     A file that is encoded as a whole gets one empty group, or none if it is empty.
     """
     if pair.whole:
         return [[]] if pair.entry.size else []
     new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
-    groups: list[list[Piece]] = []
     plain = MAX_CHUNK if isinstance(pair.entry, BundleFile) else MAX_PLAIN
-    for piece in _join(_pieces(pair.elements, new, old, plain)):
+    found = list(_join(_pieces(pair.elements, new, old, plain, version)))
+    groups: list[list[Piece]] = []
+    for update, run in _runs(found):
+        groups += _updates(run) if update else _of_numbers(run)
+    return groups
+
+
+def is_update(group: Sequence[Piece]) -> bool:
+    """Check whether a record moves its tensors by the trainer's factors alone."""
+    return any(piece.exact for piece in group)
+
+
+def _runs(found: Sequence[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
+    """Cut pieces into runs: those that an update can make, which are exact or stay, with an exact one among them; and others."""
+    marks: list[bool] = []
+    for settled, run in itertools.groupby(found, key=lambda piece: piece.exact or (piece.same and piece.old is not None)):
+        held = list(run)
+        marks += [settled and is_update(held)] * len(held)
+    for update, rows in itertools.groupby(zip(marks, found, strict=True), key=lambda row: row[0]):
+        yield update, [piece for _, piece in rows]
+
+
+def _updates(run: Sequence[Piece]) -> list[list[Piece]]:
+    """Group pieces into updates: each as much as a record may hold."""
+    groups: list[list[Piece]] = [[]]
+    for piece in run:
+        last = groups[-1]
+        values = sum(p.claim.values for p in (*last, piece) if p.exact and p.claim)
+        length = sum(p.length for p in last) + piece.length
+        if last and (values > updates.MAX_VALUES or length > updates.MAX_BYTES or len(last) == updates.MAX_STRETCHES):
+            groups.append([piece])
+        else:
+            last.append(piece)
+    return groups
+
+
+def _of_numbers(run: Sequence[Piece]) -> list[list[Piece]]:
+    """Group pieces into records of numbers, and those that need a record of their own."""
+    groups: list[list[Piece]] = []
+    for piece in run:
         last = groups[-1] if groups else []
         full = sum(p.length for p in last) + piece.length > MAX_CHUNK or sum(map(_count, last)) + _count(piece) > MAX_NUMBERS
         if not last or any(map(_alone_in_record, (last[0], piece))) or full or len(last) == MAX_SEGMENTS:
@@ -132,9 +181,13 @@ def _count(piece: Piece) -> int:
     return piece.length * 2 if piece.kind.packed else piece.length // piece.kind.width
 
 
-def _pieces(elements: Sequence[Elements], new: File, old: File | None, plain: int) -> Iterator[Piece]:
+def _pieces(elements: Sequence[Elements], new: File, old: File | None, plain: int, version: int) -> Iterator[Piece]:
     for stretch in _cover(elements, new.size, 0 if old is None else old.size):
         kind = KINDS[stretch.kind]
+        whole = _exact(stretch, new, old) if old and version > 1 else None
+        if whole:
+            yield whole
+            continue
         row = stretch.row * kind.width // (2 if stretch.kind == "int4" else 1) or kind.width  # bytes
         limit = MAX_CHUNK // 4 if stretch.kind == "int4" else min(MAX_CHUNK, MAX_NUMBERS * kind.width)
         if stretch.kind == "bytes" and stretch.length > MAX_CHUNK:
@@ -147,7 +200,46 @@ def _pieces(elements: Sequence[Elements], new: File, old: File | None, plain: in
                 yield Piece(start, length, kind, stretch.row, None, False)
             else:
                 changed = int(np.count_nonzero(new[start : start + length] != old[at : at + length]))
-                yield Piece(start, length, kind, stretch.row, at, not changed, changed)
+                before = first * 2 if kind.packed else first // kind.width
+                yield Piece(start, length, kind, stretch.row, at, not changed, changed, stretch.claim, before)
+
+
+def moved(piece: Piece) -> updates.Stretch:
+    """Return how a piece whose claim is exact, or that stays, comes from the old file.
+
+    Raises:
+        OperatorError: as `Claim.product` and `Claim.steps`.
+    """
+    stays = updates.Stretch(piece.kind, piece.length, piece.old or 0)
+    if piece.same or not piece.claim:
+        return stays
+    if piece.claim.step is not None:
+        return replace(stays, step=piece.claim.step, steps=piece.claim.steps())
+    product = piece.claim.product()
+    return replace(stays, row=piece.claim.columns, product=product) if product else stays
+
+
+def _exact(stretch: Elements, new: File, old: File) -> Piece | None:
+    """Return a whole tensor as one piece if the trainer's claim makes exactly its bytes; None if it moves otherwise."""
+    claim, at = stretch.claim, stretch.old
+    if claim is None or at is None or at + stretch.length > old.size or not claim.values:
+        return None
+    if claim.values > (updates.MAX_VALUES if claim.step is None else MAX_STEPS) or stretch.length > updates.MAX_BYTES:
+        return None
+    piece = Piece(stretch.offset, stretch.length, KINDS[stretch.kind], stretch.row, at, False, 0, claim, exact=True)
+    way, start, changed = moved(piece), stretch.offset, 0
+    if way.way == updates.SAME:
+        return None
+    for part in updates.pieces([way]):
+        known, wanted = (
+            old[at + start - stretch.offset : at + start - stretch.offset + part.length],
+            new[start : start + part.length],
+        )
+        if part.make(lambda offset, length: old[offset : offset + length].tobytes()) != wanted.tobytes():
+            return None
+        changed += int(np.count_nonzero(known != wanted))
+        start += part.length
+    return replace(piece, changed=changed) if changed else None
 
 
 def _join(pieces: Iterator[Piece]) -> Iterator[Piece]:
