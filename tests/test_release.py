@@ -18,9 +18,10 @@ import numpy as np
 import onnx
 import pytest
 from moto.server import ThreadedMotoServer
+from safetensors.numpy import save
 from tuf.api.metadata import Metadata, Root
 
-from ota.delta import encode, files
+from ota.delta import encode, files, numbers
 from ota.errors import DeltaError, ManifestError, OperatorError, TransferError
 from ota.release import keys as keys_module
 from ota.release import metadata, rollout, store
@@ -524,9 +525,9 @@ def test_delta_is_proved_before_use(bundles, tmp_path, monkeypatch):
 
     def faulty(*args: Any) -> encode.Built:
         built = build(*args)
-        patch = args[-1].read_bytes()
+        patch = args[3].read_bytes()
         middle = len(patch) // 2
-        args[-1].write_bytes(patch[:middle] + bytes([patch[middle] ^ 1]) + patch[middle + 1 :])
+        args[3].write_bytes(patch[:middle] + bytes([patch[middle] ^ 1]) + patch[middle + 1 :])
         return built
 
     monkeypatch.setattr(encode, "build", faulty)
@@ -543,6 +544,28 @@ def test_delta_over_another_graph_still_follows_the_weights(bundles, export, tmp
     made = make_delta(bundles["first"], other, tmp_path / "deltas")
     assert made.by_kind["numbers"] == 0  # the weights are the same
     assert made.size < 0.05 * other.manifest.size
+
+
+def test_delta_takes_the_factors_of_a_training(bundles, export, tmp_path):
+    """Use a variant's factors for its weights; those of another variant, or for agents of before, cost bytes and nothing else."""
+    weights, rng = bytearray((export / "weights.bin").read_bytes()), np.random.default_rng(0)
+    tensors, said = {}, {}
+    for tensor in files.tensors(export / "weights.bin", export / "graph.onnx"):
+        if len(tensor.shape) == 2 and min(tensor.shape) >= 8:
+            place = slice(tensor.offset, tensor.offset + tensor.length)
+            left, right = (rng.integers(-9, 10, shape, np.int32) for shape in ((tensor.shape[0], 2), (2, tensor.shape[1])))
+            moved = numbers.predicted(np.frombuffer(weights[place], np.uint16), left, right, -13, numbers.KINDS["bfloat16"])
+            weights[place] = moved.tobytes()
+            tensors |= {f"{tensor.name}.left": left, f"{tensor.name}.right": right}
+            said[tensor.name] = -13
+    (export / "weights.bin").write_bytes(weights)
+    (tmp_path / "f").write_bytes(save(tensors, {"deltaferry": json.dumps({"schema_version": 1, "products": said, "steps": {}})}))
+    other = assembled({"full": export}, tmp_path / "out")
+    made = make_delta(bundles["first"], other, tmp_path / "deltas", {"full": tmp_path / "f"}, 2)
+    assert 0 < made.by_kind["update"] < 0.5 * sum(4 * values.size for values in tensors.values())
+    assert made.by_kind["numbers"] == 0
+    for factors, version in ((None, 2), ({"dev": tmp_path / "f"}, 2), ({"full": tmp_path / "f"}, 1)):
+        assert make_delta(bundles["first"], other, tmp_path / "deltas", factors, version).by_kind["update"] == 0
 
 
 def test_delta_to_more_variants(bundles, export, tmp_path):

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 import ota
 from ota import delta, overlay
 from ota.delta import encode, files
+from ota.delta.factors import Claim
 from ota.delta.header import BundleFile
 from ota.errors import DeltaError, ManifestError, OperatorError
 from ota.limits import OF_NUMBERS
@@ -44,6 +45,7 @@ FILE_NAMES: dict[Role, str] = {
     "graph": "graph.onnx", "weights": WEIGHTS_LOCATION, "sampler": "sampler.json", "golden": "golden.npz",
     "reference": "reference.json",
 }  # fmt: skip
+Claims = Mapping[VariantName, Mapping[str, Claim]]  # what the training of each variant says of its tensors
 THIN = 0.5  # share of the weights; an overlay that is at least as large is not worth composing
 
 
@@ -70,18 +72,19 @@ class Delta:
     by_kind: dict[str, int]
 
 
-def update_bytes(old: Path, new: Path) -> int:
+def update_bytes(old: Path, new: Path, factors: Path | None = None) -> int:
     """Estimate how many bytes a delta between the weights of two exports would have.
 
     Args:
         old: folder of the exported files that devices have.
         new: folder of the exported files to update to.
+        factors: what the training says of the update; with it, the figure is exact where it is right.
 
     Raises:
-        DeltaError: as `ota.delta.files.estimate`.
+        DeltaError, OperatorError: as `ota.delta.files.estimate`.
     """
     weights, graph = FILE_NAMES["weights"], FILE_NAMES["graph"]
-    return files.estimate(old / weights, new / weights, new / graph, old / graph)
+    return files.estimate(old / weights, new / weights, new / graph, old / graph, factors)
 
 
 def assemble(
@@ -206,16 +209,27 @@ def open_bundle(folder: Path) -> Bundle:
         raise OperatorError(f"there is no bundle in {folder}; build it again with `ferry release`") from error
 
 
-def make_delta(base: Bundle, target: Bundle, out: Path) -> Delta | None:
+def make_delta(
+    base: Bundle, target: Bundle, out: Path, factors: Mapping[VariantName, Path] | None = None, version: int = 1
+) -> Delta | None:
     """Build the delta from one bundle to another and apply it once as a proof; None: it is not smaller than the full bundle.
+
+    Args:
+        base: bundle that devices run.
+        target: bundle that they shall run.
+        out: folder to write to.
+        factors: what the training says of its update, for each variant that was trained; see `ota.delta.factors`.
+        version: of the format; agents before 0.3.0 read version 1 alone, which codes factors in several times the bytes.
 
     Raises:
         DeltaError: the delta does not make the target (an error in the codec; nothing is published).
+        OperatorError: a file of factors is not one, or its factors overflow.
     """
-    return _built([_pair(entry, base, target) for entry in target.manifest.made], base, target, out)
+    claims = {variant: files.claims(path) for variant, path in (factors or {}).items()}
+    return _built([_pair(entry, base, target, claims, version) for entry in target.manifest.made], base, target, out, version)
 
 
-def make_overlay_delta(target: Bundle, out: Path) -> Delta | None:
+def make_overlay_delta(target: Bundle, out: Path, version: int = 1) -> Delta | None:
     """Build the delta from a bundle to itself: it makes the overlays from the weights that they lie over.
 
     A device that has no base fetches it in the place of the overlays, which are not compressed.
@@ -227,15 +241,15 @@ def make_overlay_delta(target: Bundle, out: Path) -> Delta | None:
         DeltaError: the delta does not make the overlays (an error in the codec; nothing is published).
     """
     thin = [entry for entry in target.manifest.made if entry.role == "overlay"]
-    pairs = [_from(entry, target.manifest.entry("weights", entry.base), target, target) for entry in thin]
-    return _built(pairs, target, target, out) if pairs else None
+    pairs = [_from(entry, target.manifest.entry("weights", entry.base), target, target, {}) for entry in thin]
+    return _built(pairs, target, target, out, version) if pairs else None
 
 
-def _built(pairs: Sequence[encode.Pair], base: Bundle, target: Bundle, out: Path) -> Delta | None:
+def _built(pairs: Sequence[encode.Pair], base: Bundle, target: Bundle, out: Path, version: int) -> Delta | None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{base.manifest.digest}.{target.manifest.digest}"
     try:
-        built = encode.build(pairs, base.manifest.digest, target.manifest.digest, path)
+        built = encode.build(pairs, base.manifest.digest, target.manifest.digest, path, version)
         _prove(path, base, pairs)
     except BaseException:
         path.unlink(missing_ok=True)  # an unproved delta must not stay where deltas for a release are read
@@ -246,12 +260,12 @@ def _built(pairs: Sequence[encode.Pair], base: Bundle, target: Bundle, out: Path
     return Delta(path, base.manifest.digest, target.manifest.digest, built.size, built.by_kind)
 
 
-def _pair(entry: FileEntry, base: Bundle, target: Bundle) -> encode.Pair:
+def _pair(entry: FileEntry, base: Bundle, target: Bundle, claims: Claims, version: int) -> encode.Pair:
     """Choose the file that a file of the target is made from: of the possible ones, the one that makes the delta smallest."""
-    ways = [_from(entry, old, where, target) for old, where in _predecessors(entry, base, target)]
+    ways = [_from(entry, old, where, target, claims) for old, where in _predecessors(entry, base, target)]
     if len(ways) < 2:
-        return ways[0] if ways else _from(entry, None, base, target)
-    return min(ways, key=lambda pair: encode.write([pair], "0" * 64, "0" * 64, BytesIO()).size)
+        return ways[0] if ways else _from(entry, None, base, target, claims)
+    return min(ways, key=lambda pair: encode.write([pair], "0" * 64, "0" * 64, BytesIO(), version).size)
 
 
 def _predecessors(entry: FileEntry, base: Bundle, target: Bundle) -> list[tuple[FileEntry, Bundle]]:
@@ -271,10 +285,11 @@ def _predecessors(entry: FileEntry, base: Bundle, target: Bundle) -> list[tuple[
     return same + [(e, target) for e in before if e.role == role and (entry.base is None or e.variant == entry.base)][:1]
 
 
-def _from(entry: FileEntry, old: FileEntry | None, where: Bundle, target: Bundle) -> encode.Pair:
+def _from(entry: FileEntry, old: FileEntry | None, where: Bundle, target: Bundle, claims: Claims) -> encode.Pair:
     elements: list[encode.Elements] = []
     if entry.role in OF_NUMBERS:
-        elements = files.stretches(_tensors(entry, target), _tensors(old, where) if old else [], entry.size)
+        claimed = claims.get(entry.variant) if entry.variant else None
+        elements = files.stretches(_tensors(entry, target), _tensors(old, where) if old else [], entry.size, claimed)
     named = BundleFile(entry.role, entry.variant, entry.size, entry.sha256)
     return encode.Pair(named, target.folder / entry.sha256, where.folder / old.sha256 if old else None, elements)
 
