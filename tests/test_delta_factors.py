@@ -499,7 +499,7 @@ def test_wrong_piece_is_not_written():
 
 
 def test_updates_count_as_many_records(monkeypatch):
-    """Limit the time that a device spends: an update may have 32 times as many segments as a record of numbers."""
+    """Check the limit on the time that a device spends: an update may have 32 times as many segments as a record of numbers."""
     monkeypatch.setattr(container, "MAX_RECORDS", 40)
     steps = np.ones(1, np.int32)
     tiny = Record(UPDATE, payload(changed(length=4, row=0, product=None, step=np.float32(1e-3), steps=steps)), b"")
