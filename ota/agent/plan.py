@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import ota
 from ota.agent import rules
-from ota.agent.disk import FILES_NEEDED
+from ota.agent.disk import FILES_NEEDED, read_uncached
 from ota.agent.state import Home
 from ota.agent.transport import Deadline, Transport, download
 from ota.agent.trust import Target, Trust
@@ -60,12 +62,20 @@ def decide(home: Home, trust: Trust) -> tuple[Plan | None, rules.Wanted]:
     wanted = rules.want(policy, config, state, signed.custom.revertible, int(time.time()))
     if not wanted.install:
         return None, wanted
-    data = trust.read(signed, MAX_MANIFEST)
+    data = _manifest_of(home, policy.manifest, signed, trust)
     manifest = parse(Manifest, data, MAX_MANIFEST)
     if signed.sha256 != policy.manifest or manifest.digest != policy.manifest:
         raise ManifestError("the manifest is not the one that the policy names; nothing is installed")
     rules.check_fits(manifest, config, ota.__version__)
     return Plan(policy, manifest, data, signed.custom.floor), wanted
+
+
+def _manifest_of(home: Home, digest: str, signed: Target, trust: Trust) -> bytes:
+    """Read a manifest in the slot that holds it, or fetch it."""
+    kept = home.disk.read(f"slots/{digest}/manifest.json")
+    if kept is not None and (len(kept), hashlib.sha256(kept).hexdigest()) == (signed.size, signed.sha256):
+        return kept
+    return trust.read(signed, MAX_MANIFEST)
 
 
 def find_delta(trust: Trust, active: str | None, plan: Plan) -> Target | None:
@@ -106,6 +116,39 @@ def fetch_objects(home: Home, transport: Transport, entries: Iterable[FileEntry]
     home.disk.make_folder("incoming")
     for entry in entries:
         download(transport, f"objects/{entry.sha256}", entry.size, home.disk, f"incoming/{entry.sha256}", latest)
+
+
+def held(home: Home, entries: Iterable[FileEntry]) -> dict[str, str]:
+    """Find the files of a bundle that a slot seems to hold already, by their sizes: hash → name of the file."""
+    found: dict[str, str] = {}
+    for entry in entries:
+        for path in sorted(home.disk.path("slots").glob(f"[!.]*/{entry.sha256}")):
+            if path.is_file() and path.stat().st_size == entry.size:
+                found[entry.sha256] = str(path.relative_to(home.root))
+    return found
+
+
+def copy(home: Home, name: str, to: str, sha256: str) -> bool:
+    """Copy a file of a slot; return False, and leave nothing, if it is damaged there or cannot be read.
+
+    It is not linked: damage to one file would be damage to both bundles.
+    """
+    digest = hashlib.sha256()
+    with home.disk.writing(to) as file:
+        for piece in _readable(home.disk.path(name)):
+            digest.update(piece)
+            file.write(piece)
+    if digest.hexdigest() == sha256:
+        return True
+    log.warning("%s is damaged; fetching the file", name)
+    home.disk.remove(to)
+    return False
+
+
+def _readable(path: Path) -> Iterator[bytes]:
+    """Read a file from the disk as far as it can be read."""
+    with suppress(OSError):
+        yield from read_uncached(path)
 
 
 def have(home: Home, sha256: str) -> int:

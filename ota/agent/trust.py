@@ -79,14 +79,19 @@ class Target(Document):
 class Trust:
     """One check of the repository: everything that it returns is signed, fresh, and not older than what was seen before."""
 
-    def __init__(self, home: Home, source: Transport) -> None:
+    def __init__(self, home: Home, source: Transport, read: dict[str, bytes] | None = None) -> None:
         """Fetch and check the metadata.
+
+        Args:
+            home: the agent's directory.
+            source: where they are fetched from.
+            read: small targets that the same update has read before, by hash; what this check reads is added.
 
         Raises:
             TrustError: a signature, version or expiry date is not valid, or the clock is behind.
             TransferError: the repository cannot be reached.
         """
-        self._home, self._source = home, source
+        self._home, self._source, self._read = home, source, {} if read is None else read
         self._fetcher = _Fetcher(source)
         now = int(time.time())
         clock.check_built(now)
@@ -107,6 +112,10 @@ class Trust:
             raise
         self._remember(("root",))  # the newest root counts, whatever turns out about the metadata that its keys signed
         self._remember(TOP_ROLES, now)
+
+    def again(self) -> Trust:
+        """Check the repository again; of the small targets, only those that changed are fetched again."""
+        return Trust(self._home, self._source, self._read)
 
     def target(self, name: str) -> Target | None:
         """Return what is signed about a target; None if nothing is.
@@ -138,7 +147,7 @@ class Trust:
         return target
 
     def read(self, target: Target, limit: int) -> bytes:
-        """Read a small target, and check it against its signed length and hash.
+        """Read a small target, and check it against its signed length and hash; a target that was read before is not fetched again.
 
         Raises:
             RepositoryError: the target is longer than `limit` or than its signed length, or has another hash.
@@ -146,9 +155,12 @@ class Trust:
         """
         if target.size > limit:
             raise RepositoryError(f"{target.name} has a signed size of {target.size} bytes, more than {limit}; it is not fetched")
-        data = read_small(self._source, target.published_as, target.size)
+        data = self._read.get(target.sha256)
+        if data is None:
+            data = read_small(self._source, target.published_as, target.size)
         with _foreign_errors():
             TargetFile(target.size, {"sha256": target.sha256}, target.name).verify_length_and_hashes(data)
+        self._read[target.sha256] = data
         return data
 
     def _remember(self, roles: tuple[str, ...], now: int | None = None) -> None:

@@ -27,7 +27,20 @@ from dataclasses import dataclass
 
 from ota.agent import history, reports, trial
 from ota.agent.network import UnavailableError
-from ota.agent.plan import OnStep, Plan, check_room, decide, fetch_objects, find_delta, find_overlay_delta, have, missing, verify
+from ota.agent.plan import (
+    OnStep,
+    Plan,
+    check_room,
+    copy,
+    decide,
+    fetch_objects,
+    find_delta,
+    find_overlay_delta,
+    have,
+    held,
+    missing,
+    verify,
+)
 from ota.agent.slots import file_is, finish_slot, is_complete, is_sound, prepare_slot
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Home, State, Trial
 from ota.agent.transport import Deadline, Transport, at_most, connect, download
@@ -149,7 +162,7 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
             _fetch_full(home, transport, plan, overlays, step, latest)
 
     step(9, "refresh again")
-    fresh, wanted = decide(home, Trust(home, transport))
+    fresh, wanted = decide(home, trust.again())
     if fresh is None or fresh.manifest != plan.manifest:
         return Outcome(False, state.active, f"stopped before the switch: {wanted.reason}", way, transport.received)
 
@@ -266,15 +279,20 @@ def _give_way(home: Home, delta: Target, error: OtaError, instead: str) -> None:
 
 
 def _fetch_full(home: Home, transport: Transport, plan: Plan, overlays: Target | None, step: OnStep, latest: Deadline) -> None:
-    """Fetch the files of a bundle; its overlays by the delta `overlays` if there is one, because they are not compressed."""
+    """Fetch the files of a bundle that no slot holds; its overlays by the delta `overlays`, because they are not compressed."""
     fresh, entries = prepare_slot(home, plan), [*plan.manifest.objects.values()]
+    kept = held(home, entries)
     thin = [entry for entry in entries if overlays and entry.role == "overlay"]
-    whole = [entry for entry in entries if entry not in thin]
-    written = missing(home, whole) + sum(entry.size for entry in thin) + (overlays.size if overlays else 0)
+    if all(entry.sha256 in kept for entry in thin):
+        thin, overlays = [], None
+    copied = [entry for entry in entries if entry.sha256 in kept and entry not in thin]
+    fetched = [entry for entry in entries if entry not in (*copied, *thin)]
+    written = missing(home, fetched) + sum(entry.size for entry in (*copied, *thin)) + (overlays.size if overlays else 0)
     step(4, "check room")
     check_room(home, written, plan.manifest.size)
-    step(5, f"download the full bundle, {sum(entry.size for entry in whole) + (overlays.size if overlays else 0):,} bytes")
-    fetch_objects(home, transport, whole, latest)
+    step(5, f"download the full bundle, {sum(entry.size for entry in fetched) + (overlays.size if overlays else 0):,} bytes")
+    fetched += [entry for entry in copied if not copy(home, kept[entry.sha256], f"{fresh}/{entry.sha256}", entry.sha256)]
+    fetch_objects(home, transport, fetched, latest)
     if overlays:
         try:
             download(transport, overlays.published_as, overlays.size, home.disk, f"incoming/{overlays.sha256}", latest)
@@ -282,12 +300,12 @@ def _fetch_full(home: Home, transport: Transport, plan: Plan, overlays: Target |
         except (RepositoryError, UnavailableError) as error:
             _give_way(home, overlays, error, "the overlays as they are")
             fetch_objects(home, transport, thin, latest)
-            overlays, whole = None, entries
+            overlays, fetched = None, [*fetched, *thin]
     step(6, "verify what was downloaded")
-    for entry in whole:
+    for entry in fetched:
         verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
     step(7, "move into a new slot")
-    for entry in whole:
+    for entry in fetched:
         home.disk.rename(f"incoming/{entry.sha256}", f"{fresh}/{entry.sha256}")
     if overlays:
         try:

@@ -49,8 +49,8 @@ CONCERNED = {
     "ota/agent/clock.py": ["tests/test_agent_clock.py"],
     "ota/fitness.py": ["tests/test_rollout.py", "tests/test_foretell.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
     "ota/agent/trust.py": [TRUST, ATTACKS, "tests/test_hostile_strings.py", UPDATE, "tests/test_agent_clock.py"],
-    "ota/agent/updater.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
-    "ota/agent/plan.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
+    "ota/agent/updater.py": ["tests/test_fetched_once.py", UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
+    "ota/agent/plan.py": ["tests/test_fetched_once.py", UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
     "ota/agent/slots.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
     "ota/agent/trial.py": [UPDATE, "tests/test_agent_software.py", ATTACKS, "tests/test_agent_turns.py"],
     "ota/agent/transport.py": ["tests/test_transport.py", UPDATE],
@@ -163,7 +163,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "ota/agent/updater.py": [
         ("    if fresh is None or fresh.manifest != plan.manifest:", "    if fresh is None:", "another bundle than the one that was checked is switched to"),
-        ("    fresh, wanted = decide(home, Trust(home, transport))\n", "    fresh, wanted = plan, wanted\n", "a halt during the download is not seen"),
+        ("    fresh, wanted = decide(home, trust.again())\n", "    fresh, wanted = plan, wanted\n", "a halt during the download is not seen"),
+        ("    kept = held(home, entries)\n", "    kept: dict[str, str] = {}\n", "what a slot holds is fetched again"),
         ("            refused=state.refused,\n            tries=home.load().tries,", "            refused={},\n            tries=home.load().tries,", "refused bundles are forgotten at the next install"),
         ("            trial=Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS),", "            trial=None,", "a new bundle is trusted at once"),
         ("            previous=state.active,\n            seq=plan", "            previous=state.previous,\n            seq=plan", "after a bad bundle there is none to go back to"),
@@ -181,6 +182,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    if signed is None or signed.custom.seq != policy.seq:", "    if signed is None:", "a policy gives a bundle any number"),
         ("    if signed.sha256 != policy.manifest or manifest.digest != policy.manifest:", "    if manifest.digest != manifest.digest:", "another manifest than the policy's is installed"),
         ("    rules.check_fits(manifest, config, ota.__version__)\n", "", "another class's bundle is installed"),
+        ("    if digest.hexdigest() == sha256:\n", "    if digest:\n", "a damaged file of a slot is copied"),
     ],
     "ota/agent/slots.py": [
         ("        if size != entry.size or digest.hexdigest() != entry.sha256:", "        if size != entry.size:", "a damaged file of the new slot is installed"),

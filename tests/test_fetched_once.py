@@ -1,0 +1,181 @@
+"""What a device fetches: nothing twice in one update, and nothing that one of its slots holds already."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from ota.errors import RoomError, TrustError
+from ota.release.rollout import halt, start
+from tests.conftest import origin
+from tests.fleet_kit import CLASS, LINE, Field, WebServer, everyone, publish, untouched
+from tests.test_agent_update import digest, files_of, slot_files, small_disk, stand_still, without_delta
+
+pytest_plugins = ("tests.fleet_kit",)
+
+TWICE = {"metadata/timestamp.json", "metadata/2.root.json"}
+"""A second look within an update needs the timestamp, and asks whether there is a new root; there is none."""
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the pause between retries."""
+    monkeypatch.setattr("ota.agent.transport.BACKOFF", 0)
+
+
+@pytest.fixture
+def web(offered: Field) -> Iterator[WebServer]:
+    """Serve the repository of `offered`, and point the device at it."""
+    with WebServer(offered.repository.folder) as server:
+        offered.device.configure(repository=server.address)
+        yield server
+
+
+def asked(server: WebServer) -> Counter[str]:
+    """Count the requests by name."""
+    return Counter(request.name for request in server.requests)
+
+
+def objects(server: WebServer) -> set[str]:
+    """Name the files of bundles that were asked for."""
+    return {name.removeprefix("objects/") for name in asked(server) if name.startswith("objects/")}
+
+
+def fetched_once(server: WebServer) -> bool:
+    """Check that only what must be was asked for twice."""
+    return {name for name, count in asked(server).items() if count > 1} == TWICE and max(asked(server).values()) == 2
+
+
+# Nothing twice
+
+
+def test_delta_update_fetches_nothing_twice(offered, web):
+    outcome = offered.device.update()
+    assert outcome.way == "delta"
+    assert fetched_once(web)
+    assert objects(web) == set()
+    assert outcome.received == sum(web.sent.values())
+    stand_still(offered)
+
+
+def test_full_update_fetches_nothing_twice(offered, web):
+    without_delta(offered)
+    assert offered.device.update().way == "full"
+    assert fetched_once(web)
+
+
+def test_look_with_nothing_new_fetches_timestamp_and_policy(offered, web):
+    offered.device.update()
+    web.requests.clear()
+    assert not offered.device.update().changed
+    names = asked(web)
+    assert set(names.values()) == {1}
+    assert sorted(name.split("/")[0] for name in names) == ["metadata", "metadata", "targets"]
+    assert {name for name in names if name.startswith("metadata/")} == TWICE
+    (policy,) = (name for name in names if name.startswith("targets/"))
+    assert policy.startswith(f"targets/rollout/{LINE}/")
+
+
+def test_halt_during_the_download_still_stops_the_switch(offered, web):
+    def publish_halt(number: int, _: str) -> None:
+        if number == 9:
+            offered.repository.set_policy(halt(everyone(offered.release)))
+
+    outcome = offered.device.update(publish_halt)
+    assert (outcome.changed, outcome.reason) == (False, "stopped before the switch: release 2 is halted")
+    policies = [name for name in asked(web) if name.startswith("targets/rollout/")]
+    assert len(policies) == 2  # the old one and the halt, each once
+
+
+def test_other_policy_bytes_in_the_second_look_are_fetched_and_checked(offered, web):
+    """Refuse, in the second look, a policy whose bytes are not what is signed, though the first look read a good one."""
+
+    def publish_wrong(number: int, _: str) -> None:
+        if number == 9:
+            offered.repository.set_policy(everyone(offered.release, salt="other"))
+            target = offered.repository._targets("rollout").targets[f"rollout/{LINE}/{CLASS}.json"]
+            path = offered.repository._target_file(f"rollout/{LINE}/{CLASS}.json", target)
+            path.write_bytes(path.read_bytes().replace(b"other", b"0ther"))
+
+    with untouched(offered.device, TrustError, "failed verification", marks=False):
+        offered.device.update(publish_wrong)
+
+
+# Nothing that a slot holds
+
+
+def test_full_update_copies_what_the_running_bundle_holds(offered, web, bundles):
+    without_delta(offered)
+    first, second = bundles["first"].manifest, bundles["second"].manifest
+    shared = first.objects.keys() & second.objects.keys()
+    assert {second.objects[name].role for name in shared} == {"graph", "sampler"}
+    outcome = offered.device.update()
+    assert objects(web) == second.objects.keys() - shared
+    assert outcome.received < second.size - sum(second.objects[name].size for name in shared) + 20_000
+    assert slot_files(offered.device, bundles["second"]) == files_of(bundles["second"])
+    slots = [offered.device.root / "slots" / digest(bundles[name]) for name in ("first", "second")]
+    graph = bundles["second"].path("graph").name
+    assert len({(slot / graph).stat().st_ino for slot in slots}) == 2  # damage to one does not reach the other
+    stand_still(offered)
+
+
+def test_file_that_is_damaged_in_the_slot_is_fetched(offered, web, bundles):
+    without_delta(offered)
+
+    def damage(number: int, _: str) -> None:
+        if number == 4:  # after the running bundle was found to be sound
+            path = offered.device.file("graph")
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    assert offered.device.update(damage).way == "full"
+    assert bundles["second"].path("graph").name in objects(web)
+    assert bundles["second"].path("sampler", "full").name not in objects(web)
+    assert slot_files(offered.device, bundles["second"]) == files_of(bundles["second"])
+
+
+def test_bundle_whose_files_are_all_here_costs_its_manifest(offered, web, bundles):
+    offered.device.update()
+    manifest = bundles["first"].manifest.model_copy(update={"origin": origin(8)})
+    publish(offered.repository, replace(bundles["first"], manifest=manifest))  # the previous bundle, released anew
+    web.requests.clear()
+    outcome = offered.device.update()
+    assert (outcome.way, offered.device.active) == ("full", manifest.digest)
+    assert objects(web) == set()
+    assert outcome.received < 20_000
+    stand_still(offered)
+
+
+def test_way_back_to_a_kept_bundle_fetches_no_manifest(offered, web, bundles):
+    offered.device.update()
+    first = offered.repository.releases(LINE, CLASS)[0]
+    offered.repository.set_policy(start(first, (100,), soak=0, now=0, revert=True))
+    web.requests.clear()
+    outcome = offered.device.update()
+    assert (outcome.way, offered.device.active) == ("kept", digest(bundles["first"]))
+    assert not [name for name in asked(web) if name.startswith(("targets/models/", "objects/"))]
+
+
+def test_damaged_manifest_of_a_kept_bundle_is_fetched(offered, web, bundles):
+    offered.device.update()
+    first = offered.repository.releases(LINE, CLASS)[0]
+    offered.repository.set_policy(start(first, (100,), soak=0, now=0, revert=True))
+    path = offered.device.root / "slots" / digest(bundles["first"]) / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"shapes", b"shares"))
+    outcome = offered.device.update()
+    assert offered.device.active == digest(bundles["first"])
+    assert outcome.way == "full"
+    stand_still(offered)
+
+
+def test_copies_need_room(offered, bundles, monkeypatch):
+    """Count a copied file like a fetched one: it takes the same room in the new slot."""
+    without_delta(offered)
+    size = bundles["second"].manifest.size
+    small_disk(monkeypatch, 2 * size + 8 * 1024 * 1024)  # the running slot also holds a manifest
+    with untouched(offered.device, RoomError, "free bytes", marks=False):
+        offered.device.update()
+    small_disk(monkeypatch, 2 * size + 8 * 1024 * 1024 + 10_000)
+    assert offered.device.update().way == "full"
