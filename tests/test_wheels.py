@@ -119,7 +119,19 @@ def test_device_wheel_holds_the_device_alone(wheels):
     names = names_in(wheels["deltaferry-agent"])
     both = sources("ota/agent", "ota/delta") | {
         f"ota/{name}.py"
-        for name in ("__init__", "durations", "errors", "fitness", "kit", "limits", "manifest", "output", "overlay", "wording")
+        for name in (
+            "__init__",
+            "chain",
+            "durations",
+            "errors",
+            "fitness",
+            "kit",
+            "limits",
+            "manifest",
+            "output",
+            "overlay",
+            "wording",
+        )
     }
     assert {name for name in names if ".dist-info/" not in name} == both | {"ota/py.typed"}
     assert scripts_in(wheels["deltaferry-agent"]) == {"ferry-agent"}

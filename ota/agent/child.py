@@ -311,11 +311,26 @@ def _say(answer: dict[str, Any]) -> None:
 
 
 def apply(
-    root: str, patch: str, base: str, base_digest: str, slot: str, target_digest: str, files: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Build a bundle's files in the folder `slot` from the slot `base` and the delta `patch`, all relative to `root`.
+    root: str, patch: str, base: str, base_digest: str, slot: str, target_digest: str = "", files: list[dict[str, Any]] | None = None,
+    limit: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Build a bundle's files in the folder `slot` from those in the folder `base` and the delta `patch`, all relative to `root`.
 
-    A file is made from one of the slot `base`, or from one that was made before.
+    A file is made from one in `base`, or from one that was made before. Without `files`, the result is one that only the next delta
+    of a chain needs: nothing but the delta names its files, which may have `limit` bytes together.
+
+    Args:
+        root: the agent's directory.
+        patch: the delta, whose signed hash was checked.
+        base: slot of a bundle, or folder of a result in between.
+        base_digest: hash of its manifest.
+        slot: folder to write to.
+        target_digest: hash of the manifest of the bundle that is made; empty with a result in between.
+        files: what the delta makes, as the signed manifest lists it; None: the result is one in between.
+        limit: bytes of a result in between.
+
+    Returns:
+        the hash of the manifest of what was made, as the delta names it.
     """
     from ota import delta
     from ota.agent.disk import Disk
@@ -323,26 +338,30 @@ def apply(
 
     delta.keep_memory()
     disk = Disk(Path(root))
-    try:
-        running = Slot(Path(root) / base, base_digest)
-    except StateError as error:
-        raise BaseError("the installed bundle's manifest is missing or damaged; fetch the full bundle") from error
+    if Path(base).name == base_digest:
+        try:
+            held = {*Slot(disk.path(base), base_digest).manifest.objects}
+        except StateError as error:
+            raise BaseError("the installed bundle's manifest is missing or damaged; fetch the full bundle") from error
+    else:
+        held = {path.name for path in disk.path(base).iterdir()}
 
     def open_base(file: delta.DeltaFile) -> BinaryIO:
-        place = running.folder if file.base in running.manifest.objects else disk.path(slot)
         try:
-            return (place / str(file.base)).open("rb")
+            return disk.path(f"{base if file.base in held else slot}/{file.base}").open("rb")
         except OSError as error:
             raise BaseError(f"the installed bundle lacks what the {file.name} is made from; fetch the full bundle") from error
 
-    with (Path(root) / patch).open("rb") as stream:
+    with disk.path(patch).open("rb") as stream:
         header = delta.read_header(stream)
-        if (header.base, header.target) != (base_digest, target_digest):
+        if header.base != base_digest or (files is not None and header.target != target_digest):
             raise DeltaError("the delta is for other bundles than its signed name says; fetch the full bundle")
-        if [asdict(file.target) for file in header.files] != files:
+        if files is not None and [asdict(file.target) for file in header.files] != files:
             raise DeltaError("the delta makes other files than the signed manifest lists; fetch the full bundle")
+        if files is None and (size := sum(file.target.size for file in header.files)) > limit:
+            raise DeltaError(f"the delta makes files of {size} bytes, but one of a chain may make {limit}; fetch the full bundle")
         delta.apply(stream, header, open_base, lambda entry: disk.writing(f"{slot}/{entry.sha256}"))
-    return {"files": len(header.files)}
+    return {"target": header.target}
 
 
 def peak_mib() -> float:

@@ -51,7 +51,13 @@ ABOUT = f"""Keep this device's model up to date: verify, apply and try updates, 
 
 MAX_INPUT = 4 * 1024 * 1024  # bytes read of a file that is given at `init`
 DEFAULT_DIR = Path("/var/lib/deltaferry")
-WAYS = {"delta": "by a delta", "full": "in full", "kept": "from the bundle that was kept", "": "without a download"}
+WAYS = {
+    "delta": "by a delta",
+    "chain": "by a chain of deltas",
+    "full": "in full",
+    "kept": "from the bundle that was kept",
+    "": "without a download",
+}
 DEFAULT_SOCKET = Path("/run/deltaferry/agent.sock")
 Arguments = argparse.Namespace
 

@@ -21,7 +21,12 @@ FILE = "history.json"
 KEPT = 100  # entries; the oldest are dropped first
 FOUND = "running"  # the event that only `begin` notes
 FAILED = "failed"
-WAYS = {"delta": "by a delta", "full": "in full", "kept": "from the bundle that was kept"}  # as `installed` has them
+WAYS = {
+    "delta": "by a delta",
+    "chain": "by a chain of deltas",
+    "full": "in full",
+    "kept": "from the bundle that was kept",
+}  # as `installed` has them
 QUIET = ("starting",)  # events that lead to another one at once
 
 log = logging.getLogger(__name__)

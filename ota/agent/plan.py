@@ -1,6 +1,7 @@
 """What an update installs and from what: it chooses the release and the way to it, makes sure of room, and downloads.
 
-The release is the one that the signed policy asks for. It is fetched as a delta from the running bundle or as the full bundle.
+The release is the one that the signed policy asks for. It is fetched as a chain of deltas that begins at the running bundle,
+or as the full bundle.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ota
+from ota import chain
 from ota.agent import rules
 from ota.agent.disk import FILES_NEEDED, read_uncached
 from ota.agent.state import Home
 from ota.agent.transport import Deadline, Transport, download
 from ota.agent.trust import Target, Trust
-from ota.errors import ExpiredError, InvalidError, ManifestError, RepositoryError, RoomError
+from ota.errors import ExpiredError, ManifestError, RepositoryError, RoomError, StateError
 from ota.manifest import MAX_MANIFEST, MAX_POLICY, FileEntry, Manifest, Policy, parse
+
+GROWTH = 1.25  # times the larger of two bundles that one between them may have
 
 log = logging.getLogger(__name__)
 
@@ -78,34 +82,64 @@ def _manifest_of(home: Home, digest: str, signed: Target, trust: Trust) -> bytes
     return trust.read(signed, MAX_MANIFEST)
 
 
-def find_delta(trust: Trust, active: str | None, plan: Plan) -> Target | None:
-    """Return the delta from exactly the running bundle, if one is published and is smaller than the full bundle.
+def offered(trust: Trust, active: str | None, plan: Plan) -> list[Target]:
+    """Return the signed deltas of the line and class, which may lead to the bundle; empty if none can.
 
     The role `deltas` only offers a shorter way: if what it signs is not valid, the full bundle is fetched.
     """
-    if active is None:
-        return None
-    return _delta(trust, active, plan, plan.manifest.size)
-
-
-def find_overlay_delta(trust: Trust, plan: Plan) -> Target | None:
-    """Return the delta that makes the overlays of a bundle from its own weights, if one is published and is smaller than they are."""
-    size = sum(entry.size for entry in plan.manifest.objects.values() if entry.role == "overlay")
-    try:
-        return _delta(trust, plan.manifest.digest, plan, size) if size else None
-    except ExpiredError as error:  # a device without a base needs no delta
-        log.warning("%s; fetching the overlays as they are", error)
-        return None
-
-
-def _delta(trust: Trust, base: str, plan: Plan, limit: int) -> Target | None:
     m = plan.manifest
+    if active is None and not _overlays(plan):
+        return []
     try:
-        found = trust.target(f"deltas/{m.line}/{m.device_class}/{base}.{m.digest}")
-    except InvalidError as error:
-        log.warning("%s; fetching the full bundle", error)
-        return None
-    return found if found and found.size < limit else None
+        return trust.listed(f"deltas/{m.line}/{m.device_class}")
+    except ExpiredError as error:
+        if active is not None:
+            raise
+        log.warning("%s; fetching the overlays as they are", error)  # a device without a base needs no delta
+        return []
+
+
+def find_chain(offers: Iterable[Target], active: str, plan: Plan, full: int, most: int = chain.MOST) -> list[Target]:
+    """Choose the deltas that lead from the running bundle to the wanted one for the fewest bytes; empty: the full bundle is better.
+
+    Args:
+        offers: signed deltas to choose from.
+        active: hash of the manifest of the running bundle.
+        plan: what is to be installed.
+        full: bytes of the full bundle.
+        most: deltas that may be chained.
+    """
+    links = _links(offers)
+    return [links[link] for link in chain.way(links, active, plan.manifest.digest, full, most)]
+
+
+def find_overlay_delta(offers: Iterable[Target], plan: Plan) -> Target | None:
+    """Return the delta that makes the overlays of a bundle from its own weights, if one is published and is smaller than they are."""
+    own = plan.manifest.digest[: chain.DIGITS]
+    links = {
+        link: target for link, target in _links(offers).items() if link.base == link.target == own and link.form in chain.FORMATS
+    }
+    smallest = min(links, key=lambda link: link.size, default=None)
+    return links[smallest] if smallest and smallest.size < _overlays(plan) else None
+
+
+def full_bytes(home: Home, plan: Plan, overlays: Target | None) -> int:
+    """Return the bytes to fetch for the full bundle: no file that a slot holds, and the delta `overlays` in the place of overlays."""
+    entries = [*plan.manifest.objects.values()]
+    kept = held(home, entries)
+    lacking = [entry for entry in entries if entry.sha256 not in kept]
+    thin = [entry for entry in lacking if overlays and entry.role == "overlay"]
+    return sum(entry.size for entry in lacking if entry not in thin) + (overlays.size if overlays and thin else 0)
+
+
+def _overlays(plan: Plan) -> int:
+    """Return the bytes of the overlays of a bundle."""
+    return sum(entry.size for entry in plan.manifest.objects.values() if entry.role == "overlay")
+
+
+def _links(offers: Iterable[Target]) -> dict[chain.Link, Target]:
+    named = ((chain.Link.of(target.name.rpartition("/")[2], target.size), target) for target in offers)
+    return {link: target for link, target in named if link}
 
 
 # Downloads and room
@@ -175,6 +209,15 @@ def check_room(home: Home, written: int, size: int) -> None:
         raise RoomError(
             f"the update needs room for {FILES_NEEDED} files (inodes), but {home.root} has it for {files}; remove files and try again"
         )
+
+
+def largest_between(home: Home, active: str, plan: Plan) -> int:
+    """Return the bytes that a delta of a chain may make on the way: somewhat more than the larger of the bundles at both ends."""
+    try:
+        before = home.slot(active).manifest.size
+    except StateError:  # applying says more about it
+        before = 0
+    return int(GROWTH * max(before, plan.manifest.size))
 
 
 def verify(home: Home, name: str, size: int, sha256: str) -> None:

@@ -212,6 +212,19 @@ def room_needed(written: int, bundle: int) -> int:
     return written + max(bundle // 10, 8 * 1024 * 1024)
 
 
+def chain_needs(count: int, between: int, bundle: int) -> int:
+    """Return the bytes of all results that lie on the disk at once while a chain is applied: those of two deltas at most.
+
+    Args:
+        count: deltas of the chain.
+        between: bytes of a result that only the next delta needs.
+        bundle: bytes of the bundle that the last delta makes.
+    """
+    if count == 1:
+        return bundle
+    return between + max(bundle, between if count > 2 else 0)
+
+
 def check_request(caption: str, seed: int) -> None:
     """Refuse a request that no bundle can draw, before a bundle is blamed for it.
 

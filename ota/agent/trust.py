@@ -16,6 +16,7 @@ mark. A time beyond the clock is never kept, so neither a thief nor a factory wh
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ PARENTS = {"timestamp": "root", "snapshot": "root", "targets": "root"}  # role t
 LONGEST = LIMITS.targets_max_length  # bytes of any metadata file, whatever length another one gives for it
 LOOK_SECONDS = 600.0  # for all metadata of one check together; 300 kB at `transport.MINIMUM_RATE`
 KEYID = re.compile(r"[0-9a-f]{64}")
+
+log = logging.getLogger(__name__)
 
 
 class Custom(BaseModel):
@@ -134,17 +137,36 @@ class Trust:
         self._remember((*TOP_ROLES, role), int(time.time()))
         if found is None:
             return None
-        try:
-            target = Target(
-                name=name, size=found.length, sha256=found.hashes.get("sha256", ""),
-                custom=Custom.model_validate(found.custom if isinstance(found.custom, dict) else {}),
-            )  # fmt: skip
-        except ValidationError as error:
-            kind = Target if error.title == Target.__name__ else Custom
-            raise InvalidError(f"the signed data of {name} are not valid and are not used: {first_fault(error, kind)}") from error
+        target = _target(name, found)
         if role == "models" and not name.endswith(f"/{self._home.load().active}.json"):
             rules.check_floor(target.custom.seq, target.custom.floor)
         return target
+
+    def listed(self, folder: str) -> list[Target]:
+        """Return what is signed about all targets of a folder, such as deltas/LINE/CLASS; what is not valid is left out.
+
+        Raises:
+            ExpiredError: the role that names them has expired.
+            TrustError: the metadata do not verify.
+            TransferError: the repository cannot be reached.
+        """
+        self._fetcher.begin()
+        with _foreign_errors():
+            self._updater.get_targetinfo(f"{folder}/-")  # whether there is such a target or not: this loads the role
+        role = folder.partition("/")[0]
+        self._remember((*TOP_ROLES, role), int(time.time()))
+        loaded = {name: cached for name in (*TOP_ROLES, role) if (cached := self._cached(f"{name}.json"))}
+        if role not in _trusted(loaded):  # nobody delegates to it, so what is in the cache counts for nothing
+            return []
+        named: dict[str, TargetFile] = loaded[role].signed.targets
+        valid = []
+        for name, found in named.items():
+            if name.startswith(f"{folder}/"):
+                try:
+                    valid.append(_target(name, found))
+                except InvalidError as error:
+                    log.warning("%s", error)
+        return valid
 
     def read(self, target: Target, limit: int) -> bytes:
         """Read a small target, and check it against its signed length and hash; a target that was read before is not fetched again.
@@ -231,6 +253,22 @@ class Trust:
             return None
         with _foreign_errors():
             return Metadata[Any].from_bytes(path.read_bytes())
+
+
+def _target(name: str, found: TargetFile) -> Target:
+    """Check what is signed about a target.
+
+    Raises:
+        InvalidError: a field is not valid, such as a hash that is none.
+    """
+    try:
+        return Target(
+            name=name, size=found.length, sha256=found.hashes.get("sha256", ""),
+            custom=Custom.model_validate(found.custom if isinstance(found.custom, dict) else {}),
+        )  # fmt: skip
+    except ValidationError as error:
+        kind = Target if error.title == Target.__name__ else Custom
+        raise InvalidError(f"the signed data of {name} are not valid and are not used: {first_fault(error, kind)}") from error
 
 
 def _trusted(cached: dict[str, Metadata[Any]]) -> dict[str, rules.Trusted]:

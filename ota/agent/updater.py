@@ -2,7 +2,7 @@
 
      1  refresh the metadata, check them against the durable high-water marks
      2  read the policy and decide
-     3  check this device's software; choose a delta from the running bundle or, if there is none, the full bundle
+     3  check this device's software; choose the cheapest way: a delta from the running bundle, a chain of deltas, or the full bundle
      4  check that there is room on the disk
      5  download with resume, up to a deadline
      6  verify length and hash
@@ -21,11 +21,13 @@ reuses a finished slot.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
-from ota.agent import history, reports, trial
+from ota import chain
+from ota.agent import history, reports, rules, trial
 from ota.agent.network import UnavailableError
 from ota.agent.plan import (
     OnStep,
@@ -34,11 +36,14 @@ from ota.agent.plan import (
     copy,
     decide,
     fetch_objects,
-    find_delta,
+    find_chain,
     find_overlay_delta,
+    full_bytes,
     have,
     held,
+    largest_between,
     missing,
+    offered,
     verify,
 )
 from ota.agent.slots import file_is, finish_slot, is_complete, is_sound, prepare_slot
@@ -60,6 +65,11 @@ from ota.errors import (
 from ota.manifest import MAX_MANIFEST, FileEntry
 
 FETCH_SECONDS = 3600.0  # seconds that all downloads of one update may take; the next update resumes them
+MAX_CHAINS = 3  # ways by deltas that one update tries before it fetches the full bundle
+BETWEEN = (
+    "slots/.0",
+    "slots/.1",
+)  # folders of what a chain makes on the way; the next agent removes what a killed one left there
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +82,7 @@ class Outcome:
     active: str | None
     reason: str
     way: str = ""
-    """full, delta, kept (a complete slot was there already), or empty: nothing was fetched."""
+    """full, delta, chain (of several deltas), kept (a complete slot was there already), or empty: nothing was fetched."""
     received: int = 0
     """Bytes fetched, including metadata."""
 
@@ -146,20 +156,7 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
     else:
         step(3, "check the software, choose a way")
         _check_software()
-        latest = at_most(FETCH_SECONDS)
-        delta, overlays = find_delta(trust, state.active, plan), find_overlay_delta(trust, plan)
-        home.collect_garbage({digest, *plan.manifest.objects, *(found.sha256 for found in (delta, overlays) if found)})
-        if delta and state.active:
-            try:
-                _fetch_delta(home, transport, state.active, plan, delta, step, latest)
-                way = "delta"
-            except BaseError as error:
-                log.warning("%s", error)
-                reports.queue(home, "base_corrupt", state.active, str(error))
-            except (DeltaError, DeviceError, RepositoryError, UnavailableError) as error:
-                _give_way(home, delta, error, "the full bundle")
-        if way == "full":
-            _fetch_full(home, transport, plan, overlays, step, latest)
+        way = _fetch(home, trust, transport, plan, step)
 
     step(9, "refresh again")
     fresh, wanted = decide(home, trust.again())
@@ -241,33 +238,158 @@ def _check_software() -> None:
     child.run("check")
 
 
-def _fetch_delta(
-    home: Home, transport: Transport, active: str, plan: Plan, delta: Target, step: OnStep, latest: Deadline
-) -> None:
-    part, fresh = f"incoming/{delta.sha256}", prepare_slot(home, plan)
+def _fetch(home: Home, trust: Trust, transport: Transport, plan: Plan, step: OnStep) -> str:
+    """Take steps 3 to 8: make the slot by the cheapest way or, where that way is blocked, by another one; return the way taken."""
+    latest, active, digest = at_most(FETCH_SECONDS), home.load().active, plan.manifest.digest
+    offers = offered(trust, active, plan)
+    overlays = find_overlay_delta(offers, plan)
+    home.collect_garbage({digest, *plan.manifest.objects, *(delta.sha256 for delta in offers)})
+    way = _by_deltas(home, transport, active, plan, offers, full_bytes(home, plan, overlays), step, latest) if active else None
+    for delta in offers:
+        if delta != overlays or way:
+            home.disk.remove(f"incoming/{delta.sha256}")
+    if way is None:
+        _fetch_full(home, transport, plan, overlays, step, latest)
+    return way or "full"
+
+
+def _by_deltas(
+    home: Home, transport: Transport, active: str, plan: Plan, offers: Sequence[Target], full: int, step: OnStep, latest: Deadline
+) -> str | None:  # fmt: skip
+    """Make the slot by the cheapest deltas; return the way taken, or None: no deltas serve.
+
+    The cheapest way without a useless delta is tried next; what was fetched for the one before serves again. Useless deltas cost no
+    more than the full bundle.
+    """
+    left, most, before = list(offers), chain.MOST, transport.received
+    for _ in range(MAX_CHAINS):
+        deltas = find_chain(left, active, plan, full - (transport.received - before), most)
+        if not deltas:
+            break
+        try:
+            useless = _fetch_deltas(home, transport, active, plan, deltas, step, latest)
+        except BaseError as error:
+            log.warning("%s", error)
+            reports.queue(home, "base_corrupt", active, str(error))
+            break
+        except SoftwareError as error:
+            log.warning("%s; fetching the full bundle", error)
+            break
+        except RoomError as error:
+            if len(deltas) == 1:
+                raise
+            log.warning("%s; looking for a way that takes less", error)
+            most = 1
+        else:
+            if useless is None:
+                return "delta" if len(deltas) == 1 else "chain"
+            left.remove(useless)
+    return None
+
+
+def _fetch_deltas(
+    home: Home, transport: Transport, active: str, plan: Plan, deltas: Sequence[Target], step: OnStep, latest: Deadline
+) -> Target | None:
+    """Make the slot by one delta, or by a chain of them; return the delta that does not serve, or None: the slot is made."""
+    fresh, count, limit = prepare_slot(home, plan), len(deltas), largest_between(home, active, plan)
+    fetched = sum(max(0, delta.size - have(home, delta.sha256)) for delta in deltas)
     step(4, "check room")
-    check_room(home, delta.size - have(home, delta.sha256) + plan.manifest.size, plan.manifest.size)
-    step(5, f"download the delta, {delta.size:,} bytes")
+    check_room(home, fetched + rules.chain_needs(count, limit, plan.manifest.size), plan.manifest.size)
+    step(5, f"download {'the delta' if count == 1 else f'{count} deltas'}, {sum(delta.size for delta in deltas):,} bytes")
     home.disk.make_folder("incoming")
-    download(transport, delta.published_as, delta.size, home.disk, part, latest)
-    step(6, "verify what was downloaded")
-    verify(home, part, delta.size, delta.sha256)
-    step(7, "apply into a new slot")
-    _apply(home, plan, part, f"slots/{active}", active, fresh, plan.manifest.made)
-    finish_slot(home, plan, fresh, step)
+    useless = _first_useless(
+        home, deltas, lambda d: download(transport, d.published_as, d.size, home.disk, f"incoming/{d.sha256}", latest)
+    )
+    if useless is None:
+        step(6, "verify what was downloaded")
+        useless = _first_useless(home, deltas, lambda d: verify(home, f"incoming/{d.sha256}", d.size, d.sha256))
+    if useless is None:
+        step(7, "apply into a new slot")
+        useless = _apply_chain(home, plan, deltas, active, fresh, limit)
+    if useless is None:
+        useless = _first_useless(home, deltas[-1:], lambda _: finish_slot(home, plan, fresh, step))
+    return useless
 
 
-def _apply(home: Home, plan: Plan, part: str, base: str, base_digest: str, fresh: str, made: Sequence[FileEntry]) -> None:
-    """Apply a delta that was downloaded to `part`, and remove it."""
+def _apply_chain(home: Home, plan: Plan, deltas: Sequence[Target], active: str, fresh: str, limit: int) -> Target | None:
+    """Apply deltas, each to what the one before made; return the one that does not serve, or None: `fresh` holds the new files.
+
+    What a delta makes on the way is no bundle: no state names it, and it is never run, so no refusal concerns it. It lies in a folder
+    of its own until the next delta is applied. A power cut leaves nothing of it: the next update begins again with the first delta, all of
+    which are still here.
+    """
+    base, digest = f"slots/{active}", active
+
+    def apply(delta: Target) -> None:
+        nonlocal base, digest
+        part = f"incoming/{delta.sha256}"
+        if delta == deltas[-1]:
+            _apply(home, part, base, digest, fresh, **_signed(plan, plan.manifest.made))
+            return
+        made = BETWEEN[base == BETWEEN[0]]
+        home.disk.make_folder(made, durable=False)
+        digest = _apply(home, part, base, digest, made, limit=limit)
+        if base in BETWEEN:
+            home.disk.remove(base)
+        base = made
+
+    try:
+        return _first_useless(home, deltas, apply)
+    finally:
+        for folder in BETWEEN:
+            home.disk.remove(folder)
+
+
+def _first_useless(home: Home, deltas: Iterable[Target], work: Callable[[Target], None]) -> Target | None:
+    """Do something with one delta after the other; return the first that does not serve, which is removed, or None.
+
+    Raises:
+        BaseError: what runs is damaged, so no delta serves.
+        SoftwareError: this device's software is, so no delta serves.
+        DeviceError: another fault of this device, which would also end what replaces the delta.
+    """
+    for delta in deltas:
+        try:
+            work(delta)
+        except (BaseError, SoftwareError):
+            raise
+        except (DeltaError, DeviceError, RepositoryError, UnavailableError) as error:
+            _give_way(home, delta, error, "what replaces it")
+            return delta
+    return None
+
+
+def _apply(home: Home, part: str, base: str, base_digest: str, made: str, **request: Any) -> str:
+    """Apply the delta `part` to the folder `base`, and return the hash of the manifest that its result has.
+
+    Args:
+        home: the agent's directory.
+        part: the delta.
+        base: folder that it starts from.
+        base_digest: hash of the manifest of what is there.
+        made: folder to write to.
+        request: what the delta may make, see `child.apply`.
+
+    Raises:
+        BaseError: the running bundle is not as it was installed.
+        DeltaError: the delta does not make what is signed, or does not fit to the one before.
+        DeviceError: this device could not apply it.
+    """
     from ota.agent import child
 
     try:
-        child.run(
-            "apply", root=str(home.root), patch=part, base=base, base_digest=base_digest, slot=fresh,
-            target_digest=plan.manifest.digest, files=[entry.model_dump(mode="json", exclude={"base", "weights"}) for entry in made],
-        )  # fmt: skip
-    finally:
-        home.disk.remove(part)
+        answer = child.run("apply", root=str(home.root), patch=part, base=base, base_digest=base_digest, slot=made, **request)
+    except BaseError as error:
+        if base in BETWEEN:
+            raise DeltaError(str(error)) from error
+        raise
+    return str(answer["target"])
+
+
+def _signed(plan: Plan, made: Sequence[FileEntry]) -> dict[str, Any]:
+    """Return what a delta to the bundle may make: exactly these of its files."""
+    files = [entry.model_dump(mode="json", exclude={"base", "weights"}) for entry in made]
+    return {"target_digest": plan.manifest.digest, "files": files}
 
 
 def _give_way(home: Home, delta: Target, error: OtaError, instead: str) -> None:
@@ -310,7 +432,8 @@ def _fetch_full(home: Home, transport: Transport, plan: Plan, overlays: Target |
     if overlays:
         try:
             home.disk.replace(f"{fresh}/manifest.json", plan.manifest_bytes, durable=False)  # the slot is its own base
-            _apply(home, plan, f"incoming/{overlays.sha256}", fresh, plan.manifest.digest, fresh, thin)
+            _apply(home, f"incoming/{overlays.sha256}", fresh, plan.manifest.digest, fresh, **_signed(plan, thin))
+            home.disk.remove(f"incoming/{overlays.sha256}")
         except (DeltaError, DeviceError) as error:
             _give_way(home, overlays, error, "the overlays as they are")
             fetch_objects(home, transport, thin, latest)
