@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 FORMATS = (1, 2)
 """Formats of deltas that agents of this version read."""
@@ -94,3 +95,26 @@ def way(links: Iterable[Link], base: str, target: str, full: int, most: int = MO
 def size_of(chain: Sequence[Link]) -> int:
     """Return the bytes of all deltas of a chain."""
     return sum(link.size for link in chain)
+
+
+def kept(names: Iterable[str], order: Sequence[str], newest: Iterable[str]) -> set[str]:
+    """Return the names of the deltas that stay published.
+
+    Args:
+        names: of the published deltas.
+        order: hashes of the manifests of the releases that stay published, oldest first, and of the one before them.
+        newest: hashes of the manifests to which every delta stays.
+
+    Returns:
+        All deltas to `newest`; to the others, only the single step from the release before, in its newest format: agents that read
+        only an older one cannot chain steps.
+    """
+    links = [link for name in names if (link := Link.of(name, 0))]
+    ends = {digest[:DIGITS] for digest in newest}
+    steps = {(base[:DIGITS], target[:DIGITS]) for base, target in pairwise(order)}
+    last = {(link.base, link.target): link.form for link in sorted(links, key=lambda link: link.form)}
+    return {
+        link.name
+        for link in links
+        if link.target in ends or ((pair := (link.base, link.target)) in steps and link.form == last[pair])
+    }

@@ -14,17 +14,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pytest
 from tuf.api.metadata import Metadata, Targets
 
+from model.export import Export
 from ota.agent import slots, updater
 from ota.agent.plan import OnStep
 from ota.agent.state import Home, State
@@ -33,7 +36,7 @@ from ota.release import rollout
 from ota.release.bundle import Bundle, make_delta
 from ota.release.keys import KeyRing
 from ota.release.repository import Release, Repository, policy_path
-from tests.conftest import agent
+from tests.conftest import agent, bundle_of
 
 LINE, CLASS = "shapes", "edge"
 LEDGER = "e" * 64
@@ -48,6 +51,13 @@ def publish(repository: Repository, bundle: Bundle, delta: Path | None = None, b
     release = repository.publish_release(bundle.manifest, bundle.folder, LEDGER, deltas)
     repository.set_policy(everyone(release))
     return release
+
+
+def releases(repository: Repository, row: Sequence[Bundle], steps: Sequence[Path]) -> None:
+    """Publish bundles after the first one, each with the single step to it, and open the last one to every device."""
+    for before, bundle, step in zip(row, row[1:], steps, strict=False):
+        made = repository.publish_release(bundle.manifest, bundle.folder, LEDGER, [(before.manifest.digest, step)])
+    repository.set_policy(everyone(made))
 
 
 def everyone(release: Release, **fields: Any) -> Policy:
@@ -277,6 +287,28 @@ def step(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -
     made = make_delta(bundles["first"], bundles["second"], tmp_path_factory.mktemp("deltas"))
     assert made
     return made.path
+
+
+@pytest.fixture(scope="session")
+def row(exported: Export, bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
+    """Provide four releases, the first of which is `first`; each differs from the one before in the last bits of few weights."""
+    out, generator = tmp_path_factory.mktemp("row"), np.random.default_rng(0)
+    weights = np.fromfile(exported.folder / "weights.bin", "<u2")
+    made = [bundles["first"]]
+    for number in (2, 3, 4):
+        weights[generator.choice(weights.size, weights.size // 200, replace=False)] ^= 1
+        folder = shutil.copytree(exported.folder, out / f"export-{number}")
+        weights.tofile(folder / "weights.bin")
+        made.append(bundle_of(folder, out, number))
+    return made
+
+
+@pytest.fixture(scope="session")
+def steps(row: list[Bundle], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Provide the single steps between the releases of `row`, and as the last one the delta from the first to the last."""
+    out = tmp_path_factory.mktemp("steps")
+    made = [make_delta(before, after, out) for before, after in [*pairwise(row), (row[0], row[-1])]]
+    return [delta.path for delta in made if delta]
 
 
 @pytest.fixture(scope="session")

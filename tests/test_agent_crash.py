@@ -33,7 +33,7 @@ from ota.release.bundle import Bundle, make_overlay_delta
 from tests import crash_kit
 from tests.conftest import few
 from tests.crash_kit import Log, Recorder, Tree, fingerprint, lay_out
-from tests.fleet_kit import Device, Field, name_delta, publish
+from tests.fleet_kit import Device, Field, name_delta, publish, releases
 from tests.test_agent_machine import Children
 from tests.test_chaos import difference, facts
 from tests.test_overlay import assembled, taught
@@ -293,7 +293,7 @@ class Scenario:
             shutil.rmtree(folder)
 
 
-NAMES = ["delta", "full", "first", "overlay", "broken delta", "refused", "taken back", "damaged"]
+NAMES = ["delta", "chain", "full", "first", "overlay", "broken delta", "refused", "taken back", "damaged"]
 
 
 class Failing(Children):
@@ -322,9 +322,9 @@ def thin(exported: Export, tries: dict[str, Any], bundles: dict[str, Bundle], tm
 @pytest.fixture
 def scenario(
     request: pytest.FixtureRequest, fielded: Field, bundles: dict[str, Bundle], step: Path, tries: dict[str, Any], thin: Bundle,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    row: list[Bundle], steps: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Scenario]:  # fmt: skip
-    name, children = request.param, Failing(tries)
+    name, children = request.param, Failing(tries | {bundle.manifest.digest: tries[row[0].manifest.digest] for bundle in row})
     monkeypatch.setattr(child, "run", children.run)
     monkeypatch.setattr(transport, "SYNC_EVERY", 64 * 1024)  # small, so that a test bundle is synced several times
     field = fielded.copy(tmp_path / "field")
@@ -338,6 +338,8 @@ def scenario(
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     elif name == "refused":
         publish(field.repository, garbage)
+    elif name == "chain":
+        releases(field.repository, row, steps)
     elif name == "overlay":
         patch = make_overlay_delta(thin, tmp_path / "deltas")
         assert patch

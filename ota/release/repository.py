@@ -39,6 +39,7 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from ota import chain
 from ota.errors import OperatorError, printable
 from ota.manifest import MAX_COUNT, MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
 from ota.release.keys import DELEGATED, Entry, KeyRing
@@ -46,7 +47,7 @@ from ota.release.metadata import LIFETIMES, TOP, dated, expiry, load, next_versi
 
 RENEWED = ("root", "targets", "models", "deltas")  # roles that `Repository.renew` can sign again
 KEPT_RELEASES = 8  # newest releases of one line and class that stay in `models`
-KEPT_DELTAS_TO = 2  # deltas are kept to this many of the newest releases
+KEPT_DELTAS_TO = 2  # all deltas are kept to this many of the newest releases; to the others, only those from the release before
 LOCK = ".signing.lock"  # file in the folder of the repository, never published
 SIGNING_SECONDS = 60.0  # for which one process waits until another has finished its change
 
@@ -120,9 +121,12 @@ class RoleState:
 class DeltaTarget:
     """A published delta from one bundle to another."""
 
-    base: Sha256
+    base: str
+    """Hash of the manifest that it starts from; only its first digits if that release is no longer published."""
     target: Sha256
     size: int
+    name: str
+    """Last part of its target path."""
 
 
 def manifest_path(line: str, device_class: str, digest: str) -> str:
@@ -130,9 +134,9 @@ def manifest_path(line: str, device_class: str, digest: str) -> str:
     return f"models/{line}/{device_class}/{digest}.json"
 
 
-def delta_path(line: str, device_class: str, base: str, target: str) -> str:
-    """Return the target path of a delta."""
-    return f"deltas/{line}/{device_class}/{base}.{target}"
+def delta_path(line: str, device_class: str, base: str, target: str, form: int = 1) -> str:
+    """Return the target path of a delta of a format."""
+    return f"deltas/{line}/{device_class}/{chain.name_of(form, base, target)}"
 
 
 def policy_path(line: str, device_class: str) -> str:
@@ -249,13 +253,13 @@ class Repository:
     def deltas(self, line: str, device_class: str) -> list[DeltaTarget]:
         """Return the published deltas of a line and class, except those that make only the overlays of a bundle."""
         prefix = f"deltas/{line}/{device_class}/"
-        return [
-            DeltaTarget(base, to, target.length)
-            for path, target in self._targets("deltas").targets.items()
-            if path.startswith(prefix)
-            for base, _, to in [path.removeprefix(prefix).partition(".")]
-            if base != to
-        ]
+        whole = {release.manifest[: chain.DIGITS]: release.manifest for release in self.releases(line, device_class)}
+        found = []
+        for path, target in self._targets("deltas").targets.items():
+            link = chain.Link.of(path.removeprefix(prefix), target.length) if path.startswith(prefix) else None
+            if link and link.base != link.target and link.target in whole:
+                found.append(DeltaTarget(whole.get(link.base, link.base), whole[link.target], link.size, link.name))
+        return found
 
     def policy(self, line: str, device_class: str) -> Policy | None:
         """Return the policy in force; None: there is none."""
@@ -350,18 +354,23 @@ class Repository:
         """
         line, device_class = manifest.line, manifest.device_class
         known = self.releases(line, device_class)
+        read = [(base, file.read_bytes()) for base, file in deltas]
         delta_targets = [
-            self._add_target(delta_path(line, device_class, base, manifest.digest), file.read_bytes(), {})
-            for base, file in deltas
+            self._add_target(delta_path(line, device_class, base, manifest.digest, chain.form_of(data)), data, {})
+            for base, data in read
         ]
-        newest = {manifest.digest, *(r.manifest for r in known[len(known) - KEPT_DELTAS_TO + 1 :])}
+        order = list(dict.fromkeys([*(r.manifest for r in known), manifest.digest]))
+        newest = {manifest.digest, *order[-KEPT_DELTAS_TO:]}
+        if policy := self.policy(line, device_class):  # what devices are told to install must stay cheap
+            newest.add(policy.manifest)
 
         def change_deltas(all_deltas: Targets) -> None:
             for delta in delta_targets:
                 all_deltas.targets[delta.path] = delta
-            for name in list(all_deltas.targets):
-                if name.startswith(f"deltas/{line}/{device_class}/") and name.rpartition(".")[2] not in newest:
-                    del all_deltas.targets[name]
+            prefix = f"deltas/{line}/{device_class}/"
+            names = {path.removeprefix(prefix) for path in all_deltas.targets if path.startswith(prefix)}
+            for name in names - chain.kept(names, order[-KEPT_RELEASES - 1 :], newest):
+                del all_deltas.targets[f"{prefix}{name}"]
 
         for release in known:
             if release.manifest == manifest.digest:  # the bundle was published before; the deltas to it may be new
@@ -395,7 +404,6 @@ class Repository:
         path = manifest_path(line, device_class, manifest.digest)
         target = self._add_target(path, manifest.canonical(), custom)
         kept = {r.manifest for r in [*known, made][-KEPT_RELEASES:]}
-        policy = self.policy(line, device_class)
         if policy:  # what devices are told to install must stay installable
             kept.add(policy.manifest)
 
