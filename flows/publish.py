@@ -22,14 +22,14 @@ from model.scorecard import Frozen
 from model.train import load_checkpoint
 from ota.fitness import TrialResult
 from ota.manifest import Allowed, Origin, VariantName
-from ota.release import bundle, compatibility, foretell
+from ota.release import bundle, chains, compatibility, foretell
 from ota.release.bundle import Bundle, Delta
 from ota.release.repository import Release
 from registry.catalog import Subject
 from registry.champions import champions, promotions
 from registry.errors import CatalogError
 
-PREVIOUS = 2  # releases before this one that get a delta even if no device reports them
+FACTORS = "update.safetensors"  # beside the exported files of a retraining: by which factors its tensors moved
 
 
 class Released(Frozen):
@@ -42,7 +42,9 @@ class Released(Frozen):
     versions: dict[str, int]
     full_bytes: int
     deltas: dict[str, int]
-    """Base manifest → bytes of the delta; bases whose delta was not smaller than the bundle are left out."""
+    """Base manifest → bytes of the smallest delta from it; bases whose delta was not smaller than the bundle are left out."""
+    behind: dict[int, int] = Field(default={})
+    """Releases that a device is behind → bytes of the deltas that it fetches; in any other case it fetches the full bundle."""
     metadata_bytes: int
     copied: int
     known: bool = False
@@ -155,33 +157,38 @@ def left_behind(workspace: Workspace, made: Bundle, leave_behind: bool) -> list[
 
 @task(name="deltas", task_run_name="build deltas to the bundle")
 def make_deltas(root: str, folder: str) -> list[Delta]:
-    """Build the deltas to a bundle from every bundle of `fielded`, and the one for its overlays; leave out those that save nothing."""
+    """Build the deltas to a bundle that `chains.wanted` lists, and those for its overlays; leave out those that save nothing."""
     workspace = Workspace(Path(root))
-    target = bundle.open_bundle(Path(folder))
-    bases = fielded(workspace, target)
-    made = []
-    for done, base in enumerate(bases):
-        progress.advance("build deltas", done, len(bases))
-        delta = bundle.make_delta(base, target, workspace.work / "deltas")
-        if delta:
+    target, out = bundle.open_bundle(Path(folder)), workspace.work / "deltas"
+    line, device_class = target.manifest.line, target.manifest.device_class
+    releases = {release.manifest: release for release in workspace.repository.releases(line, device_class)}
+    reports = [r for r in workspace.fleet.devices().values() if r and (r.line, r.device_class) == (line, device_class)]
+    links = workspace.repository.links(line, device_class)
+    oldest = workspace.device_class(line, device_class).oldest_agent
+    wanted = chains.wanted([*releases], target.manifest.digest, reports, oldest, links)
+    factors = factors_of(workspace, line, device_class)
+    made: list[Delta] = []
+    for done, want in enumerate(wanted):
+        progress.advance("build deltas", done, len(wanted))
+        base = Bundle(workspace.repository.objects, workspace.repository.manifest(releases[want.base]))
+        delta = bundle.make_delta(base, target, out, factors, want.form)
+        if delta is None:
+            continue
+        others = [*links, *(other.link for other in made)]
+        if want.devices is None or chains.pays(delta.link, want.devices, len(reports), others, target.manifest.size):
             made.append(delta)
-    if bases:
-        progress.advance("build deltas", len(bases), len(bases))
-    if overlays := bundle.make_overlay_delta(target, workspace.work / "deltas"):
-        made.append(overlays)
-    return made
+    if wanted:
+        progress.advance("build deltas", len(wanted), len(wanted))
+    forms = {want.form for want in wanted} | {chains.NEWEST}
+    overlays = [bundle.make_overlay_delta(target, out, form) for form in sorted(forms)]
+    return [*made, *(delta for delta in overlays if delta)]
 
 
-def fielded(workspace: Workspace, target: Bundle) -> list[Bundle]:
-    """Return the published bundles from which devices may come: those that they report, and the last `PREVIOUS` ones."""
-    releases = workspace.repository.releases(target.manifest.line, target.manifest.device_class)
-    reported = {report.active for report in workspace.fleet.devices().values() if report}
-    chosen = [r for r in releases if r.manifest in reported or r in releases[-PREVIOUS:]]
-    return [
-        Bundle(workspace.repository.objects, workspace.repository.manifest(r))
-        for r in chosen
-        if r.manifest != target.manifest.digest
-    ]
+def factors_of(workspace: Workspace, line: str, device_class: str) -> dict[VariantName, Path]:
+    """Find what the trainings of a line's champions say of their updates; a stale one costs bytes, because each claim is checked."""
+    found = champions(workspace, workspace.class_subjects(line, device_class))
+    files = {variant: champion_files(workspace, champion).bundle / FACTORS for variant, champion in found.items()}
+    return {variant: path for variant, path in files.items() if path.is_file()}
 
 
 @task(name="sign", task_run_name="sign the release", **RETRIES)
@@ -218,7 +225,8 @@ def sign(
             facts: dict[str, Any] = {
                 "release": release.seq,
                 "manifest": release.manifest,
-                "deltas": {d.base: d.size for d in deltas if d.base != d.target},
+                "deltas": smallest(workspace, release),
+                "behind": {str(count): size for count, size in behind_of(workspace, release).items()},
             }
             if allowed:
                 facts["allowed"] = {variant: change.model_dump(mode="json") for variant, change in allowed.items()}
@@ -230,6 +238,22 @@ def sign(
                 "release", subject, why + (f", with a change that devices would refuse: {reasons}" if reasons else ""), facts
             )
     return release, newest
+
+
+def smallest(workspace: Workspace, release: Release) -> dict[str, int]:
+    """Return the bytes of the smallest delta to a release from each base, by the hash of the base's manifest."""
+    found: dict[str, int] = {}
+    for delta in workspace.repository.deltas(release.line, release.device_class):
+        if delta.target == release.manifest:
+            found[delta.base] = min(delta.size, found.get(delta.base, delta.size))
+    return found
+
+
+def behind_of(workspace: Workspace, release: Release) -> dict[int, int]:
+    """Return what a device fetches, by the number of releases that it is behind a release; see `chains.behind`."""
+    order = [known.manifest for known in workspace.repository.releases(release.line, release.device_class)]
+    links = workspace.repository.links(release.line, release.device_class)
+    return chains.behind(order, release.manifest, links, release.full_bytes)
 
 
 @task(name="publish", task_run_name="publish the repository", **RETRIES)
@@ -274,7 +298,7 @@ def release(
         line=line, device_class=device_class, release=published.seq, manifest=published.manifest,
         versions={variant: champion.version for variant, champion in champions(workspace, workspace.class_subjects(line, device_class)).items()},
         full_bytes=published.full_bytes,
-        deltas={d.base: d.size for d in workspace.repository.deltas(line, device_class) if d.target == published.manifest},
+        deltas=smallest(workspace, published), behind=behind_of(workspace, published),
         metadata_bytes=workspace.repository.metadata_bytes(), copied=copied, known=known,
         allowed={variant: change.model_dump(mode="json") for variant, change in allowed.items()},
         minimum_agent=made_bundle.manifest.minimum_agent, left_behind=behind,

@@ -382,7 +382,7 @@ def test_device_without_room_for_the_bundle_keeps_what_runs(behind, row, steps, 
 
 
 def test_chain_of_bundles_with_overlays(scene, exported, quick, row, tmp_path):
-    """Each step makes the overlay of turbo from the one before, and a file that variants share is made once."""
+    """Check that each step makes the overlay of turbo from the one before, and makes a file that variants share once."""
     made: list[Bundle] = []
     for number in range(4):
         full, turbo = tmp_path / f"full-{number}", tmp_path / f"turbo-{number}"

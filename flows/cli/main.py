@@ -370,6 +370,7 @@ def release(
             pass
         from flows.clone import check_release
         from flows.policies import allowances, behind, check_ledger, check_newest, publication
+        from ota.release.chains import described
         from ota.release.fielded import next_step
         from registry.champions import champions
 
@@ -389,6 +390,7 @@ def release(
         said = "\n".join([
             f"{line}/{device_class} release {made['release']}: {made['full_bytes']:,} bytes in full{f'; as a delta {deltas}' if deltas else ''}",
             *(["it holds the same champions as before, so a device that runs it does not install it anew"] if made["known"] else []),
+            *([steps] if (steps := described(made["behind"])) else []),
             *allowances(workspace, line, device_class, made["release"]),
             *behind(workspace, line, device_class, made["release"]),
             *(["no device would refuse it, so --allow-change changed nothing"] if allow_change and not made["allowed"] else []),

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 import ota
 from ota import delta, overlay
+from ota.chain import DIGITS, Link, form_of, name_of
 from ota.delta import encode, files
 from ota.delta.factors import Claim
 from ota.delta.header import BundleFile
@@ -70,6 +71,13 @@ class Delta:
     target: str
     size: int
     by_kind: dict[str, int]
+    form: int = 1
+    """Version of the format."""
+
+    @property
+    def link(self) -> Link:
+        """The delta as a device sees it in the metadata."""
+        return Link(name_of(self.form, self.base, self.target), self.size, self.form, self.base[:DIGITS], self.target[:DIGITS])
 
 
 def update_bytes(old: Path, new: Path, factors: Path | None = None) -> int:
@@ -247,7 +255,7 @@ def make_overlay_delta(target: Bundle, out: Path, version: int = 1) -> Delta | N
 
 def _built(pairs: Sequence[encode.Pair], base: Bundle, target: Bundle, out: Path, version: int) -> Delta | None:
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{base.manifest.digest}.{target.manifest.digest}"
+    path = out / name_of(version, base.manifest.digest, target.manifest.digest)
     try:
         built = encode.build(pairs, base.manifest.digest, target.manifest.digest, path, version)
         _prove(path, base, pairs)
@@ -257,7 +265,9 @@ def _built(pairs: Sequence[encode.Pair], base: Bundle, target: Bundle, out: Path
     if built.size >= sum({pair.new: pair.entry.size for pair in pairs}.values()):
         path.unlink()
         return None
-    return Delta(path, base.manifest.digest, target.manifest.digest, built.size, built.by_kind)
+    with path.open("rb") as file:
+        form = form_of(file.read(8))
+    return Delta(path, base.manifest.digest, target.manifest.digest, built.size, built.by_kind, form)
 
 
 def _pair(entry: FileEntry, base: Bundle, target: Bundle, claims: Claims, version: int) -> encode.Pair:

@@ -261,6 +261,11 @@ class Repository:
                 found.append(DeltaTarget(whole.get(link.base, link.base), whole[link.target], link.size, link.name))
         return found
 
+    def links(self, line: str, device_class: str) -> list[chain.Link]:
+        """Return the published deltas of a line and class as a device reads them, by their names."""
+        found = (chain.Link.of(delta.name, delta.size) for delta in self.deltas(line, device_class))
+        return [link for link in found if link]
+
     def policy(self, line: str, device_class: str) -> Policy | None:
         """Return the policy in force; None: there is none."""
         path = policy_path(line, device_class)
