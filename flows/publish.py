@@ -11,7 +11,6 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
-import ota
 from flows import pages, policies, progress, running
 from flows.policies import check_ledger
 from flows.settings import TEACHING_MS
@@ -86,9 +85,20 @@ def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[Varian
         exports, line=line, device_class=device_class, tier=lineage.config.tier, configuration=settings.configuration,
         precision=settings.precision, origin=origin, out=workspace.work / "bundles", allowed=allowed,
         latency_ms={v: settings.latency_ms for v, export in exports.items() if latency_of(export) == TEACHING_MS},  # a teacher until then
-        oldest_agent=settings.oldest_agent or ota.__version__,
+        oldest_agent=settings.oldest_agent or _oldest_agent(workspace, line, device_class),
     )  # fmt: skip
     return str(made.folder)
+
+
+def _oldest_agent(workspace: Workspace, line: str, device_class: str) -> str:
+    """Return the agent that a bundle is made for where ferry.toml does not say."""
+    found = compatibility.oldest_agent(line, device_class, workspace.fleet.devices())
+    if compatibility.newest_form(found) < compatibility.newest_form():
+        progress.say(
+            f"devices of {line}/{device_class} have agents before {compatibility.minimum_agent(compatibility.newest_form())}, so the bundle has "
+            "the form that they read, and an update takes some kilobytes more; `ferry fleet status` shows their agents"
+        )
+    return found
 
 
 def latency_of(export: Path) -> float:
@@ -123,8 +133,8 @@ def foretold(
         ForetoldError: devices would refuse the bundle; nothing was signed.
     """
     workspace = Workspace(Path(root))
+    workspace.fleet.collect(workspace.inbox)  # devices name their agents, which decide about the bundle's form
     plain = bundle.open_bundle(Path(make_bundle(root, line, device_class)))
-    workspace.fleet.collect(workspace.inbox)
     bases = foretell.running(workspace, line, device_class, policies.opened(workspace, line, device_class))
     allowed = foretell.allowed_before(workspace.repository, plain)
     made = bundle.open_bundle(Path(make_bundle(root, line, device_class, allowed))) if allowed else plain

@@ -41,9 +41,9 @@ MAX_NUMBER = 2**31 - 1  # largest number of a report; fits into the integer colu
 MAX_COUNT = 2**53
 MAX_TOLD = 500  # characters of a reason
 FORM = 1  # `schema_version` of every document that this agent knows, but for these
-FORMS = {"manifest": 3, "reference": 2, "samplertable": 2}  # newest forms, which older agents do not know
+FORMS = {"manifest": 4, "reference": 2, "samplertable": 2}  # newest forms, which older agents do not know
 # Form 2 of manifest and reference allows a change of the images, that of the sampler table an interval of guidance. Form 3 of a
-# manifest lets variants share weights.
+# manifest lets variants share weights, and form 4 holds a sample of the golden outputs (`ota.golden`).
 MAX_ALLOWED = 0.1  # width of the range of an allowed statistic; pixel values span 2
 MAX_BASES = 16  # bundles from which a change is allowed
 
@@ -189,9 +189,10 @@ class Origin(Document):
 class Manifest(Document):
     """The manifest of a bundle: one line for one device class, in one to four variants. Its hash is the bundle's name."""
 
-    schema_version: Literal[1, 2, 3] = Field(
+    schema_version: Literal[1, 2, 3, 4] = Field(
         default=1,
-        description="version of this form; 2 where a reference allows a change of the images, 3 where variants share weights or one is turbo",
+        description="version of this form; 2 where a reference allows a change of the images, 3 where variants share weights or one is turbo, "
+        "4 where the golden outputs are a sample",
     )
     line: Name = Field(description="line (product) of the model")
     device_class: Name = Field(description="device class that the bundle is for")
@@ -214,7 +215,7 @@ class Manifest(Document):
             raise ValueError("the files are not one graph and four files for each variant")
         overlays = [entry for entry in self.files if entry.role == "overlay"]
         if self.schema_version < 3 and (overlays or "turbo" in self.variants or len(self.variants) > 3):
-            raise ValueError("only form 3 holds overlays, four variants or the variant turbo")
+            raise ValueError("only forms from 3 on hold overlays, four variants or the variant turbo")
         plain = {entry.variant for entry in self.files if entry.role == "weights"}
         if any(entry.base not in plain for entry in overlays):
             raise ValueError("the base of an overlay is not a variant of this bundle that has weights of its own")

@@ -44,10 +44,27 @@ def test_every_form_has_its_oldest_agent():
 
 
 @pytest.mark.parametrize(
-    ("agent", "form"), [("0.1.0", 2), ("0.1.9", 2), ("0.2.0", 3), ("0.10.0", 3), ("1.0.0", 3), (None, 3), ("0.0.1", 1)]
+    ("agent", "form"),
+    [("0.1.0", 2), ("0.1.9", 2), ("0.2.0", 3), ("0.2.9", 3), ("0.3.0", 4), ("0.10.0", 4), ("1.0.0", 4), (None, 4), ("0.0.1", 1)],
 )
 def test_agent_reads_up_to_a_form(agent, form):
     assert compatibility.newest_form(agent) == form
+
+
+@pytest.mark.parametrize(
+    ("agents", "oldest"),
+    [
+        ([], None),
+        (["0.3.0"], None),
+        (["0.3.0", "0.2.0"], "0.2.0"),
+        (["0.2.9"], "0.2.0"),
+        ([None], "0.2.0"),  # before 0.2.0, reports did not name the agent
+    ],
+)
+def test_bundle_has_the_form_that_the_devices_of_its_class_read(agents, oldest):
+    last: dict[str, DeviceReport | None] = {f"dev-{i}": named(agent) for i, agent in enumerate(agents)}
+    last |= {"silent": None, "elsewhere": named("0.1.0", device_class="line-b"), "other": named("0.1.0", line="digits")}
+    assert compatibility.oldest_agent("shapes", "edge", last) == (oldest or ota.__version__)
 
 
 def test_own_version_can_be_reported():

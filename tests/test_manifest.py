@@ -112,7 +112,7 @@ def test_manifest_lists_closed_set(variants):
     [
         pytest.param({"extra": 1}, id="unknown field"),
         pytest.param({"line": None}, id="no line"),
-        pytest.param({"schema_version": 4}, id="newer schema"),
+        pytest.param({"schema_version": 5}, id="newer schema"),
         pytest.param({"schema_version": "1"}, id="number as text"),
         pytest.param({"variants": []}, id="no variant"),
         pytest.param({"variants": ["full", "full"]}, id="variant twice"),

@@ -114,7 +114,7 @@ def weights(exports: dict[Any, Path], variant: str) -> bytes:
 
 def test_bundle_lists_four_variants_and_stores_one_set_of_weights(four, exports):
     manifest = four.manifest
-    assert (manifest.schema_version, manifest.minimum_agent, manifest.variants) == (3, "0.2.0", ["full", "dev", "fast", "turbo"])
+    assert (manifest.schema_version, manifest.minimum_agent, manifest.variants) == (4, "0.3.0", ["full", "dev", "fast", "turbo"])
     assert len({manifest.entry("weights", v).sha256 for v in ("full", "dev", "fast")}) == 1
     thin = manifest.overlay("turbo")
     assert (thin.base, thin.weights) == ("full", manifest.weights_sha256("turbo"))
@@ -129,9 +129,9 @@ def test_bundle_lists_four_variants_and_stores_one_set_of_weights(four, exports)
 
 
 def test_bundles_of_older_forms_are_as_before(exports, exported, tmp_path):
-    alone = assembled({"full": exports["full"]}, tmp_path)
+    alone = assembled({"full": exports["full"]}, tmp_path, oldest_agent="0.2.0")
     other = taught(exported.folder, tmp_path / "dev", "dev", seed=3, only=lambda _: True)
-    both = assembled({"full": exports["full"], "dev": other}, tmp_path)
+    both = assembled({"full": exports["full"], "dev": other}, tmp_path, oldest_agent="0.2.0")
     for made in (alone, both):
         assert (made.manifest.schema_version, made.manifest.minimum_agent) == (1, "0.1.0")
         assert b'"base"' not in made.manifest.canonical()
@@ -141,7 +141,9 @@ def test_bundles_of_older_forms_are_as_before(exports, exported, tmp_path):
 def test_agents_that_are_not_updated_get_a_bundle_that_they_know(exports, exported, tmp_path):
     thin = taught(exported.folder, tmp_path / "dev", "dev", seed=3)
     given = {"full": exports["full"], "dev": thin, "fast": exports["fast"]}
-    assert assembled(given, tmp_path).manifest.schema_version == 3
+    before = assembled(given, tmp_path, oldest_agent="0.2.0").manifest
+    assert (before.schema_version, before.minimum_agent) == (3, "0.2.0")
+    assert [entry.role for entry in before.files].count("weights") == 2
     old = assembled(given, tmp_path, oldest_agent="0.1.0").manifest
     assert (old.schema_version, old.minimum_agent) == (1, "0.1.0")
     assert [entry.role for entry in old.files].count("weights") == 3
@@ -156,7 +158,7 @@ def test_interval_of_guidance_asks_for_a_newer_agent(exports, exported, tmp_path
     full = shutil.copytree(exported.folder, tmp_path / "full")
     read = json.loads((full / "sampler.json").read_bytes())
     (full / "sampler.json").write_text(json.dumps(read | {"schema_version": 2, "guidance_low": 0.25}))
-    assert assembled({"full": full}, tmp_path).manifest.minimum_agent == "0.2.0"
+    assert assembled({"full": full}, tmp_path, oldest_agent="0.2.0").manifest.minimum_agent == "0.2.0"
     with pytest.raises(OperatorError, match="do not know the interval of guidance of full"):
         assembled({"full": full}, tmp_path, oldest_agent="0.1.0")
 
@@ -164,7 +166,7 @@ def test_interval_of_guidance_asks_for_a_newer_agent(exports, exported, tmp_path
 def test_student_that_differs_everywhere_has_weights_of_its_own(exports, exported, tmp_path):
     other = taught(exported.folder, tmp_path / "turbo", "turbo", seed=3, only=lambda _: True)
     made = assembled({"full": exports["full"], "turbo": other}, tmp_path).manifest
-    assert (made.schema_version, made.overlay("turbo")) == (3, None)
+    assert (made.schema_version, made.overlay("turbo")) == (4, None)
     assert made.weights_sha256("turbo") == made.entry("weights", "turbo").sha256
 
 
@@ -412,7 +414,7 @@ CROOKED: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], dict[str, Any], 
     "result that is no hash": (lambda e: of(e, "overlay", "turbo").update(weights="../x"), {}, "weights"),
     "five variants": (lambda _: None, {"variants": ["full", "dev", "fast", "turbo", "full"]}, "variants"),
     "unknown role": (lambda e: of(e, "overlay", "turbo").update(role="patch"), {}, "role"),
-    "overlay in form 2": (lambda _: None, {"schema_version": 2}, "only form 3 holds overlays"),
+    "overlay in form 2": (lambda _: None, {"schema_version": 2}, "only forms from 3 on hold overlays"),
     "one file with two sizes": (lambda e: of(e, "weights", "dev").update(size=1), {}, "a file is listed with two sizes"),
 }  # fmt: skip
 
@@ -438,7 +440,7 @@ def test_agent_that_is_too_old_says_so_and_keeps_what_runs(scene, four, tmp_path
     monkeypatch.setattr("ota.__version__", "0.1.9")
     scene.device.home.disk.replace("agent", b"0.1.9")  # the factory knows it already
     with untouched(
-        scene.device, AgentError, r"the bundle needs agent 0\.2\.0, but this is 0\.1\.9; update the agent first", marks=False
+        scene.device, AgentError, r"the bundle needs agent 0\.3\.0, but this is 0\.1\.9; update the agent first", marks=False
     ):
         scene.device.update()
 

@@ -125,6 +125,7 @@ def test_device_wheel_holds_the_device_alone(wheels):
             "durations",
             "errors",
             "fitness",
+            "golden",
             "kit",
             "limits",
             "manifest",

@@ -121,7 +121,7 @@ FILES = {
     "graph": "the network's structure as ONNX, without its weights",
     "weights": "the weights",
     "sampler": "how images are drawn ([fields](#sampler))",
-    "golden": "8 fixed inputs and the network's outputs for them, as numbers; **with them up to 8 captions of your data**, as bytes; no images",
+    "golden": "8 fixed inputs and some of the network's outputs for them, as numbers; **with them up to 8 captions of your data**, as bytes; no images",
     "reference": "what the factory measured ([fields](#reference))",
 }
 

@@ -11,7 +11,6 @@ import base64
 import contextlib
 import ctypes
 import importlib
-import io
 import json
 import os
 import resource
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -383,6 +381,7 @@ def try_bundle(slot: str, digest: str, variant: VariantName, trusted: bool = Fal
     """
     import numpy as np
 
+    from ota import golden
     from ota.agent import sampler
     from ota.agent.state import Slot
     from ota.manifest import MAX_TABLE, SamplerTable, parse
@@ -395,16 +394,11 @@ def try_bundle(slot: str, digest: str, variant: VariantName, trusted: bool = Fal
     model = sampler.open_model(bundle.read("graph"), bundle.read("weights", variant), table)
     model.experts = [len(row) for row in reference.load]
 
-    try:
-        with np.load(io.BytesIO(bundle.read("golden", variant)), allow_pickle=False) as file:
-            ids, seeds, t, r, expected = (file[name] for name in ("ids", "seeds", "t", "r", "velocity"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ManifestError(f"the bundle's golden outputs cannot be read: {error}") from error
+    outputs = golden.read(bundle.read("golden", variant))
+    ids, seeds = outputs.ids, outputs.seeds
     shape = (table.image.channels, table.image.size, table.image.size)
     x = np.stack([sampler.noise(int(seed), shape) for seed in seeds])
-    velocity = model.run(x, t, r, ids)
-    close = np.abs(velocity - expected) <= reference.golden.tolerance
-    share = float(close.mean()) if np.isfinite(velocity).all() else 0.0
+    share = outputs.share(model.run(x, outputs.t, outputs.r, ids), reference.golden.tolerance)
 
     model.load_sum, model.evaluations = None, 0
     parts = [slice(first, first + GATE_IMAGES) for first in range(0, len(ids), GATE_IMAGES)]

@@ -17,7 +17,7 @@ from typing import BinaryIO, Literal
 from pydantic import ValidationError
 
 import ota
-from ota import delta, overlay
+from ota import delta, golden, overlay
 from ota.chain import DIGITS, Link, form_of, name_of
 from ota.delta import encode, files
 from ota.delta.factors import Claim
@@ -103,11 +103,12 @@ def assemble(
     """Build a bundle from exported variants as `out/<manifest's sha256>/`; the same input makes the same folder.
 
     The first variant has its own weights. The others share them where they are equal, or have an overlay over them where that is less
-    than half as large. Such a bundle has form 3, and so has one that holds something else that older agents do not know.
+    than half as large. Of the golden outputs, the bundle holds a sample. It has form 4.
 
     `allowed` changes of the images, by variant, go into the references. Then the manifest has at least form 2, so that an older agent
     keeps what it runs, and fetches nothing. `latency_ms` limits the budget for an image, by variant; a smaller one in a reference stays.
-    `oldest_agent` is the oldest version of ferry-agent that must be able to use the bundle; for one before 0.2.0, each variant has its
+    `oldest_agent` is the oldest version of ferry-agent that must be able to use the bundle. For one before 0.3.0, the bundle holds all
+    golden outputs, and has form 3 if it holds something else that older agents do not know. For one before 0.2.0, each variant has its
     own weights, and the bundle has form 1 or 2.
 
     Raises:
@@ -117,7 +118,8 @@ def assemble(
     entries: list[FileEntry] = []
     sources: dict[str, bytes | Path] = {}
     allowed = allowed or {}
-    old = compatibility.newest_form(oldest_agent) < 3
+    newest = compatibility.newest_form(oldest_agent)
+    old = newest < 3
     newer = ["the variant turbo"] if "turbo" in exports else []  # what only form 3 holds
     for variant, folder in exports.items():
         for role, name in FILE_NAMES.items():
@@ -131,9 +133,12 @@ def assemble(
             elif role == "reference":
                 parse(Reference, data, MAX_TABLE)
             source: bytes | Path = folder / name
+            changed = data
             if role == "reference":
                 changed = _adapted(data, allowed.get(variant), (latency_ms or {}).get(variant))
-                data, source = changed, source if changed == data else changed
+            elif role == "golden" and newest >= 4:
+                changed = _sampled(data, folder / name)
+            data, source = changed, source if changed == data else changed
             digest = hashlib.sha256(data).hexdigest()
             try:
                 entry = FileEntry(role=role, variant=None if role == "graph" else variant, size=len(data), sha256=digest)
@@ -153,7 +158,7 @@ def assemble(
         )
     weights = [entry.sha256 for entry in entries if entry.role == "weights"]
     shared = len(weights) < len(exports) or len(set(weights)) < len(weights)
-    form: Literal[1, 2, 3] = 3 if not old and (shared or newer) else 2 if allowed else 1
+    form: Literal[1, 2, 3, 4] = 4 if newest >= 4 else 3 if not old and (shared or newer) else 2 if allowed else 1
     try:
         manifest = Manifest(
             line=line, device_class=device_class, tier=tier, configuration=configuration, precision=precision,
@@ -193,6 +198,13 @@ def _thin(
     return FileEntry(
         role="overlay", variant=entry.variant, size=len(made), sha256=digest, base=plain[0].variant, weights=entry.sha256
     ), made
+
+
+def _sampled(outputs: bytes, path: Path) -> bytes:
+    try:
+        return golden.sampled(outputs)
+    except ManifestError as error:
+        raise ManifestError(f"{path} does not hold golden outputs; export the checkpoint again") from error
 
 
 def _adapted(reference: bytes, change: Allowed | None, latency_ms: float | None) -> bytes:

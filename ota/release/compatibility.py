@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import ota
 from ota.errors import LeftBehindError
 from ota.manifest import DeviceReport, Manifest, as_numbers
 
-READ_SINCE: dict[int, str] = {1: "0.1.0", 2: "0.1.0", 3: "0.2.0"}
+READ_SINCE: dict[int, str] = {1: "0.1.0", 2: "0.1.0", 3: "0.2.0", 4: "0.3.0"}
 """Form of a manifest → oldest agent that reads it."""
 OLDEST_AGENT = READ_SINCE[min(READ_SINCE)]
 NOT_NAMED = f"{OLDEST_AGENT} or older"  # the agent of a device whose reports do not name it
@@ -40,6 +41,25 @@ def newest_form(oldest_agent: str | None = None) -> int:
         return max(READ_SINCE)
     known = [form for form, since in READ_SINCE.items() if not is_older(oldest_agent, since)]
     return max(known, default=min(READ_SINCE))
+
+
+def oldest_agent(line: str, device_class: str, last: Mapping[str, DeviceReport | None]) -> str:
+    """Return the agent that a bundle is made for where nobody says: this version's, or the one before while devices have older ones.
+
+    What the newest form saves, a few kilobytes of each update, is no reason to leave a device behind.
+
+    Args:
+        line: of the bundle.
+        device_class: of the bundle.
+        last: last report of each enrolled device.
+    """
+    newest = max(READ_SINCE)
+    older = any(
+        is_older(report.agent or OLDEST_AGENT, READ_SINCE[newest])
+        for report in last.values()
+        if report and (report.line, report.device_class) == (line, device_class)
+    )
+    return READ_SINCE[newest - 1] if older else ota.__version__
 
 
 def is_older(agent: str, minimum: str) -> bool:

@@ -69,6 +69,7 @@ CONCERNED = {
     "ota/agent/network.py": ["tests/test_plant_networks.py", UPDATE],
     "ota/agent/state.py": [UPDATE, "tests/test_agent_doctor.py", ATTACKS, "tests/test_overlay.py"],
     "ota/overlay.py": ["tests/test_overlay.py"],
+    "ota/golden.py": ["tests/test_golden.py", UPDATE],
     "ota/manifest.py": ["tests/test_manifest.py", "tests/test_overlay.py"],
     "ota/agent/child.py": ["tests/test_agent_software.py", UPDATE, "tests/test_agent_graph.py"],
     "ota/release/repository.py": ["tests/test_release.py", TRUST, "tests/test_policies.py"],
@@ -284,8 +285,12 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    most = most if hard == resource.RLIM_INFINITY else min(most, hard)\n", "", "a limit of the caller's stops every image"),
         ("    if -code in ASKED:", "    if code == 4711:", "a killed process condemns a release"),
         ("    if not stdout.startswith(READY):", "    if stdout.startswith(b'nothing'):", "a missing package condemns a release"),
-        ("share = float(close.mean()) if np.isfinite(velocity).all() else 0.0", "share = float(close.mean())", "golden outputs that are not finite pass"),
         ("        if header.base != base_digest or (files is not None and header.target != target_digest):", "        if header.base != base_digest:", "a delta for another bundle is applied"),
+    ],
+    "ota/golden.py": [
+        ("return float(close.mean()) if np.isfinite(velocity).all() else 0.0", "return float(close.mean())", "golden outputs that are not finite pass"),
+        ("        if found.shape != self.expected.shape:", "        if found.ndim != self.expected.ndim:", "golden outputs of another shape end a trial without a word"),
+        (" // SAMPLED | 1  #", " // SAMPLED + 1  #", "the sample leaves out columns of the images"),
     ],
     "ota/release/repository.py": [
         ("        if release is None or release.seq != policy.seq:", "        if release is None:", "a policy is signed that no device accepts"),
