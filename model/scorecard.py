@@ -283,6 +283,21 @@ class Converged(Frozen):
     se: float | None = Field(default=None, description="standard error of delta")
 
 
+class Kept(Frozen):
+    """Share of an unlimited retraining's gain that an update keeps, in the flow-matching loss of held-out images.
+
+    Gain is the fall of the loss from the fielded weights, on the same noises and times.
+    """
+
+    share: float | None = Field(description="gain of the update over that of the unlimited retraining; null: that shows no gain")
+    low: float | None = Field(description="lower bound of share, which holds with probability 1 - alpha; null as share")
+    high: float | None = Field(description="upper bound of share, in the same way; null as share")
+    gain: float = Field(description="gain of the unlimited retraining: mean fall of the loss")
+    items: int = Field(description="held-out images")
+    groups: int = Field(description="independent groups among them")
+    alpha: float = Field(description="chance that the true share lies below low")
+
+
 class Following(Frozen):
     """How well images match their captions, in one feature space: the covariance of image and caption similarity over pairs."""
 

@@ -27,7 +27,7 @@ of one run do (see `level`), and so do the attempts on one held-out set (see `sp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -48,6 +48,7 @@ from model.scorecard import (
     Scorecard,
     Sha256,
 )
+from registry.curve import Update
 from registry.errors import PromotionError
 
 Outcome = Literal["promote", "promote if reasoned", "more data", "refuse"]
@@ -163,7 +164,12 @@ class Decision(Frozen):
     other_reason: str | None = Field(
         default=None, description="reason for a promotion that is not for quality; null: there is none"
     )
-    update_bytes: int | None = Field(default=None, description="expected size of the delta from the champion's weights")
+    update_bytes: int | None = Field(default=None, description="size of the update from the champion in bytes")
+    update: Update | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="how the update was made, and what it costs and keeps; null: nothing was made smaller, or an older ferry",
+    )
     worse: str | None = Field(
         default=None, description="where the challenger is shown to be worse within the margin, and by how much at most"
     )
@@ -243,7 +249,7 @@ def decide(
         anchor: hash of the weights of the best model so far; None: there is none.
         level: chance of a wrong promotion that this decision may take; None: `limits.alpha`, for a single decision.
         again: level of the next attempt, for which the decision says how many images are needed; None: the same level.
-        update_bytes: expected size of the delta from the champion's weights in bytes; `choose` uses it.
+        update_bytes: size of the update from the champion in bytes; None: there is no champion.
     """
     n = min(q.n for q in card.quality)
     alpha = limits.alpha if level is None else level
@@ -448,43 +454,6 @@ def reasoned(decision: Decision, reason: str, accept_worse: bool = False) -> Dec
 def _is_about_the_champion(check: Check) -> bool:
     """Check whether a finding compares with the champion; what it says is in `Decision.worse` already."""
     return check.name.startswith(("superiority", "non-inferiority"))
-
-
-def choose(candidates: Sequence[Decision], between: Mapping[tuple[Sha256, Sha256], Sequence[Comparison]]) -> Decision | None:
-    """Choose which challenger of a champion to promote: the best, or among those as good the one with the smallest update.
-
-    A challenger is as good as the best if the two cannot be told apart: in each feature space the paired interval of the
-    difference covers zero. The champion would have the smallest update of all, so it is never chosen as its own challenger.
-
-    Args:
-        candidates: the gate's decision on each challenger.
-        between: comparisons of a first challenger minus a second, by the hashes of their weights, in either order.
-
-    Returns:
-        The decision on the chosen challenger; None: none may be promoted.
-    """
-    passed = [d for d in candidates if d.outcome == "promote" and d.challenger != d.champion]
-    if not passed:
-        return None
-
-    def pairs(a: Decision, b: Decision) -> list[tuple[float, float, float]]:
-        """Return the differences a minus b, with their standard errors and quantiles."""
-        sign, rows = 1.0, between.get((a.challenger, b.challenger), ())
-        if not rows:
-            sign, rows = -1.0, between.get((b.challenger, a.challenger), ())
-        alpha = min(a.limits.alpha, b.limits.alpha)
-        return [(sign * row.delta, row.se, quantile(row.groups, alpha / 2)) for row in rows]
-
-    def beaten(d: Decision) -> int:
-        """Count the other challengers that are better than this one in the sum of their estimates."""
-        return sum(sum(delta for delta, _, _ in pairs(d, other)) > 0 for other in passed if other is not d)
-
-    best = min(passed, key=lambda d: (beaten(d), d.challenger))
-    alike = [
-        d for d in passed
-        if d is best or ((rows := pairs(d, best)) and all(abs(delta) <= quantile * se for delta, se, quantile in rows))
-    ]  # fmt: skip
-    return min(alike, key=lambda d: (math.inf if d.update_bytes is None else d.update_bytes, d is not best, d.challenger))
 
 
 @dataclass(frozen=True)

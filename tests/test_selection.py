@@ -27,7 +27,7 @@ from model.scorecard import (
     Usage,
 )
 from registry.errors import PromotionError
-from registry.selection import Budgets, Decision, Limits, _overlap, choose, decide, level, reasoned, spent
+from registry.selection import Budgets, Decision, Limits, _overlap, decide, level, reasoned, spent
 
 CHAMPION, CHALLENGER, ANCHOR = "a" * 64, "b" * 64, "9" * 64
 LIMITS = Limits(minimum_images=50)
@@ -417,39 +417,6 @@ def test_levels_are_handed_on_by_what_passes_only():
     assert level(0.06, 3, refused.model_copy(update={"level": 0.02})) == pytest.approx(0.02)
     reason = judged(card(new=(0.0, 0.005)))  # its superiority was not shown, so it has used up its level
     assert level(0.06, 3, reason.model_copy(update={"level": 0.02})) == pytest.approx(0.02)
-
-
-def candidate(name: str, size: int | None, made: Scorecard | None = None) -> Decision:
-    return judged(made or card()).model_copy(update={"challenger": name * 64, "update_bytes": size})
-
-
-def between(delta: float, se: float) -> list[Comparison]:
-    return [row.model_copy(update={"delta": delta, "se": se}) for row in card().comparisons if row.split == "new"]
-
-
-def test_update_size_breaks_ties_only():
-    small, large = candidate("1", 10), candidate("2", 1000)
-    tie, better = {("2" * 64, "1" * 64): between(-0.01, 0.01)}, {("2" * 64, "1" * 64): between(-0.05, 0.01)}
-    for offered in ([small, large], [large, small]):
-        assert choose(offered, tie) == small
-        assert choose(offered, better) == large
-    reverse = {("1" * 64, "2" * 64): between(0.05, 0.01)}
-    assert choose([small, large], reverse) == large
-
-
-def test_smallest_update_does_not_win_unless_it_passed():
-    refused, champion = candidate("1", 10, card(bad=0.5)), candidate("a", 0)
-    large = candidate("2", 1000)
-    assert champion.challenger == champion.champion  # unchanged
-    tied = {(large.challenger, other.challenger): between(0.0, 0.01) for other in (refused, champion)}
-    assert choose([refused, champion, large], tied) == large
-    assert choose([refused, champion], {}) is None
-
-
-def test_models_that_were_not_compared_are_not_tied():
-    first, second = candidate("1", 1000), candidate("2", 10)
-    assert choose([first, second], {}) == first  # no evidence that the second is as good
-    assert choose([candidate("1", None), second], {("1" * 64, "2" * 64): between(0.0, 0.01)}) == second
 
 
 # One place (space, split, aspect) differs: the gate looks at each place by itself

@@ -78,6 +78,8 @@ CONCERNED = {
     "ota/release/rotation.py": ["tests/test_release.py", TRUST, "tests/test_policies.py"],
     "ota/release/keys.py": ["tests/test_release.py", TRUST, "tests/test_ledger.py"],
     "registry/selection.py": ["tests/test_selection.py", "tests/test_gate.py", "tests/test_asked.py"],
+    "registry/curve.py": ["tests/test_curve.py"],
+    "registry/budget.py": ["tests/test_curve.py"],
     "registry/promotion.py": ["tests/test_promotion.py"],
     "registry/ledger.py": ["tests/test_ledger.py", "tests/test_promotion.py"],
     "registry/champions.py": ["tests/test_promotion.py", "tests/test_flows.py"],
@@ -338,6 +340,16 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("(report.line, report.device_class) == (manifest.line, manifest.device_class)", "report.line == manifest.line", "devices of another class hold a release up"),
         ("return as_numbers(agent) < as_numbers(minimum)", "return agent < minimum", "agent 0.10.0 counts as older than 0.2.0"),
     ],
+    "registry/curve.py": [
+        ("    return [*takewhile(passes, items)]", "    return [item for item in items if passes(item)]", "a size is taken after a failure"),
+        ("if unlimited is None or size < unlimited]", "if unlimited is None or size > 0]", "a limit that limits nothing is tested"),
+        ("        if size(level) <= limit:\n            fits = level", "        if size(level) <= 2 * limit:\n            fits = level", "an update is larger than its limit"),
+    ],
+    "registry/budget.py": [
+        ("kept.low >= keep", "(kept.share or 0.0) >= keep", "a share that is kept by the estimate alone passes"),
+        ("passed=update.bytes <= budget", "passed=True", "an update over its budget is promoted"),
+        ("    if not failed:\n", '    if decision.outcome == "promote":\n', "the gate alone decides on a budget"),
+    ],
     "registry/selection.py": [
         ("    if waived:\n", "    if not waived:\n", "what a person waived is not recorded"),
         ('    if decision.champion is None:\n        found = "first version"\n', "", "a first version with faults is recorded as not worse"),
@@ -373,7 +385,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    return alpha / tests + (", "    return alpha + (", "each decision takes the whole chance"),
         ('    if decision.outcome != "promote if reasoned":', '    if decision.outcome == "promote":', "a reason promotes what the gate refused"),
         ("    if not reason.strip():", "    if not reason:", "a blank reason promotes"),
-        ('d.outcome == "promote" and d.challenger != d.champion]', 'd.outcome == "promote"]', "the champion wins against its challengers"),
         ("    return max(limits.tolerance * row.champion_kd, limits.tolerance_bands * (band or 0.0))", "    return limits.tolerance_bands * (band or 0.0)", "a champion far from the data is held to what real images lie apart"),
         ("    failed = [f for f in [*found, *beside.superior, *beside.harmless] if not f.check.passed]", "    failed = [f for f in [*found, *beside.superior] if not f.check.passed]", "better in one space makes up for worse in another"),
         ("    return alpha * 6 / (math.pi * (len(seen) + 1 + ahead)) ** 2", "    return alpha / (len(seen) + 1 + ahead)", "attempts on one held-out set take more than alpha together"),

@@ -1,0 +1,78 @@
+"""The gate's decision on an update with a budget: does it fit, is its share of the gain shown, and which size would do?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from model.scorecard import Kept
+from registry.curve import Point, Update
+from registry.selection import Check, Decision
+
+
+def with_update(decision: Decision, update: Update) -> Decision:
+    """Add an update to the gate's decision on it; with a budget, both the budget and the share kept must hold.
+
+    Args:
+        decision: the gate's.
+        update: how the update was made.
+
+    Returns:
+        the decision with two more checks; it is "refuse" if one of them fails.
+    """
+    made = decision.model_copy(update={"update_bytes": update.bytes, "update": update})
+    if update.budget is None or update.keep is None:
+        return made
+    checks = [_fits(update, update.budget), _keeps(update, update.keep)]
+    failed = [check.text for check in checks if not check.passed]
+    made = made.model_copy(update={"checks": [*checks, *decision.checks]})
+    if not failed:
+        said = f"{decision.reason}; {checks[0].text} and {checks[1].text}" if decision.outcome == "promote" else decision.reason
+        return made.model_copy(update={"reason": said})
+    return made.model_copy(
+        update={"outcome": "refuse", "reason": f"{'; '.join(failed)}; {decision.reason}", "becomes_anchor": False}
+    )
+
+
+def _fits(update: Update, budget: int) -> Check:
+    text = f"a device fetches {update.bytes:,} bytes of the {budget:,} in the budget"
+    return Check(name="update budget", passed=update.bytes <= budget, text=text)
+
+
+def _keeps(update: Update, keep: float) -> Check:
+    """Say whether the update keeps enough; if not, also which size would."""
+    if passes(update.kept, keep):
+        return Check(name="share of the gain", passed=True, text=f"it keeps {shares(update.kept)} of the gain")
+    text = f"no update within the budget of {update.budget or 0:,} bytes is shown to keep {keep:.0%} of the gain: this one keeps {shares(update.kept)}"
+    return Check(name="share of the gain", passed=False, text=f"{text}; {would_pass(update.curve)}")
+
+
+def passes(kept: Kept | None, keep: float) -> bool:
+    """Check whether an update is shown to keep a share of the gain: its lower bound reaches it."""
+    return kept is not None and kept.low is not None and kept.low >= keep
+
+
+def shares(kept: Kept | None) -> str:
+    """Write a share with its interval; say so if there is none."""
+    if kept is None:
+        return "a share that was not measured"
+    if kept.share is None or kept.low is None or kept.high is None:
+        return "a share that cannot be measured, because the retraining itself shows no gain on the held-out images"
+    return f"{kept.share:.1%} ({kept.low:.1%} to {kept.high:.1%}, {kept.items} held-out images)"
+
+
+def would_pass(curve: Sequence[Point]) -> str:
+    """Say what the smallest size is that keeps enough, or what that is not known to be."""
+    passed = [point for point in curve if point.outcome == "passed"]
+    if passed:
+        return f"the smallest size that does is {passed[-1].bytes:,} bytes, so raise update_budget to {_whole(passed[-1].bytes)}"
+    if curve and curve[0].kept is not None and curve[0].kept.share is None:
+        return "train longer or with more data"
+    return (
+        f"a size above {curve[0].bytes:,} bytes may, so raise update_budget, or lower update_keep"
+        if curve
+        else "raise update_budget"
+    )
+
+
+def _whole(size: int) -> str:
+    return f"{-(-size // 1024)} KiB"

@@ -1,0 +1,152 @@
+"""Which size of an update is taken: rules without I/O.
+
+A retraining makes one master. From it, updates of many sizes can be made: the noise level decides, and it is chosen by encoded
+bytes alone, so no held-out image takes part in that choice. What is tested on held-out images is which of these sizes may be taken.
+
+The sizes are fixed by the budget before anything is measured. They are tested from the largest to the smallest, and the first that
+fails ends the sequence; the smallest that passed is taken. Such a fixed sequence needs no share of alpha for each test (Maurer,
+Hothorn and Lehmacher 1995; Wiens 2003): for the sequence to reach a size that must not be taken, the first such size has to pass its
+own test by luck, and that has the chance alpha.
+
+A size passes if its update is superior on the new data, non-inferior on the old (the gate), and keeps a share of the gain. All
+three must pass, each at the level alpha (an intersection-union test, Berger 1982). None of the three looks at what the others found,
+so the order in which they are computed changes nothing: first the share kept, which is cheap, for all sizes in order; then the
+gate, which draws images, for those that passed, in the same order, and for `GATED` sizes at most. That limit and the first size
+that the gate sees depend on the budget alone.
+
+    >>> room = room_of(65536, fixed=16048)
+    >>> weights = rooms(room)
+    >>> passed = in_order(weights, keeps_enough)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from itertools import takewhile
+from typing import Literal, TypeVar
+
+from pydantic import Field
+
+from model.scorecard import Frozen, Kept, Sha256
+
+ABOVE = 3  # doublings above the budget with which the sequence begins
+LEAST = 1024  # bytes of weights below which no update is tried
+GATED = 3  # sizes that the gate judges at most
+TRIES = 12  # updates that are encoded at most to find the level of one size
+NEAR = 0.05  # share of a size that an update may be smaller than it
+Start = Literal["master", "fielded"]
+T = TypeVar("T")
+
+
+class Point(Frozen):
+    """One size of the curve."""
+
+    limit: int = Field(description="most bytes that a device may fetch, everything included")
+    bytes: int = Field(description="bytes that a device fetches")
+    noise: float = Field(description="noise level of the update")
+    kept: Kept | None = Field(
+        default=None, description="share of the gain that it keeps; null: not tested, a larger one had failed"
+    )
+    outcome: Literal["passed", "failed", "not tested"] = Field(default="not tested", description="of the test of the share kept")
+    gate: str | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="the gate's answer; null: not asked"
+    )
+
+
+class Update(Frozen):
+    """How an update was made, and what it costs and keeps."""
+
+    method: str = Field(description="row of the table of methods")
+    start: Start = Field(description="weights from which training started: the champion's master, or what devices have")
+    why_fielded: str | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="why training did not start from a master; null: it did"
+    )
+    master: Sha256 = Field(description="hash of the weights that were trained, and are not fielded")
+    noise: float = Field(description="noise level of the update")
+    bytes: int = Field(description="bytes that a device fetches, everything included")
+    fixed: int = Field(description="part of bytes that is not weights: signed metadata, golden outputs, tables")
+    unlimited: int | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="bytes of the same retraining without a limit; null: not encoded",
+    )
+    budget: int | None = Field(default=None, exclude_if=lambda value: value is None, description="most bytes; null: no budget")
+    keep: float | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="share of the gain that had to be kept; null: no budget"
+    )
+    kept: Kept | None = Field(default=None, description="share of the gain that it keeps; null: it was not measured")
+    curve: list[Point] = Field(
+        default=[], exclude_if=lambda value: not value, description="the sizes, the largest first; empty: no budget"
+    )
+
+
+def room_of(budget: int, fixed: int) -> int:
+    """Return the bytes that a budget leaves for weights; below `LEAST` there is no update that fits."""
+    return budget - fixed
+
+
+def smallest_budget(fixed: int) -> int:
+    """Return the smallest budget that an update can keep, in whole KiB."""
+    return -(-(fixed + LEAST) // 1024) * 1024
+
+
+def rooms(room: int, unlimited: int | None = None) -> list[int]:
+    """List the sizes of weights that are tried, the largest first: `ABOVE` doublings of what the budget leaves, then halves of it.
+
+    Args:
+        room: bytes that the budget leaves for weights.
+        unlimited: bytes that the weights take without any limit; larger sizes are no limit and are left out. None: not known.
+    """
+    found = [room * 2**n for n in range(ABOVE, 0, -1)]
+    while room >= LEAST:
+        found.append(room)
+        room //= 2
+    return [size for size in found if unlimited is None or size < unlimited]
+
+
+def in_order(items: Iterable[T], passes: Callable[[T], bool]) -> list[T]:
+    """Test items in their order, and stop at the first that fails; return those that passed."""
+    return [*takewhile(passes, items)]
+
+
+def level_for(size_of: Callable[[float], int], limit: int, low: float, high: float, known: dict[float, int]) -> float | None:
+    """Find the smallest noise level whose update takes at most `limit` bytes.
+
+    It bisects the logarithm of the level, and where both ends are known, interpolates the logarithm of the bytes. It stops when the
+    update is at most `NEAR` smaller than the limit, or after `TRIES` updates.
+
+    Args:
+        size_of: encodes the update of a level, and returns its bytes; they fall as the level rises.
+        limit: bytes.
+        low: finest level.
+        high: coarsest level.
+        known: bytes of levels that were encoded before; what is encoded here is added.
+
+    Returns:
+        the level; None: the coarsest update is larger than the limit.
+    """
+
+    def size(level: float) -> int:
+        if level not in known:
+            known[level] = size_of(level)
+        return known[level]
+
+    fits = min((level for level, found in known.items() if found <= limit), default=high)
+    if size(fits) > limit:
+        return None
+    large = max((level for level, found in known.items() if found > limit and level < fits), default=low)
+    if size(large) <= limit:
+        return large
+    for tried in range(TRIES):
+        if size(fits) >= (1 - NEAR) * limit or fits / large < 1.01:
+            break
+        level = math.sqrt(large * fits)
+        if tried % 2 == 0 and size(fits) > 0:  # every second try bisects, so that a bent curve cannot keep the search at one end
+            part = math.log(size(large) / ((1 - NEAR / 2) * limit)) / math.log(size(large) / size(fits))
+            level = large * (fits / large) ** min(0.95, max(0.05, part))
+        if size(level) <= limit:
+            fits = level
+        else:
+            large = level
+    return fits
