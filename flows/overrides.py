@@ -1,4 +1,4 @@
-"""Settings of one retraining that differ from ferry.toml: another seed, or another number of steps.
+"""Settings of one retraining that differ from ferry.toml: another seed, another number of steps, or a budget for the update.
 
 The ledger records each, with the reason. So a later retraining knows that a champion with another seed was wanted, and does not
 train it again with the seed of ferry.toml.
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError
 
 from flows.errors import FlowError, VariantError, WorkspaceError
-from flows.settings import Line
+from flows.settings import SIZED, Line
+from flows.sizes import Size
 from model import versions
 from model.config import canonical_sha256
 from model.errors import ModelError
@@ -31,16 +32,36 @@ class Overrides(Frozen):
 
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1, le=10_000_000)
+    update_budget: Size | None = None
 
     @property
     def given(self) -> dict[str, int]:
         """Return the keys that differ from ferry.toml."""
         return self.model_dump(exclude_none=True)
 
+    @property
+    def trainings(self) -> dict[str, int]:
+        """Return those of them that make another model of the same data; a budget only limits its update."""
+        return self.model_dump(exclude_none=True, include={"seed", "steps"})
+
     def of(self, line: Line) -> Line:
-        """Return a line's settings with these values in all of its trainings."""
-        ways = {name: getattr(line, name).model_copy(update=self.given) for name in ("training", "retraining", "distillation")}
-        return line.model_copy(update=ways) if self.given else line
+        """Return a line's settings with these values: a budget for its update, the others in all of its trainings.
+
+        Raises:
+            WorkspaceError: the line's method makes no update of a chosen size.
+        """
+        ways: dict[str, Any] = {}
+        if self.trainings:
+            names = ("training", "retraining", "distillation")
+            ways = {name: getattr(line, name).model_copy(update=self.trainings) for name in names}
+        if self.update_budget is not None:
+            if line.update_method not in SIZED:
+                raise WorkspaceError(
+                    f'--update-budget needs a method whose size can be chosen, and this line has update_method = "{line.update_method}"; '
+                    'write update_method = "lowrank" into ferry.toml, or leave the budget out'
+                )
+            ways["update_budget"] = self.update_budget
+        return line.model_copy(update=ways) if ways else line
 
 
 def apply(workspace: Workspace, line: str, overrides: Overrides) -> None:
@@ -56,14 +77,14 @@ def current(workspace: Workspace, line: str) -> list[Line]:
     A retraining with overrides wants exactly its own. Without overrides, what the ledger records as wanted counts, too.
     """
     settings = workspace.line(line)
-    if workspace.overrides.given:
+    if workspace.overrides.trainings:
         return [settings]
     return [settings, *(wanted.of(settings) for wanted in recorded(workspace.ledger.entries(line)))]
 
 
 def recorded(entries: list[Entry]) -> list[Overrides]:
     """List the overrides that the ledger's entries on a line record, each once."""
-    found = (
+    found = (  # a budget is no part of what is wanted: it limits one update
         Overrides(seed=e.facts.get("seed"), steps=e.facts.get("steps"))
         for e in entries
         if e.kind == "trigger" and ({"seed", "steps"} & e.facts.keys())
@@ -71,17 +92,19 @@ def recorded(entries: list[Entry]) -> list[Overrides]:
     return [*dict.fromkeys(found)]
 
 
-def parse(seed: int | None, steps: int | None) -> Overrides:
+def parse(seed: int | None, steps: int | None, update_budget: int | str | None = None) -> Overrides:
     """Check what a person gave.
 
     Raises:
         WorkspaceError: a value is not possible.
     """
     try:
-        return Overrides(seed=seed, steps=steps)
+        return Overrides.model_validate({"seed": seed, "steps": steps, "update_budget": update_budget})
     except ValidationError as error:
         first = error.errors()[0]
         option, given = first["loc"][0], first["input"]
+        if option == "update_budget":
+            raise WorkspaceError(f"--update-budget: {first['msg']}") from error
         most = "0 to 9223372036854775807" if option == "seed" else "1 to 10000000"
         raise WorkspaceError(f"--{option} cannot be {given}; write a number from {most}") from error
 
@@ -128,7 +151,7 @@ def each(
     rows: list[dict[str, Any]] = []
     for place, rev in enumerate(revs):
         if wanted.given:
-            said = ", ".join(f"{name} {value}" for name, value in wanted.given.items())
+            said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in wanted.given.items())
             found = versions.resolve(workspace.root, workspace.line(line).data, line, rev).rev
             record(workspace, line, wanted, found, f"retrained by hand with {said}")
         if len(revs) == 1:

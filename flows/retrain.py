@@ -22,7 +22,6 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import alerts, lifeline, lost, overrides, pages, progress, running, telling, triggers
 from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
-from flows.overrides import Overrides
 from flows.settings import TEACHING_MS, Line
 from flows.steps import Lesson, ModelFiles, champion_files, pull_data, renewed, source_of, subject_of, train_model
 from flows.training_log import retraining_key
@@ -65,7 +64,13 @@ def _tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
     on_running=[_tell], on_completion=[_tell], on_failure=[_tell_failure], on_crashed=[_tell_failure], on_cancellation=[_tell],
 )  # fmt: skip
 def retrain(
-    root: str, line: str, rev: str = "HEAD", promote_winners: bool = True, seed: int | None = None, steps: int | None = None
+    root: str,
+    line: str,
+    rev: str = "HEAD",
+    promote_winners: bool = True,
+    seed: int | None = None,
+    steps: int | None = None,
+    update_budget: int | str | None = None,
 ) -> list[dict[str, Any]]:
     """Retrain every model of a line on a data revision, and promote what the gate lets through.
 
@@ -76,6 +81,7 @@ def retrain(
         promote_winners: False registers only; a person promotes with `ferry promote`.
         seed: of this run's trainings; None: as ferry.toml says.
         steps: of this run's trainings; None: as ferry.toml says.
+        update_budget: most that a device may fetch for this update, in bytes or such as 64KiB; None: as ferry.toml says.
 
     Returns:
         one `Retrained`, as plain data, for each configuration and variant. Its outcome is the gate's, or one of these.
@@ -87,7 +93,7 @@ def retrain(
             has only one model, its own error is raised instead.
     """
     workspace = Workspace(Path(root))
-    overrides.apply(workspace, line, Overrides(seed=seed, steps=steps))
+    overrides.apply(workspace, line, overrides.parse(seed, steps, update_budget))
     settings = workspace.line(line)
     lifeline.end_with_ferry()
     with lost.held(workspace, str(runtime.flow_run.id)), pages.progress(), running.noted(workspace.work, "retraining", line):

@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 from flows.addresses import CHECKS, fault
 from flows.errors import WorkspaceError
 from flows.secrets import remember, secrets_of
+from flows.sizes import Size
 from model.config import VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, SourceName, TierName, VariantName
 from model.folder import shown
 from model.scorecard import LineName, Sampler
@@ -80,6 +81,10 @@ VARIABLES = {  # a key of [stores] → the environment variable that replaces it
     "data": "FERRY_STORES_DATA", "database": "FERRY_STORES_DATABASE", "mlflow": "FERRY_STORES_MLFLOW",
     "publish": "FERRY_STORES_PUBLISH", "s3_endpoint": "FERRY_STORES_S3_ENDPOINT", "reports": "FERRY_STORES_REPORTS",
 }  # fmt: skip
+
+
+MethodName = Literal["full", "grid", "lowrank", "small-tensors", "seeded"]  # rows of `model.update.METHODS`; that needs torch
+SIZED = ("lowrank",)  # the methods whose size a noise level chooses
 
 
 class Section(BaseModel):
@@ -371,6 +376,25 @@ class Line(Section):
         default=Distillation(steps=160, batch=16, learning_rate=3e-3, update_grid=1.0),
         description="training of students, which draw in a few evaluations",
     )
+    update_method: MethodName = Field(
+        default="grid",
+        description="how the change of a retraining is made small: lowrank keeps nearly all of it in the fewest bytes, and what it drops "
+        "is not lost; grid rounds each tensor's change (update_grid); `ferry init` writes lowrank, and a line without the key keeps grid",
+    )
+    update_level: float = Field(
+        default=0.04, gt=0, le=10,
+        description="with lowrank and without a budget: how much noise the update may have, as a share of what the training changed; "
+        "more noise takes fewer bytes and loses more",
+    )  # fmt: skip
+    update_budget: Size | None = Field(
+        default=None,
+        description="most that a device may fetch for an update, such as 64KiB, all variants, signatures and golden outputs included; the "
+        "smallest update that passes the gate and keeps update_keep is taken; not given: no limit, and update_level counts",
+    )
+    update_keep: float = Field(
+        default=0.98, gt=0, lt=1,
+        description="with a budget: share of the gain of the same retraining without a limit that an update must be shown to keep",
+    )  # fmt: skip
     sampler: Sampler = Field(default=Sampler(), description="how the variant full draws an image")
     samplers: dict[VariantName, Sampler] = Field(
         default={},
@@ -391,6 +415,15 @@ class Line(Section):
         if "full" in self.samplers or self.sampler.method == "mean":
             raise PydanticCustomError(
                 "sampler", "full draws with a solver, as [lines.NAME.sampler] says; name it there, and no `mean`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_has_a_method(self) -> Line:
+        if self.update_budget is not None and self.update_method not in SIZED:
+            raise PydanticCustomError(
+                "update_budget",
+                'update_budget needs a method whose size can be chosen; write update_method = "lowrank", too, or remove the budget',
             )
         return self
 

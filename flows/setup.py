@@ -202,6 +202,10 @@ tier = "nano"                      # size of the network: test, nano, small or b
 image_size = 16                    # width and height in pixels, 8 to 128; images are scaled to it
 channels = 1                       # 1 is grey, 3 is colour
 text_length = 24                   # bytes of a caption that the network reads; make it as long as your longest caption
+update_method = "lowrank"          # how a retraining's change is made small: lowrank, or grid as [lines.LINE.retraining] says
+# update_budget = "64KiB"          # most that a device may fetch for an update; the smallest that passes and keeps update_keep is taken
+# update_keep = 0.98               # with a budget: share of the gain without a limit that an update must be shown to keep
+# update_level = 0.04              # without a budget: noise of an update; more takes fewer bytes and loses more
 # router = "expert-choice"         # experts choose positions; "token-choice": positions choose experts
 # require_approval = true          # for this line: a version that passes the gate waits for `ferry approve`
 # classes.station = { configuration = "II", variants = ["full"], latency_ms = 2000 }  # a second kind of device; keys as below
@@ -217,7 +221,7 @@ learning_rate = 2e-3               # highest rate; it rises at the start and fal
 steps = 200
 batch = 32
 learning_rate = 5e-4
-update_grid = 2.0                  # rounds each change, so that its delta is small: 0 is off, 2 loses nothing visible, 4 loses quality
+# update_grid = 2.0                # with update_method = "grid": rounds each change, so that its delta is small; 2 loses 4 % of the gain
 # seed = 0
 
 [lines.LINE.distillation]          # a student of full, which draws in a few evaluations: turbo

@@ -122,20 +122,28 @@ def retrain(
     steps: Annotated[
         int | None, typer.Option(show_default=False, help="Steps of this run's trainings; recorded in the ledger.")
     ] = None,
+    update_budget: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="Most that a device may fetch for this update, such as 64KiB; the smallest that passes is taken.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate time and bytes; train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train, evaluate and register a line's models; promote winners.
 
     Pulls a data revision, trains, exports, evaluates, asks the gate, registers in MLflow and promotes. Rerun a killed command; it
-    resumes. Without new data, code or settings it does nothing.
+    resumes. Without new data, code or settings it does nothing. If no update fits the budget, it says which size would.
     """
     with reported_errors():
         workspace = open_workspace()
         from flows import overrides
         from model import versions
 
-        settings, wanted = workspace.line(line), overrides.parse(seed, steps)
+        settings, wanted = workspace.line(line), overrides.parse(seed, steps, update_budget)
+        wanted.of(settings)  # a budget that the line's method cannot keep is refused here
         with nullcontext() if dry_run else workspace.locked("retraining"):  # say so before large modules are loaded
             pass
         revisions = overrides.revisions(workspace, line, data)
@@ -166,7 +174,7 @@ def retrain(
                     line,
                     revisions,
                     wanted,
-                    lambda rev: flow.retrain(str(workspace.root), line, rev, promote, seed, steps),
+                    lambda rev: flow.retrain(str(workspace.root), line, rev, promote, seed, steps, wanted.update_budget),
                 )
         except VariantError as error:
             tell(error.rows)
