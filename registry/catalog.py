@@ -45,7 +45,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from registry.dataset import DvcDatasetSource
 from registry.lineage import repository_of
-from registry.seal import SCORECARD, FileSeal, Part, Seal, is_whole, other_bytes
+from registry.seal import MASTER, SCORECARD, FileSeal, Part, Seal, is_whole, other_bytes
 
 if not any(source is DvcDatasetSource for source in cast("list[Any]", get_registered_sources())):
     register_dataset_source(cast("Any", DvcDatasetSource))  # a program that is not installed has no entry point
@@ -229,6 +229,23 @@ class Catalog:
             run_id = self._run_of(seal)
             for name in lacking:
                 self._fetch(run_id, seal, f"{part}/{name}", facts[name], place / name)
+        return place
+
+    def master(self, seal: Seal, into: Path) -> Path:
+        """Fetch the master of a version into a folder, and return the file; a file there that is the sealed one stays.
+
+        Args:
+            seal: of the version, from the ledger; it has a master.
+            into: an existing folder.
+
+        Raises:
+            SealError: the master is lost, or MLflow holds another file in its place: it is damaged, or of another version.
+            CatalogError, StoreError: as `files`.
+        """
+        fact, place = seal.files[f"checkpoint/{MASTER}"], into / MASTER
+        if not is_whole(place, fact):
+            place.unlink(missing_ok=True)
+            self._fetch(self._run_of(seal), seal, f"checkpoint/{MASTER}", fact, place)
         return place
 
     def data(self, seal: Seal, name: str) -> bytes:

@@ -35,6 +35,7 @@ from registry.runs import BUNDLE, CHECKPOINT, COMMIT, NOTE, PARENT_RUN, Retraini
 from registry.seal import SCORECARD, FileSeal, files_of, is_whole, sealed_bytes
 from registry.selection import Decision
 
+NOT_KEPT = {"statistics.safetensors", "resume.safetensors"}  # of a checkpoint: an update of these weights is made once
 DESCRIPTION = 500  # characters of a gate's reason on a version's page; the page of its run has more of it
 
 
@@ -103,7 +104,7 @@ def register(
             _log(catalog.client, run_id, subject, lineage, card)
             _log_curve(catalog.client, run_id, curve)
             check_place(catalog.client, run_id)
-            catalog.client.log_artifacts(run_id, str(checkpoint), CHECKPOINT)
+            _log_checkpoint(catalog.client, run_id, checkpoint)
             catalog.client.log_artifacts(run_id, str(export), BUNDLE)
             for path in pictures.values():
                 catalog.client.log_artifact(run_id, str(path), "pictures")
@@ -216,6 +217,15 @@ def _begun(client: MlflowClient, experiment: str, card: Scorecard, lineage: Line
             ):
                 return run_id
     return None
+
+
+def _log_checkpoint(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """Upload a checkpoint, without what only its own training needs."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), f"{CHECKPOINT}/{path.name}")
+        elif path.name not in NOT_KEPT:
+            client.log_artifact(run_id, str(path), CHECKPOINT)
 
 
 def _log_curve(client: MlflowClient, run_id: str, curve: list[dict[str, float]]) -> None:

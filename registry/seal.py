@@ -25,6 +25,9 @@ PARTS: dict[Part, tuple[str, ...]] = {
     "pictures": ("samples.png", "samples.json", "real.png"),
 }
 """The files of a version that ferry reads back, by the folder of its run; others are for people who look into MLflow."""
+FACTORS, MASTER = "update.safetensors", "master.safetensors"
+KEPT = {"checkpoint": (FACTORS, MASTER)}
+"""Files that only some versions have: the factors of an update, and the weights that were trained and are not fielded."""
 
 
 class FileSeal(Frozen):
@@ -58,6 +61,11 @@ class Seal(Frozen):
         return self.files["checkpoint/weights.safetensors"].digest
 
     @property
+    def master(self) -> FileSeal | None:
+        """Size and hash of the master, from which the next training starts; None: none was kept."""
+        return self.files.get(f"checkpoint/{MASTER}")
+
+    @property
     def origin(self) -> Sha256 | None:
         """Checkpoint that a variant comes from: that of a student's teacher, otherwise the one with the same weights."""
         return self.teacher or self.parent
@@ -68,8 +76,9 @@ class Seal(Frozen):
         return f"{self.subject} {self.version}"
 
     def part(self, part: Part) -> dict[str, FileSeal]:
-        """Return the seals of the files in one folder, by their names in it."""
-        return {name.removeprefix(f"{part}/"): fact for name, fact in self.files.items() if name.startswith(f"{part}/")}
+        """Return the seals of the files in one folder, by their names in it; not that of the master, which may get lost."""
+        inside = {name.removeprefix(f"{part}/"): fact for name, fact in self.files.items() if name.startswith(f"{part}/")}
+        return {name: fact for name, fact in inside.items() if name != MASTER}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -100,7 +109,8 @@ def files_of(part: Part, folder: Path) -> dict[str, FileSeal]:
     Raises:
         OSError: one cannot be read.
     """
-    return {f"{part}/{name}": sealed(folder / name) for name in PARTS[part]}
+    there = [name for name in KEPT.get(part, ()) if (folder / name).is_file()]
+    return {f"{part}/{name}": sealed(folder / name) for name in (*PARTS[part], *there)}
 
 
 def sealed(path: Path) -> FileSeal:

@@ -23,11 +23,11 @@ from registry.champions import Records
 from registry.errors import CatalogError, SealError
 from registry.ledger import Entry
 from registry.promotion import subject_state
-from registry.seal import PARTS, SCORECARD, Seal, sealed
+from registry.seal import KEPT, PARTS, SCORECARD, Seal, sealed
 
 DECISION = "decision.json"
 LEDGER = "the ledger"
-NAMES = (SCORECARD, DECISION, *(f"{part}/{name}" for part, names in PARTS.items() for name in names))
+NAMES = (SCORECARD, DECISION, *(f"{part}/{name}" for part, names in PARTS.items() for name in (*names, *KEPT.get(part, ()))))
 
 
 class Released(NamedTuple):

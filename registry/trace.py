@@ -123,6 +123,8 @@ def versions(records: Records, subject: Subject) -> Iterator[Thing]:
 def _version(seal: Seal, said: Entry, made: Version | None) -> Thing:
     """Describe a version as the gate saw it; only its run and its present aliases come from MLflow."""
     hashes = {"weights": seal.weights, "checkpoint": seal.checkpoint, "lineage": seal.lineage, "scorecard": seal.scorecard}
+    if seal.master:
+        hashes["master"] = seal.master.digest
     facts = {"gate": said.facts["outcome"], "code": seal.code[:12], "run": made.run_id if made else "deleted"}
     if made and made.aliases:
         facts["is"] = ", ".join(made.aliases)
