@@ -1,4 +1,7 @@
-"""One challenger's way: export → evaluate → gate → register, and promotion where the gate lets it through."""
+"""One challenger's way: export → evaluate → gate (`examine`), then register, and promotion where the gate lets it through (`settle`).
+
+With a budget, several sizes of one update are examined, and one of them is settled: see `flows.fitting`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ from flows.workspace import Workspace
 from model import train
 from model.config import canonical_sha256
 from ota.release.bundle import update_bytes
+from registry.budget import with_update
 from registry.champions import anchor_of, gate, promote_or_ask, promotions
+from registry.curve import Update
 from registry.lineage import file_sha256
 from registry.promotion import was_taken_back
 from registry.runs import Retrained
@@ -37,6 +42,15 @@ class Incumbent:
 
     seal: Seal
     files: ModelFiles
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A challenger that the gate has seen, and nothing has recorded yet."""
+
+    files: ModelFiles
+    evaluation: Path
+    decision: Decision
 
 
 @dataclass(frozen=True)
@@ -57,15 +71,27 @@ def judge(
     promote_winners: bool,
     full: Path | None = None,
 ) -> Judged:
-    """Export, evaluate, gate, register and perhaps promote a trained checkpoint.
+    """Export, evaluate, gate, register and perhaps promote a trained checkpoint: `examine` and `settle`."""
+    return settle(workspace, examine(workspace, checkpoint, champion, allowed, full), promote_winners)
+
+
+def examine(
+    workspace: Workspace,
+    checkpoint: Path,
+    champion: Incumbent | None,
+    allowed: float | None,
+    full: Path | None = None,
+    update: Update | None = None,
+) -> Examined:
+    """Export, evaluate and gate a trained checkpoint; nothing is recorded.
 
     Args:
         workspace: where.
         checkpoint: folder.
         champion: the present one, if any.
         allowed: chance of a wrong promotion that all attempts on these held-out images may take together; None: `gate.alpha`.
-        promote_winners: promote what the gate lets through.
         full: bundle of the `full` whose variant this is; None: it is `full`.
+        update: how the update was made; None: by rounding, or there is no champion.
     """
     opened = train.load_checkpoint(checkpoint)
     data, subject = opened.lineage.data, subject_of(opened.lineage)
@@ -83,8 +109,22 @@ def judge(
             memory_mib=line.memory_mib(subject.configuration, subject.variant),
         ),
         champion.seal if champion else None, anchor, line.gate.alpha if allowed is None else allowed,
-        update_bytes(champion.files.bundle, model.bundle) if champion else None,
+        update_bytes(champion.files.bundle, model.bundle) if champion and update is None else None,
     )  # fmt: skip
+    return Examined(model, evaluation, decision if update is None else with_update(decision, update))
+
+
+def settle(workspace: Workspace, examined: Examined, promote_winners: bool) -> Judged:
+    """Register a challenger that was examined, and promote it where the gate lets it through.
+
+    Args:
+        workspace: where.
+        examined: the challenger.
+        promote_winners: promote what the gate lets through.
+    """
+    model, evaluation, decision = examined.files, examined.evaluation, examined.decision
+    card, lineage = read_card(evaluation), train.load_checkpoint(model.checkpoint).lineage
+    subject, data = subject_of(lineage), lineage.data
     number = register_model(workspace, model, evaluation, decision)
     pages.decision(subject, number, decision, evaluation / SAMPLES)
     taken_back = was_taken_back(card.weights_sha256, [str(e.facts["weights"]) for e in promotions(workspace, subject)])
@@ -97,6 +137,7 @@ def judge(
     progress.say(f"{subject} version {number}: {outcome}{', it is champion now' if promoted else ''}")
     row = Retrained(
         subject=str(subject), data_rev=data.rev, version=number, outcome=outcome, reason=reason, n=decision.n, promoted=promoted,
+        update=decision.update,
     )  # fmt: skip
     return Judged(row, decision, model, decision.outcome == "promote" and not taken_back)
 

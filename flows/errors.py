@@ -3,6 +3,7 @@
 FlowError
 ├── WorkspaceError   the folder is not a workspace, or its ferry.toml or an argument is wrong
 ├── BusyError        another process holds a part of the workspace
+├── BudgetError      no update can keep the budget that was asked for
 ├── VariantError     some variants could not be retrained; the others were
 ├── GivenUpError     a retraining that was asked for failed in all of its attempts
 ├── ServerError      Prefect's server does not start or answer
@@ -24,6 +25,10 @@ class WorkspaceError(FlowError):
 
 class BusyError(FlowError):
     """Another process holds a part of the workspace."""
+
+
+class BudgetError(FlowError):
+    """No update can keep the budget that was asked for."""
 
 
 class VariantError(FlowError):

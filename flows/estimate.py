@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
 
-from flows import overrides
+from flows import budget, overrides
 from flows.overrides import Overrides
 from flows.retrain import comes_from, incumbent_of, is_current
 from flows.settings import Line, Training
@@ -64,20 +64,22 @@ class Estimate:
 
     rows: list[Row]
     fetched: int
+    notes: list[str] = field(default_factory=list)
+    """What a person should know of the budget, in sentences."""
 
     @property
     def value(self) -> dict[str, Any]:
         """Return plain data."""
         return {
             "models": [vars(row) for row in self.rows], "seconds": round(sum(row.seconds for row in self.rows), 1),
-            "disk_bytes": sum(row.disk_bytes for row in self.rows) + self.fetched, "data_bytes": self.fetched,
+            "disk_bytes": sum(row.disk_bytes for row in self.rows) + self.fetched, "data_bytes": self.fetched, "notes": self.notes,
         }  # fmt: skip
 
     @property
     def text(self) -> str:
         """Return a text for people."""
         total = self.value
-        lines = [row.text for row in self.rows]
+        lines = [*(row.text for row in self.rows), *self.notes]
         lines.append(
             f"nothing was trained; training takes about {_span(total['seconds'])} in all, drawing and evaluating come on top; it writes about "
             f"{total['disk_bytes']:,} bytes, {self.fetched:,} of them data"
@@ -96,10 +98,12 @@ def estimate(workspace: Workspace, line: str, revisions: list[str], wanted: Over
 
     Raises:
         RevisionError: a revision holds no data.
+        BudgetError: the budget is smaller than what an update costs without any weights.
         CatalogError, StoreError, SealError: the champion cannot be read.
     """
     overrides.apply(workspace, line, wanted)
     settings = workspace.line(line)
+    notes = budget.check(workspace, line)
     rows: list[Row] = []
     measured: dict[ModelConfig, float] = {}
     found = [versions.resolve(workspace.root, settings.data, line, rev) for rev in revisions]
@@ -112,7 +116,7 @@ def estimate(workspace: Workspace, line: str, revisions: list[str], wanted: Over
             if row.steps:
                 retrained.add(subject)
     lacking = {data.md5: data.bytes for data in found if not (workspace.work / "data" / data.md5.removesuffix(".dir")).is_dir()}
-    return Estimate(rows, sum(lacking.values()))
+    return Estimate(rows, sum(lacking.values()), notes)
 
 
 def _row(
@@ -147,6 +151,8 @@ def _row(
     weights = sum(p.numel() for p in Network(config).parameters())
     bundle = weights * STORED[line.precision(subject.configuration)]
     disk = weights * 4 * COPIES + 2 * bundle + weights * 4  # the export here and in MLflow, and the checkpoint in MLflow
+    if line.update_method and not derived:
+        disk += 3 * weights * 4  # the master: in the checkpoints of the training and of the update, and in MLflow
     action = "taught by full" if derived else "trained from the champion" if way is line.retraining else "trained from noise"
     return Row(str(subject), data.rev, action, way.steps, round(seconds, 1), basis, bundle, disk)
 
@@ -168,7 +174,7 @@ def _known(before: train.Checkpoint, line: Line, way: Training) -> float | None:
     timed = [row for row in json.loads((before.folder / train.CURVE).read_bytes()) if row.get("seconds")]
     made = {"steps": lineage.steps, "seed": lineage.seed}  # these may have been overridden; the batch is known by the hash only
     for past in (line.retraining, line.training, line.distillation):
-        known = {past.options(stored).model_copy(update=made).sha256 for stored in get_args(PrecisionName)}
+        known = {line.options(past, stored).model_copy(update=made).sha256 for stored in get_args(PrecisionName)}
         if timed and lineage.training_sha256 in known:
             return float(timed[-1]["seconds"] / timed[-1]["step"] * way.batch / past.batch)
     return None

@@ -57,7 +57,7 @@ class Overrides(Frozen):
         if self.update_budget is not None:
             if line.update_method not in SIZED:
                 raise WorkspaceError(
-                    f'--update-budget needs a method whose size can be chosen, and this line has update_method = "{line.update_method}"; '
+                    f"--update-budget needs a method whose size can be chosen, and this line has {line.update_method or 'no update_method'}; "
                     'write update_method = "lowrank" into ferry.toml, or leave the budget out'
                 )
             ways["update_budget"] = self.update_budget

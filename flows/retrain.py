@@ -19,15 +19,17 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.runtime import deployment
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import alerts, lifeline, lost, overrides, pages, progress, running, telling, triggers
+from flows import alerts, budget, lifeline, lost, overrides, pages, progress, running, telling, triggers
 from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
+from flows.fitting import judge_update
 from flows.settings import TEACHING_MS, Line
-from flows.steps import Lesson, ModelFiles, champion_files, pull_data, renewed, source_of, subject_of, train_model
+from flows.steps import Lesson, ModelFiles, champion_files, fetch_master, pull_data, renewed, source_of, subject_of, train_model
 from flows.training_log import retraining_key
 from flows.workspace import Workspace
 from model import students, train, versions
 from model.config import ConfigurationName, ModelConfig, PrecisionName, VariantName, canonical_sha256, check_same_pictures
+from model.publish import publish_first
 from model.scorecard import DataVersion, Lineage, Sha256
 from registry import runs
 from registry.catalog import Subject
@@ -101,6 +103,8 @@ def retrain(
         reconcile(workspace, workspace.subjects([line]), workspace.needs_approval)
         data = versions.resolve(workspace.root, settings.data, line, rev)
         pages.name_run(f"retrain {line} on data {data.rev[:12]}")
+        for said in budget.check(workspace, line):
+            progress.say(said)
         pull_data(workspace, data)
         with runs.ending(workspace.catalog, data, retraining_key(workspace, data)) as tell:
             ladders = _retrain_configurations(workspace, data, promote_winners)
@@ -262,9 +266,24 @@ def _retrain_full(workspace: Workspace, data: DataVersion, subject: Subject, lad
             return _noted(ladder, judge(workspace, champion.files.checkpoint, champion, ladder.allowed(line, 1), promote_winners))
         if before.lineage.config.tier == config.tier:  # weights of another tier have other shapes
             parent = champion.files.checkpoint
+            if line.update_method:
+                fetch_master(workspace, champion.seal, parent)
+                progress.say(train.start_of(before, data.line).says)
     lesson = Lesson(data=data, configuration=subject.configuration, variant="full", parent=parent)
-    checkpoint = _trained(workspace, lesson, line)
-    return _noted(ladder, judge(workspace, checkpoint, champion, ladder.allowed(line, 1), promote_winners))
+    checkpoint, allowed = _trained(workspace, lesson, line), ladder.allowed(line, 1)
+    if line.update_method and champion and parent:
+        return _noted(ladder, judge_update(workspace, checkpoint, champion, allowed, promote_winners))
+    if line.update_method:
+        checkpoint = _first(workspace, checkpoint, line)
+    return _noted(ladder, judge(workspace, checkpoint, champion, allowed, promote_winners))
+
+
+def _first(workspace: Workspace, trained: Path, line: Line) -> Path:
+    """Make the weights that are fielded from the master of a first version, of which devices have nothing."""
+    opened = train.load_checkpoint(trained)
+    stored = line.precision(opened.lineage.config.configuration)
+    name = canonical_sha256([opened.weights_sha256, opened.lineage.sha256, stored])[:32]
+    return publish_first(opened, stored, workspace.work / "runs" / name).folder
 
 
 def _adopt_full(
@@ -405,11 +424,16 @@ def _weights_of(checkpoint: Path | None) -> Sha256 | None:
 
 def _training_key(lesson: Lesson, line: Line) -> str:
     """Hash all that a training depends on."""
-    options = lesson.settings(line).options(line.precision(lesson.configuration))
+    options = line.options(lesson.settings(line), line.precision(lesson.configuration))
     return canonical_sha256([
-        lesson.data.line, lesson.data.md5, line.config(lesson.configuration).sha256, lesson.variant, options.sha256, train.code_sha256(),
+        lesson.data.line, lesson.data.md5, _start(lesson) if options.method else None, line.config(lesson.configuration).sha256, lesson.variant, options.sha256, train.code_sha256(),
         _weights_of(lesson.parent), _weights_of(lesson.teacher), _taught(line) if lesson.teacher else None,
     ])[:32]  # fmt: skip
+
+
+def _start(lesson: Lesson) -> Sha256 | None:
+    """Return the hash of the master that a training starts from; None: there is none, or it cannot be used."""
+    return train.start_of(train.load_checkpoint(lesson.parent), lesson.data.line).master if lesson.parent else None
 
 
 def _taught(line: Line) -> dict[str, Any]:
@@ -421,7 +445,7 @@ def _taught(line: Line) -> dict[str, Any]:
 def is_current(lineage: Lineage, line: Line, data: DataVersion) -> bool:
     """Check whether a `full` was trained on these data, by this code, with these settings: then there is nothing to do."""
     # A change of the stored precision alone needs no training.
-    options = {way.options(stored).sha256 for way in (line.training, line.retraining) for stored in get_args(PrecisionName)}
+    options = {line.options(way, stored).sha256 for way in (line.training, line.retraining) for stored in get_args(PrecisionName)}
     return (
         lineage.data.md5 == data.md5
         and lineage.code == train.code_sha256()
@@ -437,7 +461,7 @@ def comes_from(variant: train.Checkpoint, full: train.Checkpoint, settings: list
         return variant.weights_sha256 == full.weights_sha256 and any(source in line.sources(lineage.variant) for line in settings)
     return lineage.teacher == full.weights_sha256 and any(
         source in line.sources(lineage.variant)
-        and lineage.training_sha256 in {line.distillation.options(stored).sha256 for stored in get_args(PrecisionName)}
+        and lineage.training_sha256 in {line.options(line.distillation, stored).sha256 for stored in get_args(PrecisionName)}
         and {name: getattr(lineage, name) for name in _taught(line)} == _taught(line)
         for line in settings
     )

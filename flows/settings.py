@@ -83,8 +83,8 @@ VARIABLES = {  # a key of [stores] → the environment variable that replaces it
 }  # fmt: skip
 
 
-MethodName = Literal["full", "grid", "lowrank", "small-tensors", "seeded"]  # rows of `model.update.METHODS`; that needs torch
-SIZED = ("lowrank",)  # the methods whose size a noise level chooses
+MethodName = Literal["full", "grid", "lowrank", "small-tensors"]  # rows of `model.update.METHODS`, which needs torch
+SIZED = ("grid", "lowrank", "small-tensors")  # the methods whose size a level chooses
 
 
 class Section(BaseModel):
@@ -376,15 +376,14 @@ class Line(Section):
         default=Distillation(steps=160, batch=16, learning_rate=3e-3, update_grid=1.0),
         description="training of students, which draw in a few evaluations",
     )
-    update_method: MethodName = Field(
-        default="grid",
-        description="how the change of a retraining is made small: lowrank keeps nearly all of it in the fewest bytes, and what it drops "
-        "is not lost; grid rounds each tensor's change (update_grid); `ferry init` writes lowrank, and a line without the key keeps grid",
+    update_method: MethodName | None = Field(
+        default=None,
+        description="how the change of a retraining of full is made small, and what that drops is kept for the next one: lowrank keeps nearly "
+        "all in the fewest bytes; the others are full, grid and small-tensors; not given: rounded as update_grid says, and the rest is lost",
     )
-    update_level: float = Field(
-        default=0.04, gt=0, le=10,
-        description="with lowrank and without a budget: how much noise the update may have, as a share of what the training changed; "
-        "more noise takes fewer bytes and loses more",
+    update_level: float | None = Field(
+        default=None, gt=0, le=10,
+        description="level of the method where there is no budget: a higher one takes fewer bytes and loses more; not given: the method's own",
     )  # fmt: skip
     update_budget: Size | None = Field(
         default=None,
@@ -482,6 +481,13 @@ class Line(Section):
         drawn = VARIANTS[variant]
         shift = min(10.0, max(0.1, round(self.sampler.shift * drawn.shift, 6)))
         return self.sampler.model_copy(update={"steps": -(-steps // drawn.divisor), "shift": shift})
+
+    def options(self, way: Training, stored: PrecisionName) -> TrainOptions:
+        """Convert one of the line's trainings to the options that `model.train` takes; with a method, `full` is trained as a master."""
+        options = way.options(stored)
+        if self.update_method is None or isinstance(way, Distillation):
+            return options
+        return options.model_copy(update={"method": self.update_method, "update_grid": 0.0})
 
     def precision(self, configuration: ConfigurationName) -> PrecisionName:
         """Return the precision in which the classes of a configuration store weights; all of them share it."""

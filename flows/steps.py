@@ -132,7 +132,7 @@ def train_model(workspace: Workspace, lesson: Lesson, key: str) -> str:
             line.config(lesson.configuration),
             dataset,
             lesson.data,
-            settings.options(line.precision(lesson.configuration)),
+            line.options(settings, line.precision(lesson.configuration)),
             workspace.work / "runs" / key,
             variant=lesson.variant,
             parent=train.load_checkpoint(lesson.parent) if lesson.parent else None,
@@ -290,6 +290,18 @@ def champion_files(workspace: Workspace, champion: Seal) -> ModelFiles:
     parts: tuple[Part, Part] = ("checkpoint", "bundle")
     checkpoint, bundle = (workspace.catalog.files(champion, part, into) for part in parts)
     return ModelFiles(checkpoint=checkpoint, bundle=bundle)
+
+
+def fetch_master(workspace: Workspace, champion: Seal, checkpoint: Path) -> None:
+    """Put the champion's own master beside its weights, from which training then starts.
+
+    A master that is lost or damaged, or in whose place another version's lies, is left out: training starts from the fielded weights.
+    """
+    if champion.master:
+        try:
+            workspace.catalog.master(champion, checkpoint)
+        except SealError as error:
+            progress.say(f"the master of {champion.name} is left out: {error}")
 
 
 def subject_of(lineage: Lineage) -> Subject:

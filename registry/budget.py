@@ -19,18 +19,17 @@ def with_update(decision: Decision, update: Update) -> Decision:
     Returns:
         the decision with two more checks; it is "refuse" if one of them fails.
     """
-    made = decision.model_copy(update={"update_bytes": update.bytes, "update": update})
+    began = f"; {update.why_fielded}" if update.why_fielded else ""
+    made = decision.model_copy(update={"update_bytes": update.bytes, "update": update, "reason": decision.reason + began})
     if update.budget is None or update.keep is None:
         return made
     checks = [_fits(update, update.budget), _keeps(update, update.keep)]
     failed = [check.text for check in checks if not check.passed]
     made = made.model_copy(update={"checks": [*checks, *decision.checks]})
     if not failed:
-        said = f"{decision.reason}; {checks[0].text} and {checks[1].text}" if decision.outcome == "promote" else decision.reason
+        said = f"{made.reason}; {checks[0].text} and {checks[1].text}" if decision.outcome == "promote" else made.reason
         return made.model_copy(update={"reason": said})
-    return made.model_copy(
-        update={"outcome": "refuse", "reason": f"{'; '.join(failed)}; {decision.reason}", "becomes_anchor": False}
-    )
+    return made.model_copy(update={"outcome": "refuse", "reason": f"{'; '.join(failed)}; {made.reason}", "becomes_anchor": False})
 
 
 def _fits(update: Update, budget: int) -> Check:

@@ -6,7 +6,7 @@ moves the alias. The rules are in `registry.promotion`: which version may become
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
@@ -162,6 +162,22 @@ def gate(
         card, limits, budgets, champion.weights if champion else None,
         anchor=anchor.weights if anchor else None, level=level, again=again, update_bytes=update_bytes,
     )  # fmt: skip
+
+
+def alpha_left(
+    records: Records, subject: Subject, held_out: Sequence[str], allowed: float, same: Callable[[Decision], bool]
+) -> float:
+    """Return the chance of a wrong promotion that a new attempt on held-out images may take, before there is a scorecard of it.
+
+    Args:
+        records: MLflow and the ledger, which has the earlier attempts.
+        subject: whose challenger.
+        held_out: hashes of the held-out groups, as a scorecard has them.
+        allowed: chance of a wrong promotion that all attempts on these held-out images may take together.
+        same: tells whether an earlier decision belongs to this attempt, which is being repeated.
+    """
+    earlier = (verdict(records, subject, number) for number in sorted(judged(records, subject)))
+    return spent(allowed, held_out, "", [made for made in earlier if made and not same(made)])
 
 
 def promotions(records: Records, subject: Subject, overruled: bool = True) -> list[Entry]:

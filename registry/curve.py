@@ -3,7 +3,7 @@
 A retraining makes one master. From it, updates of many sizes can be made: the noise level decides, and it is chosen by encoded
 bytes alone, so no held-out image takes part in that choice. What is tested on held-out images is which of these sizes may be taken.
 
-The sizes are fixed by the budget before anything is measured. They are tested from the largest to the smallest, and the first that
+The sizes are fixed by the budget, and by the bytes of the finest update, before anything is measured on held-out images. They are tested from the largest to the smallest, and the first that
 fails ends the sequence; the smallest that passed is taken. Such a fixed sequence needs no share of alpha for each test (Maurer,
 Hothorn and Lehmacher 1995; Wiens 2003): for the sequence to reach a size that must not be taken, the first such size has to pass its
 own test by luck, and that has the chance alpha.
@@ -15,7 +15,7 @@ gate, which draws images, for those that passed, in the same order, and for `GAT
 that the gate sees depend on the budget alone.
 
     >>> room = room_of(65536, fixed=16048)
-    >>> weights = rooms(room)
+    >>> weights = rooms(room, finest=400_000)
     >>> passed = in_order(weights, keeps_enough)
 """
 
@@ -30,7 +30,6 @@ from pydantic import Field
 
 from model.scorecard import Frozen, Kept, Sha256
 
-ABOVE = 3  # doublings above the budget with which the sequence begins
 LEAST = 1024  # bytes of weights below which no update is tried
 GATED = 3  # sizes that the gate judges at most
 TRIES = 12  # updates that are encoded at most to find the level of one size
@@ -69,7 +68,7 @@ class Update(Frozen):
     unlimited: int | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
-        description="bytes of the same retraining without a limit; null: not encoded",
+        description="bytes of the finest update that the method makes; null: not encoded",
     )
     budget: int | None = Field(default=None, exclude_if=lambda value: value is None, description="most bytes; null: no budget")
     keep: float | None = Field(
@@ -91,18 +90,18 @@ def smallest_budget(fixed: int) -> int:
     return -(-(fixed + LEAST) // 1024) * 1024
 
 
-def rooms(room: int, unlimited: int | None = None) -> list[int]:
-    """List the sizes of weights that are tried, the largest first: `ABOVE` doublings of what the budget leaves, then halves of it.
+def rooms(room: int, finest: int) -> list[int]:
+    """List the sizes of weights that are tried, the largest first.
+
+    The finest update comes first. Then come doublings of what the budget leaves, that itself, and below it steps of √2.
 
     Args:
         room: bytes that the budget leaves for weights.
-        unlimited: bytes that the weights take without any limit; larger sizes are no limit and are left out. None: not known.
+        finest: bytes of the finest update that the method makes.
     """
-    found = [room * 2**n for n in range(ABOVE, 0, -1)]
-    while room >= LEAST:
-        found.append(room)
-        room //= 2
-    return [size for size in found if unlimited is None or size < unlimited]
+    above = [room * 2**n for n in range(1, 64)]
+    below = [int(room / 2 ** (n / 2)) for n in range(128)]
+    return [finest, *(size for size in [*reversed(above), *below] if LEAST <= size < finest)]
 
 
 def in_order(items: Iterable[T], passes: Callable[[T], bool]) -> list[T]:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from pydantic import Field
+
 from model.scorecard import DataVersion, Frozen
 from registry.catalog import Catalog, Subject, foreign_errors
 
@@ -24,6 +26,7 @@ from registry.catalog import Catalog, Subject, foreign_errors
 from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
 
+from registry.curve import Update
 from registry.dataset import dataset_input
 from registry.errors import StoreError
 from registry.ledger import user
@@ -60,6 +63,8 @@ class Retrained(Frozen):
     reason: str
     n: int
     promoted: bool
+    update: Update | None = Field(default=None, exclude_if=lambda value: value is None)
+    """How its update was made, what it costs and what it keeps; None: there was none, or it was rounded."""
 
 
 class Training:

@@ -42,14 +42,15 @@ def test_no_size_is_taken_or_looked_at_after_a_failure(outcomes: list[bool]):
     assert asked == [*range(min(len(passed) + 1, len(outcomes)))]
 
 
-@given(st.integers(LEAST, 1 << 24), st.none() | st.integers(1, 1 << 26))
-def test_sizes_are_fixed_by_the_budget_and_fall(room: int, unlimited: int | None):
-    sizes = rooms(room, unlimited)
+@given(st.integers(LEAST, 1 << 24), st.integers(LEAST, 1 << 24))
+def test_sizes_fall_from_the_finest_update_and_one_is_the_budget(room: int, finest: int):
+    sizes = rooms(room, finest)
     assert all(a > b for a, b in pairwise(sizes))
-    assert (room in sizes) == (unlimited is None or room < unlimited)
-    assert all(size >= LEAST for size in sizes)
-    if unlimited is not None:
-        assert sizes == [size for size in rooms(room) if size < unlimited]
+    assert sizes[0] == finest
+    assert (room in sizes) == (room <= finest)
+    assert sizes[-1] >= LEAST
+    assert sizes[-1] < 1.5 * LEAST or len(sizes) == 1
+    assert all(a < 2.01 * b for a, b in pairwise(sizes) if b >= room)
 
 
 @given(st.integers(0, 1 << 20))

@@ -342,7 +342,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "registry/curve.py": [
         ("    return [*takewhile(passes, items)]", "    return [item for item in items if passes(item)]", "a size is taken after a failure"),
-        ("if unlimited is None or size < unlimited]", "if unlimited is None or size > 0]", "a limit that limits nothing is tested"),
+        ("if LEAST <= size < finest)]", "if LEAST <= size)]", "a limit that limits nothing is tested"),
         ("        if size(level) <= limit:\n            fits = level", "        if size(level) <= 2 * limit:\n            fits = level", "an update is larger than its limit"),
     ],
     "registry/budget.py": [

@@ -1,0 +1,286 @@
+"""Make the update of a retraining as small as asked.
+
+One training makes a master. What is fielded is made from it at a level of noise, which encoded bytes alone choose. With a budget,
+several sizes are tried, from the largest to the smallest: first whether each keeps its share of the gain, on paired losses, and
+then the gate, on drawn images. The rules, and why their error rates hold, are in `registry.curve`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from prefect import task
+
+from flows import budget as money
+from flows import progress
+from flows.candidate import Examined, Incumbent, Judged, examine, settle
+from flows.errors import BudgetError
+from flows.settings import Line
+from flows.sizes import written
+from flows.steps import ModelFiles, by_key, open_dataset, renewed, subject_of
+from flows.workspace import Workspace
+from model import evaluate, export, graph, train
+from model.config import canonical_sha256
+from model.data import Dataset
+from model.kept import Losses, kept, losses
+from model.publish import Publication
+from model.scorecard import Frozen, Kept
+from model.update import FACTORS, METHODS, write_factors
+from ota.delta import files
+from registry.budget import passes
+from registry.champions import alpha_left, champion_of
+from registry.curve import GATED, Point, Update, in_order, level_for, rooms
+from registry.errors import PromotionError
+from registry.selection import Decision
+
+FITTED = "fitted.json"
+LEVELS = {"lowrank": (0.004, 4.0), "small-tensors": (0.004, 4.0), "grid": (0.25, 8.0)}  # finest and coarsest level that is tried
+
+
+class Candidate(Frozen):
+    """A size of the update that the gate may judge."""
+
+    checkpoint: Path
+    update: Update
+
+
+class Fitted(Frozen):
+    """Sizes for the gate, the largest first; at least one."""
+
+    candidates: list[Candidate]
+
+
+def judge_update(
+    workspace: Workspace, trained: Path, champion: Incumbent, allowed: float, promote_winners: bool
+) -> Judged:  # fmt: skip
+    """Make the update of a trained master, judge it, and register and promote the smallest size that passes.
+
+    Args:
+        workspace: where.
+        trained: checkpoint of the master.
+        champion: what devices have; the master was trained from it.
+        allowed: chance of a wrong promotion that all attempts on these held-out images may take together.
+        promote_winners: promote what the gate lets through.
+
+    Raises:
+        PromotionError: another version has become champion since the training began.
+        BudgetError: the budget is smaller than what an update costs without any weights.
+    """
+    opened = train.load_checkpoint(trained)
+    line, subject = workspace.line(opened.lineage.data.line), subject_of(opened.lineage)
+    now = champion_of(workspace, subject)
+    if now is None or now.weights != champion.seal.weights:
+        raise PromotionError(
+            f"{subject} {now.version if now else 'without a champion'} has become champion since this training began, so its update fits no "
+            f"device; run `ferry retrain {subject.line}` again, which starts from that version (nothing was changed)"
+        )
+    fixed = money.fixed_bytes(workspace, subject.line, subject.configuration)
+    dataset = open_dataset(workspace, line, subject.configuration, opened.lineage.data)
+    alpha = alpha_left(
+        workspace, subject, evaluate.group_hashes(dataset), allowed,
+        lambda made: made.update is not None and (made.update.master, made.update.budget) == (opened.weights_sha256, line.update_budget),
+    )  # fmt: skip
+    key = canonical_sha256([
+        opened.weights_sha256, opened.lineage.sha256, champion.seal.weights, line.update_method, line.update_level, line.update_budget,
+        line.update_keep, line.precision(subject.configuration), fixed, alpha, train.code_sha256(),
+    ])[:32]  # fmt: skip
+    folder = Path(renewed(fit_update, workspace.work / "updates" / key / FITTED)(
+        workspace, trained, champion.files, alpha, fixed, key
+    ))  # fmt: skip
+    fitted = Fitted.model_validate_json((folder / FITTED).read_bytes())
+    return settle(workspace, _through_the_gate(workspace, fitted, champion, allowed), promote_winners)
+
+
+def _through_the_gate(workspace: Workspace, fitted: Fitted, champion: Incumbent, allowed: float) -> Examined:
+    """Ask the gate about the sizes in their order, until one fails; return the last that passed, or else the one that failed."""
+    answers: dict[int, str] = {}
+    found: list[Examined] = []
+
+    def promoted(candidate: Candidate) -> bool:
+        made = examine(workspace, candidate.checkpoint, champion, allowed, update=candidate.update)
+        answers[candidate.update.bytes] = made.decision.outcome
+        found.append(made)
+        return made.decision.outcome == "promote"
+
+    passed = in_order(fitted.candidates[:GATED], promoted)
+    chosen = found[max(0, len(passed) - 1)]
+    return Examined(chosen.files, chosen.evaluation, _with_answers(chosen.decision, answers))
+
+
+def _with_answers(decision: Decision, answers: dict[int, str]) -> Decision:
+    """Note in a decision's curve what the gate said of each size that it saw."""
+    if decision.update is None:
+        return decision
+    curve = [point.model_copy(update={"gate": answers.get(point.bytes)}) for point in decision.update.curve]
+    return decision.model_copy(update={"update": decision.update.model_copy(update={"curve": curve})})
+
+
+def _named(parameters: dict[str, Any]) -> str:
+    return f"fit the update of {parameters['trained'].name}"
+
+
+@task(
+    name="fit the update", task_run_name=cast("Any", _named), cache_key_fn=by_key, persist_result=True, result_serializer="json"
+)
+def fit_update(workspace: Workspace, trained: Path, champion: ModelFiles, alpha: float, fixed: int, key: str) -> str:
+    """Make the sizes of an update that the gate may judge; return their folder, with `FITTED`.
+
+    Args:
+        workspace: where.
+        trained: checkpoint of the master.
+        champion: what devices have.
+        alpha: level of the tests of the share that is kept.
+        fixed: bytes that a device fetches besides the weights.
+        key: names the folder.
+    """
+    folder = workspace.work / "updates" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = train.load_checkpoint(trained)
+    line, subject = workspace.line(opened.lineage.data.line), subject_of(opened.lineage)
+    progress.say(f"make the update of {subject} by {line.update_method}")
+    dataset = open_dataset(workspace, line, subject.configuration, opened.lineage.data)
+    with _bench(line, opened, champion, dataset, alpha, fixed) as bench:
+        candidates = bench.within_budget(folder) if line.update_budget else [bench.candidate(bench.usual, folder, [])]
+    fitted = Fitted(candidates=candidates)
+    (folder / FITTED).write_text(fitted.model_dump_json(indent=1))
+    return str(folder)
+
+
+@contextmanager
+def _bench(
+    line: Line, trained: train.Checkpoint, champion: ModelFiles, dataset: Dataset, alpha: float, fixed: int
+) -> Iterator[_Bench]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield _Bench(line, trained, champion, dataset, alpha, fixed, Path(folder))
+
+
+class _Bench:
+    """A master and what devices have, of which updates of several levels are made, encoded and tested."""
+
+    def __init__(
+        self,
+        line: Line,
+        trained: train.Checkpoint,
+        champion: ModelFiles,
+        dataset: Dataset,
+        alpha: float,
+        fixed: int,
+        scratch: Path,
+    ) -> None:
+        self.line, self.trained, self.champion, self.dataset = line, trained, champion, dataset
+        self.alpha, self.fixed, self.scratch = alpha, fixed, scratch
+        self.method = line.update_method or "lowrank"
+        self.stored = line.precision(trained.lineage.config.configuration)
+        self.fielded = train.load_checkpoint(champion.checkpoint)
+        self.publication = Publication.of(trained, self.fielded, self.stored, self.method)
+        self.sizes: dict[float, int] = {}
+        self.graph = scratch / "graph.onnx"
+        self.graph.write_bytes(graph.build(trained.lineage.config, self.stored).SerializeToString(deterministic=True))
+
+    @property
+    def usual(self) -> float:
+        """Level without a budget."""
+        return METHODS[self.method].level if self.line.update_level is None else self.line.update_level
+
+    @cached_property
+    def before(self) -> tuple[Losses, Losses]:
+        """Losses of the fielded weights and of the master."""
+        return losses(self.fielded.network(), self.dataset), losses(self.trained.network(), self.dataset)
+
+    def size(self, level: float) -> int:
+        """Encode the weights of a level, and return the bytes."""
+        if level not in self.sizes:
+            update = self.publication.approximation.at(level)
+            weights, factors, patch = (self.scratch / name for name in ("weights.bin", FACTORS, "delta"))
+            weights.write_bytes(export.pack(update.network(), self.stored))
+            write_factors(factors, update)
+            old = self.champion.bundle
+            built = files.build(old / "weights.bin", weights, patch, self.graph, old / "graph.onnx", factors)
+            self.sizes[level] = built.size
+            progress.say(f"an update at level {level:.3g} takes {built.size:,} bytes, and {self.fixed:,} besides")
+        return self.sizes[level]
+
+    def kept(self, level: float) -> Kept:
+        """Test the share of the gain that an update keeps, on all held-out images."""
+        before, master = self.before
+        made = losses(self.publication.approximation.at(level).network(), self.dataset)
+        return kept(before, master, made, self.alpha)
+
+    def within_budget(self, folder: Path) -> list[Candidate]:
+        """Try the sizes in order; return those within the budget that keep enough, or else the one at the budget."""
+        limit = self.line.update_budget or 0
+        room = money.room(limit, self.fixed)
+        finest, coarsest = LEVELS[self.method]
+        curve: list[Point] = []
+        self.size(coarsest)  # the search needs both ends
+
+        def point(size: int) -> Point | None:
+            level = level_for(self.size, size, finest, coarsest, self.sizes)
+            if level is None:
+                return None
+            return Point(limit=self.fixed + size, bytes=self.fixed + self.size(level), noise=level)
+
+        def keeps(size: int) -> bool:
+            made = point(size)
+            if made is None:
+                return False
+            if not curve or made.noise != curve[-1].noise:
+                found = self.kept(made.noise)
+                passed = passes(found, self.line.update_keep)
+                curve.append(made.model_copy(update={"kept": found, "outcome": "passed" if passed else "failed"}))
+                progress.say(f"{made.bytes:,} bytes keep {_percent(found)} of the gain")
+            return curve[-1].outcome == "passed"
+
+        in_order(rooms(room, self.size(finest)), keeps)
+        within = [made for made in curve if made.outcome == "passed" and made.bytes <= limit]
+        if not within:
+            within = [self._at_the_budget(curve, point(room), room)]
+        return [self.candidate(made.noise, folder, curve, made.kept) for made in within]
+
+    def _at_the_budget(self, curve: list[Point], made: Point | None, room: int) -> Point:
+        """Return the point at the budget, which is judged for the record although it does not keep enough."""
+        if made is None:
+            raise BudgetError(
+                f"even the coarsest update takes more than the {room:,} bytes that the budget of {written(self.line.update_budget or 0)} leaves "
+                "for weights; raise update_budget, or change update_method"
+            )
+        known = next((point for point in curve if point.noise == made.noise), None)
+        if known is None:
+            curve.append(made)
+        return known or made.model_copy(update={"kept": self.kept(made.noise)})
+
+    def candidate(self, level: float, folder: Path, curve: Iterable[Point], found: Kept | None = None) -> Candidate:
+        """Write the checkpoint of a level, with what is known of it."""
+        made = self.publication.write(level, folder / f"level-{level:.6g}")
+        weights = self.size(level)
+        start = self.trained.lineage.start
+        budget = self.line.update_budget
+        update = Update(
+            method=self.method, start="master" if start == "master" else "fielded", why_fielded=self._why_fielded(),
+            master=self.trained.weights_sha256, noise=level, bytes=self.fixed + weights, fixed=self.fixed, budget=budget,
+            keep=self.line.update_keep if budget else None, kept=found or self.kept(level), curve=list(curve),
+            unlimited=self.fixed + self.sizes[LEVELS[self.method][0]] if budget else None,
+        )  # fmt: skip
+        return Candidate(checkpoint=made.folder, update=update)
+
+    def _why_fielded(self) -> str | None:
+        """Say why the training did not start from a master; None: it did."""
+        if self.trained.lineage.start == "master":
+            return None
+        start = train.start_of(self.fielded, self.trained.lineage.data.line)
+        return (
+            start.says
+            if start.master is None
+            else "training started from the fielded weights, because their master was missing then"
+        )
+
+
+def _percent(found: Kept) -> str:
+    return (
+        f"{found.share:.1%} (at least {found.low:.1%})" if found.share is not None and found.low is not None else "no known share"
+    )
