@@ -30,19 +30,15 @@ def is_matrix(tensor: Tensor) -> bool:
 
 
 class Gradients:
-    """Sums over the gradients of a network's parameters; every expert counts as a matrix of its own.
+    """Sums over the gradients of a network's matrices; every expert counts as a matrix of its own.
 
-    A matrix [m, n] has `left` [m, m], the sum of G Gᵀ, and `right` [n, n], the sum of Gᵀ G; any other tensor has `square`, the sum of
-    its mean squared gradient. `count` is the number of steps.
+    A matrix [m, n] has `left` [m, m], the sum of G Gᵀ, and `right` [n, n], the sum of Gᵀ G. `count` is the number of steps.
     """
 
     def __init__(self, network: Network) -> None:
         self.sums: dict[str, Tensor] = {"count": torch.zeros(())}
         for name, weight in network.named_parameters():
-            if not weight.requires_grad:
-                continue
-            if not is_matrix(weight):
-                self.sums[f"square.{name}"] = weight.new_zeros(())
+            if not (weight.requires_grad and is_matrix(weight)):
                 continue
             *stack, rows, columns = weight.shape
             self.sums[f"left.{name}"] = weight.new_zeros((*stack, rows, rows))
@@ -59,10 +55,7 @@ class Gradients:
         self.sums["count"] += 1
         for name, weight in network.named_parameters():
             gradient = weight.grad
-            if gradient is None:
-                continue
-            if not is_matrix(weight):
-                self.sums[f"square.{name}"] += gradient.square().mean()
+            if gradient is None or not is_matrix(weight):
                 continue
             of = gradient if gradient.dim() == 3 else gradient.unsqueeze(0)
             for side, left, right in (("left", of, of.mT), ("right", of.mT, of)):

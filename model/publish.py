@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.config import PrecisionName
+from model.data import Dataset
 from model.errors import CheckpointError
 from model.gradients import STATISTICS, load_statistics
 from model.network import Network
+from model.polish import STEPS, polish
 from model.storage import fielded as as_fielded
 from model.storage import named, parts
 from model.students import is_thin
-from model.train import CURVE, LINEAGE, MASTER, WEIGHTS, Checkpoint, load_checkpoint, write_safely
+from model.train import CURVE, LINEAGE, MASTER, WEIGHTS, Checkpoint, Objective, TrainOptions, load_checkpoint, write_safely
 from model.update import FACTORS, Approximation, MethodName, Update, write_factors
 
 
@@ -78,8 +80,24 @@ class Publication:
         return cls(trained, approximation)
 
     def write(self, level: float, out: Path) -> Checkpoint:
-        """Write the checkpoint of the fielded weights at a level; see `publish`."""
+        """Write the checkpoint of the fielded weights at a level, into a folder that is created if missing."""
         return write_published(self.trained, self.approximation.at(level), out)
+
+    def write_polished(
+        self, level: float, out: Path, dataset: Dataset, options: TrainOptions, *, steps: int = STEPS, objective: Objective | None = None
+    ) -> Checkpoint:  # fmt: skip
+        """Write the checkpoint at a level after some more training steps on the rounded update; its bytes hardly change.
+
+        Args:
+            level: of the method.
+            out: folder of the new checkpoint; created if missing.
+            dataset: what the master learnt from.
+            options: with which it was trained.
+            steps: number of steps.
+            objective: with which it was trained; flow matching by default.
+        """
+        update = polish(self.approximation, self.approximation.at(level), dataset, options, steps=steps, objective=objective)
+        return write_published(self.trained, update, out, steps)
 
 
 def publish(

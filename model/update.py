@@ -12,7 +12,7 @@ claim cannot carry stays in the master and is part of the next update (error fee
 The product is a singular value decomposition in the metric of the gradients (`model.gradients`). Both of its sides are rounded to
 steps that are powers of two, so fine that every number adds the same noise to the loss, over all matrices: reverse water-filling
 (Cover and Thomas, "Elements of Information Theory", 10.3.3). A component that is weaker than the noise rounds to nothing, so a
-single level chooses the rank of every matrix.
+single level chooses the rank of every matrix. A component is left out, too, if its rounded sides are further from it than nothing is.
 
 A new method is a row of `METHODS`.
 """
@@ -42,7 +42,8 @@ MAX_RANK = 32
 MAX_EXPONENT = 50  # of a step; a product has the sum of two
 RIDGE = 0.03  # added to the metric, whose mean is 1: few gradients leave many directions unseen
 LEAST_SENSITIVITY = 1e-3  # of a tensor, relative to the mean over all matrices
-SMALL_STEP = 1.5  # times the root mean square of the change: step of a small tensor of which no gradients are known
+SMALL_STEP = 1.5  # times the root mean square of the change: step of a small tensor beside products
+COARSER_FROM = 0.16  # level of the products above which that step grows; below, finer steps cost more than they bring
 
 MethodName = Literal["full", "grid", "lowrank", "small-tensors"]
 
@@ -54,6 +55,26 @@ class Product:
     left: Tensor  # int32 [rows, rank]
     right: Tensor  # int32 [rank, columns]
     exponent: int
+    left_step: Tensor  # [rank], exponents of the steps of both sides; those of the left side are folded into its integers
+    right_step: Tensor
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, left_step: Tensor, right_step: Tensor) -> Product | None:
+        """Make a claim: fold both sides' steps into the left integers and one exponent; None: every component rounds to nothing.
+
+        Args:
+            a: whole numbers of the left side, [rows, rank].
+            b: those of the right side, [rank, columns].
+            left_step: exponents of the powers of two by which the columns of `a` count.
+            right_step: the same for the rows of `b`.
+        """
+        live = a.any(dim=0) & b.any(dim=1)
+        if not live.any():
+            return None
+        a, b, e, f = a[:, live], b[live], left_step[live], right_step[live]
+        exponent = int((e + f).min())
+        folded = (a * torch.exp2(e + f - exponent)).clamp(-MAX_FACTOR, MAX_FACTOR)
+        return cls(folded.to(torch.int32), b.clamp(-MAX_FACTOR, MAX_FACTOR).to(torch.int32), exponent, e, f)
 
 
 @dataclass(frozen=True)
@@ -81,7 +102,6 @@ class Change:
     scale: Tensor | None  # of each whole number, broadcast to the tensor; None: the numbers are the weights
     left: Tensor | None  # statistics of the gradients, see `Gradients.means`
     right: Tensor | None
-    square: float | None
     typical: float  # mean squared gradient over all matrices
 
 
@@ -114,13 +134,10 @@ def on_grid(change: Change) -> Planned:
     return lambda level: _steps(change, level * rms)
 
 
-def in_noise(change: Change) -> Planned:
-    """Plan steps that add as much noise to the loss as a number of a product does at the same level."""
-    if change.square is None:
-        rms = float(change.change.square().mean().sqrt())
-        return lambda _level: _steps(change, SMALL_STEP * rms)
-    weight = math.sqrt(change.square / change.typical + LEAST_SENSITIVITY)
-    return lambda level: _steps(change, level / weight)
+def beside_products(change: Change) -> Planned:
+    """Plan the steps of a small tensor beside products: the same at usual levels, coarser above `COARSER_FROM`."""
+    at = on_grid(change)
+    return lambda level: at(SMALL_STEP * max(1.0, level / COARSER_FROM))
 
 
 def _steps(change: Change, size: float) -> Claim | None:
@@ -181,7 +198,7 @@ def _product(left: Tensor, right: Tensor, left_step: Tensor, right_step: Tensor)
     f = torch.maximum(f, _exponent(right.abs().amax(dim=1) / MAX_FACTOR))
     b = torch.round(right * torch.exp2(-f)[:, None])
     a = torch.round(left * torch.exp2(-e))
-    live = a.any(dim=0) & b.any(dim=1)
+    live = a.any(dim=0) & b.any(dim=1) & _nearer(left * torch.exp2(-e), a, right.T * torch.exp2(-f), b.T)
     if not live.any():
         return None
     # Numbers of the left side span from its finest step to its largest value; where they span more than an integer may, the
@@ -189,11 +206,13 @@ def _product(left: Tensor, right: Tensor, left_step: Tensor, right_step: Tensor)
     top = float((_exponent(left.abs().amax(dim=0) / MAX_FACTOR) + f)[live].max())
     e = torch.maximum(e, top - f)
     a = torch.round(left * torch.exp2(-e))
-    live &= a.any(dim=0)
-    a, b, both = a[:, live], b[live], (e + f)[live]
-    exponent = int(both.min())
-    folded = a * torch.exp2(both - exponent)
-    return Product(folded.to(torch.int32), b.to(torch.int32), exponent)
+    return Product.of(a * live, b, e, f)
+
+
+def _nearer(left: Tensor, a: Tensor, right: Tensor, b: Tensor) -> Tensor:
+    """Check for each component whether its rounded sides are nearer to it than nothing is, all [numbers, rank]."""
+    error = (a.square().sum(dim=0) * b.square().sum(dim=0)) - 2 * (left * a).sum(dim=0) * (right * b).sum(dim=0)
+    return error < 0
 
 
 def _exponent(sizes: Tensor) -> Tensor:
@@ -215,7 +234,7 @@ class Method:
 METHODS: dict[MethodName, Method] = {
     "full": Method("every number of the master, rounded to the stored precision", 0.0, whole, whole),
     "grid": Method("every change rounded to steps of its root mean square times the level", 2.0, on_grid, on_grid),
-    "lowrank": Method("matrices by products of thin integer matrices, the rest by steps, at one level of noise", 0.03, low_rank, in_noise),
+    "lowrank": Method("matrices by products of thin integer matrices, the rest by steps, at one level of noise", 0.03, low_rank, beside_products),
     "small-tensors": Method(
         "gains, biases, modulation, router, first, last and depthwise convolutions only, by steps",
         0.7, unchanged, on_grid, trains=lambda weight: not is_matrix(weight),
@@ -302,12 +321,14 @@ class Approximation:
 
     def at(self, level: float) -> Update:
         """Round the update at a level: a higher one takes fewer bytes and carries less."""
-        weights, claims = dict(self.masters), dict[str, Product | Steps]()
-        for name, plan in self.planned.items():
-            change, claim = self.changes[name], plan(level)
-            if isinstance(claim, Product | Steps):
-                claims[name] = claim
-            weights[name] = _moved(change, claim, self.masters[name], self.stored)
+        return self.with_claims({name: plan(level) for name, plan in self.planned.items()}, level)
+
+    def with_claims(self, made: dict[str, Claim | None], level: float) -> Update:
+        """Compute what devices have after some claims."""
+        weights = dict(self.masters)
+        for name, claim in made.items():
+            weights[name] = _moved(self.changes[name], claim, self.masters[name], self.stored)
+        claims = {name: claim for name, claim in made.items() if isinstance(claim, Product | Steps)}
         return Update(self.config, self.stored, self.method, level, weights, claims)
 
 
@@ -342,11 +363,7 @@ def _change(
     change = master.cpu().double() - weights.double()
     if not change.isfinite().all():
         raise CheckpointError(f"{name} holds a weight that is not finite; train again with a lower learning rate")
-    square = statistics.get(f"square.{name}")
-    return Change(
-        old, change, scale, statistics.get(f"left.{name}"), statistics.get(f"right.{name}"),
-        None if square is None else float(square), typical,
-    )  # fmt: skip
+    return Change(old, change, scale, statistics.get(f"left.{name}"), statistics.get(f"right.{name}"), typical)
 
 
 def _moved(change: Change, claim: Claim | None, master: Tensor, stored: PrecisionName) -> Tensor:
