@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +33,7 @@ from model.data import Dataset, mix
 from model.diffusion import add_noise, logit_normal
 from model.errors import CheckpointError, ConfigError, TrainingError
 from model.gradients import STATISTICS, Gradients
+from model.grid import Grid
 from model.hardware import Hardware
 from model.network import Network
 from model.scorecard import DataVersion, Frozen, Lineage, Sampler, Sha256
@@ -91,7 +93,10 @@ class TrainOptions(Frozen):
     ema: float = Field(default=0.995, ge=0, lt=1)
     caption_dropout: float = Field(default=0.1, ge=0, le=1, description="share of captions hidden, for guidance")
     update_grid: float = Field(
-        default=0.0, ge=0, description="with a parent: the update of each tensor is rounded to multiples of its rms times this"
+        default=0.0,
+        ge=0,
+        description="with a parent: the update of each tensor is rounded to multiples of its rms times this; with the method `grid` the "
+        "training sees this rounding in its second half",
     )
     stored: PrecisionName = Field(
         default="float32",
@@ -263,6 +268,10 @@ def train(
     network.to(hardware.device)  # initial weights come from the seed, whatever the device
     average = copy.deepcopy(network)
     run = _Run(network, average, options, ranks, objective, hardware)
+    if parent and options.method and METHODS[options.method].rounds_in_training:
+        fielded = parent.network()
+        round_to_stored(fielded, options.stored)
+        run.grid = Grid(network, fielded, options.update_grid or METHODS[options.method].level, options.steps)
     first = run.resume(out / RESUME, lineage.sha256)
     began = time.monotonic() - (run.curve[-1]["seconds"] if run.curve else 0.0)
     for step in range(first, options.steps):
@@ -299,7 +308,7 @@ def train(
         (out / LINEAGE).unlink(missing_ok=True)  # an old lineage must never stand beside new weights
         write_safely(out / WEIGHTS, average.state_dict())
         if run.gradients:
-            write_safely(out / STATISTICS, run.gradients.means())
+            write_safely(out / STATISTICS, run.gradients.means() | (run.grid.by_tensor() if run.grid else {}))
         (out / CURVE).write_text(json.dumps(run.curve))
         (out / LINEAGE).write_text(lineage.model_dump_json(indent=1))
         (out / RESUME).unlink(missing_ok=True)
@@ -446,6 +455,7 @@ class _Run:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.trained = [objective.trains(name) for name, _ in network.named_parameters()]
         self.gradients = Gradients(network) if options.method else None
+        self.grid: Grid | None = None
         # Gains, biases and modulation tables get no weight decay.
         spared = ("gain", "bias", "mod")
         decayed = [p for name, p in network.named_parameters() if p.requires_grad and not name.endswith(spared)]
@@ -465,10 +475,11 @@ class _Run:
         o = self.options
         drawn = self.objective.rows(dataset, o, step)  # on the CPU, so the device does not matter
         x, t, r, ids, target = (self.ranks.share(rows).to(self.hardware.device) for rows in drawn)
-        with self.hardware.precision():
-            v, load, chosen = self.predict(x, t, r, ids)
-        loss = (v - target).square().mean()
-        torch.autograd.backward(loss)
+        with self.grid.rounded(self.network, self.average, step) if self.grid else nullcontext():
+            with self.hardware.precision():
+                v, load, chosen = self.predict(x, t, r, ids)
+            loss = (v - target).square().mean()
+            torch.autograd.backward(loss)
         self.ranks.average([p.grad for p in self.parameters if p.grad is not None])
         if self.gradients and step >= Gradients.first_step(o.steps):
             self.gradients.add(self.network)
@@ -500,6 +511,8 @@ class _Run:
                 named[f"moment.{i}.{k}"] = v
         if self.gradients:
             named |= {f"gradients.{k}": v for k, v in self.gradients.sums.items()}
+        if self.grid:
+            named |= {f"grid.{k}": v for k, v in self.grid.sizes.items()}
         return named
 
     def save(self, path: Path, identity: Sha256, step: int) -> None:
@@ -526,6 +539,8 @@ class _Run:
             self.optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
         if self.gradients:
             self.gradients.sums = {k: saved[f"gradients.{k}"] for k in self.gradients.sums}
+        if self.grid:
+            self.grid.sizes = {k: saved[f"grid.{k}"] for k in self.grid.sizes}
         return step
 
 

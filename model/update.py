@@ -103,6 +103,7 @@ class Change:
     left: Tensor | None  # statistics of the gradients, see `Gradients.means`
     right: Tensor | None
     typical: float  # mean squared gradient over all matrices
+    size: float  # step with which the training rounded the change; 0: it did not
 
 
 class Planned(Protocol):
@@ -129,9 +130,9 @@ def unchanged(change: Change) -> Planned:
 
 
 def on_grid(change: Change) -> Planned:
-    """Plan steps of `level` times the root mean square of the change."""
+    """Plan steps of `level` times the root mean square of the change, or those with which the training rounded."""
     rms = float(change.change.square().mean().sqrt()) if change.change.numel() else 0.0
-    return lambda level: _steps(change, level * rms)
+    return lambda level: _steps(change, change.size or level * rms)
 
 
 def beside_products(change: Change) -> Planned:
@@ -229,11 +230,15 @@ class Method:
     matrix: Plan
     small: Plan  # of all other tensors
     trains: Callable[[Tensor], bool] = field(default=lambda _weight: True)  # whether a parameter is trained at all
+    rounds_in_training: bool = False  # whether the second half of the training sees rounded weights; see `model.grid`
 
 
 METHODS: dict[MethodName, Method] = {
     "full": Method("every number of the master, rounded to the stored precision", 0.0, whole, whole),
-    "grid": Method("every change rounded to steps of its root mean square times the level", 2.0, on_grid, on_grid),
+    "grid": Method(
+        "every change in steps of its root mean square times the level, to which the training rounds in its second half",
+        5.0, on_grid, on_grid, rounds_in_training=True,
+    ),
     "lowrank": Method("matrices by products of thin integer matrices, the rest by steps, at one level of noise", 0.03, low_rank, beside_products),
     "small-tensors": Method(
         "gains, biases, modulation, router, first, last and depthwise convolutions only, by steps",
@@ -363,7 +368,8 @@ def _change(
     change = master.cpu().double() - weights.double()
     if not change.isfinite().all():
         raise CheckpointError(f"{name} holds a weight that is not finite; train again with a lower learning rate")
-    return Change(old, change, scale, statistics.get(f"left.{name}"), statistics.get(f"right.{name}"), typical)
+    size = float(statistics.get(f"size.{name}", 0.0))
+    return Change(old, change, scale, statistics.get(f"left.{name}"), statistics.get(f"right.{name}"), typical, size)
 
 
 def _moved(change: Change, claim: Claim | None, master: Tensor, stored: PrecisionName) -> Tensor:

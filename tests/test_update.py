@@ -251,10 +251,33 @@ def test_statistics_are_the_means_of_gradient_products():
     assert not any(name.endswith((".dw", "gate_bias", "stem.weight")) for name in means)  # these are no matrices
 
 
-@pytest.mark.parametrize("cut", [9, 13])
+GRID = OPTIONS.model_copy(update={"method": "grid", "update_grid": 3.0})
+
+
+@pytest.fixture(scope="module")
+def gridded(first: Checkpoint, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Retrain the first version for a grid."""
+    return train(CONFIG, dataset, VERSION, GRID, tmp_path_factory.mktemp("gridded"), parent=first)
+
+
+def test_grid_is_the_one_that_the_second_half_of_the_training_saw(first: Checkpoint, gridded: Checkpoint, master: Checkpoint):
+    sizes = load_file(gridded.folder / STATISTICS)
+    update = Publication.of(gridded, first, "bfloat16", "grid").approximation.at(99.0)  # the level was chosen before
+    assert len(update.claims) > 20
+    assert all(claim.size == float(sizes[f"size.{name}"]) for name, claim in update.claims.items())
+    ours, plain = (named(of.network())["block0.qkv"] for of in (gridded, master))
+    assert not torch.equal(ours, plain)  # the forward pass saw other weights
+    change = (ours - named(first.network())["block0.qkv"]) / sizes["size.block0.qkv"]
+    assert float((change - change.round()).abs().max()) > 0.2  # but the master itself is not rounded
+
+
+@pytest.mark.parametrize(("cut", "which"), [(9, "master"), (13, "master"), (5, "gridded"), (13, "gridded")])
 def test_killed_retraining_ends_in_the_same_master_and_statistics(
-    first: Checkpoint, master: Checkpoint, dataset: Dataset, tmp_path: Path, cut: int
+    first: Checkpoint, dataset: Dataset, tmp_path: Path, cut: int, which: str, request: pytest.FixtureRequest
 ):
+    whole: Checkpoint = request.getfixturevalue(which)
+    options = GRID if which == "gridded" else OPTIONS
+
     class PowerCutError(Exception):
         pass
 
@@ -263,11 +286,11 @@ def test_killed_retraining_ends_in_the_same_master_and_statistics(
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
-        train(CONFIG, dataset, VERSION, OPTIONS, tmp_path, parent=first, watcher=Watcher(on_step))
+        train(CONFIG, dataset, VERSION, options, tmp_path, parent=first, watcher=Watcher(on_step))
     assert (tmp_path / RESUME).is_file()
-    again = train(CONFIG, dataset, VERSION, OPTIONS, tmp_path, parent=first)
-    assert again.weights_sha256 == master.weights_sha256
-    assert (tmp_path / STATISTICS).read_bytes() == (master.folder / STATISTICS).read_bytes()
+    again = train(CONFIG, dataset, VERSION, options, tmp_path, parent=first)
+    assert again.weights_sha256 == whole.weights_sha256
+    assert (tmp_path / STATISTICS).read_bytes() == (whole.folder / STATISTICS).read_bytes()
 
 
 def test_statistics_do_not_change_the_training(first: Checkpoint, master: Checkpoint, dataset: Dataset, tmp_path: Path):
