@@ -30,15 +30,18 @@ from torch import Tensor
 from model.config import VariantName
 from model.data import Dataset, mix
 from model.diffusion import Velocity, guided, sample
+from model.gradients import STATISTICS
 from model.network import Network
 from model.scorecard import Sampler
-from model.train import CURVE, LINEAGE, WEIGHTS, Checkpoint, Rows, TrainOptions, load_checkpoint, write_safely
+from model.train import CURVE, LINEAGE, MASTER, WEIGHTS, Checkpoint, Rows, TrainOptions, load_checkpoint, write_safely
+from model.update import FACTORS
 
 SUBSTEPS = 16  # points on a trajectory after the noise; an even grid, as students draw
 JUMPS = (2, 4, 8, 16)  # substeps that a student's step may span
 TRAJECTORIES = 384
 BATCH = 32  # trajectories drawn at a time
 CONVERGED_STEPS = 40  # of second order
+OF_MASTER = ("start_master", "master", "method", "level", "polished")  # fields of a lineage; a table of full's weights has none
 THIN_BEGIN = ("ada.", "time_in.", "time_out.", "head.", "stem.")
 THIN_END = ("head_mod", ".mod", ".dw")
 
@@ -181,6 +184,7 @@ def carried_over(student: Checkpoint, full: Checkpoint, out: Path) -> Checkpoint
     out.mkdir(parents=True, exist_ok=True)
     (out / LINEAGE).unlink(missing_ok=True)  # an old lineage must never stand beside new weights
     write_safely(out / WEIGHTS, weights)
+    _keep_master(student, out)  # what devices lack of it is still to come
     (out / CURVE).write_text("[]")
     (out / LINEAGE).write_text(student.lineage.model_copy(update=made).model_dump_json(indent=1))
     return load_checkpoint(out)
@@ -199,12 +203,22 @@ def as_variant(source: Checkpoint, variant: VariantName, out: Path) -> Checkpoin
     """
     made: dict[str, object] = {"variant": variant}
     if source.lineage.teacher is None:
-        made |= {"parent": source.weights_sha256, "steps": 0}
+        made |= {"parent": source.weights_sha256, "steps": 0} | dict.fromkeys(OF_MASTER)
     lineage = source.lineage.model_copy(update=made)
     out.mkdir(parents=True, exist_ok=True)
     (out / LINEAGE).unlink(missing_ok=True)  # an old lineage must never stand beside new weights
     shutil.copyfile(source.folder / WEIGHTS, out / WEIGHTS)
+    if source.lineage.teacher:
+        _keep_master(source, out, FACTORS)
     curve = (source.folder / CURVE).read_text() if source.lineage.teacher else "[]"
     (out / CURVE).write_text(curve)
     (out / LINEAGE).write_text(lineage.model_dump_json(indent=1))
     return load_checkpoint(out)
+
+
+def _keep_master(source: Checkpoint, out: Path, *more: str) -> None:
+    """Copy the master of a checkpoint with what belongs to it, as far as they are there."""
+    for name in (MASTER, STATISTICS, *more):
+        (out / name).unlink(missing_ok=True)
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, out / name)

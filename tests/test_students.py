@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from model.data import Dataset
 from model.diffusion import guided, sample
 from model.evaluate import converged
 from model.network import Network
+from model.publish import Publication, publish_first
 from model.scorecard import Sampler
+from model.storage import named, parts
 from model.students import JUMPS, SUBSTEPS, Trajectories, as_variant, carried_over, is_thin, solver
 from model.students import converged as converged_sampler
-from model.train import LINEAGE, WEIGHTS, Checkpoint, Ranks, TrainOptions, load_checkpoint, train, write_safely
+from model.train import LINEAGE, WEIGHTS, Checkpoint, Ranks, TrainOptions, load_checkpoint, start_of, train, write_safely
+from model.update import FACTORS
 from model.watch import Figures, Watcher
 from tests.conftest import CONFIG, VERSION
 
@@ -261,3 +266,34 @@ def test_distance_from_converged_images_is_paired():
     assert 0 < found.se < found.solver
     alone = converged(near, reference, 80)
     assert (alone.solver, alone.delta, alone.se) == (None, None, None)
+
+
+def test_thin_student_has_a_master_and_claims_for_the_layers_that_it_trains(
+    checkpoint: Checkpoint, student: Checkpoint, lessons: Trajectories, dataset: Dataset, tmp_path: Path
+):
+    options = OPTIONS.model_copy(update={"steps": 10, "method": "lowrank"})
+    trained = taught(checkpoint, lessons, dataset, tmp_path / "master", options=options, parent=student)
+    made = Publication.of(trained, student, "bfloat16", full=checkpoint).write(0.01, tmp_path / "made")
+    ours, full, before = (named(of.network()) for of in (made, checkpoint, student))
+    thin = {own for name, weight in made.network().named_parameters() if is_thin(name) for own, _ in parts(name, weight)}
+    stored = {name: weight.to(torch.bfloat16).float() for name, weight in full.items()}
+    assert all(torch.equal(ours[name], stored[name]) for name in ours if name not in thin)
+    with safe_open(made.folder / FACTORS, framework="pt") as file:
+        said = json.loads(file.metadata()["deltaferry"])
+    assert "ada.weight" in said["products"]
+    assert said["products"].keys() | said["steps"].keys() <= thin
+    assert any(not torch.equal(ours[name], before[name]) for name in thin)
+    next_one = as_variant(made, "fast", tmp_path / "fast")
+    assert start_of(next_one, "shapes").master == made.lineage.master == trained.weights_sha256
+    carried = carried_over(made, checkpoint, tmp_path / "carried")
+    assert start_of(carried, "shapes").master == made.lineage.master
+    assert not (carried.folder / FACTORS).exists()  # they hold for the base of the update before
+
+
+def test_table_of_fulls_weights_names_no_master(checkpoint: Checkpoint, dataset: Dataset, tmp_path: Path):
+    options = OPTIONS.model_copy(update={"steps": 1, "method": "lowrank"})
+    full = publish_first(train(CONFIG, dataset, VERSION, options, tmp_path / "master"), "bfloat16", tmp_path / "full")
+    made = as_variant(full, "dev", tmp_path / "dev")
+    assert full.lineage.master
+    assert (made.lineage.master, made.lineage.method) == (None, None)
+    assert made.weights_sha256 == full.weights_sha256
