@@ -37,6 +37,7 @@ from model.grid import Grid
 from model.hardware import Hardware
 from model.network import Network
 from model.scorecard import DataVersion, Frozen, Lineage, Sampler, Sha256
+from model.shared_numbers import SharedNumbers
 from model.update import METHODS, MethodName
 from model.watch import Figures, Watcher, draw, recorded_after, sampled_after
 
@@ -267,7 +268,11 @@ def train(
         freeze_untrained(network, METHODS[options.method].trains)
     network.to(hardware.device)  # initial weights come from the seed, whatever the device
     average = copy.deepcopy(network)
-    run = _Run(network, average, options, ranks, objective, hardware)
+    shares = parent is not None and options.method is not None and METHODS[options.method].shares_numbers
+    # Weights that share a number must decay alike, so none does.
+    run_options = options.model_copy(update={"weight_decay": 0.0}) if shares else options
+    run = _Run(network, average, run_options, ranks, objective, hardware)
+    run.shared = SharedNumbers(network) if shares else None
     if parent and options.method and METHODS[options.method].rounds_in_training:
         fielded = parent.network()
         round_to_stored(fielded, options.stored)
@@ -456,6 +461,7 @@ class _Run:
         self.trained = [objective.trains(name) for name, _ in network.named_parameters()]
         self.gradients = Gradients(network) if options.method else None
         self.grid: Grid | None = None
+        self.shared: SharedNumbers | None = None
         # Gains, biases and modulation tables get no weight decay.
         spared = ("gain", "bias", "mod")
         decayed = [p for name, p in network.named_parameters() if p.requires_grad and not name.endswith(spared)]
@@ -483,6 +489,8 @@ class _Run:
         self.ranks.average([p.grad for p in self.parameters if p.grad is not None])
         if self.gradients and step >= Gradients.first_step(o.steps):
             self.gradients.add(self.network)
+        if self.shared:
+            self.shared.share(self.network)
         torch.nn.utils.clip_grad_norm_(self.parameters, o.clip)
         rate = learning_rate(o, step)
         for group in self.optimizer.param_groups:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -34,6 +34,7 @@ from model.errors import CheckpointError
 from model.gradients import is_matrix
 from model.graph import scaled_axis
 from model.network import Network
+from model.shared_numbers import shared, spread
 from model.storage import KINDS, WHOLE_HIGH, WHOLE_LOW, dequantised, fielded, named, quantise
 
 FACTORS = "update.safetensors"
@@ -45,7 +46,7 @@ LEAST_SENSITIVITY = 1e-3  # of a tensor, relative to the mean over all matrices
 SMALL_STEP = 1.5  # times the root mean square of the change: step of a small tensor beside products
 COARSER_FROM = 0.16  # level of the products above which that step grows; below, finer steps cost more than they bring
 
-MethodName = Literal["full", "grid", "lowrank", "small-tensors"]
+MethodName = Literal["full", "grid", "lowrank", "small-tensors", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Change:
 
     old: Tensor  # float32 numbers that devices have; whole numbers where they are stored as int8
     change: Tensor  # float64, master minus fielded weights
+    rms: float  # root mean square of the change
     scale: Tensor | None  # of each whole number, broadcast to the tensor; None: the numbers are the weights
     left: Tensor | None  # statistics of the gradients, see `Gradients.means`
     right: Tensor | None
@@ -131,8 +133,7 @@ def unchanged(change: Change) -> Planned:
 
 def on_grid(change: Change) -> Planned:
     """Plan steps of `level` times the root mean square of the change, or those with which the training rounded."""
-    rms = float(change.change.square().mean().sqrt()) if change.change.numel() else 0.0
-    return lambda level: _steps(change, change.size or level * rms)
+    return lambda level: _steps(change, change.size or level * change.rms)
 
 
 def beside_products(change: Change) -> Planned:
@@ -221,6 +222,16 @@ def _exponent(sizes: Tensor) -> Tensor:
     return torch.log2(sizes.clamp(min=2.0**-200)).ceil()
 
 
+def by_shared_numbers(changes: dict[str, Change]) -> dict[str, Change]:
+    """Replace changes by the nearest ones of shared numbers, all in multiples of one size."""
+    numbers = shared({name: change.change for name, change in changes.items()})
+    rms, made = float(numbers.square().mean().sqrt()), dict[str, Change]()
+    for name, change in changes.items():
+        chosen, sign = spread(name, change.change.shape)
+        made[name] = replace(change, change=numbers[chosen] * sign, rms=rms)
+    return made
+
+
 @dataclass(frozen=True)
 class Method:
     """How an update is trained and approximated: a row of `METHODS`."""
@@ -230,6 +241,8 @@ class Method:
     matrix: Plan
     small: Plan  # of all other tensors
     trains: Callable[[Tensor], bool] = field(default=lambda _weight: True)  # whether a parameter is trained at all
+    prepare: Callable[[dict[str, Change]], dict[str, Change]] = field(default=lambda changes: changes)  # all tensors at once
+    shares_numbers: bool = False  # whether the training moves shared numbers only; see `model.shared_numbers`
     rounds_in_training: bool = False  # whether the second half of the training sees rounded weights; see `model.grid`
 
 
@@ -243,6 +256,10 @@ METHODS: dict[MethodName, Method] = {
     "small-tensors": Method(
         "gains, biases, modulation, router, first, last and depthwise convolutions only, by steps",
         0.7, unchanged, on_grid, trains=lambda weight: not is_matrix(weight),
+    ),
+    "seeded": Method(
+        "a few shared numbers, spread over all weights by a seeded hash; deltas do not send them as such yet, but as dense steps",
+        0.25, on_grid, on_grid, prepare=by_shared_numbers, shares_numbers=True,
     ),
 }  # fmt: skip
 
@@ -312,9 +329,9 @@ class Approximation:
         """
         row, typical = METHODS[method], _typical(statistics)
         masters, olds = named(master), named(before)
-        changes = {
+        changes = row.prepare({
             name: _change(name, masters[name], olds[name], statistics, stored, typical) for name in masters if only(name)
-        }  # fmt: skip
+        })  # fmt: skip
         planned = {
             name: (row.matrix if is_matrix(change.old) else row.small)(change) if change.change.any() else unchanged(change)
             for name, change in changes.items()
@@ -369,7 +386,8 @@ def _change(
     if not change.isfinite().all():
         raise CheckpointError(f"{name} holds a weight that is not finite; train again with a lower learning rate")
     size = float(statistics.get(f"size.{name}", 0.0))
-    return Change(old, change, scale, statistics.get(f"left.{name}"), statistics.get(f"right.{name}"), typical, size)
+    rms = float(change.square().mean().sqrt())
+    return Change(old, change, rms, scale, statistics.get(f"left.{name}"), statistics.get(f"right.{name}"), typical, size)
 
 
 def _moved(change: Change, claim: Claim | None, master: Tensor, stored: PrecisionName) -> Tensor:

@@ -22,6 +22,8 @@ from model.graph import layout
 from model.network import Network
 from model.polish import polish
 from model.publish import Publication, publish, publish_first
+from model.scorecard import Lineage
+from model.shared_numbers import spread
 from model.storage import fielded, named
 from model.train import MASTER, RESUME, WEIGHTS, Checkpoint, FlowMatching, TrainOptions, load_checkpoint, start_of, train
 from model.update import FACTORS, MAX_FACTOR, MAX_RANK, Approximation, Product, approximate, predicted, stepped
@@ -271,6 +273,27 @@ def test_grid_is_the_one_that_the_second_half_of_the_training_saw(first: Checkpo
     assert float((change - change.round()).abs().max()) > 0.2  # but the master itself is not rounded
 
 
+def test_weights_that_share_a_number_move_alike(first: Checkpoint, dataset: Dataset, tmp_path: Path):
+    options = OPTIONS.model_copy(update={"method": "seeded", "weight_decay": 0.5})
+    trained = train(CONFIG, dataset, VERSION, options, tmp_path / "master", parent=first)
+    before, after = (load_file(path) for path in (first.folder / MASTER, trained.folder / WEIGHTS))
+    moves = {name: after[name] - before[name] for name in ("text", "stem.weight", "ada.weight")}
+    by_number: dict[int, list[float]] = {}
+    for name, moved in moves.items():
+        chosen, sign = spread(name, moved.shape)
+        for number, move in zip(chosen.flatten().tolist(), (moved * sign).flatten().tolist(), strict=True):
+            by_number.setdefault(number, []).append(move)
+    assert max(max(group) - min(group) for group in by_number.values()) < 1e-5
+    assert max(abs(group[0]) for group in by_number.values()) > 1e-3
+    update = Publication.of(trained, first, "bfloat16", "seeded").approximation.at(0.25)
+    assert len({claim.size for claim in update.claims.values()}) == 1
+    steps = update.claims["ada.weight"].steps
+    chosen, sign = spread("ada.weight", steps.shape)
+    assert torch.equal(
+        steps[chosen == 7] * sign[chosen == 7], (steps[chosen == 7] * sign[chosen == 7])[:1].expand(int((chosen == 7).sum()))
+    )
+
+
 @pytest.mark.parametrize(("cut", "which"), [(9, "master"), (13, "master"), (5, "gridded"), (13, "gridded")])
 def test_killed_retraining_ends_in_the_same_master_and_statistics(
     first: Checkpoint, dataset: Dataset, tmp_path: Path, cut: int, which: str, request: pytest.FixtureRequest
@@ -346,12 +369,11 @@ def test_a_master_of_another_line_is_not_used(first: Checkpoint):
     assert start.says.endswith("their master is of another line, shapes")
 
 
-def test_a_rollback_between_master_and_update_is_refused(
-    first: Checkpoint, master: Checkpoint, checkpoint: Checkpoint, tmp_path: Path
-):
+def test_a_rollback_between_master_and_update_is_refused(first: Checkpoint, master: Checkpoint, tmp_path: Path):
+    since = publish(master, first, 0.03, "bfloat16", tmp_path / "since")
     with pytest.raises(CheckpointError, match="rolled back since"):
-        publish(master, checkpoint, 0.03, "bfloat16", tmp_path)
-    assert not list(tmp_path.iterdir())
+        publish(master, since, 0.03, "bfloat16", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def test_what_an_update_cannot_carry_is_in_the_next_one(first: Checkpoint, master: Checkpoint, dataset: Dataset, tmp_path: Path):
@@ -368,7 +390,9 @@ def test_what_an_update_cannot_carry_is_in_the_next_one(first: Checkpoint, maste
     assert gap(caught_up) < 0.2 * gap(coarse)
 
 
-def test_lineage_of_an_older_ferry_keeps_its_hash(checkpoint: Checkpoint):
-    dumped = checkpoint.lineage.model_dump(mode="json")
+def test_lineage_of_an_older_ferry_keeps_its_hash(master: Checkpoint):
+    older = master.lineage.model_copy(update={"start_master": None})
+    dumped = older.model_dump(mode="json")
     assert {"master", "start_master", "method", "level", "polished"}.isdisjoint(dumped)
+    assert Lineage.model_validate(dumped) == older
     assert "method" not in TrainOptions().model_dump(mode="json")
