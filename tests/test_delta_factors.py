@@ -480,13 +480,16 @@ def test_update_of_nothing_refused():
 @pytest.mark.parametrize(
     ("names", "shifts", "sentence"),
     [([1, 0, 0, 0], [0] * 4, "a stream that it does not have"), ([-1, 0, 0, 0], [0] * 4, "a stream that it does not have"),
-     ([0] * 4, [25, 0, 0, 0], "a factor that is too large"), ([0] * 4, [-1, 0, 0, 0], "a factor that is too large"),
+     ([0] * 4, [25, 0, 0, 0], "a factor that is too large"), ([0] * 4, [2**32 - 1, 0, 0, 0], "a factor that is too large"),
      ([0] * 4, [24, 0, 0, 0], "a factor that is too large")],
 )  # fmt: skip
 def test_lying_vectors_refused(names, shifts, sentence):
     reader = streams.Reader(payload())
     table = streams.frame(reader.frame(None, 1 << 20))
-    sides = [streams.encode(numbers.zigzag(np.diff(np.array(side), prepend=0).astype(np.int32))) for side in (names, shifts)]
+    sides = [
+        streams.encode(numbers.zigzag(np.diff(np.array(names), prepend=0).astype(np.int32))),
+        streams.encode(np.array(shifts, np.uint32)),
+    ]
     values = streams.encode(np.full(40, 5, np.uint32))
     refuse(PAIR, Record(UPDATE, table + b"\1" + b"".join(sides) + values, NEW), sentence=sentence)
 

@@ -1,8 +1,8 @@
 """Code vectors of integers, such as the columns and rows of factors, so that those of similar size share a stream.
 
 The components of a product fall off in size: a stream of all of them would give coarse and fine ones the same code. So each
-vector names its stream. Its common power of two is set aside. Vectors that follow each other are alike, so both are coded as
-differences from the vector before.
+vector names its stream, as the difference from the stream of the vector before, because vectors that follow each other are alike.
+The largest power of two that divides all entries of a vector is set aside.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def encode(vectors: Sequence[Factors]) -> bytes:
     lengths = [len(vector) for vector in vectors]
     shifts = np.array([_shift(vector) for vector in vectors], np.int64)
     values = numbers.zigzag(np.concatenate([vector >> np.int32(s) for vector, s in zip(vectors, shifts, strict=True)]))
-    classes = np.array([size_class(vector >> np.int32(s)) for vector, s in zip(vectors, shifts, strict=True)], np.uint8)
+    classes = np.array([size_class(vector) for vector in vectors], np.uint8)
     counts = sharing.joint(np.repeat(classes, lengths), streams.tokens(values)[0])
     said = {sharing.share(counts, 1.0, cost).tobytes() for cost in _STREAM_COSTS}
     ways = [_grouped(values, lengths, np.frombuffer(way, np.uint8)[classes], shifts) for way in sorted(said)]
@@ -44,10 +44,11 @@ def decode(reader: streams.Reader, lengths: Sequence[int]) -> list[Factors]:
         DeltaError: the bytes are damaged, or an entry is too large.
     """
     (count,) = reader.take(1)
-    names, shifts = (_summed(streams.decode(reader, len(lengths))) for _ in range(2))
+    names = np.cumsum(numbers.signed(streams.decode(reader, len(lengths))), dtype=np.int64)
+    shifts = streams.decode(reader, len(lengths)).astype(np.int64)
     if not 0 < count <= MAX_STREAMS or int(names.min()) < 0 or int(names.max()) >= count:
         raise DeltaError("a record of the delta names a stream that it does not have; fetch it again")
-    if int(shifts.min()) < 0 or int(shifts.max()) > MAX_SHIFT:
+    if int(shifts.max()) > MAX_SHIFT:
         raise DeltaError("a record of the delta holds a factor that is too large; fetch it again")
     owners = np.repeat(names.astype(np.uint8), lengths)
     found = np.zeros(len(owners), np.int64)
@@ -61,8 +62,11 @@ def decode(reader: streams.Reader, lengths: Sequence[int]) -> list[Factors]:
 
 
 def size_class(vector: Factors) -> int:
-    """Return the class of a vector by its mean size, in half octaves; all machines agree, because the sum is exact."""
-    mean = int(np.abs(vector.astype(np.int64)).sum()) / len(vector)
+    """Return the class of a vector by its mean size without its common power of two, in half octaves.
+
+    All machines agree, because the sum is exact.
+    """
+    mean = (int(np.abs(vector.astype(np.int64)).sum()) >> _shift(vector)) / len(vector)
     return min(max(int(sharing.half_octaves(np.array(mean))) + _ZERO_CLASS, 0), CONTEXTS - 1)
 
 
@@ -76,14 +80,6 @@ def _grouped(
     values: streams.Numbers, lengths: Sequence[int], names: npt.NDArray[np.uint8], shifts: npt.NDArray[np.int64]
 ) -> bytes:
     owners, count = np.repeat(names, lengths), int(names.max()) + 1
-    sides = [streams.encode(_differences(side.astype(np.int64))) for side in (names, shifts)]
+    sides = [numbers.zigzag(np.diff(names.astype(np.int64), prepend=0).astype(np.int32)), shifts.astype(np.uint32)]
     parts = [streams.encode(values[np.flatnonzero(owners == number)]) for number in range(count)]
-    return bytes([count]) + b"".join(sides + parts)
-
-
-def _differences(found: npt.NDArray[np.int64]) -> streams.Numbers:
-    return numbers.zigzag(np.diff(found, prepend=0).astype(np.int32))
-
-
-def _summed(found: streams.Numbers) -> npt.NDArray[np.int64]:
-    return np.cumsum(numbers.signed(found), dtype=np.int64)
+    return bytes([count]) + b"".join([*map(streams.encode, sides), *parts])
