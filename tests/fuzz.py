@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,37 @@ def numbers(data: bytes) -> None:
     assert len(made) == size, "it made another length than it was asked for"
 
 
+def update(data: bytes) -> None:
+    """Decode the payload of a record that moves tensors by factors, without the checks that would stop most of them."""
+    from ota.delta import updates
+
+    size = struct.unpack("<I", (data[:4] + b"\0" * 4)[:4])[0] % (2 * len(OLD)) + 1
+    stretches, checks = updates.read(data[4:], size)
+    parts = list(updates.pieces(stretches))
+    assert sum(part.length for part in parts) == size, "it makes another length than it was asked for"
+    assert len(checks) == len(parts) - 1
+
+    def known(offset: int, length: int) -> bytes:
+        return (OLD[offset : offset + length] + bytes(length))[:length]
+
+    for part in parts:
+        assert len(part.make(known)) == part.length, "a piece has another length than it claims"
+
+
+def factors(data: bytes) -> None:
+    """Read what a training says of its update."""
+    from ota.delta.factors import read
+    from ota.errors import OperatorError
+
+    with NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        for claim in read(Path(file.name)).values():
+            if claim.values < LARGEST:
+                with contextlib.suppress(OperatorError):
+                    _ = claim.product() if claim.step is None else claim.steps()
+
+
 def streams(data: bytes) -> None:
     """Decode a stream of numbers by itself; what it holds must come back when it is encoded again."""
     from ota.delta import streams as coder
@@ -121,7 +152,7 @@ def request(data: bytes) -> None:
 TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "manifest": lambda: parse_with("Manifest"), "policy": lambda: parse_with("Policy"), "sampler": lambda: parse_with("SamplerTable"),
     "reference": lambda: parse_with("Reference"), "report": lambda: parse_with("SignedReport"), "state": lambda: state, "header": lambda: header,
-    "delta": lambda: delta, "numbers": lambda: numbers, "streams": lambda: streams, "overlay": lambda: composed, "request": lambda: request,
+    "delta": lambda: delta, "numbers": lambda: numbers, "update": lambda: update, "factors": lambda: factors, "streams": lambda: streams, "overlay": lambda: composed, "request": lambda: request,
 }  # fmt: skip
 
 
@@ -168,6 +199,7 @@ def documents() -> Iterator[tuple[str, dict[str, Any]]]:
 def deltas() -> Iterator[bytes]:
     """Yield real deltas: small steps, sparse ones, steps of one size, a product, moved bytes, and new ones."""
     from ota.delta import files
+    from ota.delta import format as container
 
     old, rng = np.frombuffer(OLD, np.float32), np.random.default_rng(1)
     shapes = [
@@ -182,8 +214,35 @@ def deltas() -> Iterator[bytes]:
                 rows = {"t": {"dtype": "F32", "shape": [40, 50], "data_offsets": [0, len(OLD)]}}
                 head = json.dumps(rows).encode()
                 (place / name).write_bytes(struct.pack("<Q", len(head)) + head + data.tobytes())
-            files.build(place / "old", place / "new", place / "patch")
-            yield (place / "patch").read_bytes()
+            for version in container.VERSIONS:
+                files.build(place / "old", place / "new", place / "patch", version=version)
+                yield (place / "patch").read_bytes()
+
+
+def updated() -> Iterator[tuple[bytes, bytes]]:
+    """Yield deltas of format version 2 that are made from factors, each with the file of factors."""
+    from safetensors.numpy import save
+
+    from ota.delta import files
+    from ota.delta import numbers as rules
+
+    old, rng = np.frombuffer(OLD, np.uint32), np.random.default_rng(2)
+    kind = rules.KINDS["float32"]
+    with TemporaryDirectory() as folder:
+        place = Path(folder)
+        for rank in (1, 3, 32):
+            left, right = (np.rint(rng.normal(size=shape) * 30 / rank).astype(np.int32) for shape in ((20, rank), (rank, 50)))
+            steps = np.rint(rng.normal(size=1000)).astype(np.int32)
+            moved = rules.predicted(old[:1000], left, right, -20, kind), rules.stepped(old[1000:], steps, np.float32(0.01), kind)
+            for name, data in (("old", OLD), ("new", b"".join(part.tobytes() for part in moved))):
+                halves = {"a": (0, [20, 50]), "b": (4000, [1000])}
+                rows = {t: {"dtype": "F32", "shape": shape, "data_offsets": [at, at + 4000]} for t, (at, shape) in halves.items()}
+                head = json.dumps(rows).encode()
+                (place / name).write_bytes(struct.pack("<Q", len(head)) + head + data)
+            said = json.dumps({"schema_version": 1, "products": {"a": -20}, "steps": {"b": float(np.float32(0.01)).hex()}})
+            (place / "factors").write_bytes(save({"a.left": left, "a.right": right, "b.steps": steps}, {"deltaferry": said}))
+            files.build(place / "old", place / "new", place / "patch", factors=place / "factors")
+            yield (place / "patch").read_bytes(), (place / "factors").read_bytes()
 
 
 def sow(target: str, folder: Path) -> None:
@@ -199,8 +258,15 @@ def sow(target: str, folder: Path) -> None:
             overlay.make(OLD, moved, [(at, 100) for at in range(0, len(OLD), 400)]) or b"",
             overlay.make(OLD, moved, [(0, len(OLD))]) or b"",
         ]
+    if target == "factors":
+        seeds += [said for _, said in updated()]
+    if target == "update":
+        for patch, _ in updated():
+            stream = io.BytesIO(patch)
+            size = container.read_header(stream).files[0].target.size
+            seeds.append(struct.pack("<I", size - 1) + stream.read()[container.RECORD.size :])
     if target in ("header", "delta", "numbers", "streams"):
-        for patch in deltas():
+        for patch in (*deltas(), *(patch for patch, _ in updated())):
             stream = io.BytesIO(patch)
             size = container.read_header(stream).files[0].target.size
             seeds.append(patch[: stream.tell()] if target == "header" else struct.pack("<I", size) + stream.read())
@@ -215,7 +281,16 @@ def fuzz(target: str, arguments: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["ota"]):  # modules imported later would run without coverage
-        for module in ("errors", "manifest", "delta.format", "delta.streams", "agent.state", "agent.serve"):
+        for module in (
+            "errors",
+            "manifest",
+            "delta.format",
+            "delta.streams",
+            "delta.updates",
+            "delta.factors",
+            "agent.state",
+            "agent.serve",
+        ):
             importlib.import_module(f"ota.{module}")
         from ota.errors import OtaError
 
