@@ -4,8 +4,9 @@
     >>> with Path("patch").open("rb") as patch:
     ...     apply(patch, read_header(patch), open_base, open_output)
 
-A device needs four modules: `header` is what a delta starts from and makes, `format` reads and applies the container, `numbers`
-models how numbers in files change, and `streams` codes small numbers as bytes. The factory adds the others: `plan` decides what
+A device needs seven modules: `header` is what a delta starts from and makes, `format` reads and applies the container, `updates`
+moves whole tensors by factors, `numbers` models how numbers in files change, `streams` codes small numbers as bytes, and `vectors`
+does so by size, with `sharing`. The factory adds the others: `factors` reads what a training says of its update, `plan` decides what
 each record covers, `describe` how to encode changes of numbers, `lowrank` finds low-rank products in these changes, `plain` and
 `blocks` handle bytes that are not numbers, `encode` writes the delta, and `forecast` estimates its size. `files` builds, inspects
 and applies deltas between any two files, `picture` draws one, `commands` holds the commands for people, and `cli` is the program
