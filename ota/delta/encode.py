@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -190,7 +190,7 @@ def encode_update(group: list[Piece], new: File) -> Record:
     for piece in group:
         found, last = moved(piece), stretches[-1] if stretches else None
         if last and last.way == found.way == updates.SAME and last.old + last.length == found.old:
-            stretches[-1] = updates.Stretch(KIND_NAMES["bytes"], last.length + found.length, last.old)
+            stretches[-1] = replace(last, length=last.length + found.length)
         else:
             stretches.append(found)
     start, checks = group[0].start, list[bytes]()

@@ -210,13 +210,13 @@ def moved(piece: Piece) -> updates.Stretch:
     Raises:
         OperatorError: as `Claim.product` and `Claim.steps`.
     """
-    stays = updates.Stretch(piece.kind, piece.length, piece.old or 0)
+    stays = updates.Stretch(KINDS["bytes"], piece.length, piece.old or 0)
     if piece.same or not piece.claim:
         return stays
     if piece.claim.step is not None:
-        return replace(stays, step=piece.claim.step, steps=piece.claim.steps())
+        return replace(stays, kind=piece.kind, step=piece.claim.step, steps=piece.claim.steps())
     product = piece.claim.product()
-    return replace(stays, row=piece.claim.columns, product=product) if product else stays
+    return replace(stays, kind=piece.kind, row=piece.claim.columns, product=product) if product else stays
 
 
 def _exact(stretch: Elements, new: File, old: File) -> Piece | None:
