@@ -62,6 +62,8 @@ def inputs(folder: Path) -> Path:
     for name, values in (("old", WEIGHTS), ("new", WEIGHTS + STEP)):
         (folder / f"{name}.bin").write_bytes(values.tobytes())
         (folder / f"{name}-graph.onnx").write_bytes(model({"w": full(values)}, external=f"{name}.bin"))
+    steps = {"w.steps": np.ones(WEIGHTS.size, np.int32)}
+    (folder / "factors").write_bytes(save(steps, {"deltaferry": '{"schema_version": 1, "products": {}, "steps": {"w": "0x1p-8"}}'}))
     (folder / "empty").write_bytes(b"")
     (folder / "a\nb \x1b[2J").write_bytes(b"a name that could rewrite a terminal" * 9)
     (folder / "folder").mkdir()
@@ -83,6 +85,8 @@ CALLS = [
     "build old.onnx empty -o p", "build old.bin new.bin -o p --graph new-graph.onnx --old-graph old-graph.onnx", "build old.bin new.bin -o p",
     "build old.bin new.bin -o p --graph new.onnx", "build 'a\nb \x1b[2J' old.onnx -o 'c\nd' --json", "build 'a\nb \x1b[2J' old.onnx -o 'c\nd'",
     "build old.onnx new.onnx -o old.onnx", "build old.onnx new.onnx -o link", "build old.onnx new.onnx -o folder", "build old.onnx new.onnx -o nowhere/p",
+    "build old.safetensors new.safetensors -o p --factors factors --json", "build old.safetensors new.safetensors -o p --factors empty",
+    "build old.safetensors new.safetensors -o factors --factors factors", "build old.safetensors new.safetensors -o p --factors nowhere",
     "build pipe new.onnx -o p", "build nowhere new.onnx -o p", "build folder new.onnx -o p", "build -- old.onnx new.onnx",
     "apply old.onnx patch -o again", "apply new.onnx patch -o again", "apply old.onnx damaged -o again", "apply old.onnx new.onnx -o again",
     "apply old.onnx patch --output patch", "apply old.onnx nowhere -o again", "apply old.onnx patch -o again --json",
@@ -92,6 +96,7 @@ CALLS = [
     "inspect patch --of nowhere", "inspect patch --of new.onnx --graph old-graph.onnx",
     "estimate old.onnx new.onnx", "estimate old.onnx new.onnx --json", "estimate empty empty", "estimate old.onnx empty --json", "estimate nowhere new.onnx",
     "estimate old.bin new.bin --graph new-graph.onnx --json",
+    "estimate old.safetensors new.safetensors --factors factors --json", "estimate old.safetensors new.safetensors --factors pipe",
     # Wrong usage; there the wording is that of the library which parses the arguments.
     "", "build", "build old.onnx", "build old.onnx new.onnx", "build - new.onnx -o p", "build '' new.onnx -o p", "build old.onnx new.onnx -o -",
     "build old.onnx new.onnx -o p --gra new-graph.onnx", "build old.onnx new.onnx other -o p", "estimate old.onnx new.onnx -o p", "nothing", "--nothing",

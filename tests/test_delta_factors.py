@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 from typer.testing import CliRunner
@@ -101,6 +101,7 @@ def ways(patch: Path) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bytes"])
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_factors_come_back(tmp_path_factory, kind, data):
     """Make the same bytes on both sides for all kinds, ranks and sizes, wherever pieces are cut."""
@@ -380,6 +381,7 @@ def test_file_that_is_no_factors_is_refused(tmp_path, data, sentence):
     assert not (tmp_path / "p").exists()
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=60), st.integers(0, 400))
 def test_damaged_factors_are_refused_or_harmless(tmp_path_factory, noise, at):
     folder = moved_pair(tmp_path_factory.mktemp("damaged"), rank=2)
@@ -526,6 +528,7 @@ def test_every_flipped_bit_of_an_update_harmless(first):
     assert accepted < 0.05 * len(patch)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(-(2**24), 2**24), min_size=1, max_size=20), min_size=1, max_size=20))
 def test_any_vectors_come_back(rows):
     given_ = [np.array(row, np.int32) for row in rows]
