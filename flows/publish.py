@@ -236,7 +236,7 @@ def sign(
                 "release": release.seq,
                 "manifest": release.manifest,
                 "deltas": smallest(workspace, release),
-                "behind": {str(count): size for count, size in behind_of(workspace, release).items()},
+                "behind": {str(count): size for count, size in workspace.repository.behind(release).items()},
             }
             if allowed:
                 facts["allowed"] = {variant: change.model_dump(mode="json") for variant, change in allowed.items()}
@@ -257,13 +257,6 @@ def smallest(workspace: Workspace, release: Release) -> dict[str, int]:
         if delta.target == release.manifest:
             found[delta.base] = min(delta.size, found.get(delta.base, delta.size))
     return found
-
-
-def behind_of(workspace: Workspace, release: Release) -> dict[int, int]:
-    """Return what a device fetches, by the number of releases that it is behind a release; see `chains.behind`."""
-    order = [known.manifest for known in workspace.repository.releases(release.line, release.device_class)]
-    links = workspace.repository.links(release.line, release.device_class)
-    return chains.behind(order, release.manifest, links, release.full_bytes)
 
 
 @task(name="publish", task_run_name="publish the repository", **RETRIES)
@@ -308,7 +301,7 @@ def release(
         line=line, device_class=device_class, release=published.seq, manifest=published.manifest,
         versions={variant: champion.version for variant, champion in champions(workspace, workspace.class_subjects(line, device_class)).items()},
         full_bytes=published.full_bytes,
-        deltas=smallest(workspace, published), behind=behind_of(workspace, published),
+        deltas=smallest(workspace, published), behind=workspace.repository.behind(published),
         metadata_bytes=workspace.repository.metadata_bytes(), copied=copied, known=known,
         allowed={variant: change.model_dump(mode="json") for variant, change in allowed.items()},
         minimum_agent=made_bundle.manifest.minimum_agent, left_behind=behind,

@@ -122,6 +122,7 @@ def _releases(workspace: Workspace, line: str, champions: list[Champion]) -> lis
                 on_devices=_on_devices(workspace, default.subject),
                 energy=_energy(workspace, default.subject),
                 prices=workspace.settings.prices,
+                behind=workspace.repository.behind(shown),
             )
         )
     return rows

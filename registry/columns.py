@@ -242,6 +242,7 @@ def release_row(
     on_devices: tuple[float, int] | None,
     energy: Energy | None,
     prices: Prices,
+    behind: Mapping[int, int] | None = None,
 ) -> ReleaseRow:
     """Make the row of a release that devices run, with its cost in a year.
 
@@ -257,6 +258,7 @@ def release_row(
         on_devices: as for `column`; without a time, that of the scorecard counts.
         energy: of an image; None: not known.
         prices: that the costs are computed with.
+        behind: bytes of deltas that a device fetches, by the number of releases that it is behind.
     """
     smallest = min(deltas, default=None)
     work = Work(
@@ -274,6 +276,7 @@ def release_row(
         rollout=rollout,
         milliseconds=on_devices[0] if on_devices else default.card.cost.milliseconds,
         costs=yearly(work, prices),
+        behind=behind or {},
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -181,6 +181,8 @@ class ReleaseRow:
     milliseconds: float
     """Time of one image in the class's default variant."""
     costs: list[Row]
+    behind: Mapping[int, int] = field(default_factory=dict)
+    """Releases that a device is behind → bytes of the deltas that it fetches; it needs no entry where it fetches the full bundle."""
 
     @property
     def update_bytes(self) -> int:

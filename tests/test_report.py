@@ -206,6 +206,12 @@ def test_devices_that_complain_come_first():
     assert len(second.devices) == 9
 
 
+def test_page_says_what_devices_further_behind_pay():
+    page = render(replace(REPORT, releases=[replace(REPORT.releases[0], behind={1: 900_000, 2: 1_750_000, 3: 2_600_000})]))
+    assert "900 kB as a delta, 1.75 MB from 2 releases before, 2.60 MB from 3 releases before, " in page
+    assert "releases before" not in render(REPORT)
+
+
 def test_first_version_has_nothing_before_it():
     models = [replace(REPORT.models[0], change=None, replaced=None)]
     page = render(replace(REPORT, models=models, releases=[replace(REPORT.releases[0], delta_bytes=None)]))

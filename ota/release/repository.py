@@ -42,6 +42,7 @@ from tuf.api.metadata import (
 from ota import chain
 from ota.errors import OperatorError, printable
 from ota.manifest import MAX_COUNT, MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
+from ota.release import chains
 from ota.release.keys import DELEGATED, Entry, KeyRing
 from ota.release.metadata import LIFETIMES, TOP, dated, expiry, load, next_version, sign_role, unchanged, unused, write
 
@@ -265,6 +266,12 @@ class Repository:
         """Return the published deltas of a line and class as a device reads them, by their names."""
         found = (chain.Link.of(delta.name, delta.size) for delta in self.deltas(line, device_class))
         return [link for link in found if link]
+
+    def behind(self, release: Release) -> dict[int, int]:
+        """Return what a device fetches in the place of the full bundle, by the number of releases that it is behind; in bytes."""
+        order = [known.manifest for known in self.releases(release.line, release.device_class)]
+        links = self.links(release.line, release.device_class)
+        return chains.behind(order, release.manifest, links, release.full_bytes)
 
     def policy(self, line: str, device_class: str) -> Policy | None:
         """Return the policy in force; None: there is none."""
