@@ -34,8 +34,9 @@ from ota.agent.state import Home, State
 from ota.manifest import DeviceReport, Manifest, Policy, SignedReport
 from ota.release import rollout
 from ota.release.bundle import Bundle, make_delta
+from ota.release.chains import NEWEST
 from ota.release.keys import KeyRing
-from ota.release.repository import Release, Repository, policy_path
+from ota.release.repository import Release, Repository, delta_path, policy_path
 from tests.conftest import agent, bundle_of
 
 LINE, CLASS = "shapes", "edge"
@@ -91,9 +92,9 @@ def name_manifest(repository: Repository, manifest: Manifest, seq: int, **custom
     change_role(repository, "models", change)
 
 
-def name_delta(repository: Repository, base: str, target: str, data: bytes) -> Path:
+def name_delta(repository: Repository, base: str, target: str, data: bytes, form: int = 1) -> Path:
     """Sign any bytes as the delta between two bundles, as the holder of the deltas keys can, and return their file."""
-    made = repository._add_target(f"deltas/{LINE}/{CLASS}/{base}.{target}", data, {})
+    made = repository._add_target(delta_path(LINE, CLASS, base, target, form), data, {})
 
     def change(signed: Targets) -> None:
         signed.targets[made.path] = made
@@ -307,7 +308,7 @@ def row(exported: Export, bundles: dict[str, Bundle], tmp_path_factory: pytest.T
 def steps(row: list[Bundle], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Provide the single steps between the releases of `row`, and as the last one the delta from the first to the last."""
     out = tmp_path_factory.mktemp("steps")
-    made = [make_delta(before, after, out) for before, after in [*pairwise(row), (row[0], row[-1])]]
+    made = [make_delta(before, after, out, version=NEWEST) for before, after in [*pairwise(row), (row[0], row[-1])]]
     return [delta.path for delta in made if delta]
 
 

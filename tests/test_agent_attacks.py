@@ -757,10 +757,10 @@ def header_of(patch: bytes) -> delta.Header:
 
 
 def with_header(patch: bytes, **fields: Any) -> bytes:
-    header = header_of(patch)
-    rest = patch[container.PREFIX.size + len(header.canonical()) :]
-    made = replace(header, **fields).canonical()
-    return container.PREFIX.pack(container.MAGIC, container.VERSION, len(made)) + made + rest
+    """Change fields of the header of a delta, in its own version of the format."""
+    stream = io.BytesIO(patch)
+    header = delta.read_header(stream)
+    return container.pack_header(replace(header, **fields), patch[len(container.MAGIC)]) + stream.read()
 
 
 # 11, 14 Wrong software, and names that lead elsewhere

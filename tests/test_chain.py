@@ -22,6 +22,7 @@ from ota.chain import Link, name_of, way
 from ota.delta import encode, files
 from ota.errors import RoomError, TransferError
 from ota.release.bundle import Bundle, _from, make_delta
+from ota.release.chains import NEWEST
 from tests.fleet_kit import CLASS, LEDGER, LINE, Cut, Field, WebServer, everyone, name_delta, releases, untouched
 from tests.test_agent_attacks import with_header
 from tests.test_agent_machine import Children
@@ -208,8 +209,13 @@ def damaged(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
 
 
+def step_name(row: list[Bundle], number: int) -> str:
+    """Return the name of a single step, which the names of its file in the repository and of its address end with."""
+    return name_of(NEWEST, digest(row[number - 1]), digest(row[number]))
+
+
 def step_file(field: Field, row: list[Bundle], number: int) -> Path:
-    (path,) = (field.repository.target_files / "deltas").rglob(f"*.{digest(row[number - 1])}.{digest(row[number])}")
+    (path,) = (field.repository.target_files / "deltas").rglob(f"*.{step_name(row, number)}")
     return path
 
 
@@ -220,7 +226,7 @@ def step_file(field: Field, row: list[Bundle], number: int) -> Path:
 def test_chain_with_a_missing_or_refused_step(behind, web, row, steps, how, number):
     if how == "refused by the server":
         web.faults.status = 403
-        web.faults.failing = {f"{digest(row[number - 1])}.{digest(row[number])}": 9}
+        web.faults.failing = {step_name(row, number): 9}
     elif isinstance(how, str):
         whole = steps[number - 1].read_bytes()
         made = {
@@ -228,7 +234,7 @@ def test_chain_with_a_missing_or_refused_step(behind, web, row, steps, how, numb
             "no delta": bytes(len(whole)),
             "swapped": steps[number % 3].read_bytes(),
         }
-        name_delta(behind.repository, digest(row[number - 1]), digest(row[number]), made[how])
+        name_delta(behind.repository, digest(row[number - 1]), digest(row[number]), made[how], NEWEST)
     else:
         how(step_file(behind, row, number))
     assert behind.device.update().way == "full"  # within the same update
@@ -238,7 +244,9 @@ def test_chain_with_a_missing_or_refused_step(behind, web, row, steps, how, numb
 
 @pytest.mark.parametrize("how", [missing, damaged])
 def test_single_delta_replaces_a_chain_that_cannot_be_had(behind, row, tmp_path, how):
-    pairs = [_from(entry, None, row[0], row[-1]) for entry in row[-1].manifest.made]  # with nothing from the base: a large delta
+    pairs = [
+        _from(entry, None, row[0], row[-1], {}) for entry in row[-1].manifest.made
+    ]  # with nothing from the base: a large delta
     size = encode.build(pairs, digest(row[0]), digest(row[-1]), tmp_path / "direct").size
     assert size < row[-1].manifest.size
     name_delta(behind.repository, digest(row[0]), digest(row[-1]), (tmp_path / "direct").read_bytes())
@@ -249,7 +257,7 @@ def test_single_delta_replaces_a_chain_that_cannot_be_had(behind, row, tmp_path,
 
 @pytest.mark.parametrize("how", [missing, damaged])
 def test_chain_replaces_a_single_delta_that_cannot_be_had(behind, row, steps, how):
-    how(name_delta(behind.repository, digest(row[0]), digest(row[-1]), steps[-1].read_bytes()))
+    how(name_delta(behind.repository, digest(row[0]), digest(row[-1]), steps[-1].read_bytes(), NEWEST))
     assert steps[-1].stat().st_size < sum(path.stat().st_size for path in steps[:3])  # so it is tried first
     assert behind.device.update().way == "chain"
     arrived(behind, row)
@@ -278,7 +286,7 @@ def test_step_that_makes_too_much_is_refused_before_it_is_written(behind, row, s
     data = steps[0].read_bytes()
     header = delta.read_header(io.BytesIO(data))
     large = replace(header.files[0], target=replace(header.files[0].target, size=2**32 - 1, role="weights", variant="full"))
-    name_delta(behind.repository, digest(row[0]), digest(row[1]), with_header(data, files=[large, *header.files[1:]]))
+    name_delta(behind.repository, digest(row[0]), digest(row[1]), with_header(data, files=[large, *header.files[1:]]), NEWEST)
     written: list[str] = []
     real = Disk.writing
     monkeypatch.setattr(Disk, "writing", lambda disk, name, append=False: written.append(name) or real(disk, name, append))
@@ -317,7 +325,7 @@ def test_killed_between_two_steps_leaves_a_folder_that_the_next_agent_removes(be
 
 def test_chain_is_resumed_where_the_link_broke(behind, web, row, steps, monkeypatch):
     monkeypatch.setattr(transport, "ATTEMPTS", 1)
-    web.faults.cut_after = {f"{digest(row[1])}.{digest(row[2])}": 100}
+    web.faults.cut_after = {step_name(row, 2): 100}
     with pytest.raises(TransferError):
         behind.device.update()
     assert behind.device.update().way == "chain"
@@ -397,7 +405,7 @@ def test_chain_of_bundles_with_overlays(scene, exported, quick, row, tmp_path):
         quick._tries[digest(made[-1])] = quick._tries[digest(row[0])]
     scene.repository.set_policy(everyone(scene.repository.publish_release(made[0].manifest, made[0].folder, LEDGER, [])))
     scene.device.update()
-    steps = [make_delta(*pair, tmp_path).path for pair in itertools.pairwise(made)]
+    steps = [make_delta(*pair, tmp_path, version=NEWEST).path for pair in itertools.pairwise(made)]
     assert all(bundle.manifest.overlay("turbo") for bundle in made)
     releases(scene.repository, made, steps)
     assert scene.device.update().way == "chain"

@@ -18,15 +18,18 @@ import pytest
 from typer.testing import CliRunner
 
 import ota
+from flows import policies
 from flows.cli import app
 from flows.settings import FORMAT
 from flows.workspace import Workspace
+from ota import chain
 from ota.agent.state import Home
 from ota.manifest import VariantName, as_numbers
 from ota.release import bundle, compatibility, rollout
 from ota.release.bundle import Bundle
 from registry.champions import champions
 from tests.conftest import agent
+from tests.fleet_kit import WebServer
 from tests.former import kit
 from tests.former.kit import Programs, World, answer
 
@@ -90,8 +93,6 @@ def assembled(workspace: Workspace, out: Path, oldest_agent: str) -> Bundle:
 
 def publish(workspace: Workspace, made: Bundle) -> None:
     """Sign a bundle, open it to all devices, and publish it."""
-    from flows import policies
-
     release = workspace.repository.publish_release(made.manifest, made.folder, workspace.ledger.head(), [])
     workspace.repository.set_policy(rollout.start(release, (100,), soak=0, now=0))
     policies.publish(workspace)
@@ -139,6 +140,37 @@ def test_old_agent_updates_by_delta_from_todays_factory(old, released):
     assert Path(drawn["output"]).read_bytes().startswith(b"\x89PNG")
     standing = ferry(released, "fleet", "status")["devices"][DEVICE]["standing"]
     assert (standing["release"], standing["agent"], standing["behind"]) == (2, f"{VERSION} or older", False)
+
+
+@pytest.mark.parametrize("way", ["delta", "full"])
+def test_agent_of_format_version_1_takes_its_own_delta_or_the_full_bundle(old, released, way):
+    """Serve the delta of format 2 beside that of format 1, or alone: an agent that reads only format 1 never asks for it."""
+    with opened(released) as workspace:
+        repository, (base, target) = workspace.repository, workspace.repository.releases(LINE, CLASS)
+        names = {delta.name for delta in repository.deltas(LINE, CLASS)}
+        assert names == {chain.name_of(form, base.manifest, target.manifest) for form in chain.FORMATS}
+        if way == "full":
+            first = f"deltas/{LINE}/{CLASS}/{chain.name_of(1, base.manifest, target.manifest)}"
+            repository.commit({"deltas": lambda signed: signed.targets.pop(first)})
+            policies.publish(workspace)
+    with WebServer(released.factory / "published") as server:
+        config = released.device / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_bytes()) | {"repository": server.address}))
+        done = answer(old.agent(released.device, "update"))
+        assert (done["way"], done["changed"], runs(released)) == (way, True, target.manifest)
+        assert server.asked(chain.name_of(2, base.manifest, target.manifest)) == []
+        assert bool(server.asked(chain.name_of(1, base.manifest, target.manifest))) == (way == "delta")
+
+
+def test_todays_agent_takes_the_smaller_of_both_formats(released):
+    with opened(released) as workspace:
+        smallest = min(delta.size for delta in workspace.repository.deltas(LINE, CLASS))
+        assert len({delta.size for delta in workspace.repository.deltas(LINE, CLASS)}) == 2
+    with WebServer(released.factory / "published") as server:
+        config = released.device / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_bytes()) | {"repository": server.address}))
+        assert today(released, "update")["way"] == "delta"
+        assert sum(size for name, size in server.sent.items() if name.startswith("targets/deltas/")) == smallest
 
 
 def test_old_agent_sets_up_a_device_and_installs_in_full(old, released, tmp_path):

@@ -51,6 +51,7 @@ CONCERNED = {
     "ota/agent/trust.py": [TRUST, ATTACKS, "tests/test_hostile_strings.py", UPDATE, "tests/test_agent_clock.py"],
     "ota/agent/updater.py": [
         "tests/test_fetched_once.py",
+        "tests/test_chain.py",
         UPDATE,
         "tests/test_agent_software.py",
         ATTACKS,
@@ -69,6 +70,7 @@ CONCERNED = {
     "ota/agent/network.py": ["tests/test_plant_networks.py", UPDATE],
     "ota/agent/state.py": [UPDATE, "tests/test_agent_doctor.py", ATTACKS, "tests/test_overlay.py"],
     "ota/overlay.py": ["tests/test_overlay.py"],
+    "ota/chain.py": ["tests/test_chain.py", "tests/test_chains_published.py"],
     "ota/golden.py": ["tests/test_golden.py", UPDATE],
     "ota/manifest.py": ["tests/test_manifest.py", "tests/test_overlay.py"],
     "ota/agent/child.py": ["tests/test_agent_software.py", UPDATE, "tests/test_agent_graph.py"],
