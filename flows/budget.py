@@ -18,6 +18,7 @@ from flows.workspace import Workspace
 from model.config import ConfigurationName
 from registry.champions import champion_of
 from registry.curve import LEAST, smallest_budget
+from registry.seal import FACTORS
 
 NEW_EACH_TIME = ("golden.npz", "reference.json", "sampler.json")  # files of a variant that hardly any delta makes smaller
 HEADER = 1500  # bytes of a delta's header
@@ -98,7 +99,7 @@ def check(workspace: Workspace, line: str) -> list[str]:
             said.append(f"{subject} has no champion yet, so its first version is fetched in full and the budget does not count")
             continue
         room(budget, fixed_bytes(workspace, line, configuration))
-        whole = sum(fact.size for fact in champion.part("bundle").values())
+        whole = sum(fact.size for name, fact in champion.part("bundle").items() if name != FACTORS)
         if budget >= whole:
             said.append(f"the budget of {written(budget)} is no limit: the full bundle of {subject} has {whole:,} bytes")
     return said

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -28,9 +29,11 @@ from model import evaluate, export, graph, train
 from model.config import canonical_sha256
 from model.data import Dataset
 from model.kept import Losses, kept, losses
-from model.publish import Publication
+from model.polish import polish
+from model.publish import Publication, write_published
 from model.scorecard import Frozen, Kept
 from model.update import FACTORS, METHODS, write_factors
+from model.update import Update as NewWeights
 from ota.delta import files
 from registry.budget import passes
 from registry.champions import alpha_left, champion_of
@@ -87,7 +90,7 @@ def judge_update(
     )  # fmt: skip
     key = canonical_sha256([
         opened.weights_sha256, opened.lineage.sha256, champion.seal.weights, line.update_method, line.update_level, line.update_budget,
-        line.update_keep, line.precision(subject.configuration), fixed, alpha, train.code_sha256(),
+        line.update_keep, line.update_polish, line.delta_form(subject.configuration), line.precision(subject.configuration), fixed, alpha, train.code_sha256(),
     ])[:32]  # fmt: skip
     folder = Path(renewed(fit_update, workspace.work / "updates" / key / FITTED)(
         workspace, trained, champion.files, alpha, fixed, key
@@ -159,6 +162,18 @@ def _bench(
         yield _Bench(line, trained, champion, dataset, alpha, fixed, Path(folder))
 
 
+@dataclass(frozen=True)
+class Finished:
+    """An update as it is fielded."""
+
+    update: NewWeights
+    size: int
+    """Encoded bytes."""
+    losses: Losses
+    polished: int | None
+    """Training steps that followed on the rounded update."""
+
+
 class _Bench:
     """A master and what devices have, of which updates of several levels are made, encoded and tested."""
 
@@ -175,10 +190,12 @@ class _Bench:
         self.line, self.trained, self.champion, self.dataset = line, trained, champion, dataset
         self.alpha, self.fixed, self.scratch = alpha, fixed, scratch
         self.method = line.update_method or "lowrank"
-        self.stored = line.precision(trained.lineage.config.configuration)
+        self.configuration = trained.lineage.config.configuration
+        self.stored = line.precision(self.configuration)
         self.fielded = train.load_checkpoint(champion.checkpoint)
         self.publication = Publication.of(trained, self.fielded, self.stored, self.method)
         self.sizes: dict[float, int] = {}
+        self.finished: dict[float, Finished] = {}
         self.graph = scratch / "graph.onnx"
         self.graph.write_bytes(graph.build(trained.lineage.config, self.stored).SerializeToString(deterministic=True))
 
@@ -193,57 +210,84 @@ class _Bench:
         return losses(self.fielded.network(), self.dataset), losses(self.trained.network(), self.dataset)
 
     def size(self, level: float) -> int:
-        """Encode the weights of a level, and return the bytes."""
+        """Encode the weights of a level as they are rounded, and return the bytes."""
         if level not in self.sizes:
-            update = self.publication.approximation.at(level)
-            weights, factors, patch = (self.scratch / name for name in ("weights.bin", FACTORS, "delta"))
-            weights.write_bytes(export.pack(update.network(), self.stored))
-            write_factors(factors, update)
-            old = self.champion.bundle
-            built = files.build(old / "weights.bin", weights, patch, self.graph, old / "graph.onnx", factors)
-            self.sizes[level] = built.size
-            progress.say(f"an update at level {level:.3g} takes {built.size:,} bytes, and {self.fixed:,} besides")
+            self.sizes[level] = self._encoded(self.publication.approximation.at(level))
+            progress.say(f"an update at level {level:.3g} takes {self.sizes[level]:,} bytes, and {self.fixed:,} besides")
         return self.sizes[level]
 
-    def kept(self, level: float) -> Kept:
-        """Test the share of the gain that an update keeps, on all held-out images."""
+    def _encoded(self, update: NewWeights) -> int:
+        weights, factors, patch = (self.scratch / name for name in ("weights.bin", FACTORS, "delta"))
+        weights.write_bytes(export.pack(update.network(), self.stored))
+        write_factors(factors, update)
+        old = self.champion.bundle
+        return files.build(
+            old / "weights.bin", weights, patch, self.graph, old / "graph.onnx", factors, self.line.delta_form(self.configuration)
+        ).size
+
+    def finish(self, level: float, limit: int | None = None) -> Finished:
+        """Make the update of a level as it is fielded: polished where that helps, and keeps the limit.
+
+        Half of the held-out images decide whether polishing helped. A lower loss of training images does not show it: with few images
+        and a high learning rate, it is learnt by heart.
+        """
+        if level not in self.finished:
+            rounded = self.publication.approximation.at(level)
+            made = Finished(rounded, self.size(level), losses(rounded.network(), self.dataset), None)
+            if self.line.update_polish and rounded.claims:
+                progress.say(f"polish the update at level {level:.3g}: {self.line.update_polish} steps")
+                options = self.line.options(self.line.retraining, self.stored)
+                update = polish(self.publication.approximation, rounded, self.dataset, options, steps=self.line.update_polish)
+                size = self._encoded(update)
+                polished = Finished(update, size, losses(update.network(), self.dataset), self.line.update_polish)
+                if (limit is None or size <= limit) and polished.losses.chooses < made.losses.chooses:
+                    made = polished
+            self.finished[level] = made
+        return self.finished[level]
+
+    def kept(self, of: Losses) -> Kept:
+        """Test the share of the gain that an update keeps, on the half of the held-out images with which nothing was chosen."""
         before, master = self.before
-        made = losses(self.publication.approximation.at(level).network(), self.dataset)
-        return kept(before, master, made, self.alpha)
+        return kept(before.proving, master.proving, of.proving, self.alpha)
 
     def within_budget(self, folder: Path) -> list[Candidate]:
         """Try the sizes in order; return those within the budget that keep enough, or else the one at the budget."""
         limit = self.line.update_budget or 0
         room = money.room(limit, self.fixed)
         finest, coarsest = LEVELS[self.method]
-        curve: list[Point] = []
         self.size(coarsest)  # the search needs both ends
-
-        def point(size: int) -> Point | None:
-            level = level_for(self.size, size, finest, coarsest, self.sizes)
-            if level is None:
-                return None
-            return Point(limit=self.fixed + size, bytes=self.fixed + self.size(level), noise=level)
+        curve: list[Point] = []
 
         def keeps(size: int) -> bool:
-            made = point(size)
+            made = self._point(size)
             if made is None:
                 return False
-            if not curve or made.noise != curve[-1].noise:
-                found = self.kept(made.noise)
-                passed = passes(found, self.line.update_keep)
-                curve.append(made.model_copy(update={"kept": found, "outcome": "passed" if passed else "failed"}))
-                progress.say(f"{made.bytes:,} bytes keep {_percent(found)} of the gain")
-            return curve[-1].outcome == "passed"
+            found = self.kept(self.finish(made.noise).losses)
+            passed = passes(found, self.line.update_keep)
+            curve.append(made.model_copy(update={"kept": found, "outcome": "passed" if passed else "failed"}))
+            progress.say(f"{made.bytes:,} bytes keep {_percent(found)} of the gain")
+            if made.bytes > limit:
+                del self.finished[made.noise]  # it is not fielded, and takes as much memory as the network
+            return passed
 
         in_order(rooms(room, self.size(finest)), keeps)
         within = [made for made in curve if made.outcome == "passed" and made.bytes <= limit]
-        if not within:
-            within = [self._at_the_budget(curve, point(room), room)]
-        return [self.candidate(made.noise, folder, curve, made.kept) for made in within]
+        return [
+            self.candidate(made.noise, folder, curve, made.kept) for made in within[:GATED] or [self._at_the_budget(curve, room)]
+        ]
 
-    def _at_the_budget(self, curve: list[Point], made: Point | None, room: int) -> Point:
+    def _point(self, size: int) -> Point | None:
+        """Find the finest update that takes at most `size` bytes; None: even the coarsest one takes more."""
+        finest, coarsest = LEVELS[self.method]
+        level = level_for(self.size, size - size // 50, finest, coarsest, self.sizes)  # polishing changes the bytes a little
+        level = level_for(self.size, size, finest, coarsest, self.sizes) if level is None or size == self.size(finest) else level
+        if level is None:
+            return None
+        return Point(limit=self.fixed + size, bytes=self.fixed + self.finish(level, size).size, noise=level)
+
+    def _at_the_budget(self, curve: list[Point], room: int) -> Point:
         """Return the point at the budget, which is judged for the record although it does not keep enough."""
+        made = self._point(room)
         if made is None:
             raise BudgetError(
                 f"even the coarsest update takes more than the {room:,} bytes that the budget of {written(self.line.update_budget or 0)} leaves "
@@ -252,18 +296,18 @@ class _Bench:
         known = next((point for point in curve if point.noise == made.noise), None)
         if known is None:
             curve.append(made)
-        return known or made.model_copy(update={"kept": self.kept(made.noise)})
+        return known or made
 
     def candidate(self, level: float, folder: Path, curve: Iterable[Point], found: Kept | None = None) -> Candidate:
         """Write the checkpoint of a level, with what is known of it."""
-        made = self.publication.write(level, folder / f"level-{level:.6g}")
-        weights = self.size(level)
-        start = self.trained.lineage.start
+        finished = self.finish(level)
+        made = write_published(self.trained, finished.update, folder / f"level-{level:.6g}", finished.polished)
         budget = self.line.update_budget
         update = Update(
-            method=self.method, start="master" if start == "master" else "fielded", why_fielded=self._why_fielded(),
-            master=self.trained.weights_sha256, noise=level, bytes=self.fixed + weights, fixed=self.fixed, budget=budget,
-            keep=self.line.update_keep if budget else None, kept=found or self.kept(level), curve=list(curve),
+            method=self.method, start="master" if self.trained.lineage.start == "master" else "fielded",
+            why_fielded=self._why_fielded(), master=self.trained.weights_sha256, noise=level, polished=finished.polished,
+            bytes=self.fixed + finished.size, fixed=self.fixed, budget=budget, keep=self.line.update_keep if budget else None,
+            kept=found or self.kept(finished.losses), curve=list(curve),
             unlimited=self.fixed + self.sizes[LEVELS[self.method][0]] if budget else None,
         )  # fmt: skip
         return Candidate(checkpoint=made.folder, update=update)

@@ -28,7 +28,7 @@ from flows.sizes import Size
 from model.config import VARIANTS, ConfigurationName, ModelConfig, PrecisionName, RouterName, SourceName, TierName, VariantName
 from model.folder import shown
 from model.scorecard import LineName, Sampler
-from ota.manifest import AGENT_VERSION
+from ota.manifest import AGENT_VERSION, as_numbers
 from ota.wording import first_fault
 from registry.cost import Prices
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 SETTINGS = "ferry.toml"
 FORMAT = 2  # version of the format of ferry.toml and of everything else in a workspace
 FORMATS = (1, 2)  # 1 differs by its defaults only: see `Settings._older_defaults`
+READS_FACTORS = "0.3.0"  # oldest ferry-agent that reads format version 2 of deltas
 TEACHING_MS = 3_600_000.0  # latency budget of one image, for a `full` that only gives its weights to the variants of a class
 # Names in a workspace that serve other purposes than data; compared without case, because some file systems ignore case.
 NOT_DATA = frozenset({
@@ -385,6 +386,10 @@ class Line(Section):
         default=None, gt=0, le=10,
         description="level of the method where there is no budget: a higher one takes fewer bytes and loses more; not given: the method's own",
     )  # fmt: skip
+    update_polish: int = Field(
+        default=40, ge=0, le=1000,
+        description="training steps that follow on the rounded update, which then keeps more in as many bytes; 0: none",
+    )  # fmt: skip
     update_budget: Size | None = Field(
         default=None,
         description="most that a device may fetch for an update, such as 64KiB, all variants, signatures and golden outputs included; the "
@@ -492,6 +497,11 @@ class Line(Section):
     def precision(self, configuration: ConfigurationName) -> PrecisionName:
         """Return the precision in which the classes of a configuration store weights; all of them share it."""
         return next(c.precision for c in self.classes.values() if c.configuration == configuration)
+
+    def delta_form(self, configuration: ConfigurationName) -> int:
+        """Return the format version of deltas that the agents of all classes of a configuration read."""
+        oldest = [c.oldest_agent for c in self.classes.values() if c.configuration == configuration and c.oldest_agent]
+        return 1 if any(as_numbers(agent) < as_numbers(READS_FACTORS) for agent in oldest) else 2
 
     def latency_ms(self, configuration: ConfigurationName, variant: VariantName) -> float:
         """Return the smallest latency budget of the classes that run a variant, in ms; an hour if the variant only teaches."""

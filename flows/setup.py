@@ -205,7 +205,8 @@ text_length = 24                   # bytes of a caption that the network reads; 
 update_method = "lowrank"          # how a retraining's change is made small: lowrank, or grid as [lines.LINE.retraining] says
 # update_budget = "64KiB"          # most that a device may fetch for an update; the smallest that passes and keeps update_keep is taken
 # update_keep = 0.98               # with a budget: share of the gain without a limit that an update must be shown to keep
-# update_level = 0.04              # without a budget: noise of an update; more takes fewer bytes and loses more
+# update_level = 0.03              # without a budget: noise of an update; more takes fewer bytes and loses more
+# update_polish = 40               # training steps that follow on the rounded update, which then keeps more
 # router = "expert-choice"         # experts choose positions; "token-choice": positions choose experts
 # require_approval = true          # for this line: a version that passes the gate waits for `ferry approve`
 # classes.station = { configuration = "II", variants = ["full"], latency_ms = 2000 }  # a second kind of device; keys as below

@@ -10,8 +10,8 @@ has an interval of several tens of percent.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,21 +38,43 @@ class Losses:
 
     values: npt.NDArray[np.float64]  # [n]
     groups: npt.NDArray[np.intp]  # [n]
+    choosing: npt.NDArray[np.bool_]  # [n], whether an image belongs to the half with which choices are made
+
+    @property
+    def chooses(self) -> float:
+        """Mean over the half with which choices are made; no figure that is proved uses these images."""
+        return float(self.values[self.choosing].mean())
+
+    @property
+    def proving(self) -> Losses:
+        """The other half, with which a share is proved."""
+        rest = ~self.choosing
+        return Losses(self.values[rest], self.groups[rest], self.choosing[rest])
 
 
-@torch.inference_mode()
-def losses(network: Network, dataset: Dataset, on_batch: Callable[[int, int], None] | None = None) -> Losses:
+def losses(network: Network, dataset: Dataset) -> Losses:
     """Compute the flow-matching loss of each held-out image.
 
     Args:
         network: the model, in evaluation mode; it is moved to this process's hardware.
         dataset: its held-out images are used, `MOST` of them at most.
-        on_batch: called with the evaluations done so far, and their number.
     """
+    order = np.random.Generator(np.random.Philox(key=mix(SEED, 0))).permutation(len(dataset.reference()))[:MOST]
+    chosen = dataset.reference()[order]
+    choosing = np.array([_is_choosing(dataset.groups[i]) for i in chosen], dtype=np.bool_)
+    return Losses(_losses(network, dataset, chosen), dataset.reference_groups()[order], choosing)
+
+
+def _is_choosing(group: str) -> bool:
+    """Check whether a held-out group belongs to the half with which choices are made; the hash of its name decides."""
+    return bool(hashlib.sha256(b"choosing " + group.encode(errors="surrogatepass")).digest()[0] & 1)
+
+
+@torch.inference_mode()
+def _losses(network: Network, dataset: Dataset, chosen: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+    """Compute the loss of each of these images, averaged over its noises and times: [n]."""
     device = Hardware.here().device
     network = network.to(device)
-    order = np.random.Generator(np.random.Philox(key=mix(SEED, 0))).permutation(len(dataset.reference()))[:MOST]
-    chosen, groups = dataset.reference()[order], dataset.reference_groups()[order]
     draws = max(1, min(DRAWS, MOST // len(chosen)))
     total = np.zeros(len(chosen))
     for first in range(0, len(chosen), BATCH):
@@ -63,9 +85,7 @@ def losses(network: Network, dataset: Dataset, on_batch: Callable[[int, int], No
             x, velocity = add_noise(images, noise, t)
             error = (network(x, t, t, ids)[0] - velocity).square().flatten(1).mean(dim=1)
             total[first : first + BATCH] += error.double().cpu().numpy()
-        if on_batch:
-            on_batch(min(first + BATCH, len(chosen)) * draws, len(chosen) * draws)
-    return Losses(total / draws, groups)
+    return total / draws
 
 
 def _drawn(shape: torch.Size, first: int, draw: int, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +104,7 @@ def kept(fielded: Losses, unlimited: Losses, update: Losses, alpha: float) -> Ke
     this holds its level, where a bootstrap over groups promises too much (docs/decisions/0154).
 
     Args:
-        fielded: losses of the weights that devices have.
+        fielded: losses of the weights that devices have; these and the others on images with which nothing was chosen.
         unlimited: losses of the retraining without a limit, which is the master.
         update: losses of the weights that devices would compute.
         alpha: chance that the true share lies below the lower bound, and that it lies above the upper one.

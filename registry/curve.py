@@ -63,6 +63,9 @@ class Update(Frozen):
     )
     master: Sha256 = Field(description="hash of the weights that were trained, and are not fielded")
     noise: float = Field(description="noise level of the update")
+    polished: int | None = Field(
+        default=None, exclude_if=lambda value: value is None, description="training steps on the rounded update; null: none"
+    )
     bytes: int = Field(description="bytes that a device fetches, everything included")
     fixed: int = Field(description="part of bytes that is not weights: signed metadata, golden outputs, tables")
     unlimited: int | None = Field(

@@ -26,7 +26,7 @@ PARTS: dict[Part, tuple[str, ...]] = {
 }
 """The files of a version that ferry reads back, by the folder of its run; others are for people who look into MLflow."""
 FACTORS, MASTER = "update.safetensors", "master.safetensors"
-KEPT = {"checkpoint": (FACTORS, MASTER)}
+KEPT: dict[Part, tuple[str, ...]] = {"bundle": (FACTORS,), "checkpoint": (MASTER,)}
 """Files that only some versions have: the factors of an update, and the weights that were trained and are not fielded."""
 
 

@@ -170,7 +170,7 @@ def test_what_is_fielded_is_what_devices_compute_and_takes_the_bytes_that_were_s
     assert made
     assert made.update
     old, new = (workspace.catalog.files(sealed(workspace, SUBJECT, n), "bundle", tmp_path) for n in (1, now.version))
-    factors = workspace.catalog.files(now, "checkpoint", tmp_path) / "update.safetensors"
+    factors = new / "update.safetensors"
     built = files.build(
         old / "weights.bin", new / "weights.bin", tmp_path / "delta", new / "graph.onnx", old / "graph.onnx", factors
     )

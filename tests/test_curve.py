@@ -60,6 +60,10 @@ def test_smallest_budget_leaves_room_for_weights(fixed: int):
     assert LEAST <= smallest - fixed < LEAST + 1024
 
 
+def proving(values: np.ndarray, groups: np.ndarray) -> Losses:
+    return Losses(values, groups, np.zeros(len(values), dtype=np.bool_))
+
+
 def wrong(taken: np.ndarray, bad: int) -> float:
     """Return how often a size from `bad` on was taken; -1 means that none was."""
     return float(np.mean(taken >= bad))
@@ -77,7 +81,7 @@ def test_size_that_keeps_too_little_is_taken_no_more_often_than_promised(groups:
         gain = rng.gamma(2.0, 0.02, len(numbers))
         noise = rng.normal(0, 0.002, (len(truth), len(numbers)))
         found = [
-            kept(*(Losses(1 - g, numbers) for g in (0 * gain, gain, share * gain + own)), alpha)
+            kept(*(proving(1 - g, numbers) for g in (0 * gain, gain, share * gain + own)), alpha)
             for share, own in zip(truth, noise, strict=True)
         ]
         passed = in_order(range(len(truth)), lambda i, found=found: passes(found[i], KEEP))
@@ -193,7 +197,7 @@ def test_without_a_budget_the_gate_alone_decides():
 
 
 def grouped(values: np.ndarray, groups: int = 10) -> Losses:
-    return Losses(values, np.arange(len(values)) % groups)
+    return proving(values, np.arange(len(values)) % groups)
 
 
 def test_share_of_what_keeps_everything_is_one_and_of_half_is_half():
@@ -220,7 +224,7 @@ def test_no_share_is_given_where_the_retraining_shows_no_gain():
 
 def test_few_groups_show_nothing():
     before, gain = np.full(60, 1.0), np.random.default_rng(3).gamma(2.0, 0.02, 60)
-    few = [Losses(v, np.arange(60) % (LEAST_GROUPS - 1)) for v in (before, before - gain, before - gain)]
+    few = [proving(v, np.arange(60) % (LEAST_GROUPS - 1)) for v in (before, before - gain, before - gain)]
     assert kept(*few, 0.05).share is None
 
 
@@ -241,3 +245,7 @@ def test_models_are_compared_on_the_same_noises_and_times(
     assert once.values.mean() < 0.7 * other.values.mean()
     apart, together = once.values.std(), (once.values - again.values).std()
     assert together < 0.3 * apart  # what the images have in common cancels
+    half = once.proving
+    assert 0 < len(half.values) < len(once.values)
+    assert not {*half.groups} & {*once.groups[once.choosing]}  # what is chosen with is not what is proved with
+    assert once.chooses == pytest.approx(once.values[once.choosing].mean())
