@@ -44,6 +44,7 @@ MAX_EXPONENT = 50  # of a step; a product has the sum of two
 RIDGE = 0.03  # added to the metric, whose mean is 1: few gradients leave many directions unseen
 LEAST_SENSITIVITY = 1e-3  # of a tensor, relative to the mean over all matrices
 SMALL_STEP = 1.5  # times the root mean square of the change: step of a small tensor beside products
+FINER_BELOW = 0.02  # level of the products below which that step shrinks: an update with room for it keeps everything
 COARSER_FROM = 0.16  # level of the products above which that step grows; below, finer steps cost more than they bring
 
 MethodName = Literal["full", "grid", "lowrank", "small-tensors", "seeded"]
@@ -137,9 +138,9 @@ def on_grid(change: Change) -> Planned:
 
 
 def beside_products(change: Change) -> Planned:
-    """Plan the steps of a small tensor beside products: the same at usual levels, coarser above `COARSER_FROM`."""
+    """Plan the steps of a small tensor beside products: the same at usual levels, finer below them, coarser above."""
     at = on_grid(change)
-    return lambda level: at(SMALL_STEP * max(1.0, level / COARSER_FROM))
+    return lambda level: at(SMALL_STEP * max(min(1.0, level / FINER_BELOW), level / COARSER_FROM))
 
 
 def _steps(change: Change, size: float) -> Claim | None:
