@@ -287,14 +287,14 @@ def _promotions(workspace: Workspace) -> dict[str, tuple[str, str, bool]]:
 
 
 def _signatures(workspace: Workspace) -> dict[str, tuple[str, str, bool]]:
-    from ota.release.trust import REMEDIES
+    from ota.release.trust import remedy
 
     found: dict[str, tuple[str, str, bool]] = {}
     for role in workspace.repository.states():
         late: Any = role.expires < datetime.now(UTC)
         state = "well" if not role.alarm else "expired" if late else "expires"
         verb = "expired at" if late else "expires at"
-        text = f"the signature of {role.role} {verb} {role.expires:%Y-%m-%d %H:%M} UTC; sign it with `{REMEDIES[role.role]}`"
+        text = f"the signature of {role.role} {verb} {role.expires:%Y-%m-%d %H:%M} UTC; sign it with `{remedy(role)}`"
         found[f"signature {role.role}"] = (
             state,
             text if role.alarm else f"{role.role} is signed until {role.expires:%Y-%m-%d}",

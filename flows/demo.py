@@ -324,7 +324,7 @@ class Demo:
             "devices": self.notes["devices"],
             "bytes": {
                 "full": releases[updated].full_bytes, "delta": delta.size, "received": received,
-                "metadata": w.repository.metadata_bytes(),
+                "metadata": w.repository.metadata_bytes(LINE, CLASS),
             },
             "gate": {
                 str(number): {"outcome": said.facts["outcome"], "reason": said.why, "n": said.facts["verdict"]["n"]}

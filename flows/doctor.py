@@ -254,7 +254,7 @@ def _keys(patient: Patient) -> Iterator[Finding]:
 def _signatures(patient: Patient) -> Iterator[Finding]:
     from ota.release.keys import KeyRing
     from ota.release.repository import Repository
-    from ota.release.trust import REMEDIES
+    from ota.release.trust import remedy
 
     if patient.clone:
         return
@@ -265,7 +265,7 @@ def _signatures(patient: Patient) -> Iterator[Finding]:
         if state.alarm:
             yield Finding(
                 "signatures", "fail" if ended else "warn",
-                f"{state.role} {'ended' if ended else 'ends'} on {state.expires:%Y-%m-%d %H:%M} UTC; sign it with `{REMEDIES[state.role]}`",
+                f"{state.role} {'ended' if ended else 'ends'} on {state.expires:%Y-%m-%d %H:%M} UTC; sign it with `{remedy(state)}`",
             )  # fmt: skip
     first = min((state for state in states if not state.empty), key=lambda state: state.expires)
     if not any(state.alarm for state in states):

@@ -232,7 +232,8 @@ def renew(workspace: Workspace, line: str, device_class: str) -> tuple[Policy, s
     def sign() -> dict[str, Any]:
         policy = fielded.rolled_out(workspace.repository, line, device_class, "renew")
         workspace.repository.set_policy(policy)
-        made.append((policy, workspace.repository.expiries()["rollout"].isoformat()))
+        role = workspace.repository.role_of("rollout", line, device_class)
+        made.append((policy, workspace.repository.in_force(role).signed.expires.isoformat()))
         return {"release": policy.seq, "until": made[0][1]}
 
     _change(workspace, f"{line}/{device_class}", "renewed, waves unchanged", sign)

@@ -302,7 +302,7 @@ def release(
         versions={variant: champion.version for variant, champion in champions(workspace, workspace.class_subjects(line, device_class)).items()},
         full_bytes=published.full_bytes,
         deltas=smallest(workspace, published), behind=workspace.repository.behind(published),
-        metadata_bytes=workspace.repository.metadata_bytes(), copied=copied, known=known,
+        metadata_bytes=workspace.repository.metadata_bytes(line, device_class), copied=copied, known=known,
         allowed={variant: change.model_dump(mode="json") for variant, change in allowed.items()},
         minimum_agent=made_bundle.manifest.minimum_agent, left_behind=behind,
     )  # fmt: skip

@@ -117,7 +117,7 @@ def _releases(workspace: Workspace, line: str, champions: list[Champion]) -> lis
                 release=shown.seq,
                 full_bytes=shown.full_bytes,
                 deltas=[d.size for d in workspace.repository.deltas(line, name) if d.target == shown.manifest],
-                metadata_bytes=workspace.repository.metadata_bytes(),
+                metadata_bytes=workspace.repository.metadata_bytes(line, name),
                 rollout=rollout.describe(policy) if policy else "not rolled out",
                 on_devices=_on_devices(workspace, default.subject),
                 energy=_energy(workspace, default.subject),

@@ -25,10 +25,9 @@ from ota.errors import OtaError
 from ota.manifest import DeviceReport, Policy
 from ota.release import compatibility, fielded, rollout
 from ota.release.fleet import Heard
-from ota.release.keys import DELEGATED
 from ota.release.metadata import LIFETIMES
 from ota.release.repository import Release
-from ota.release.trust import REMEDIES
+from ota.release.trust import remedy
 from registry.errors import RegistryError
 from registry.ledger import Entry
 from registry.promotion import SubjectState, of_one_full, subject_state
@@ -243,13 +242,12 @@ def _events(workspace: Workspace) -> Iterator[Waits]:
 
 def _expiries(workspace: Workspace, now: datetime) -> list[Expiry]:
     found = []
-    for role, at in workspace.repository.expiries().items():
-        empty = role in DELEGATED and not workspace.repository.in_force(role).signed.targets
-        alarm = not empty and at - now < LIFETIMES[role] / 2
+    for state in workspace.repository.states():
         rolled = (f"{line}/{name}" for line, name in _classes(workspace) if workspace.repository.policy(line, name))
-        renew = REMEDIES[role].replace("LINE/CLASS", next(rolled, "LINE/CLASS")) if role == "rollout" else REMEDIES[role]
-        if not empty:
-            found.append(Expiry(role=role, at=at, alarm=alarm, command=renew))
+        renew = remedy(state).replace("LINE/CLASS", next(rolled, "LINE/CLASS")) if state.role == "rollout" else remedy(state)
+        if not state.empty:
+            alarm = state.expires - now < LIFETIMES[state.role] / 2
+            found.append(Expiry(role=state.role, at=state.expires, alarm=alarm, command=renew))
     return sorted(found, key=lambda expiry: expiry.at)
 
 

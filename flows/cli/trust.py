@@ -201,6 +201,39 @@ def trust_sign(
         answer(as_json, value, text)
 
 
+@trust_app.command("delegate")
+def trust_delegate(
+    targets: Annotated[list[str], typer.Argument(metavar="LINE/CLASS", help="LINE/CLASS, or LINE if it has one class; several.")],
+    leave_behind: Annotated[
+        bool,
+        typer.Option("--leave-behind", help="Also if devices have an agent that does not remember the versions of such roles."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", show_default=False, help="File for `trust sign`, if too few offline keys are on this machine."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Give line and class roles of their own.
+
+    Its devices then fetch nothing that is signed for other classes. Needs the offline keys of targets. The keys stay the same.
+    """
+    with reported_errors():
+        workspace = open_workspace()
+        from flows import policies
+        from flows.workspace import line_and_class
+        from ota.release.delegation import Move, delegate
+
+        places = dict.fromkeys(line_and_class(target, workspace) for target in targets)
+        moves = [Move(*place, workspace.device_class(*place).oldest_agent) for place in places]
+        policies.check_newest(workspace)
+        with showing_progress():
+            value, text = delegate(
+                workspace, moves, partial(policies.publish, workspace), workspace.fleet.devices(), leave_behind, out
+            )
+        answer(as_json, value, text)
+
+
 @trust_app.command("floor")
 def trust_floor(
     target: Annotated[str, typer.Argument(help="LINE/CLASS, or LINE if it has one class.")],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -59,6 +59,26 @@ class Trusted:
     keys: frozenset[str]
     """Ids of the keys."""
     threshold: int
+
+
+def kind(role: str) -> str:
+    """Return the role that all classes share and whose keys this role has: `models` for `models.LINE.CLASS`."""
+    return role.partition(".")[0]
+
+
+def inherited(marks: HighWater, roles: Iterable[str]) -> HighWater:
+    """Return the marks with those of a class's own roles, which begin as the marks of the roles that all classes share.
+
+    Without this, a device whose class was moved would take anything as the first version, and would not notice that keys were replaced
+    meanwhile.
+    """
+    new = {role: kind(role) for role in roles if role not in marks.versions and kind(role) in marks.versions}
+    return marks.model_copy(
+        update={
+            "versions": marks.versions | {role: marks.versions[shared] for role, shared in new.items()},
+            "keys": marks.keys | {role: marks.keys[shared] for role, shared in new.items() if shared in marks.keys},
+        }
+    )
 
 
 def binding(marks: HighWater, trusted: Mapping[str, Trusted]) -> dict[str, int]:

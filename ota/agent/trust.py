@@ -9,6 +9,10 @@ mark is kept with the ids of its signing keys. Once the offline keys have replac
 (`rules.binding`), just as the client ignores a cached file that no longer verifies. The hash of the root is kept too, so that a
 thief of its old keys cannot lead a device that lost its cache along another chain of roots.
 
+A line and class can have roles of its own, such as `models.LINE.CLASS`, under the keys of the role that all classes share. `targets`,
+which the offline keys sign, says so. The mark of such a role begins as that of the shared role: the factory numbers all files of one kind
+of role together, so nothing older can be new.
+
 The clock is held against the times that the root and the timestamp were signed at, and the latest of the timestamp's is kept as a
 mark. A time beyond the clock is never kept, so neither a thief nor a factory whose clock is wrong blocks a device for longer than a day.
 """
@@ -131,14 +135,14 @@ class Trust:
             TransferError: the repository cannot be reached.
         """
         self._fetcher.begin()
+        role = self._role(name)
         with _foreign_errors():
             found: TargetFile | None = self._updater.get_targetinfo(name)
-        role = name.partition("/")[0]
         self._remember((*TOP_ROLES, role), int(time.time()))
         if found is None:
             return None
         target = _target(name, found)
-        if role == "models" and not name.endswith(f"/{self._home.load().active}.json"):
+        if rules.kind(role) == "models" and not name.endswith(f"/{self._home.load().active}.json"):
             rules.check_floor(target.custom.seq, target.custom.floor)
         return target
 
@@ -151,9 +155,10 @@ class Trust:
             TransferError: the repository cannot be reached.
         """
         self._fetcher.begin()
+        asked = f"{folder}/-"
+        role = self._role(asked)
         with _foreign_errors():
-            self._updater.get_targetinfo(f"{folder}/-")  # whether there is such a target or not: this loads the role
-        role = folder.partition("/")[0]
+            self._updater.get_targetinfo(asked)  # whether there is such a target or not: this loads the role
         self._remember((*TOP_ROLES, role), int(time.time()))
         loaded = {name: cached for name in (*TOP_ROLES, role) if (cached := self._cached(f"{name}.json"))}
         if role not in _trusted(loaded):  # nobody delegates to it, so what is in the cache counts for nothing
@@ -185,6 +190,23 @@ class Trust:
         self._read[target.sha256] = data
         return data
 
+    def _role(self, name: str) -> str:
+        """Return the role that decides about a target: the first one that `targets` lets name it.
+
+        Raises:
+            TrustError: it is neither the role that all classes share nor the one of this line and class, so no mark would be kept for it.
+        """
+        config, shared = self._home.config(), name.partition("/")[0]
+        targets = self._cached("targets.json")
+        delegations = targets.signed.delegations if targets else None
+        with _foreign_errors():
+            role = next((found for found, _ in delegations.get_roles_for_target(name)), shared) if delegations else shared
+        if role not in (shared, f"{shared}.{config.line}.{config.device_class}"):
+            raise TrustError(
+                f"the repository leaves {name[:80]} to a role {role[:80]!r}, which this agent does not know; nothing is installed"
+            )
+        return role
+
     def _remember(self, roles: tuple[str, ...], now: int | None = None) -> None:
         """Compare the versions of roles that were just loaded with the marks that bind, and raise the marks.
 
@@ -198,7 +220,7 @@ class Trust:
         Raises:
             TrustError: a version, the root or the clock is behind.
         """
-        marks = self._home.high_water()
+        marks = rules.inherited(self._home.high_water(), roles)
         cached = {role: found for role in roles if (found := self._cached(f"{role}.json")) and _is(role, found)}
         trusted = _trusted(cached)
         seen = {role: found.signed.version for role, found in cached.items() if role == "root" or role in trusted}
@@ -217,8 +239,8 @@ class Trust:
             times = {role: dated for role in clock.DAYS if (dated := _signed(role, cached[role])).counts(now)}
             rules.check_clock(now, max(latest, *(dated.at for dated in times.values()), 0))
             latest = max(latest, times["timestamp"].at if "timestamp" in times else 0)
-        if "models" in marks.versions.keys() & seen.keys() and "models" not in bound:
-            self._disown(cached["models"].signed)  # before the marks: after a power cut, the next check repeats it
+        for role in (role for role in seen if rules.kind(role) == "models" and role in marks.versions and role not in bound):
+            self._disown(cached[role].signed)  # before the marks: after a power cut, the next check repeats it
         raised = HighWater(
             versions=marks.versions | seen,
             keys=marks.keys | {role: sorted(trusted[role].keys) for role in seen if role in trusted},

@@ -21,6 +21,7 @@ from ota import output
 from ota.errors import ManifestError, OperatorError
 from ota.manifest import Document, MiB, parse
 from ota.release.keys import ROLES, SHORT, Entry, open_signer, placed, sign
+from ota.release.roles import is_role
 
 MAX_WAITING = 4 * MiB
 
@@ -80,7 +81,11 @@ class Waiting(Document):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OperatorError("the file that waits for signatures holds no metadata; begin again") from error
         for role, metadata in found.items():
-            if role not in self.needs or role not in ROLES or metadata.signed.type != ("root" if role == "root" else "targets"):
+            if (
+                role not in self.needs
+                or not (role in ROLES or is_role(role))
+                or metadata.signed.type != ("root" if role == "root" else "targets")
+            ):
                 raise OperatorError(f"the file that waits for signatures cannot change role {role[:40]}; begin again")
         return found
 

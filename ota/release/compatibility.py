@@ -18,6 +18,8 @@ READ_SINCE: dict[int, str] = {1: "0.1.0", 2: "0.1.0", 3: "0.2.0", 4: "0.3.0"}
 OLDEST_AGENT = READ_SINCE[min(READ_SINCE)]
 NOT_NAMED = f"{OLDEST_AGENT} or older"  # the agent of a device whose reports do not name it
 UNKNOWN = "unknown"  # that of a device that never reported
+OWN_ROLES_SINCE = "0.3.0"
+"""Oldest agent that remembers the versions of a class's own roles (`ota.release.delegation`)."""
 SHOWN = 10  # devices that a message names; the others are counted
 
 
@@ -83,13 +85,51 @@ def left_behind(manifest: Manifest, last: Mapping[str, DeviceReport | None]) -> 
         manifest: of the bundle.
         last: last report of each enrolled device.
     """
+    return older(manifest.line, manifest.device_class, manifest.minimum_agent, last)
+
+
+def older(line: str, device_class: str, minimum: str, last: Mapping[str, DeviceReport | None]) -> list[Behind]:
+    """Find the devices of a line and class whose agents are older than a version; the arguments are as in `left_behind`."""
     return [
         Behind(device, agent_of(report))
         for device, report in last.items()
         if report
-        and (report.line, report.device_class) == (manifest.line, manifest.device_class)
-        and is_older(report.agent or OLDEST_AGENT, manifest.minimum_agent)
+        and (report.line, report.device_class) == (line, device_class)
+        and is_older(report.agent or OLDEST_AGENT, minimum)
     ]
+
+
+def check_own_roles(
+    line: str, device_class: str, last: Mapping[str, DeviceReport | None], oldest_agent: str | None, leave_behind: bool
+) -> list[Behind]:
+    """Return the devices that would not remember the versions of their class's own roles, if somebody decided to leave them.
+
+    Args:
+        line: of the roles.
+        device_class: of the roles.
+        last: last report of each enrolled device.
+        oldest_agent: oldest agent that ferry.toml names for the class; None: the newest.
+        leave_behind: whether somebody decided.
+
+    Raises:
+        LeftBehindError: there are some, and nobody decided.
+    """
+    place = f"{line}/{device_class}"
+    found = older(line, device_class, OWN_ROLES_SINCE, last)
+    if leave_behind:
+        return found
+    if oldest_agent is not None and is_older(oldest_agent, OWN_ROLES_SINCE):
+        raise LeftBehindError(
+            f'ferry.toml says oldest_agent = "{oldest_agent}" for {place}, but roles of its own need ferry-agent {OWN_ROLES_SINCE}; raise it '
+            "once all devices have that agent; nothing was signed"
+        )
+    if found:
+        raise LeftBehindError(
+            f"{place} needs ferry-agent {OWN_ROLES_SINCE} for roles of its own, but {_named(found)}; such an agent goes on updating, but does not "
+            f"remember the versions of these roles; update it first, or accept that with `ferry trust delegate {place} --leave-behind`; "
+            "nothing was signed"
+        )
+    return found
 
 
 def check(manifest: Manifest, last: Mapping[str, DeviceReport | None], leave_behind: bool) -> list[Behind]:
@@ -115,9 +155,11 @@ def described(manifest: Manifest, behind: Iterable[Behind]) -> str:
     found = list(behind)
     if not found:
         return ""
+    return f"the bundle needs ferry-agent {manifest.minimum_agent}, but {_named(found, ' and would keep what runs')}"
+
+
+def _named(found: list[Behind], then: str = "") -> str:
     named = ", ".join(f"{b.device} ({b.agent})" for b in found[:SHOWN])
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     count = "1 device has" if len(found) == 1 else f"{len(found)} devices have"
-    return (
-        f"the bundle needs ferry-agent {manifest.minimum_agent}, but {count} an older one and would keep what runs: {named}{more}"
-    )
+    return f"{count} an older one{then}: {named}{more}"

@@ -38,7 +38,7 @@ ROLES: dict[str, tuple[int, int]] = {
     "timestamp": (1, 1),
 }  # fmt: skip
 OFFLINE = ("root", "targets")
-DELEGATED = ("models", "deltas", "rollout")
+DELEGATED = ("models", "deltas", "rollout")  # kinds of roles below targets (`ota.release.roles`)
 LEDGER = "ledger"  # name of its keys in the ring, in addition to the roles
 SHORT = 8  # digits of a key's id that are shown
 
@@ -109,7 +109,9 @@ class KeyRing:
         return self._open(role, trusted)[0]
 
     def _open(self, role: str, trusted: Collection[str] | None) -> tuple[list[Signer], list[str]]:
-        known = {key.keyid: (key, uri) for key, uri in self.keys[role]}
+        known = {
+            key.keyid: (key, uri) for key, uri in self.keys[role.partition(".")[0]]
+        }  # a class's role has the keys of its kind
         found, problems = [], []
         for keyid in known if trusted is None else trusted:
             if keyid not in known:

@@ -16,6 +16,7 @@ from tuf.api.serialization import DeserializationError
 from ota.errors import OperatorError
 from ota.release import keys as signing
 from ota.release.keys import KeyRing
+from ota.release.roles import kind
 
 # How long signatures are valid. Every release and `ferry trust refresh` renew snapshot and timestamp. A rollout that nobody
 # renews stops spreading.
@@ -41,8 +42,17 @@ def load(path: Path) -> Metadata[Any]:
 
 
 def unused(folder: Path, role: str, version: int) -> int:
-    """Return the first version, from this one on, whose file name no killed run has used: that file may be published."""
-    while (folder / f"{version}.{role}.json").exists():
+    """Return the first version, from this one on, that no file of a role of this kind has.
+
+    A killed run may have used the name, and that file may be published. And roles of one kind have the same keys, and a snapshot lists only
+    versions: with another version, no role's file passes for another role's.
+    """
+    used = set[str]()
+    for path in folder.glob(f"*.{kind(role)}*.json"):
+        number, _, name = path.name.partition(".")
+        if kind(name.removesuffix(".json")) == kind(role):
+            used.add(number)
+    while str(version) in used:
         version += 1
     return version
 
@@ -52,7 +62,7 @@ DATED = ("root", "timestamp")  # roles that say when they were signed; devices h
 
 def expiry(role: str) -> datetime:
     """Return when metadata of a role expire that are signed now."""
-    return (datetime.now(UTC) + LIFETIMES[role]).replace(microsecond=0)
+    return (datetime.now(UTC) + LIFETIMES[kind(role)]).replace(microsecond=0)
 
 
 def next_version(metadata: Metadata[Any], role: str, version: int) -> Metadata[Any]:

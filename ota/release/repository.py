@@ -6,7 +6,8 @@
           └─ snapshot, timestamp  online
 
 A bundle's files are not targets of their own: they lie under `objects/`, named by their hash, and the manifest, which is a
-target, lists those hashes. This keeps the metadata small that every device fetches.
+target, lists those hashes. This keeps the metadata small that every device fetches. A line and class can have roles of its own
+(`ota.release.roles`), so that its devices do not pay for other classes; `ota.release.delegation` moves it there.
 
 The state of the repository is what its `timestamp.json` leads to. Everything else is written first, under names that are
 never reused for other content, and `timestamp.json` last. So a killed run leaves the previous state.
@@ -43,6 +44,7 @@ from ota import chain
 from ota.errors import OperatorError, printable
 from ota.manifest import MAX_COUNT, MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
 from ota.release import chains
+from ota.release import roles as names
 from ota.release.keys import DELEGATED, Entry, KeyRing
 from ota.release.metadata import LIFETIMES, TOP, dated, expiry, load, next_version, sign_role, unchanged, unused, write
 
@@ -97,15 +99,21 @@ class KeyState:
 
 @dataclass(frozen=True)
 class RoleState:
-    """The state of a role in the metadata in force."""
+    """The state of a role in the metadata in force, together with the roles of classes that have its keys."""
 
     role: str
     version: int
+    """The newest of these roles."""
     threshold: int
     keys: tuple[KeyState, ...]
     expires: datetime
+    """When the first of these roles expires, of those that list targets if there are any."""
     empty: bool
-    """Whether the role lists no targets, so that nothing is lost when it expires."""
+    """Whether these roles list no targets, so that nothing is lost when they expire."""
+    classes: tuple[str, ...] = ()
+    """LINE/CLASS of the classes that have such a role of their own."""
+    first: str = ""
+    """LINE/CLASS whose own role expires first; empty: the role that all classes share does."""
 
     @property
     def alarm(self) -> bool:
@@ -200,13 +208,7 @@ class Repository:
             root.roles[role].threshold = keys.threshold(role)
         top = Targets(expires=expiry("targets"))
         top.delegations = Delegations(
-            {},
-            {
-                role: DelegatedRole(
-                    role, [], keys.threshold(role), True, [f"{role}/*/*/*" if role != "rollout" else "rollout/*/*"]
-                )
-                for role in DELEGATED
-            },
+            {}, {role: DelegatedRole(role, [], keys.threshold(role), True, names.paths(role)) for role in DELEGATED}
         )
         for role in DELEGATED:
             for key, _ in keys.keys[role]:
@@ -232,6 +234,17 @@ class Repository:
         version = self._snapshot_version() if role == "snapshot" else self._versions()[role]
         return load(self.metadata / f"{version}.{role}.json")
 
+    def delegated(self, kind: str = "") -> list[str]:
+        """Return the roles below targets, those of a class before those that all classes share; or only those of a kind."""
+        delegations = self._targets("targets").delegations
+        found = list(delegations.roles) if delegations and delegations.roles else []
+        return [role for role in found if kind in ("", names.kind(role))]
+
+    def role_of(self, kind: str, line: str, device_class: str) -> str:
+        """Return the role that names the targets of a line and class: its own, or the one that all classes share."""
+        own = names.of_class(kind, line, device_class)
+        return own if own in self._versions() else kind
+
     def root_bytes(self) -> bytes:
         """Return the first root, which a device is given once, by hand, with its hash."""
         return (self.metadata / "1.root.json").read_bytes()
@@ -239,7 +252,7 @@ class Repository:
     def releases(self, line: str, device_class: str) -> list[Release]:
         """Return the published bundles of a line and class, lowest release number first."""
         found = []
-        for path, target in self._targets("models").targets.items():
+        for path, target in self._targets(self.role_of("models", line, device_class)).targets.items():
             if path.startswith(f"models/{line}/{device_class}/"):
                 try:
                     named = {"line": line, "device_class": device_class, "manifest": target.hashes["sha256"]}
@@ -256,7 +269,7 @@ class Repository:
         prefix = f"deltas/{line}/{device_class}/"
         whole = {release.manifest[: chain.DIGITS]: release.manifest for release in self.releases(line, device_class)}
         found = []
-        for path, target in self._targets("deltas").targets.items():
+        for path, target in self._targets(self.role_of("deltas", line, device_class)).targets.items():
             link = chain.Link.of(path.removeprefix(prefix), target.length) if path.startswith(prefix) else None
             if link and link.base != link.target and link.target in whole:
                 found.append(DeltaTarget(whole.get(link.base, link.base), whole[link.target], link.size, link.name))
@@ -276,7 +289,7 @@ class Repository:
     def policy(self, line: str, device_class: str) -> Policy | None:
         """Return the policy in force; None: there is none."""
         path = policy_path(line, device_class)
-        target = self._targets("rollout").targets.get(path)
+        target = self._targets(self.role_of("rollout", line, device_class)).targets.get(path)
         if target is None:
             return None
         return parse(Policy, self._target_file(path, target).read_bytes(), MAX_POLICY)
@@ -284,35 +297,39 @@ class Repository:
     def manifest(self, release: Release) -> Manifest:
         """Return the manifest of a published bundle."""
         path = manifest_path(release.line, release.device_class, release.manifest)
-        return parse(Manifest, self._target_file(path, self._targets("models").targets[path]).read_bytes(), MAX_MANIFEST)
+        targets = self._targets(self.role_of("models", release.line, release.device_class)).targets
+        return parse(Manifest, self._target_file(path, targets[path]).read_bytes(), MAX_MANIFEST)
 
-    def metadata_bytes(self) -> int:
-        """Return how many bytes of metadata a device fetches that knows only the root."""
+    def metadata_bytes(self, line: str, device_class: str) -> int:
+        """Return how many bytes of metadata a device of a line and class fetches that knows only the root."""
         versions = self._versions()
-        names = ["timestamp.json", f"{self._snapshot_version()}.snapshot.json"]
-        names += [f"{version}.{role}.json" for role, version in versions.items()]
-        return sum((self.metadata / name).stat().st_size for name in names)
+        roles = ["targets", *(self.role_of(kind, line, device_class) for kind in DELEGATED)]
+        files = ["timestamp.json", f"{self._snapshot_version()}.snapshot.json", *(f"{versions[r]}.{r}.json" for r in roles)]
+        return sum((self.metadata / name).stat().st_size for name in files)
 
     def expiries(self) -> dict[str, datetime]:
-        """Return when the metadata of each role expire."""
-        return {role: self.in_force(role).signed.expires for role in (*self._versions(), "root", "snapshot", "timestamp")}
+        """Return when the metadata of each role, and of the roles of classes that have its keys, expire first."""
+        return {state.role: state.expires for state in self.states()}
 
     def roles(self) -> dict[str, Role]:
-        """Return the trusted keys and the threshold of each role, from the metadata in force."""
+        """Return the trusted keys and the threshold of each role, from the metadata in force; those of classes have the same."""
         top = self._targets("targets")
         return {role: self._root().signed.roles[role] for role in TOP} | {r: top.get_delegated_role(r) for r in DELEGATED}
 
     def states(self) -> list[RoleState]:
-        """Return the state of every role: its version, keys and expiry."""
+        """Return the state of every role, and of the roles of classes that have its keys: version, keys and expiry."""
         found = []
         for role, trusted in self.roles().items():
-            signed = self.in_force(role).signed
+            alike = {name: self.in_force(name).signed for name in (self.delegated(role) if role in DELEGATED else [role])}
+            full = [name for name, signed in alike.items() if role not in DELEGATED or signed.targets]
+            first = min(full or [role], key=lambda name: alike[name].expires)
             usable = {signer.public_key.keyid for signer in self.keys.usable(role, trusted.keyids)}
             found.append(
                 RoleState(
-                    role=role, version=signed.version, threshold=trusted.threshold, expires=signed.expires,
+                    role=role, version=max(signed.version for signed in alike.values()), threshold=trusted.threshold,
+                    expires=alike[first].expires, empty=not full, first=names.owner(first),
+                    classes=tuple(sorted(filter(None, map(names.owner, alike)))),
                     keys=tuple(KeyState(keyid, self.keys.uri(role, keyid), keyid in usable) for keyid in trusted.keyids),
-                    empty=role in DELEGATED and not signed.targets,
                 )
             )  # fmt: skip
         return found
@@ -365,6 +382,7 @@ class Repository:
             OperatorError: a file of the bundle is missing or has another hash, or no release number is left.
         """
         line, device_class = manifest.line, manifest.device_class
+        models_role, deltas_role = (self.role_of(kind, line, device_class) for kind in ("models", "deltas"))
         known = self.releases(line, device_class)
         read = [(base, file.read_bytes()) for base, file in deltas]
         delta_targets = [
@@ -386,12 +404,12 @@ class Repository:
 
         for release in known:
             if release.manifest == manifest.digest:  # the bundle was published before; the deltas to it may be new
-                present = self._targets("deltas").targets
+                present = self._targets(deltas_role).targets
                 changes: dict[str, Callable[[Targets], None]] = {}
                 if any(present.get(delta.path) != delta for delta in delta_targets):
-                    changes["deltas"] = change_deltas
+                    changes[deltas_role] = change_deltas
                 if again:
-                    changes["models"] = partial(
+                    changes[models_role] = partial(
                         _sign_head, path=manifest_path(line, device_class, manifest.digest), ledger=ledger
                     )
                 if changes:
@@ -425,7 +443,7 @@ class Repository:
                 if name.startswith(f"models/{line}/{device_class}/") and models.targets[name].hashes["sha256"] not in kept:
                     del models.targets[name]
 
-        self.commit({"models": change_models, "deltas": change_deltas})
+        self.commit({models_role: change_models, deltas_role: change_deltas})
         return made
 
     @alone
@@ -453,7 +471,7 @@ class Repository:
         def change(rollout: Targets) -> None:
             rollout.targets[target.path] = target
 
-        self.commit({"rollout": change})
+        self.commit({self.role_of("rollout", policy.line, policy.device_class): change})
 
     @alone
     def set_floor(self, line: str, device_class: str, seq: int) -> None:
@@ -477,7 +495,7 @@ class Repository:
                 custom = models.targets[manifest_path(line, device_class, release.manifest)].unrecognized_fields["custom"]
                 custom["floor"] = seq
 
-        self.commit({"models": change})
+        self.commit({self.role_of("models", line, device_class): change})
 
     @alone
     def refresh(self) -> None:
@@ -489,7 +507,8 @@ class Repository:
         """Sign roles again with a new expiry and no other change, and snapshot and timestamp with them.
 
         Args:
-            roles: any of root, targets (both need the offline keys), models, deltas. A rollout renews its policy itself.
+            roles: any of root, targets (both need the offline keys), models, deltas; the last two with the roles of all classes. A
+                rollout renews its policy itself.
 
         Returns:
             When the metadata of each role expire now.
@@ -507,7 +526,8 @@ class Repository:
             root.signed.version += 1
             dated(root.signed, "root")
             write(self.metadata / f"{root.signed.version}.root.json", sign_role(root, self.keys, "root", root.signed))
-        self.commit({role: unchanged for role in roles if role != "root"})
+        again = [name for role in roles if role != "root" for name in (self.delegated(role) or [role])]
+        self.commit(dict.fromkeys(again, unchanged))
         return self.expiries()
 
     def commit(
@@ -519,7 +539,7 @@ class Repository:
         """Sign a new state, the timestamp last.
 
         Args:
-            changes: change of each role's targets before it is signed.
+            changes: change of each role's targets before it is signed; a role that is not in force yet has none before.
             coming: root that is about to be put in force. Its keys sign, and those of the present root as far as they can be
                 used here. None: the present root.
             ready: metadata that are signed already, by role.
@@ -531,7 +551,9 @@ class Repository:
             if role in ready:
                 metadata = ready[role]
             else:
-                metadata = next_version(self.in_force(role), role, unused(self.metadata, role, versions[role] + 1))
+                before = self.in_force(role) if role in versions else Metadata(Targets())
+                least = versions[role if role in versions else names.kind(role)]
+                metadata = next_version(before, role, unused(self.metadata, role, least + 1))
                 changes[role](cast("Targets", metadata.signed))
                 sign_role(metadata, self.keys, role, *((root, other) if role == "targets" else (top, None)))
             top = metadata.signed if role == "targets" else top

@@ -24,6 +24,7 @@ REMEDIES = {
     "deltas": "ferry trust renew deltas", "rollout": "ferry rollout renew LINE/CLASS", "snapshot": "ferry trust refresh",
     "timestamp": "ferry trust refresh",
 }  # fmt: skip
+SHOWN = 5  # classes that `status` names; the others are counted
 
 
 class Place(Protocol):
@@ -156,7 +157,7 @@ def status(place: Place, approval: bool) -> tuple[dict[str, Any], str]:
         "roles": [
             {
                 "role": state.role, "version": state.version, "threshold": state.threshold, "alarm": state.alarm,
-                "expires": state.expires.isoformat(),
+                "expires": state.expires.isoformat(), "classes": list(state.classes),
                 "keys": [{"keyid": key.keyid, "uri": key.uri, "usable": key.usable} for key in state.keys],
             }
             for state in states
@@ -174,6 +175,9 @@ def status(place: Place, approval: bool) -> tuple[dict[str, Any], str]:
             for key in state.keys
         ]
     lines += [f"ledger     {k['keyid'][:SHORT]} signs entries from {k['since']} on  {k['uri']}" for k in record]
+    own = next(state.classes for state in states if state.role == "models")
+    if own:
+        lines.append(f"{len(own)} with roles of {'its' if len(own) == 1 else 'their'} own, under the same keys: {_some(own)}")
     lines += [f"ALARM: {alarm}" for alarm in alarms]
     lines += [f"accepted risk: {risk}" for risk in risks]
     if waits:
@@ -181,10 +185,19 @@ def status(place: Place, approval: bool) -> tuple[dict[str, Any], str]:
     return value, "\n".join(lines)
 
 
+def remedy(state: RoleState) -> str:
+    """Return the command that signs a role again; for a rollout, that of the class whose own role ends first."""
+    return REMEDIES[state.role].replace("LINE/CLASS", state.first or "LINE/CLASS")
+
+
 def _alarm(state: RoleState) -> str:
     left = state.expires - datetime.now(UTC)
     said = f"ended {_days(-left)} ago" if left < timedelta() else f"ends in {_days(left)} of {LIFETIMES[state.role].days}"
-    return f"{state.role} {said}; sign it with `{REMEDIES[state.role]}`"
+    return f"{state.role}{f' of {state.first}' if state.first else ''} {said}; sign it with `{remedy(state)}`"
+
+
+def _some(places: Sequence[str]) -> str:
+    return ", ".join(places[:SHOWN]) + (f" and {len(places) - SHOWN} more" if len(places) > SHOWN else "")
 
 
 def _days(span: timedelta) -> str:

@@ -43,12 +43,13 @@ class Mutant:
 
 
 UPDATE, ATTACKS, TRUST = "tests/test_agent_update.py", "tests/test_agent_attacks.py", "tests/test_trust_drills.py"
+MOVED = "tests/test_delegation.py"
 # The tests that concern a file, quick ones first; the first failure ends them.
 CONCERNED = {
     "ota/agent/rules.py": ["tests/test_rollout.py", "tests/test_agent_window.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
     "ota/agent/clock.py": ["tests/test_agent_clock.py"],
     "ota/fitness.py": ["tests/test_rollout.py", "tests/test_foretell.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
-    "ota/agent/trust.py": [TRUST, ATTACKS, "tests/test_hostile_strings.py", UPDATE, "tests/test_agent_clock.py"],
+    "ota/agent/trust.py": [MOVED, TRUST, ATTACKS, "tests/test_hostile_strings.py", UPDATE, "tests/test_agent_clock.py"],
     "ota/agent/updater.py": [
         "tests/test_fetched_once.py",
         "tests/test_chain.py",
@@ -75,9 +76,9 @@ CONCERNED = {
     "ota/manifest.py": ["tests/test_manifest.py", "tests/test_overlay.py"],
     "ota/agent/child.py": ["tests/test_agent_software.py", UPDATE, "tests/test_agent_graph.py"],
     "ota/release/repository.py": ["tests/test_release.py", TRUST, "tests/test_policies.py"],
-    "ota/release/metadata.py": ["tests/test_release.py", TRUST, "tests/test_policies.py"],
+    "ota/release/metadata.py": ["tests/test_release.py", MOVED, TRUST, "tests/test_policies.py"],
     "ota/release/fielded.py": ["tests/test_policies.py"],
-    "ota/release/rotation.py": ["tests/test_release.py", TRUST, "tests/test_policies.py"],
+    "ota/release/rotation.py": ["tests/test_release.py", MOVED, TRUST, "tests/test_policies.py"],
     "ota/release/keys.py": ["tests/test_release.py", TRUST, "tests/test_ledger.py"],
     "registry/selection.py": ["tests/test_selection.py", "tests/test_gate.py", "tests/test_asked.py"],
     "registry/curve.py": ["tests/test_curve.py"],
@@ -85,7 +86,7 @@ CONCERNED = {
     "registry/promotion.py": ["tests/test_promotion.py"],
     "registry/ledger.py": ["tests/test_ledger.py", "tests/test_promotion.py"],
     "registry/champions.py": ["tests/test_promotion.py", "tests/test_flows.py"],
-    "ota/release/compatibility.py": ["tests/test_compatibility.py"],
+    "ota/release/compatibility.py": ["tests/test_compatibility.py", MOVED],
     "flows/policies.py": ["tests/test_policies.py"],
     "flows/triggers.py": ["tests/test_triggers.py", "tests/test_attempts.py", "tests/test_webhook.py", "tests/test_flows.py"],
     "flows/lost.py": ["tests/test_attempts.py"],
@@ -177,6 +178,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("            if wrong := [keyid for keyid in keys if not KEYID.fullmatch(keyid)]:", "            if wrong := [keyid for keyid in keys if len(keyid) > 4096]:", "key ids of any content are written to the disk"),
         ("            if length > LONGEST:", "            if length > 1000 * LONGEST:", "endless metadata fill the memory"),
         ("            if len(data) > max_length:", "            if len(data) > 2 * max_length:", "metadata twice too long are read"),
+        ("rules.inherited(self._home.high_water(), roles)", "self._home.high_water()", "a class's own role may be older than the shared one was"),
+        ("        if role not in (shared, f", "        if False and role not in (shared, f", "a role for which no mark is kept is asked"),
     ],
     "ota/agent/updater.py": [
         ("    if fresh is None or fresh.manifest != plan.manifest:", "    if fresh is None:", "another bundle than the one that was checked is switched to"),
@@ -311,7 +314,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("        return max((release.floor for release in self.releases(line, device_class)), default=0)", "        return 0", "a new release has no floor"),
     ],
     "ota/release/metadata.py": [
-        ('    while (folder / f"{version}.{role}.json").exists():', "    while False:", "a killed run's metadata are overwritten under the same name"),
+        ("    while str(version) in used:", "    while False:", "a killed run's metadata are overwritten under the same name"),
+        ('if kind(name.removesuffix(".json")) == kind(role):', 'if name == f"{role}.json":', "the list of one class passes for that of another"),
     ],
     "ota/release/fielded.py": [
         ("    if release.floor <= release.seq < newest and not revert:", "    if release.floor > release.seq:", "a release is signed that every device refuses"),
@@ -322,6 +326,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "ota/release/rotation.py": [
         ("        if version <= present.signed.version:", "        if version < 0:", "an older version waits and is put in force"),
+        ('        ends = signed.expires if kind(name) == "rollout" else None', "        ends = None", "a move revives a rollout that has expired"),
+        ("    roles.update(shared)\n", "    targets.delegations.roles = shared | roles\n", "shared roles decide about a class that was moved"),
+        ("name not in present or len(listed) < len(signed.targets))", "name not in present)", "a class that was moved stays in the shared lists"),
     ],
     "ota/release/keys.py": [
         ("        self._look_again()\n        key, uri", "        key, uri", "a key that was replaced goes on signing"),
@@ -338,8 +345,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "ota/release/compatibility.py": [
         ("    if found and not leave_behind:", "    if found and leave_behind:", "devices are left behind without a word"),
-        ("is_older(report.agent or OLDEST_AGENT, manifest.minimum_agent)", "is_older(report.agent or manifest.minimum_agent, manifest.minimum_agent)", "agents of before 0.2.0 are never left behind"),
-        ("(report.line, report.device_class) == (manifest.line, manifest.device_class)", "report.line == manifest.line", "devices of another class hold a release up"),
+        ("is_older(report.agent or OLDEST_AGENT, minimum)", "is_older(report.agent or minimum, minimum)", "agents of before 0.2.0 are never left behind"),
+        ("(report.line, report.device_class) == (line, device_class)", "report.line == manifest.line", "devices of another class hold a release up"),
         ("return as_numbers(agent) < as_numbers(minimum)", "return agent < minimum", "agent 0.10.0 counts as older than 0.2.0"),
     ],
     "registry/curve.py": [
