@@ -28,6 +28,7 @@ import pytest
 from tuf.api.metadata import Metadata, Targets
 
 from model.export import Export
+from ota import packed
 from ota.agent import slots, updater
 from ota.agent.plan import OnStep
 from ota.agent.state import Home, State
@@ -104,13 +105,14 @@ def name_delta(repository: Repository, base: str, target: str, data: bytes, form
 
 
 def sign_in_place(path: Path, keys: KeyRing, role: str, change: Callable[[Any], None]) -> None:
-    """Change one metadata file and sign it again with the role's keys; leave all other files as they are."""
+    """Change one metadata file and sign it again with the role's keys; leave all other files but its packed one as they are."""
     metadata: Metadata[Any] = Metadata.from_file(str(path))
     change(metadata.signed)
     metadata.signatures.clear()
     for signer in keys.signers(role):
         metadata.sign(signer, append=True)
     path.write_bytes(metadata.to_bytes())
+    path.with_name(path.name + packed.SUFFIX).unlink(missing_ok=True)
 
 
 def expire(signed: Any) -> None:

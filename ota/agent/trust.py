@@ -23,7 +23,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import chain
 from typing import Any
@@ -35,6 +35,7 @@ from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
+from ota import packed
 from ota.agent import clock, page, rules, transport
 from ota.agent.network import LaterError, NotFoundError, RefusedError
 from ota.agent.state import HighWater, Home
@@ -53,6 +54,7 @@ TOP_ROLES = ("root", "timestamp", "snapshot", "targets")  # without the newest r
 PARENTS = {"timestamp": "root", "snapshot": "root", "targets": "root"}  # role that names a role's keys; for all others: targets
 LONGEST = LIMITS.targets_max_length  # bytes of any metadata file, whatever length another one gives for it
 LOOK_SECONDS = 600.0  # for all metadata of one check together; 300 kB at `transport.MINIMUM_RATE`
+ALWAYS_PLAIN = (".root.json", "/timestamp.json")  # looked for at each check, and too small to gain by it
 KEYID = re.compile(r"[0-9a-f]{64}")
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,7 @@ class Trust:
             TransferError: the repository cannot be reached.
         """
         self._home, self._source, self._read = home, source, {} if read is None else read
-        self._fetcher = _Fetcher(source)
+        self._fetcher = _Fetcher(source, self._is_packed)
         now = int(time.time())
         clock.check_built(now)
         folder = home.disk.path("metadata")
@@ -183,12 +185,34 @@ class Trust:
         if target.size > limit:
             raise RepositoryError(f"{target.name} has a signed size of {target.size} bytes, more than {limit}; it is not fetched")
         data = self._read.get(target.sha256)
+        if data is None and self._is_packed():
+            data = self._unpacked(target)
         if data is None:
             data = read_small(self._source, target.published_as, target.size)
         with _foreign_errors():
             TargetFile(target.size, {"sha256": target.sha256}, target.name).verify_length_and_hashes(data)
         self._read[target.sha256] = data
         return data
+
+    def _unpacked(self, target: Target) -> bytes | None:
+        """Fetch a small target packed; None: it is not there, or is not the target."""
+        try:
+            data = packed.unpack(read_small(self._source, target.published_as + packed.SUFFIX, target.size), target.size)
+        except (NotFoundError, RefusedError, RepositoryError):
+            return None
+        return data if data is not None and hashlib.sha256(data).hexdigest() == target.sha256 else None
+
+    def _is_packed(self) -> bool:
+        """Tell whether the factory publishes packed files: one that gave this class its own roles does.
+
+        The cached targets are not verified yet, which costs no more than a fetch of a file that is not there.
+        """
+        config = self._home.config()
+        with suppress(OtaError):  # python-tuf fetches a torn file again
+            targets = self._cached("targets.json")
+            delegations = targets.signed.delegations if targets and _is("targets", targets) else None
+            return delegations is not None and f"models.{config.line}.{config.device_class}" in (delegations.roles or ())
+        return False
 
     def _role(self, name: str) -> str:
         """Return the role that decides about a target: the first one that `targets` lets name it.
@@ -335,8 +359,8 @@ def _sha256(metadata: Metadata[Any]) -> str:
 class _Fetcher(FetcherInterface):
     """Lets python-tuf's client fetch through our transport and within our limits: it believes any length in the metadata."""
 
-    def __init__(self, source: Transport) -> None:
-        self._source = source
+    def __init__(self, source: Transport, is_packed: Callable[[], bool]) -> None:
+        self._source, self._is_packed = source, is_packed
         self.begin()
 
     def begin(self) -> None:
@@ -344,7 +368,9 @@ class _Fetcher(FetcherInterface):
         self._until = time.monotonic() + LOOK_SECONDS
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        pieces = self._source.read(url, deadline=at_most(min(self._until - time.monotonic(), transport.DEADLINE_FLOOR)))
+        if not url.endswith(ALWAYS_PLAIN) and self._is_packed() and (data := self._unpacked(url)) is not None:
+            return iter((data,))
+        pieces = self._source.read(url, deadline=self._deadline())
         try:
             first = next(pieces, b"")
         except NotFoundError as error:
@@ -356,6 +382,21 @@ class _Fetcher(FetcherInterface):
         if page.is_page(first):
             raise TransferError(f"the repository cannot be reached: {page.PAGE}; it will be tried again")
         return self._rest(first, pieces)
+
+    def _deadline(self) -> transport.Deadline:
+        return at_most(min(self._until - time.monotonic(), transport.DEADLINE_FLOOR))
+
+    def _unpacked(self, url: str) -> bytes | None:
+        """Fetch metadata packed; None: they are not there, or not packed, and are fetched as they are."""
+        data = bytearray()
+        try:
+            for piece in self._source.read(url + packed.SUFFIX, deadline=self._deadline()):
+                data += piece
+                if len(data) > LONGEST:
+                    return None
+        except (NotFoundError, RefusedError):
+            return None
+        return packed.unpack(bytes(data), LONGEST)
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
         """Download into memory; python-tuf's own method needs a temporary folder with free space."""

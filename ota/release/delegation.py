@@ -88,7 +88,9 @@ def delegate(
         raise OperatorError(f"{'; '.join(waiting.missing())}; make the keys available, or add --out FILE and sign where they are")
     put_in_force(place, waiting, publish)
     sizes = {str(move): place.repository.metadata_bytes(move.line, move.device_class) for move in moves}
-    lines = [f"{name} has roles of its own; a new device fetches {size:,} bytes of metadata" for name, size in sizes.items()]
+    lines = [
+        f"{name} has roles of its own; a device fetches {size:,} bytes of metadata for an update" for name, size in sizes.items()
+    ]
     lines += [f"{found.device} ({found.agent}) does not remember their versions; update its agent" for found in behind]
     return facts | {"metadata_bytes": sizes}, "\n".join(lines)
 

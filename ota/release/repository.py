@@ -40,7 +40,7 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
-from ota import chain
+from ota import chain, packed
 from ota.errors import OperatorError, printable
 from ota.manifest import MAX_COUNT, MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
 from ota.release import chains
@@ -301,11 +301,14 @@ class Repository:
         return parse(Manifest, self._target_file(path, targets[path]).read_bytes(), MAX_MANIFEST)
 
     def metadata_bytes(self, line: str, device_class: str) -> int:
-        """Return how many bytes of metadata a device of a line and class fetches that knows only the root."""
-        versions = self._versions()
-        roles = ["targets", *(self.role_of(kind, line, device_class) for kind in DELEGATED)]
-        files = ["timestamp.json", f"{self._snapshot_version()}.snapshot.json", *(f"{versions[r]}.{r}.json" for r in roles)]
-        return sum((self.metadata / name).stat().st_size for name in files)
+        """Return how many bytes of metadata a device of a line and class fetches for an update; root and targets seldom change."""
+        versions = self._versions() | {"snapshot": self._snapshot_version()}
+        roles = [self.role_of(kind, line, device_class) for kind in DELEGATED]
+        files = [self.metadata / f"{versions[role]}.{role}.json" for role in ("snapshot", *roles)]
+        if roles[0] != "models":
+            less = [path.with_name(path.name + packed.SUFFIX) for path in files]
+            files = [small if small.is_file() else path for path, small in zip(files, less, strict=True)]
+        return sum(path.stat().st_size for path in (self.metadata / "timestamp.json", *files))
 
     def expiries(self) -> dict[str, datetime]:
         """Return when the metadata of each role, and of the roles of classes that have its keys, expire first."""
@@ -547,6 +550,7 @@ class Repository:
         present, versions, ready = self._root().signed, self._versions(), ready or {}
         root, other = (coming or present), (present if coming else None)
         top = self.in_force("targets").signed
+        packs = any(names.owner(role) for role in (*versions, *changes, *ready))
         for role in sorted({*changes, *ready}, key=lambda role: (role != "targets", role)):
             if role in ready:
                 metadata = ready[role]
@@ -558,12 +562,12 @@ class Repository:
                 sign_role(metadata, self.keys, role, *((root, other) if role == "targets" else (top, None)))
             top = metadata.signed if role == "targets" else top
             versions[role] = metadata.signed.version
-            write(self.metadata / f"{versions[role]}.{role}.json", metadata)
+            self._write(self.metadata / f"{versions[role]}.{role}.json", metadata.to_bytes(), packs)
         snapshot = self.in_force("snapshot")
         snapshot = next_version(snapshot, "snapshot", unused(self.metadata, "snapshot", snapshot.signed.version + 1))
         cast("Snapshot", snapshot.signed).meta = {f"{role}.json": MetaFile(version) for role, version in versions.items()}
         sign_role(snapshot, self.keys, "snapshot", root, other)
-        write(self.metadata / f"{snapshot.signed.version}.snapshot.json", snapshot)
+        self._write(self.metadata / f"{snapshot.signed.version}.snapshot.json", snapshot.to_bytes(), packs)
         timestamp = self.in_force("timestamp")
         timestamp = next_version(timestamp, "timestamp", timestamp.signed.version + 1)
         cast("Timestamp", timestamp.signed).snapshot_meta = MetaFile(snapshot.signed.version)
@@ -595,8 +599,16 @@ class Repository:
         target = TargetFile.from_data(path, data, ["sha256"])
         if custom:
             target.unrecognized_fields["custom"] = custom
-        write(self._target_file(path, target), data)
+        small = not path.startswith("deltas/")
+        self._write(self._target_file(path, target), data, small and any(map(names.owner, self._versions())))
         return target
+
+    @staticmethod
+    def _write(path: Path, data: bytes, packs: bool) -> None:
+        """Write a file, and before it a packed one, which devices of classes with roles of their own fetch in its place."""
+        if packs and len(less := packed.pack(data)) < len(data):
+            write(path.with_name(path.name + packed.SUFFIX), less)
+        write(path, data)
 
     def _add_object(self, source: Path, digest: str) -> None:
         place = self.objects / digest

@@ -346,7 +346,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "ota/release/compatibility.py": [
         ("    if found and not leave_behind:", "    if found and leave_behind:", "devices are left behind without a word"),
         ("is_older(report.agent or OLDEST_AGENT, minimum)", "is_older(report.agent or minimum, minimum)", "agents of before 0.2.0 are never left behind"),
-        ("(report.line, report.device_class) == (line, device_class)", "report.line == manifest.line", "devices of another class hold a release up"),
+        ("        and (report.line, report.device_class) == (line, device_class)", "        and report.line == line", "devices of another class hold a release up"),
         ("return as_numbers(agent) < as_numbers(minimum)", "return agent < minimum", "agent 0.10.0 counts as older than 0.2.0"),
     ],
     "registry/curve.py": [
