@@ -36,12 +36,12 @@ def fixed_bytes(workspace: Workspace, line: str, configuration: ConfigurationNam
         configuration: of the class.
     """
     classes = {name: c for name, c in workspace.line(line).classes.items() if c.configuration == configuration}
-    metadata = METADATA if is_clone(workspace.root) else workspace.repository.metadata_bytes()
-    return metadata + HEADER + max(_of_class(workspace, line, name) for name in classes)
+    return HEADER + max(_of_class(workspace, line, name) for name in classes)
 
 
 def _of_class(workspace: Workspace, line: str, device_class: str) -> int:
-    total = _manifest(workspace, line, device_class)
+    total = METADATA if is_clone(workspace.root) else workspace.repository.metadata_bytes(line, device_class)
+    total += _manifest(workspace, line, device_class)
     for subject in workspace.class_subjects(line, device_class):
         champion = champion_of(workspace, subject)
         if champion:

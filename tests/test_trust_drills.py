@@ -845,6 +845,30 @@ def test_promotion_key_that_is_not_here(plant, tmp_path, bundles):
     assert visit_reason(plant.near, plant.ws / "published") == "release 2 is open to this device"
 
 
+def test_drill_class_gets_roles_of_its_own(plant, bundles, tmp_path):
+    media, file = tmp_path / "media", tmp_path / "waiting.json"
+    (plant.ws / "keys/offline").rename(media)
+    assert "add --out FILE and sign where they are" in plant.ferry("trust", "delegate", LINE, code=3)
+    assert "has no device class" in plant.ferry("trust", "delegate", f"{LINE}/nosuch", code=3)
+    plant.ferry("trust", "delegate", LINE, "--out", file)
+    assert plant.near.update().reason == "release 1 is installed"
+    for i in (1, 3):
+        assert ferry("trust", "sign", file, "--key", f"file2:{media}/targets-{i}.pem").exit_code == 0
+    plant.ferry("trust", "sign", file, "--publish")
+    assert plant.role("models")["classes"] == plant.role("rollout")["classes"] == [f"{LINE}/{CLASS}"]
+    assert "had roles of its own before" in plant.ferry("trust", "delegate", LINE)
+    assert plant.near.update().reason == "release 1 is installed"
+    plant.ferry("trust", "rotate", "models", "--lost", plant.ids("models")[0], code=3)  # the offline keys are away
+    media.rename(plant.ws / "keys/offline")
+    plant.ferry("trust", "rotate", "models", "deltas", "rollout")
+    plant.ferry("trust", "renew")
+    plant.ferry("rollout", "renew", LINE)
+    assert f"1 with roles of its own, under the same keys: {LINE}/{CLASS}" in plant.ferry("trust", "status")
+    plant.follow(bundles["second"])
+    plant.ferry("rollout", "halt", LINE)
+    assert plant.near.update().reason == "release 2 is halted"
+
+
 # Signatures that are due, and those that wait
 
 

@@ -131,6 +131,7 @@ def test_device_wheel_holds_the_device_alone(wheels):
             "manifest",
             "output",
             "overlay",
+            "packed",
             "wording",
         )
     }
