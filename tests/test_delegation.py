@@ -648,11 +648,14 @@ def test_agents_that_would_forget_the_versions_stop_the_move(factory):
 
 def test_status_of_many_classes_is_short(factory, bundles):
     places = [f"{LINE}/class-{i}" for i in range(20)]
-    few = trust.status(factory, False)[1].count("\n")
-    factory.delegate(*places)
+    before = trust.status(factory, False)[1]
+    assert "2 classes share models, deltas and rollout" in before
+    assert "gives a class its own: shapes/bench, shapes/edge" in before
+    factory.delegate(PLACE, *places)
     value, text = trust.status(factory, False)
-    assert text.count("\n") == few + 1
-    assert "20 with roles of their own, under the same keys: shapes/class-0, shapes/class-1" in text
+    assert text.count("\n") == before.count("\n")
+    assert "classes share" not in text
+    assert "21 with roles of their own, under the same keys: shapes/class-0, shapes/class-1" in text
     assert [row["role"] for row in value["roles"]] == list(keys_module.ROLES)
 
 

@@ -178,6 +178,11 @@ def status(place: Place, approval: bool) -> tuple[dict[str, Any], str]:
     own = next(state.classes for state in states if state.role == "models")
     if own:
         lines.append(f"{len(own)} with roles of {'its' if len(own) == 1 else 'their'} own, under the same keys: {_some(own)}")
+    if len(shared := _in_shared_roles(place.repository)) > 1:
+        lines.append(
+            f"{len(shared)} classes share models, deltas and rollout, so each of their devices fetches what is signed for all; "
+            f"`ferry trust delegate` gives a class its own: {_some(shared)}"
+        )
     lines += [f"ALARM: {alarm}" for alarm in alarms]
     lines += [f"accepted risk: {risk}" for risk in risks]
     if waits:
@@ -194,6 +199,11 @@ def _alarm(state: RoleState) -> str:
     left = state.expires - datetime.now(UTC)
     said = f"ended {_days(-left)} ago" if left < timedelta() else f"ends in {_days(left)} of {LIFETIMES[state.role].days}"
     return f"{state.role}{f' of {state.first}' if state.first else ''} {said}; sign it with `{remedy(state)}`"
+
+
+def _in_shared_roles(repository: Repository) -> list[str]:
+    paths = (path.split("/") for path in repository.in_force("models").signed.targets)
+    return sorted({"/".join(parts[1:3]) for parts in paths})
 
 
 def _some(places: Sequence[str]) -> str:
