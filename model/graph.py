@@ -59,6 +59,11 @@ class Tensor:
     length: int  # bytes
     stored: PrecisionName
 
+    @property
+    def in_graph(self) -> str:
+        """Name of the stored numbers in the graph, which makes the tensor itself from them unless they are float32."""
+        return self.name if self.stored == "float32" else f"{self.name}.stored"
+
 
 def scaled_axis(name: str) -> int | None:
     """Return the axis that has scales when a tensor is stored as int8; None: the tensor is then stored as float32."""
@@ -336,7 +341,7 @@ def _stored_weights(g: _Body, config: ModelConfig, precision: PrecisionName) -> 
     for tensor in layout(config, precision)[0]:
         if tensor.name.endswith("gate_bias") and config.router != "token-choice":
             continue
-        stored = tensor.name if tensor.stored == "float32" else f"{tensor.name}.stored"
+        stored = tensor.in_graph
         made.append(_external(stored, tensor))
         if tensor.stored == "int8":
             axis = scaled_axis(tensor.name)

@@ -32,7 +32,7 @@ from torch import Tensor
 from model.config import ModelConfig, PrecisionName, canonical_json
 from model.errors import CheckpointError
 from model.gradients import is_matrix
-from model.graph import scaled_axis
+from model.graph import layout, scaled_axis
 from model.network import Network
 from model.shared_numbers import shared, spread
 from model.storage import KINDS, WHOLE_HIGH, WHOLE_LOW, dequantised, fielded, named, quantise
@@ -436,14 +436,16 @@ def _where_normal(new: Tensor, old: Tensor, stored: PrecisionName) -> Tensor:
 def write_factors(path: Path, update: Update) -> None:
     """Write the claims for the codec, as safetensors; they hold for the fielded weights from which they were made alone.
 
-    A product is `NAME.left` int32 [rows, rank] and `NAME.right` int32 [rank, columns], steps are `NAME.steps` int32 [count]. The
-    metadata has the entry `deltaferry`: canonical JSON with `schema_version`, the exponents of the products, and the sizes of the
+    A product is `NAME.left` int32 [rows, rank] and `NAME.right` int32 [rank, columns], steps are `NAME.steps` int32 [count], where NAME
+    is that of the stored numbers in the graph. The metadata has the entry `deltaferry`: canonical JSON with `schema_version`, the exponents of the products, and the sizes of the
     steps as hexadecimal floats.
     """
     tensors: dict[str, Tensor] = {}
     products: dict[str, int] = {}
     sizes: dict[str, str] = {}
-    for name, claim in update.claims.items():
+    in_graph = {tensor.name: tensor.in_graph for tensor in layout(update.config, update.stored)[0]}
+    for own, claim in update.claims.items():
+        name = in_graph[own]
         if isinstance(claim, Product):
             products[name] = claim.exponent
             tensors |= {f"{name}.left": claim.left.contiguous(), f"{name}.right": claim.right.contiguous()}
