@@ -40,6 +40,9 @@ GOLDEN_SHARE = 0.98  # share of elements that must stay within it; a flipped tie
 GOLDEN_SEED = 20_000
 GOLDEN_IMAGES = 8
 TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+DIGITS = (
+    4  # of a measurement; devices compare loads to a tenth and statistics to 0.02, and each digit takes 15 bytes of an update
+)
 STATISTICS = ("mean", "deviation", "edges")
 
 
@@ -249,9 +252,9 @@ def describe(session: Session, sampler: Sampler, variant: VariantName, captions:
     reference: dict[str, Any] = {
         "schema_version": 1,
         "golden": {"tolerance": GOLDEN_TOLERANCE, "share": GOLDEN_SHARE},
-        "load": [[round(float(mass), 6) for mass in row] for row in load],
+        "load": [[round(float(mass), DIGITS) for mass in row] for row in load],
         "statistics": {
-            name: {"low": round(float(column.min()), 6), "high": round(float(column.max()), 6)}
+            name: {"low": round(float(column.min()), DIGITS), "high": round(float(column.max()), DIGITS)}
             for name, column in zip(STATISTICS, statistics.T, strict=True)
         },
         "latency_ms": latency_ms,
