@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from ota.delta.format import read_header, records
 from ota.errors import RoomError, TrustError
 from ota.release.rollout import halt, start
 from tests.conftest import origin
@@ -179,3 +180,17 @@ def test_copies_need_room(offered, bundles, monkeypatch):
         offered.device.update()
     small_disk(monkeypatch, 2 * size + 8 * 1024 * 1024 + 10_000)
     assert offered.device.update().way == "full"
+
+
+# What all this takes
+
+
+def test_everything_but_the_weights_stays_below_its_bound(offered, web, step):
+    """Hold what a device fetches besides the weights, in an update by delta, below the 8 KiB that were promised."""
+    with step.open("rb") as patch:
+        sizes = {file.target.role: sum(r.size for r in records(patch, file)) for file in read_header(patch).files}
+    outcome = offered.device.update()
+    assert outcome.received - sizes["weights"] < 8 * 1024
+    assert sizes["golden"] < 512
+    assert sizes["reference"] < 256
+    assert sizes["graph"] == sizes["sampler"] < 64  # they are those of the running bundle
