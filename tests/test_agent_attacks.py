@@ -868,7 +868,8 @@ def test_tampered_document_refused(offered, kind):
 
 
 @pytest.mark.parametrize("role", ["graph", "weights", "sampler", "golden", "reference"])
-def test_tampered_object_refused(scene, bundles, role):
+def test_tampered_object_refused(scene, bundles, role, tmp_path):
+    device = Device.init(tmp_path / "new", scene.repository)  # it has no file of the bundle
     publish(scene.repository, bundles["garbage"])
     publish(scene.repository, bundles["second"])
     wanted = bundles["second"].manifest.entry(role, None if role == "graph" else "full")
@@ -876,9 +877,10 @@ def test_tampered_object_refused(scene, bundles, role):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with untouched(scene.device, RepositoryError, f"{wanted.sha256} does not have its signed size and hash", marks=False):
-        scene.device.update()
-    assert not (scene.device.root / "incoming" / wanted.sha256).exists()
+    with untouched(device, RepositoryError, f"{wanted.sha256} does not have its signed size and hash", marks=False):
+        device.update()
+    assert device.active is None
+    assert not (device.root / "incoming" / wanted.sha256).exists()
 
 
 @pytest.mark.parametrize(("step", "folder"), [(6, "incoming"), (8, "slots/.{}")])

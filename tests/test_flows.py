@@ -439,10 +439,10 @@ def test_release_vouches_for_what_it_signed_when_an_older_version_is_sealed(work
     given = (SUBJECT, 1, workspace.ledger.entries(str(SUBJECT)), MAX_WEIGHTS, partial(released, workspace))
     found = sealing._examined(workspace, *given)
     assert {name for name, by in found.vouched.items() if by == "shapes/edge release 1"} == {
-        "bundle/graph.onnx", "bundle/golden.npz", "bundle/sampler.json", "bundle/reference.json",
+        "bundle/graph.onnx", "bundle/sampler.json", "bundle/reference.json",  # its golden outputs are a sample of the version's
     }  # fmt: skip
-    says = r"golden\.npz in MLflow is not the one that shapes/edge release 1 was signed with"
-    with Stranger(workspace, 1).replacing("bundle/golden.npz"), pytest.raises(SealError, match=says):
+    says = r"sampler\.json in MLflow is not the one that shapes/edge release 1 was signed with"
+    with Stranger(workspace, 1).replacing("bundle/sampler.json"), pytest.raises(SealError, match=says):
         sealing._examined(workspace, *given)
 
 

@@ -126,7 +126,7 @@ class Wanted:
     def bundle(self, allowed: dict[VariantName, Allowed] | None = None) -> Bundle:
         return assemble(
             {"full": self.exported}, line=LINE, device_class=CLASS, tier="test", configuration="I", precision="bfloat16",
-            origin=origin(9), out=self.out, allowed=allowed,
+            origin=origin(9), out=self.out, allowed=allowed, oldest_agent="0.2.0",
         )  # fmt: skip
 
 
@@ -281,4 +281,4 @@ def test_reference_of_before_is_read_as_before(bundles: dict[str, Bundle]):
     data = bundles["first"].path("reference", "full").read_bytes()
     assert b"allowed" not in data
     assert parse(Reference, data, 1 << 18).allowed is None
-    assert bundles["first"].manifest.schema_version == 1
+    assert json.loads(data)["schema_version"] == 1
