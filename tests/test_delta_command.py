@@ -63,7 +63,9 @@ def inputs(folder: Path) -> Path:
         (folder / f"{name}.bin").write_bytes(values.tobytes())
         (folder / f"{name}-graph.onnx").write_bytes(model({"w": full(values)}, external=f"{name}.bin"))
     steps = {"w.steps": np.ones(WEIGHTS.size, np.int32)}
-    (folder / "factors").write_bytes(save(steps, {"deltaferry": '{"schema_version": 1, "products": {}, "steps": {"w": "0x1p-8"}}'}))
+    (folder / "factors").write_bytes(
+        save(steps, {"deltaferry": '{"schema_version": 1, "products": {}, "steps": {"w": "0x1p-8"}}'})
+    )
     (folder / "empty").write_bytes(b"")
     (folder / "a\nb \x1b[2J").write_bytes(b"a name that could rewrite a terminal" * 9)
     (folder / "folder").mkdir()

@@ -386,9 +386,8 @@ def _read_record(patch: BinaryIO, file: DeltaFile, written: int, count: int) -> 
     if not new_length:  # costs the sender a few bytes, and the device as much time as any other record
         raise DeltaError("a record of the delta makes nothing; fetch it again")
     limit = MAX_SMALL if file.small and kind not in (NUMBERS, UPDATE) else MAX_CHUNK if kind != UPDATE else updates.MAX_BYTES
-    if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:
-        raise DeltaError("a record of the delta claims more bytes than it may")
-    if kind == UPDATE and payload_length > updates.MAX_PAYLOAD:
+    most = updates.MAX_PAYLOAD if kind == UPDATE else new_length + 64 * KiB
+    if new_length > limit or written + new_length > file.target.size or payload_length > most:
         raise DeltaError("a record of the delta claims more bytes than it may")
     return _Record(kind, new_length, base_offset, check, _exactly(patch, payload_length))
 

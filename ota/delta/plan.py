@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ota.delta import updates
+from ota.delta import updates, vectors
 from ota.delta.blocks import Blocks
 from ota.delta.factors import Claim
 from ota.delta.format import MAX_CHUNK, MAX_NUMBERS, MAX_SEGMENTS, VERSION
@@ -30,6 +30,7 @@ MAX_BSDIFF = 2 * MiB  # bytes of the largest plain file for which bsdiff4 is tri
 SAME_RUN = 64 * KiB  # bytes of the shortest unchanged run that gets a record of its own
 LEAST_PLAIN = 64 * KiB  # bytes of the shortest piece without numbers that is searched for elsewhere in the old file
 MAX_PLAIN = 4 * MiB  # bytes of such a piece that go into one record
+SLACK = 64  # bytes; factors that may take more than their tensor and this many are not used as they are
 MAX_STEPS = 64 * KiB  # numbers; where more of a tensor make steps, scales of its rows and columns pay
 
 
@@ -228,7 +229,7 @@ def _exact(stretch: Elements, new: File, old: File) -> Piece | None:
         return None
     piece = Piece(stretch.offset, stretch.length, KINDS[stretch.kind], stretch.row, at, False, 0, claim, exact=True)
     way, start, changed = moved(piece), stretch.offset, 0
-    if way.way == updates.SAME:
+    if way.way == updates.SAME or _bytes_at_most(way) > stretch.length + SLACK:
         return None
     for part in updates.pieces([way]):
         known, wanted = (
@@ -240,6 +241,12 @@ def _exact(stretch: Elements, new: File, old: File) -> Piece | None:
         changed += int(np.count_nonzero(known != wanted))
         start += part.length
     return replace(piece, changed=changed) if changed else None
+
+
+def _bytes_at_most(way: updates.Stretch) -> float:
+    """Return how many bytes the factors or steps would take if all entries of a vector took as many bits as the largest."""
+    sizes = ((len(v), int(np.abs(v).max()).bit_length() + 1 - vectors.shift(v)) for v in way.vectors)
+    return sum(count * bits for count, bits in sizes) / 8
 
 
 def _join(pieces: Iterator[Piece]) -> Iterator[Piece]:

@@ -28,7 +28,7 @@ def encode(vectors: Sequence[Factors]) -> bytes:
     Fewer streams are cheaper where a vector is short, so several groupings are tried and the shortest result is taken.
     """
     lengths = [len(vector) for vector in vectors]
-    shifts = np.array([_shift(vector) for vector in vectors], np.int64)
+    shifts = np.array([shift(vector) for vector in vectors], np.int64)
     values = numbers.zigzag(np.concatenate([vector >> np.int32(s) for vector, s in zip(vectors, shifts, strict=True)]))
     classes = np.array([size_class(vector) for vector in vectors], np.uint8)
     counts = sharing.joint(np.repeat(classes, lengths), streams.tokens(values)[0])
@@ -66,11 +66,11 @@ def size_class(vector: Factors) -> int:
 
     All machines agree, because the sum is exact.
     """
-    mean = (int(np.abs(vector.astype(np.int64)).sum()) >> _shift(vector)) / len(vector)
+    mean = (int(np.abs(vector.astype(np.int64)).sum()) >> shift(vector)) / len(vector)
     return min(max(int(sharing.half_octaves(np.array(mean))) + _ZERO_CLASS, 0), CONTEXTS - 1)
 
 
-def _shift(vector: Factors) -> int:
+def shift(vector: Factors) -> int:
     """Return the exponent of the largest power of two that divides all entries; 0 if all are 0."""
     together = int(np.bitwise_or.reduce(vector))
     return min((together & -together).bit_length() - 1, MAX_SHIFT) if together else 0

@@ -510,7 +510,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    if digest.hexdigest() != file.base:", "    if not digest:", "a delta is applied to another file"),
         ("    if count > MAX_RECORDS:", "    if count > 10**9:", "records without end hold the device"),
         ("    if not new_length:  # costs", "    if new_length < 0:  # costs", "empty records hold the device"),
-        ("if new_length > limit or written + new_length > file.target.size or payload_length > new_length + 64 * KiB:", "if new_length > limit or payload_length > new_length + 64 * KiB:", "a record writes past the file"),
+        ("if new_length > limit or written + new_length > file.target.size or payload_length > most:", "if new_length > limit or payload_length > most:", "a record writes past the file"),
         ("if new_length > limit or written", "if written", "a record of any length takes all memory"),
         ("    if base is None or offset + length > file.base_size:", "    if base is None:", "a record reads past its base"),
         ("    if known > MAX_RANGE:", "    if known > 1000 * MAX_RANGE:", "a record takes all memory for its base"),
