@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from model.config import PrecisionName
 from model.data import Dataset
 from model.errors import CheckpointError
-from model.export import pack
+from model.export import export, pack
 from model.gradients import STATISTICS, Gradients
 from model.graph import layout
 from model.network import Network
@@ -30,7 +31,7 @@ from model.update import FACTORS, MAX_FACTOR, MAX_RANK, Approximation, Product, 
 from model.watch import Figures, Watcher
 from ota.delta import numbers
 
-from .conftest import CONFIG, VERSION
+from .conftest import CAPTIONS, CONFIG, SAMPLER, VERSION
 
 OPTIONS = TrainOptions(steps=15, batch=8, warmup=2, learning_rate=4e-3, save_every=4, method="lowrank")
 PRECISIONS: list[PrecisionName] = ["float32", "bfloat16", "float16", "int8"]
@@ -396,3 +397,14 @@ def test_lineage_of_an_older_ferry_keeps_its_hash(master: Checkpoint):
     assert {"master", "start_master", "method", "level", "polished"}.isdisjoint(dumped)
     assert Lineage.model_validate(dumped) == older
     assert "method" not in TrainOptions().model_dump(mode="json")
+
+
+def test_export_has_the_factors_beside_it_and_no_stale_ones(first: Checkpoint, master: Checkpoint, tmp_path: Path):
+    made = publish(master, first, 0.03, "bfloat16", tmp_path / "made")
+    out = tmp_path / "export"
+    exported = export(made, "bfloat16", SAMPLER, list(CAPTIONS), 1000.0, out)
+    assert (out / FACTORS).read_bytes() == (made.folder / FACTORS).read_bytes()
+    assert exported.weights_sha256 == hashlib.sha256(pack(made.network(), "bfloat16")).hexdigest()
+    (made.folder / FACTORS).unlink()
+    export(made, "bfloat16", SAMPLER, list(CAPTIONS), 1000.0, out)
+    assert not (out / FACTORS).exists()
