@@ -198,7 +198,8 @@ def test_polished_update_is_better_and_takes_no_more_components(first: Checkpoin
 @pytest.mark.parametrize("spread", [1.0, 1e6, 1e20])
 def test_factors_that_overflow_get_coarser_steps(spread: float):
     generator = torch.Generator().manual_seed(1)
-    old, new = Network(CONFIG), Network(CONFIG)
+    wide = CONFIG.model_copy(update={"tier": "nano"})  # matrices with more than 32 rows and columns
+    old, new = Network(wide), Network(wide)
     new.load_state_dict(old.state_dict())
     with torch.no_grad():
         for weight in named(new).values():
