@@ -189,8 +189,7 @@ def make_deltas(root: str, folder: str) -> list[Delta]:
             made.append(delta)
     if wanted:
         progress.advance("build deltas", len(wanted), len(wanted))
-    forms = {want.form for want in wanted} | {chains.NEWEST}
-    overlays = [bundle.make_overlay_delta(target, out, form) for form in sorted(forms)]
+    overlays = [bundle.make_overlay_delta(target, out, form) for form in chains.forms(wanted, oldest)]
     return [*made, *(delta for delta in overlays if delta)]
 
 

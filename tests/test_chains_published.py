@@ -57,6 +57,11 @@ def test_devices_with_an_older_agent_get_deltas_that_they_read():
     assert asked(5, [report(4)], oldest="0.3.0") == {step}
 
 
+def test_overlays_come_in_the_formats_that_devices_read():
+    assert chains.forms([], None) == chains.forms([], "0.3.0") == [NEWEST]
+    assert chains.forms([], "0.2.0") == chains.forms(asked(5, [report(2, "0.2.0")]), None) == [FIRST, NEWEST]
+
+
 def test_republished_release_gets_the_way_back():
     """Publish release 2 again after release 4: devices go back to it from there."""
     made = set(wanted(ORDER[:4], ORDER[1], [report(4), report(3)], None, [link(1, 2, 9)]))

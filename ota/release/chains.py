@@ -61,6 +61,12 @@ def wanted(
     return made + [Wanted(digest, FIRST) for digest in sorted(first)]
 
 
+def forms(deltas: Iterable[Wanted], oldest_agent: str | None) -> list[int]:
+    """Return the formats in which a release needs the delta that makes its overlays: those that devices of the class read."""
+    old = oldest_agent is not None and is_older(oldest_agent, READ_SINCE[NEWEST])
+    return sorted({NEWEST, *(want.form for want in deltas), *([FIRST] if old else [])})
+
+
 def _published(present: Iterable[Link], base: str, target: str) -> bool:
     """Check whether a delta between two bundles is published in the newest format."""
     ends = base[:DIGITS], target[:DIGITS]
