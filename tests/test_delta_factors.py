@@ -179,6 +179,17 @@ def test_common_powers_of_two_cost_nothing(tmp_path):
     assert sizes[1] < sizes[0] + 30
 
 
+def test_components_of_zeros_cost_nothing(tmp_path):
+    old, (left, right), made = weights(ROWS * COLUMNS), drawn(4), []
+    new = numbers.predicted(old, left, right, -20, KINDS["float32"]).tobytes()
+    for more in (0, 5):
+        sides = np.pad(left, ((0, 0), (0, more))), np.pad(right, ((0, more), (0, 0)), constant_values=7)
+        claim = read(factors(tmp_path / "f", {"t": (*sides, -20)}))["t"]
+        case = Case(new, old.tobytes(), [replace(stretch(0, len(new), "float32", COLUMNS), claim=claim)])
+        made.append(round_trip([case], tmp_path))
+    assert made[0] == made[1]
+
+
 def test_applied_piece_by_piece_and_gone_on_with(tmp_path, monkeypatch):
     """Keep the pieces that a killed process has written, after checking them."""
     monkeypatch.setattr(updates, "PIECE", 4096)
@@ -214,6 +225,8 @@ def wrong(name: str, place: Path) -> Path:
         steps["bias"] = steps["bias"][0], 0.01
     elif name == "names of another model":
         products = {f"other.{n}": row for n, row in products.items()}
+    elif name == "steps of another length":
+        steps["bias"] = steps["bias"][0][:-1], steps["bias"][1]
     elif name == "another shape":
         products["a"] = products["a"][0][:-1], products["a"][1], -20
     elif name == "too large by far":
@@ -229,7 +242,7 @@ def wrong(name: str, place: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["one factor", "another exponent", "names exchanged", "steps of another size", "names of another model", "another shape", "too large by far",
+    ["one factor", "another exponent", "names exchanged", "steps of another size", "steps of another length", "names of another model", "another shape", "too large by far",
      "nothing", "zeros", "rank 0"],
 )  # fmt: skip
 def test_wrong_factors_cost_bytes_and_nothing_else(tmp_path, name):
@@ -341,6 +354,12 @@ SIDES = {
 }
 
 
+WIDE = {
+    f"t.{side}": {"dtype": "I32", "shape": shape, "data_offsets": [at, at + 264]}
+    for side, shape, at in (("left", [2, 33], 0), ("right", [33, 2], 264))
+}
+
+
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
@@ -357,6 +376,7 @@ SIDES = {
         pytest.param(with_header({"__metadata__": said(products={"t": 0}, steps={"t": "0x1p0"})}), "it moves a tensor twice", id="twice"),
         pytest.param(with_header({"__metadata__": said(products={"t": 0})} | SIDES, bytes(15)), "t.right goes past the end of the file", id="cut off"),
         pytest.param(with_header({"__metadata__": said(products={"t": 101})} | SIDES, bytes(16)), "the product of t is impossible", id="exponent"),
+        pytest.param(with_header({"__metadata__": said(products={"t": 0})} | WIDE, bytes(528)), "the product of t is impossible", id="rank 33"),
         pytest.param(with_header({"__metadata__": said(products={"t": 0.5})} | SIDES, bytes(16)), "the product of t is impossible", id="half an exponent"),
         pytest.param(
             with_header({"__metadata__": said(products={"t": 0})} | SIDES | {"t.right": SIDES["t.right"] | {"shape": [2, 1]}}, bytes(16)),
