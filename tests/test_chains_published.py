@@ -139,7 +139,7 @@ def test_chain_costs_little_metadata(repository: Repository, bundles: dict[str, 
 
 
 def test_delta_to_what_is_rolled_out_stays(repository: Repository, bundles: dict[str, Bundle], later: Path):
-    """Go back to release 1 while releases 2 to 4 are published: the way back stays as long as the policy asks for it."""
+    """Check that the way back to release 1 stays while releases 3 and 4 are published, as long as the policy asks for it."""
     one, two, three, four = (clone(bundles["first"], number) for number in range(1, 5))
     for bundle in (one, two):
         repository.publish_release(bundle.manifest, bundle.folder, LEDGER, [])
