@@ -42,7 +42,7 @@ from registry.errors import PromotionError
 from registry.selection import Decision
 
 FITTED = "fitted.json"
-LEVELS = {"lowrank": (0.004, 4.0), "small-tensors": (0.004, 4.0), "grid": (0.25, 8.0)}  # finest and coarsest level that is tried
+LEVELS = {"lowrank": (0.004, 4.0), "small-tensors": (0.05, 8.0)}  # finest and coarsest level that is tried
 
 
 class Candidate(Frozen):

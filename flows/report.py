@@ -53,6 +53,7 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
             decisions=decisions[:DECISIONS_SHOWN],
             older=max(0, len(decisions) - DECISIONS_SHOWN),
             prices=workspace.settings.prices,
+            updates=[row for c in champions if (row := columns.update_row(workspace, c.subject))],
             go_back=[command for c in champions for command in _go_back(workspace, c.subject)],
         )
     )

@@ -84,8 +84,8 @@ VARIABLES = {  # a key of [stores] → the environment variable that replaces it
 }  # fmt: skip
 
 
-MethodName = Literal["full", "grid", "lowrank", "small-tensors"]  # rows of `model.update.METHODS`, which needs torch
-SIZED = ("grid", "lowrank", "small-tensors")  # the methods whose size a level chooses
+MethodName = Literal["full", "grid", "lowrank", "small-tensors", "seeded"]  # rows of `model.update.METHODS`, which needs torch
+SIZED = ("lowrank", "small-tensors")  # the methods whose size a level chooses
 
 
 class Section(BaseModel):
@@ -380,7 +380,7 @@ class Line(Section):
     update_method: MethodName | None = Field(
         default=None,
         description="how the change of a retraining of full is made small, and what that drops is kept for the next one: lowrank keeps nearly "
-        "all in the fewest bytes; the others are full, grid and small-tensors; not given: rounded as update_grid says, and the rest is lost",
+        "all in the fewest bytes; the others are full, grid, small-tensors and seeded; not given: rounded as update_grid says, and the rest is lost",
     )
     update_level: float | None = Field(
         default=None, gt=0, le=10,

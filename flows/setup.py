@@ -202,7 +202,7 @@ tier = "nano"                      # size of the network: test, nano, small or b
 image_size = 16                    # width and height in pixels, 8 to 128; images are scaled to it
 channels = 1                       # 1 is grey, 3 is colour
 text_length = 24                   # bytes of a caption that the network reads; make it as long as your longest caption
-update_method = "lowrank"          # how a retraining's change is made small: lowrank, or grid as [lines.LINE.retraining] says
+update_method = "lowrank"          # how a retraining's change is made small; without this key it is rounded, as update_grid says
 # update_budget = "64KiB"          # most that a device may fetch for an update; the smallest that passes and keeps update_keep is taken
 # update_keep = 0.98               # with a budget: share of the gain without a limit that an update must be shown to keep
 # update_level = 0.03              # without a budget: noise of an update; more takes fewer bytes and loses more
@@ -222,7 +222,7 @@ learning_rate = 2e-3               # highest rate; it rises at the start and fal
 steps = 200
 batch = 32
 learning_rate = 5e-4
-# update_grid = 2.0                # with update_method = "grid": rounds each change, so that its delta is small; 2 loses 4 % of the gain
+# update_grid = 2.0                # without update_method: rounds each change, so that its delta is small; 2 loses 4 % of the gain
 # seed = 0
 
 [lines.LINE.distillation]          # a student of full, which draws in a few evaluations: turbo

@@ -16,12 +16,12 @@ from model import flop
 from model.config import ModelConfig
 from model.scorecard import Scorecard
 from registry.catalog import Subject
-from registry.champions import Records, champion_of, judged, promotions, seals
+from registry.champions import Records, champion_of, judged, promotions, seals, verdict
 from registry.cost import GpuTime, Prices, Work, estimated, yearly
 from registry.figures import MeasuredRecords, figures
 from registry.ledger import Entry
 from registry.promotion import about, kind_of, overruled_verdict, why_promoted
-from registry.report import DecisionRow, Energy, ModelColumn, ReleaseRow, VariantRow, change, distance, estimate, worst
+from registry.report import DecisionRow, Energy, ModelColumn, ReleaseRow, UpdateRow, VariantRow, change, distance, estimate, worst
 from registry.seal import Part, Seal
 from registry.sheets import verdicts
 
@@ -180,6 +180,13 @@ def variant_row(
         milliseconds=card.cost.milliseconds, on_devices=on_devices, energy=energy, gpu=time, price=price,
         saving=1 - price / whole if whole else None,
     )  # fmt: skip
+
+
+def update_row(records: Records, subject: Subject) -> UpdateRow | None:
+    """Make the row of the newest version of a subject that the gate judged; None: its update was not made from a master."""
+    newest = max(judged(records, subject), default=0)
+    made = verdict(records, subject, newest) if newest else None
+    return UpdateRow(str(subject), newest, made.outcome, made.update) if made and made.update else None
 
 
 def _gpu(champion: Champion, gpu: Mapping[Subject, GpuTime], prices: Prices) -> GpuTime:

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from model.scorecard import CaptionCheck, Comparison, Quality
 from registry.cost import GpuTime, Prices, Row, Side, energy, images, total
+from registry.curve import Point, Update
 from registry.selection import quantile
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -168,6 +169,29 @@ class VariantRow:
 
 
 @dataclass(frozen=True)
+class UpdateRow:
+    """How small the update of a subject's last retraining was made, and what it keeps."""
+
+    subject: str
+    version: int
+    outcome: str
+    """The gate's answer."""
+    update: Update
+
+    @property
+    def points(self) -> list[Point]:
+        """The sizes that were tried, the largest first; without a budget the one that was made."""
+        own = self.update
+        alone = Point(limit=own.bytes, bytes=own.bytes, noise=own.noise, kept=own.kept)
+        return own.curve or [alone]
+
+    @property
+    def began(self) -> str:
+        """Where its training started, in words."""
+        return "the champion's master" if self.update.start == "master" else "what devices have"
+
+
+@dataclass(frozen=True)
 class ReleaseRow:
     """A published release of a line and class, and its cost in a year."""
 
@@ -227,6 +251,8 @@ class Report:
     go_back: list[str] = field(default_factory=list)
     variants: list[VariantRow] = field(default_factory=list)
     """By line and configuration, from the highest quality and cost to the lowest."""
+    updates: list[UpdateRow] = field(default_factory=list)
+    """Of the last retraining of each subject whose update was made smaller from a master."""
     older: int = 0
     """Decisions that are not on the page."""
 

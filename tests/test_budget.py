@@ -31,7 +31,9 @@ from tests.conftest import write_images
 from tests.test_flows import SETTINGS
 
 SUBJECT = Subject(line="shapes", configuration="I", variant="full")
-LOWRANK = SETTINGS.replace('tier = "test"', 'tier = "test"\nupdate_method = "lowrank"').replace("steps = 500", "steps = 120")
+LOWRANK = SETTINGS.replace('tier = "test"', 'tier = "test"\nupdate_method = "lowrank"\nupdate_polish = 10').replace(
+    "steps = 500", "steps = 120"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     versions.add(made.root, "data/shapes", "shapes", "first")
     (row,) = retrained(made)
     assert row["promoted"], row
+    deliver(made, 1)
     yield made
     made.ledger.close()
     made.fleet.close()
@@ -111,7 +114,6 @@ def test_budget_that_is_no_size_is_refused_by_name(workspace: Workspace, given: 
 
 
 def test_budget_smaller_than_the_fixed_cost_is_refused_before_training_with_the_smallest_that_can_be(workspace: Workspace):
-    deliver(workspace, 1)
     runs = sorted((workspace.work / "runs").iterdir())
     told = ferry(workspace, "retrain", "shapes", "--update-budget", "2KiB")
     assert told.exit_code == 3
@@ -142,7 +144,10 @@ def test_budget_that_nothing_fits_names_the_smallest_size_that_would_and_keeps_t
     assert refused.master.digest == row["update"]["master"] == file_sha256(stored_master(workspace, row["version"]))
 
 
+@pytest.mark.slow
 def test_larger_budget_uses_the_same_training_and_promotes_the_smallest_size_that_passes(workspace: Workspace):
+    retrained(workspace, "--update-budget", "24KiB")  # as before: it is known, and nothing is trained or registered anew
+    assert [v.number for v in workspace.catalog.versions(SUBJECT)] == [1, 2]
     before = {path: path.stat().st_mtime for path in (workspace.work / "runs").glob("*/lineage.json")}
     (row,) = retrained(workspace, "--update-budget", "128KiB")
     assert row["outcome"] in ("promote", "promote if reasoned"), row["reason"]
@@ -164,6 +169,7 @@ def test_larger_budget_uses_the_same_training_and_promotes_the_smallest_size_tha
     assert champion(workspace).version == row["version"]
 
 
+@pytest.mark.slow
 def test_what_is_fielded_is_what_devices_compute_and_takes_the_bytes_that_were_said(workspace: Workspace, tmp_path: Path):
     now = champion(workspace)
     made = verdict(workspace, SUBJECT, now.version)
@@ -287,8 +293,19 @@ def test_refused_challengers_master_does_not_leak_into_the_next_training(workspa
 
 
 def test_report_shows_the_curve_of_the_last_retraining(workspace: Workspace, tmp_path: Path):
+    newest = max(v.number for v in workspace.catalog.versions(SUBJECT))
+    made = verdict(workspace, SUBJECT, newest)
+    assert made
+    assert made.update
     told = ferry(workspace, "report", "--output", str(tmp_path / "report.html"))
     assert told.exit_code == 0, told.output
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert f"shapes/I/full version {newest} ({made.outcome}), by lowrank" in page
+    assert f"<b>{made.update.bytes:,}</b>" in page
+    for point in made.update.curve:
+        assert f"{point.bytes:,}" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "<script" not in page
 
 
 @pytest.mark.parametrize("schema", [1, 2])

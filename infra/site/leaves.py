@@ -187,7 +187,7 @@ ARTIFACTS = {
 }
 
 RUNS = {
-    "retrain": "parameters: the workspace's path, line, Git revision, whether winners are promoted, seed, steps",
+    "retrain": "parameters: the workspace's path, line, Git revision, whether winners are promoted, seed, steps, budget of the update",
     "adopt": "parameters: the workspace's path, line, configuration, path of a file, where it comes from, whether it is promoted",
     "look for data": "parameters: the workspace's path, lines",
     "look at aliases": "parameters: the workspace's path",
@@ -197,6 +197,7 @@ RUNS = {
     "pull data": "state and times",
     "ladder": "state and times",
     "train": "state and times",
+    "fit the update": "state and times",
     "export": "state and times",
     "evaluate": "state and times",
     "register": "state and times",
