@@ -258,7 +258,7 @@ def test_wrong_factors_cost_bytes_and_nothing_else(tmp_path, name):
 
 
 def test_factors_that_are_right_but_longer_than_what_they_make(tmp_path):
-    """Guess instead where a file tells in many bytes what takes few: steps far finer than the numbers can show."""
+    """Check that the codec guesses where a file tells in many bytes what takes few: steps far finer than the numbers can show."""
     old = weights(30_000, "float16")
     steps = np.random.default_rng(0).integers(-(2**23), 2**23, 30_000, np.int32)
     new = numbers.stepped(old, steps, np.float32(2.0**-38), KINDS["float16"])
@@ -511,6 +511,12 @@ def test_update_of_nothing_refused():
     """Refuse an update in which nothing moves; its stretches would cost time and no bytes."""
     table = struct.pack("<HB", 1, 0) + struct.pack("<I", 400) + bytes(8)
     refuse(Case(OLD, OLD), Record(UPDATE, streams.frame(table), OLD), sentence="holds no factors")
+
+
+def test_update_with_more_factors_than_it_may_hold_refused(monkeypatch):
+    """Refuse it before memory is allocated for the factors."""
+    monkeypatch.setattr(updates, "MAX_VALUES", 39)
+    refuse(PAIR, Record(UPDATE, payload(), NEW), sentence="more than it may")
 
 
 @pytest.mark.parametrize(

@@ -550,7 +550,7 @@ def test_delta_over_another_graph_still_follows_the_weights(bundles, export, tmp
 
 
 def test_delta_takes_the_factors_of_a_training(bundles, export, tmp_path):
-    """Use a variant's factors for its weights; those of another variant, or for agents of before, cost bytes and nothing else."""
+    """Take a variant's factors for its weights; those of another variant, or for agents of before, cost bytes and nothing else."""
     weights, rng = bytearray((export / "weights.bin").read_bytes()), np.random.default_rng(0)
     tensors, said = {}, {}
     for tensor in files.tensors(export / "weights.bin", export / "graph.onnx"):

@@ -531,7 +531,6 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    if stop - first != 4 * math.prod(shape) or start + stop > size:", "    if start + stop > size:", "a tensor of another length than its shape is read"),
         ("or rank > MAX_RANK or", "or", "factors of any rank are read"),
         ("> MAX_FACTOR:", "> 2 * MAX_FACTOR:", "factors are believed that devices refuse"),
-        ("self.count != numbers_there", "False", "factors of another tensor are believed"),
         ("left[:, k].any() and right[k].any()", "True", "components that are 0 cost bytes"),
     ],
     "ota/delta/updates.py": [
