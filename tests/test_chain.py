@@ -27,6 +27,7 @@ from tests.fleet_kit import CLASS, LEDGER, LINE, Cut, Field, WebServer, everyone
 from tests.test_agent_attacks import with_header
 from tests.test_agent_machine import Children
 from tests.test_agent_update import digest, files_of, slot_files, small_disk, stand_still
+from tests.test_delegation import move
 from tests.test_overlay import assembled, moved, named
 
 pytest_plugins = ["tests.fleet_kit", "tests.test_agent_machine"]
@@ -195,6 +196,12 @@ def test_three_releases_at_once_cost_no_more_than_one_after_the_other(scene, row
 
 def scene_bytes(server: WebServer) -> int:
     return sum(count for name, count in server.sent.items() if not name.startswith("objects/"))
+
+
+def test_class_with_roles_of_its_own_takes_the_single_steps(behind, row):
+    move(behind.repository, CLASS)
+    assert behind.device.update().way == "chain"
+    arrived(behind, row)
 
 
 def missing(path: Path) -> None:
