@@ -43,6 +43,7 @@ tier = "nano"
 image_size = 16
 channels = 1
 text_length = 20
+update_method = "lowrank"          # makes the update of a retraining small; what it leaves out is part of the next one
 
 [lines.surfaces.training]
 steps = 420
@@ -53,7 +54,6 @@ learning_rate = 1.5e-3
 steps = 650
 batch = 8
 learning_rate = 1.5e-3
-update_grid = 3.0                  # rounds the update, so that its delta is small
 
 [lines.surfaces.distillation]      # the student for turbo
 steps = 120
