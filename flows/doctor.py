@@ -277,7 +277,11 @@ def _ledger(patient: Patient) -> Iterator[Finding]:
 
 
 def _mlflow(patient: Patient) -> Iterator[Finding]:
-    yield Finding("mlflow", *doctor_stores.mlflow(patient.root, patient.settings.stores.mlflow, patient.clone))
+    stores = patient.settings.stores
+    yield Finding("mlflow", *doctor_stores.mlflow(patient.root, stores.mlflow, patient.clone))
+    if not patient.clone:
+        for answer in doctor_stores.lost_masters(patient.root, stores.database):
+            yield Finding("mlflow", *answer)
 
 
 def _published(patient: Patient) -> Iterator[Finding]:

@@ -38,6 +38,30 @@ def ledger(root: Path, database: str, clone: bool) -> Answer:
     return "ok", f"{len(entries)} entries, signed and complete"
 
 
+def lost_masters(root: Path, database: str) -> Iterator[Answer]:
+    """Yield a warning for each champion whose master is not among MLflow's files; those of a server cannot be looked at here."""
+    from ota.release.keys import KeyRing
+    from registry.ledger import Ledger
+    from registry.promotion import subject_state
+    from registry.seal import MASTER, is_whole
+
+    files, place, ring = root / "mlartifacts", file_of(located(database, root)), KeyRing(root / "keys")
+    if not files.is_dir() or not ring.ledger or (place is not None and not place.is_file()):
+        return
+    opened = Ledger(located(database, root), ring, root / "keys" / SEEN)
+    try:
+        entries = opened.entries()
+    finally:
+        opened.close()
+    for subject in dict.fromkeys(entry.subject for entry in entries):
+        seal = subject_state(entry for entry in entries if entry.subject == subject).champions_seal
+        master = seal.master if seal else None
+        kept = files.glob(f"{subject.partition('/')[0]}/*/artifacts/checkpoint/{MASTER}")
+        if seal and master and not any(is_whole(path, master) for path in kept):
+            begins = "the next retraining starts from the fielded weights; restore MLflow's files from a backup if you have one"
+            yield "warn", f"the master of {seal.name} is lost or damaged, so {begins}"
+
+
 def mlflow(root: Path, address: str, clone: bool) -> Answer:
     """Check that MLflow's server answers, or that its database can be read and names this workspace's files where they are."""
     from registry import addresses

@@ -7,7 +7,6 @@ code and settings need no work, and a killed run resumes at the step that was in
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,7 +31,7 @@ from registry.champions import judged
 from registry.errors import SealError
 from registry.registration import card_text, register
 from registry.runs import open_retraining, points
-from registry.seal import FACTORS, SCORECARD, Part, Seal, files_of, sealed_bytes
+from registry.seal import SCORECARD, Part, Seal, files_of, sealed_bytes
 from registry.selection import Decision
 
 RETRIES: dict[str, Any] = {
@@ -172,8 +171,6 @@ def export_model(workspace: Workspace, checkpoint: Path, key: str) -> str:
         f"export {subject_of(opened.lineage)} as ONNX, stored as {line.precision(configuration)}, and compare it with torch"
     )
     export.export(opened, line.precision(configuration), sampler, captions, line.latency_ms(configuration, variant), out)
-    if (checkpoint / FACTORS).is_file():  # a release hands them to the codec
-        shutil.copyfile(checkpoint / FACTORS, out / FACTORS)
     return str(out)
 
 

@@ -59,6 +59,13 @@ def shares(kept: Kept | None) -> str:
     return f"{kept.share:.1%} ({kept.low:.1%} to {kept.high:.1%}, {kept.items} held-out images)"
 
 
+def in_short(update: Update) -> str:
+    """Say in one line what an update costs and keeps, and how it was made."""
+    limit = f" of {update.budget:,}" if update.budget else ""
+    began = "the champion's master" if update.start == "master" else "the fielded weights"
+    return f"its update: {update.bytes:,} bytes{limit}, keeps {shares(update.kept)} of the gain; by {update.method}, trained from {began}"
+
+
 def would_pass(curve: Sequence[Point]) -> str:
     """Say what the smallest size is that keeps enough, or what that is not known to be."""
     passed = [point for point in curve if point.outcome == "passed"]

@@ -252,8 +252,11 @@ def test_master_that_is_lost_damaged_or_of_another_line_is_left_out(workspace: W
     try:
         checkpoint = champion_files(workspace, seal).checkpoint
         fetch_master(workspace, seal, checkpoint)
+        doctor = " ".join(ferry(workspace, "doctor").output.split())
     finally:
         path.write_bytes(whole)
+    assert "the master of shapes/I/full 1 is lost or damaged" in doctor
+    assert "the master of" not in " ".join(ferry(workspace, "doctor").output.split())
     assert not (checkpoint / MASTER).exists()
     start = train.start_of(train.load_checkpoint(checkpoint), "shapes")
     assert start.master is None

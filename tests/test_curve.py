@@ -17,7 +17,7 @@ from model.kept import LEAST_GROUPS, Losses, kept, losses
 from model.network import Network
 from model.scorecard import Kept
 from model.train import Checkpoint
-from registry.budget import passes, with_update
+from registry.budget import in_short, passes, with_update
 from registry.curve import LEAST, NEAR, TRIES, Point, Update, in_order, level_for, rooms, smallest_budget
 from registry.selection import Decision
 from tests.test_selection import card, judged
@@ -174,6 +174,13 @@ def test_where_no_size_of_the_curve_keeps_enough_a_larger_one_is_asked_for():
     found = share(0.9)
     made = with_update(decision(), update(60000, found, (240000, found, "failed"), (60000, None, "not tested")))
     assert "a size above 240,000 bytes may, so raise update_budget, or lower update_keep" in made.reason
+
+
+def test_update_is_told_in_one_line():
+    assert in_short(update(60000, share(0.981))) == (
+        "its update: 60,000 bytes of 65,536, keeps 99.0% (98.1% to 99.9%, 250 held-out images) of the gain; by lowrank, trained from the "
+        "champion's master"
+    )
 
 
 def test_update_larger_than_its_budget_is_refused_however_good():

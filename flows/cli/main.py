@@ -158,12 +158,16 @@ def retrain(
         phase("load what trains, and start Prefect: some seconds")
         from flows import retrain as flow
         from flows import serve as schedule
+        from registry.budget import in_short
         from registry.lineage import shortened
+        from registry.runs import Retrained
 
         def tell(rows: list[dict[str, Any]]) -> None:
-            text = "\n".join(
-                f"{r['subject']} version {r['version']}: {r['outcome']}, {printable(shortened(r['reason']))}" for r in rows
-            )
+            lines = []
+            for row in map(Retrained.model_validate, rows):
+                lines.append(f"{row.subject} version {row.version}: {row.outcome}, {printable(shortened(row.reason))}")
+                lines += [f"  {in_short(row.update)}"] if row.update else []
+            text = "\n".join(lines)
             answer(as_json, {"models": rows}, text)
 
         try:
