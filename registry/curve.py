@@ -3,10 +3,10 @@
 A retraining makes one master. From it, updates of many sizes can be made: the noise level decides, and it is chosen by encoded
 bytes alone, so no held-out image takes part in that choice. What is tested on held-out images is which of these sizes may be taken.
 
-The sizes are fixed by the budget, and by the bytes of the finest update, before anything is measured on held-out images. They are tested from the largest to the smallest, and the first that
-fails ends the sequence; the smallest that passed is taken. Such a fixed sequence needs no share of alpha for each test (Maurer,
-Hothorn and Lehmacher 1995; Wiens 2003): for the sequence to reach a size that must not be taken, the first such size has to pass its
-own test by luck, and that has the chance alpha.
+The sizes are fixed by the budget, and by the bytes of the finest update, before anything is measured on held-out images. They are
+tested from the largest to the smallest, and the first that fails ends the sequence; the smallest that passed is taken. Such a fixed
+sequence needs no share of alpha for each test (Maurer, Hothorn and Lehmacher 1995; Wiens 2003): for the sequence to reach a size
+that must not be taken, the first such size has to pass its own test by luck, and that has the chance alpha.
 
 A size passes if its update is superior on the new data, non-inferior on the old (the gate), and keeps a share of the gain. All
 three must pass, each at the level alpha (an intersection-union test, Berger 1982). None of the three looks at what the others found,
@@ -14,9 +14,7 @@ so the order in which they are computed changes nothing: first the share kept, w
 gate, which draws images, for those that passed, in the same order, and for `GATED` sizes at most. That limit and the first size
 that the gate sees depend on the budget alone.
 
-    >>> room = room_of(65536, fixed=16048)
-    >>> weights = rooms(room, finest=400_000)
-    >>> passed = in_order(weights, keeps_enough)
+    >>> passed = in_order(rooms(65536 - 16048, finest=400_000), keeps_enough)
 """
 
 from __future__ import annotations
@@ -81,11 +79,6 @@ class Update(Frozen):
     curve: list[Point] = Field(
         default=[], exclude_if=lambda value: not value, description="the sizes, the largest first; empty: no budget"
     )
-
-
-def room_of(budget: int, fixed: int) -> int:
-    """Return the bytes that a budget leaves for weights; below `LEAST` there is no update that fits."""
-    return budget - fixed
 
 
 def smallest_budget(fixed: int) -> int:
