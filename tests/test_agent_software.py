@@ -19,11 +19,12 @@ import numpy as np
 import onnx
 import pytest
 
+import ota
 from ota.agent import child, drawing, runtime, trial
 from ota.agent.rules import MAX_TRIES
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Trial
 from ota.errors import AgentError, GateError, ManifestError, SoftwareError, UnfinishedError
-from ota.manifest import Manifest, Policy, Reference, SamplerTable, parse
+from ota.manifest import FORMS, Manifest, Policy, Reference, SamplerTable, parse
 from ota.release.bundle import Bundle
 from tests.conftest import few
 from tests.fleet_kit import Field, publish
@@ -217,12 +218,12 @@ def changed(data: bytes, **fields: Any) -> bytes:
         (
             Manifest,
             {"minimum_agent": "99.0.0", "variants": {}, "more": 1},
-            "the manifest needs agent 99.0.0, but this is 0.2.0; update",
+            f"the manifest needs agent 99.0.0, but this is {ota.__version__}; update",
         ),
         (
             Manifest,
-            {"schema_version": 4, "lines": ["a"]},
-            "the manifest has form 4 and needs an agent that knows it, but this is 0.2.0; update",
+            {"schema_version": FORMS["manifest"] + 1, "lines": ["a"]},
+            f"the manifest has form {FORMS['manifest'] + 1} and needs an agent that knows it, but this is {ota.__version__}; update",
         ),
         (Policy, {"schema_version": 7, "when": "soon"}, "the policy has form 7"),
         (SamplerTable, {"schema_version": 3, "method": "new"}, "the samplertable has form 3"),

@@ -582,7 +582,7 @@ def test_any_vectors_come_back(rows):
 
 
 def test_an_agent_of_format_version_1_asks_for_a_newer_one(tmp_path):
-    """Let the real agent of version 0.1.0 read a delta of format version 2: it says what to do, and what is there stays."""
+    """Let the real agent of the version before read a delta of format version 2: it says what to do, and what is there stays."""
     moved_pair(tmp_path)
     old_agent = kit.Programs.install(tmp_path / "programs", kit.wheel("deltaferry_agent"))
     files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p", factors=tmp_path / "factors")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from flows.settings import FORMAT
 from flows.workspace import Workspace
 from ota import chain
 from ota.agent.state import Home
-from ota.manifest import VariantName, as_numbers
+from ota.manifest import as_numbers
 from ota.release import bundle, compatibility, rollout
 from ota.release.bundle import Bundle
 from registry.champions import champions
@@ -73,20 +72,14 @@ def opened(world: World) -> Iterator[Workspace]:
 
 
 def assembled(workspace: Workspace, out: Path, oldest_agent: str) -> Bundle:
-    """Make a bundle of the champion in two variants that share its weights: the newest form, or that of an older agent."""
+    """Make a bundle of the champions in the newest form that an agent reads, whatever the devices report."""
     from flows.steps import champion_files
 
-    (champion,) = champions(workspace, workspace.class_subjects(LINE, CLASS)).values()
-    files = champion_files(workspace, champion).bundle
-    dev = out / "dev"
-    shutil.copytree(files, dev)
-    table = json.loads((files / "sampler.json").read_bytes()) | {"variant": "dev", "times": [1.0, 0.6, 0.3, 0.0]}
-    (dev / "sampler.json").write_text(json.dumps(table))
-    exports: dict[VariantName, Path] = {"full": files, "dev": dev}
-    release = workspace.repository.releases(LINE, CLASS)[-1]
-    before = workspace.repository.manifest(release)
+    found = champions(workspace, workspace.class_subjects(LINE, CLASS))
+    before = workspace.repository.manifest(workspace.repository.releases(LINE, CLASS)[-1])
     return bundle.assemble(
-        exports, line=LINE, device_class=CLASS, tier=before.tier, configuration=before.configuration, precision=before.precision,
+        {variant: champion_files(workspace, champion).bundle for variant, champion in found.items()},
+        line=LINE, device_class=CLASS, tier=before.tier, configuration=before.configuration, precision=before.precision,
         origin=before.origin, out=out / "bundles", oldest_agent=oldest_agent,
     )  # fmt: skip
 
@@ -98,8 +91,25 @@ def publish(workspace: Workspace, made: Bundle) -> None:
     policies.publish(workspace)
 
 
+def release_of_today(world: World) -> Any:
+    """Let the device report today's agent, and release the champions in the form that only this agent reads."""
+    today(world, "update")
+    made = ferry(world, "release", LINE)
+    assert made["minimum_agent"] == ota.__version__
+    ferry(world, "rollout", "start", LINE, "--waves", "100")
+    return made
+
+
 def runs(world: World) -> str | None:
     return Home(world.device).load().active
+
+
+def draws_all(old: Programs, device: Path) -> None:
+    """Let the old agent draw with shared weights (full, dev) and with an overlay (turbo)."""
+    for variant in ("full", "dev", "turbo"):
+        drawn = device.parent / f"{variant}.png"
+        answer(old.agent(device, "generate", "bar", "--variant", variant, "--output", drawn))
+        assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +130,8 @@ def released_once(unpacked: World, tmp_path_factory: pytest.TempPathFactory) -> 
     world = unpacked.copy(tmp_path_factory.mktemp("released") / "world")
     made = ferry(world, "release", LINE)
     assert (made["release"], len(made["deltas"]), made["minimum_agent"]) == (2, 1, VERSION)
+    with opened(world) as workspace:
+        assert 1 in {link.form for link in workspace.repository.links(LINE, CLASS)}  # agents of before look for no other delta
     ferry(world, "rollout", "start", LINE, "--waves", "100")
     return world
 
@@ -136,10 +148,9 @@ def released(released_once: World, tmp_path: Path) -> World:
 def test_old_agent_updates_by_delta_from_todays_factory(old, released):
     done = answer(old.agent(released.device, "update"))
     assert (done["way"], done["reason"]) == ("delta", "release 2 is installed")
-    drawn = answer(old.agent(released.device, "generate", "bar", "--output", released.device.parent / "bar.png"))
-    assert Path(drawn["output"]).read_bytes().startswith(b"\x89PNG")
+    draws_all(old, released.device)
     standing = ferry(released, "fleet", "status")["devices"][DEVICE]["standing"]
-    assert (standing["release"], standing["agent"], standing["behind"]) == (2, f"{VERSION} or older", False)
+    assert (standing["release"], standing["agent"], standing["behind"]) == (2, VERSION, False)
 
 
 @pytest.mark.parametrize("way", ["delta", "full"])
@@ -182,6 +193,7 @@ def test_old_agent_sets_up_a_device_and_installs_in_full(old, released, tmp_path
     ))  # fmt: skip
     assert answer(old.agent(device, "update"))["way"] == "full"
     assert answer(old.agent(device, "status"))["sound"] is True
+    draws_all(old, device)
 
 
 def test_old_agent_says_too_old_for_the_newest_form_and_keeps_what_runs(old, world):
@@ -192,7 +204,7 @@ def test_old_agent_says_too_old_for_the_newest_form_and_keeps_what_runs(old, wor
     before = (world.device / "state.json").read_bytes()
     for _ in range(2):
         done = old.agent(world.device, "update")
-        assert done.returncode == 5
+        assert done.returncode == 7
         assert f"needs agent {newest.manifest.minimum_agent}, but this is {VERSION}; update the agent first" in done.stderr
         assert "Traceback" not in done.stderr
     assert (world.device / "state.json").read_bytes() == before  # it runs, and nothing is refused for good
@@ -202,15 +214,16 @@ def test_old_agent_says_too_old_for_the_newest_form_and_keeps_what_runs(old, wor
     assert runs(world) == newest.manifest.digest
 
 
-def test_old_agent_installs_the_same_champion_in_the_form_that_it_reads(old, world):
-    with opened(world) as workspace:
-        made = assembled(workspace, world.factory.parent / "old", VERSION)
-        assert compatibility.minimum_agent(made.manifest.schema_version) == VERSION == made.manifest.minimum_agent
-        publish(workspace, made)
-    assert answer(old.agent(world.device, "update"))["changed"]
-    drawn = world.device.parent / "dev.png"
-    answer(old.agent(world.device, "generate", "bar", "--variant", "dev", "--output", drawn))
-    assert drawn.read_bytes().startswith(b"\x89PNG")
+def test_release_has_the_form_that_the_devices_report(released):
+    with opened(released) as workspace:
+        (first, second) = workspace.repository.releases(LINE, CLASS)
+        assert workspace.repository.manifest(second).minimum_agent == VERSION
+    made = release_of_today(released)
+    assert made["left_behind"] == {}
+    assert made["manifest"] not in (first.manifest, second.manifest)
+    assert made["versions"] == {"full": 2, "dev": 2, "turbo": 2}  # the same champions as in release 2
+    today(released, "update")
+    assert runs(released) == made["manifest"]
 
 
 # The old device and today's agent
@@ -241,14 +254,26 @@ def test_old_agent_goes_on_with_what_todays_agent_left(old, released):
     assert answer(old.agent(released.device, "history"))["entries"]
     assert today(released, "status")["active"] == first  # and today's agent reads what the old one left
     standing = ferry(released, "fleet", "status")["devices"][DEVICE]["standing"]
-    assert standing["agent"] == f"{VERSION} or older"  # its last report is that of the older agent
+    assert standing["agent"] == VERSION  # its last report is that of the older agent
+
+
+def test_old_agent_draws_with_the_bundle_before_where_it_cannot_read_what_runs(old, world):
+    first = runs(world)
+    release_of_today(world)
+    assert today(world, "update")["changed"]
+    assert runs(world) != first
+    drawn = old.agent(world.device, "generate", "bar", "--output", world.device.parent / "bar.png")
+    assert drawn.returncode == 0
+    assert "the bundle before draws" in drawn.stderr
+    assert answer(old.agent(world.device, "rollback"))["active"] == first
+    assert answer(old.agent(world.device, "status"))["sound"] is True
 
 
 # Reports
 
 
 def test_factory_learns_of_a_new_agent_before_there_is_a_release(world):
-    assert ferry(world, "fleet", "status")["devices"][DEVICE]["standing"]["agent"] == f"{VERSION} or older"
+    assert ferry(world, "fleet", "status")["devices"][DEVICE]["standing"]["agent"] == VERSION
     assert today(world, "update")["changed"] is False
     standing = ferry(world, "fleet", "status")["devices"][DEVICE]["standing"]
     assert (standing["agent"], standing["event"], standing["release"]) == (ota.__version__, "new_agent", 1)
@@ -256,14 +281,12 @@ def test_factory_learns_of_a_new_agent_before_there_is_a_release(world):
     assert list((world.factory / "inbox").glob("*.json")) == []  # it says so once
 
 
-def test_old_factory_sets_the_new_report_aside_and_todays_takes_it_from_there(old_factory, world):
+def test_old_factory_takes_the_report_of_todays_agent(old_factory, world):
     today(world, "update")
-    (report,) = (world.factory / "inbox").glob("*.json")
     told = answer(old_factory.ferry(world.factory, "fleet", "status"))
-    assert "is not valid" in told["rejected"][report.name]
-    assert told["devices"][DEVICE]["event"] == "confirmed"
-    (world.factory / "inbox/rejected" / report.name).rename(report)
-    assert ferry(world, "fleet", "status")["devices"][DEVICE]["standing"]["agent"] == ota.__version__
+    assert told["rejected"] == {}
+    standing = told["devices"][DEVICE]["standing"]
+    assert (standing["agent"], standing["event"], standing["release"]) == (ota.__version__, "new_agent", 1)
 
 
 # The old workspace and today's factory
@@ -271,9 +294,11 @@ def test_old_factory_sets_the_new_report_aside_and_todays_takes_it_from_there(ol
 
 def test_todays_factory_works_in_the_old_workspace(world):
     standing = ferry(world, "status")
-    assert [(model["subject"], model["champion"]) for model in standing["models"]] == [("shapes/I/full", 2)]
+    assert [(model["subject"], model["champion"]) for model in standing["models"]] == [
+        (f"shapes/I/{variant}", 2) for variant in ("full", "dev", "turbo")
+    ]
     assert {wait["command"] for wait in standing["waits"]} == {"ferry release shapes/edge"}
-    assert [(device["device"], device["agent"]) for device in standing["devices"]] == [(DEVICE, f"{VERSION} or older")]
+    assert [(device["device"], device["agent"]) for device in standing["devices"]] == [(DEVICE, VERSION)]
     assert ferry(world, "evaluate", "shapes/I/full")["version"] == 2
     assert ferry(world, "history", "--verify")["checked"] == len(ferry(world, "history")["entries"])
     assert ferry(world, "trust", "status")
@@ -284,24 +309,55 @@ def test_todays_factory_works_in_the_old_workspace(world):
     assert ferry(world, "doctor")["fit"]
 
 
-def test_old_factory_refuses_a_newer_workspace_in_one_sentence(old_factory, world):
+def test_lines_of_the_old_workspace_keep_their_settings(world):
+    with opened(world) as workspace:
+        line = workspace.line(LINE)
+    assert (line.sampler.steps, line.retraining.update_grid, line.distillation.trajectories) == (6, 1.0, 32)
+    assert line.model_dump(include={"update_method", "update_budget"}, exclude_none=True) == {}  # the way of 0.2, and no budget
+
+
+def test_old_and_todays_factory_refuse_a_newer_workspace_in_one_sentence(old_factory, world):
     settings = world.factory / "ferry.toml"
-    newer = settings.read_text().replace("schema = 1", f"schema = {FORMAT}", 1)
+    newer = settings.read_text().replace("schema = 2", f"schema = {FORMAT + 1}", 1)
     settings.write_text(newer)
     done = old_factory.ferry(world.factory, "status")
     assert done.returncode == 3
-    assert f"schema = {FORMAT} is the format of a newer version of ferry" in done.stderr
+    said = f"schema = {FORMAT + 1} is the format of a newer version of ferry"
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert said in ferry(world, "status", code=3)
+    assert settings.read_text() == newer
+
+
+def test_old_factory_refuses_a_setting_of_today_in_one_sentence(old_factory, world):
+    settings = world.factory / "ferry.toml"
+    newer = settings.read_text().replace("text_length = 8", 'text_length = 8\nupdate_method = "lowrank"', 1)
+    settings.write_text(newer)
+    done = old_factory.ferry(world.factory, "status")
+    assert done.returncode == 3
+    assert "update_method" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert settings.read_text() == newer
+
+
+def test_old_factory_refuses_a_bundle_of_today_in_one_sentence_and_signs_nothing(old_factory, world):
+    made = release_of_today(world)
+    before = {path: path.read_bytes() for path in (world.factory / "repository").rglob("*") if path.is_file()}
+    done = old_factory.ferry(world.factory, "release", LINE)
+    assert done.returncode == 3
+    assert f"needs agent {made['minimum_agent']}, but this is {VERSION}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert {path: path.read_bytes() for path in (world.factory / "repository").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
 def test_todays_factory_retrains_what_the_old_one_trained(old, world):
     rows = CliRunner().invoke(app, ["--quiet", "-w", str(world.factory), "retrain", LINE, "--json"])
     assert rows.exit_code in (0, 5), rows.output  # this code trains anew; whether that is better is the gate's business
-    (row,) = json.loads(rows.stdout)["models"]
-    assert row["outcome"] in ("promote", "refuse", "promote if reasoned", "more data", "unchanged")
-    assert row["version"] in (2, 3)
+    full, *others = json.loads(rows.stdout)["models"]
+    assert full["outcome"] in ("promote", "refuse", "promote if reasoned", "more data", "unchanged")
+    assert full["version"] in (2, 3)
+    assert [row["subject"] for row in others] == ["shapes/I/dev", "shapes/I/turbo"]
     # So few images and steps may make other edges than before, which is what a device refuses unless it is allowed.
     ferry(world, "release", LINE, "--allow-change", "--reason", "trained anew on the same images")
     ferry(world, "rollout", "start", LINE, "--waves", "100")
@@ -323,7 +379,7 @@ def test_release_names_devices_left_behind_and_signs_nothing(raised):
     entries = len(ferry(raised, "history")["entries"])
     said = ferry(raised, "release", LINE, code=5)
     assert f"needs ferry-agent {ota.__version__}, but 1 device has an older one" in said
-    assert f"{DEVICE} ({VERSION} or older)" in said
+    assert f"{DEVICE} ({VERSION})" in said
     assert all(way in said for way in ("update their agents", f'oldest_agent = "{VERSION}"', "--leave-behind"))
     assert {path: path.read_bytes() for path in (raised.factory / "repository").rglob("*") if path.is_file()} == before
     assert len(ferry(raised, "history")["entries"]) == entries
@@ -331,7 +387,7 @@ def test_release_names_devices_left_behind_and_signs_nothing(raised):
 
 def test_leaving_devices_behind_is_a_recorded_decision(old, raised):
     made = ferry(raised, "release", LINE, "--leave-behind")
-    assert made["left_behind"] == {DEVICE: f"{VERSION} or older"}
+    assert made["left_behind"] == {DEVICE: VERSION}
     assert ferry(raised, "history")["entries"][-1]["facts"]["left_behind"] == made["left_behind"]
     ferry(raised, "rollout", "start", LINE, "--waves", "100")
     assert DEVICE in "".join(ferry(raised, "rollout", "status", LINE)["behind"])
@@ -341,7 +397,7 @@ def test_leaving_devices_behind_is_a_recorded_decision(old, raised):
     )
     first = runs(raised)
     done = old.agent(raised.device, "update")
-    assert (done.returncode, runs(raised)) == (5, first)
+    assert (done.returncode, runs(raised)) == (7, first)
     assert "update the agent first" in done.stderr
 
     today(raised, "update")
@@ -364,10 +420,10 @@ def test_class_asks_for_the_form_that_its_agents_read(world, monkeypatch):
     real = bundle.assemble
     monkeypatch.setattr("flows.publish.bundle.assemble", lambda *a, **k: asked.append(k["oldest_agent"]) or real(*a, **k))
     make_bundle.fn(str(world.factory), LINE, CLASS)
-    with (world.factory / "ferry.toml").open("a") as settings:  # its last table is that of the class
-        settings.write(f'oldest_agent = "{VERSION}"\n')
+    settings = world.factory / "ferry.toml"  # its last table is that of the class
+    settings.write_text(settings.read_text().replace('["full", "dev", "turbo"]', '["full"]') + 'oldest_agent = "0.1.0"\n')
     make_bundle.fn(str(world.factory), LINE, CLASS)
-    assert asked == [compatibility.minimum_agent(compatibility.newest_form() - 1), VERSION]  # its device has an older agent
+    assert asked == [VERSION, "0.1.0"]  # what its device reports, and what ferry.toml says
 
 
 # Fixtures

@@ -91,7 +91,7 @@ def report() -> SignedReport:
         device="press-01", boot="3d0f8bd2-6c1e-4d38-9d9c-1f3fa1b7a9c4", number=42, time=1_760_000_000, line=LINE, device_class=CLASS,
         event="refused", manifest=manifest()[0].digest, active=digest("before"),
         reason="full: the images' edge strength is 1.76; the running model's range is 0.10 to 0.44", received=266_542, milliseconds=31,
-        schema_version=2, agent="0.2.0",
+        schema_version=2, agent="0.3.0",
     )  # fmt: skip
     return SignedReport(report=said, signature=digest("a") + digest("b"))
 

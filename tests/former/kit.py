@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-WORLD = HERE / "world.tar.xz"
+VERSIONS = "versions.tar.xz"
+ARCHIVES = ("world.tar.xz", VERSIONS)
 BARE = {
     "PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -72,8 +73,9 @@ class World:
     @classmethod
     def unpack(cls, place: Path) -> World:
         """Unpack it into a folder."""
-        with tarfile.open(WORLD) as archive:
-            archive.extractall(place, filter="data")
+        for name in ARCHIVES:
+            with tarfile.open(HERE / name) as archive:
+                archive.extractall(place, filter="data")
         return cls._placed(place)
 
     def copy(self, place: Path) -> World:

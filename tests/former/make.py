@@ -21,16 +21,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.former.kit import HERE, Programs
+from tests.former.kit import ARCHIVES, HERE, VERSIONS, Programs
 
 ROOT = HERE.parents[1]
 WHEELS = {".": "deltaferry-*.whl", "ota": "deltaferry_agent-*.whl"}  # folder in which each is built → its name
 LEFT_OUT = {"work", "cache", "tmp", "__pycache__", "lock"}  # caches, and locks that nobody holds
-MAX_BYTES = 1_200_000  # of a file in this folder
+LEFT_OUT |= {"samples", "hooks"}  # pictures of a training on its way, for people alone, and examples that Git writes
+TOO_LARGE = "flows/bases/*.safetensors"  # what the wheel holds for `ferry demo`, which no test of the version before needs
+MAX_BYTES = 1_000_000  # of a file in this folder
 IMAGES, DIM = 120, 60  # images of the first delivery, and of the second
 SETTINGS = """\
 # The workspace of the version before; its gate lets nearly everything through, because so few images decide nothing.
-schema = 1
+schema = 2
 
 [lines.shapes]
 data = "data/shapes"
@@ -48,20 +50,30 @@ batch = 16
 learning_rate = 6e-3
 update_grid = 1.0
 
+[lines.shapes.distillation]
+steps = 30
+batch = 16
+learning_rate = 3e-3
+update_grid = 1.0
+trajectories = 32
+
 [lines.shapes.sampler]
 steps = 6
 
 [lines.shapes.gate]
 images = 64
 alpha = 0.1
-tolerance = 1.0
+tolerance = 2.0
+tolerance_bands = 10.0
 minimum_images = 8
 captions = false
 implausible = 1.0
 duplicates = 1.0
 coverage = 0.0
+beat_solver = false
 
 [lines.shapes.classes.edge]
+variants = ["full", "dev", "turbo"]
 latency_ms = 60000
 """
 # Run before `ferry`. The signatures shall outlive the fixture, and nobody's user or host name shall be in it.
@@ -156,14 +168,20 @@ def _check_promoted(answer: dict[str, Any]) -> None:
         raise SystemExit(f"the gate let nothing through, but the fixture needs two champions: {rows}")
 
 
-def pack(folders: list[Path], out: Path) -> None:
-    """Pack folders without caches: by name, without owners, and compressed as far as possible."""
+def pack(folders: list[Path], out: Path, versions: bool) -> None:
+    """Pack folders without caches: by name, without owners, and compressed as far as possible.
+
+    Args:
+        folders: to pack.
+        out: file to write.
+        versions: pack only the files of the versions in MLflow; otherwise all others. Together they would be too large for one file.
+    """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for folder in folders:
             for path in (folder, *sorted(folder.rglob("*"))):
                 parts = path.relative_to(folder.parent).parts
-                if LEFT_OUT.isdisjoint(parts[1:]):
+                if LEFT_OUT.isdisjoint(parts[1:]) and ("mlartifacts" in parts) == versions:
                     entry = archive.gettarinfo(path, "/".join(parts))
                     entry.uid, entry.gid, entry.uname, entry.gname = 0, 0, "", ""
                     with path.open("rb") if path.is_file() else io.BytesIO() as content:
@@ -185,16 +203,19 @@ def make(commit: str, out: Path) -> None:
         source = subprocess.run([*git, "archive", name], capture_output=True, check=True).stdout
         with tarfile.open(fileobj=io.BytesIO(source)) as archive:
             archive.extractall(tree, filter="data")
+        for base in tree.glob(TOO_LARGE):
+            base.unlink()
         for folder in WHEELS:
             build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(wheels)]
             subprocess.run(build, cwd=tree / folder, capture_output=True, check=True)
         made = [next(wheels.glob(pattern)) for pattern in WHEELS.values()]
         old = Old(place, *made)
         play(old)
-        pack([old.workspace, old.device], place / "world.tar.xz")
+        for part in ARCHIVES:
+            pack([old.workspace, old.device], place / part, versions=part == VERSIONS)
         for before in (*out.glob("*.whl"), *out.glob("*.xz")):
             before.unlink()
-        for file in (*made, place / "world.tar.xz"):
+        for file in (*made, *(place / name for name in ARCHIVES)):
             if file.stat().st_size > MAX_BYTES:
                 raise SystemExit(f"{file.name} has {file.stat().st_size:,} bytes; make the workspace smaller")
             shutil.copyfile(file, out / file.name)
