@@ -19,7 +19,7 @@ from model.data import Dataset
 from model.errors import CheckpointError
 from model.export import export, pack
 from model.gradients import STATISTICS, Gradients
-from model.graph import layout
+from model.graph import build, layout
 from model.network import Network
 from model.polish import polish
 from model.publish import Publication, publish, publish_first
@@ -29,7 +29,7 @@ from model.storage import fielded, named
 from model.train import MASTER, RESUME, WEIGHTS, Checkpoint, FlowMatching, TrainOptions, load_checkpoint, start_of, train
 from model.update import FACTORS, MAX_FACTOR, MAX_RANK, Approximation, Product, approximate, predicted, stepped
 from model.watch import Figures, Watcher
-from ota.delta import numbers
+from ota.delta import files, numbers
 
 from .conftest import CAPTIONS, CONFIG, SAMPLER, VERSION
 
@@ -118,14 +118,28 @@ def test_published_file_is_what_a_device_computes_from_the_old_one_and_the_facto
     assert said["schema_version"] == 1
     assert len(said["products"]) > 5
     for tensor in layout(CONFIG, stored)[0]:
-        kind, name = numbers.KINDS[tensor.stored], tensor.name
-        new = old = np.frombuffer(before[name], kind.dtype)
+        kind, name = numbers.KINDS[tensor.stored], tensor.in_graph
+        new = old = np.frombuffer(before[tensor.name], kind.dtype)
         if name in said["products"]:
             left, right = (factors[f"{name}.{side}"].numpy() for side in ("left", "right"))
             new = numbers.predicted(old, left, right, said["products"][name], kind)
         elif name in said["steps"]:
             new = numbers.stepped(old, factors[f"{name}.steps"].numpy(), np.float32(float.fromhex(said["steps"][name])), kind)
-        assert new.tobytes() == after[name], name
+        assert new.tobytes() == after[tensor.name], name
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_codec_finds_every_claim_of_an_export(first: Checkpoint, master: Checkpoint, tmp_path: Path, stored: PrecisionName):
+    made = publish(master, first, 0.01, stored, tmp_path / "made")
+    for name, of in (("old", first), ("new", made)):
+        (tmp_path / name).write_bytes(pack(of.network(), stored))
+    graph = tmp_path / "graph.onnx"
+    graph.write_bytes(build(CONFIG, stored).SerializeToString(deterministic=True))
+    old, new, patch = (tmp_path / name for name in ("old", "new", "patch"))
+    files.build(old, new, patch, graph, factors=made.folder / FACTORS)
+    told = {part.kind for part in files.inspect(patch, new, graph, old)[1] if part.length > 1024}
+    assert "update" in told
+    assert not told & {"numbers", "beside", "zstd"}  # nothing of size was left to guessing
 
 
 def test_int8_scales_stay_when_an_update_moves_the_largest_numbers(first: Checkpoint):
