@@ -88,7 +88,7 @@ def explain(
         SealError, StoreError: MLflow does not deliver the version's files.
         WorkspaceError: the caption is empty.
     """
-    output.check(out)
+    output.check_chosen(out, workspace.root / "explain.html", records=workspace.records)
     if not caption.strip():
         raise WorkspaceError("the caption is empty; give with --caption what the image shall show")
     found = find(workspace, subject, version)

@@ -85,7 +85,7 @@ def make(workspace: Workspace, name: str, chosen: Chosen, out: Path) -> Made:
         OperatorError: the file cannot be written.
     """
     line = workspace.line(name)
-    output.check(out)
+    output.check_chosen(out, workspace.root / "kit.zip", records=workspace.records)
     candidates, seconds = list[Candidate](), 0.0
     for config, precision in _networks(line, chosen):
         network = untrained(config, precision)
@@ -155,7 +155,7 @@ def report(paths: Sequence[Path], budget: poc.Budget, out: Path) -> dict[str, An
     Raises:
         OperatorError: a file is no result, two are the same, they are of different kits, or the page cannot be written.
     """
-    output.check(out, inputs=paths)
+    output.check_chosen(out, "poc.html", inputs=paths)
     results = [(path, _read(path)) for path in paths]
     for i, (path, result) in enumerate(results):
         for other, before in results[:i]:

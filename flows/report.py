@@ -33,7 +33,8 @@ def write(workspace: Workspace, out: Path, line: str | None = None) -> Path:
         SealError: MLflow holds other files of a champion than the gate saw.
         OperatorError: the page cannot be written there.
     """
-    output.check(out)
+    output.check_chosen(out, workspace.root / "report.html", records=workspace.records)
+    workspace.fleet.collect(workspace.inbox)
     if line is not None:
         workspace.line(line)
     lines = [line] if line is not None else list(workspace.settings.lines)

@@ -34,6 +34,7 @@ from flows.secrets import written_in
 from flows.settings import SETTINGS, DeviceClass, Line, read
 from model import clone
 from model.git import forget_redirections
+from ota import output
 
 if TYPE_CHECKING:
     from model.revisions import LineData
@@ -143,6 +144,18 @@ class Workspace:
         """Check whether a database is a file of this workspace, which goes where the workspace goes."""
         place = file_of(url)
         return place is not None and place.is_relative_to(self.root)
+
+    @property
+    def records(self) -> list[Path]:
+        """List what this workspace keeps, which no command replaces by a file that a person asks for."""
+        stores = self.settings.stores
+        folders = [stores.data, stores.publish, stores.reports, *(line.data for line in self.settings.lines.values())]
+        databases = [place for url in (self.database, self.mlflow) if (place := file_of(url))]
+        return [
+            *(self.root / name for name in output.WORKSPACE),
+            *(self.root / folder for folder in folders if "://" not in folder),
+            *(Path(f"{place}{end}") for place in databases for end in output.DATABASE),
+        ]
 
     def _sqlite(self, url: str) -> str:
         """Let a relative SQLite path start at the workspace, wherever `ferry` is called; other URLs stay as they are."""

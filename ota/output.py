@@ -30,6 +30,17 @@ _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
 }  # fmt: skip
+DATABASE = ("", "-wal", "-shm", "-journal")  # endings of the files of an SQLite database
+WORKSPACE = (
+    "ferry.toml", *(name + end for name in ("ferry.db", "mlflow.db") for end in DATABASE), "root.json", "keys", "repository", "published", "dvc-remote", "mlartifacts", "mlruns", "features", "inbox",
+    "events", "ratings", "work", "data", ".git", ".gitignore", ".gitattributes", ".dvc", ".dvcignore",
+)  # fmt: skip
+AGENT = (
+    "config.json", "root.json", "device.key", "number", "agent", "state.json", "state.prev.json", "resting.json", "measured.json",
+    "highwater.json", "metadata", "slots", "incoming", "queue", "history.json", "undelivered.txt", "lock",
+)  # fmt: skip
+# A file that marks a folder → what such a folder is, and which names in it are its own.
+_RECORDS = {"ferry.toml": ("a workspace", WORKSPACE), "device.key": ("an agent's directory", AGENT)}
 _NEW = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -51,6 +62,57 @@ def check(path: Path, inputs: Iterable[Path | None] = ()) -> None:
         with suppress(OSError):  # the code that reads the input reports what is wrong with it
             if given and there and os.path.samestat(there, given.stat()):
                 raise OperatorError(f"{shown(path)} is the same file as the input {shown(given)}; name another place")
+
+
+def check_chosen(path: Path, instead: str | Path, inputs: Iterable[Path | None] = (), records: Iterable[Path] = ()) -> None:
+    """Refuse a place that a person chose if it is one of the records of a workspace or an agent, or as `check` says. Writes nothing.
+
+    Commands call this for each `--output`, before any work is done. A workspace or agent's directory is found by the folders above the
+    place, so this also holds for a command that opens none.
+
+    Args:
+        path: where the file is to go.
+        instead: a place that is free, for the error.
+        inputs: as in `check`.
+        records: more files and folders that stay as they are, such as those that the open workspace's settings name.
+
+    Raises:
+        OperatorError: the file is a record, lies in a folder of records, or is another name of a record; or as `check` says.
+    """
+    place = Path(os.path.realpath(path.parent), path.name)
+    kept: list[tuple[Path, str]] = []
+    for folder in place.parents:
+        for mark, (owner, names) in _RECORDS.items():
+            if os.path.lexists(folder / mark):
+                kept += [(folder / name, f"kept by {owner}") for name in names]
+        if os.path.lexists(f"{folder}.dvc"):
+            kept.append((folder, "a folder of data that DVC keeps"))
+    if place.suffix == ".dvc":
+        kept.append((place, "kept by DVC"))
+    kept += [(record, "a record that must stay") for record in records]
+    for record, why in kept:
+        if _leads_to(place, record):
+            raise OperatorError(
+                f"{shown(path)} is {why}, so it is not replaced; name another place, such as {shown(Path(instead))}"
+            )
+    check(path, inputs)
+
+
+def _leads_to(place: Path, record: Path) -> bool:
+    """Check whether a place is a record, lies in it, or is another name of the same file."""
+    real = Path(os.path.realpath(record))
+    if place.is_relative_to(record) or place.is_relative_to(real):
+        return True
+    try:
+        found = place.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink == 1:
+            return False
+        if not real.is_dir():
+            return os.path.samestat(found, real.stat())
+        names = (Path(folder, name) for folder, _, files in os.walk(real) for name in files)
+        return any(os.path.samestat(found, name.lstat()) for name in names)
+    except OSError:  # nothing is there, or it goes away: there is no second name
+        return False
 
 
 @contextmanager

@@ -14,8 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli.main import app
+from flows.settings import NOT_DATA
+from flows.workspace import Workspace
 from ota import output
+from ota.agent import cli as agent
 from ota.errors import OperatorError
 
 WAS, IS = b"what was there before", b"what is written"
@@ -321,3 +326,81 @@ def test_descriptors_are_closed(tmp_path):
     with pytest.raises(OperatorError):
         output.check(tmp_path)
     assert names_in(Path("/proc/self/fd")) == before
+
+
+# A place that a person chose
+
+
+def plant(root: Path) -> dict[str, bytes]:
+    """Make the records of a workspace and of an agent inside it; return the content of each."""
+    (root / "data" / "shapes").mkdir(parents=True)
+    for name in ("keys", "own", "published", "device/queue", ".git", "inbox"):
+        (root / name).mkdir(parents=True)
+    records = (
+        "ferry.db", "ferry.db-wal", "mlflow.db", "root.json", "own/metadata.jsonl", "own.dvc", "data/shapes/a.png", "keys/keys.json",
+        "published/1.root.json", ".git/HEAD", "inbox/report.json", "other.db", "device/device.key", "device/state.json",
+        "device/queue/1.json",
+    )  # fmt: skip
+    for name in records:
+        (root / name).write_bytes(WAS)
+    text = 'schema = 2\n[stores]\ndatabase = "sqlite:///other.db"\n[lines.shapes]\ndata = "own"\n'
+    (root / "ferry.toml").write_text(text)
+    return {name: (root / name).read_bytes() for name in (*records, "ferry.toml")}
+
+
+def test_chosen_output_never_replaces_a_record_of_a_workspace_or_an_agent(tmp_path):
+    kept = plant(tmp_path / "w")
+    (tmp_path / "link").symlink_to(tmp_path / "w")
+    workspace = Workspace(tmp_path / "w")
+    for name in kept:
+        for root in (tmp_path / "w", tmp_path / "link", tmp_path / "w" / "keys" / ".."):
+            with pytest.raises(
+                OperatorError,
+                match=r"is (kept|a folder of data|a record).* so it is not replaced; name another place, such as page",
+            ):
+                output.check_chosen(root / name, "page", records=workspace.records)
+    with pytest.raises(OperatorError, match="not replaced"):
+        output.check_chosen(tmp_path / "w" / "keys" / "new", "page")
+    for name in ("report.html", "kit.zip", "device/image.png", "inbox.html"):
+        output.check_chosen(tmp_path / "w" / name, "page", records=workspace.records)
+    output.check_chosen(tmp_path / "ferry.db", "page", records=workspace.records)
+    assert {name: (tmp_path / "w" / name).read_bytes() for name in kept} == kept
+
+
+@pytest.mark.parametrize("name", ["other.db", "keys/keys.json", "ferry.toml"])
+def test_chosen_output_is_no_second_name_of_a_record(tmp_path, name):
+    plant(tmp_path / "w")
+    (tmp_path / "page.html").hardlink_to(tmp_path / "w" / name)
+    with pytest.raises(OperatorError, match="not replaced"):
+        output.check_chosen(tmp_path / "page.html", "page", records=Workspace(tmp_path / "w").records)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report", "-o", "?"], ["explain", "shapes", "--caption", "bar", "-o", "?"], ["poc", "shapes", "-o", "?"],
+        ["report", "--poc", "nowhere.json", "-o", "?"], ["delta", "build", "nowhere", "nowhere", "-o", "?"],
+        ["delta", "apply", "nowhere", "nowhere", "-o", "?"], ["trust", "sign", "root", "--out", "?"],
+        ["trust", "rotate", "root", "--out", "?"], ["trust", "delegate", "shapes", "--out", "?"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_no_command_of_ferry_writes_its_file_over_a_record(tmp_path, words):
+    kept = plant(tmp_path)
+    done = CliRunner().invoke(app, ["-w", str(tmp_path), *(str(tmp_path / "root.json") if w == "?" else w for w in words)])
+    assert (done.exit_code, done.stderr.count("\n")) == (3, 1)
+    assert "root.json is kept by a workspace, so it is not replaced; name another place, such as" in done.stderr
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+
+
+@pytest.mark.parametrize("words", [["-o", "state.json"], ["-o", "image.png", "--trace", "queue/1.json"]], ids=" ".join)
+def test_agent_writes_no_image_over_its_own_records(tmp_path, monkeypatch, capsys, words):
+    kept = plant(tmp_path)
+    monkeypatch.chdir(tmp_path / "device")
+    assert agent.call(["generate", "bar", "--dir", ".", *words]) == 3
+    assert "kept by an agent's directory, so it is not replaced" in capsys.readouterr().err
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+
+
+def test_names_of_a_workspace_are_those_that_no_data_folder_may_have():
+    assert NOT_DATA - {"report.html", "explain.html", "dvc"} <= {*output.WORKSPACE}

@@ -53,7 +53,6 @@ def report(
         workspace = open_workspace()
         from flows.report import write
 
-        workspace.fleet.collect(workspace.inbox)
         path = write(workspace, output or workspace.root / "report.html", given[0] if given else None)
         answer(as_json, {"report": str(path)}, str(path))
 

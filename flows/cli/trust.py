@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.cli.shared import Json, answer, open_workspace, reported_errors, showing_progress
+
+if TYPE_CHECKING:
+    from flows.workspace import Workspace
 
 trust_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Keys and signatures of the repository.")
 
@@ -145,6 +148,7 @@ def trust_rotate(
         from flows import policies
         from ota.release import replacement, trust
 
+        _check_out(workspace, out)
         signers = trust.signers_of(signer or [], public or [])
         request = replacement.Request(
             roles, lost=lost or [], stolen=stolen or [], new=new, signers=signers, offline=offline, out=out
@@ -153,6 +157,14 @@ def trust_rotate(
         with showing_progress():
             value, text = replacement.rotate(workspace, request, publish, classes, lambda: len(workspace.ledger.hashes()))
         answer(as_json, value, text)
+
+
+def _check_out(workspace: Workspace, out: Path | None) -> None:
+    """Refuse a FILE for signatures that is a record of the workspace."""
+    from ota import output
+
+    if out:
+        output.check_chosen(out, workspace.root / "unsigned.json", records=workspace.records)
 
 
 @trust_app.command("sign")
@@ -186,7 +198,9 @@ def trust_sign(
         if what in ROLES:
             if out is None or key or publish:
                 raise OperatorError(f"say where {what} waits for its signatures, as in `ferry trust sign {what} --out FILE`")
-            value, text = signatures.wait(open_workspace(), what, out)
+            workspace = open_workspace()
+            _check_out(workspace, out)
+            value, text = signatures.wait(workspace, what, out)
         elif out is not None:
             raise OperatorError(f"{what[:40]} is not a role; --out begins with one of {', '.join(ROLES)}")
         else:
@@ -224,6 +238,7 @@ def trust_delegate(
         from flows.workspace import line_and_class
         from ota.release.delegation import Move, delegate
 
+        _check_out(workspace, out)
         places = dict.fromkeys(line_and_class(target, workspace) for target in targets)
         moves = [Move(*place, workspace.device_class(*place).oldest_agent) for place in places]
         policies.check_newest(workspace)

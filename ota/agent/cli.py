@@ -326,14 +326,15 @@ def generate(given: Arguments) -> None:
     """Draw one image with the model that runs."""
     from ota.agent import drawing
 
-    output.check(given.output)
+    home = Home(given.dir)
+    records = [home.root / name for name in output.AGENT]
+    output.check_chosen(given.output, "image.png", records=records)
     if given.variant not in ("", *get_args(VariantName)):
         raise OperatorError(f"there is no variant {given.variant!r}; choose full, dev, fast or turbo")
     if given.trace:
-        output.check(given.trace, inputs=[given.output])
+        output.check_chosen(given.trace, "trace.json", [given.output], records)
         if _same_place(given.trace, given.output):
             raise OperatorError(f"--trace and --output both name {output.shown(given.output)}; name another place")
-    home = Home(given.dir)
     data, how = drawing.generate(home, given.caption, given.seed, given.variant or None, trace=given.trace is not None)
     with output.fresh(given.output) as file:
         file.write(data)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ota.output import shown
+from ota.output import check_chosen, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +75,7 @@ def build(
     """Write a delta; arguments and errors are those of `ota.delta.files.build`."""
     from ota.delta import files
 
+    check_chosen(output, "delta.patch", [old, new, graph, old_graph, factors])
     built = files.build(old, new, output, graph, old_graph, factors)
     size = new.stat().st_size
     value = {"patch": str(output), "bytes": built.size, "of": size, "by_kind": built.by_kind}
@@ -85,6 +86,7 @@ def apply(old: Path, patch: Path, output: Path) -> Answer:
     """Rebuild the new file; arguments and errors are those of `ota.delta.files.apply`."""
     from ota.delta import files
 
+    check_chosen(output, "new.onnx", [old, patch])
     files.apply(old, patch, output)
     size = output.stat().st_size
     return Answer({"output": str(output), "bytes": size}, f"{shown(output)}: {size:,} bytes")
@@ -104,6 +106,7 @@ def inspect(
 
     if plot:
         picture.check(plot, [patch, of, base, graph])
+        check_chosen(plot, "delta.svg")
     header, parts = files.inspect(patch, of, graph, base)
     if plot:
         picture.draw(parts, plot)
