@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from model import evaluate
 from model.config import PrecisionName
 from model.data import Dataset
 from model.drawing import GRID_COLUMNS, Drawer, picture
-from model.errors import DataError
+from model.errors import DataError, TrainingError
 from model.evaluate import Drawn
 from model.features import FeatureSpaces
 from model.scorecard import CaptionCheck, Comparison, Converged, Following, Lineage, Quality, Scorecard
@@ -56,10 +58,17 @@ def score(contest: Contest, lineage: Lineage, precision: PrecisionName) -> Score
         contest: the models and the data.
         lineage: of the challenger.
         precision: of the challenger's exported weights.
+
+    Raises:
+        TrainingError: what the challenger draws is not finite.
     """
     challenger, spaces, n = contest.challenger, contest.spaces, contest.n
     data, asked = contest.datasets["new"], contest.asked("new")
     drawn = challenger.draw(asked)
+    if not np.isfinite(drawn.load).all():  # no figure of such a model can be compared with another
+        subject = f"{lineage.data.line}/{lineage.config.configuration}/{lineage.variant}"
+        hint = "adopt weights that draw" if lineage.adopted else "lower its learning_rate in ferry.toml, and train again"
+        raise TrainingError(f"{subject} draws images that are not finite; nothing is registered; {hint}")
     first = drawn.first(n)
     qualities, comparisons, follows = _by_split(contest)
     if contest.full:

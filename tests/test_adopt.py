@@ -305,6 +305,21 @@ def test_refused_file_leaves_nothing(workspace: Workspace, tmp_path: Path):
     assert workspace.catalog.versions(SUBJECT) == []
 
 
+def test_weights_that_draw_nothing_finite_are_said_in_one_sentence(workspace: Workspace, tmp_path: Path):
+    given = weights_of()
+    first = next(iter(given))
+    given[first] = given[first] * 5e36
+    assert given[first].isfinite().all()
+    told = ferry(workspace, "adopt", str(written(tmp_path / "huge.safetensors", given)), "--line", "shapes")
+    assert told.exit_code == 3, told.output
+    assert told.stderr.splitlines()[-1] == (
+        "ferry: shapes/I/full draws images that are not finite; nothing is registered; adopt weights that draw"
+    )
+    assert "Traceback" not in told.output
+    assert workspace.ledger.entries() == []
+    assert workspace.catalog.versions(SUBJECT) == []
+
+
 def test_adopted_model_is_judged_and_becomes_champion(workspace: Workspace, trained: Path):
     told = ferry(workspace, "adopt", str(trained), "--line", "shapes", "--from", "the cluster, run 7", "--json")
     assert told.exit_code == 0, told.output
