@@ -19,10 +19,14 @@ from pydantic import BaseModel, ValidationError
 from flows.settings import FORMAT, FORMATS, SUCCESSORS, Settings, Stores
 from model.folder import shown
 from model.scorecard import Frozen
+from ota.release.compatibility import minimum_agent, newest_form
+from ota.wording import counted
 
+SINCE_INTERVALS = 3  # form of a bundle since which agents know turbo and intervals of guidance
 ROUNDS = 100  # in each, at least one mistake is taken out
 Loc = tuple[int | str, ...]
 HEADER = re.compile(r"\s*\[{1,2}\s*([^\]]+?)\s*\]{1,2}")
+OF_NOTHING = re.compile(r"Value error, ((?:gpu|energy)\.[a-z0-9-]+\.[A-Za-z0-9-]+) names ")  # a rule of `Settings`
 KEY = re.compile(r"\s*([A-Za-z0-9_\-.\"' ]+?)\s*=")
 
 
@@ -52,6 +56,8 @@ def problems(path: Path) -> list[Problem]:
     except tomllib.TOMLDecodeError as error:
         at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         said = f"this is not valid TOML: {str(error)[: at.start()] if at else error}; correct it, then check again"
+        if at and (header := re.match(r"\s*\[\s*(lines|gpu|energy)\s*\.[^\]]*[^\x00-\x7f]", text.splitlines()[int(at[1]) - 1])):
+            said = f"a name in [{header[1]}...] has other letters than a to z; use lower-case letters, digits and '-', at most 40"
         return [Problem(key="", line=int(at[1]) if at else None, message=said)]
     found: dict[tuple[str, str], Problem] = {}
     for loc, message in _mistakes(given):
@@ -77,13 +83,22 @@ def _mistakes(given: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         try:
             settings = Settings.model_validate(given)
         except ValidationError as error:
-            for one in error.errors(include_url=False):
+            found = error.errors(include_url=False)
+            nameless = {
+                tuple(one["loc"][:-1]) for one in found if one["loc"][-1:] == ("[key]",) and one["type"] == "literal_error"
+            }
+            for one in found:
                 loc = tuple(one["loc"])
-                if one["type"] != "missing" or loc[:-1] not in emptied:
+                if loc[-1:] != ("[key]",) and any(loc[: len(name)] == name for name in nameless):
+                    continue  # what stands under a wrong name is looked at when the name is right
+                if named := OF_NOTHING.match(str(one["msg"])):
+                    loc = tuple(named[1].split("."))
+                if one["type"] != "missing" or not {loc, loc[:-1]} & emptied:
                     yield tuple(renamed.get(part, part) for part in loc if part != "[key]"), _plainly(loc, one)
                 _take_out(given, loc, one, emptied, renamed)
             continue
         yield from _of_networks(settings)
+        yield from _of_agents(settings)
         yield from _of_stores(settings.stores)
         return
 
@@ -97,6 +112,27 @@ def _of_networks(settings: Settings) -> Iterator[tuple[Loc, str]]:
             except ValidationError as error:
                 for one in error.errors(include_url=False):
                     yield ("lines", name, *(one["loc"] or (str(one["type"]),))), _plainly((), one)
+
+
+def _of_agents(settings: Settings) -> Iterator[tuple[Loc, str]]:
+    """Yield the classes whose variants hold what their oldest agent does not know, so that a release would be refused."""
+    for name, line in settings.lines.items():
+        for kind, device_class in line.classes.items():
+            oldest = device_class.oldest_agent
+            if oldest is None or newest_form(oldest) >= SINCE_INTERVALS:
+                continue
+            told = f"ferry-agent {oldest} does not know"
+            later = f"set oldest_agent to {minimum_agent(SINCE_INTERVALS)} when all devices have that version"
+            if "turbo" in device_class.variants:
+                rest = json.dumps([variant for variant in device_class.variants if variant != "turbo"])
+                yield ("lines", name, "classes", kind, "variants"), f"{told} turbo; write variants = {rest}, or {later}"
+            drawn = {variant: line.sampler_of(variant) for variant in device_class.variants}
+            guided = [variant for variant, way in drawn.items() if (way.guidance_low, way.guidance_high) != (0, 1)]
+            if guided:
+                yield (
+                    ("lines", name, "classes", kind, "variants"),
+                    f"{told} the interval of guidance of {' and '.join(guided)}; remove guidance_low and guidance_high, or {later}",
+                )
 
 
 def _of_stores(stores: Stores) -> Iterator[tuple[Loc, str]]:
@@ -133,8 +169,19 @@ def _plainly(loc: Loc, error: Mapping[str, Any]) -> str:
         return f"there is no such key; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(known)}"
     if kind in ("dict_type", "model_type"):
         return "it must be a section, with a header in brackets"
+    if OF_NOTHING.match(str(error["msg"])):
+        return f"it {message.partition(' ')[2]}"
+    if kind == "literal_error" and loc and loc[-1] == "[key]":
+        known = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+        near = difflib.get_close_matches(str(value), known, 1)
+        what = "configuration" if "II" in known else "variant"
+        said = f"did you mean {near[0]}?" if near else f"choose {', '.join(known[:-1])} or {known[-1]}"
+        return f"there is no {what} {shown(str(value))!r}; {said}"
     if kind == "too_short" and loc == ("lines",):
         return "there is no line; write one as [lines.NAME]"
+    if kind in ("too_short", "string_too_short"):
+        least, unit = error["ctx"]["min_length"], "entry" if kind == "too_short" else "character"
+        return f"it must have at least {counted(least, unit)}"
     if message.startswith("Input should be") and isinstance(value, str | int | float | bool):
         return f"it is {shown(json.dumps(value, ensure_ascii=False))}, but must be{message.removeprefix('Input should be')}"
     if loc and loc[-1] == "[key]":
@@ -150,8 +197,6 @@ def _take_out(
         line = re.match(r"lines\.([a-z0-9-]+)\.data", str(error["msg"]).removeprefix("Value error, "))
         if line:
             given["lines"][line[1]]["data"] = f"data/{line[1]}"
-        else:
-            given.pop("energy", None)
         return
     *way, last = [part for part in loc if part != "[key]"]
     inside: Any = given
@@ -170,6 +215,8 @@ def _take_out(
             inside[last] = {"line": {"data": "data/line"}}
         else:
             _shorten(given, loc[:-1], emptied)
+    elif loc[-1] == "[key]" and error["type"] == "literal_error":  # a new name would be wrong, too
+        del inside[last]
     elif loc[-1] == "[key]":
         name = f"renamed-{len(renamed)}"
         inside[name], renamed[name] = inside.pop(last), str(last)
@@ -246,8 +293,9 @@ def line_of(text: str, loc: Loc) -> int | None:
             here = [*section, *_parts(key[1])]
         else:
             continue
-        if here == wanted[: len(here)] and (best is None or len(here) > best[0]):
-            best = (len(here), number)
+        shared = min(len(here), len(wanted))  # a dotted key may lead on from what is wanted
+        if shared and here[:shared] == wanted[:shared] and (best is None or shared > best[0]):
+            best = (shared, number)
     return best[1] if best else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+import ota
 from flows.addresses import CHECKS, fault
 from flows.errors import WorkspaceError
 from flows.secrets import remember, secrets_of
@@ -344,9 +346,24 @@ class DeviceClass(Section):
     )
     oldest_agent: str | None = Field(
         default=None,
-        pattern=AGENT_VERSION,
         description="oldest ferry-agent among the devices, such as 0.1.0: bundles then have the form that it reads; not given: the newest form",
     )
+
+    @field_validator("oldest_agent")
+    @classmethod
+    def _is_an_agent(cls, agent: str | None) -> str | None:
+        if agent is None:
+            return agent
+        if not re.fullmatch(AGENT_VERSION, agent):
+            parts = re.fullmatch(r"v?([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.([0-9]{1,4}))?", agent.strip())
+            written = ".".join(part or "0" for part in parts.groups()) if parts else "0.1.0"
+            raise PydanticCustomError("agent", "this is no version of ferry-agent; write it as {written}", {"written": written})
+        if as_numbers(agent) > as_numbers(ota.__version__):
+            raise PydanticCustomError(
+                "agent", "this is a newer ferry-agent than this ferry, {own}, makes bundles for; write {own} or an older one",
+                {"own": ota.__version__},
+            )  # fmt: skip
+        return agent
 
     @model_validator(mode="after")
     def _each_once(self) -> DeviceClass:

@@ -19,7 +19,7 @@ KINDS = {
     "model": "a table", "finite": "a finite number",
 }  # fmt: skip
 BOUNDS = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than", "less_than_equal": "at most"}
-LENGTHS = {"string": "characters", "too": "entries"}
+LENGTHS = {"string": "character", "too": "entry"}
 
 
 def first_fault(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -56,8 +56,9 @@ def _fault(what: str, ctx: dict[str, Any], given: object, said: str) -> str:
     if what == "string_pattern_mismatch":
         return f"{_shown(given)} does not have the form that it needs"
     if rest.endswith(("short", "long")) and ("min_length" in ctx or "max_length" in ctx):
-        bound = f"at least {ctx['min_length']}" if "min_length" in ctx else f"at most {ctx['max_length']}"
-        return f"it must have {bound} {LENGTHS.get(kind, 'entries')}"
+        least = "min_length" in ctx
+        count = counted(ctx["min_length" if least else "max_length"], LENGTHS.get(kind, "entry"))
+        return f"it must have {'at least' if least else 'at most'} {count}"
     if what == "value_error":
         return str(ctx["error"])
     if kind in KINDS:
@@ -66,6 +67,11 @@ def _fault(what: str, ctx: dict[str, Any], given: object, said: str) -> str:
         return "it is not JSON"
     # Errors of our own (`PydanticCustomError`) have a sentence of their own; of pydantic's, all others are said alike.
     return "it is not valid" if what in get_args(core_schema.ErrorType) else said
+
+
+def counted(count: int, unit: str) -> str:
+    """Say a number of things in words, such as "1 entry" or "2 entries"."""
+    return f"{count:,} {unit if count == 1 else unit[:-1] + 'ies' if unit.endswith('ry') else unit + 's'}"
 
 
 def _number(value: object) -> str:

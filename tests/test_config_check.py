@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import ota
 from flows.check import problems
 from flows.cli import app
+from flows.errors import WorkspaceError
+from flows.settings import read
 from flows.setup import create
 
 WRONG = """\
@@ -52,7 +56,7 @@ KEYS = [
     (9, "lines.a.data"), (10, "lines.a.tier"), (11, "lines.a.image_size"), (13, "lines.a.training.stepz"), (14, "lines.a.training.steps"),
     (15, "lines.a.training.batch"), (16, "lines.a.gate"), (18, "lines.a.gate.alpha"), (20, "lines.b.data"), (21, "lines.b.image_size"),
     (22, "lines.b.classes.edge"), (24, "lines.b.classes.edge.latency_ms"), (27, "lines.c.tier"), (29, "lines.c.sampler.guidence"),
-    (None, ""),
+    (30, "energy.zz.edge"),
 ]  # fmt: skip
 
 
@@ -128,3 +132,86 @@ def test_names_from_the_file_do_not_control_the_terminal(tmp_path: Path):
     result = CliRunner().invoke(app, ["-w", str(tmp_path), "config", "check"])
     assert result.exit_code == 3
     assert "\x1b" not in result.output
+
+
+LINE = 'schema = 2\n[lines.p]\ndata = "data/p"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("[gpu]\np.I.fulll = {seconds = 1, source = 'x'}", 5, "gpu.p.I.fulll: there is no variant 'fulll'; did you mean full?"),
+        ("[gpu]\np.III.full = {seconds = 1, source = 'x'}", 5, "gpu.p.III: there is no configuration 'III'; did you mean II?"),
+        (
+            "[energy]\np.edge.fulll = {joules = 1, source = 'x', quality = 'model'}", 5,
+            "energy.p.edge.fulll: there is no variant 'fulll'; did you mean full?",
+        ),
+        ("[lines.p.samplers]\ndeev = {steps = 3}", 5, "lines.p.samplers.deev: there is no variant 'deev'; did you mean dev?"),
+        (
+            "[gpu.p.I.other]\nseconds = 1\nsource = 'x'", 4,
+            "gpu.p.I.other: there is no variant 'other'; choose full, dev, fast or turbo",
+        ),
+        ("[gpu.q]\nI.full = {seconds = 1, source = 'x'}", 5, "gpu.q.I: it names a line, configuration or variant that is not in this file"),
+        (
+            "[gpu.p.I.full]\nseconds = 'many'\nsource = 'x'", 5,
+            'gpu.p.I.full.seconds: it is "many", but must be a valid number, unable to parse string as a number',
+        ),
+        ("[gpu.p.I.full]\nseconds = 1\nsource = ''", 6, "gpu.p.I.full.source: it must have at least 1 character"),
+        (
+            "[energy.p.edge.full]\njoules = 1\nsource = 'x'\nquality = 'good'", 7,
+            "energy.p.edge.full.quality: it is \"good\", but must be 'measured', 'partial' or 'model'",
+        ),
+        ("[lines.p.classes.edge]\nvariants = []", 5, "lines.p.classes.edge.variants: it must have at least 1 entry"),
+        ("[lines.Früh]\ndata = 'x'", 4, "a name in [lines...] has other letters than a to z; use lower-case letters, digits and '-', at most 40"),
+        ('[lines."Früh"]\ndata = "x"', 4, "lines.Früh: 'Früh' is no name; use lower-case letters, digits and '-', at most 40"),
+    ],
+)  # fmt: skip
+def test_one_mistake_is_told_once(tmp_path: Path, text: str, line: int, said: str):
+    (tmp_path / "ferry.toml").write_text(LINE + text)
+    assert [problem.text for problem in problems(tmp_path / "ferry.toml")] == [
+        f"line {line}: {said}" if "..." in said else f"line {line}, {said}"
+    ]
+
+
+def test_wrong_name_hides_no_other_mistake(tmp_path: Path):
+    (tmp_path / "ferry.toml").write_text(
+        f"{LINE}[gpu]\nq.I.full = {{seconds = 1, source = 'x'}}\np.I.ful = 3\n[stores]\nmlflow = 'x'\n"
+    )
+    assert [problem.key for problem in problems(tmp_path / "ferry.toml")] == ["gpu.q.I", "gpu.p.I.ful", "stores.mlflow"]
+
+
+@pytest.mark.parametrize(
+    ("oldest", "said"),
+    [
+        ("0.1", "write it as 0.1.0"), ("v0.1.0", "write it as 0.1.0"), ("2", "write it as 2.0.0"), ("first", "write it as 0.1.0"),
+        ("99.0.0", f"this is a newer ferry-agent than this ferry, {ota.__version__}, makes bundles for; write {ota.__version__} or an older one"),
+    ],
+)  # fmt: skip
+def test_agent_that_is_no_version_or_newer_than_ferry_is_refused(tmp_path: Path, oldest: str, said: str):
+    path = tmp_path / "ferry.toml"
+    path.write_text(f'{LINE}[lines.p.classes.edge]\nvariants = ["full"]\noldest_agent = "{oldest}"\n')
+    found = problems(path)
+    assert [(problem.line, problem.key) for problem in found] == [(6, "lines.p.classes.edge.oldest_agent")]
+    assert said in found[0].message
+    with pytest.raises(WorkspaceError, match=re.escape(said)):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('oldest_agent = "0.1.0"', [(4, 'does not know turbo; write variants = ["full", "dev", "fast"], or set oldest_agent to 0.2.0')]),
+        ('oldest_agent = "0.1.0"\nvariants = ["full", "turbo"]', [(6, 'does not know turbo; write variants = ["full"], or')]),
+        ('oldest_agent = "0.1.0"\nvariants = ["full"]', []),
+        ('oldest_agent = "0.2.0"', []),
+        (
+            'oldest_agent = "0.1.0"\nvariants = ["full", "dev"]\n[lines.p.sampler]\nguidance_high = 0.6',
+            [(6, "does not know the interval of guidance of full and dev; remove guidance_low and guidance_high, or set")],
+        ),
+    ],
+)  # fmt: skip
+def test_variants_that_the_oldest_agent_does_not_know_are_named(tmp_path: Path, text: str, told: list[tuple[int, str]]):
+    (tmp_path / "ferry.toml").write_text(f"{LINE}[lines.p.classes.edge]\n{text}\n")
+    found = problems(tmp_path / "ferry.toml")
+    assert [(problem.line, problem.key) for problem in found] == [(line, "lines.p.classes.edge.variants") for line, _ in told]
+    assert all(said in problem.message for problem, (_, said) in zip(found, told, strict=True))

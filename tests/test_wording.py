@@ -57,7 +57,7 @@ FOREIGN = (
             'configuration = "III" ',
             "lines.a.classes.edge.configuration: it must be 'I' or 'II', not 'III'",
         ),
-        ('["full", "dev", "fast", "turbo"]', "[]", "lines.a.classes.edge.variants: it must have at least 1 entries"),
+        ('["full", "dev", "fast", "turbo"]', "[]", "lines.a.classes.edge.variants: it must have at least 1 entry"),
         (
             "[lines.a.classes.edge]",
             "[lines.a.classes.EDGE]",
