@@ -28,6 +28,7 @@ RouterName = Literal["expert-choice", "token-choice"]
 AblationName = Literal["none", "no-conv", "positions", "dense", "single-stream"]
 
 HELD_OUT_PERMILLE = 150  # share of a data set's groups, in thousandths, that is never trained on
+MEMORY_IMAGES = 2000  # training images that are searched for copies; copies of others are not found
 MAX_TEXT = 256  # caption bytes that a network can read
 BYTE_VOCABULARY = 257  # id 0 pads, id 1 + b is the byte b of a UTF-8 caption
 

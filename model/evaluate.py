@@ -27,7 +27,7 @@ from scipy import stats
 from scipy.spatial.distance import cdist
 
 from model import distances, peak_memory
-from model.config import ModelConfig, PrecisionName
+from model.config import MEMORY_IMAGES, ModelConfig, PrecisionName
 from model.data import Dataset, decode, mix, to_bytes
 from model.distances import ASPECTS, Groups, Sample
 from model.errors import DataError, ExportError
@@ -61,7 +61,6 @@ YARDSTICK_SEED = 6
 LATENCY_IMAGES = 5
 EVALUATION_SEED = 1_000_000
 MEMORY_SEED = 7
-MEMORY_IMAGES = 2000  # training images that are searched for copies; copies of others are not found
 CAPTION_ROWS = 12
 JUDGED_DRAWS = 32  # generated images wanted of each caption that is judged
 JUDGED_CAPTIONS = 64  # judged at most, and as many words

@@ -34,7 +34,7 @@ from typing import Literal
 from pydantic import Field
 from scipy import stats
 
-from model.config import HELD_OUT_PERMILLE
+from model.config import HELD_OUT_PERMILLE, MEMORY_IMAGES
 from model.scorecard import (
     FOLLOW,
     HASHES,
@@ -260,7 +260,7 @@ def decide(
     found += [*beside.found, *_beside_full(card, limits, alpha, again)]
     if anchor is not None and (anchor != champion or limits.total_tolerance < 1):
         found += _beside_anchor(card, limits, best, alpha, again)
-    too_few = _too_few(card.quality, limits)
+    too_few = _too_few(card, limits)
     outcome, reason = ("more data", too_few) if too_few else _outcome(card, limits, champion, found, beside)
     first = champion is None and anchor is None
     everywhere = bool(best) and all(_below(row, 0.0, "", alpha, again).check.passed for row in best)
@@ -473,15 +473,25 @@ def _missing(text: str) -> _Finding:
     return _Finding(Check(name="compared", passed=False, text=text))
 
 
-def _too_few(qualities: list[Quality], limits: Limits) -> str | None:
-    generated, held_out = min(q.n for q in qualities), min(q.reference for q in qualities)
+def _too_few(card: Scorecard, limits: Limits) -> str | None:
+    """Say that there are too few images to decide on, and how many there must be; None: there are enough.
+
+    Groups are held out as a whole, so the share of a data set that is held out differs from the usual one.
+    """
+    generated, least = min(q.n for q in card.quality), min(card.quality, key=lambda q: q.reference)
+    held_out = least.reference
     needed = limits.minimum_images
     if generated < needed:
         return f"{generated} generated images are too few to decide on; {needed} are needed, so raise gate.images in ferry.toml"
     if held_out < needed:
+        share, whose = HELD_OUT_PERMILLE / 1000, "all images"
+        training = max((row.training for row in card.memorisation), default=0)
+        if least.split == "new" and 0 < training < MEMORY_IMAGES:  # all of them were searched, so they are counted
+            total = held_out + training
+            share, whose = held_out / total, f"your {total} images"
         return (
-            f"{held_out} held-out images are too few to decide on; {needed} are needed, and {HELD_OUT_PERMILLE / 10:.0f} % "
-            f"of all images are held out, so add images until there are about {math.ceil(needed * 1000 / HELD_OUT_PERMILLE)} in all"
+            f"{held_out} held-out images are too few to decide on; {needed} are needed, and {100 * share:.0f} % of {whose} "
+            f"are held out, so add images until there are about {math.ceil(needed / share)} in all"
         )
     return None
 

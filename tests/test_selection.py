@@ -160,6 +160,18 @@ def test_too_few_images_decide_nothing(n: int, reference: int, says: str):
     assert says in decision.reason
 
 
+def test_images_that_are_missing_are_counted_by_the_share_that_is_held_out():
+    row = Memorisation(space="trained", n=100, reference=84, training=616, probability=0.5, z=0, p=0.5, nearer_than_any=0)
+    made = card(reference=84).model_copy(update={"memorisation": [row]})
+    limits = LIMITS.model_copy(update={"minimum_images": 96})
+    said = decide(made, limits, BUDGETS, CHAMPION).reason
+    assert "84 held-out images are too few to decide on; 96 are needed, and 12 % of your 700 images are held out" in said
+    assert "add images until there are about 800 in all" in said
+    of_before = [q.model_copy(update={"reference": 60}) if q.split == "old" else q for q in made.quality]
+    said = decide(made.model_copy(update={"quality": of_before}), limits, BUDGETS, CHAMPION).reason
+    assert "60 held-out images are too few to decide on; 96 are needed, and 15 % of all images are held out" in said
+
+
 def test_hopeless_and_undecided_together_is_a_refusal():
     assert judged(card(new=(-0.01, 0.03), old=(0.2, 0.01))).outcome == "refuse"
 
