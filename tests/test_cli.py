@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from pydantic import BaseModel, model_serializer
 from typer.testing import CliRunner, Result
 
 from flows import cli
+from flows.cli import shared
 from ota.agent.cli import parser as agent_parser
 from ota.release.keys import KeyRing
 from tests.conftest import Told, agent, commands_of, few, write_images
@@ -677,3 +679,35 @@ def test_demo_that_was_killed_in_its_first_step_is_played_on_in_its_folder(tmp_p
     other = tmp_path / "notes.txt"
     other.write_text("mine")
     assert is_finished(other)
+
+
+class Interrupted(BaseModel):
+    """A value during whose serialization somebody presses Ctrl-C."""
+
+    @model_serializer(mode="plain")
+    def _at_once(self) -> str:
+        raise KeyboardInterrupt
+
+
+def load() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        raise ImportError("a library that did not load")  # noqa: B904
+
+
+@pytest.mark.parametrize("step", [lambda: Interrupted().model_dump_json(), load], ids=["serializing", "loading"])
+def test_interrupt_that_a_library_wraps_is_told_in_one_line(step: Callable[[], None], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(typer.Exit) as ended, shared.reported_errors():
+        step()
+    assert (ended.value.exit_code, capsys.readouterr().err) == (130, "ferry: interrupted; repeat the command to go on\n")
+
+
+def test_interrupt_while_the_command_loads_is_told_in_one_line():
+    """Press Ctrl-C at the first import of typer."""
+    code = (
+        "import sys\nclass Stop:\n    def find_spec(self, name, *_):\n        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\nimport flows.cli"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (told.returncode, told.stdout, told.stderr) == (130, "", "ferry: interrupted; repeat the command to go on\n")

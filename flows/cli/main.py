@@ -536,7 +536,11 @@ def _fresh_folder() -> Path:
 
 def main() -> None:
     """Run the command `ferry`; whatever it or a library writes to stderr, passwords in addresses are not in it."""
-    if completion.ASKED in os.environ:
-        completion.tell(app)
-    sys.stderr = cast("TextIO", Hiding(sys.stderr))
-    app()
+    try:
+        if completion.ASKED in os.environ:
+            completion.tell(app)
+        sys.stderr = cast("TextIO", Hiding(sys.stderr))
+        app()
+    except KeyboardInterrupt:  # before the command itself began
+        sys.stderr.write("ferry: interrupted; repeat the command to go on\n")
+        sys.exit(130)

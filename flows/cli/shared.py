@@ -47,6 +47,8 @@ class Commands(TyperGroup):
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:  # before the command itself began
+            fail("interrupted; repeat the command to go on", 130)
         except typer.BadParameter as error:
             from pydantic import BaseModel, ValidationError
 
@@ -132,6 +134,8 @@ def reported_errors(after_interrupt: str = "repeat the command to go on") -> Ite
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}; check the path and who may write there", 3)
     except Exception as error:
+        if _is_interrupt(error):
+            fail(f"interrupted; {after_interrupt}", 130)
         server = f"Prefect's server at {os.environ.get('PREFECT_API_URL')}"
         if not Options.debug and _is_refused(error):
             fail(
@@ -142,6 +146,16 @@ def reported_errors(after_interrupt: str = "repeat the command to go on") -> Ite
         fail(f"{server} cannot be reached; start it, or unset PREFECT_API_URL", 4)
     except KeyboardInterrupt:
         fail(f"interrupted; {after_interrupt}", 130)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Check whether an error is Ctrl-C in the form that a library gave it, such as pydantic while it serializes a value."""
+    while error:
+        of_pydantic = type(error).__module__.startswith("pydantic_core") and "KeyboardInterrupt" in str(error)
+        if isinstance(error, KeyboardInterrupt) or of_pydantic:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _is_refused(error: Exception) -> bool:
