@@ -16,6 +16,7 @@ from registry.catalog import Subject
 from registry.errors import CatalogError
 from registry.explanation import DeviceTrace, Explanation, Pictures, Shown, Stream, effects, render
 from registry.figures import find
+from registry.seal import Seal
 
 if TYPE_CHECKING:
     from model.explain import SwitchedOff
@@ -86,12 +87,12 @@ def explain(
         DataError: the caption is longer than the network reads.
         OperatorError: the page cannot be written there.
         SealError, StoreError: MLflow does not deliver the version's files.
-        WorkspaceError: the caption is empty.
+        WorkspaceError: the caption is empty, or no class of the line runs such a configuration or variant.
     """
     output.check_chosen(out, workspace.root / "explain.html", records=workspace.records)
     if not caption.strip():
         raise WorkspaceError("the caption is empty; give with --caption what the image shall show")
-    found = find(workspace, subject, version)
+    found = _find(workspace, subject, version)
     from model import explain as experts
     from model.data import caption_ids
     from model.train import load_checkpoint
@@ -125,6 +126,29 @@ def explain(
     with output.fresh(out) as file:
         file.write(page.encode())
     return told
+
+
+def _find(workspace: Workspace, subject: Subject, version: int | None) -> Seal:
+    """Find a version as `registry.figures.find`; where there is none, say so if no retraining would ever make it.
+
+    Raises:
+        CatalogError: as `registry.figures.find`.
+        WorkspaceError: there is none, and no class of the line runs the configuration or variant.
+    """
+    try:
+        return find(workspace, subject, version)
+    except CatalogError:
+        ladders = workspace.line(subject.line).ladders()
+        if subject.configuration not in ladders:
+            raise WorkspaceError(
+                f"line {subject.line} has no class of configuration {subject.configuration}; it has {' and '.join(ladders)}"
+            ) from None
+        made = ladders[subject.configuration]
+        if subject.variant not in made:
+            raise WorkspaceError(
+                f"no class of line {subject.line} runs variant {subject.variant}; choose {' or '.join(made)}"
+            ) from None
+        raise
 
 
 def _check_same(trace: Trace, subject: Subject, blocks: int, experts: int) -> None:

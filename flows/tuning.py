@@ -59,16 +59,20 @@ class Tuned(Frozen):
             ]  # fmt: skip
         lines += ["", f"{'guided at times':18}{'evaluations':>13}  part of the margin that the bound of its loss takes"]
         lines += [f"{f'{row.low:g} to {row.high:g}':18}{row.evaluations:13d}  {row.used:.2f}" for row in self.guidance]
-        lines += ["", "to use what was found, write into ferry.toml, then run `ferry retrain`, which lets the gate judge it:"]
+        lines += [
+            "",
+            "to use what was found, write these keys into ferry.toml, below the header that is there (add the header only if there is none),",
+            "in place of keys of the same name; then run `ferry retrain`, which lets the gate judge it:",
+        ]
         limits = "" if self.interval is None else f"guidance_low = {self.interval[0]:g}\nguidance_high = {self.interval[1]:g}"
         name = self.subject.partition("/")[0]
         if limits:
-            lines += ["", f"[lines.{name}.sampler]", limits]
+            lines += ["", f"below [lines.{name}.sampler]:", limits]
         if any(sampler.shift != 1 for sampler in self.chosen.values()):
-            lines += ["", f"[lines.{name}.samplers]"]
+            lines += ["", f"below [lines.{name}.samplers]:"]
             lines += [f"{variant} = {_toml(sampler)}" for variant, sampler in self.chosen.items() if sampler.shift != 1]
         elif not limits:
-            lines[-1] = "nothing was shown to be better than the present settings"
+            lines[-2:] = ["nothing was shown to be better than the present settings"]
         return "\n".join(lines)
 
 
@@ -120,10 +124,11 @@ def tune(workspace: Workspace, line: str, configuration: ConfigurationName | Non
         rows = [_row(guided, beside, limits) for guided in found]
     fit = [row for row in rows if row.used < 1]
     cheapest = min(fit, key=lambda row: (row.evaluations, row.used), default=None)
+    interval = (cheapest.low, cheapest.high) if cheapest else None
     return Tuned(
         subject=str(subject), version=champion.seal.version, grids=grids,
-        chosen={variant: tuning.best_grid(rows).sampler for variant, rows in grids.items()}, guidance=rows,
-        interval=(cheapest.low, cheapest.high) if cheapest else None,
+        chosen={variant: _guided(tuning.best_grid(rows).sampler, interval) for variant, rows in grids.items()}, guidance=rows,
+        interval=interval,
     )  # fmt: skip
 
 
@@ -137,6 +142,11 @@ def _drawn_by_full(settings: Line) -> list[VariantName]:
 def _of(settings: Line, variant: VariantName, plain: Sampler) -> Sampler:
     """Return the sampler of a variant, on an even grid and guided everywhere."""
     return plain.model_copy(update={"steps": settings.sampler_of(variant, "table").steps})
+
+
+def _guided(sampler: Sampler, interval: tuple[float, float] | None) -> Sampler:
+    """Give a variant's sampler the interval that `full` gets: a variant with a line of its own takes nothing from that of `full`."""
+    return sampler.model_copy(update={"guidance_low": interval[0], "guidance_high": interval[1]}) if interval else sampler
 
 
 def _row(guided: tuning.Guided, beside: list[Quality], limits: Limits) -> GuidedRow:

@@ -301,6 +301,7 @@ def test_devices_load_stands_beside_the_factorys(workspace: Workspace, tmp_path:
         (("shapes",), 3, "the caption is empty"),
         (("shapes", "--caption", "a disc and a bar"), 3, "has 16 bytes but this model reads 8; shorten it"),
         (("empty", "--caption", "disc"), 3, "empty/I/full has no champion; run `ferry retrain empty`"),
+        (("empty/II/full", "--caption", "disc"), 3, "line empty has no class of configuration II; it has I\n"),
         (("shapes/I/full", "--version", "7", "--caption", "disc"), 3, "has no version 7; there are 1"),
         (("shapes", "--caption", "disc", "-o", "none/x.html"), 3, "none is not a folder; make it, or name another place"),
         (("shapes", "--caption", "disc", "--images", "1"), 2, "it must be at least 2, not '1'"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from flows.tuning import GuidedRow, Tuned
+from flows.settings import read
+from flows.setup import template
+from flows.tuning import GuidedRow, Tuned, _guided
 from model import features
 from model.data import Dataset
 from model.drawing import Drawer
@@ -76,16 +79,22 @@ def tuned(**fields: Any) -> Tuned:
     return Tuned(**given | fields)
 
 
-def test_answer_has_lines_that_ferry_toml_takes(tmp_path: Any):
-    from flows.settings import read
-
-    text = tuned().text
+def test_answer_has_keys_for_the_sections_that_a_new_file_has(tmp_path: Any):
+    """Do what the answer says in a file of `ferry init`: put what is below each header there."""
+    text = tuned(chosen={"fast": _guided(FULL.model_copy(update={"shift": 0.5}), (0.1, 0.9))}).text
     assert "0.0200 ± 0.0039" in text
-    lines = text[text.index("[lines.shapes.sampler]") :]
-    (tmp_path / "ferry.toml").write_text(f'schema = 2\n[lines.shapes]\ndata = "data/shapes"\n{lines}\n')
+    assert "below the header that is there" in text
+    assert not re.search(r"^\[", text, re.MULTILINE)
+    file = template(["shapes"])
+    for part in text.split("\nbelow ")[1:]:
+        header, _, keys = part.partition(":\n")
+        start = file.index("\n", file.index(f"\n{header} ") + 1)
+        file = f"{file[:start]}\n{keys.strip()}{file[start:]}"
+    (tmp_path / "ferry.toml").write_text(file)
     line = read(tmp_path / "ferry.toml").lines["shapes"]
     assert line.sampler_of("fast").shift == 0.5
-    assert (line.sampler.guidance_low, line.sampler.guidance_high) == (0.1, 0.9)
+    for sampler in (line.sampler, line.sampler_of("dev"), line.sampler_of("fast")):
+        assert (sampler.guidance_low, sampler.guidance_high) == (0.1, 0.9)
 
 
 def test_answer_says_so_where_nothing_is_better():
