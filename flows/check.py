@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from flows.errors import WorkspaceError
 from flows.settings import FORMAT, FORMATS, SUCCESSORS, Settings, Stores
 from model.folder import shown
 from model.scorecard import Frozen
@@ -45,10 +46,16 @@ class Problem(Frozen):
 
 
 def problems(path: Path) -> list[Problem]:
-    """Find all mistakes in a ferry.toml, in the order of its lines; empty: it is right."""
+    """Find all mistakes in a ferry.toml, in the order of its lines; empty: it is right.
+
+    Raises:
+        WorkspaceError: it cannot be read.
+    """
     try:
         text = path.read_bytes().decode()
         given = tomllib.loads(text)
+    except OSError as error:
+        raise WorkspaceError(f"{path} cannot be read: {error.strerror}; check who may read it") from error
     except UnicodeDecodeError as error:
         return [
             Problem(key="", line=None, message=f"the file is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8")

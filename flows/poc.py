@@ -21,6 +21,7 @@ from ota import kit, output
 from ota.errors import ManifestError, OperatorError
 from ota.manifest import Image, parse
 from ota.release.kit import Candidate, pack
+from ota.wording import counted
 from registry import poc
 
 TIERS: tuple[TierName, ...] = ("nano", "small")  # by default: a kit of some megabytes, and some minutes on a slow board
@@ -62,9 +63,9 @@ class Made:
         rows = [
             f"  {e.key:32} {e.blocks:3} blocks, {e.tokens:5} positions, {e.evaluations:4} evaluations" for e in self.kit.entries
         ]
-        took = f"about {max(1, round(self.minutes))} minutes on a fast board and ten times as long on a slow one"
+        took = f"about {counted(max(1, round(self.minutes)), 'minute')} on a fast board and ten times as long on a slow one"
         return "\n".join([
-            f"{self.out}: {len(rows)} candidates, {self.out.stat().st_size:,} bytes, {took}",
+            f"{self.out}: {counted(len(rows), 'candidate')}, {self.out.stat().st_size:,} bytes, {took}",
             *rows,
             "Next: copy it to a board and unpack it; README.txt in it says how to measure. Then `ferry report --poc RESULT.json`.",
         ])  # fmt: skip

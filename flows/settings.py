@@ -633,14 +633,17 @@ def read(path: Path) -> Settings:
     """
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WorkspaceError(f"{path} cannot be read: {error.strerror}; check who may read it") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise WorkspaceError(f"{path} is not valid TOML: {error}; correct that line") from error
+    try:
         _check_format(path, given.get("schema"))
         given = _from_environment(given)
         settings = Settings.model_validate(given)
         for line in settings.lines.values():
             for configuration, _ in line.combinations():
                 line.config(configuration)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise WorkspaceError(f"{path} is not valid TOML: {error}; correct that line") from error
     except ValidationError as error:
         where = (
             "" if error.title == Settings.__name__ else "a line: "

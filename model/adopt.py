@@ -182,11 +182,17 @@ def check_tensors(found: Found, config: ModelConfig) -> None:
     fits = next((c for c in _others(config) if shapes_of(c) == found.shapes), None)
     remedy = "export it under the names and shapes of `model.network.Network`"
     if fits:
-        remedy = f"it fits tier {fits.tier}, configuration {fits.configuration}, {fits.channels} channels: adopt it in a line that has them"
+        remedy = (
+            f"it fits tier {fits.tier}, configuration {fits.configuration}, {_channels(fits)}: adopt it in a line that has this"
+        )
     raise CheckpointError(
-        f"{shown(found.path)} is not a network of tier {config.tier}, configuration {config.configuration}, {config.channels} channels "
+        f"{shown(found.path)} is not a network of tier {config.tier}, configuration {config.configuration}, {_channels(config)} "
         f"({other}); {remedy}"
     )
+
+
+def _channels(config: ModelConfig) -> str:
+    return f"{config.channels} channel{'s' * (config.channels != 1)}"
 
 
 def shapes_of(config: ModelConfig) -> dict[str, Shape]:

@@ -179,7 +179,7 @@ def check_same_pictures(who: str, drawn: tuple[int, int], wanted: ModelConfig) -
     """
     if drawn != (wanted.image_size, wanted.channels):
         raise ConfigError(
-            f"{who} draws {drawn[0]} pixels in {drawn[1]} channels, but ferry.toml asks for {wanted.image_size} in "
+            f"{who} draws {drawn[0]} pixels in {drawn[1]} channel{'s' * (drawn[1] != 1)}, but ferry.toml asks for {wanted.image_size} in "
             f"{wanted.channels}; add a line of its own for images of another format"
         )
 

@@ -147,8 +147,10 @@ def choose(board: Board, budget: Budget) -> Choice:
     fitting = [row for row in known if max(budget.ratios(row)) <= 1]
     if fitting:
         best = _best(fitting)
+        fit = "fits" if len(fitting) == 1 else "fit"
+        count = "It is the only candidate." if len(known) == 1 else f"{len(fitting)} of {len(known)} candidates {fit}."
         return Choice(
-            f"{best.key} is the best choice within {budget.words}: {_costs(best)}. {len(fitting)} of {len(known)} candidates fit.",
+            f"{best.key} is the best choice within {budget.words}: {_costs(best)}. {count}",
             best, None, fitting,
         )  # fmt: skip
     if budget.joules is not None and all(row.joules is None for row in known):
@@ -160,9 +162,10 @@ def choose(board: Board, budget: Budget) -> Choice:
         )
     nearest = min(known, key=lambda row: (max(budget.ratios(row)), [-x for x in row.worth]))
     over = max(budget.ratios(nearest))
+    none = "The only candidate does not fit" if len(known) == 1 else f"None of {len(known)} candidates fits"
     return Choice(
-        f"None of {len(known)} candidates fits within {budget.words}. {nearest.key} is nearest: {_costs(nearest)}, "
-        f"{over:.2g} times the budget that it misses most.",
+        f"{none} within {budget.words}. {nearest.key} is nearest: {_costs(nearest)}, "
+        f"{f'{over:,.0f}' if over >= 10 else f'{over:.2g}'} times the budget that it misses most.",
         None, nearest,
     )  # fmt: skip
 

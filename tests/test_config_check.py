@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -215,3 +216,19 @@ def test_variants_that_the_oldest_agent_does_not_know_are_named(tmp_path: Path, 
     found = problems(tmp_path / "ferry.toml")
     assert [(problem.line, problem.key) for problem in found] == [(line, "lines.p.classes.edge.variants") for line, _ in told]
     assert all(said in problem.message for problem, (_, said) in zip(found, told, strict=True))
+
+
+@pytest.mark.parametrize("words", [["config", "check"], ["status"]], ids=" ".join)
+def test_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]):
+    (tmp_path / "ferry.toml").write_text(LINE)
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    told = CliRunner().invoke(app, ["-w", str(tmp_path), *words])
+    assert (told.exit_code, told.stderr) == (
+        3,
+        f"ferry: {tmp_path}/ferry.toml cannot be read: Permission denied; check who may read it\n",
+    )

@@ -483,6 +483,29 @@ def test_where_nothing_fits_the_nearest_is_named():
     assert (choice.best, choice.nearest) == (None, BOARD.rows[1])
     assert choice.text.startswith("None of 6 candidates fits within 24 ms and 150 MiB. nano/I/turbo/bfloat16 is nearest: ")
     assert choice.text.endswith("2 times the budget that it misses most.")
+    far = choose(BOARD, Budget(latency_ms=0.114))
+    assert far.text.endswith(", 421 times the budget that it misses most.")
+
+
+def test_only_candidate_is_not_counted_in_the_plural(workspace: Workspace, tmp_path: Path):
+    alone = Shown("board", [], [BOARD.rows[1]])
+    assert choose(alone, Budget(latency_ms=99)).text.endswith("It is the only candidate.")
+    assert choose(alone, Budget(latency_ms=1)).text.startswith("The only candidate does not fit within 1 ms.")
+    done = ferry(
+        "-w",
+        workspace.root,
+        "poc",
+        "shapes",
+        *["--tier", "test", "--configuration", "I", "--variant", "turbo"],
+        "-o",
+        tmp_path / "k.zip",
+    )
+    assert re.match(r".*: 1 candidate, [\d,]+ bytes, about 1 minute on a fast board", done.stdout)
+    with zipfile.ZipFile(tmp_path / "k.zip") as archive:
+        page = archive.read("README.txt").decode()
+    assert "This kit holds 1 network for the line" in page
+    assert "in 1 channel. Nobody" in page
+    assert "It takes about 1 minute on" in page
 
 
 def test_energy_that_was_not_measured_fits_no_budget():

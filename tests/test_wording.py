@@ -13,6 +13,7 @@ from flows.settings import read
 from flows.setup import template
 from ota.errors import ManifestError
 from ota.manifest import Policy, Reference, parse
+from ota.wording import counted
 
 FOREIGN = (
     "Input should",
@@ -121,3 +122,11 @@ def test_document_is_refused_in_our_own_words(kind: type, data: bytes, says: str
         parse(kind, data, 10_000)
     assert says in str(caught.value)
     assert not any(words in str(caught.value) for words in FOREIGN)
+
+
+@pytest.mark.parametrize(
+    ("count", "unit", "said"),
+    [(1, "caption", "1 caption"), (0, "file", "0 files"), (2000, "entry", "2,000 entries"), (1, "entry", "1 entry")],
+)
+def test_one_thing_is_counted_in_the_singular(count: int, unit: str, said: str):
+    assert counted(count, unit) == said

@@ -10,6 +10,7 @@ import typer
 from flows.cli.shared import Json, Options, answer, open_workspace, reported_errors, showing_progress
 from flows.cli.unusable import lines_of
 from model.folder import shown
+from ota.wording import counted
 
 if TYPE_CHECKING:
     from model.data_report import Balance, Changes, DataReport, Drift, Listed
@@ -136,7 +137,7 @@ def data_pull(line: Annotated[str, typer.Argument(help="Line whose data are fetc
             version = clone.deliver(data, lambda said: typer.echo(said, err=True))
         answer(
             as_json, version.model_dump(),
-            f"{data.folder} holds revision {version.rev[:12]} of {line}: {version.files} files, {version.bytes:,} bytes",
+            f"{data.folder} holds revision {version.rev[:12]} of {line}: {counted(version.files, 'file')}, {version.bytes:,} bytes",
         )  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def _listed(what: str, listed: Listed) -> list[str]:
 
 
 def _unusable(report: DataReport) -> str:
-    return f", {len(report.quarantine)} files that cannot be used" if report.quarantine else ""
+    return f", {counted(len(report.quarantine), 'file')} that cannot be used" if report.quarantine else ""
 
 
 def _too_few(line: str, report: DataReport) -> list[str]:
@@ -235,7 +236,7 @@ def _findings(report: DataReport) -> list[str]:
 
 def _balance(balance: Balance) -> list[str]:
     return [
-        f"{balance.captions} captions, evenness {balance.evenness:.2f}",
+        f"{counted(balance.captions, 'caption')}, evenness {balance.evenness:.2f}",
         *_listed("new captions", balance.new),
         *_listed("captions that are gone", balance.gone),
         *_listed("captions with too few held-out images to judge them by", balance.thin),

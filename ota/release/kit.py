@@ -17,13 +17,13 @@ from ota.errors import OperatorError
 from ota.kit import FIRST_AGENT, KIT, OBJECTS, Entry, Kit, KitFile, Part
 from ota.manifest import Image
 from ota.release import agent_wheel
-from ota.wording import first_fault
+from ota.wording import counted, first_fault
 
 README = "README.txt"
 TEXT = """A kit to measure on your own board
 ==================================
 
-This kit holds {count} networks for the line {line}: images of {size} x {size} pixels in {channels} channel{plural}. Nobody trained them.
+This kit holds {networks} for the line {line}: images of {size} x {size} pixels in {channels}. Nobody trained them.
 They cost a board the time, memory and energy that trained ones cost, and draw noise. Nothing is installed as a model, nothing is sent.
 
 What the board needs: Linux, 64 bits, Python 3.11, 3.12 or 3.13, and the Python packages numpy, onnxruntime and pydantic:
@@ -38,7 +38,7 @@ Measure, in the folder with this file. The agent in this kit runs without being 
 
     PYTHONPATH={wheel} venv/bin/python -m ota.agent.cli bench --kit . --json > result.json
 
-It takes about {minutes} minutes on a fast board, and perhaps ten times as long on a slow one; more if the board has a sensor of its power.
+It takes about {minutes} on a fast board, and perhaps ten times as long on a slow one; more if the board has a sensor of its power.
 Stop other programs before, and leave the board alone. If it is ended by Ctrl-C, the result holds what was measured until then.
 If it is killed, run it again. `--seconds 5` makes it shorter, `--no-joules` leaves the energy out.
 
@@ -123,6 +123,6 @@ def _page(line: str, image: Image, entries: Sequence[Entry], minutes: float, whe
         for e in entries
     ]
     return TEXT.format(
-        count=len(entries), line=line, size=image.size, channels=image.channels, plural="s" * (image.channels > 1), wheel=wheel,
-        minutes=max(1, round(minutes)), rows="\n".join(rows),
+        networks=counted(len(entries), "network"), line=line, size=image.size, channels=counted(image.channels, "channel"), wheel=wheel,
+        minutes=counted(max(1, round(minutes)), "minute"), rows="\n".join(rows),
     )  # fmt: skip
