@@ -704,7 +704,7 @@ def test_interrupt_that_a_library_wraps_is_told_in_one_line(step: Callable[[], N
 
 
 def test_interrupt_while_the_command_loads_is_told_in_one_line():
-    """Interrupt at the first import of typer."""
+    # Ctrl-C comes at the first import of typer.
     code = (
         "import sys\nclass Stop:\n    def find_spec(self, name, *_):\n        if name == 'typer': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Stop())\nimport flows.cli"
