@@ -26,6 +26,8 @@ EXAMPLES = {
     "classes.station",
     "memory_mib",
     "oldest_agent",
+    "update_budget",
+    "update_level",
     "dev",
     "fast",
     "turbo",
@@ -39,7 +41,10 @@ def loaded(text: str, folder: Path) -> Settings:
 
 
 def test_new_file_changes_no_default(tmp_path: Path):
-    plain = Settings.model_validate({"schema": 2, "lines": {LINE: {"data": f"data/{LINE}"}}})
+    line = {"data": f"data/{LINE}", "update_method": "lowrank"}  # an older file lacks the key, and its lines keep their way
+    plain = Settings.model_validate(
+        {"schema": 2, "lines": {LINE: line | {"retraining": {"steps": 200, "batch": 32, "learning_rate": 5e-4}}}}
+    )
     assert loaded(TEXT, tmp_path) == plain
     assert loaded(template([LINE, "0"]), tmp_path).lines["0"].gate == plain.lines[LINE].gate
 
