@@ -86,7 +86,9 @@ def judge_update(
     dataset = open_dataset(workspace, line, subject.configuration, opened.lineage.data)
     alpha = alpha_left(
         workspace, subject, evaluate.group_hashes(dataset), allowed,
-        lambda made: made.update is not None and (made.update.master, made.update.budget) == (opened.weights_sha256, line.update_budget),
+        lambda made: made.update is not None and (made.update.master, made.update.method, made.update.budget, made.update.keep) == (
+            opened.weights_sha256, line.update_method, line.update_budget, line.update_keep if line.update_budget else None,
+        ),
     )  # fmt: skip
     key = canonical_sha256([
         opened.weights_sha256, opened.lineage.sha256, champion.seal.weights, line.update_method, line.update_level, line.update_budget,

@@ -42,8 +42,8 @@ class Losses:
 
     @property
     def chooses(self) -> float:
-        """Mean over the half with which choices are made; no figure that is proved uses these images."""
-        return float(self.values[self.choosing].mean())
+        """Mean over the half with which choices are made, infinite if it is empty; no figure that is proved uses these images."""
+        return float(self.values[self.choosing].mean()) if self.choosing.any() else math.inf
 
     @property
     def proving(self) -> Losses:
@@ -109,6 +109,8 @@ def kept(fielded: Losses, unlimited: Losses, update: Losses, alpha: float) -> Ke
         update: losses of the weights that devices would compute.
         alpha: chance that the true share lies below the lower bound, and that it lies above the upper one.
     """
+    if not len(fielded.values):  # so few groups that all of them were used to choose
+        return Kept(share=None, low=None, high=None, gain=0.0, items=0, groups=0, alpha=alpha)
     count = int(fielded.groups.max()) + 1
     whole, own = (_sums(fielded.values - other.values, fielded.groups, count) for other in (unlimited, update))
     there = np.bincount(fielded.groups, minlength=count) > 0

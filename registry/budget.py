@@ -38,8 +38,11 @@ def _fits(update: Update, budget: int) -> Check:
 
 
 def _keeps(update: Update, keep: float) -> Check:
-    """Say whether the update keeps enough; if not, also which size would."""
-    if passes(update.kept, keep):
+    """Say whether the update passed in the sequence; if not, also which size did.
+
+    One that was measured out of turn, after a larger size had failed, may not be taken: it would be a second chance of an error.
+    """
+    if any(point.noise == update.noise and point.outcome == "passed" for point in update.curve) and passes(update.kept, keep):
         return Check(name="share of the gain", passed=True, text=f"it keeps {shares(update.kept)} of the gain")
     text = f"no update within the budget of {update.budget or 0:,} bytes is shown to keep {keep:.0%} of the gain: this one keeps {shares(update.kept)}"
     return Check(name="share of the gain", passed=False, text=f"{text}; {would_pass(update.curve)}")
@@ -55,7 +58,7 @@ def shares(kept: Kept | None) -> str:
     if kept is None:
         return "a share that was not measured"
     if kept.share is None or kept.low is None or kept.high is None:
-        return "a share that cannot be measured, because the retraining itself shows no gain on the held-out images"
+        return f"a share that cannot be measured: {kept.groups} independent groups of held-out images are too few, or the retraining shows no gain on them"
     return f"{kept.share:.1%} ({kept.low:.1%} to {kept.high:.1%}, {kept.items} held-out images)"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from model.students import is_thin
 from ota import chain, delta
-from ota.agent import child, transport
+from ota.agent import child, transport, updater
 from ota.agent.disk import Disk
 from ota.chain import Link, name_of, way
 from ota.delta import encode, files
@@ -348,6 +349,23 @@ def test_chain_has_one_deadline(behind, web, monkeypatch):
     behind.device.update()
     assert len(given) == 3
     assert len(set(given)) == 1
+
+
+def test_slow_deltas_of_a_thief_do_not_keep_the_full_bundle_away(behind, row, monkeypatch):
+    """The holder of the deltas key signs deltas that take long to apply and serve for nothing."""
+    monkeypatch.setattr("ota.agent.updater.APPLY_SECONDS", -1.0)  # all time for deltas is over once one was applied
+    given: list[Any] = []
+    real = updater._fetch_full
+    monkeypatch.setattr("ota.agent.updater._fetch_full", lambda *words: given.append(words[-1]()) or real(*words))
+    began: list[float] = []
+    real_apply = updater._apply
+    monkeypatch.setattr(
+        "ota.agent.updater._apply", lambda *words, **more: began.append(time.monotonic()) or real_apply(*words, **more)
+    )
+    assert behind.device.update().way == "full"
+    arrived(behind, row)
+    assert len(began) == 1  # the second step of the chain was not begun, and no other way was tried
+    assert given[0] > began[0] + updater.FETCH_SECONDS  # the time for the full bundle begins after the deltas
 
 
 # Room

@@ -136,7 +136,8 @@ def share(low: float | None, value: float | None = 0.99) -> Kept:
 
 
 def update(size: int, found: Kept | None, *points: tuple[int, Kept | None, str], budget: int | None = 65536) -> Update:
-    curve = [Point(limit=n, bytes=n, noise=0.1, kept=k, outcome=o) for n, k, o in points]  # type: ignore[arg-type]
+    points = points or ((size, found, "passed"),)
+    curve = [Point(limit=n, bytes=n, noise=0.04 if n == size else 0.1, kept=k, outcome=o) for n, k, o in points]  # type: ignore[arg-type]
     return Update(
         method="lowrank", start="master", master="f" * 64, noise=0.04, bytes=size, fixed=16000, budget=budget,
         keep=KEEP if budget else None, kept=found, curve=curve,
@@ -168,6 +169,11 @@ def test_budget_that_nothing_fits_is_refused_and_the_smallest_size_that_would_is
     assert (made.outcome, made.becomes_anchor) == ("refuse", False)
     assert "no update within the budget of 65,536 bytes is shown to keep 98% of the gain" in made.reason
     assert "the smallest size that does is 120,000 bytes, so raise update_budget to 118 KiB" in made.reason
+
+
+def test_size_that_is_measured_out_of_turn_is_not_taken_however_much_it_keeps():
+    made = with_update(decision(), update(60000, share(0.99), (240000, share(0.97), "failed"), (60000, None, "not tested")))
+    assert (made.outcome, made.becomes_anchor) == ("refuse", False)
 
 
 def test_where_no_size_of_the_curve_keeps_enough_a_larger_one_is_asked_for():
@@ -233,6 +239,8 @@ def test_few_groups_show_nothing():
     before, gain = np.full(60, 1.0), np.random.default_rng(3).gamma(2.0, 0.02, 60)
     few = [proving(v, np.arange(60) % (LEAST_GROUPS - 1)) for v in (before, before - gain, before - gain)]
     assert kept(*few, 0.05).share is None
+    nothing = proving(np.empty(0), np.empty(0, np.intp))  # all groups were used to choose
+    assert kept(nothing, nothing, nothing, 0.05).share is None
 
 
 def test_models_are_compared_on_the_same_noises_and_times(

@@ -300,6 +300,18 @@ def test_no_two_files_of_a_kind_have_one_version(moved, bundles):
         assert len(numbers) == len(set(numbers)) > 4
 
 
+def test_class_named_like_a_role_stops_no_signature(scene, keys):
+    """A class may be named root or targets; the files of its roles must not be taken for those of the role."""
+    before = {role: scene.repository.keys_ever_trusted(role) for role in ("root", "models")}
+    for name in ("root", "targets"):
+        move(scene.repository, name)
+    for _ in range(3):
+        scene.repository.refresh()
+    reopened = Repository(scene.repository.folder, keys)
+    assert {role: reopened.keys_ever_trusted(role) for role in before} == before
+    assert reopened.newest_root().name == "1.root.json"
+
+
 def test_own_role_names_nothing_of_another_class(moved, bundles):
     # The holder of the models key writes a release of this class into another class's list, which also a mirror could exchange.
     move(moved.repository, OTHER)

@@ -21,6 +21,7 @@ reuses a finished slot.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -64,7 +65,10 @@ from ota.errors import (
 )
 from ota.manifest import MAX_MANIFEST, FileEntry
 
-FETCH_SECONDS = 3600.0  # seconds that all downloads of one update may take; the next update resumes them
+FETCH_SECONDS = (
+    3600.0  # seconds that downloads may take, those of deltas and those of the full bundle; the next update resumes them
+)
+APPLY_SECONDS = 900.0  # seconds after which no further delta of an update is applied, and the full bundle is fetched
 MAX_CHAINS = 3  # ways by deltas that one update tries before it fetches the full bundle
 BETWEEN = (
     "slots/.0",
@@ -248,8 +252,8 @@ def _fetch(home: Home, trust: Trust, transport: Transport, plan: Plan, step: OnS
     for delta in offers:
         if delta != overlays or way:
             home.disk.remove(f"incoming/{delta.sha256}")
-    if way is None:
-        _fetch_full(home, transport, plan, overlays, step, latest)
+    if way is None:  # it gets all the time that there is: deltas that serve for nothing must not use it up
+        _fetch_full(home, transport, plan, overlays, step, at_most(FETCH_SECONDS))
     return way or "full"
 
 
@@ -261,13 +265,15 @@ def _by_deltas(
     The cheapest way without a useless delta is tried next; what was fetched for the one before serves again. Useless deltas cost no
     more than the full bundle.
     """
-    left, most, before = list(offers), chain.MOST, transport.received
-    for _ in range(MAX_CHAINS):
+    left, most, before, until = list(offers), chain.MOST, transport.received, at_most(APPLY_SECONDS)
+    for number in range(MAX_CHAINS):
+        if number and time.monotonic() > until():
+            break
         deltas = find_chain(left, active, plan, full - (transport.received - before), most)
         if not deltas:
             break
         try:
-            useless = _fetch_deltas(home, transport, active, plan, deltas, step, latest)
+            useless = _fetch_deltas(home, transport, active, plan, deltas, step, latest, until)
         except BaseError as error:
             log.warning("%s", error)
             reports.queue(home, "base_corrupt", active, str(error))
@@ -276,8 +282,9 @@ def _by_deltas(
             log.warning("%s; fetching the full bundle", error)
             break
         except RoomError as error:
-            if len(deltas) == 1:
-                raise
+            if len(deltas) == 1:  # without the delta, the full bundle may find room, and says what is missing if it does not
+                log.warning("%s; fetching the full bundle", error)
+                break
             log.warning("%s; looking for a way that takes less", error)
             most = 1
         else:
@@ -288,8 +295,8 @@ def _by_deltas(
 
 
 def _fetch_deltas(
-    home: Home, transport: Transport, active: str, plan: Plan, deltas: Sequence[Target], step: OnStep, latest: Deadline
-) -> Target | None:
+    home: Home, transport: Transport, active: str, plan: Plan, deltas: Sequence[Target], step: OnStep, latest: Deadline, until: Deadline
+) -> Target | None:  # fmt: skip
     """Make the slot by one delta, or by a chain of them; return the delta that does not serve, or None: the slot is made."""
     fresh, count, limit = prepare_slot(home, plan), len(deltas), largest_between(home, active, plan)
     fetched = sum(max(0, delta.size - have(home, delta.sha256)) for delta in deltas)
@@ -305,13 +312,15 @@ def _fetch_deltas(
         useless = _first_useless(home, deltas, lambda d: verify(home, f"incoming/{d.sha256}", d.size, d.sha256))
     if useless is None:
         step(7, "apply into a new slot")
-        useless = _apply_chain(home, plan, deltas, active, fresh, limit)
+        useless = _apply_chain(home, plan, deltas, active, fresh, limit, until)
     if useless is None:
         useless = _first_useless(home, deltas[-1:], lambda _: finish_slot(home, plan, fresh, step))
     return useless
 
 
-def _apply_chain(home: Home, plan: Plan, deltas: Sequence[Target], active: str, fresh: str, limit: int) -> Target | None:
+def _apply_chain(
+    home: Home, plan: Plan, deltas: Sequence[Target], active: str, fresh: str, limit: int, until: Deadline
+) -> Target | None:
     """Apply deltas, each to what the one before made; return the one that does not serve, or None: `fresh` holds the new files.
 
     What a delta makes on the way is no bundle: no state names it, and it is never run, so no refusal concerns it. It lies in a folder
@@ -322,6 +331,8 @@ def _apply_chain(home: Home, plan: Plan, deltas: Sequence[Target], active: str, 
 
     def apply(delta: Target) -> None:
         nonlocal base, digest
+        if delta != deltas[0] and time.monotonic() > until():
+            raise DeltaError(f"the deltas before {delta.name[:80]} took more than {APPLY_SECONDS:.0f} s to apply")
         part = f"incoming/{delta.sha256}"
         if delta == deltas[-1]:
             _apply(home, part, base, digest, fresh, **_signed(plan, plan.manifest.made))

@@ -348,7 +348,7 @@ class Repository:
         A key that was removed must not come back, because everything that it signed would be valid again.
         """
         name, found = ("root" if role in TOP else "targets"), set[str]()
-        for path in self.metadata.glob(f"*.{name}.json"):
+        for path in self._files_of(name):
             found.update(load(path).signed.get_delegated_role(role).keyids)
         return found
 
@@ -578,11 +578,15 @@ class Repository:
     def _root(self) -> Metadata[Root]:
         return load(self.newest_root())
 
+    def _files_of(self, role: str) -> list[Path]:
+        """Return all versions of a role's file; those of a class that is named like the role are not among them."""
+        return [path for path in self.metadata.glob(f"*.{role}.json") if path.name.count(".") == 2]
+
     def _snapshot_version(self) -> int:
         return int(load(self.metadata / "timestamp.json").signed.snapshot_meta.version)
 
     def _root_version(self) -> int:
-        return max(int(path.name.split(".")[0]) for path in self.metadata.glob("*.root.json"))
+        return max(int(path.name.split(".")[0]) for path in self._files_of("root"))
 
     def _versions(self) -> dict[str, int]:
         meta = load(self.metadata / f"{self._snapshot_version()}.snapshot.json").signed.meta
@@ -605,10 +609,14 @@ class Repository:
 
     @staticmethod
     def _write(path: Path, data: bytes, packs: bool) -> None:
-        """Write a file, and before it a packed one, which devices of classes with roles of their own fetch in its place."""
+        """Write a file, and then a packed one, which devices of classes with roles of their own fetch in its place.
+
+        In this order, because the file is what says that its name is used: a packed one that a killed run left alone would stand
+        beside the next file of the name.
+        """
+        write(path, data)
         if packs and len(less := packed.pack(data)) < len(data):
             write(path.with_name(path.name + packed.SUFFIX), less)
-        write(path, data)
 
     def _add_object(self, source: Path, digest: str) -> None:
         place = self.objects / digest
