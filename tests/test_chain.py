@@ -352,7 +352,6 @@ def test_chain_has_one_deadline(behind, web, monkeypatch):
 
 
 def test_slow_deltas_of_a_thief_do_not_keep_the_full_bundle_away(behind, row, monkeypatch):
-    """The holder of the deltas key signs deltas that take long to apply and serve for nothing."""
     monkeypatch.setattr("ota.agent.updater.APPLY_SECONDS", -1.0)  # all time for deltas is over once one was applied
     given: list[Any] = []
     real = updater._fetch_full

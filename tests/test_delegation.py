@@ -301,7 +301,6 @@ def test_no_two_files_of_a_kind_have_one_version(moved, bundles):
 
 
 def test_class_named_like_a_role_stops_no_signature(scene, keys):
-    """A class may be named root or targets; the files of its roles must not be taken for those of the role."""
     before = {role: scene.repository.keys_ever_trusted(role) for role in ("root", "models")}
     for name in ("root", "targets"):
         move(scene.repository, name)

@@ -248,7 +248,7 @@ def _pair(scene: Scene, stored: PrecisionName) -> tuple[bytes, bytes]:
 
 
 def _plain(scene: Scene, size: Callable[[Scene, PrecisionName], int]) -> dict[str, Any]:
-    """Patch the float32 weights by another tool."""
+    """Return the bytes of another tool's patch of the float32 weights."""
     return {"bytes": size(scene, "float32")}
 
 
@@ -316,7 +316,7 @@ def nncodec() -> bool:
 
 
 def _nncodec(scene: Scene, qp: int) -> dict[str, Any]:
-    """Code the change by NNCodec, and add what it decodes to the champion."""
+    """Encode the change by NNCodec, and add what it decodes to the champion."""
     old, new = (dict(of.network().named_parameters()) for of in (scene.product.champion, scene.master))
     change, back = scene.work / "change.safetensors", scene.work / "back.safetensors"
     save_file({name: (new[name] - old[name]).detach().contiguous() for name in old}, change)
