@@ -194,7 +194,7 @@ OTHER: dict[str, tuple[Tensors, str]] = {
     "one too many": (changed({"optimizer": torch.zeros(1)}), "too many: optimizer"),
     "another shape": (changed({"stem.bias": torch.zeros(7)}), "of another shape: stem.bias [7], not [32]"),
     "turned over": (changed({"text": weights_of()["text"].T.contiguous()}), "of another shape: text [32, 257], not [257, 32]"),
-    "another tier": (weights_of(CONFIG.model_copy(update={"tier": "nano"})), "it fits tier nano, configuration I, 1 channels"),
+    "another tier": (weights_of(CONFIG.model_copy(update={"tier": "nano"})), "it fits tier nano, configuration I, 1 channel"),
     "another configuration": (
         weights_of(CONFIG.model_copy(update={"configuration": "II"})),
         "it fits tier test, configuration II",

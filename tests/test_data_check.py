@@ -38,7 +38,7 @@ def test_check_ends_with_3_if_a_file_cannot_be_used(root: Path) -> None:
     code, out, _ = ferry(root, "check", "shapes")
     assert code == 3
     assert "shapes: 13 usable images" in out
-    assert ", 1 files that cannot be used; nothing is recorded" in out
+    assert ", 1 file that cannot be used; nothing is recorded" in out
     assert "torn.png is not named in metadata.jsonl" in out
     assert json.loads(ferry(root, "check", "shapes", "--json")[1])["unusable"] == {"torn.png": "is not named in metadata.jsonl"}
     assert recorded(root) == before

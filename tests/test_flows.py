@@ -699,7 +699,7 @@ def test_other_picture_format_is_another_line(workspace: Workspace):
 
     before = len(workspace.catalog.versions(SUBJECT))
     asked = settings(workspace, 'tier = "test"', 'tier = "test"\nimage_size = 8')
-    with asked, pytest.raises(ConfigError, match=r"the champion draws 16 pixels in 1 channels, but ferry\.toml asks for 8"):
+    with asked, pytest.raises(ConfigError, match=r"the champion draws 16 pixels in 1 channel, but ferry\.toml asks for 8"):
         retrain(str(workspace.root), "shapes")
     assert len(workspace.catalog.versions(SUBJECT)) == before
 

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(workspace: Workspace):
     whole = settings.read_text()
     settings.write_text(whole.replace('tier = "test"', 'tier = "test"\nimage_size = 8'))
     assert (
-        "shapes/I/full 1 draws 16 pixels in 1 channels, but ferry.toml asks for 8 in 1"
+        "shapes/I/full 1 draws 16 pixels in 1 channel, but ferry.toml asks for 8 in 1"
         in ferry(workspace, "shapes", "--reason", "x").stderr
     )
     settings.write_text(whole)
