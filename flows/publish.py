@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from flows.workspace import Workspace
 from model import golden
 from model.scorecard import Frozen
 from model.train import load_checkpoint
+from ota.errors import OperatorError
 from ota.fitness import TrialResult
 from ota.manifest import Allowed, Origin, VariantName
 from ota.release import bundle, chains, compatibility, foretell
@@ -81,12 +84,19 @@ def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[Varian
         data_rev=first.data_rev, data_md5=first.data_md5, code=first.code, lineage=first.lineage,
         scorecard=first.scorecard, decision=promoted.sha256, model=subject.model, version=first.version,
     )  # fmt: skip
-    made = bundle.assemble(
-        exports, line=line, device_class=device_class, tier=lineage.config.tier, configuration=settings.configuration,
+    assembled = partial(
+        bundle.assemble, exports, line=line, device_class=device_class, tier=lineage.config.tier, configuration=settings.configuration,
         precision=settings.precision, origin=origin, out=workspace.work / "bundles", allowed=allowed,
         latency_ms={v: settings.latency_ms for v, export in exports.items() if latency_of(export) == TEACHING_MS},  # a teacher until then
-        oldest_agent=settings.oldest_agent or _oldest_agent(workspace, line, device_class),
     )  # fmt: skip
+    made = assembled(oldest_agent=settings.oldest_agent or _oldest_agent(workspace, line, device_class))
+    signed = {release.manifest for release in workspace.repository.releases(line, device_class)}
+    if made.manifest.digest not in signed and not settings.oldest_agent:
+        # The reports may have asked for another form when these champions were released; devices know that bundle.
+        for agent in compatibility.BUILT_FOR:
+            with suppress(OperatorError):  # an older form cannot hold it
+                other = assembled(oldest_agent=agent)
+                made = other if other.manifest.digest in signed else made
     return str(made.folder)
 
 

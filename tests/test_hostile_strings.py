@@ -20,13 +20,14 @@ from urllib.parse import quote
 
 import pytest
 from annotated_types import Predicate
+from backports import zstd
 from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, TargetFile, Targets
 
 from ota.agent import poll, transport, trust, updater
 from ota.agent.state import Config, opened
-from ota.delta.format import MAGIC, PREFIX, VERSION, read_header
+from ota.delta.format import _USUAL, MAGIC, PREFIX, _numbered, read_header
 from ota.delta.header import BundleFile, DeltaFile, Header, PlainFile
 from ota.errors import DeltaError, FaultError, GateError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
 from ota.manifest import Document, Manifest, Origin, Policy, Reference, SamplerTable, SignedReport, parse
@@ -418,10 +419,15 @@ def test_hostile_string_in_a_document_is_refused(kind, at):
             pytest.fail(f"{kind.__name__} takes {hostile!r} in {at}")
 
 
-def test_hostile_string_in_the_header_of_a_delta_is_refused():
+@pytest.mark.parametrize("version", [1, 2])
+def test_hostile_string_in_the_header_of_a_delta_is_refused(version):
     def read(value: Any) -> Header:
         data = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-        return read_header(io.BytesIO(PREFIX.pack(MAGIC, VERSION, len(data)) + data))
+        if version == 2:
+            hashes, data = _numbered(data)
+            packed = zstd.compress(data, zstd_dict=zstd.ZstdDict(_USUAL, is_raw=True).as_prefix)
+            data = bytes([len(hashes)]) + b"".join(bytes.fromhex(digest.decode()) for digest in hashes) + packed
+        return read_header(io.BytesIO(PREFIX.pack(MAGIC, version, len(data)) + data))
 
     assert json.loads(read(HEADER).canonical()) == HEADER
     for at in spots(HEADER):

@@ -101,7 +101,7 @@ def test_small_demo_killed_twice_still_tells_the_whole_story(tmp_path: Path, mon
     from flows import demo
 
     small = demo.SETTINGS.replace('tier = "nano"', 'tier = "test"')
-    for old, new in (("steps = 420", "steps = 250"), ("steps = 650\nbatch = 8\nlearning_rate = 1.5e-3", "steps = 400\nbatch = 32\nlearning_rate = 4e-3"),
+    for old, new in (("steps = 420", "steps = 250"), ("steps = 650\nbatch = 8\nlearning_rate = 1.5e-3", "steps = 700\nbatch = 32\nlearning_rate = 4e-3"),
                      ("learning_rate = 1.5e-3", "learning_rate = 8e-3"),
                      ("latency_ms = 3000", "latency_ms = 3000\nvariants = ['full', 'dev']"), ("steps = 300", "steps = 200"), ("batch = 8", "batch = 32"),
                      ("implausible = 0.7 ", "# implausible = 0.7 "), ("coverage = 0.1", "coverage = 0.1\ncaptions = false\nimplausible = 1.0\nduplicates = 1.0")):  # fmt: skip

@@ -263,7 +263,7 @@ def test_tuning_measures_the_champion_and_changes_nothing(workspace: Workspace):
     assert found.subject == "shapes/I/full"
     assert {variant: rows[0].sampler.steps for variant, rows in found.grids.items()} == {"dev": 4, "fast": 2}
     assert len(found.guidance) == 4
-    assert "write into ferry.toml" in found.text or "nothing was shown to be better" in found.text
+    assert "below [lines.shapes.sampler" in found.text or "nothing was shown to be better" in found.text
     assert (workspace.root / "ferry.toml").read_text() == before
     with pytest.raises(WorkspaceError, match="line shapes has no class of configuration II; it has I"):
         tune(workspace, "shapes", "II", 16)

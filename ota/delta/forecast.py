@@ -56,6 +56,7 @@ REACH = 64 * KiB  # bytes of the old file around a spot that zstd may refer to
 
 Bounds = npt.NDArray[np.float64]  # low, likely, high: bytes
 Thing = TypeVar("Thing")
+HASH = 32  # bytes
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Forecast:
 def forecast(pairs: Sequence[Pair]) -> Forecast:
     """Estimate how large `encode.build` would make a delta; see there for arguments and errors."""
     total, variance = _known(len(header_of(pairs, "0" * 64, "1" * 64))), 0.0
+    total[0] -= HASH  # of two files that are equal, the header holds one hash
     for pair in pairs:
         new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
         found = (_small(new, old), 0.0) if pair.whole else _records(plan(pair), new, old)

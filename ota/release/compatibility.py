@@ -16,6 +16,7 @@ from ota.manifest import DeviceReport, Manifest, as_numbers
 READ_SINCE: dict[int, str] = {1: "0.1.0", 2: "0.1.0", 3: "0.2.0", 4: "0.3.0"}
 """Form of a manifest → oldest agent that reads it."""
 OLDEST_AGENT = READ_SINCE[min(READ_SINCE)]
+BUILT_FOR = (READ_SINCE[max(READ_SINCE)], READ_SINCE[max(READ_SINCE) - 1])  # agents for which `oldest_agent` has bundles made
 NOT_NAMED = f"{OLDEST_AGENT} or older"  # the agent of a device whose reports do not name it
 UNKNOWN = "unknown"  # that of a device that never reported
 OWN_ROLES_SINCE = "0.3.0"
