@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from ota.chain import name_of
+
 LIMIT_SECONDS, LIMIT_MIB = int(os.environ.get("DEMO_SECONDS", "300")), 3 * 1024
 OUT = Path("build/bench/prove-demo.json")
 COMMANDS_AFTER = (
@@ -112,7 +114,7 @@ def check(said: dict[str, Any], folder: Path) -> list[tuple[str, bool]]:
             (f"{device} had another before", acts["installed"] != acts["updated"] and manifest["origin"]["version"] == 2),
         ]
     target, base = said["devices"]["press-01"]["updated"], said["devices"]["press-01"]["installed"]
-    (delta,) = (folder / "published" / "targets" / "deltas" / "surfaces" / "edge").glob(f"*.{base}.{target}")
+    (delta,) = (folder / "published" / "targets" / "deltas" / "surfaces" / "edge").glob(f"*.{name_of(2, base, target)}")
     rows.append(("the delta's size is that of the published file", delta.stat().st_size == said["bytes"]["delta"]))
     return rows
 
