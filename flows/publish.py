@@ -90,13 +90,14 @@ def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[Varian
         latency_ms={v: settings.latency_ms for v, export in exports.items() if latency_of(export) == TEACHING_MS},  # a teacher until then
     )  # fmt: skip
     made = assembled(oldest_agent=settings.oldest_agent or _oldest_agent(workspace, line, device_class))
-    signed = [release.manifest for release in workspace.repository.releases(line, device_class)]
-    if made.manifest.digest not in signed and not settings.oldest_agent:
+    releases = workspace.repository.releases(line, device_class)
+    before = {release.manifest for release in releases[:-1] if release.version == first.version}
+    if before and made.manifest.digest not in {release.manifest for release in releases} and not settings.oldest_agent:
         # The reports may have asked for another form when these champions were released before the present ones; devices know that bundle.
         for agent in compatibility.BUILT_FOR:
             with suppress(OperatorError):  # an older form cannot hold it
                 other = assembled(oldest_agent=agent)
-                made = other if other.manifest.digest in signed[:-1] else made
+                made = other if other.manifest.digest in before else made
     return str(made.folder)
 
 

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -129,7 +130,7 @@ def _encode(pair: Pair, groups: list[list[Piece]], version: int) -> Iterator[Rec
     if pair.whole and groups:
         yield from encode_small(new, old)
         return
-    for records in _side_by_side([lambda group=group: encode_group(group, new, old, version) for group in groups]):  # type: ignore[misc]
+    for records in _side_by_side([partial(encode_group, group, new, old, version) for group in groups]):
         yield from records
 
 

@@ -15,18 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from infra.base.train import OUT as BASES
 from infra.base.train import held_out_loss
 from model import photographs
 from model.config import ModelConfig, PrecisionName, TierName
 from model.data import Dataset, prepare
 from model.metadata import METADATA
-from model.scorecard import DataVersion, Lineage
-from model.train import LINEAGE, WEIGHTS, Checkpoint, TrainOptions, load_checkpoint, train, write_safely
+from model.scorecard import DataVersion
+from model.train import Checkpoint, TrainOptions, train
+from tests.bench.variants import base
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 KINDS = ("shirt", "trouser", "pullover", "dress", "coat", "sandal", "blouse", "sneaker", "bag", "boot")
@@ -75,22 +73,9 @@ def product(name: str, tier: TierName, work: Path) -> Product:
             (folder / "whole").touch()
         sets.append(prepare(folder / "data", config, work / "cache", f"{name}-{last}"))
     champion = (
-        _base(work / "base") if (name, tier) == ("surfaces", "nano") else _converged(config, sets[0], work / f"{name}-{tier}")
+        base(work / "base") if (name, tier) == ("surfaces", "nano") else _converged(config, sets[0], work / f"{name}-{tier}")
     )
     return Product(f"{name}, {tier}", champion, *sets)
-
-
-def _base(folder: Path) -> Checkpoint:
-    """Open the base of the demo as a checkpoint; it was trained for 5,200 steps on more patches of the same photographs."""
-    config = ModelConfig.model_validate(json.loads((BASES / "surfaces.json").read_bytes())["config"])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safely(folder / WEIGHTS, {name: weight.float() for name, weight in load_file(BASES / "surfaces.safetensors").items()})
-    lineage = Lineage(
-        data=DATA, config=config, variant="full", training_sha256="0" * 64, code="0" * 64, seed=0, parent=None, steps=0, items=0,
-        torch=torch.__version__,
-    )  # fmt: skip
-    (folder / LINEAGE).write_text(lineage.model_dump_json())
-    return load_checkpoint(folder)
 
 
 CHAMPION = TrainOptions(

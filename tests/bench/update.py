@@ -49,6 +49,7 @@ from ota.release import bundle
 from ota.release.keys import create
 from ota.release.repository import Repository
 from tests.bench.deliveries import DATA, STORED, Product, lamps, product
+from tests.bench.variants import kept
 
 OUT, PARTS = Path("build/bench/update.json"), Path("build/bench/update")
 TABLE = Path("tests/bench/results/update.md")
@@ -80,27 +81,13 @@ def main() -> None:
     for name, tier in wanted:
         made = product(name, tier, PARTS / "products")
         found[made.name] = measured(made, tier)
-    found["chain"] = kept_part("chain", lambda: chain(12 if os.environ.get("FULL") else 4))
+    found["chain"] = kept("chain", lambda: chain(12 if os.environ.get("FULL") else 4), PARTS)
     found["machine"] = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
     found["cpu_seconds"] = round(time.process_time() - began)
     OUT.write_text(json.dumps(found, indent=1))
     table = told(found)
     TABLE.write_text(table)
     print(table)
-
-
-def kept_part(name: str, make: Callable[[], Any]) -> Any:
-    """Read a part that was measured before, or measure it."""
-    path = PARTS / f"{name}.json"
-    if path.is_file():
-        return json.loads(path.read_bytes())
-    began = time.process_time()
-    made = make()
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(made))
-    fresh.replace(path)
-    print(f"{name}: {time.process_time() - began:.0f} s of processor time", flush=True)
-    return made
 
 
 # One product
@@ -150,7 +137,7 @@ def measured(made: Product, tier: TierName) -> dict[str, Any]:
     for seed in SEEDS:
         found["rows"][str(seed)] = seed_rows(made, seed)
     found["groups"] = found["rows"][str(SEEDS[0])]["champion"]["groups"]
-    found["images"] = kept_part(f"{made.name}-images", lambda: drawn_rows(made))
+    found["images"] = kept(f"{made.name}-images", lambda: drawn_rows(made), PARTS)
     return found
 
 
@@ -159,13 +146,13 @@ def seed_rows(made: Product, seed: int) -> dict[str, Any]:
     work = PARTS / "runs" / f"{made.name}-{seed}"
     work.mkdir(parents=True, exist_ok=True)
     options = RETRAINING.model_copy(update={"seed": seed})
-    spent = kept_part(f"{made.name}-{seed}-training", lambda: _trained(made, options, work / "master"))
+    spent = kept(f"{made.name}-{seed}-training", lambda: _trained(made, options, work / "master"), PARTS)
     master = train.load_checkpoint(work / "master")
     old = only(made.before, made.before.reference())
     scene = Scene(made, master, only(made.after, made.new_items()), old, work)
 
     def row(name: str, make: Callable[[], dict[str, Any]]) -> None:
-        rows[name] = kept_part(f"{made.name}-{seed}-{name}", make)
+        rows[name] = kept(f"{made.name}-{seed}-{name}", make, PARTS)
 
     rows: dict[str, Any] = {"training": spent}
     row("champion", lambda: scene.loss(made.champion.network()))

@@ -97,7 +97,7 @@ class Setting:
 def base(folder: Path) -> Checkpoint:
     """Open the committed base as a checkpoint."""
     config = ModelConfig.model_validate(json.loads((BASES / "surfaces.json").read_bytes())["config"])
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     weights = load_file(BASES / "surfaces.safetensors")
     write_safely(folder / WEIGHTS, {name: weight.float() for name, weight in weights.items()})
     lineage = Lineage(
@@ -108,9 +108,9 @@ def base(folder: Path) -> Checkpoint:
     return load_checkpoint(folder)
 
 
-def kept(name: str, make: Callable[[], Any]) -> Any:
+def kept(name: str, make: Callable[[], Any], parts: Path = PARTS) -> Any:
     """Read a part that was measured before, or measure it."""
-    path = PARTS / f"{name}.json"
+    path = parts / f"{name}.json"
     if path.is_file():
         return json.loads(path.read_bytes())
     began = time.process_time()
