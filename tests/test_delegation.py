@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -447,6 +449,7 @@ def test_nothing_is_packed_before_a_class_is_moved(offered):
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "cut off": lambda data: data[:-3], "longer": lambda data: data + b"x", "no longer packed": lambda _: b"<html>please log in</html>",
     "a bomb": lambda _: packed.pack(bytes(64 * 1024 * 1024)), "endless": lambda _: bytes(2 * LONGEST), "empty": lambda _: b"",
+    "of another dictionary": lambda data: data[:2] + bytes(4) + data[6:],
 }  # fmt: skip
 
 
@@ -470,6 +473,17 @@ def test_other_content_in_a_packed_file_is_refused(moved, bundles):
     snapshot.write_bytes(packed.pack(metadata_file(moved.repository, OWN["models"]).read_bytes()))
     with untouched(moved.device, TrustError, "failed verification", marks=False):
         moved.device.update()
+
+
+def test_dictionary_of_packed_files_stays_as_agents_have_it():
+    """Fielded agents unpack with their own copy: with another one here, each of them would fetch every file twice."""
+    assert hashlib.sha256(packed.DICTIONARY).hexdigest() == "bd9730d6cc8dd14a1d0af7c4aa9678682797eb516ba2c098c9636783cfe47aca"
+
+
+def test_dictionary_pays(moved):
+    for role in ("snapshot", *OWN.values()):
+        data = metadata_file(moved.repository, role).read_bytes()
+        assert len(packed.pack(data)) < 0.85 * len(zlib.compress(data, 9))
 
 
 @given(st.binary(max_size=400), st.integers(0, 400))

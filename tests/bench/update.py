@@ -13,13 +13,16 @@ build/bench/update.json, tests/bench/results/update.md and update.svg.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from model import evaluate, features, publish, train
 from model.config import PrecisionName, TierName
 from model.data import Dataset
-from model.export import export, pack, unpack
+from model.export import pack, unpack
 from model.graph import build
 from model.kept import losses
 from model.network import Network
@@ -45,26 +48,32 @@ from model.train import Checkpoint, TrainOptions, round_update
 from model.update import FACTORS, METHODS, MethodName
 from ota.delta import files
 from ota.delta.streams import keep_memory
-from ota.release import bundle
-from ota.release.keys import create
-from ota.release.repository import Repository
+from registry import selection
+from tests.bench import fetched
 from tests.bench.deliveries import DATA, STORED, Product, lamps, product
 from tests.bench.variants import kept
 
 OUT, PARTS = Path("build/bench/update.json"), Path("build/bench/update")
 TABLE = Path("tests/bench/results/update.md")
 SEEDS = (0, 1, 2)
+CORES = 2
 RETRAINING = TrainOptions(steps=310, batch=8, learning_rate=7e-4, stored=STORED, method="lowrank")
 LEVELS = (0.02, 0.03, 0.05, 0.08, 0.12, 0.16, 0.24)
 POLISHED = (0.05, 0.16)
+INT8_LEVEL = 0.03
 PUBLISHED = (0.03, 0.08, 0.16)  # levels of which a real agent fetches the update
 GRIDS = (2.0, 3.0)  # the way of version 0.1: every change rounded to a grid after the training
 OTHERS: tuple[MethodName, ...] = ("grid", "small-tensors", "seeded")  # methods that train in a way of their own
+OLD_LEVELS = (0.03, 0.08)  # levels at which the gate judges the images of old captions
 QPS = (-38, -32, -26)  # quantisation parameters of NNCodec
 SAMPLER = Sampler(method="ab2", steps=14, guidance=2.0)
 IMAGES = 128
 DRAWS = 2000  # of the bootstrap
 GOALS = {"nano": ((100, 0.98), (300, 0.90)), "small": ((50, 0.98), (150, 0.90))}  # × bsdiff4, and least share kept
+KINDS = {
+    "lowrank": "o-", "lowrank, polished": "D", "grid": "s", "small-tensors": "^", "seeded": "v", "NNCodec": "x--",
+    "int8 afresh, bsdiff4": "P", "fp32 retrain, bsdiff4": "*", "fp32 retrain, zstd": "+",
+}  # fmt: skip
 CHAIN_STEPS, CHAIN_LEVEL = 100, 0.03
 NNCODEC = PARTS / "nncodec"  # an environment of its own: it needs NumPy 1
 
@@ -76,18 +85,47 @@ def main() -> None:
     wanted: list[tuple[str, TierName]] = [("surfaces", "nano")]
     if os.environ.get("FULL"):
         wanted += [("fashion", "nano"), ("surfaces", "small"), ("fashion", "small")]
-    began, found = time.process_time(), dict[str, Any]()
+    found, releases = dict[str, Any](), 12 if os.environ.get("FULL") else 4
     PARTS.mkdir(parents=True, exist_ok=True)
+    for name, tier in wanted:
+        product(name, tier, PARTS / "products")
+    with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(fill, name, tier, seed) for name, tier in wanted for seed in SEEDS]
+        waiting.append(pool.submit(fill_chain, releases))
+        for part in waiting:
+            part.result()
     for name, tier in wanted:
         made = product(name, tier, PARTS / "products")
         found[made.name] = measured(made, tier)
-    found["chain"] = kept("chain", lambda: chain(12 if os.environ.get("FULL") else 4), PARTS)
+    found["chain"] = fill_chain(releases)
+    found["behind"], found["aged"] = kept("behind", late, PARTS), kept("aged", in_an_old_repository, PARTS)
     found["machine"] = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
-    found["cpu_seconds"] = round(time.process_time() - began)
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    found["cpu_seconds"] = round(sum(usage.ru_utime + usage.ru_stime for usage in spent))
     OUT.write_text(json.dumps(found, indent=1))
     table = told(found)
     TABLE.write_text(table)
+    plot({name: rows for name, rows in found.items() if isinstance(rows, dict) and "rows" in rows})
     print(table)
+
+
+def fill(name: str, tier: TierName, seed: int) -> None:
+    """Measure all parts of a seed that are not there yet, in a process of its own."""
+    torch.set_num_threads(1)
+    keep_memory()
+    made = product(name, tier, PARTS / "products")
+    seed_rows(made, seed)
+    kept(f"{made.name}-{seed}-old images", partial(on_old_data, made, seed), PARTS)
+    if seed == SEEDS[0]:
+        kept(f"{made.name}-images", partial(drawn_rows, made), PARTS)
+
+
+def fill_chain(releases: int) -> list[dict[str, Any]]:
+    """Measure the chain unless that was done before."""
+    torch.set_num_threads(1)
+    keep_memory()
+    rows: list[dict[str, Any]] = kept(f"chain-{releases}", partial(chain, releases), PARTS)
+    return rows
 
 
 # One product
@@ -138,6 +176,7 @@ def measured(made: Product, tier: TierName) -> dict[str, Any]:
         found["rows"][str(seed)] = seed_rows(made, seed)
     found["groups"] = found["rows"][str(SEEDS[0])]["champion"]["groups"]
     found["images"] = kept(f"{made.name}-images", lambda: drawn_rows(made), PARTS)
+    found["old"] = [kept(f"{made.name}-{seed}-old images", partial(on_old_data, made, seed), PARTS) for seed in SEEDS]
     return found
 
 
@@ -159,7 +198,9 @@ def seed_rows(made: Product, seed: int) -> dict[str, Any]:
     row("fp32 retrain", lambda: {**scene.loss(master.network()), "bytes": scene.delta(master.network(), "float32")})
     for tool, size in (("bsdiff4", bsdiff), ("zstd --patch-from", beside)):
         row(f"fp32 retrain, {tool}", partial(_plain, scene, size))
-    row("int8 afresh", lambda: _int8(scene))
+    row("int8 afresh, bsdiff4", lambda: _int8(scene))
+    row("int8 afresh, zstd --patch-from", lambda: {"bytes": beside(scene, "int8")})
+    row(f"int8, lowrank {INT8_LEVEL:g}", partial(_published, scene, INT8_LEVEL, "int8"))
     for grid in GRIDS:
         row(f"grid {grid:g} after the training", partial(_after, scene, grid))
     for level in LEVELS:
@@ -186,15 +227,16 @@ def _trained(made: Product, options: TrainOptions, out: Path) -> dict[str, float
     return spent
 
 
-def _published(scene: Scene, level: float) -> dict[str, Any]:
+def _published(scene: Scene, level: float, stored: PrecisionName = STORED) -> dict[str, Any]:
     """Measure the default method at a level."""
     began = time.process_time()
-    made = publish.publish(scene.master, scene.product.champion, level, STORED, scene.work / f"lowrank-{level:g}")
+    out = scene.work / f"lowrank-{level:g}{'' if stored == STORED else f'-{stored}'}"
+    made = publish.publish(scene.master, scene.product.champion, level, stored, out)
     spent = time.process_time() - began
     network = made.network()
-    row = {**scene.loss(network), "bytes": scene.delta(network, factors=made.folder / FACTORS), "seconds": spent}
-    if level in PUBLISHED:
-        row |= fetched(scene, made)
+    row = {**scene.loss(network), "bytes": scene.delta(network, stored, made.folder / FACTORS), "seconds": spent}
+    if level in PUBLISHED and stored == STORED:
+        row |= fetched.one(scene.work, scene.product.champion, made, scene.product.after.captions, STORED)
     return row
 
 
@@ -321,37 +363,6 @@ def _nncodec(scene: Scene, qp: int) -> dict[str, Any]:
     return {**scene.loss(network), "bytes": int(done.stdout.split()[-1])}
 
 
-# What a device fetches
-
-
-def fetched(scene: Scene, made: Checkpoint) -> dict[str, Any]:
-    """Let a real agent install the champion and then the update over HTTP; return the bytes that the update took."""
-    from tests.conftest import bundle_of
-    from tests.fleet_kit import Device, WebServer
-    from tests.fleet_kit import publish as published
-
-    captions = sorted(set(scene.product.after.captions))[:8]
-    with tempfile.TemporaryDirectory(dir=scene.work) as place:
-        root = Path(place)
-        repository = Repository.create(root / "repository", create(root / "keys"))
-        bundles = []
-        for number, checkpoint in enumerate((scene.product.champion, made), start=1):
-            folder = root / f"export-{number}"
-            export(checkpoint, STORED, SAMPLER, captions, 60_000.0, folder)
-            bundles.append(bundle_of(folder, root / "bundles", number, checkpoint.lineage.config.tier))
-        published(repository, bundles[0])
-        with WebServer(repository.folder) as server:
-            device = Device.init(root / "device", repository, address=server.address)
-            device.update()
-            delta = bundle.make_delta(bundles[0], bundles[1], root / "deltas", factors={"full": made.folder / FACTORS}, version=2)
-            assert delta is not None
-            published(repository, bundles[1], delta.path, bundles[0])
-            before = sum(server.sent.values())
-            outcome = device.update()
-            assert outcome.way == "delta", outcome
-            return {"fetched": sum(server.sent.values()) - before, "delta": delta.size}
-
-
 # Images
 
 
@@ -368,6 +379,31 @@ def drawn_rows(made: Product) -> dict[str, Any]:
         drawn = evaluate.draw(session, evaluate.held_out_captions(made.after, IMAGES), SAMPLER)
         rows[name] = {q.space: (q.kd, q.kd_se) for q in evaluate.quality(spaces, made.after, drawn, "new")}
     return rows
+
+
+def on_old_data(made: Product, seed: int) -> dict[str, Any]:
+    """Ask the gate's question of the old data: is the update not worse than the champion there, in every space and aspect?"""
+    spaces = features.fit(made.before, PARTS / "products" / f"{made.name}-features.safetensors")
+    folder, limits = PARTS / "runs" / f"{made.name}-{seed}", selection.Limits()
+    captions = evaluate.held_out_captions(made.before, IMAGES)
+
+    def drawn(network: Network) -> evaluate.Drawn:
+        graph = build(network.config, "float32").SerializeToString(deterministic=True)
+        return evaluate.draw(Session(graph, pack(network, "float32"), threads=1), captions, SAMPLER)
+
+    champion, found = drawn(made.champion.network()), dict[str, Any]()
+    qualities = evaluate.quality(spaces, made.before, champion, "old")
+    for level in OLD_LEVELS:
+        update = drawn(train.load_checkpoint(folder / f"lowrank-{level:g}").network())
+        rows = evaluate.compare(spaces, made.before, update, champion, "old", made.champion.weights_sha256)
+        found[f"lowrank {level:g}"] = [
+            {
+                "space": row.space, "aspect": row.aspect, "upper": row.delta + selection.quantile(row.groups, limits.alpha) * row.se,
+                "margin": selection.margin(qualities, row, limits),
+            }
+            for row in rows
+        ]  # fmt: skip
+    return found
 
 
 # A chain of releases
@@ -392,6 +428,22 @@ def chain(releases: int) -> list[dict[str, Any]]:
         })  # fmt: skip
         fielded = made
     return rows
+
+
+def late() -> dict[str, Any]:
+    """Measure a device that is three releases behind in that chain."""
+    made = [train.load_checkpoint(PARTS / "chain" / str(release) / "published") for release in (1, 2, 3)]
+    captions = lamps(PARTS / "products", 3).captions
+    return fetched.behind(PARTS, [product("surfaces", "nano", PARTS / "products").champion, *made], captions, STORED)
+
+
+def in_an_old_repository() -> dict[str, Any]:
+    """Measure the first product's update at the first of the published levels as the last of many releases."""
+    made, level = product("surfaces", "nano", PARTS / "products"), PUBLISHED[0]
+    update = train.load_checkpoint(PARTS / "runs" / f"{made.name}-{SEEDS[0]}" / f"lowrank-{level:g}")
+    found = fetched.aged(PARTS, made.champion, update, made.after.captions, STORED)
+    weights = kept(f"{made.name}-{SEEDS[0]}-lowrank {level:g}", dict, PARTS)["bytes"]
+    return found | {"weights": weights}
 
 
 # The table
@@ -423,6 +475,17 @@ def told(found: dict[str, Any]) -> str:
         if isinstance(rows, dict) and "rows" in rows:
             lines += _product_table(name, rows)
     lines += _chain_table(found["chain"])
+    old, behind = found["aged"], found["behind"]
+    steps, ratio = ", ".join(f"{size:,}" for size in behind["steps"]), behind["at_once"] / sum(behind["steps"])
+    lines += [
+        "",
+        f"A device that is three releases behind fetches {behind['at_once']:,} bytes at once: {ratio:.2f} times the sum of the steps ({steps}).",
+        "",
+        (
+            f"With {old['classes']} classes and {old['releases']} releases, a device fetches {old['fetched']:,} bytes for an update whose weights "
+            f"take {old['weights']:,}: {old['fetched'] - old['weights']:,} are something else."
+        ),
+    ]
     lines += ["", f"{found['cpu_seconds']:,} s of processor time in this run; parts that were there already took none.", ""]
     return "\n".join(lines)
 
@@ -450,9 +513,17 @@ def _product_table(name: str, found: dict[str, Any]) -> list[str]:
         lines[-1] += f"{kept} | {old:.4f} | " if old else f"{kept} | | "
         lines[-1] += f"{spent:.1f} |" if spent else "|"
     ratio = np.mean([row["training"]["collecting"] / row["training"]["plain"] for row in seeds])
+    whole = np.mean([
+        (row["training"]["collecting"] + row[f"lowrank {POLISHED[0]:g}, polished"]["seconds"]) / row["training"]["plain"] for row in seeds
+    ])  # fmt: skip
     champion_old = float(np.mean([row["champion"]["old"] for row in seeds]))
+    judged = {level: [row for one in found["old"] for row in one[level]] for level in found["old"][0]}
     lines += [
-        "", f"The champion's loss of old items is {champion_old:.4f}. Training takes {ratio:.2f} times the processor time of one that collects nothing.", "",
+        "", (f"The champion's loss of old items is {champion_old:.4f}. Training takes {ratio:.2f} times the processor time of one that collects nothing; "
+        f"with the making of the update and its polish, {whole:.2f} times."), "",
+        "Old data, by the gate's test of non-inferiority (upper bound below the margin; every seed, space and aspect): " + "; ".join(
+            f"{level}: {sum(row['upper'] < row['margin'] for row in rows)} of {len(rows)}" for level, rows in judged.items()
+        ) + ".", "",
         "| kernel distance of 128 images, seed 0 (± its error) | " + " | ".join(next(iter(found["images"].values()))) + " |",
         "|---|" + "---|" * len(next(iter(found["images"].values()))),
     ]  # fmt: skip
@@ -461,6 +532,40 @@ def _product_table(name: str, found: dict[str, Any]) -> list[str]:
         for row, spaces in found["images"].items()
     ]
     return [*lines, ""]
+
+
+def plot(products: dict[str, Any]) -> None:
+    """Plot the share of the gain that each update keeps over its bytes."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "update", "svg.fonttype": "none"})
+    import matplotlib.pyplot as plt
+
+    figure, all_axes = plt.subplots(1, len(products), figsize=(6 * len(products), 4.2), squeeze=False, sharey=True)
+    for axes, (name, found) in zip(all_axes[0], products.items(), strict=True):
+        seeds = [found["rows"][str(seed)] for seed in SEEDS]
+        for kind, marker in KINDS.items():
+            points = []
+            for row in (row for row in seeds[0] if kind_of(row) == kind):
+                share = interval(seeds, row, found["groups"])
+                low, middle, high = (100 * (share[at] if share else 1.0) for at in (1, 0, 2))
+                points.append((float(np.mean([one[row]["bytes"] for one in seeds])), middle, middle - low, high - middle))
+            if points:
+                x, y, below, above = np.array(sorted(points)).T
+                axes.errorbar(x / 1000, y, (below.clip(0), above.clip(0)), fmt=marker, label=kind, capsize=2, lw=1, ms=5)
+        axes.set(xscale="log", xlabel="bytes of the update's weights, kB", title=name, ylim=(60, 102))
+        axes.grid(alpha=0.3)
+    all_axes[0][0].set_ylabel("share of the retraining's gain kept, %")
+    all_axes[0][-1].legend(fontsize=8, loc="lower right")
+    figure.savefig(TABLE.with_suffix(".svg"), metadata={"Date": None}, bbox_inches="tight")
+
+
+def kind_of(row: str) -> str | None:
+    """Return the curve to which a row belongs in the picture; None: it is not drawn."""
+    if row.endswith(", polished"):
+        return "lowrank, polished"
+    return next((kind for kind in KINDS if row.startswith(kind)), None)
 
 
 def _chain_table(rows: Sequence[dict[str, Any]]) -> list[str]:
