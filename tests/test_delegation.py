@@ -476,7 +476,7 @@ def test_other_content_in_a_packed_file_is_refused(moved, bundles):
 
 
 def test_dictionary_of_packed_files_stays_as_agents_have_it():
-    """Fielded agents unpack with their own copy: with another one here, each of them would fetch every file twice."""
+    """Keep the copy that fielded agents have: with another one here, each of them would fetch every file twice."""
     assert hashlib.sha256(packed.DICTIONARY).hexdigest() == "bd9730d6cc8dd14a1d0af7c4aa9678682797eb516ba2c098c9636783cfe47aca"
 
 

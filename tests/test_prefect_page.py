@@ -192,7 +192,7 @@ class Page:
         return found
 
     def click(self, element: str) -> None:
-        """Click an element that stands still and that nothing covers, because a page that moves swallows the click."""
+        """Send a click to an element that stands still and that nothing covers, because a page that moves swallows the click."""
         x, y = self.until(
             f"(() => {{ const e = {element}; if (!e) return null; e.scrollIntoView({{block: 'center', behavior: 'instant'}}); "
             "const box = e.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2; "
