@@ -321,6 +321,30 @@ def test_only_normal_numbers_are_moved_by_rules(kind, way):
     assert found.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_processor_that_takes_denormals_for_0_moves_numbers_alike(kind):
+    rng = np.random.default_rng(0)
+    old = rng.integers(0, 1 << 32, 1 << 16).astype(KINDS[kind].dtype)  # any bit patterns
+    small = rng.integers(0, 4 << KINDS[kind].mantissa, 1 << 16).astype(KINDS[kind].dtype)
+    steps, sides = (
+        rng.integers(-3, 4, 1 << 16, np.int32),
+        [rng.integers(-1, 2, shape, np.int32) for shape in ((256, 1), (1, 256))],
+    )
+
+    def made() -> list[bytes]:
+        moved = [numbers.stepped(codes, steps, numbers.LEAST_STEP, KINDS[kind]) for codes in (old, small)]
+        moved += [numbers.predicted(codes, *sides, -container.MAX_EXPONENT, KINDS[kind]) for codes in (old, small)]
+        return [codes.tobytes() for codes in moved]
+
+    wanted = made()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor always computes with denormals")
+    try:
+        assert made() == wanted
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize(("kind", "first"), [("float16", 42), ("bfloat16", 42), ("float32", 42)])
 def test_denormals_share_the_scale_of_the_smallest_exponent(kind, first):
     """Check the classes, which are part of the format: half octaves; 14 is for numbers expected to move by one."""
@@ -973,6 +997,7 @@ def gap(zeros: int) -> bytes:
         pytest.param(table(words(), bytes={FIRST + 1: 48}), "in an unknown way", id="factors in two ways"),
         pytest.param(table(words(), bytes={FIRST + 1: 4}), "ends too early", id="step missing"),
         pytest.param(table(words(step=0.0)) + ALL_ZERO * 3, "impossible steps", id="steps of nothing"),
+        pytest.param(table(words(step=1e-38)) + ALL_ZERO * 3, "impossible steps", id="steps that some processors take for 0"),
         pytest.param(table(words(step=-1.0)) + ALL_ZERO * 3, "impossible steps", id="steps backwards"),
         pytest.param(table(words(step=np.nan)) + ALL_ZERO * 3, "impossible steps", id="steps of no number"),
         pytest.param(table(words(step=np.inf)) + ALL_ZERO * 3, "impossible steps", id="steps without end"),

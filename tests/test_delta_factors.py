@@ -179,6 +179,19 @@ def test_common_powers_of_two_cost_nothing(tmp_path):
     assert sizes[1] < sizes[0] + 30
 
 
+@pytest.mark.parametrize(("size", "way"), [(1e-38, "each"), (2e-38, "steps")])
+def test_steps_that_some_processors_take_for_0_are_not_used(tmp_path, size, way):
+    old, steps = np.arange(1 << 23, (1 << 23) + 500, dtype=np.uint32), np.arange(500, dtype=np.int32) % 3
+    new = numbers.stepped(old, steps, np.float32(size), KINDS["float32"])
+    for name, codes in (("old", old), ("new", new)):
+        (tmp_path / name).write_bytes(save({"bias": codes.view(np.float32)}))
+    said = factors(tmp_path / "factors", {}, {"bias": (steps, size)})
+    files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p", factors=said)
+    files.apply(tmp_path / "old", tmp_path / "p", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "new").read_bytes()
+    assert (("update", "steps") in ways(tmp_path / "p")) == (way == "steps")
+
+
 def test_components_of_zeros_cost_nothing(tmp_path):
     old, (left, right), made = weights(ROWS * COLUMNS), drawn(4), []
     new = numbers.predicted(old, left, right, -20, KINDS["float32"]).tobytes()
@@ -499,6 +512,7 @@ def test_crafted_update_can_be_right():
         pytest.param(payload(bytes={20: 101}), "an impossible product", id="product too large"),
         pytest.param(payload(changed(kind=KINDS["bytes"], length=400, row=10)), "an impossible product", id="product of bytes"),
         pytest.param(payload(changed(product=None, step=np.float32(-1), steps=np.ones(100, np.int32))), "impossible steps", id="steps backwards"),
+        pytest.param(payload(changed(product=None, step=np.float32(1e-38), steps=np.ones(100, np.int32))), "impossible steps", id="steps that some processors take for 0"),
         pytest.param(payload(changed(product=None, step=np.float32("inf"), steps=np.ones(100, np.int32))), "impossible steps", id="steps without end"),
         pytest.param(payload(changed(kind=KINDS["int8"], product=None, step=np.float32(1), steps=np.ones(400, np.int32))), "impossible steps", id="steps of integers"),
     ],

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ota.delta import vectors
-from ota.delta.numbers import KINDS, MAX_FACTOR, Factors, KindName, Product
+from ota.delta.numbers import KINDS, LEAST_STEP, MAX_FACTOR, Factors, KindName, Product
 from ota.delta.updates import MAX_EXPONENT, MAX_RANK
 from ota.errors import OperatorError, printable
 from ota.limits import MiB
@@ -57,7 +57,7 @@ class Claim:
         if not self.count or self.count != numbers_there:
             return False
         if self.step is not None:
-            return bool(KINDS[kind].mantissa)
+            return bool(KINDS[kind].mantissa and self.step >= LEAST_STEP)
         return len(shape) > 1 and (self.rows, self.columns) == (shape[0], math.prod(shape[1:])) and kind != "bytes"
 
     def product(self) -> Product | None:

@@ -28,7 +28,7 @@ from backports import zstd
 
 from ota.delta import numbers, streams, updates, vectors
 from ota.delta.header import BundleFile, DeltaFile, Header, PlainFile, parse
-from ota.delta.numbers import CONTEXTS, KIND_OF_CODE, MAX_FACTOR, Kind, KindName, Product, Scales
+from ota.delta.numbers import CONTEXTS, KIND_OF_CODE, LEAST_STEP, MAX_FACTOR, Kind, KindName, Product, Scales
 from ota.errors import BaseError, DeltaError
 from ota.limits import KiB, MiB
 
@@ -560,7 +560,7 @@ def _read_table(reader: streams.Reader, length: int) -> tuple[list[Segment], npt
         sizes = segment.table_rows if flags & _ROWS else None, segment.row if flags & _COLUMNS else None
         scales = [None if n is None else np.frombuffer(table.take(n), np.int8).astype(np.int16) for n in sizes]
         step = np.float32(_STEP.unpack(table.take(_STEP.size))[0]) if flags & _STEPS else None
-        if step is not None and not (segment.kind.mantissa and 0 < step < np.inf):
+        if step is not None and not (segment.kind.mantissa and LEAST_STEP <= step < np.inf):
             raise DeltaError("a record of the delta describes impossible steps; fetch it again")
         product = Product(*_PRODUCT.unpack(table.take(_PRODUCT.size))) if flags & (_FACTORS | _VECTORS) else None
         most = updates.MAX_RANK if flags & _VECTORS else MAX_RANK

@@ -18,6 +18,7 @@ Numbers = npt.NDArray[np.uint32]
 Scales = npt.NDArray[np.int16]
 Factors = npt.NDArray[np.int32]
 
+LEAST_STEP = np.float32(2.0**-126)  # the smallest normal one; some processors take a denormal for 0
 MAX_FACTOR = 2**24  # a sum of 32 products of two such factors is an integer of at most 2^53, so float64 holds it exactly
 
 _ONE_THREAD = 1 << 18  # multiplications; up to so many, OpenBLAS uses one thread
@@ -127,8 +128,8 @@ def stepped(old: Codes, steps: npt.NDArray[np.int32], size: np.float32, kind: Ki
     """Move floats by whole steps of one size, as a training does that rounds its update to a grid.
 
     The product and the sum are each rounded to float32, then the sum is rounded to the kind (to nearest, ties to even), so the
-    result is the same on every machine. A number that is denormal, zero, infinite or NaN before or after stays as it is, because
-    machines treat these differently.
+    result is the same on every machine, if the size is at least `LEAST_STEP`. A number that is denormal, zero, infinite or NaN
+    before or after stays as it is, because machines treat these differently.
     """
     at = np.flatnonzero(steps)
     before, result = old[at], old.copy()
@@ -143,8 +144,8 @@ def predicted(old: Codes, left: Factors, right: Factors, exponent: int, kind: Ki
     """Move numbers by the product of two thin matrices of integers, times a power of two.
 
     The product of such integers is exact in whatever order a library adds, so it is the same on every machine. Floats are then
-    added in float32 and rounded to the kind as in `stepped`. Integers are rounded to the nearest (ties to even) that the kind
-    has.
+    added in float32 and rounded to the kind as in `stepped`. For integers, the product is rounded to the nearest integer (ties to
+    even), and the sum is clipped to what the kind has.
 
     Args:
         old: the numbers before, row by row; the last row may be shorter.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ota.delta import numbers, streams, vectors
-from ota.delta.numbers import KIND_OF_CODE, Kind, Product
+from ota.delta.numbers import KIND_OF_CODE, LEAST_STEP, Kind, Product
 from ota.errors import DeltaError
 from ota.limits import KiB, MiB
 
@@ -198,7 +198,7 @@ def _read_table(table: streams.Reader, length: int) -> list[Stretch]:
             _check_product(stretch)
         elif way >> 4 == STEPS:
             stretch = replace(stretch, step=next(sizes))
-            if not (kind.mantissa and stretch.step is not None and 0 < stretch.step < np.inf):
+            if not (kind.mantissa and stretch.step is not None and LEAST_STEP <= stretch.step < np.inf):
                 raise DeltaError("a record of the delta describes impossible steps; fetch it again")
         made.append(stretch)
         end += gap + size

@@ -521,7 +521,8 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("sum(s.length for s in segments) != length or", "", "segments make other bytes than the record"),
         ("product.rank * (segment.table_rows + segment.row) <= segment.count", "product.rank > 0", "a product that is not thin takes all memory"),
         ("    if int(np.abs(found.astype(np.int64)).max()) > MAX_FACTOR:", "    if int(found.max()) > MAX_FACTOR:", "a large negative factor is rounded differently on each machine"),
-        ("        if step is not None and not (segment.kind.mantissa and 0 < step < np.inf):", "        if step is not None and not segment.kind.mantissa:", "steps that are not finite are taken"),
+        ("        if step is not None and not (segment.kind.mantissa and LEAST_STEP <= step < np.inf):", "        if step is not None and not segment.kind.mantissa:", "steps that are not finite are taken"),
+        ("        if step is not None and not (segment.kind.mantissa and LEAST_STEP <= step < np.inf):", "        if step is not None and not (segment.kind.mantissa and 0 < step < np.inf):", "steps are taken that some processors take for 0"),
         ('    if magic != b"BSDIFF40" or new_size != length or', '    if magic != b"BSDIFF40" or', "bsdiff makes a file of any length"),
         ("            if made > limit:\n", "            if made > 1000 * limit:\n", "a bzip bomb takes all memory"),
         ("        if unpacker.unused_data:", "        if False:", "a second bzip stream is unpacked unchecked"),
@@ -531,6 +532,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    if stop - first != 4 * math.prod(shape) or start + stop > size:", "    if start + stop > size:", "a tensor of another length than its shape is read"),
         ("or rank > MAX_RANK or", "or", "factors of any rank are read"),
         ("> MAX_FACTOR:", "> 2 * MAX_FACTOR:", "factors are believed that devices refuse"),
+        ("mantissa and self.step >= LEAST_STEP", "mantissa", "steps are sent that devices refuse"),
         ("left[:, k].any() and right[k].any()", "True", "components that are 0 cost bytes"),
     ],
     "ota/delta/updates.py": [
