@@ -93,6 +93,10 @@ fuzz: $(VENV)/.fuzz ## made-up documents, deltas and requests, five minutes (FUZ
 conformance: install ## the agent's metadata layer under the TUF conformance suite (TUF_CONFORMANCE=its checkout, with a venv of its own)
 	$(BIN)/python -m tests.conformance "$(TUF_CONFORMANCE)"
 
+.PHONY: check-arm
+check-arm: install ## apply deltas of every kind here and, under qemu-user, on aarch64: the bytes must be equal; three minutes (Debian or Ubuntu on x86-64)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.aarch64
+
 .PHONY: bench-gate
 bench-gate: install ## how often the gate is wrong, and good and bad models before it, 20 minutes (FULL=1: all rows, hours; goes on where it was cut); tables to tests/bench/results
 	$(BIN)/python -m tests.bench.gate
