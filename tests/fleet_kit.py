@@ -362,6 +362,8 @@ class Faults:
 
     cut_after: dict[str, int] = field(default_factory=dict)
     """Break the connection once, after so many bytes."""
+    short: set[str] = field(default_factory=set)
+    """Break the connection each time, one byte before the end."""
     endless: set[str] = field(default_factory=set)
     """Go on with zeros after the end of the file."""
     missing: set[str] = field(default_factory=set)
@@ -458,6 +460,8 @@ class WebServer:
         cut = next((end for end in faults.cut_after if name.endswith(end)), None)
         if cut is not None:
             body = body[: faults.cut_after.pop(cut)]
+        if any(name.endswith(end) for end in faults.short):
+            body = body[:-1]
         if faults.chunked:
             self._send(http, name, b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:999], body[999:]) if part))
             self._send(http, name, b"" if cut is not None else b"0\r\n\r\n")

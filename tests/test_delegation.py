@@ -36,6 +36,7 @@ from tests.fleet_kit import (
     LINE,
     Device,
     Field,
+    WebServer,
     change_role,
     everyone,
     expire,
@@ -463,14 +464,62 @@ def test_packed_file_that_is_damaged_is_fetched_as_it_is(moved, bundles, damage)
     assert look(moved.device) == "release 2 is open to this device"
 
 
-def test_other_content_in_a_packed_file_is_refused(moved, bundles):
+@pytest.fixture
+def web(moved: Field, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    """Serve the repository of `moved` from a web server, without pauses between retries, and point the device at it."""
+    monkeypatch.setattr("ota.agent.transport.BACKOFF", 0)
+    with WebServer(moved.repository.folder) as server:
+        moved.device.configure(repository=server.address)
+        yield server
+
+
+PACKED_ROLES = ["snapshot", *OWN.values()]
+WRONG: dict[str, Callable[[bytes, Repository], bytes]] = {
+    "of another role": lambda _, repository: metadata_file(repository, "targets").read_bytes(),
+    "not signed": lambda data, _: data.replace(b'"sig": "', b'"sig": "00').replace(b'"sig":"', b'"sig":"00'),
+    "no metadata": lambda _, __: b"{}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("role", PACKED_ROLES)
+def test_other_content_in_a_packed_file_does_not_end_the_look(moved, bundles, step, role, wrong):
+    """Take the signed file itself where a cache or a thief without keys puts something else into the packed one."""
+    publish(moved.repository, bundles["second"], step, bundles["first"])
+    path = metadata_file(moved.repository, role)
+    other = WRONG[wrong](path.read_bytes(), moved.repository)
+    assert other != path.read_bytes()
+    packed_of(path).write_bytes(packed.pack(other))
+    assert moved.device.update().way == "delta"
+
+
+@pytest.mark.parametrize("age", ["of before", "expired"])
+@pytest.mark.parametrize("role", PACKED_ROLES)
+def test_stale_packed_file_keeps_no_release_away(moved, bundles, step, role, age):
+    before = metadata_file(moved.repository, role)
+    if age == "expired":
+        sign_in_place(before, moved.repository.keys, role.partition(".")[0], expire)
+    stale = packed.pack(before.read_bytes())
+    publish(moved.repository, bundles["second"], step, bundles["first"])
+    packed_of(metadata_file(moved.repository, role)).write_bytes(stale)
+    assert moved.device.update().way == "delta"
+
+
+def test_other_content_in_a_packed_policy_or_manifest_does_not_end_the_look(moved, bundles):
     publish(moved.repository, bundles["second"])
     for place in moved.repository.target_files.rglob(f"*{packed.SUFFIX}"):
         place.write_bytes(packed.pack(b"{}"))
-    assert look(moved.device) == "release 2 is open to this device"  # its hash is signed, so the file itself is fetched
-    moved.repository.refresh()
-    snapshot = packed_of(metadata_file(moved.repository, "snapshot"))
-    snapshot.write_bytes(packed.pack(metadata_file(moved.repository, OWN["models"]).read_bytes()))
+    assert look(moved.device) == "release 2 is open to this device"
+
+
+@pytest.mark.parametrize("role", PACKED_ROLES)
+def test_rollback_by_both_forms_of_a_file_is_refused(moved, bundles, step, role):
+    """Refuse old metadata although the packed ones are given up first: the retry starts from the same versions."""
+    old = metadata_file(moved.repository, role).read_bytes()
+    publish(moved.repository, bundles["second"], step, bundles["first"])
+    path = metadata_file(moved.repository, role)
+    path.write_bytes(old)
+    packed_of(path).write_bytes(packed.pack(old))
     with untouched(moved.device, TrustError, "failed verification", marks=False):
         moved.device.update()
 
@@ -484,6 +533,53 @@ def test_dictionary_pays(moved):
     for role in ("snapshot", *OWN.values()):
         data = metadata_file(moved.repository, role).read_bytes()
         assert len(packed.pack(data)) < 0.85 * len(zlib.compress(data, 9))
+
+
+def test_rollback_of_a_device_without_cache_is_refused_behind_a_wrong_packed_file(moved, bundles, tmp_path):
+    """Refuse the whole repository of before, which begins with a packed snapshot that is given up, by the marks alone."""
+    before = shutil.copytree(moved.repository.folder, tmp_path / "before")
+    publish(moved.repository, bundles["second"])
+    moved.device.update()
+    packed_of(metadata_file(Repository(before, moved.repository.keys), "snapshot")).write_bytes(packed.pack(b"{}"))
+    forget_cache(moved.device)
+    moved.device.configure(repository=str(before))
+    with untouched(moved.device, TrustError, "this device has seen"):
+        moved.device.update()
+
+
+def test_packed_file_is_given_up_once(moved, bundles, web):
+    """Fetch each file at most once in each form, whatever is in the packed ones: a mirror cannot make a device go round in circles."""
+    publish(moved.repository, bundles["second"])
+    for role in PACKED_ROLES:
+        packed_of(metadata_file(moved.repository, role)).write_bytes(packed.pack(b"{}"))
+    look(moved.device)
+    names = [request.name for request in web.requests]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice == {"metadata/timestamp.json", "metadata/2.root.json"}
+    assert sum(name.endswith(packed.SUFFIX) for name in names if name.startswith("metadata/")) == 1
+
+
+@pytest.mark.parametrize("status", [500, 503, 404, 403, 406])
+def test_packed_file_that_a_server_refuses_is_fetched_as_it_is(moved, bundles, web, status):
+    publish(moved.repository, bundles["second"])
+    web.faults.failing, web.faults.status = {packed.SUFFIX: 1000}, status
+    assert look(moved.device) == "release 2 is open to this device"
+
+
+def test_packed_file_that_ends_early_at_a_proxy_is_fetched_as_it_is(moved, bundles, web):
+    publish(moved.repository, bundles["second"])
+    files = [path for path in moved.repository.folder.rglob(f"*{packed.SUFFIX}") if path.is_file()]
+    web.faults.short = {path.name for path in files}
+    assert look(moved.device) == "release 2 is open to this device"
+
+
+def test_packed_file_that_the_disk_cannot_read_is_fetched_as_it_is(moved, bundles):
+    """Leave packed files that are there but give no bytes, as on a stick with bad sectors."""
+    publish(moved.repository, bundles["second"])
+    for path in list(moved.repository.folder.rglob(f"*{packed.SUFFIX}")):
+        path.unlink()
+        path.mkdir()
+    assert look(moved.device) == "release 2 is open to this device"
 
 
 @given(st.binary(max_size=400), st.integers(0, 400))

@@ -104,13 +104,9 @@ class Trust:
         self._fetcher = _Fetcher(source, self._is_packed)
         now = int(time.time())
         clock.check_built(now)
-        folder = home.disk.path("metadata")
         home.disk.make_folder("metadata")
-        with _foreign_errors():
-            self._updater = Updater(str(folder), "metadata/", fetcher=self._fetcher, config=LIMITS, bootstrap=home.root_bytes())
         try:
-            with _foreign_errors():
-                self._updater.refresh()
+            self._updater = self._refreshed()
         except OtaError as error:
             with suppress(OtaError):
                 self._remember(("root",))
@@ -121,6 +117,39 @@ class Trust:
             raise
         self._remember(("root",))  # the newest root counts, whatever turns out about the metadata that its keys signed
         self._remember(TOP_ROLES, now)
+
+    def _refreshed(self) -> Updater:
+        """Return a client that has fetched and verified the roles at the top.
+
+        What it refuses may be the fault of a packed file alone: no signature covers that one, so a cache on the way may hold another. Then a
+        new client begins again from the files that were accepted before, and with their versions, but fetches only what is signed.
+        """
+        folder = str(self._home.disk.path("metadata"))
+        while True:
+            with _foreign_errors():
+                found = Updater(folder, "metadata/", fetcher=self._fetcher, config=LIMITS, bootstrap=self._home.root_bytes())
+            try:
+                with _foreign_errors():
+                    found.refresh()
+            except TrustError as error:
+                if not self._fetcher.distrusts_packed(error):
+                    raise
+            else:
+                return found
+
+    def _asked(self, name: str) -> TargetFile | None:
+        """Ask the client for a target; it loads the role that may name it, and once more where a packed file is not that role's."""
+        self._fetcher.begin()
+        try:
+            with _foreign_errors():
+                return self._updater.get_targetinfo(name)
+        except ExpiredError:  # the client has checked version and signatures before, so the file itself says the same
+            raise
+        except TrustError as error:
+            if not self._fetcher.distrusts_packed(error):
+                raise
+        with _foreign_errors():
+            return self._updater.get_targetinfo(name)
 
     def again(self) -> Trust:
         """Check the repository again; of the small targets, only those that changed are fetched again."""
@@ -136,10 +165,8 @@ class Trust:
                 below it, so that it can be repaired.
             TransferError: the repository cannot be reached.
         """
-        self._fetcher.begin()
         role = self._role(name)
-        with _foreign_errors():
-            found: TargetFile | None = self._updater.get_targetinfo(name)
+        found = self._asked(name)
         self._remember((*TOP_ROLES, role), int(time.time()))
         if found is None:
             return None
@@ -156,11 +183,9 @@ class Trust:
             TrustError: the metadata do not verify.
             TransferError: the repository cannot be reached.
         """
-        self._fetcher.begin()
         asked = f"{folder}/-"
         role = self._role(asked)
-        with _foreign_errors():
-            self._updater.get_targetinfo(asked)  # whether there is such a target or not: this loads the role
+        self._asked(asked)  # whether there is such a target or not: this loads the role
         self._remember((*TOP_ROLES, role), int(time.time()))
         loaded = {name: cached for name in (*TOP_ROLES, role) if (cached := self._cached(f"{name}.json"))}
         if role not in _trusted(loaded):  # nobody delegates to it, so what is in the cache counts for nothing
@@ -195,10 +220,13 @@ class Trust:
         return data
 
     def _unpacked(self, target: Target) -> bytes | None:
-        """Fetch a small target packed; None: it is not there, or is not the target."""
+        """Fetch a small target packed; None: it cannot be had, or is not the target."""
         try:
             data = packed.unpack(read_small(self._source, target.published_as + packed.SUFFIX, target.size), target.size)
-        except (NotFoundError, RefusedError, RepositoryError):
+        except LaterError:
+            raise
+        except (TransferError, RepositoryError) as error:
+            log.debug("%s; fetching the file itself", error)
             return None
         return data if data is not None and hashlib.sha256(data).hexdigest() == target.sha256 else None
 
@@ -295,10 +323,8 @@ class Trust:
 
     def _cached(self, name: str) -> Metadata[Any] | None:
         path = self._home.disk.path(f"metadata/{name}")
-        if not path.is_file():
-            return None
         with _foreign_errors():
-            return Metadata[Any].from_bytes(path.read_bytes())
+            return Metadata[Any].from_bytes(path.read_bytes()) if path.is_file() else None
 
 
 def _target(name: str, found: TargetFile) -> Target:
@@ -361,14 +387,24 @@ class _Fetcher(FetcherInterface):
 
     def __init__(self, source: Transport, is_packed: Callable[[], bool]) -> None:
         self._source, self._is_packed = source, is_packed
+        self._plain = False
         self.begin()
 
     def begin(self) -> None:
         """Start the clock: everything that is fetched from now on has to arrive within `LOOK_SECONDS`."""
-        self._until = time.monotonic() + LOOK_SECONDS
+        self._until, self._gave_unpacked = time.monotonic() + LOOK_SECONDS, False
+
+    def distrusts_packed(self, error: TrustError) -> bool:
+        """Fetch nothing packed from now on, because of an error; return False if nothing was since `begin`: a retry would change nothing."""
+        if self._plain or not self._gave_unpacked:
+            return False
+        log.warning("%s; fetching the files that are not packed", error)
+        self._plain = True
+        return True
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        if not url.endswith(ALWAYS_PLAIN) and self._is_packed() and (data := self._unpacked(url)) is not None:
+        if not (self._plain or url.endswith(ALWAYS_PLAIN)) and self._is_packed() and (data := self._unpacked(url)) is not None:
+            self._gave_unpacked = True
             return iter((data,))
         pieces = self._source.read(url, deadline=self._deadline())
         try:
@@ -387,14 +423,23 @@ class _Fetcher(FetcherInterface):
         return at_most(min(self._until - time.monotonic(), transport.DEADLINE_FLOOR))
 
     def _unpacked(self, url: str) -> bytes | None:
-        """Fetch metadata packed; None: they are not there, or not packed, and are fetched as they are."""
+        """Fetch metadata packed; None: they cannot be had so, or are not packed, and are fetched as they are.
+
+        Raises:
+            LaterError: the server asks to wait, which holds for the other file, too.
+        """
         data = bytearray()
         try:
             for piece in self._source.read(url + packed.SUFFIX, deadline=self._deadline()):
                 data += piece
                 if len(data) > LONGEST:
                     return None
-        except (NotFoundError, RefusedError):
+        except LaterError:
+            raise
+        except (
+            TransferError
+        ) as error:  # of this file, such as one that ends early; if the link is at fault, the other one says so
+            log.debug("%s; fetching the file itself", error)
             return None
         return packed.unpack(bytes(data), LONGEST)
 

@@ -179,6 +179,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("        if result.verified:", "        if result:", "marks are kept under keys that signed nothing"),
         ("            if wrong := [keyid for keyid in keys if not KEYID.fullmatch(keyid)]:", "            if wrong := [keyid for keyid in keys if len(keyid) > 4096]:", "key ids of any content are written to the disk"),
         ("            if length > LONGEST:", "            if length > 1000 * LONGEST:", "endless metadata fill the memory"),
+        ("        if self._plain or not self._gave_unpacked:", "        if True:", "a stale packed file keeps releases away"),
         ("            if len(data) > max_length:", "            if len(data) > 2 * max_length:", "metadata twice too long are read"),
         ("rules.inherited(self._home.high_water(), roles)", "self._home.high_water()", "a class's own role may be older than the shared one was"),
         ("        if role not in (shared, f", "        if False and role not in (shared, f", "a role for which no mark is kept is asked"),
