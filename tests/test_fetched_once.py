@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ota.delta.format import read_header, records
-from ota.errors import RoomError, TrustError
+from ota.errors import RoomError, StateError, TransferError, TrustError
 from ota.release.rollout import halt, start
 from tests.conftest import origin
-from tests.fleet_kit import CLASS, LINE, Field, WebServer, everyone, publish, untouched
+from tests.fleet_kit import CLASS, LINE, Device, Field, WebServer, everyone, name_delta, publish, untouched
 from tests.test_agent_update import digest, files_of, slot_files, small_disk, stand_still, without_delta
 
 pytest_plugins = ("tests.fleet_kit",)
@@ -180,6 +183,187 @@ def test_copies_need_room(offered, bundles, monkeypatch):
         offered.device.update()
     small_disk(monkeypatch, 2 * size + 8 * 1024 * 1024 + 10_000)
     assert offered.device.update().way == "full"
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_sound_copy_in_another_slot_is_taken_where_one_is_damaged(offered, web, bundles, at):
+    offered.device.update()
+    slots = sorted(offered.device.root / "slots" / digest(bundles[name]) for name in ("first", "second"))
+    manifest = bundles["first"].manifest.model_copy(update={"origin": origin(8)})
+    publish(offered.repository, replace(bundles["first"], manifest=manifest))
+    graph = bundles["second"].path("graph")
+    web.requests.clear()
+
+    def damage(number: int, _: str) -> None:
+        if number == 4:  # after the running bundle was found to be sound
+            (slots[at] / graph.name).write_bytes(graph.read_bytes()[:-1] + b"x")
+
+    assert offered.device.update(damage).way == "full"
+    assert objects(web) == set()
+    assert offered.device.file("graph").read_bytes() == graph.read_bytes()
+
+
+def test_file_that_the_disk_cannot_read_in_a_slot_is_fetched(offered, web, bundles, monkeypatch):
+    offered.device.update()
+    manifest = bundles["first"].manifest.model_copy(update={"origin": origin(8)})
+    publish(offered.repository, replace(bundles["first"], manifest=manifest))
+    weights = bundles["first"].path("weights", "full").name
+    path, real = offered.device.root / "slots" / digest(bundles["first"]) / weights, Path.stat
+
+    def stat(self: Path, **given: Any) -> Any:
+        if self == path:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, **given)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    unreadable(monkeypatch, path)
+    web.requests.clear()
+    assert offered.device.update().way == "full"
+    assert objects(web) == {weights}
+
+
+def test_repair_takes_what_the_slot_of_before_holds(offered, web, bundles):
+    offered.device.update()
+    offered.device.file("graph").unlink()
+    web.requests.clear()
+    assert offered.device.update().reason == "release 2 was damaged and is repaired; release 2 is installed"
+    assert objects(web) == set()
+    assert slot_files(offered.device, bundles["second"]) == files_of(bundles["second"])
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Let the disk fail whenever a file is opened to be read."""
+    real = Path.open
+
+    def opened(self: Path, *given: Any, **more: Any) -> Any:
+        if self == path:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, *given, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+# A link that breaks
+
+
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each update end with the first break of its link."""
+    monkeypatch.setattr("ota.agent.transport.ATTEMPTS", 1)
+
+
+def told(device: Device) -> tuple[list[int], Exception | None]:
+    """Update; return the bytes that each download was announced with, and the error that ended the update."""
+    found: list[int] = []
+
+    def read(number: int, name: str) -> None:
+        if number == 5:
+            found.append(int(name.rsplit(" ", 2)[1].replace(",", "")))
+
+    try:
+        device.update(read)
+    except TransferError as error:
+        return found, error
+    return found, None
+
+
+def sent(server: WebServer) -> int:
+    """Count the bytes that were sent of files of bundles and of deltas."""
+    return sum(count for name, count in server.sent.items() if name.startswith(("objects/", "targets/deltas/")))
+
+
+@pytest.mark.usefixtures("breaking")
+def test_full_update_over_a_link_that_breaks_goes_on(offered, web, bundles):
+    """Fetch each byte once, announce exactly what is still missing, and copy nothing until all is here."""
+    without_delta(offered)
+    first, second = bundles["first"].manifest.objects, bundles["second"].manifest.objects
+    lacking = {name: entry.size for name, entry in second.items() if name not in first}
+    web.faults.cut_after = {name: size // 2 for name, size in lacking.items()}
+    for _ in lacking:
+        before = sent(web)
+        announced, error = told(offered.device)
+        assert isinstance(error, TransferError)
+        assert announced == [sum(lacking.values()) - before]
+        assert not list((offered.device.root / "slots" / f".{digest(bundles['second'])}").iterdir())
+    before = sent(web)
+    assert told(offered.device) == ([sum(lacking.values()) - before], None)
+    assert sent(web) == sum(lacking.values())
+    assert slot_files(offered.device, bundles["second"]) == files_of(bundles["second"])
+    stand_still(offered)
+
+
+@pytest.mark.usefixtures("breaking")
+def test_delta_over_a_link_that_breaks_goes_on(offered, web, step):
+    name = f".{offered.repository.deltas(LINE, CLASS)[0].name}"
+    web.faults.cut_after = {name: 1000}
+    assert told(offered.device)[0] == [step.stat().st_size]
+    assert told(offered.device) == ([step.stat().st_size - 1000], None)
+    assert sent(web) == step.stat().st_size
+
+
+@pytest.mark.usefixtures("breaking")
+def test_full_bundle_that_is_almost_here_is_not_given_up_for_a_delta(offered, web, bundles, step):
+    without_delta(offered)
+    weights = bundles["second"].path("weights", "full")
+    size = weights.stat().st_size
+    web.faults.cut_after = {weights.name: size - 100}
+    assert told(offered.device)[1]
+    name_delta(offered.repository, digest(bundles["first"]), digest(bundles["second"]), step.read_bytes())
+    assert 100 < step.stat().st_size < size
+    assert offered.device.update().way == "full"
+    assert web.bytes_sent(weights.name) == size
+
+
+@pytest.mark.usefixtures("breaking")
+def test_delta_that_is_almost_here_is_not_given_up_for_another(offered, web, bundles, step):
+    name = f".{offered.repository.deltas(LINE, CLASS)[0].name}"
+    web.faults.cut_after = {name: step.stat().st_size - 100}
+    assert told(offered.device)[1]
+    first, second = digest(bundles["first"]), digest(bundles["second"])
+    other = name_delta(offered.repository, first, second, step.read_bytes()[:-200], form=2)
+    assert offered.device.update().way == "delta"
+    assert web.bytes_sent(other.name) == 0
+
+
+@pytest.mark.usefixtures("breaking")
+def test_repair_keeps_what_is_here_of_an_update(offered, web, bundles):
+    without_delta(offered)
+    weights = bundles["second"].path("weights", "full")
+    web.faults.cut_after = {weights.name: 1000}
+    assert told(offered.device)[1]
+    offered.device.file("golden").unlink()
+    assert offered.device.update().changed
+    assert web.bytes_sent(weights.name) == weights.stat().st_size
+
+
+def test_repair_makes_room_of_what_is_here_of_an_update(offered, web, bundles, monkeypatch):
+    without_delta(offered)
+    weights = bundles["second"].path("weights", "full")
+    (offered.device.root / "incoming").mkdir(exist_ok=True)
+    part = offered.device.root / "incoming" / weights.name
+    part.write_bytes(weights.read_bytes()[:-1])
+    path = offered.device.file("weights")
+    path.unlink()
+    small_disk(monkeypatch, bundles["first"].manifest.size + 8 * 1024 * 1024 + 50_000)
+    with pytest.raises(RoomError):
+        offered.device.update()
+    assert path.is_file()
+    assert not part.exists()
+
+
+def test_download_that_the_disk_cannot_read_back_is_fetched_again(offered, web, bundles, monkeypatch):
+    """Say that the disk is at fault, and let the next update begin anew: otherwise it would end at the same bytes for ever."""
+    without_delta(offered)
+    weights = bundles["second"].path("weights", "full").name
+    with monkeypatch.context() as patch:
+        unreadable(patch, offered.device.root / "incoming" / weights)
+        with untouched(
+            offered.device, StateError, "cannot be read back: .*; it was deleted and will be fetched again", marks=False
+        ):
+            offered.device.update()
+    web.requests.clear()
+    assert offered.device.update().way == "full"
+    assert objects(web) == {weights}
 
 
 # What all this takes

@@ -19,7 +19,7 @@ from model.students import is_thin
 from ota import overlay
 from ota.agent import child, drawing, sampler
 from ota.delta import files, read_header
-from ota.errors import AgentError, BaseError, GateError, ManifestError, OperatorError
+from ota.errors import AgentError, BaseError, GateError, ManifestError, OperatorError, RoomError, TransferError
 from ota.manifest import MAX_MANIFEST, Manifest, parse
 from ota.release import fielded
 from ota.release.bundle import Bundle, assemble, make_delta, make_overlay_delta
@@ -274,6 +274,37 @@ def test_overlay_delta_of_a_thief_gives_way_to_the_overlays(scene, bundles, two,
     assert slot_files(scene.device, two) == files_of(two)
     assert scene.device.state.refused == {}
     stand_still(scene)
+
+
+@pytest.mark.parametrize("fault", ["the link breaks", "no memory"])
+def test_bundle_is_not_fetched_again_where_making_its_overlays_fails(scene, two, tmp_path, monkeypatch, fault):
+    """Keep what was fetched, and fetch no delta again that did not serve, if the update ends after the files were moved."""
+    made = make_overlay_delta(two, tmp_path).path.read_bytes()
+    publish(scene.repository, two)
+    name_delta(scene.repository, digest(two), digest(two), b"DFDELTA\1" + bytes(40) if fault == "the link breaks" else made)
+    thin, real = two.manifest.overlay("turbo"), child.run
+
+    def run(task: str, **request: Any) -> dict[str, Any]:
+        if task == "apply":
+            raise RoomError("there is too little memory to start a process; end other programs")
+        return real(task, **request)
+
+    monkeypatch.setattr("ota.agent.transport.ATTEMPTS", 1)
+    with WebServer(scene.repository.folder) as server, monkeypatch.context() as patch:
+        scene.device.configure(repository=server.address)
+        if fault == "no memory":
+            patch.setattr(child, "run", run)
+        else:
+            server.faults.cut_after = {thin.sha256: 100}
+        error, sentence = (RoomError, "too little memory") if fault == "no memory" else (TransferError, "it will be resumed")
+        with untouched(scene.device, error, sentence, marks=False):
+            scene.device.update()
+        patch.undo()
+        assert scene.device.update().way == "full"
+        sent = {name: count for name, count in server.sent.items() if name.startswith(("objects/", "targets/deltas/"))}
+    sizes = {f"objects/{entry.sha256}": entry.size for entry in two.manifest.objects.values()}
+    assert all(count <= sizes.get(name, len(made)) for name, count in sent.items())
+    assert slot_files(scene.device, two) == files_of(two)
 
 
 @pytest.mark.parametrize("role", ["overlay", "weights"])

@@ -103,7 +103,9 @@ class Disk:
     def tidy(self, name: str) -> None:
         """Remove the unfinished files and slots that a killed process left in a folder."""
         folder = self.root / name
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with self._errors(name):
+            paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        for path in paths:
             if path.suffix == ".tmp" or (path.name.startswith(".") and name != "."):  # at the top a shell may keep hidden files
                 self.remove(f"{name}/{path.name}")
 

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ota
@@ -99,17 +99,20 @@ def offered(trust: Trust, active: str | None, plan: Plan) -> list[Target]:
         return []
 
 
-def find_chain(offers: Iterable[Target], active: str, plan: Plan, full: int, most: int = chain.MOST) -> list[Target]:
+def find_chain(home: Home, offers: Iterable[Target], active: str, plan: Plan, full: int, most: int = chain.MOST) -> list[Target]:
     """Choose the deltas that lead from the running bundle to the wanted one for the fewest bytes; empty: the full bundle is better.
 
+    What counts is what is still to be fetched, on both sides. So an update over a link that breaks goes on with the way that it began.
+
     Args:
+        home: the agent's directory, where parts of deltas may be from an earlier call.
         offers: signed deltas to choose from.
         active: hash of the manifest of the running bundle.
         plan: what is to be installed.
-        full: bytes of the full bundle.
+        full: bytes that are still to be fetched for the full bundle.
         most: deltas that may be chained.
     """
-    links = _links(offers)
+    links = {replace(link, size=missing(home, (target,))): target for link, target in _links(offers).items()}
     return [links[link] for link in chain.way(links, active, plan.manifest.digest, full, most)]
 
 
@@ -123,13 +126,39 @@ def find_overlay_delta(offers: Iterable[Target], plan: Plan) -> Target | None:
     return links[smallest] if smallest and smallest.size < _overlays(plan) else None
 
 
-def full_bytes(home: Home, plan: Plan, overlays: Target | None) -> int:
-    """Return the bytes to fetch for the full bundle: no file that a slot holds, and the delta `overlays` in the place of overlays."""
+@dataclass(frozen=True)
+class FullWay:
+    """How the files of a full bundle get here; what it costs is exactly what is then fetched, unless a file of a slot is damaged meanwhile."""
+
+    kept: dict[str, list[str]]
+    """Hashes of files that slots hold → where. They are copied, unless `overlays` makes them."""
+    fetched: list[FileEntry]
+    """Files that are fetched as they are; parts of them may be here from an earlier call."""
+    made: list[FileEntry]
+    """Overlays that the delta `overlays` makes."""
+    overlays: Target | None
+    size: int
+    """Bytes that are still to be fetched."""
+
+
+def full_way(home: Home, plan: Plan, overlays: Target | None) -> FullWay:
+    """Decide how the files of a full bundle get here: nothing that a slot holds is fetched, nor what an earlier call left.
+
+    Args:
+        home: the agent's directory.
+        plan: what is to be installed.
+        overlays: delta that makes the overlays from the bundle's own weights. It is taken if that saves bytes, and if no overlay was begun as
+            it is, because then the delta did not serve.
+    """
     entries = [*plan.manifest.objects.values()]
     kept = held(home, entries)
     lacking = [entry for entry in entries if entry.sha256 not in kept]
-    thin = [entry for entry in lacking if overlays and entry.role == "overlay"]
-    return sum(entry.size for entry in lacking if entry not in thin) + (overlays.size if overlays and thin else 0)
+    bare = [entry for entry in lacking if entry.role == "overlay"]
+    if overlays and (any(have(home, entry.sha256) for entry in bare) or missing(home, (overlays,)) >= missing(home, bare)):
+        overlays = None
+    made = [entry for entry in entries if overlays and entry.role == "overlay"]
+    fetched = [entry for entry in lacking if entry not in made]
+    return FullWay(kept, fetched, made, overlays, missing(home, fetched) + missing(home, [overlays] if overlays else []))
 
 
 def _overlays(plan: Plan) -> int:
@@ -152,30 +181,49 @@ def fetch_objects(home: Home, transport: Transport, entries: Iterable[FileEntry]
         download(transport, f"objects/{entry.sha256}", entry.size, home.disk, f"incoming/{entry.sha256}", latest)
 
 
-def held(home: Home, entries: Iterable[FileEntry]) -> dict[str, str]:
-    """Find the files of a bundle that a slot seems to hold already, by their sizes: hash → name of the file."""
-    found: dict[str, str] = {}
+def held(home: Home, entries: Iterable[FileEntry]) -> dict[str, list[str]]:
+    """Find the files of a bundle that slots hold already: hash → names of the files. What is damaged, or cannot be read, is not held."""
+    slots = [path.name for path in sorted(_listed(home.disk.path("slots"))) if not path.name.startswith(".")]
+    found: dict[str, list[str]] = {}
     for entry in entries:
-        for path in sorted(home.disk.path("slots").glob(f"[!.]*/{entry.sha256}")):
-            if path.is_file() and path.stat().st_size == entry.size:
-                found[entry.sha256] = str(path.relative_to(home.root))
+        names = [f"slots/{slot}/{entry.sha256}" for slot in slots]
+        if sound := [name for name in names if is_intact(home.disk.path(name), entry)]:
+            found[entry.sha256] = sound
     return found
 
 
-def copy(home: Home, name: str, to: str, sha256: str) -> bool:
-    """Copy a file of a slot; return False, and leave nothing, if it is damaged there or cannot be read.
+def _listed(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        return [*folder.iterdir()]
+    return []
+
+
+def is_intact(path: Path, entry: FileEntry) -> bool:
+    """Check whether a file is what a manifest lists, as far as it can be read."""
+    try:
+        if path.stat().st_size != entry.size:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+    except OSError:
+        return False
+
+
+def copy(home: Home, names: Iterable[str], to: str, sha256: str) -> bool:
+    """Copy a file from the first slot that gives it; return False, and leave nothing, if it is damaged in all, or cannot be read.
 
     It is not linked: damage to one file would be damage to both bundles.
     """
-    digest = hashlib.sha256()
-    with home.disk.writing(to) as file:
-        for piece in _readable(home.disk.path(name)):
-            digest.update(piece)
-            file.write(piece)
-    if digest.hexdigest() == sha256:
-        return True
-    log.warning("%s is damaged; fetching the file", name)
-    home.disk.remove(to)
+    for name in names:
+        digest = hashlib.sha256()
+        with home.disk.writing(to) as file:
+            for piece in _readable(home.disk.path(name)):
+                digest.update(piece)
+                file.write(piece)
+        if digest.hexdigest() == sha256:
+            return True
+        log.warning("%s is damaged", name)
+        home.disk.remove(to)
     return False
 
 
@@ -191,8 +239,8 @@ def have(home: Home, sha256: str) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def missing(home: Home, entries: Iterable[FileEntry]) -> int:
-    """Return how many bytes of these files are still to be downloaded."""
+def missing(home: Home, entries: Iterable[FileEntry | Target]) -> int:
+    """Return how many bytes of these files of a bundle, or of these deltas, are still to be downloaded."""
     return sum(max(0, entry.size - have(home, entry.sha256)) for entry in entries)
 
 
@@ -225,10 +273,18 @@ def verify(home: Home, name: str, size: int, sha256: str) -> None:
 
     Raises:
         RepositoryError: it is not what is signed, and was removed.
+        StateError: the disk cannot read it back, and it was removed, so that the next update does not end here as well.
     """
     path = home.disk.path(name)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if path.stat().st_size != size or found != sha256:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        long = path.stat().st_size
+    except OSError as error:
+        home.disk.remove(name)
+        raise StateError(
+            f"{path.name} cannot be read back: {error.strerror}; it was deleted and will be fetched again; check the disk"
+        ) from error
+    if long != size or found != sha256:
         home.disk.remove(name)
         raise RepositoryError(f"{path.name} does not have its signed size and hash; it was deleted and will be fetched again")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ota.agent import reports
 from ota.agent.disk import read_uncached
-from ota.agent.plan import OnStep, Plan
+from ota.agent.plan import OnStep, Plan, is_intact
 from ota.agent.state import Home, Slot
 from ota.errors import DeltaError, StateError
 from ota.fitness import counterpart
@@ -106,9 +106,5 @@ def is_sound(home: Home, digest: str) -> bool:
 
 
 def file_is(slot: Slot, entry: FileEntry) -> bool:
-    """Check whether a file of a slot has the hash that the manifest lists."""
-    try:
-        with (slot.folder / entry.sha256).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
-    except OSError:
-        return False
+    """Check whether a file of a slot is what the manifest lists."""
+    return is_intact(slot.folder / entry.sha256, entry)

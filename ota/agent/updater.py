@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from ota import chain
 from ota.agent import history, reports, rules, trial
 from ota.agent.network import UnavailableError
 from ota.agent.plan import (
+    FullWay,
     OnStep,
     Plan,
     check_room,
@@ -39,8 +40,7 @@ from ota.agent.plan import (
     fetch_objects,
     find_chain,
     find_overlay_delta,
-    full_bytes,
-    have,
+    full_way,
     held,
     largest_between,
     missing,
@@ -218,11 +218,20 @@ def _repair(home: Home, trust: Trust, transport: Transport) -> None:
         home.disk.replace(f"slots/{active}/manifest.json", trust.read(signed, MAX_MANIFEST))
         slot = home.slot(active)
     bad = [entry for entry in slot.manifest.objects.values() if not file_is(slot, entry)]
-    home.collect_garbage({entry.sha256 for entry in bad})
-    check_room(home, missing(home, bad), slot.manifest.size)
-    fetch_objects(home, transport, bad, at_most(FETCH_SECONDS))
+    kept = held(home, bad)  # in the slot of the bundle before
+    written = missing(home, [entry for entry in bad if entry.sha256 not in kept])
+    written += sum(entry.size for entry in bad if entry.sha256 in kept)
+    try:
+        check_room(home, written, slot.manifest.size)
+    except RoomError:
+        # Not before: this removes downloads of an update, too, which would have to be fetched again.
+        home.collect_garbage({entry.sha256 for entry in bad})
+        check_room(home, written, slot.manifest.size)
+    home.disk.make_folder("incoming")
+    for sha256, names in kept.items():
+        copy(home, names, f"incoming/{sha256}", sha256)
+    _fetch_checked(home, transport, bad, at_most(FETCH_SECONDS))
     for entry in bad:
-        verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
         home.disk.rename(f"incoming/{entry.sha256}", f"slots/{active}/{entry.sha256}")
     reports.queue(home, "base_corrupt", active, "it was fetched again", transport.received)
     reports.send(home)
@@ -248,7 +257,8 @@ def _fetch(home: Home, trust: Trust, transport: Transport, plan: Plan, step: OnS
     offers = offered(trust, active, plan)
     overlays = find_overlay_delta(offers, plan)
     home.collect_garbage({digest, *plan.manifest.objects, *(delta.sha256 for delta in offers)})
-    way = _by_deltas(home, transport, active, plan, offers, full_bytes(home, plan, overlays), step, latest) if active else None
+    full = full_way(home, plan, overlays).size
+    way = _by_deltas(home, transport, active, plan, offers, full, step, latest) if active else None
     for delta in offers:
         if delta != overlays or way:
             home.disk.remove(f"incoming/{delta.sha256}")
@@ -269,7 +279,7 @@ def _by_deltas(
     for number in range(MAX_CHAINS):
         if number and time.monotonic() > until():
             break
-        deltas = find_chain(left, active, plan, full - (transport.received - before), most)
+        deltas = find_chain(home, left, active, plan, full - (transport.received - before), most)
         if not deltas:
             break
         try:
@@ -299,10 +309,10 @@ def _fetch_deltas(
 ) -> Target | None:  # fmt: skip
     """Make the slot by one delta, or by a chain of them; return the delta that does not serve, or None: the slot is made."""
     fresh, count, limit = prepare_slot(home, plan), len(deltas), largest_between(home, active, plan)
-    fetched = sum(max(0, delta.size - have(home, delta.sha256)) for delta in deltas)
+    fetched = missing(home, deltas)
     step(4, "check room")
     check_room(home, fetched + rules.chain_needs(count, limit, plan.manifest.size), plan.manifest.size)
-    step(5, f"download {'the delta' if count == 1 else f'{count} deltas'}, {sum(delta.size for delta in deltas):,} bytes")
+    step(5, f"download {'the delta' if count == 1 else f'{count} deltas'}, {fetched:,} bytes")
     home.disk.make_folder("incoming")
     useless = _first_useless(
         home, deltas, lambda d: download(transport, d.published_as, d.size, home.disk, f"incoming/{d.sha256}", latest)
@@ -412,19 +422,16 @@ def _give_way(home: Home, delta: Target, error: OtaError, instead: str) -> None:
 
 
 def _fetch_full(home: Home, transport: Transport, plan: Plan, overlays: Target | None, step: OnStep, latest: Deadline) -> None:
-    """Fetch the files of a bundle that no slot holds; its overlays by the delta `overlays`, because they are not compressed."""
-    fresh, entries = prepare_slot(home, plan), [*plan.manifest.objects.values()]
-    kept = held(home, entries)
-    thin = [entry for entry in entries if overlays and entry.role == "overlay"]
-    if all(entry.sha256 in kept for entry in thin):
-        thin, overlays = [], None
-    copied = [entry for entry in entries if entry.sha256 in kept and entry not in thin]
-    fetched = [entry for entry in entries if entry not in (*copied, *thin)]
-    written = missing(home, fetched) + sum(entry.size for entry in (*copied, *thin)) + (overlays.size if overlays else 0)
+    """Fetch the files of a bundle that no slot holds; its overlays by the delta `overlays`, because they are not compressed.
+
+    All downloads come first and stay in `incoming` until all are here, so whatever ends this call, the next one goes on where it ended.
+    """
+    fresh, way = prepare_slot(home, plan), full_way(home, plan, overlays)
+    overlays, fetched = way.overlays, [*way.fetched]
+    copied = [entry for sha256, entry in plan.manifest.objects.items() if sha256 in way.kept and entry not in way.made]
     step(4, "check room")
-    check_room(home, written, plan.manifest.size)
-    step(5, f"download the full bundle, {sum(entry.size for entry in fetched) + (overlays.size if overlays else 0):,} bytes")
-    fetched += [entry for entry in copied if not copy(home, kept[entry.sha256], f"{fresh}/{entry.sha256}", entry.sha256)]
+    check_room(home, way.size + sum(entry.size for entry in (*copied, *way.made)), plan.manifest.size)
+    step(5, f"download the full bundle, {way.size:,} bytes")
     fetch_objects(home, transport, fetched, latest)
     if overlays:
         try:
@@ -432,23 +439,53 @@ def _fetch_full(home: Home, transport: Transport, plan: Plan, overlays: Target |
             verify(home, f"incoming/{overlays.sha256}", overlays.size, overlays.sha256)
         except (RepositoryError, UnavailableError) as error:
             _give_way(home, overlays, error, "the overlays as they are")
-            fetch_objects(home, transport, thin, latest)
-            overlays, fetched = None, [*fetched, *thin]
+            lacking = [entry for entry in way.made if entry.sha256 not in way.kept]
+            fetch_objects(home, transport, lacking, latest)
+            overlays, fetched = None, [*fetched, *lacking]
+            copied += [entry for entry in way.made if entry not in lacking]
     step(6, "verify what was downloaded")
     for entry in fetched:
         verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
     step(7, "move into a new slot")
-    for entry in fetched:
-        home.disk.rename(f"incoming/{entry.sha256}", f"{fresh}/{entry.sha256}")
-    if overlays:
-        try:
-            home.disk.replace(f"{fresh}/manifest.json", plan.manifest_bytes, durable=False)  # the slot is its own base
-            _apply(home, f"incoming/{overlays.sha256}", fresh, plan.manifest.digest, fresh, **_signed(plan, thin))
-            home.disk.remove(f"incoming/{overlays.sha256}")
-        except (DeltaError, DeviceError) as error:
-            _give_way(home, overlays, error, "the overlays as they are")
-            fetch_objects(home, transport, thin, latest)
-            for entry in thin:
-                verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)
-                home.disk.rename(f"incoming/{entry.sha256}", f"{fresh}/{entry.sha256}")
-    finish_slot(home, plan, fresh, step)
+    damaged = [entry for entry in copied if not copy(home, way.kept[entry.sha256], f"{fresh}/{entry.sha256}", entry.sha256)]
+    _fetch_checked(home, transport, damaged, latest)  # since `full_way` looked
+    fetched += damaged
+    try:
+        for entry in fetched:
+            home.disk.rename(f"incoming/{entry.sha256}", f"{fresh}/{entry.sha256}")
+        if overlays:
+            fetched += _make_overlays(home, transport, plan, overlays, way, fresh, latest)
+        finish_slot(home, plan, fresh, step)
+    except OtaError:  # such as too little memory for a process, which is no reason to fetch everything again
+        with suppress(OtaError):
+            for entry in fetched:
+                if home.disk.path(f"{fresh}/{entry.sha256}").is_file():
+                    home.disk.rename(f"{fresh}/{entry.sha256}", f"incoming/{entry.sha256}")
+        raise
+
+
+def _make_overlays(
+    home: Home, transport: Transport, plan: Plan, overlays: Target, way: FullWay, fresh: str, latest: Deadline
+) -> Sequence[FileEntry]:
+    """Make overlays by a delta from the weights in the new slot; return those that were fetched as they are because it does not serve."""
+    try:
+        home.disk.replace(f"{fresh}/manifest.json", plan.manifest_bytes, durable=False)  # the slot is its own base
+        _apply(home, f"incoming/{overlays.sha256}", fresh, plan.manifest.digest, fresh, **_signed(plan, way.made))
+        home.disk.remove(f"incoming/{overlays.sha256}")
+    except (DeltaError, DeviceError) as error:
+        _give_way(home, overlays, error, "the overlays as they are")
+        lacking = [
+            entry for entry in way.made if not copy(home, way.kept.get(entry.sha256, ()), f"{fresh}/{entry.sha256}", entry.sha256)
+        ]
+        _fetch_checked(home, transport, lacking, latest)
+        for entry in lacking:
+            home.disk.rename(f"incoming/{entry.sha256}", f"{fresh}/{entry.sha256}")
+        return lacking
+    return ()
+
+
+def _fetch_checked(home: Home, transport: Transport, entries: Sequence[FileEntry], latest: Deadline) -> None:
+    """Download files of a bundle into `incoming`, and check them against their signed lengths and hashes."""
+    fetch_objects(home, transport, entries, latest)
+    for entry in entries:
+        verify(home, f"incoming/{entry.sha256}", entry.size, entry.sha256)

@@ -53,6 +53,7 @@ CONCERNED = {
     "ota/agent/updater.py": [
         "tests/test_fetched_once.py",
         "tests/test_chain.py",
+        "tests/test_overlay.py",
         UPDATE,
         "tests/test_agent_software.py",
         ATTACKS,
@@ -187,7 +188,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "ota/agent/updater.py": [
         ("    if fresh is None or fresh.manifest != plan.manifest:", "    if fresh is None:", "another bundle than the one that was checked is switched to"),
         ("    fresh, wanted = decide(home, trust.again())\n", "    fresh, wanted = plan, wanted\n", "a halt during the download is not seen"),
-        ("    kept = held(home, entries)\n", "    kept: dict[str, str] = {}\n", "what a slot holds is fetched again"),
+        ("        with suppress(OtaError):\n            for entry in fetched:\n", "        with suppress(OtaError):\n            for entry in ():\n", "an error after the downloads costs all of them"),
         ("            refused=state.refused,\n            tries=home.load().tries,", "            refused={},\n            tries=home.load().tries,", "refused bundles are forgotten at the next install"),
         ("            trial=Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS),", "            trial=None,", "a new bundle is trusted at once"),
         ("            previous=state.active,\n            seq=plan", "            previous=state.previous,\n            seq=plan", "after a bad bundle there is none to go back to"),
@@ -207,7 +208,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("for link in links if link.form in FORMATS]", "for link in links]", "a delta is fetched that the agent cannot read"),
     ],
     "ota/agent/plan.py": [
-        ("    if path.stat().st_size != size or found != sha256:", "    if path.stat().st_size != size:", "a damaged download is taken"),
+        ("    if long != size or found != sha256:", "    if long != size:", "a damaged download is taken"),
+        ("    kept = held(home, entries)\n", "    kept: dict[str, list[str]] = {}\n", "what a slot holds is fetched again"),
+        ("replace(link, size=missing(home, (target,)))", "link", "a delta that is almost here is given up for another"),
         ("    if needed > free:", "    if needed > 2 * free:", "an update fills the disk"),
         ("    if signed is None or signed.custom.seq != policy.seq:", "    if signed is None:", "a policy gives a bundle any number"),
         ("    if signed.sha256 != policy.manifest or manifest.digest != policy.manifest:", "    if manifest.digest != manifest.digest:", "another manifest than the policy's is installed"),
