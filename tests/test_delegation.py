@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import zlib
@@ -587,6 +588,50 @@ def test_unpacked_is_what_was_packed_and_never_longer_than_allowed(data, limit):
     assert packed.unpack(packed.pack(data), limit) == (data if len(data) <= limit else None)
     found = packed.unpack(data, limit)
     assert found is None or len(found) <= limit
+
+
+# Files that wait for signatures
+
+
+def test_waiting_role_that_targets_no_longer_names_is_refused(scene, tmp_path):
+    """Refuse a file that was made after a class was moved, in a repository that was restored from before."""
+    before = Repository(shutil.copytree(scene.repository.folder, tmp_path / "before"), scene.repository.keys)
+    move(scene.repository, CLASS)
+    waiting = rotation.prepare(scene.repository, {}, ["models"]).signed(signatures.usable_here(scene.repository, {}))
+    files = {path: path.read_bytes() for path in before.metadata.iterdir()}
+    with pytest.raises(OperatorError, match=f"role {OWN['models']} waits for signatures, but targets does not name it"):
+        rotation.put_in_force(before, waiting)
+    assert {path: path.read_bytes() for path in before.metadata.iterdir()} == files
+
+
+def test_waiting_file_with_a_key_that_is_none_is_refused(scene):
+    entry = keys_module.place(scene.folder, CryptoSigner.generate_ed25519(), "targets")[0]
+    waiting = rotation.prepare(scene.repository, {"targets": [*scene.repository.keys.keys["targets"][:2], entry]})
+    rows, needs = waiting.ring["targets"], waiting.needs["targets"]
+    bad_row = [rows[0].model_copy(update={"key": {"keytype": []}}), *rows[1:]]
+    bad_need = needs[0].model_copy(update={"keys": {keyid: {"scheme": "ed25519"} for keyid in needs[0].keys}})
+    with pytest.raises(OperatorError, match="holds no public key"):
+        waiting.model_copy(update={"ring": {"targets": bad_row}}).entries()
+    with pytest.raises(OperatorError, match="names keys of 'other', which is no role"):
+        waiting.model_copy(update={"ring": {"other": rows}}).entries()
+    with pytest.raises(OperatorError, match="holds no public key"):
+        waiting.model_copy(update={"needs": waiting.needs | {"targets": [bad_need]}}).missing()
+
+
+def test_repository_or_ring_that_cannot_be_locked_says_so(scene, keys, tmp_path, monkeypatch):
+    """Name the lock and change nothing where the system refuses it, as on a disk that became read-only."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    ring = KeyRing(shutil.copytree(keys.folder, tmp_path / "ring"))
+    before = metadata_file(scene.repository, "timestamp").read_bytes()
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    with pytest.raises(OperatorError, match=r"cannot lock .*\.signing\.lock: Read-only file system; nothing was signed"):
+        scene.repository.refresh()
+    assert metadata_file(scene.repository, "timestamp").read_bytes() == before
+    with pytest.raises(OperatorError, match=r"cannot lock .*\.lock: Read-only file system; no key was changed"):
+        ring.begin_ledger(5)
 
 
 # The marks

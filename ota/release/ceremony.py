@@ -40,8 +40,12 @@ class Need(Document):
         return cls(whose=whose, threshold=role.threshold, required=required, keys={i: keys[i].to_dict() for i in role.keyids})
 
     def public(self) -> dict[str, Key]:
-        """Return the public keys, by id."""
-        return {keyid: Key.from_dict(keyid, copy.deepcopy(key)) for keyid, key in self.keys.items()}
+        """Return the public keys, by id.
+
+        Raises:
+            OperatorError: one is none.
+        """
+        return {keyid: _key(keyid, key) for keyid, key in self.keys.items()}
 
 
 class Row(Document):
@@ -90,11 +94,16 @@ class Waiting(Document):
         return found
 
     def entries(self) -> dict[str, list[Entry]]:
-        """Return the key ring's new rows, by role."""
-        return {
-            role: [(Key.from_dict(row.keyid, copy.deepcopy(row.key)), row.uri) for row in rows]
-            for role, rows in self.ring.items()
-        }
+        """Return the key ring's new rows, by role.
+
+        Raises:
+            OperatorError: a row is of no role, or holds no public key.
+        """
+        if unknown := self.ring.keys() - ROLES.keys():
+            raise OperatorError(
+                f"the file that waits for signatures names keys of {min(unknown)[:40]!r}, which is no role; begin again"
+            )
+        return {role: [(_key(row.keyid, row.key), row.uri) for row in rows] for role, rows in self.ring.items()}
 
     def signed(self, signers: Iterable[Signer]) -> Waiting:
         """Sign with these signers, as far as their signatures are still needed; return the signed copy."""
@@ -204,6 +213,18 @@ def taken_out(roles: Mapping[str, Role], lost: Collection[str], stolen: Collecti
         reached = len(bad.intersection(trusted.keyids)) >= trusted.threshold
         gone[role] = list(trusted.keyids) if reached or not mine else mine
     return gone
+
+
+def _key(keyid: str, fields: Mapping[str, Any]) -> Key:
+    """Make a public key of what the file says.
+
+    Raises:
+        OperatorError: it is none.
+    """
+    try:
+        return Key.from_dict(keyid, copy.deepcopy(dict(fields)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OperatorError(f"the file that waits for signatures holds no public key {keyid[:SHORT]}; begin again") from error
 
 
 def _valid(metadata: Metadata[Any], need: Need) -> set[str]:

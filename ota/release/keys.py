@@ -160,9 +160,16 @@ class KeyRing:
             The key that signs from there on. If another process has added a key in the meantime, this is that key.
 
         Raises:
-            OperatorError: the given key signs the ledger now, or did so before.
+            OperatorError: the given key signs the ledger now, or did so before; or the ring cannot be locked.
         """
-        with FileLock(self.folder / ".lock"):
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise OperatorError(
+                f"cannot lock {lock.lock_file}: {error.strerror}; no key was changed; check who owns the folder, and the disk"
+            ) from error
+        try:
             present = KeyRing(self.folder)
             if len(present.ledger) > len(self.ledger):  # another process has added a key
                 self.ledger = present.ledger
@@ -175,6 +182,8 @@ class KeyRing:
                 raise OperatorError(f"key {entry[0].keyid[:SHORT]} is or was the ledger's; make a new one")
             self.ledger = [*self.ledger, LedgerKey(*entry, since)]
             self._save()
+        finally:
+            lock.release()
         return self.ledger[-1]
 
     @property

@@ -179,7 +179,7 @@ class Repository:
         Hold it for moments only, because an emergency stop waits for it.
 
         Raises:
-            OperatorError: another process does not finish its change within `SIGNING_SECONDS`.
+            OperatorError: another process does not finish its change within `SIGNING_SECONDS`, or the lock cannot be taken.
         """
         try:
             self._lock.acquire(timeout=SIGNING_SECONDS)
@@ -188,6 +188,10 @@ class Repository:
                 f"another process has been signing in {self.folder} for {SIGNING_SECONDS:.0f} s; end the one that holds "
                 f"{self._lock.lock_file} (`fuser` names it) and try again"
             ) from None
+        except OSError as error:
+            raise OperatorError(
+                f"cannot lock {self._lock.lock_file}: {error.strerror}; nothing was signed; check who owns the folder, and the disk"
+            ) from error
         try:
             yield
         finally:

@@ -198,6 +198,12 @@ def _pending(repository: Repository, waiting: Waiting) -> dict[str, Metadata[Any
     present_root = repository.in_force("root").signed
     root = pending["root"].signed if "root" in pending else present_root
     top = (pending["targets"] if "targets" in pending else repository.in_force("targets")).signed
+    named = (top.delegations and top.delegations.roles) or {}
+    if unnamed := [role for role in pending if role not in (*TOP, *named)]:
+        raise OperatorError(
+            f"role {unnamed[0]} waits for signatures, but targets does not name it, perhaps because the repository is older than the file; "
+            "nothing was changed; begin again"
+        )
     for role, metadata in pending.items():
         for delegator in {"root": [present_root, root], "targets": [root]}.get(role, [top]):
             if not holds(delegator, role, metadata):
