@@ -36,8 +36,8 @@ from model.update import FACTORS, METHODS, write_factors
 from model.update import Update as NewWeights
 from ota.delta import files
 from registry.budget import passes
-from registry.champions import alpha_left, champion_of
-from registry.curve import GATED, Point, Update, in_order, level_for, rooms
+from registry.champions import alpha_left, champion_of, updates
+from registry.curve import GATED, Point, Setting, Update, first_of, held_level, held_to, in_order, level_for, rooms
 from registry.errors import PromotionError
 from registry.selection import Decision
 
@@ -90,15 +90,36 @@ def judge_update(
             opened.weights_sha256, line.update_method, line.update_budget, line.update_keep if line.update_budget else None,
         ),
     )  # fmt: skip
+    setting = _setting(line, opened)
+    first = first_of(updates(workspace, subject), line.update_method or "", setting) if setting else None
+    held = held_to(first.weights) if first else None
     key = canonical_sha256([
         opened.weights_sha256, opened.lineage.sha256, champion.seal.weights, line.update_method, line.update_level, line.update_budget,
-        line.update_keep, line.update_polish, line.delta_form(subject.configuration), line.precision(subject.configuration), fixed, alpha, train.code_sha256(),
+        line.update_keep, line.update_polish, line.delta_form(subject.configuration), line.precision(subject.configuration), fixed, held, alpha, train.code_sha256(),
     ])[:32]  # fmt: skip
     folder = Path(renewed(fit_update, workspace.work / "updates" / key / FITTED)(
-        workspace, trained, champion.files, alpha, fixed, key
+        workspace, trained, champion.files, alpha, fixed, held, key
     ))  # fmt: skip
     fitted = Fitted.model_validate_json((folder / FITTED).read_bytes())
     return settle(workspace, _through_the_gate(workspace, fitted, champion, allowed), promote_winners)
+
+
+def _setting(line: Line, trained: train.Checkpoint) -> Setting | None:
+    """Return what an update has in common with those whose bytes it is compared with; None: it has a budget, or no size to choose."""
+    method, config = line.update_method, trained.lineage.config
+    if line.update_budget or method not in LEVELS:
+        return None
+    return Setting(
+        network=config.sha256,
+        precision=line.precision(config.configuration),
+        form=line.delta_form(config.configuration),
+        level=usual_level(line),
+    )
+
+
+def usual_level(line: Line) -> float:
+    """Return the level of a line's updates without a budget, as far as their bytes do not grow."""
+    return METHODS[line.update_method or "lowrank"].level if line.update_level is None else line.update_level
 
 
 def _through_the_gate(workspace: Workspace, fitted: Fitted, champion: Incumbent, allowed: float) -> Examined:
@@ -132,7 +153,9 @@ def _named(parameters: dict[str, Any]) -> str:
 @task(
     name="fit the update", task_run_name=cast("Any", _named), cache_key_fn=by_key, persist_result=True, result_serializer="json"
 )
-def fit_update(workspace: Workspace, trained: Path, champion: ModelFiles, alpha: float, fixed: int, key: str) -> str:
+def fit_update(
+    workspace: Workspace, trained: Path, champion: ModelFiles, alpha: float, fixed: int, held: int | None, key: str
+) -> str:
     """Make the sizes of an update that the gate may judge; return their folder, with `FITTED`.
 
     Args:
@@ -141,6 +164,7 @@ def fit_update(workspace: Workspace, trained: Path, champion: ModelFiles, alpha:
         champion: what devices have.
         alpha: level of the tests of the share that is kept.
         fixed: bytes that a device fetches besides the weights.
+        held: most bytes of the weights of an update without a budget; None: it is the first of its setting.
         key: names the folder.
     """
     folder = workspace.work / "updates" / key
@@ -150,7 +174,7 @@ def fit_update(workspace: Workspace, trained: Path, champion: ModelFiles, alpha:
     progress.say(f"make the update of {subject} by {line.update_method}")
     dataset = open_dataset(workspace, line, subject.configuration, opened.lineage.data)
     with _bench(line, opened, champion, dataset, alpha, fixed) as bench:
-        candidates = bench.within_budget(folder) if line.update_budget else [bench.candidate(bench.usual, folder, [])]
+        candidates = bench.within_budget(folder) if line.update_budget else [bench.at_the_usual_level(folder, held)]
     fitted = Fitted(candidates=candidates)
     (folder / FITTED).write_text(fitted.model_dump_json(indent=1))
     return str(folder)
@@ -201,11 +225,6 @@ class _Bench:
         self.graph = scratch / "graph.onnx"
         self.graph.write_bytes(graph.build(trained.lineage.config, self.stored).SerializeToString(deterministic=True))
 
-    @property
-    def usual(self) -> float:
-        """Level without a budget."""
-        return METHODS[self.method].level if self.line.update_level is None else self.line.update_level
-
     @cached_property
     def before(self) -> tuple[Losses, Losses]:
         """Losses of the fielded weights and of the master."""
@@ -251,6 +270,18 @@ class _Bench:
         """Test the share of the gain that an update keeps, on the half of the held-out images with which nothing was chosen."""
         before, master = self.before
         return kept(before.proving, master.proving, of.proving, self.alpha)
+
+    def at_the_usual_level(self, folder: Path, held: int | None) -> Candidate:
+        """Make the update without a budget, at the usual level or at a coarser one that holds its bytes."""
+        usual = usual_level(self.line)
+        if held is None:
+            return self.candidate(usual, folder, [])
+        _, coarsest = LEVELS[self.method]
+        level = held_level(self.size, usual, coarsest, held - held // 50, self.sizes)  # polishing changes the bytes a little
+        self.finish(level, held)
+        if level > usual:
+            progress.say(f"it is made at level {level:.3g} instead of {usual:.3g}, to hold its weights to {held:,} bytes")
+        return self.candidate(level, folder, [], held=held)
 
     def within_budget(self, folder: Path) -> list[Candidate]:
         """Try the sizes in order; return those within the budget that keep enough, or else the one at the budget."""
@@ -300,7 +331,9 @@ class _Bench:
             curve.append(made)
         return known or made
 
-    def candidate(self, level: float, folder: Path, curve: Iterable[Point], found: Kept | None = None) -> Candidate:
+    def candidate(
+        self, level: float, folder: Path, curve: Iterable[Point], found: Kept | None = None, held: int | None = None
+    ) -> Candidate:
         """Write the checkpoint of a level, with what is known of it."""
         finished = self.finish(level)
         made = write_published(self.trained, finished.update, folder / f"level-{level:.6g}", finished.polished)
@@ -308,7 +341,7 @@ class _Bench:
         update = Update(
             method=self.method, start="master" if self.trained.lineage.start == "master" else "fielded",
             why_fielded=self._why_fielded(), master=self.trained.weights_sha256, noise=level, polished=finished.polished,
-            bytes=self.fixed + finished.size, fixed=self.fixed, budget=budget, keep=self.line.update_keep if budget else None,
+            bytes=self.fixed + finished.size, fixed=self.fixed, setting=_setting(self.line, self.trained), held=held, budget=budget, keep=self.line.update_keep if budget else None,
             kept=found or self.kept(finished.losses), curve=list(curve),
             unlimited=self.fixed + self.sizes[LEVELS[self.method][0]] if budget else None,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from model.scorecard import Kept
-from registry.curve import Point, Update
+from registry.curve import HELD, Point, Update
 from registry.selection import Check, Decision
 
 
@@ -66,7 +66,19 @@ def in_short(update: Update) -> str:
     """Say in one line what an update costs and keeps, and how it was made."""
     limit = f" of {update.budget:,}" if update.budget else ""
     began = "the champion's master" if update.start == "master" else "the fielded weights"
-    return f"its update: {update.bytes:,} bytes{limit}, keeps {shares(update.kept)} of the gain; by {update.method}, trained from {began}"
+    text = f"its update: {update.bytes:,} bytes{limit}, keeps {shares(update.kept)} of the gain; by {update.method}, trained from {began}"
+    held = holding(update)
+    return f"{text}; {held}" if held else text
+
+
+def holding(update: Update) -> str:
+    """Say why an update without a budget is coarser than the settings ask for; empty: it is not."""
+    if update.setting is None or update.held is None or not update.is_coarser:
+        return ""
+    return (
+        f"rounded at level {update.noise:.3g} instead of {update.setting.level:.3g}, to hold its weights to {update.held:,} bytes, {HELD:g} times "
+        "those of the first such update"
+    )
 
 
 def would_pass(curve: Sequence[Point]) -> str:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from model.config import VARIANTS, VariantName
 from model.scorecard import Frozen, Scorecard
 from registry.catalog import ANCHOR, CHAMPION, Catalog, Subject
+from registry.curve import Update
 from registry.errors import CatalogError, PromotionError, StoreError
 from registry.ledger import Entry, Ledger
 from registry.promotion import (
@@ -129,6 +130,12 @@ def verdict(records: Records, subject: Subject, number: int) -> Decision | None:
     """Return the gate's decision on a version; None: there is none, or an older ferry kept only its hash."""
     found = _state(records, subject).verdict(number)
     return Decision.model_validate(found) if found else None
+
+
+def updates(records: Records, subject: Subject) -> list[Update]:
+    """Return how the champions so far were updated, the oldest first; those that a rollback left are not among them."""
+    line = _state(records, subject).line
+    return [made.update for number in line if (made := verdict(records, subject, number)) and made.update]
 
 
 def gate(

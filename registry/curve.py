@@ -14,6 +14,9 @@ so the order in which they are computed changes nothing: first the share kept, w
 gate, which draws images, for those that passed, in the same order, and for `GATED` sizes at most. That limit and the first size
 that the gate sees depend on the budget alone.
 
+Without a budget there is one size. The method's usual level is only the first choice for it: what an update leaves out is part of the
+next one, so the bytes of updates at one level grow from release to release. `held_level` keeps them near those of the first update.
+
     >>> passed = in_order(rooms(65536 - 16048, finest=400_000), keeps_enough)
 """
 
@@ -26,11 +29,13 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
+from model.config import PrecisionName
 from model.scorecard import Frozen, Kept, Sha256
 
 LEAST = 1024  # bytes of weights below which no update is tried
 GATED = 3  # sizes that the gate judges at most
 TRIES = 12  # updates that are encoded at most to find the level of one size
+HELD = 1.15  # times the bytes of the first update: most that a later one without a budget takes
 NEAR = 0.05  # share of a size that an update may be smaller than it
 Start = Literal["master", "fielded"]
 T = TypeVar("T")
@@ -49,6 +54,15 @@ class Point(Frozen):
     gate: str | None = Field(
         default=None, exclude_if=lambda value: value is None, description="the gate's answer; null: not asked"
     )
+
+
+class Setting(Frozen):
+    """What updates without a budget have in common, besides the method, if their bytes can be compared."""
+
+    network: Sha256 = Field(description="hash of the network's shape")
+    precision: PrecisionName = Field(description="how devices store the weights")
+    form: int = Field(description="version of the delta format in which the bytes were counted")
+    level: float = Field(description="level that was asked for; the update has a coarser one where that held its bytes")
 
 
 class Update(Frozen):
@@ -72,6 +86,16 @@ class Update(Frozen):
         description="bytes of the finest update that the method makes; null: not encoded",
     )
     budget: int | None = Field(default=None, exclude_if=lambda value: value is None, description="most bytes; null: no budget")
+    setting: Setting | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="what it has in common with updates whose bytes can be compared; null: it has a budget, or a method without sizes",
+    )
+    held: int | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="bytes of weights to which it was held because of the first update of this setting; null: it is the first, or has a budget",
+    )
     keep: float | None = Field(
         default=None, exclude_if=lambda value: value is None, description="share of the gain that had to be kept; null: no budget"
     )
@@ -79,6 +103,16 @@ class Update(Frozen):
     curve: list[Point] = Field(
         default=[], exclude_if=lambda value: not value, description="the sizes, the largest first; empty: no budget"
     )
+
+    @property
+    def weights(self) -> int:
+        """Bytes of its weights."""
+        return self.bytes - self.fixed
+
+    @property
+    def is_coarser(self) -> bool:
+        """Whether it has a coarser level than the one that was asked for, so that its bytes do not grow."""
+        return self.setting is not None and self.noise > self.setting.level
 
 
 def smallest_budget(fixed: int) -> int:
@@ -145,3 +179,42 @@ def level_for(size_of: Callable[[float], int], limit: int, low: float, high: flo
         else:
             large = level
     return fits
+
+
+def first_of(updates: Iterable[Update], method: str, setting: Setting) -> Update | None:
+    """Find the first update of a method and setting; None: there is none, so the next one is the first.
+
+    Args:
+        updates: those of the champions so far, the oldest first.
+        method: row of the table of methods.
+        setting: without a budget.
+    """
+    return next((made for made in updates if (made.method, made.setting) == (method, setting)), None)
+
+
+def held_to(first: int) -> int:
+    """Return the most bytes of weights that an update may take whose first one took so many."""
+    return max(LEAST, int(HELD * first))
+
+
+def held_level(size_of: Callable[[float], int], usual: float, high: float, limit: int | None, known: dict[float, int]) -> float:
+    """Choose the level of an update without a budget: the usual one, or a coarser one that holds its bytes to a limit.
+
+    Args:
+        size_of: encodes the update of a level, and returns its bytes; they fall as the level rises.
+        usual: finest level.
+        high: coarsest level that is tried.
+        limit: bytes; None: there is none, because this update is the first.
+        known: bytes of levels that were encoded before; what is encoded here is added.
+
+    Returns:
+        the level; `high` where even that takes more.
+    """
+    if limit is None or usual >= high:
+        return usual
+    if usual not in known:
+        known[usual] = size_of(usual)
+    if known[usual] <= limit:
+        return usual
+    found = level_for(size_of, limit, usual, high, known)
+    return high if found is None else found

@@ -17,6 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from model.scorecard import CaptionCheck, Comparison, Quality
+from registry.budget import holding
 from registry.cost import GpuTime, Prices, Row, Side, energy, images, total
 from registry.curve import Point, Update
 from registry.selection import quantile
@@ -189,6 +190,11 @@ class UpdateRow:
     def began(self) -> str:
         """Where its training started, in words."""
         return "the champion's master" if self.update.start == "master" else "what devices have"
+
+    @property
+    def held(self) -> str:
+        """Why it is coarser than the settings ask for, in words; empty: it is not."""
+        return holding(self.update)
 
 
 @dataclass(frozen=True)

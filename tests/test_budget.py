@@ -246,6 +246,7 @@ FAULTS = [lost, damaged, of_another_line]
 def test_master_that_is_lost_damaged_or_of_another_line_is_left_out(workspace: Workspace, fault: Any):
     from flows.steps import champion_files, fetch_master
 
+    as_champion(workspace, 1)
     seal, path = sealed(workspace, SUBJECT, 1), stored_master(workspace, 1)
     whole = path.read_bytes()
     fault(workspace, path)
@@ -293,6 +294,35 @@ def test_refused_challengers_master_does_not_leak_into_the_next_training(workspa
     (row,) = retrained(workspace, "--no-promote")
     assert lineage(workspace, row["version"]).start_master == lineage(workspace, 1).master
     assert lineage(workspace, row["version"]).start_master not in others
+
+
+@pytest.mark.slow
+def test_second_larger_update_without_a_budget_is_held_to_the_bytes_of_the_first(workspace: Workspace, tmp_path: Path):
+    as_champion(workspace, 1)
+    deliver(workspace, 7)
+    (first,) = retrained(workspace, "--steps", "12", "--no-promote")
+    assert "held" not in first["update"]
+    assert first["update"]["noise"] == first["update"]["setting"]["level"]
+    deliver(workspace, 8)
+    (alone,) = retrained(workspace, "--no-promote")  # the first was not fielded, so it is no measure
+    assert "held" not in alone["update"]
+    as_champion(workspace, first["version"])
+    deliver(workspace, 9)
+    (second,) = retrained(workspace, "--no-promote")
+    weights = [row["update"]["bytes"] - row["update"]["fixed"] for row in (first, alone, second)]
+    assert weights[1] > 1.15 * weights[0]  # so it would have been larger
+    assert weights[2] <= second["update"]["held"] == int(1.15 * weights[0])
+    assert second["update"]["noise"] > second["update"]["setting"]["level"]
+    told = ferry(workspace, "report", "--output", str(tmp_path / "report.html"))
+    assert told.exit_code == 0, told.output
+    assert f"to hold its weights to {second['update']['held']:,} bytes" in (tmp_path / "report.html").read_text()
+    asked = (workspace.root / "ferry.toml").read_text()
+    (workspace.root / "ferry.toml").write_text(asked.replace("update_polish = 10", "update_polish = 10\nupdate_level = 0.02"))
+    try:
+        (other,) = retrained(Workspace(workspace.root), "--no-promote")
+    finally:
+        (workspace.root / "ferry.toml").write_text(asked)
+    assert (other["update"].get("held"), other["update"]["noise"]) == (None, 0.02)  # another level begins anew
 
 
 def test_report_shows_the_curve_of_the_last_retraining(workspace: Workspace, tmp_path: Path):

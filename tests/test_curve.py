@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,21 @@ from model.network import Network
 from model.scorecard import Kept
 from model.train import Checkpoint
 from registry.budget import in_short, passes, with_update
-from registry.curve import LEAST, NEAR, TRIES, Point, Update, in_order, level_for, rooms, smallest_budget
+from registry.curve import (
+    LEAST,
+    NEAR,
+    TRIES,
+    Point,
+    Setting,
+    Update,
+    first_of,
+    held_level,
+    held_to,
+    in_order,
+    level_for,
+    rooms,
+    smallest_budget,
+)
 from registry.selection import Decision
 from tests.test_selection import card, judged
 
@@ -125,6 +140,78 @@ def test_level_makes_the_largest_update_within_the_limit(power: float, scale: fl
 def test_update_of_a_known_level_is_not_encoded_again():
     known = {0.001: 10**6, 0.1: 960, 2.0: 10}
     assert level_for(lambda level: pytest.fail(f"encoded again at {level}"), 1000, 0.001, 2.0, known) == 0.1
+
+
+# The level without a budget
+
+
+@given(st.floats(0.4, 2.5), st.floats(1e3, 1e6), st.integers(300, 10**6), st.floats(0.002, 0.5))
+def test_update_without_a_budget_is_held_to_the_bytes_of_the_first_and_is_never_finer_than_usual(
+    power: float, scale: float, first: int, usual: float
+):
+    def size(level: float) -> int:
+        return int(scale * (level / 0.05) ** -power) + 200
+
+    high, limit, known = 2.0, held_to(first), dict[float, int]()
+    level = held_level(size, usual, high, limit, known)
+    assert usual <= level <= high
+    assert set(known) <= {usual} or len(known) <= TRIES + 3
+    if size(usual) <= limit:
+        assert level == usual
+    elif size(high) > limit:
+        assert level == high
+    else:
+        assert size(level) <= limit
+        assert size(level) >= (1 - NEAR) * limit or size(level / 1.02) > limit
+    assert held_level(lambda level: pytest.fail(f"encoded at {level}"), usual, high, None, {}) == usual  # the first one
+
+
+def test_bytes_do_not_creep_up_over_twelve_releases():
+    """Let each release need a tenth more bytes at the same level than the one before it, as error feedback makes them."""
+    sizes: list[int] = []
+    for release in range(12):
+
+        def size(level: float, release: int = release) -> int:
+            return int(30_000 * 1.1**release * (0.03 / level))
+
+        level = held_level(size, 0.03, 4.0, held_to(sizes[0]) if sizes else None, {})
+        sizes.append(size(level))
+    assert size(0.03) > 2 * sizes[0]  # so they would creep up
+    assert max(sizes[-3:]) <= 1.2 * sizes[0]
+    assert min(sizes) >= sizes[0]
+
+
+def made(size: int, noise: float = 0.03, method: str = "lowrank", **changed: Any) -> Update:
+    setting = Setting(**{"network": "a" * 64, "precision": "bfloat16", "form": 2, "level": 0.03} | changed)
+    return update(size, None, budget=None).model_copy(update={"method": method, "noise": noise, "setting": setting})
+
+
+def test_first_update_of_the_same_settings_is_the_measure():
+    of = made(1).setting
+    assert of
+    with_budget = update(50_000, None)
+    others = [
+        made(1, method="grid"),
+        made(2, 0.03, level=0.02),
+        made(3, precision="int8"),
+        made(4, form=1),
+        made(5, network="b" * 64),
+    ]
+    assert first_of([with_budget, *others, made(60_000), made(70_000)], "lowrank", of) == made(60_000)
+    assert first_of([with_budget, *others], "lowrank", of) is None
+
+
+def test_update_that_is_held_says_so():
+    held = made(60_000, 0.041).model_copy(update={"held": 51_750})
+    assert in_short(held).endswith(
+        "; rounded at level 0.041 instead of 0.03, to hold its weights to 51,750 bytes, 1.15 times those of the first such update"
+    )
+    assert "rounded at" not in in_short(made(60_000))
+    assert "rounded at" not in in_short(made(60_000).model_copy(update={"held": 51_750}))
+
+
+def test_update_of_before_keeps_its_hash():
+    assert {"setting", "held"}.isdisjoint(update(60_000, None).model_dump(mode="json"))
 
 
 # The decision
