@@ -7,7 +7,8 @@ over unchanged, add no weights to speak of.
 
 from __future__ import annotations
 
-import zlib
+import tempfile
+from functools import partial
 from pathlib import Path
 
 from flows.clone import is_clone
@@ -15,16 +16,17 @@ from flows.errors import BudgetError
 from flows.sizes import written
 from flows.steps import champion_files
 from flows.workspace import Workspace
-from model.config import ConfigurationName
-from ota import golden
+from model.config import ConfigurationName, VariantName
+from ota import packed
+from ota.errors import OperatorError
+from ota.manifest import Origin
+from ota.release import bundle, compatibility
+from registry.catalog import Subject
 from registry.champions import champion_of
 from registry.curve import LEAST, smallest_budget
-from registry.seal import FACTORS
+from registry.seal import FACTORS, Seal
 
-NEW_EACH_TIME = ("golden.npz", "reference.json", "sampler.json")  # files of a variant that hardly any delta makes smaller
-HEADER = 1500  # bytes of a delta's header
-CARRIED_OVER = 60  # bytes of an overlay that did not change, at most
-MANIFEST = 3000  # bytes of a manifest and policy, where none was published yet
+POLICY = 400  # bytes of a policy, where none was published yet
 METADATA = 17_000  # bytes of signed metadata that a clone assumes, which has no repository
 
 
@@ -37,33 +39,54 @@ def fixed_bytes(workspace: Workspace, line: str, configuration: ConfigurationNam
         configuration: of the class.
     """
     classes = {name: c for name, c in workspace.line(line).classes.items() if c.configuration == configuration}
-    return HEADER + max(_of_class(workspace, line, name) for name in classes)
+    return max(_of_class(workspace, line, name) for name in classes)
 
 
 def _of_class(workspace: Workspace, line: str, device_class: str) -> int:
-    total = METADATA if is_clone(workspace.root) else workspace.repository.metadata_bytes(line, device_class)
-    total += _manifest(workspace, line, device_class)
+    """Build the bundle of the class's champions, and encode a delta from it in which no weight moves."""
+    settings = workspace.device_class(line, device_class)
+    cloned = is_clone(workspace.root)
+    total = METADATA if cloned else workspace.repository.metadata_bytes(line, device_class)
+    found = _champions(workspace, line, device_class)
+    if not found:
+        return total
+    exports = {variant: folder for variant, (_, folder) in found.items()}
+    origin = _origin(next(seal for seal, _ in found.values()))
+    devices = {} if cloned else workspace.fleet.devices()
+    agent = settings.oldest_agent or compatibility.oldest_agent(line, device_class, devices)
+    with tempfile.TemporaryDirectory() as folder:
+        assembled = partial(
+            bundle.assemble, exports, line=line, device_class=device_class, tier=workspace.line(line).tier,
+            configuration=settings.configuration, precision=settings.precision, origin=origin, out=Path(folder),
+        )  # fmt: skip
+        try:
+            made = assembled(oldest_agent=agent)
+        except OperatorError:  # those agents cannot have all of these variants, which the release says
+            made = assembled()
+        besides = bundle.bytes_besides_weights(made, workspace.line(line).delta_form(settings.configuration))
+    policy = None if cloned else workspace.repository.policy(line, device_class)
+    small = [made.manifest.canonical(), policy.canonical() if policy else bytes(POLICY)]
+    packs = not cloned and workspace.repository.role_of("models", line, device_class) != "models"
+    return total + besides + sum(len(packed.pack(file)) if packs and policy else len(file) for file in small)
+
+
+def _champions(workspace: Workspace, line: str, device_class: str) -> dict[VariantName, tuple[Seal, Path]]:
+    """Return the class's champions that make one bundle, with their exported files, by variant."""
+    found: dict[VariantName, tuple[Seal, Path]] = {}
     for subject in workspace.class_subjects(line, device_class):
         champion = champion_of(workspace, subject)
         if champion:
-            bundle = champion_files(workspace, champion).bundle
-            total += sum(_packed(bundle / name) for name in NEW_EACH_TIME) + CARRIED_OVER
-    return total
+            found[subject.variant] = champion, champion_files(workspace, champion).bundle
+    graphs = {variant: (folder / "graph.onnx").read_bytes() for variant, (_, folder) in found.items()}
+    return {variant: pair for variant, pair in found.items() if graphs[variant] == next(iter(graphs.values()))}
 
 
-def _manifest(workspace: Workspace, line: str, device_class: str) -> int:
-    """Return the bytes of the newest manifest and of the policy; typical ones if nothing was published yet."""
-    releases = [] if is_clone(workspace.root) else workspace.repository.releases(line, device_class)
-    if not releases:
-        return MANIFEST
-    policy = workspace.repository.policy(line, device_class)
-    newest = len(workspace.repository.manifest(releases[-1]).canonical())
-    return newest + (len(policy.canonical()) if policy else 0)
-
-
-def _packed(path: Path) -> int:
-    data = path.read_bytes()
-    return len(zlib.compress(golden.sampled(data) if path.name == "golden.npz" else data, 9))
+def _origin(seal: Seal) -> Origin:
+    """Make the origin of a bundle that is only measured; the entry of a promotion is as long as any hash."""
+    return Origin(
+        data_rev=seal.data_rev, data_md5=seal.data_md5, code=seal.code, lineage=seal.lineage, scorecard=seal.scorecard,
+        decision=seal.weights, model=Subject.parse(seal.subject).model, version=seal.version,
+    )  # fmt: skip
 
 
 def room(budget: int, fixed: int) -> int:

@@ -23,11 +23,12 @@ from flows.workspace import Workspace
 from model import train, versions
 from model.scorecard import Lineage
 from ota.delta import files
+from ota.release import bundle
 from registry.catalog import Catalog, Subject
 from registry.champions import champion_of, sealed, verdict
 from registry.lineage import file_sha256
 from registry.seal import MASTER, Seal
-from tests.conftest import write_images
+from tests.conftest import origin, write_images
 from tests.test_flows import SETTINGS
 
 SUBJECT = Subject(line="shapes", configuration="I", variant="full")
@@ -180,7 +181,13 @@ def test_what_is_fielded_is_what_devices_compute_and_takes_the_bytes_that_were_s
     built = files.build(
         old / "weights.bin", new / "weights.bin", tmp_path / "delta", new / "graph.onnx", old / "graph.onnx", factors
     )
-    assert built.size == made.update.bytes - made.update.fixed
+    assert built.size == made.update.weights
+    given = {"line": "shapes", "device_class": "edge", "tier": "test", "configuration": "I", "precision": "bfloat16"}
+    before, after = (bundle.assemble({"full": f}, **given, origin=origin(n), out=tmp_path) for n, f in enumerate((old, new), 1))  # type: ignore[arg-type]
+    delta = bundle.make_delta(before, after, tmp_path, {"full": factors}, 2)
+    assert delta
+    fetched = delta.size + len(after.manifest.canonical()) + workspace.repository.metadata_bytes("shapes", "edge")
+    assert fetched < made.update.bytes < fetched + 1500  # nothing was published, so a policy is assumed
     files.apply(old / "weights.bin", tmp_path / "delta", tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (new / "weights.bin").read_bytes()
 

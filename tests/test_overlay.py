@@ -22,7 +22,7 @@ from ota.delta import files, read_header
 from ota.errors import AgentError, BaseError, GateError, ManifestError, OperatorError, RoomError, TransferError
 from ota.manifest import MAX_MANIFEST, Manifest, parse
 from ota.release import fielded
-from ota.release.bundle import Bundle, assemble, make_delta, make_overlay_delta
+from ota.release.bundle import Bundle, assemble, bytes_besides_weights, make_delta, make_overlay_delta
 from tests.conftest import CAPTIONS, LATENCY_MS, SAMPLER, origin
 from tests.fleet_kit import CLASS, LINE, WebServer, name_delta, publish, untouched
 from tests.test_agent_attacks import not_installed, offer
@@ -212,6 +212,15 @@ def test_delta_makes_each_file_once(scene, bundles, four, later, tmp_path):
     )  # the student is made from the weights of full
     assert thin.sha256 == later.manifest.overlay("turbo").sha256  # it kept its tensors, so nothing of it is sent
     stand_still(scene)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_a_delta_takes_besides_weights_is_known_before_there_are_new_ones(four, later, tmp_path, version):
+    made = make_delta(four, later, tmp_path, version=version)
+    old, new = (b.path("weights", "full") for b in (four, later))
+    alone = files.build(old, new, tmp_path / "weights", later.path("graph"), four.path("graph"), version=version).size
+    known = bytes_besides_weights(four, version)
+    assert made.size - alone <= known < made.size - alone + 700 * len(later.manifest.variants)
 
 
 def test_device_with_variants_of_their_own_gets_shared_ones(scene, exports, four, exported, tmp_path):

@@ -265,6 +265,33 @@ def make_overlay_delta(target: Bundle, out: Path, version: int = 1) -> Delta | N
     return _built(pairs, target, target, out, version) if pairs else None
 
 
+def bytes_besides_weights(made: Bundle, version: int) -> int:
+    """Return how many bytes a delta to the next bundle of this kind takes besides its weights: the header and all other files.
+
+    Graph, sampler tables and overlays stay as they are. Golden outputs and references are new, and counted as if the old ones told
+    nothing of them; so it is a little more than a real delta takes.
+
+    Args:
+        made: the bundle that devices have.
+        version: of the format.
+    """
+    kept, alone = [], []
+    for entry in made.manifest.made:
+        path, new = made.folder / entry.sha256, entry.role in ("golden", "reference")
+        digest = hashlib.sha256(entry.sha256.encode()).hexdigest() if new or entry.role == "weights" else entry.sha256
+        named = BundleFile(entry.role, entry.variant, entry.size, digest)
+        kept.append(encode.Pair(named, path, path, [], entry.sha256))
+        if entry.role != "weights":
+            alone.append(encode.Pair(named, path, None if new else path, [], entry.sha256))
+    return len(encode.header_of(kept, "0" * 64, "1" * 64, version)) + sum(_records(pair, version) for pair in alone)
+
+
+def _records(pair: encode.Pair, version: int) -> int:
+    """Return how many bytes the records of one file take."""
+    header = len(encode.header_of([pair], "0" * 64, "1" * 64, version))
+    return encode.write([pair], "0" * 64, "1" * 64, BytesIO(), version).size - header
+
+
 def _built(pairs: Sequence[encode.Pair], base: Bundle, target: Bundle, out: Path, version: int) -> Delta | None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / name_of(version, base.manifest.digest, target.manifest.digest)
