@@ -6,7 +6,7 @@ gradient passes through as if there were no rounding (straight-through; Bengio e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from torch.func import functional_call
 
 from model.data import Dataset
 from model.network import Network
+from model.shared_numbers import spread
 from model.storage import parts
 from model.train import FlowMatching, Objective, TrainOptions
-from model.update import Approximation, Claim, Product, Steps, Update
+from model.update import Approximation, Claim, Product, Seeded, Steps, Told, Update
 
 STEPS = 40
 RATE = 0.5  # of the training's learning rate
@@ -30,6 +31,8 @@ class _Side:
 
     values: Tensor
     step: Tensor
+    chosen: Tensor | None = None  # which of the values each weight moves by; None: each by its own
+    sign: Tensor | None = None
 
     def whole(self) -> Tensor:
         """Return the numbers as multiples of their step."""
@@ -38,6 +41,12 @@ class _Side:
     def rounded(self) -> Tensor:
         """Return the rounded numbers, with the gradient of the numbers."""
         return self.values + (self.whole() * self.step - self.values).detach()
+
+    def moves(self) -> Tensor:
+        """Return by how much each weight moves."""
+        if self.chosen is None or self.sign is None:
+            return self.rounded()
+        return self.rounded().index_select(0, self.chosen.reshape(-1)).view(self.chosen.shape) * self.sign
 
 
 def polish(
@@ -60,9 +69,8 @@ def polish(
         objective: that of the training; flow matching by default.
     """
     objective = objective or FlowMatching()
-    sides = {name: _sides(claim) for name, claim in update.claims.items()}
-    trained = [side for pair in sides.values() for side in pair]
-    values = [side.values.requires_grad_() for side in trained]
+    sides = _all_sides(update)
+    values = list({id(side.values): side.values.requires_grad_() for pair in sides.values() for side in pair}.values())
     averages = [value.detach().clone() for value in values]
     optimizer = torch.optim.AdamW(values, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     network = Network(update.config).train()
@@ -85,6 +93,19 @@ def polish(
         return approximation.with_claims(made, update.level)
 
 
+def _all_sides(update: Update) -> dict[str, tuple[_Side, ...]]:
+    """Return what is trained of each claim; those of shared numbers have the same values."""
+    made, shared = dict[str, tuple[_Side, ...]](), list[Tensor]()
+    for name, claim in update.claims.items():
+        if isinstance(claim, Seeded):
+            size = torch.tensor(claim.size)
+            shared = shared or [claim.numbers * size]
+            made[name] = (_Side(shared[0], size, *spread(claim.seed, claim.place, update.weights[name].shape)),)
+        else:
+            made[name] = _sides(claim)
+    return made
+
+
 def _sides(claim: Product | Steps) -> tuple[_Side, ...]:
     """Return what is trained of a claim."""
     if isinstance(claim, Steps):
@@ -95,11 +116,14 @@ def _sides(claim: Product | Steps) -> tuple[_Side, ...]:
     return _Side(claim.left * folded, left), _Side(claim.right * right[:, None], right[:, None])
 
 
-def _claim(before: Product | Steps, sides: tuple[_Side, ...]) -> Claim | None:
+def _claim(before: Told, sides: tuple[_Side, ...]) -> Claim | None:
     """Make the claim of trained numbers."""
     if isinstance(before, Steps):
         steps = sides[0].whole().to(torch.int32)
         return Steps(steps, before.size) if steps.any() else None
+    if isinstance(before, Seeded):
+        counts = sides[0].whole().to(torch.int32)
+        return replace(before, numbers=counts) if counts.any() else None
     a, b = (side.whole().double() for side in sides)
     return Product.of(a, b, before.left_step, before.right_step)
 
@@ -113,7 +137,7 @@ def _weights(
         if name not in sides:
             return update.weights[name]
         change = approximation.changes[name]
-        by = sides[name][0].rounded() if len(sides[name]) == 1 else sides[name][0].rounded() @ sides[name][1].rounded()
+        by = sides[name][0].moves() if len(sides[name]) == 1 else sides[name][0].rounded() @ sides[name][1].rounded()
         return change.old + by if change.scale is None else (change.old + by) * change.scale.float()
 
     made = {}

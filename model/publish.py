@@ -21,6 +21,7 @@ from model.errors import CheckpointError
 from model.gradients import STATISTICS, load_statistics
 from model.network import Network
 from model.polish import STEPS, polish
+from model.shared_numbers import seed_of
 from model.storage import fielded as as_fielded
 from model.storage import named, parts
 from model.students import is_thin
@@ -74,7 +75,7 @@ class Publication:
                 if name not in thin:
                     weight.copy_(frozen[name])
         approximation = Approximation.of(
-            trained.network(), base, load_statistics(trained.folder), stored, method,
+            trained.network(), base, load_statistics(trained.folder), stored, method, seed=seed_of(fielded.weights_sha256),
             only=lambda name: thin is None or name in thin,
         )  # fmt: skip
         return cls(trained, approximation)

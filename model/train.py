@@ -37,7 +37,7 @@ from model.grid import Grid
 from model.hardware import Hardware
 from model.network import Network
 from model.scorecard import DataVersion, Frozen, Lineage, Sampler, Sha256
-from model.shared_numbers import SharedNumbers
+from model.shared_numbers import SharedNumbers, seed_of
 from model.update import METHODS, MethodName
 from model.watch import Figures, Watcher, draw, recorded_after, sampled_after
 
@@ -272,7 +272,7 @@ def train(
     # Weights that share a number must decay alike, so none does.
     run_options = options.model_copy(update={"weight_decay": 0.0}) if shares else options
     run = _Run(network, average, run_options, ranks, objective, hardware)
-    run.shared = SharedNumbers(network) if shares else None
+    run.shared = SharedNumbers(network, seed_of(parent.weights_sha256)) if parent and shares else None
     if parent and options.method and METHODS[options.method].rounds_in_training:
         fielded = parent.network()
         round_to_stored(fielded, options.stored)

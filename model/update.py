@@ -5,9 +5,9 @@
     >>> write_factors(folder / FACTORS, update)
 
 Every tensor of the weight file gets a *claim*: how its new numbers follow from the old ones. A matrix moves by the product of two
-thin matrices of integers, any other tensor by whole steps of one size. `predicted` and `stepped` are the rules by which devices
-compute this; they are those of `ota.delta.numbers`, from which `model` may not import (a test compares them bit by bit). What a
-claim cannot carry stays in the master and is part of the next update (error feedback; Seide et al. 2014, "1-bit SGD").
+thin matrices of integers, any other tensor by whole steps of one size, or all tensors by few shared numbers of steps. `predicted` and
+`stepped` are the rules by which devices compute this; they are those of `ota.delta.numbers`, from which `model` may not import (a test
+compares them bit by bit). What a claim cannot carry stays in the master and is part of the next update (error feedback; Seide et al. 2014, "1-bit SGD").
 
 The product is a singular value decomposition in the metric of the gradients (`model.gradients`). Both of its sides are rounded to
 steps that are powers of two, so fine that every number adds the same noise to the loss, over all matrices: reverse water-filling
@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -34,7 +34,7 @@ from model.errors import CheckpointError
 from model.gradients import is_matrix
 from model.graph import layout, scaled_axis
 from model.network import Network
-from model.shared_numbers import shared, spread
+from model.shared_numbers import places, shared, spread
 from model.storage import KINDS, WHOLE_HIGH, WHOLE_LOW, dequantised, fielded, named, quantise
 
 FACTORS = "update.safetensors"
@@ -88,11 +88,27 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class Seeded:
+    """Claim: the numbers move by whole steps of one size; a hash of its place says which of few counts of steps each makes."""
+
+    numbers: Tensor  # int32 [COUNT], the counts
+    size: float  # a float32
+    seed: int
+    place: int  # of the tensor's first number
+
+    def steps(self, shape: torch.Size) -> Tensor:
+        """Return the steps of each number, int32 in the tensor's shape."""
+        chosen, sign = spread(self.seed, self.place, shape)
+        return self.numbers[chosen] * sign.to(torch.int32)
+
+
+@dataclass(frozen=True)
 class Whole:
     """No claim: the new numbers are the master's, and a delta has to find out how they follow from the old ones."""
 
 
-Claim = Product | Steps | Whole
+Told = Product | Steps | Seeded  # claims that are written for the codec
+Claim = Told | Whole
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,9 @@ class Change:
     right: Tensor | None
     typical: float  # mean squared gradient over all matrices
     size: float  # step with which the training rounded the change; 0: it did not
+    seed: int = 0
+    place: int | None = None  # of its first number among those that share numbers; None: it shares none
+    shared: Tensor | None = None  # float64 [COUNT], if the change is that of shared numbers
 
 
 class Planned(Protocol):
@@ -152,6 +171,26 @@ def _steps(change: Change, size: float) -> Claim | None:
         return None
     steps = torch.round(change.change / size).clamp(-MAX_FACTOR, MAX_FACTOR).to(torch.int32)
     return Steps(steps, size) if steps.any() else None
+
+
+def by_seed(change: Change) -> Planned:
+    """Plan steps of shared numbers; where a tensor shares none, steps of its own.
+
+    Whole numbers of int8 have no smaller steps, so these tensors are sent as they are. A step of theirs is several times as large as the
+    change of most weights, and it differs from row to row or column to column.
+    """
+    if change.scale is not None or change.shared is None:
+        return on_grid(change)
+    return lambda level: _seeded(change, level)
+
+
+def _seeded(change: Change, level: float) -> Seeded | None:
+    """Round shared numbers to whole steps."""
+    size = float(torch.tensor(level * change.rms, dtype=torch.float32))
+    if change.shared is None or change.place is None or not 0 < size < math.inf:
+        return None
+    counts = torch.round(change.shared / size).clamp(-MAX_FACTOR, MAX_FACTOR).to(torch.int32)
+    return Seeded(counts, size, change.seed, change.place) if counts.any() else None
 
 
 def low_rank(change: Change) -> Planned:
@@ -224,13 +263,13 @@ def _exponent(sizes: Tensor) -> Tensor:
 
 
 def by_shared_numbers(changes: dict[str, Change]) -> dict[str, Change]:
-    """Replace changes by the nearest ones of shared numbers, all in multiples of one size."""
-    numbers = shared({name: change.change for name, change in changes.items()})
-    rms, made = float(numbers.square().mean().sqrt()), dict[str, Change]()
-    for name, change in changes.items():
-        chosen, sign = spread(name, change.change.shape)
-        made[name] = replace(change, change=numbers[chosen] * sign, rms=rms)
-    return made
+    """Add to changes the nearest shared numbers, whose root mean square is then that of each change."""
+    sharing = {name: change for name, change in changes.items() if change.place is not None}
+    place = {name: change.place or 0 for name, change in sharing.items()}
+    seed = next((change.seed for change in sharing.values()), 0)
+    numbers = shared({name: change.change for name, change in sharing.items()}, seed, place)
+    rms = float(numbers.square().mean().sqrt())
+    return changes | {name: replace(change, shared=numbers, rms=rms) for name, change in sharing.items()}
 
 
 @dataclass(frozen=True)
@@ -259,8 +298,8 @@ METHODS: dict[MethodName, Method] = {
         0.7, unchanged, on_grid, trains=lambda weight: not is_matrix(weight),
     ),
     "seeded": Method(
-        "a few shared numbers, spread over all weights by a seeded hash; deltas do not send them as such yet, but as dense steps",
-        0.25, on_grid, on_grid, prepare=by_shared_numbers, shares_numbers=True,
+        "a few shared numbers, spread over all weights by a seeded hash",
+        0.5, by_seed, by_seed, prepare=by_shared_numbers, shares_numbers=True,
     ),
 }  # fmt: skip
 
@@ -283,7 +322,7 @@ class Update:
     method: MethodName
     level: float
     weights: dict[str, Tensor]
-    claims: dict[str, Product | Steps]
+    claims: dict[str, Told]
 
     def network(self) -> Network:
         """Make the network with these weights, in evaluation mode."""
@@ -313,6 +352,7 @@ class Approximation:
         stored: PrecisionName,
         method: MethodName = "lowrank",
         *,
+        seed: int = 0,
         only: Callable[[str], bool] = lambda _name: True,
     ) -> Approximation:
         """Prepare an update for every level.
@@ -323,6 +363,7 @@ class Approximation:
             statistics: of the gradients, see `Gradients.means`; empty: all weights count alike.
             stored: precision of the devices' files.
             method: row of the table.
+            seed: of the training, if it moved shared numbers.
             only: names in the weight file of the tensors that may change.
 
         Raises:
@@ -330,9 +371,9 @@ class Approximation:
         """
         row, typical = METHODS[method], _typical(statistics)
         masters, olds = named(master), named(before)
-        changes = row.prepare({
-            name: _change(name, masters[name], olds[name], statistics, stored, typical) for name in masters if only(name)
-        })  # fmt: skip
+        place = places(master.config)
+        changes = {name: _change(name, masters[name], olds[name], statistics, stored, typical) for name in masters if only(name)}
+        changes = row.prepare({name: replace(change, seed=seed, place=place.get(name)) for name, change in changes.items()})
         planned = {
             name: (row.matrix if is_matrix(change.old) else row.small)(change) if change.change.any() else unchanged(change)
             for name, change in changes.items()
@@ -351,7 +392,7 @@ class Approximation:
         weights = dict(self.masters)
         for name, claim in made.items():
             weights[name] = _moved(self.changes[name], claim, self.masters[name], self.stored)
-        claims = {name: claim for name, claim in made.items() if isinstance(claim, Product | Steps)}
+        claims = {name: claim for name, claim in made.items() if isinstance(claim, Told)}
         return Update(self.config, self.stored, self.method, level, weights, claims)
 
 
@@ -399,6 +440,8 @@ def _moved(change: Change, claim: Claim | None, master: Tensor, stored: Precisio
         new = predicted(change.old, claim.left, claim.right, claim.exponent, kind)
     elif isinstance(claim, Steps):
         new = stepped(change.old, claim.steps, claim.size, kind)
+    elif isinstance(claim, Seeded):
+        new = stepped(change.old, claim.steps(change.old.shape), claim.size, kind)
     elif isinstance(claim, Whole) and scale is None:
         new = master.to(KINDS[kind]).float()
     elif isinstance(claim, Whole) and scale is not None:  # the scales stay, or every number of the row or column would change
@@ -437,22 +480,31 @@ def write_factors(path: Path, update: Update) -> None:
     """Write the claims for the codec, as safetensors; they hold for the fielded weights from which they were made alone.
 
     A product is `NAME.left` int32 [rows, rank] and `NAME.right` int32 [rank, columns], steps are `NAME.steps` int32 [count], where NAME
-    is that of the stored numbers in the graph. The metadata has the entry `deltaferry`: canonical JSON with `schema_version`, the exponents of the products, and the sizes of the
-    steps as hexadecimal floats.
+    is that of the stored numbers in the graph. Shared numbers are `seeded.numbers` int32 [count]. The metadata has the entry `deltaferry`: canonical JSON with `schema_version`, the exponents of the products, and the sizes of the
+    steps as hexadecimal floats; and, if numbers are shared, `seeded`: their seed, the size of their steps, and of each tensor the place of
+    its first number and how many numbers it has.
     """
     tensors: dict[str, Tensor] = {}
     products: dict[str, int] = {}
     sizes: dict[str, str] = {}
+    seeded: dict[str, Any] = {}
+    sharing: dict[str, list[int]] = {}
     in_graph = {tensor.name: tensor.in_graph for tensor in layout(update.config, update.stored)[0]}
     for own, claim in update.claims.items():
         name = in_graph[own]
         if isinstance(claim, Product):
             products[name] = claim.exponent
             tensors |= {f"{name}.left": claim.left.contiguous(), f"{name}.right": claim.right.contiguous()}
+        elif isinstance(claim, Seeded):
+            tensors["seeded.numbers"] = claim.numbers
+            seeded |= {"seed": claim.seed, "size": claim.size.hex()}
+            sharing[name] = [claim.place, update.weights[own].numel()]
         else:
             sizes[name] = claim.size.hex()
             tensors[f"{name}.steps"] = claim.steps.reshape(-1).contiguous()
-    said = canonical_json({"schema_version": 1, "products": products, "steps": sizes})
+    said = canonical_json({
+        "schema_version": 1, "products": products, "steps": sizes, **({"seeded": seeded | {"tensors": sharing}} if sharing else {}),
+    })  # fmt: skip
     fresh = path.with_name(path.name + ".tmp")
     save_file(tensors, fresh, {"deltaferry": said.decode()})
     fresh.replace(path)

@@ -117,7 +117,10 @@ def factors(data: bytes) -> None:
         file.write(data)
         file.flush()
         for claim in read(Path(file.name)).values():
-            if claim.values < LARGEST:
+            if claim.shared:
+                with contextlib.suppress(OperatorError):
+                    assert len(claim.shared_numbers().of(claim.first, 9)) == 9
+            elif claim.values < LARGEST:
                 with contextlib.suppress(OperatorError):
                     _ = claim.product() if claim.step is None else claim.steps()
 
@@ -220,7 +223,7 @@ def deltas() -> Iterator[bytes]:
 
 
 def updated() -> Iterator[tuple[bytes, bytes]]:
-    """Yield deltas of format version 2 that are made from factors, each with the file of factors."""
+    """Yield deltas of format version 2 that are made from factors or shared numbers, each with the file that tells these."""
     from safetensors.numpy import save
 
     from ota.delta import files
@@ -230,19 +233,31 @@ def updated() -> Iterator[tuple[bytes, bytes]]:
     kind = rules.KINDS["float32"]
     with TemporaryDirectory() as folder:
         place = Path(folder)
+
+        def made(new: bytes, said: dict[str, Any], tensors: dict[str, Any]) -> tuple[bytes, bytes]:
+            """Build the delta from the old file to a new one of two tensors, by factors."""
+            halves = {"a": (0, [20, 50]), "b": (4000, [1000])}
+            rows = {t: {"dtype": "F32", "shape": shape, "data_offsets": [at, at + 4000]} for t, (at, shape) in halves.items()}
+            head = json.dumps(rows).encode()
+            for name, data in (("old", OLD), ("new", new)):
+                (place / name).write_bytes(struct.pack("<Q", len(head)) + head + data)
+            told = json.dumps({"schema_version": 1, "products": {}, "steps": {}} | said)
+            (place / "factors").write_bytes(save(tensors, {"deltaferry": told}))
+            files.build(place / "old", place / "new", place / "patch", factors=place / "factors")
+            return (place / "patch").read_bytes(), (place / "factors").read_bytes()
+
         for rank in (1, 3, 32):
             left, right = (np.rint(rng.normal(size=shape) * 30 / rank).astype(np.int32) for shape in ((20, rank), (rank, 50)))
             steps = np.rint(rng.normal(size=1000)).astype(np.int32)
             moved = rules.predicted(old[:1000], left, right, -20, kind), rules.stepped(old[1000:], steps, np.float32(0.01), kind)
-            for name, data in (("old", OLD), ("new", b"".join(part.tobytes() for part in moved))):
-                halves = {"a": (0, [20, 50]), "b": (4000, [1000])}
-                rows = {t: {"dtype": "F32", "shape": shape, "data_offsets": [at, at + 4000]} for t, (at, shape) in halves.items()}
-                head = json.dumps(rows).encode()
-                (place / name).write_bytes(struct.pack("<Q", len(head)) + head + data)
-            said = json.dumps({"schema_version": 1, "products": {"a": -20}, "steps": {"b": float(np.float32(0.01)).hex()}})
-            (place / "factors").write_bytes(save({"a.left": left, "a.right": right, "b.steps": steps}, {"deltaferry": said}))
-            files.build(place / "old", place / "new", place / "patch", factors=place / "factors")
-            yield (place / "patch").read_bytes(), (place / "factors").read_bytes()
+            said = {"products": {"a": -20}, "steps": {"b": float(np.float32(0.01)).hex()}}
+            yield made(b"".join(part.tobytes() for part in moved), said, {"a.left": left, "a.right": right, "b.steps": steps})
+        for count, first in ((1, 0), (90, 2**40 - 1000)):
+            shared = np.rint(rng.normal(size=count) * 5).astype(np.int32) + 1
+            by = rules.Shared(2**63 + 5, count, shared).of(first, 1000)
+            halves = rules.stepped(old[:1000], by, np.float32(0.01), kind), old[1000:]
+            said = {"seeded": {"seed": 2**63 + 5, "size": float(np.float32(0.01)).hex(), "tensors": {"a": [first, 1000]}}}
+            yield made(b"".join(part.tobytes() for part in halves), said, {"seeded.numbers": shared})
 
 
 def sow(target: str, folder: Path) -> None:

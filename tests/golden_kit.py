@@ -139,6 +139,48 @@ def make_update(name: str) -> bytes:
         return _encoded(old, new, elements, folder, 2)
 
 
+SEEDED = [f"{kind} seeded" for kind in ("float32", "float16", "bfloat16")]
+"""Deltas of format version 2 whose tensors make steps of shared numbers."""
+SEED, SHARED = 0xD1CE_0000_FFFF_0001, 300
+
+
+def hashed(seed: int, place: int) -> int:
+    """Hash the place of a number, by Python's own integers."""
+    found = (seed + (place + 1) * 0x9E3779B97F4A7C15) % 2**64
+    found = (found ^ found >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    found = (found ^ found >> 27) * 0x94D049BB133111EB % 2**64
+    return found ^ found >> 31
+
+
+def seeded(name: str) -> tuple[bytes, bytes, npt.NDArray[np.int32]]:
+    """Make the old and the new file of a golden delta of shared numbers, and these: two tensors that move, and one between that stays."""
+    kind = KINDS[name.split(maxsplit=1)[0]]
+    seed, one = SEEDED.index(name), ROWS * COLUMNS * kind.width
+    before = b"".join(stored(drawn(seed + at, ROWS, COLUMNS) * 0.25, kind.name) for at in (1000, 1100, 1200))
+    shared = np.rint(drawn(1300 + seed, SHARED) * 5).astype(np.int32)
+    parts = [numbers.codes(before[at : at + one], kind) for at in (0, one, 2 * one)]
+    for at in (0, 2):
+        hashes = [hashed(SEED, at * ROWS * COLUMNS + i) for i in range(ROWS * COLUMNS)]
+        steps = np.array([int(shared[(h >> 32) * SHARED >> 32]) * (-1 if h & 1 else 1) for h in hashes], np.int32)
+        parts[at] = numbers.stepped(parts[at], steps, np.float32(0.00390625), kind)
+    return before, b"".join(numbers.data(part, kind) for part in parts), shared
+
+
+def make_seeded(name: str) -> bytes:
+    """Encode a golden delta of shared numbers as the encoder does today."""
+    kind = name.split(maxsplit=1)[0]
+    old, new, shared = seeded(name)
+    one, count = len(new) // 3, ROWS * COLUMNS
+    said = {"seed": SEED, "size": "0x1.0p-8", "tensors": {"a": [0, count], "c": [2 * count, count]}}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        told = {"schema_version": 1, "products": {}, "steps": {}, "seeded": said}
+        (folder / "factors").write_bytes(save({"seeded.numbers": shared}, {"deltaferry": json.dumps(told)}))
+        claims = read(folder / "factors")
+        elements = [Elements(at * one, one, kind, COLUMNS, at * one, claims.get(tensor)) for at, tensor in enumerate("abc")]
+        return _encoded(old, new, elements, folder, 2)
+
+
 def make(name: str) -> bytes:
     """Encode a golden delta as the encoder does today for programs before 0.3.0."""
     old, new = files(name)
@@ -165,9 +207,10 @@ def ways(patch: bytes) -> tuple[set[str], int]:
 def main() -> None:
     """Add the missing deltas to tests/golden/deltas.json."""
     there: dict[str, Any] = json.loads(DELTAS.read_bytes()) if DELTAS.is_file() else {}
-    for name in (*NAMES, *UPDATES):
+    makers = dict.fromkeys(NAMES, make) | dict.fromkeys(UPDATES, make_update) | dict.fromkeys(SEEDED, make_seeded)
+    for name, maker in makers.items():
         if name not in there:
-            there[name] = base64.b64encode(make(name) if name in NAMES else make_update(name)).decode()
+            there[name] = base64.b64encode(maker(name)).decode()
     DELTAS.parent.mkdir(exist_ok=True)
     DELTAS.write_text(json.dumps(there, indent=1) + "\n")
 

@@ -21,8 +21,9 @@ from ota.delta import files, numbers, plan, streams, updates, vectors
 from ota.delta import format as container
 from ota.delta.factors import read
 from ota.delta.format import UPDATE
-from ota.delta.numbers import KINDS, Product
+from ota.delta.numbers import KINDS, Product, Shared
 from ota.errors import BaseError, DeltaError, OperatorError
+from tests import golden_kit
 from tests.conftest import few
 from tests.former import kit
 from tests.test_delta import Case, Output, Record, apply, crafted, refuse, round_trip, special_codes, stretch
@@ -52,6 +53,14 @@ def factors(place: Path, products: dict[str, Any], steps: dict[str, Any] | None 
         "steps": {name: float(np.float32(row[1])).hex() for name, row in (steps or {}).items()},
     } | changes  # fmt: skip
     place.write_bytes(save(tensors, {"deltaferry": json.dumps(said, sort_keys=True, separators=(",", ":"))}))
+    return place
+
+
+def seeded(place: Path, shared: Any, tensors: dict[str, Any], seed: int = 7, size: float = 0.003, **changes: Any) -> Path:
+    """Write a factors file of shared numbers: of each tensor the place of its first number, and how many it has."""
+    said = {"seed": seed, "size": float(np.float32(size)).hex(), "tensors": tensors} | changes
+    told = {"schema_version": 1, "products": {}, "steps": {}, "seeded": said}
+    place.write_bytes(save({"seeded.numbers": np.asarray(shared, np.int32)}, {"deltaferry": json.dumps(told)}))
     return place
 
 
@@ -86,6 +95,27 @@ def moved_pair(folder: Path, rank: int = 6) -> Path:
     (folder / "old").write_bytes(save(old))
     (folder / "new").write_bytes(save(new))
     factors(folder / "factors", said, {"bias": (steps, 0.003)})
+    return folder
+
+
+def shared_pair(folder: Path, shared: int = 300, scale: float = 3.0) -> Path:
+    """Write an old and a new model of which all but one tensor make steps of shared numbers as `folder/factors` says."""
+    old = {
+        name: weights(ROWS * COLUMNS, seed=i).view(np.float32).reshape(ROWS, COLUMNS)
+        for i, name in enumerate(("a", "b", "still"))
+    }
+    old["bias"] = weights(500, seed=9).view(np.float32)
+    steps = np.rint(np.random.default_rng(4).normal(size=shared) * scale).astype(np.int32)
+    new, said, place = dict(old), dict[str, Any](), 0
+    for name in ("a", "b", "bias"):
+        by = Shared(7, shared, steps).of(place, old[name].size)
+        codes = numbers.stepped(old[name].reshape(-1).view(np.uint32), by, np.float32(0.003), KINDS["float32"])
+        new[name] = codes.view(np.float32).reshape(old[name].shape)
+        said[name] = [place, old[name].size]
+        place += old[name].size
+    (folder / "old").write_bytes(save(old))
+    (folder / "new").write_bytes(save(new))
+    seeded(folder / "factors", steps, said)
     return folder
 
 
@@ -218,6 +248,155 @@ def test_applied_piece_by_piece_and_gone_on_with(tmp_path, monkeypatch):
             container.apply_plain(stream, header, base, output, kept=True)
         assert output.getvalue() == new
         assert len(made) == decoded
+
+
+# Shared numbers
+
+
+@pytest.mark.parametrize("seed", [0, 1, 0xD1CE_0000_FFFF_0001, 2**64 - 1])
+@pytest.mark.parametrize("count", [1, 3, 4096, updates.MAX_SHARED])
+def test_hash_is_the_one_that_the_format_describes(seed, count):
+    """Compare with Python's own integers, also where places are hashed apart and where they are highest."""
+    for first in (0, numbers._HASHED - 3, updates.MAX_PLACE - 5):
+        wanted = [golden_kit.hashed(seed, first + i) for i in range(5)]
+        chosen, negative = numbers.spread(seed, count, first, 5)
+        assert chosen.tolist() == [(h >> 32) * count >> 32 for h in wanted]
+        assert negative.tolist() == [bool(h & 1) for h in wanted]
+    steps = np.arange(1, count + 1, dtype=np.int32)
+    chosen, negative = numbers.spread(seed, count, 9, numbers._HASHED + 50)
+    assert (
+        Shared(seed, count, steps).of(9, numbers._HASHED + 50).tolist()
+        == np.where(negative, -steps[chosen], steps[chosen]).tolist()
+    )
+
+
+def test_hash_is_split_mix_64():
+    """Compare with the first numbers that the published generator makes from the seed 1234567."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert [golden_kit.hashed(1234567, place) for place in range(5)] == known
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shared_numbers_come_back(tmp_path_factory, kind, data):
+    """Make the same bytes on both sides for all seeds, places, counts and sizes, wherever pieces are cut."""
+    folder = tmp_path_factory.mktemp("shared")
+    count, shared = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 50))
+    most = data.draw(st.sampled_from((1, 3, 1000, numbers.MAX_FACTOR)))
+    steps = np.random.default_rng(data.draw(st.integers(0, 2**32))).integers(-most, most, shared, np.int32, endpoint=True)
+    seed, place = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(0, updates.MAX_PLACE - count))
+    size = np.float32(data.draw(st.sampled_from((1e-42, 1e-9, 0.003, 1e30))))
+    old = weights(count, kind, data.draw(st.integers(0, 99)))
+    new = numbers.stepped(old, Shared(seed, shared, steps).of(place, count), size, KINDS[kind])
+    claim = read(seeded(folder / "f", steps, {"t": [place, count]}, seed, float(size)))["t"]
+    assert claim.fits(kind, (count,), new.nbytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "SLACK", 10**6)  # some are longer than what they make
+        patch.setattr(numbers, "_HASHED", data.draw(st.sampled_from((3, 2**16))))
+        patch.setattr(updates, "PIECE", data.draw(st.sampled_from((8, 20, 2**20))))
+        patch.setattr(updates, "PIECE_NUMBERS", data.draw(st.sampled_from((7, 2**19))))
+        element = replace(stretch(0, new.nbytes, kind), claim=claim)
+        stream = io.BytesIO(round_trip([Case(new.tobytes(), old.tobytes(), [element])], folder))
+        (record,) = container.records(stream, container.read_header(stream).files[0])
+        same = new.tobytes() == old.tobytes()
+        assert same or (record.kind, [s.way for s in record.segments]) == (UPDATE, ["shared numbers"])
+
+
+@pytest.mark.parametrize("limit", [None, "MAX_STRETCHES", "MAX_BYTES"])
+def test_shared_numbers_are_all_that_an_update_costs(tmp_path, monkeypatch, limit):
+    """Send the shared numbers, and little more, where steps of each number take many times that; a second record sends them again."""
+    shared_pair(tmp_path)
+    steps = read(tmp_path / "factors")["a"].shared_numbers().steps
+    share = np.unique(steps, return_counts=True)[1] / len(steps)
+    entropy = -len(steps) * float((share * np.log2(share)).sum()) / 8
+    plain = files.build(tmp_path / "old", tmp_path / "new", tmp_path / "plain").size
+    if limit:
+        monkeypatch.setattr(updates, limit, 2 if limit == "MAX_STRETCHES" else 4 * ROWS * COLUMNS + 500)
+    made = files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p", factors=tmp_path / "factors").size
+    assert files.estimate(tmp_path / "old", tmp_path / "new", factors=tmp_path / "factors") == made
+    assert made < (3 if limit else 1) * (entropy + 200) + 250
+    assert made < (0.2 if limit else 0.1) * plain
+    files.apply(tmp_path / "old", tmp_path / "p", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "new").read_bytes()
+    assert ways(tmp_path / "p") == {("update", "same"), ("update", "shared numbers")}
+    parts = files.inspect(tmp_path / "p", tmp_path / "new", None, tmp_path / "old")[1]
+    assert {kind for part in parts for kind in part.holds} >= {"float32 by shared numbers"}
+    assert sum(part.size for part in parts) == pytest.approx(made, abs=200)
+
+
+def test_shared_numbers_for_a_reader_of_version_1(tmp_path):
+    """Write for older agents the steps of each number."""
+    shared_pair(tmp_path)
+    files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p", factors=tmp_path / "factors", version=1)
+    files.apply(tmp_path / "old", tmp_path / "p", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "new").read_bytes()
+    assert ("numbers", "steps") in ways(tmp_path / "p")
+
+
+def test_more_shared_numbers_than_what_they_move_are_not_used(tmp_path):
+    """Check that the codec guesses where a few weights share numbers that are many more."""
+    old, steps = weights(500), np.random.default_rng(0).integers(-1000, 1000, 30_000, np.int32)
+    new = numbers.stepped(old, Shared(7, 30_000, steps).of(0, 500), np.float32(1e-5), KINDS["float32"])
+    claim = read(seeded(tmp_path / "f", steps, {"t": [0, 500]}, size=1e-5))["t"]
+    element = stretch(0, 2000, "float32")
+    guessed = len(round_trip([Case(new.tobytes(), old.tobytes(), [element])], tmp_path))
+    assert len(round_trip([Case(new.tobytes(), old.tobytes(), [replace(element, claim=claim)])], tmp_path)) <= guessed
+
+
+@pytest.mark.parametrize(
+    "name", ["seed", "size", "a place", "a shared number", "names exchanged", "names of another model", "another length", "nothing", "zeros"]
+)  # fmt: skip
+def test_wrong_shared_numbers_cost_bytes_and_nothing_else(tmp_path, name):
+    shared_pair(tmp_path)
+    steps = read(tmp_path / "factors")["a"].shared_numbers().steps.copy()
+    one, changes = ROWS * COLUMNS, dict[str, Any]()
+    tensors = {"a": [0, one], "b": [one, one], "bias": [2 * one, 500]}
+    if name in ("seed", "size"):
+        changes = {"seed": 8} if name == "seed" else {"size": 0.01}
+    elif name == "a place":
+        tensors["b"][0] += 1
+    elif name == "a shared number":
+        steps[5] += 1
+    elif name == "names exchanged":
+        tensors["a"], tensors["b"] = tensors["b"], tensors["a"]
+    elif name == "names of another model":
+        tensors = {f"other.{tensor}": row for tensor, row in tensors.items()}
+    elif name == "another length":
+        tensors["a"] = [0, one - 1]
+    elif name == "nothing":
+        tensors = {}
+    else:
+        steps[:] = 0
+    seeded(tmp_path / "wrong", steps, tensors, **changes)
+    guessed = files.build(tmp_path / "old", tmp_path / "new", tmp_path / "guessed").size
+    for version in container.VERSIONS:
+        made = files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p", factors=tmp_path / "wrong", version=version).size
+        files.apply(tmp_path / "old", tmp_path / "p", tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "new").read_bytes()
+        assert made < 1.05 * guessed + 500
+
+
+def test_shared_numbers_of_integers_do_not_fit(tmp_path):
+    claim = read(seeded(tmp_path / "f", [1, 2], {"t": [0, 100]}))["t"]
+    assert claim.fits("float32", (10, 10), 400)
+    assert not claim.fits("int8", (10, 10), 100)
+    assert not claim.fits("int4", (10, 10), 50)
+
+
+def test_shared_numbers_that_overflow(tmp_path):
+    """Refuse, by name, shared numbers that float32 might round; both the factory and the device check."""
+    shared_pair(tmp_path)
+    steps = np.full(300, -(2**24) - 1, np.int32)
+    seeded(tmp_path / "factors", steps, {"a": [0, ROWS * COLUMNS]})
+    with pytest.raises(
+        OperatorError, match=r"the factors of a in .*factors overflow: one is beyond 16777216, .*; make them smaller, or"
+    ):
+        files.build(tmp_path / "old", tmp_path / "new", tmp_path / "p", factors=tmp_path / "factors")
+    assert not (tmp_path / "p").exists()
+    old = weights(100).tobytes()
+    data = updates.pack([sharing(shared=Shared(7, 300, steps))], [b""])
+    refuse(Case(old, old), Record(UPDATE, data, old), sentence="a factor that is too large; fetch it again")
 
 
 # Factors that are wrong
@@ -373,6 +552,14 @@ WIDE = {
 }
 
 
+def said_of_shared(count: Any = 2, header: Any = None, **changes: Any) -> bytes:
+    """Write a factors file with one tensor that shares two numbers, perhaps with lies."""
+    told = {"seed": 1, "size": "0x1p0", "tensors": {"t": [0, 100]}} | changes
+    row = {"dtype": "I32", "shape": [count], "data_offsets": [0, 4 * count]} if header is None else header
+    held = {"seeded.numbers": row} if row else {}
+    return with_header({"__metadata__": said(seeded=told)} | held, bytes(4 * count))
+
+
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
@@ -416,6 +603,25 @@ WIDE = {
                 ("0x0p0", "the steps of t are impossible"), ("-0x1p0", "the steps of t are impossible"), ("nan", "the steps of t are impossible"),
                 ("0x1p5000", "its header is damaged"), ("wide", "is not a file of factors"),
             )
+        ),
+        pytest.param(said_of_shared(header={}), "it has no tensor seeded.numbers", id="shared numbers missing"),
+        pytest.param(said_of_shared(0), "its shared numbers are impossible", id="no shared number"),
+        pytest.param(said_of_shared(updates.MAX_SHARED + 1), "its shared numbers are impossible", id="shared numbers without end"),
+        pytest.param(said_of_shared(header={"dtype": "I32", "shape": [2**40], "data_offsets": [0, 2**42]}), "goes past the end of the file", id="shared numbers past the end"),
+        pytest.param(said_of_shared(header={"dtype": "I32", "shape": [2, 1], "data_offsets": [0, 8]}), "is not a file of factors", id="shared numbers in a matrix"),
+        *(pytest.param(said_of_shared(seed=seed), "its shared numbers are impossible", id=f"seed {seed}") for seed in (-1, 2**64, 0.5, "1", None, True)),
+        *(pytest.param(said_of_shared(size=size), "its shared numbers are impossible", id=f"size {size}") for size in ("0x0p0", "-0x1p0", "inf", "nan")),
+        pytest.param(said_of_shared(size=1), "its header is damaged", id="size that is a number"),
+        *(
+            pytest.param(said_of_shared(tensors={"t": place}), "the place of t is impossible", id=f"place {place}")
+            for place in ([-1, 100], [0, -1], [updates.MAX_PLACE, 1], [0.0, 100], [0, "1"], [0, True], [2**70, 1])
+        ),
+        pytest.param(said_of_shared(tensors={"t": [0]}), "is not a file of factors", id="place without numbers"),
+        pytest.param(said_of_shared(tensors=[["t", 0]]), "header is damaged", id="list of tensors"),
+        pytest.param(with_header({"__metadata__": said(seeded=7)}), "its header is damaged", id="shared numbers that are a number"),
+        pytest.param(
+            with_header({"__metadata__": said(steps={"t": "0x1p0"}, seeded={"seed": 1, "size": "0x1p0", "tensors": {"t": [0, 1]}})}),
+            "it moves a tensor twice", id="steps and shared numbers",
         ),
     ],
 )  # fmt: skip
@@ -494,7 +700,7 @@ def test_crafted_update_can_be_right():
         pytest.param(streams.frame(b"\1\0"), "ends too early", id="table of one byte"),
         pytest.param(streams.frame(b"\xff\xff" + bytes(200_000)), "more segments than it may", id="stretches without end"),
         pytest.param(streams.frame(bytes(300_000)), "another length than it claims", id="table bomb"),
-        pytest.param(payload(bytes={2: 0x31}), "in an unknown way", id="unknown way"),
+        pytest.param(payload(bytes={2: 0x41}), "in an unknown way", id="unknown way"),
         pytest.param(payload(bytes={2: 0x16}), "in an unknown way", id="unknown numbers"),
         pytest.param(payload(bytes={3: 0x68}), "claims other numbers", id="makes too little"),
         pytest.param(payload(bytes={3: 0xB8}), "claims other numbers", id="makes too much"),
@@ -519,6 +725,57 @@ def test_crafted_update_can_be_right():
 )  # fmt: skip
 def test_lying_update_refused(data, sentence):
     refuse(PAIR, Record(UPDATE, data, NEW), sentence=sentence)
+
+
+SHARING = Shared(7, 40, np.arange(-20, 20, dtype=np.int32))
+SHARED_NEW = numbers.stepped(np.frombuffer(OLD, np.uint32), SHARING.of(5, 100), np.float32(0.003), KINDS["float32"]).tobytes()
+SHARED_PAIR = Case(SHARED_NEW, OLD)
+
+
+def sharing(**fields: Any) -> updates.Stretch:
+    given_ = {
+        "kind": KINDS["float32"],
+        "length": 400,
+        "old": 0,
+        "step": np.float32(0.003),
+        "shared": SHARING,
+        "first": 5,
+    } | fields
+    return updates.Stretch(**given_)
+
+
+def test_crafted_update_of_shared_numbers_can_be_right():
+    assert apply(crafted(SHARED_PAIR, Record(UPDATE, payload(sharing()), SHARED_NEW)), [SHARED_PAIR]) == [SHARED_NEW]
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        pytest.param(payload(sharing(kind=KINDS["int8"])), "impossible shared numbers", id="of integers"),
+        pytest.param(payload(sharing(kind=KINDS["bytes"])), "impossible shared numbers", id="of bytes"),
+        pytest.param(payload(sharing(first=-1)), "impossible shared numbers", id="place before the first"),
+        pytest.param(payload(sharing(first=updates.MAX_PLACE - 99)), "impossible shared numbers", id="place past the last"),
+        pytest.param(payload(sharing(first=2**63 - 1)), "impossible shared numbers", id="place that wraps round"),
+        pytest.param(payload(sharing(shared=replace(SHARING, count=0))), "impossible shared numbers", id="none"),
+        pytest.param(payload(sharing(shared=replace(SHARING, count=updates.MAX_SHARED + 1))), "impossible shared numbers", id="too many"),
+        pytest.param(payload(sharing(shared=replace(SHARING, count=2**32 - 1))), "impossible shared numbers", id="without end"),
+        pytest.param(payload(sharing(shared=replace(SHARING, count=41))), "another length than it claims", id="more than there are"),
+        pytest.param(payload(sharing(shared=replace(SHARING, count=39))), "goes on after its end|damaged|another length", id="fewer than there are"),
+        *(
+            pytest.param(payload(sharing(step=np.float32(size))), "impossible shared numbers", id=f"steps of {size}")
+            for size in ("-1", "0", "inf", "nan")
+        ),
+        pytest.param(streams.frame(streams.Reader(payload(sharing())).frame(None, 1 << 20).tobytes()[:-1]), "ends too early", id="cut off"),
+    ],
+)  # fmt: skip
+def test_lying_update_of_shared_numbers_refused(data, sentence):
+    refuse(SHARED_PAIR, Record(UPDATE, data, SHARED_NEW), sentence=sentence)
+
+
+def test_shared_numbers_count_as_factors(monkeypatch):
+    """Refuse more numbers than a record may hold before memory is allocated for them."""
+    monkeypatch.setattr(updates, "MAX_VALUES", 39)
+    refuse(SHARED_PAIR, Record(UPDATE, payload(sharing()), SHARED_NEW), sentence="more than it may")
 
 
 def test_update_of_nothing_refused():
@@ -568,14 +825,16 @@ def test_updates_count_as_many_records(monkeypatch):
 
 
 @pytest.mark.parametrize("first", few(range(8), 1))
-def test_every_flipped_bit_of_an_update_harmless(first):
-    patch = crafted(PAIR, Record(UPDATE, payload(), NEW))
+@pytest.mark.parametrize("way", ["product", "shared numbers"])
+def test_every_flipped_bit_of_an_update_harmless(first, way):
+    pair, data = (PAIR, payload()) if way == "product" else (SHARED_PAIR, payload(sharing()))
+    patch = crafted(pair, Record(UPDATE, data, pair.new))
     accepted = 0
     for bit in range(first, 8 * len(patch), 8):
         damaged = bytearray(patch)
         damaged[bit // 8] ^= 1 << bit % 8
         try:
-            assert apply(bytes(damaged), [PAIR]) == [NEW], f"bit {bit} makes another file"
+            assert apply(bytes(damaged), [pair]) == [pair.new], f"bit {bit} makes another file"
             accepted += 1
         except (DeltaError, BaseError):
             pass

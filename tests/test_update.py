@@ -24,12 +24,23 @@ from model.network import Network
 from model.polish import polish
 from model.publish import Publication, publish, publish_first
 from model.scorecard import Lineage
-from model.shared_numbers import spread
+from model.shared_numbers import COUNT, places, seed_of, spread
 from model.storage import fielded, named
 from model.train import MASTER, RESUME, WEIGHTS, Checkpoint, FlowMatching, TrainOptions, load_checkpoint, start_of, train
-from model.update import FACTORS, MAX_FACTOR, MAX_RANK, Approximation, Product, approximate, predicted, stepped
+from model.update import (
+    FACTORS,
+    MAX_FACTOR,
+    MAX_RANK,
+    Approximation,
+    Product,
+    Seeded,
+    approximate,
+    predicted,
+    stepped,
+)
 from model.watch import Figures, Watcher
 from ota.delta import files, numbers
+from ota.delta.factors import read
 
 from .conftest import CAPTIONS, CONFIG, SAMPLER, VERSION
 
@@ -96,6 +107,16 @@ def test_model_steps_as_the_codec_steps_bit_by_bit(stored: PrecisionName, size: 
     assert np.array_equal(_bits(ours.numpy(), stored), wanted)
 
 
+@pytest.mark.parametrize("seed", [0, 2**64 - 1, seed_of("d1ce0000ffff0001" + 48 * "0")])
+def test_model_spreads_shared_numbers_as_the_codec_does(seed: int):
+    for place, shape in ((0, (7, 3)), (2**40 - 70_000, (70_000,)), (12345, (2, 3, 4, 5))):
+        chosen, sign = spread(seed, place, shape)
+        wanted, negative = numbers.spread(seed, COUNT, place, math.prod(shape))
+        assert chosen.shape == sign.shape == shape
+        assert np.array_equal(chosen.reshape(-1).numpy(), wanted.astype(np.int64))
+        assert np.array_equal(sign.reshape(-1).numpy(), np.where(negative, -1.0, 1.0))
+
+
 def _stored_tensors(network: Network, stored: PrecisionName) -> dict[str, bytes]:
     """Cut the weight file of a network into the bytes of its tensors."""
     weights = pack(network, stored)
@@ -126,6 +147,62 @@ def test_published_file_is_what_a_device_computes_from_the_old_one_and_the_facto
         elif name in said["steps"]:
             new = numbers.stepped(old, factors[f"{name}.steps"].numpy(), np.float32(float.fromhex(said["steps"][name])), kind)
         assert new.tobytes() == after[tensor.name], name
+
+
+@pytest.fixture(scope="module")
+def sharing(first: Checkpoint, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Retrain the first version by shared numbers."""
+    options = OPTIONS.model_copy(update={"method": "seeded", "weight_decay": 0.5})
+    return train(CONFIG, dataset, VERSION, options, tmp_path_factory.mktemp("sharing"), parent=first)
+
+
+@pytest.mark.parametrize("stored", PRECISIONS)
+@pytest.mark.parametrize("way", ["rounded", "polished"])
+def test_update_of_shared_numbers_is_what_a_device_computes_and_takes_no_more_bytes_than_they(
+    first: Checkpoint, sharing: Checkpoint, dataset: Dataset, tmp_path: Path, stored: PrecisionName, way: str
+):
+    publication = Publication.of(sharing, first, stored, "seeded")
+    if way == "polished":
+        made = publication.write_polished(0.25, tmp_path / "made", dataset, OPTIONS, steps=3)
+    else:
+        made = publication.write(0.25, tmp_path / "made")
+    for name, of in (("old", first), ("new", made)):
+        (tmp_path / name).write_bytes(pack(of.network(), stored))
+    graph = tmp_path / "graph.onnx"
+    graph.write_bytes(build(CONFIG, stored).SerializeToString(deterministic=True))
+    old, new, patch = (tmp_path / name for name in ("old", "new", "patch"))
+    size = files.build(old, new, patch, graph, factors=made.folder / FACTORS).size
+    files.apply(old, patch, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == new.read_bytes()
+    claims = read(made.folder / FACTORS)
+    alike = [claim for claim in claims.values() if claim.shared]
+    assert {(claim.seed, claim.places, claim.shared) for claim in alike} == {
+        (seed_of(first.weights_sha256), alike[0].places, COUNT)
+    }
+    whole = {t.in_graph for t in layout(CONFIG, stored)[0] if t.stored == "int8"}
+    assert alike
+    assert whole.isdisjoint(claims)
+    if whole:
+        return
+    bits = np.log2(np.abs(alike[0].shared_numbers().steps) + 1.1).sum() + 1.5 * COUNT
+    assert size < bits / 8 + 700
+    assert {t.in_graph for t in layout(CONFIG, stored)[0] if t.name in places(CONFIG)} == {claim.name for claim in alike}
+    told = {part.kind for part in files.inspect(patch, new, graph, old)[1] if part.length > 1024}
+    assert told <= {"update"}
+
+
+def test_every_update_shares_numbers_anew(first: Checkpoint, sharing: Checkpoint, dataset: Dataset, tmp_path: Path):
+    made = publish(sharing, first, 0.25, "bfloat16", tmp_path / "made", "seeded")
+    assert seed_of(made.weights_sha256) != seed_of(first.weights_sha256)
+    options = OPTIONS.model_copy(update={"method": "seeded", "steps": 3})
+    again = train(CONFIG, dataset, VERSION, options, tmp_path / "again", parent=made)
+    before, after = (load_file(path) for path in (made.folder / MASTER, again.folder / WEIGHTS))
+    chosen, sign = spread(seed_of(made.weights_sha256), places(CONFIG)["text"], before["text"].shape)
+    moved = (after["text"] - before["text"]) * sign
+    for number in chosen.unique()[:20]:
+        alike = moved[chosen == number]
+        assert float(alike.max() - alike.min()) < 1e-6
+    assert float(moved.abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "int8"])
@@ -289,25 +366,32 @@ def test_grid_is_the_one_that_the_second_half_of_the_training_saw(first: Checkpo
     assert float((change - change.round()).abs().max()) > 0.2  # but the master itself is not rounded
 
 
-def test_weights_that_share_a_number_move_alike(first: Checkpoint, dataset: Dataset, tmp_path: Path):
-    options = OPTIONS.model_copy(update={"method": "seeded", "weight_decay": 0.5})
-    trained = train(CONFIG, dataset, VERSION, options, tmp_path / "master", parent=first)
-    before, after = (load_file(path) for path in (first.folder / MASTER, trained.folder / WEIGHTS))
+def test_weights_that_share_a_number_move_alike(first: Checkpoint, sharing: Checkpoint):
+    before, after = (load_file(path) for path in (first.folder / MASTER, sharing.folder / WEIGHTS))
     moves = {name: after[name] - before[name] for name in ("text", "stem.weight", "ada.weight")}
     by_number: dict[int, list[float]] = {}
     for name, moved in moves.items():
-        chosen, sign = spread(name, moved.shape)
+        chosen, sign = spread(seed_of(first.weights_sha256), places(CONFIG)[name], moved.shape)
         for number, move in zip(chosen.flatten().tolist(), (moved * sign).flatten().tolist(), strict=True):
             by_number.setdefault(number, []).append(move)
     assert max(max(group) - min(group) for group in by_number.values()) < 1e-5
     assert max(abs(group[0]) for group in by_number.values()) > 1e-3
-    update = Publication.of(trained, first, "bfloat16", "seeded").approximation.at(0.25)
-    assert len({claim.size for claim in update.claims.values()}) == 1
-    steps = update.claims["ada.weight"].steps
-    chosen, sign = spread("ada.weight", steps.shape)
-    assert torch.equal(
-        steps[chosen == 7] * sign[chosen == 7], (steps[chosen == 7] * sign[chosen == 7])[:1].expand(int((chosen == 7).sum()))
-    )
+    update = Publication.of(sharing, first, "bfloat16", "seeded").approximation.at(0.25)
+    wanted, seen = (named(of.network()) for of in (sharing, first))
+    gap = torch.cat([(update.weights[name] - wanted[name]).flatten() for name in ("text", "stem.weight")])
+    whole = torch.cat([(seen[name] - wanted[name]).flatten() for name in ("text", "stem.weight")])
+    assert float(gap.square().sum()) < 0.1 * float(whole.square().sum())
+
+
+def test_polished_shared_numbers_are_better(first: Checkpoint, sharing: Checkpoint, dataset: Dataset):
+    approximation = Publication.of(sharing, first, "bfloat16", "seeded").approximation
+    rough = approximation.at(2.0)
+    options = OPTIONS.model_copy(update={"batch": 16, "learning_rate": 2e-3})
+    polished = polish(approximation, rough, dataset, options, steps=40)
+    assert _loss(polished.network(), dataset) < _loss(rough.network(), dataset)
+    told = [claim for claim in polished.claims.values() if isinstance(claim, Seeded)]
+    assert len(told) > 20
+    assert all(torch.equal(claim.numbers, told[0].numbers) for claim in told)
 
 
 @pytest.mark.parametrize(("cut", "which"), [(9, "master"), (13, "master"), (5, "gridded"), (13, "gridded")])

@@ -105,7 +105,8 @@ def describe(piece: Piece, after: numbers.Codes, before: numbers.Codes, version:
     """Choose the cheapest description of how the numbers of a piece moved.
 
     The choice is between moves one by one, steps of one size, a product of thin matrices, and moves from 0 if the old numbers
-    help little. Steps and product are those that the trainer claims, otherwise they are searched for.
+    help little. Steps are those that the trainer claims and those that a search finds; a product is searched for
+    where none is claimed.
     """
     row = piece.row if 1 < piece.row < len(before) else 0
     plain = Segment(piece.kind, piece.length, row or len(before), piece.old, NEVER)
@@ -116,11 +117,12 @@ def describe(piece: Piece, after: numbers.Codes, before: numbers.Codes, version:
     if piece.old is None or piece.kind.name == "bytes":
         return _scaled(plain, change, before, moved, row)
     share_moved = np.count_nonzero(moved) / len(before)
-    step = piece.claim.step if piece.claim else None
-    if step is None and piece.kind.mantissa and 0.01 < share_moved < 0.95:
-        step = _step(change, after, before, piece.kind)
+    steps = [piece.claim.step] if piece.claim and piece.claim.step is not None else []
+    if piece.kind.mantissa and 0.01 < share_moved < 0.95:  # beside a claim, too, because its size may be wrong
+        found = _step(change, after, before, piece.kind)
+        steps += [found] if found is not None and found not in steps else []
     product = _claimed(piece, row, version) if row else None
-    if product is None and row and share_moved > LEAST_MOVED and (step is None or version > 1):
+    if product is None and row and share_moved > LEAST_MOVED and (not steps or version > 1):
         product = _product(change, before, row, piece.kind)
     if product:
         segment = replace(plain, product=product)
@@ -131,7 +133,7 @@ def describe(piece: Piece, after: numbers.Codes, before: numbers.Codes, version:
             best = min(best, _scaled(plain, change, before, moved, row), key=lambda said: said.cost)
     else:
         best = _scaled(plain, change, before, moved, row)
-    if step is not None:
+    for step in steps:
         best = min(best, _stepped(plain, change, before, after, row, step), key=lambda said: said.cost)
     if _mean_bits(best.values) / 8 * len(before) > NEAR * piece.length and best.cost > NEAR * piece.length:
         zeros = np.zeros_like(before)

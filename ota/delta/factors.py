@@ -3,10 +3,13 @@
 Each statement is a claim. It holds for one old file only, so it is compared with the real bytes before it is used; a wrong or stale
 claim makes the delta larger, never wrong. The file is in the safetensors format. Its header holds one entry of metadata, `deltaferry`:
 
-    {"schema_version": 1, "products": {NAME: EXPONENT}, "steps": {NAME: SIZE}}
+    {"schema_version": 1, "products": {NAME: EXPONENT}, "steps": {NAME: SIZE},
+     "seeded": {"seed": SEED, "size": SIZE, "tensors": {NAME: [PLACE, NUMBERS]}}}
 
 A product has the tensors NAME.left, int32 [rows, rank], and NAME.right, int32 [rank, columns]; steps have NAME.steps, int32
-[numbers], and SIZE is a float32 as `float.hex` writes it. NAME is the name of a tensor in the new file.
+[numbers], and SIZE is a float32 as `float.hex` writes it. NAME is the name of a tensor in the new file. `seeded` may be left out. Its
+tensors make steps of one SIZE, and `seeded.numbers`, int32 [count], holds how many: `ota.delta.numbers.spread` says by SEED, below
+2^64, which of them each number makes. PLACE is that of a tensor's first number.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from ota.delta import vectors
-from ota.delta.numbers import KINDS, LEAST_STEP, MAX_FACTOR, Factors, KindName, Product
-from ota.delta.updates import MAX_EXPONENT, MAX_RANK
+from ota.delta.numbers import KINDS, LEAST_STEP, MAX_FACTOR, Factors, KindName, Product, Shared
+from ota.delta.updates import MAX_EXPONENT, MAX_PLACE, MAX_RANK, MAX_SHARED
 from ota.errors import OperatorError, printable
 from ota.limits import MiB
 from ota.output import shown
@@ -45,10 +48,15 @@ class Claim:
     rank: int = 0
     columns: int = 0
     step: np.float32 | None = None  # size of its steps
+    shared: int = 0  # how many shared numbers say how many steps; 0: it has steps of its own
+    seed: int = 0
+    first: int = 0  # place of its first number
 
     @property
     def values(self) -> int:
-        """How many factors or steps it has."""
+        """How many factors or steps of its own it has."""
+        if self.shared:
+            return 0
         return self.rank * (self.rows + self.columns) if self.step is None else self.count
 
     def fits(self, kind: KindName, shape: tuple[int, ...], length: int) -> bool:
@@ -85,6 +93,16 @@ class Claim:
         found = self._read(self.places[0], self.count)
         self._check(found)
         return found
+
+    def shared_numbers(self) -> Shared:
+        """Read the shared numbers.
+
+        Raises:
+            OperatorError: the file cannot be read, or the numbers overflow.
+        """
+        found = self._read(self.places[0], self.shared)
+        self._check(found)
+        return Shared(self.seed, self.shared, found)
 
     def _check(self, *sides: Factors) -> None:
         if max(int(np.abs(side.astype(np.int64)).max(initial=0)) for side in sides) > MAX_FACTOR:
@@ -131,7 +149,10 @@ def _claims(path: Path, header: Any, start: int, size: int) -> dict[str, Claim]:
     said = json.loads(told)
     if said["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"it has form {said['schema_version']}, but this program reads {SCHEMA_VERSION}")
-    if set(said["products"]) & set(said["steps"]):
+    seeded = said.get("seeded") or {"tensors": {}}
+    if len({*said["products"], *said["steps"], *seeded["tensors"]}) < sum(
+        map(len, (said["products"], said["steps"], seeded["tensors"]))
+    ):
         raise ValueError("it moves a tensor twice")
     found: dict[str, Claim] = {}
     for name, exponent in said["products"].items():
@@ -146,6 +167,22 @@ def _claims(path: Path, header: Any, start: int, size: int) -> dict[str, Claim]:
         if not 0 < step < np.inf:
             raise ValueError(f"the steps of {printable(name)} are impossible")
         found[name] = Claim(path, name, (place,), count, step=step)
+    return found | _seeded(path, header, seeded, start, size)
+
+
+def _seeded(path: Path, header: Mapping[str, Any], said: Mapping[str, Any], start: int, size: int) -> dict[str, Claim]:
+    """Return the claims of tensors that share numbers."""
+    if not said["tensors"]:
+        return {}
+    (shared,), place = _place(header, "seeded.numbers", start, size)
+    seed, step = said["seed"], np.float32(float.fromhex(said["size"]))
+    if not 0 < shared <= MAX_SHARED or type(seed) is not int or not 0 <= seed < 2**64 or not 0 < step < np.inf:
+        raise ValueError("its shared numbers are impossible")
+    found: dict[str, Claim] = {}
+    for name, (first, count) in said["tensors"].items():
+        if type(first) is not int or type(count) is not int or not 0 <= first <= first + count <= MAX_PLACE:
+            raise ValueError(f"the place of {printable(name)} is impossible")
+        found[name] = Claim(path, name, (place,), count, step=step, shared=shared, seed=seed, first=first)
     return found
 
 

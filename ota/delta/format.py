@@ -321,13 +321,20 @@ def records(patch: BinaryIO, file: DeltaFile, base: BinaryIO | None = None) -> I
 def _told(payload: bytes, length: int) -> list[SegmentInfo]:
     """Say what a record of an update states about each stretch; what each costs is known from the record alone."""
     stretches, checks = updates.read(payload, length)
-    bits = np.array([sum(float(np.log2(np.abs(v) + 1.1).sum()) for v in s.vectors) for s in stretches])
+    bits = np.array([sum(map(_bits, s.vectors)) for s in stretches], np.float64)
+    sharing = np.array([s.count if s.shared else 0 for s in stretches], np.float64)
+    for s in [s for s in stretches if s.shared][:1]:  # what all share is divided by how many numbers each has
+        bits += sharing / sharing.sum() * (_bits(s.shared.steps) if s.shared and s.shared.steps is not None else 0.0)
     table = 4 + streams.Reader(payload).number() + RECORD.size + sum(map(len, checks))
     costs = table / len(stretches) + (len(payload) + RECORD.size - table) * bits / max(bits.sum(), 1.0)
     return [
         SegmentInfo(s.kind.name, updates.WAYS[s.way], s.count, s.length, cost)
         for s, cost in zip(stretches, costs.tolist(), strict=True)
     ]
+
+
+def _bits(vector: numbers.Factors) -> float:
+    return float(np.log2(np.abs(vector) + 1.1).sum())
 
 
 def _end(patch: BinaryIO) -> None:

@@ -21,6 +21,7 @@ Factors = npt.NDArray[np.int32]
 LEAST_STEP = np.float32(2.0**-126)  # the smallest normal one; some processors take a denormal for 0
 MAX_FACTOR = 2**24  # a sum of 32 products of two such factors is an integer of at most 2^53, so float64 holds it exactly
 
+_HASHED = 1 << 16  # places that are hashed at once
 _ONE_THREAD = 1 << 18  # multiplications; up to so many, OpenBLAS uses one thread
 
 KindName = Literal["bytes", "float32", "float16", "bfloat16", "int8", "int4"]
@@ -71,6 +72,26 @@ class Product:
     exponent: int  # of the power of two that scales the product
     left: Factors | None = None  # [rows, rank]; None: not read yet
     right: Factors | None = None  # [rank, columns]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A few counts of steps that many numbers share: a seeded hash of its place says which of them a number makes; see `spread`."""
+
+    seed: int  # below 2^64
+    count: int  # 1 to 2^32
+    steps: Factors | None = None  # [count]; None: not read yet
+
+    def of(self, first: int, length: int) -> Factors:
+        """Return how many steps each of `length` consecutive numbers makes, the first of which has the place `first`."""
+        if self.steps is None:
+            raise ValueError("the shared numbers are not read yet")
+        made = np.empty(length, np.int32)
+        for at in range(0, length, _HASHED):
+            chosen, negative = spread(self.seed, self.count, first + at, min(_HASHED, length - at))
+            found = self.steps[chosen]
+            made[at : at + len(found)] = np.where(negative, -found, found)
+        return made
 
 
 def codes(data: bytes, kind: Kind) -> Codes:
@@ -163,6 +184,22 @@ def predicted(old: Codes, left: Factors, right: Factors, exponent: int, kind: Ki
         )
     with np.errstate(all="ignore"):
         return _where_normal(_rounded(_as_float32(old, kind) + product.astype(np.float32), kind), old, kind)
+
+
+def spread(seed: int, count: int, first: int, length: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """Return which of `count` shared numbers each of `length` consecutive numbers moves by, and whether with the opposite sign.
+
+    The hash of a place is SplitMix64 (Steele, Lea, Flood 2014) of seed and place: integers modulo 2^64, the same on every machine. Its
+    upper half chooses the shared number, its lowest bit the sign.
+    """
+    found = np.arange(first + 1, first + length + 1, dtype=np.uint64)
+    found *= np.uint64(0x9E3779B97F4A7C15)
+    found += np.uint64(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        found ^= found >> np.uint64(shift)
+        found *= np.uint64(factor)
+    found ^= found >> np.uint64(31)
+    return (found >> np.uint64(32)) * np.uint64(count) >> np.uint64(32), (found & np.uint64(1)).astype(np.bool_)
 
 
 def multiplied(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -21,7 +21,7 @@ from ota.delta.blocks import Blocks
 from ota.delta.factors import Claim
 from ota.delta.format import MAX_CHUNK, MAX_NUMBERS, MAX_SEGMENTS, VERSION
 from ota.delta.header import BundleFile, PlainFile
-from ota.delta.numbers import KINDS, Kind, KindName
+from ota.delta.numbers import KINDS, Factors, Kind, KindName
 from ota.errors import DeltaError, OperatorError
 from ota.limits import OF_NUMBERS, KiB, MiB
 from ota.output import shown
@@ -121,6 +121,9 @@ def plan(pair: Pair, version: int = VERSION) -> list[list[Piece]]:
     new, old = open_file(pair.new), open_file(pair.old) if pair.old else None
     plain = MAX_CHUNK if isinstance(pair.entry, BundleFile) else MAX_PLAIN
     found = list(_join(_pieces(pair.elements, new, old, plain, version)))
+    if _share_too_much(found):
+        alone = [replace(e, claim=None) if e.claim and e.claim.shared else e for e in pair.elements]
+        found = list(_join(_pieces(alone, new, old, plain, version)))
     groups: list[list[Piece]] = []
     for update, run in _runs(found):
         groups += _updates(run) if update else _of_numbers(run)
@@ -130,6 +133,16 @@ def plan(pair: Pair, version: int = VERSION) -> list[list[Piece]]:
 def is_update(group: Sequence[Piece]) -> bool:
     """Check whether a record moves its tensors by the trainer's factors alone."""
     return any(piece.exact for piece in group)
+
+
+def _share_too_much(found: Sequence[Piece]) -> bool:
+    """Check whether shared numbers may take more bytes than all tensors that they move."""
+    sharing = [piece for piece in found if piece.exact and piece.claim and piece.claim.shared]
+    if not sharing:
+        return False
+    way = moved(sharing[0])
+    held = way.shared.steps if way.shared else None
+    return held is not None and _most_bytes([held]) > sum(piece.length for piece in sharing) + SLACK
 
 
 def _runs(found: Sequence[Piece]) -> Iterator[tuple[bool, list[Piece]]]:
@@ -147,7 +160,8 @@ def _updates(run: Sequence[Piece]) -> list[list[Piece]]:
     groups: list[list[Piece]] = [[]]
     for piece in run:
         last = groups[-1]
-        values = sum(p.claim.values for p in (*last, piece) if p.exact and p.claim)
+        claims = [p.claim for p in (*last, piece) if p.exact and p.claim]
+        values = sum(claim.values for claim in claims) + max((claim.shared for claim in claims), default=0)
         length = sum(p.length for p in last) + piece.length
         if last and (values > updates.MAX_VALUES or length > updates.MAX_BYTES or len(last) == updates.MAX_STRETCHES):
             groups.append([piece])
@@ -209,11 +223,14 @@ def moved(piece: Piece) -> updates.Stretch:
     """Return how a piece whose claim is exact, or that stays, comes from the old file.
 
     Raises:
-        OperatorError: as `Claim.product` and `Claim.steps`.
+        OperatorError: as `Claim.product`, `Claim.steps` and `Claim.shared_numbers`.
     """
     stays = updates.Stretch(KINDS["bytes"], piece.length, piece.old or 0)
     if piece.same or not piece.claim:
         return stays
+    if piece.claim.shared:
+        shared = piece.claim.shared_numbers()
+        return replace(stays, kind=piece.kind, step=piece.claim.step, shared=shared, first=piece.claim.first)
     if piece.claim.step is not None:
         return replace(stays, kind=piece.kind, step=piece.claim.step, steps=piece.claim.steps())
     product = piece.claim.product()
@@ -223,13 +240,13 @@ def moved(piece: Piece) -> updates.Stretch:
 def _exact(stretch: Elements, new: File, old: File) -> Piece | None:
     """Return a whole tensor as one piece if the trainer's claim makes exactly its bytes; None if it moves otherwise."""
     claim, at = stretch.claim, stretch.old
-    if claim is None or at is None or at + stretch.length > old.size or not claim.values:
+    if claim is None or at is None or at + stretch.length > old.size or not (claim.values or claim.shared):
         return None
     if claim.values > (updates.MAX_VALUES if claim.step is None else MAX_STEPS) or stretch.length > updates.MAX_BYTES:
         return None
     piece = Piece(stretch.offset, stretch.length, KINDS[stretch.kind], stretch.row, at, False, 0, claim, exact=True)
     way, start, changed = moved(piece), stretch.offset, 0
-    if way.way == updates.SAME or _bytes_at_most(way) > stretch.length + SLACK:
+    if way.way == updates.SAME or _most_bytes(way.vectors) > stretch.length + SLACK:
         return None
     for part in updates.pieces([way]):
         known, wanted = (
@@ -243,9 +260,9 @@ def _exact(stretch: Elements, new: File, old: File) -> Piece | None:
     return replace(piece, changed=changed) if changed else None
 
 
-def _bytes_at_most(way: updates.Stretch) -> float:
-    """Return how many bytes the factors or steps would take if all entries of a vector took as many bits as the largest."""
-    sizes = ((len(v), int(np.abs(v).max()).bit_length() + 1 - vectors.shift(v)) for v in way.vectors)
+def _most_bytes(found: Sequence[Factors]) -> float:
+    """Return how many bytes vectors would take if all entries of a vector took as many bits as the largest."""
+    sizes = ((len(v), int(np.abs(v).max()).bit_length() + 1 - vectors.shift(v)) for v in found)
     return sum(count * bits for count, bits in sizes) / 8
 
 
