@@ -88,7 +88,7 @@ def polish(
     for value, average in zip(values, averages, strict=True):
         value.detach().copy_(average)
     with torch.no_grad():
-        made: dict[str, Claim | None] = dict.fromkeys(approximation.planned)
+        made = {name: plan(update.level) for name, plan in approximation.planned.items()}  # what has no claim stays as it is
         made |= {name: _claim(update.claims[name], pair) for name, pair in sides.items()}
         return approximation.with_claims(made, update.level)
 

@@ -104,7 +104,9 @@ class Seeded:
 
 @dataclass(frozen=True)
 class Whole:
-    """No claim: the new numbers are the master's, and a delta has to find out how they follow from the old ones."""
+    """No claim: a delta has to find out how the new numbers follow from the old ones."""
+
+    numbers: Tensor | None = None  # whole numbers of int8; None: the master's weights, rounded to what is stored
 
 
 Told = Product | Steps | Seeded  # claims that are written for the codec
@@ -163,9 +165,14 @@ def beside_products(change: Change) -> Planned:
 
 
 def _steps(change: Change, size: float) -> Claim | None:
-    """Round a change to whole steps."""
+    """Round a change to whole steps; those of int8 are as many whole numbers as are nearest to the size, at least one.
+
+    Whole numbers need no claim: how far each moves is what a delta codes in any case.
+    """
     if change.scale is not None:
-        return Whole()  # whole numbers have no smaller steps
+        every = torch.round(size / change.scale).clamp(min=1)
+        moved = change.old + every * torch.round(change.change / (every * change.scale))
+        return Whole(moved.clamp(WHOLE_LOW, WHOLE_HIGH).float())
     size = float(torch.tensor(size, dtype=torch.float32))
     if not 0 < size < math.inf:
         return None
@@ -442,6 +449,8 @@ def _moved(change: Change, claim: Claim | None, master: Tensor, stored: Precisio
         new = stepped(change.old, claim.steps, claim.size, kind)
     elif isinstance(claim, Seeded):
         new = stepped(change.old, claim.steps(change.old.shape), claim.size, kind)
+    elif isinstance(claim, Whole) and claim.numbers is not None:
+        new = claim.numbers
     elif isinstance(claim, Whole) and scale is None:
         new = master.to(KINDS[kind]).float()
     elif isinstance(claim, Whole) and scale is not None:  # the scales stay, or every number of the row or column would change

@@ -19,19 +19,20 @@ from model.data import Dataset
 from model.errors import CheckpointError
 from model.export import export, pack
 from model.gradients import STATISTICS, Gradients
-from model.graph import build, layout
+from model.graph import build, layout, scaled_axis
 from model.network import Network
 from model.polish import polish
 from model.publish import Publication, publish, publish_first
 from model.scorecard import Lineage
 from model.shared_numbers import COUNT, places, seed_of, spread
-from model.storage import fielded, named
+from model.storage import dequantised, fielded, named, quantise
 from model.train import MASTER, RESUME, WEIGHTS, Checkpoint, FlowMatching, TrainOptions, load_checkpoint, start_of, train
 from model.update import (
     FACTORS,
     MAX_FACTOR,
     MAX_RANK,
     Approximation,
+    MethodName,
     Product,
     Seeded,
     approximate,
@@ -364,6 +365,37 @@ def test_grid_is_the_one_that_the_second_half_of_the_training_saw(first: Checkpo
     assert not torch.equal(ours, plain)  # the forward pass saw other weights
     change = (ours - named(first.network())["block0.qkv"]) / sizes["size.block0.qkv"]
     assert float((change - change.round()).abs().max()) > 0.2  # but the master itself is not rounded
+
+
+@pytest.mark.parametrize("level", [0.1, 5.0])
+def test_int8_under_a_grid_moves_by_steps_of_about_the_grid(first: Checkpoint, master: Checkpoint, level: float):
+    """Move whole numbers by as many as a step of the grid holds, however fine the grid is; what has no step stays in the master."""
+    update = Approximation.of(master.network(), first.network(), {}, "int8", "grid").at(level)
+    coarse = 0
+    for name, new in update.weights.items():
+        old, axis = named(first.network())[name], scaled_axis(name)
+        if axis is None:
+            continue
+        whole, scales = quantise(old, axis)
+        scale = scales.unsqueeze(1 - axis)
+        change = named(master.network())[name] - dequantised(whole, scales, axis)
+        every = torch.round(level * change.square().mean().sqrt() / scale).clamp(min=1)
+        moved = torch.round(new / scale) - whole
+        kept = (moved + whole < 127) & (moved + whole > -128)
+        assert bool((moved % every == 0)[kept].all())
+        gap = (change / scale - moved).abs()
+        assert bool((gap <= every / 2 + 1e-3)[kept].all())
+        coarse += int((every > 1).any())
+    assert (coarse > 5) == (level > 1)
+
+
+@pytest.mark.parametrize("method", ["grid", "seeded"])
+def test_polishing_leaves_alone_what_has_no_claim(first: Checkpoint, master: Checkpoint, dataset: Dataset, method: MethodName):
+    approximation = Approximation.of(master.network(), first.network(), {}, "int8", method)
+    rough = approximation.at(0.5)
+    polished = polish(approximation, rough, dataset, OPTIONS, steps=1)
+    assert torch.equal(polished.weights["block0.qkv"], rough.weights["block0.qkv"])
+    assert not torch.equal(rough.weights["block0.qkv"], approximation.at(1e9).weights["block0.qkv"]) or method != "grid"
 
 
 def test_weights_that_share_a_number_move_alike(first: Checkpoint, sharing: Checkpoint):
