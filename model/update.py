@@ -183,8 +183,8 @@ def _steps(change: Change, size: float) -> Claim | None:
 def by_seed(change: Change) -> Planned:
     """Plan steps of shared numbers; where a tensor shares none, steps of its own.
 
-    Whole numbers of int8 have no smaller steps, so these tensors are sent as they are. A step of theirs is several times as large as the
-    change of most weights, and it differs from row to row or column to column.
+    Matrices of int8 share none: a step of one size is another number of whole numbers in each row or column, and how many is told by
+    the scales, which are another tensor.
     """
     if change.scale is not None or change.shared is None:
         return on_grid(change)
@@ -305,7 +305,7 @@ METHODS: dict[MethodName, Method] = {
         0.7, unchanged, on_grid, trains=lambda weight: not is_matrix(weight),
     ),
     "seeded": Method(
-        "a few shared numbers, spread over all weights by a seeded hash",
+        "a few shared numbers, spread over all weights by a seeded hash; matrices in int8 are sent without this",
         0.5, by_seed, by_seed, prepare=by_shared_numbers, shares_numbers=True,
     ),
 }  # fmt: skip

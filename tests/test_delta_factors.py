@@ -286,7 +286,7 @@ def test_any_shared_numbers_come_back(tmp_path_factory, kind, data):
     most = data.draw(st.sampled_from((1, 3, 1000, numbers.MAX_FACTOR)))
     steps = np.random.default_rng(data.draw(st.integers(0, 2**32))).integers(-most, most, shared, np.int32, endpoint=True)
     seed, place = data.draw(st.integers(0, 2**64 - 1)), data.draw(st.integers(0, updates.MAX_PLACE - count))
-    size = np.float32(data.draw(st.sampled_from((1e-42, 1e-9, 0.003, 1e30))))
+    size = data.draw(st.sampled_from((numbers.LEAST_STEP, np.float32(1e-9), np.float32(0.003), np.float32(1e30))))
     old = weights(count, kind, data.draw(st.integers(0, 99)))
     new = numbers.stepped(old, Shared(seed, shared, steps).of(place, count), size, KINDS[kind])
     claim = read(seeded(folder / "f", steps, {"t": [place, count]}, seed, float(size)))["t"]
@@ -763,7 +763,7 @@ def test_crafted_update_of_shared_numbers_can_be_right():
         pytest.param(payload(sharing(shared=replace(SHARING, count=39))), "goes on after its end|damaged|another length", id="fewer than there are"),
         *(
             pytest.param(payload(sharing(step=np.float32(size))), "impossible shared numbers", id=f"steps of {size}")
-            for size in ("-1", "0", "inf", "nan")
+            for size in ("-1", "0", "1e-38", "inf", "nan")
         ),
         pytest.param(streams.frame(streams.Reader(payload(sharing())).frame(None, 1 << 20).tobytes()[:-1]), "ends too early", id="cut off"),
     ],
