@@ -28,7 +28,7 @@ from ota.release import bundle, chains, compatibility, foretell
 from ota.release.bundle import Bundle, Delta
 from ota.release.repository import Release
 from registry.catalog import Subject
-from registry.champions import champions, promotions
+from registry.champions import champion_of, champions, promotions
 from registry.errors import CatalogError
 
 FACTORS = "update.safetensors"  # beside the exported files of a retraining: by which factors its tensors moved
@@ -205,9 +205,15 @@ def make_deltas(root: str, folder: str) -> list[Delta]:
 
 
 def factors_of(workspace: Workspace, line: str, device_class: str) -> dict[VariantName, Path]:
-    """Find what the trainings of a line's champions say of their updates; a stale one costs bytes, because each claim is checked."""
-    found = champions(workspace, workspace.class_subjects(line, device_class))
-    files = {variant: champion_files(workspace, champion).bundle / FACTORS for variant, champion in found.items()}
+    """Find what the trainings of a line's champions say of their updates; a stale one costs bytes, because each claim is checked.
+
+    A variant that draws with the weights of `full` moves as these do, also in a bundle that does not hold `full` itself.
+    """
+    subjects = workspace.class_subjects(line, device_class)
+    found = champions(workspace, subjects)
+    full = champion_of(workspace, subjects[0].model_copy(update={"variant": "full"}))
+    trained = {variant: full if full and full.weights == champion.weights else champion for variant, champion in found.items()}
+    files = {variant: champion_files(workspace, champion).bundle / FACTORS for variant, champion in trained.items()}
     return {variant: path for variant, path in files.items() if path.is_file()}
 
 
