@@ -2,7 +2,7 @@
 
 A budget counts everything that a device fetches for an update: signed metadata, the manifest, the golden outputs and tables of all
 variants that its class runs, and the weights of `full`. Variants that draw with the weights of `full`, and students that are carried
-over unchanged, add no weights to speak of.
+over unchanged, add no weights. A student that is taught anew takes the room that these leave; see `flows.fitting.student_update`.
 """
 
 from __future__ import annotations

@@ -70,9 +70,10 @@ def judge(
     allowed: float | None,
     promote_winners: bool,
     full: Path | None = None,
+    update: Update | None = None,
 ) -> Judged:
     """Export, evaluate, gate, register and perhaps promote a trained checkpoint: `examine` and `settle`."""
-    return settle(workspace, examine(workspace, checkpoint, champion, allowed, full), promote_winners)
+    return settle(workspace, examine(workspace, checkpoint, champion, allowed, full, update), promote_winners)
 
 
 def examine(

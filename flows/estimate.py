@@ -151,7 +151,7 @@ def _row(
     weights = sum(p.numel() for p in Network(config).parameters())
     bundle = weights * STORED[line.precision(subject.configuration)]
     disk = weights * 4 * COPIES + 2 * bundle + weights * 4  # the export here and in MLflow, and the checkpoint in MLflow
-    if line.update_method and not derived:
+    if line.options(way, line.precision(subject.configuration)).method:
         disk += 3 * weights * 4  # the master: in the checkpoints of the training and of the update, and in MLflow
     action = "taught by full" if derived else "trained from the champion" if way is line.retraining else "trained from noise"
     return Row(str(subject), data.rev, action, way.steps, round(seconds, 1), basis, bundle, disk)

@@ -26,7 +26,7 @@ from flows.sizes import written
 from flows.steps import ModelFiles, by_key, open_dataset, renewed, subject_of
 from flows.workspace import Workspace
 from model import evaluate, export, graph, train
-from model.config import canonical_sha256
+from model.config import VARIANTS, canonical_sha256
 from model.data import Dataset
 from model.kept import Losses, kept, losses
 from model.polish import polish
@@ -35,6 +35,7 @@ from model.scorecard import Frozen, Kept
 from model.update import FACTORS, METHODS, write_factors
 from model.update import Update as NewWeights
 from ota.delta import files
+from ota.release import bundle
 from registry.budget import passes
 from registry.champions import alpha_left, champion_of, updates
 from registry.curve import GATED, Point, Setting, Update, first_of, held_level, held_to, in_order, level_for, rooms
@@ -90,7 +91,7 @@ def judge_update(
             opened.weights_sha256, line.update_method, line.update_budget, line.update_keep if line.update_budget else None,
         ),
     )  # fmt: skip
-    setting = _setting(line, opened)
+    setting = _setting(line, opened, usual_level(line))
     first = first_of(updates(workspace, subject), line.update_method or "", setting) if setting else None
     held = held_to(first.weights) if first else None
     key = canonical_sha256([
@@ -104,16 +105,16 @@ def judge_update(
     return settle(workspace, _through_the_gate(workspace, fitted, champion, allowed), promote_winners)
 
 
-def _setting(line: Line, trained: train.Checkpoint) -> Setting | None:
+def _setting(line: Line, trained: train.Checkpoint, level: float) -> Setting | None:
     """Return what an update has in common with those whose bytes it is compared with; None: it has a budget, or no size to choose."""
-    method, config = line.update_method, trained.lineage.config
-    if line.update_budget or method not in LEVELS:
+    config = trained.lineage.config
+    if line.update_budget or line.update_method not in LEVELS:
         return None
     return Setting(
         network=config.sha256,
         precision=line.precision(config.configuration),
         form=line.delta_form(config.configuration),
-        level=usual_level(line),
+        level=level,
     )
 
 
@@ -340,23 +341,133 @@ class _Bench:
         budget = self.line.update_budget
         update = Update(
             method=self.method, start="master" if self.trained.lineage.start == "master" else "fielded",
-            why_fielded=self._why_fielded(), master=self.trained.weights_sha256, noise=level, polished=finished.polished,
-            bytes=self.fixed + finished.size, fixed=self.fixed, setting=_setting(self.line, self.trained), held=held, budget=budget, keep=self.line.update_keep if budget else None,
+            why_fielded=_why_fielded(self.trained, self.fielded), master=self.trained.weights_sha256, noise=level, polished=finished.polished,
+            bytes=self.fixed + finished.size, fixed=self.fixed, setting=_setting(self.line, self.trained, usual_level(self.line)), held=held, budget=budget, keep=self.line.update_keep if budget else None,
             kept=found or self.kept(finished.losses), curve=list(curve),
             unlimited=self.fixed + self.sizes[LEVELS[self.method][0]] if budget else None,
         )  # fmt: skip
         return Candidate(checkpoint=made.folder, update=update)
 
-    def _why_fielded(self) -> str | None:
-        """Say why the training did not start from a master; None: it did."""
-        if self.trained.lineage.start == "master":
-            return None
-        start = train.start_of(self.fielded, self.trained.lineage.data.line)
-        return (
-            start.says
-            if start.master is None
-            else "training started from the fielded weights, because their master was missing then"
-        )
+
+def _why_fielded(trained: train.Checkpoint, fielded: train.Checkpoint) -> str | None:
+    """Say why a training did not start from a master; None: it did."""
+    if trained.lineage.start == "master":
+        return None
+    start = train.start_of(fielded, trained.lineage.data.line)
+    return (
+        start.says if start.master is None else "training started from the fielded weights, because their master was missing then"
+    )
+
+
+# Students
+
+
+class Taught(Frozen):
+    """A student's weights as they are fielded."""
+
+    checkpoint: Path
+    level: float
+    size: int
+    """Encoded bytes."""
+
+
+def student_update(
+    workspace: Workspace, trained: train.Checkpoint, parent: train.Checkpoint, full: ModelFiles, champion: Incumbent | None, beside: int
+) -> tuple[Path, Update]:  # fmt: skip
+    """Make the weights of a student that are fielded from its master; encoded bytes alone choose their level.
+
+    A student is not shown to keep a share of a gain, because its teacher's images, not the held-out ones, are what it learns; the gate
+    compares it with `full`. With a budget, it takes the room that the rest of the update leaves; if even its coarsest update takes
+    more, that one is judged for the record, and refused.
+
+    Args:
+        workspace: where.
+        trained: the student's master.
+        parent: weights from which it was trained: the fielded student's, or those of `full`.
+        full: the published `full` that taught it.
+        champion: of the variant; None: there is none.
+        beside: bytes of other weights in the same update.
+
+    Returns:
+        the checkpoint's folder, and how it was made.
+    """
+    lineage = trained.lineage
+    line, subject = workspace.line(lineage.data.line), subject_of(lineage)
+    fixed = money.fixed_bytes(workspace, subject.line, subject.configuration)
+    usual = usual_level(line) if line.update_method == "lowrank" else METHODS["lowrank"].level
+    setting = _setting(line, trained, usual) if parent.lineage.teacher else None  # the first student takes more than later ones
+    others = (subject.model_copy(update={"variant": variant}) for variant in VARIANTS if variant != "full")
+    first = first_of((made for other in others for made in updates(workspace, other)), "lowrank", setting) if setting else None
+    held = held_to(first.weights) if first else None
+    limit = line.update_budget - fixed - beside if line.update_budget else held
+    fielded = champion.files.bundle / "weights.bin" if champion and champion.seal.teacher else None
+    form = line.delta_form(subject.configuration)
+    key = canonical_sha256([
+        trained.weights_sha256, lineage.sha256, parent.weights_sha256, champion.seal.weights if champion and fielded else None, usual, limit, form,
+        line.precision(subject.configuration), train.code_sha256(),
+    ])[:32]  # fmt: skip
+    folder = Path(renewed(fit_student, workspace.work / "updates" / key / FITTED)(
+        workspace, trained.folder, parent.folder, full, fielded, usual, limit, key
+    ))  # fmt: skip
+    made = Taught.model_validate_json((folder / FITTED).read_bytes())
+    return made.checkpoint, Update(
+        method="lowrank", start="master" if lineage.start == "master" else "fielded", why_fielded=_why_fielded(trained, parent),
+        master=trained.weights_sha256, noise=made.level, bytes=fixed + beside + made.size, fixed=fixed, beside=beside, setting=setting, held=held,
+        budget=line.update_budget,
+    )  # fmt: skip
+
+
+def _named_student(parameters: dict[str, Any]) -> str:
+    return f"fit the student {parameters['trained'].name}"
+
+
+@task(
+    name="fit the student",
+    task_run_name=cast("Any", _named_student),
+    cache_key_fn=by_key,
+    persist_result=True,
+    result_serializer="json",
+)
+def fit_student(
+    workspace: Workspace, trained: Path, parent: Path, full: ModelFiles, fielded: Path | None, usual: float, limit: int | None, key: str
+) -> str:  # fmt: skip
+    """Make the weights of a student at the usual level, or at a coarser one that keeps a limit; return their folder, with `FITTED`.
+
+    Args:
+        workspace: where.
+        trained: checkpoint of the master.
+        parent: checkpoint from which it was trained.
+        full: the published `full`.
+        fielded: exported weights of the student that devices have; None: they have none.
+        usual: finest level.
+        limit: most bytes of its weights; None: any.
+        key: names the folder.
+    """
+    folder = workspace.work / "updates" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = train.load_checkpoint(trained)
+    line, subject = workspace.line(opened.lineage.data.line), subject_of(opened.lineage)
+    progress.say(f"make the update of {subject} by lowrank")
+    stored, teacher = line.precision(subject.configuration), train.load_checkpoint(full.checkpoint)
+    publication = Publication.of(opened, train.load_checkpoint(parent), stored, full=teacher)
+    with tempfile.TemporaryDirectory() as scratch:
+        weights, factors, drawn = (Path(scratch) / name for name in ("weights.bin", FACTORS, "graph.onnx"))
+        drawn.write_bytes(graph.build(opened.lineage.config, stored).SerializeToString(deterministic=True))
+
+        def size(level: float) -> int:
+            update = publication.approximation.at(level)
+            weights.write_bytes(export.pack(update.network(), stored))
+            write_factors(factors, update)
+            form = line.delta_form(subject.configuration)
+            found = bundle.student_bytes(fielded, full.bundle / "weights.bin", weights, drawn, factors, form)
+            progress.say(f"the student at level {level:.3g} takes {found:,} bytes")
+            return found
+
+        known = {usual: size(usual)}
+        level = held_level(size, usual, LEVELS["lowrank"][1], limit, known)
+        made = Taught(checkpoint=publication.write(level, folder / "made").folder, level=level, size=known[level])
+    (folder / FITTED).write_text(made.model_dump_json(indent=1))
+    return str(folder)
 
 
 def _percent(found: Kept) -> str:

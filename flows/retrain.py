@@ -22,7 +22,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import alerts, budget, lifeline, lost, overrides, pages, progress, running, telling, triggers
 from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
-from flows.fitting import judge_update
+from flows.fitting import judge_update, student_update
 from flows.settings import TEACHING_MS, Line
 from flows.steps import Lesson, ModelFiles, champion_files, fetch_master, pull_data, renewed, source_of, subject_of, train_model
 from flows.training_log import retraining_key
@@ -34,6 +34,7 @@ from model.scorecard import DataVersion, Lineage, Sha256
 from registry import runs
 from registry.catalog import Subject
 from registry.champions import champion_of, reconcile, verdict
+from registry.curve import Update
 from registry.lineage import shortened
 from registry.runs import Retrained
 from registry.selection import Decision, level
@@ -186,6 +187,10 @@ class _Ladder:
 
     No variant comes from a version that somebody went back from, or from a champion of another network configuration.
     """
+    update: Update | None = None
+    """How that `full` was updated; None: it was not, or it was rounded."""
+    students: dict[Sha256, int] = field(default_factory=dict)
+    """Bytes of the weights of the students of that `full`, by the hash of their master; variants may share one."""
     last: Decision | None = None
     """The gate's last decision in this configuration; None: there is none yet."""
 
@@ -255,7 +260,7 @@ def _retrain_full(workspace: Workspace, data: DataVersion, subject: Subject, lad
     champion, before = _present(workspace, subject, config)
     if champion and before:
         if before.lineage.config == config:
-            ladder.full = champion.files
+            ladder.full, ladder.update = champion.files, _update_of(workspace, subject, champion)
         if any(is_current(before.lineage, settings, data) for settings in overrides.current(workspace, data.line)):
             if _is_exported_so(workspace, champion, line):
                 # If a run was interrupted after this promotion, the next run must leave the other models the same level.
@@ -309,6 +314,8 @@ def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _
     champion, before = _present(workspace, subject, line.config(subject.configuration))
     full = train.load_checkpoint(ladder.full.checkpoint)
     if champion and before and comes_from(before, full, overrides.current(workspace, data.line)):
+        if before.lineage.teacher and (made := _update_of(workspace, subject, champion)):
+            ladder.students[made.master] = made.weights
         if _is_exported_so(workspace, champion, line):
             ladder.last = verdict(workspace, subject, champion.seal.version)
             why = "the champion comes from the present full with these settings"
@@ -317,10 +324,14 @@ def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _
             allowed, own = ladder.allowed(line, 1), champion.files.checkpoint
             return _passed(ladder, judge(workspace, own, champion, allowed, promote_winners, ladder.full.bundle))
     ways = _ways(line, subject.variant, full, before)
+    if _students_have_masters(line):
+        for incumbent in (champion, incumbent_of(workspace, subject.model_copy(update={"variant": "full"}))):
+            if incumbent:
+                fetch_master(workspace, incumbent.seal, incumbent.files.checkpoint)
     for way, parent in ways:
-        checkpoint = _made(workspace, data, subject, full, way, parent)
+        checkpoint, update = _made(workspace, data, subject, ladder, way, parent, champion)
         allowed = ladder.allowed(line, len(ways))
-        row = _passed(ladder, judge(workspace, checkpoint, champion, allowed, promote_winners, ladder.full.bundle))
+        row = _passed(ladder, judge(workspace, checkpoint, champion, allowed, promote_winners, ladder.full.bundle, update))
         if row.outcome in ("promote", "pending", "refused"):  # the gate let it through
             break
     return row
@@ -361,28 +372,55 @@ def _made(
     workspace: Workspace,
     data: DataVersion,
     subject: Subject,
-    full: train.Checkpoint,
+    ladder: _Ladder,
     way: Way,
     parent: train.Checkpoint,
-) -> Path:
-    """Make a variant's checkpoint: the weights of `full` as they are, or those of a student, which serves several variants."""
-    line, made = workspace.line(data.line), full
+    champion: Incumbent | None,
+) -> tuple[Path, Update | None]:
+    """Make a variant's checkpoint: the weights of `full` as they are, or those of a student, which serves several variants.
+
+    Returns:
+        its folder, and how the update of a student that was trained was made; None: nothing was trained, or it was rounded.
+    """
+    if ladder.full is None:
+        raise VariantError(f"{subject} has no full to come from; run `ferry retrain {data.line}` again", [])
+    line, update = workspace.line(data.line), None
+    full = made = train.load_checkpoint(ladder.full.checkpoint)
     if way != "student" and full.lineage.data != data:
         pull_data(workspace, full.lineage.data)  # `full` was not replaced, so its variants are judged on its own revision
     if way == "carried over":
         name = canonical_sha256([parent.weights_sha256, parent.lineage.sha256, full.weights_sha256, way])[:32]
         made = students.carried_over(parent, full, workspace.work / "runs" / name)
         if made.lineage.variant == subject.variant:
-            return made.folder
+            return made.folder, None
     elif way == "student":
         lesson = Lesson(
             data=data, configuration=subject.configuration, variant="turbo", parent=parent.folder, teacher=full.folder
         )
         made = train.load_checkpoint(_trained(workspace, lesson, line))
+        if _students_have_masters(line):
+            folder, update = student_update(workspace, made, parent, ladder.full, champion, _beside(ladder, champion, full, made))
+            made = train.load_checkpoint(folder)
         if subject.variant == "turbo":
-            return made.folder
+            return made.folder, update
     name = canonical_sha256([made.weights_sha256, made.lineage.sha256, subject.variant])[:32]
-    return students.as_variant(made, subject.variant, workspace.work / "runs" / name).folder
+    return students.as_variant(made, subject.variant, workspace.work / "runs" / name).folder, update
+
+
+def _students_have_masters(line: Line) -> bool:
+    return line.options(line.distillation, "float32").method is not None
+
+
+def _beside(ladder: _Ladder, champion: Incumbent | None, full: train.Checkpoint, trained: train.Checkpoint) -> int:
+    """Return the bytes of the other weights of an update that brings a student: of `full`, unless the champion comes from it already, and of others."""
+    known = champion is not None and champion.seal.origin == full.weights_sha256
+    others = (size for master, size in ladder.students.items() if master != trained.weights_sha256)
+    return (0 if known or ladder.update is None else ladder.update.weights) + sum(others)
+
+
+def _update_of(workspace: Workspace, subject: Subject, champion: Incumbent) -> Update | None:
+    made = verdict(workspace, subject, champion.seal.version)
+    return made.update if made else None
 
 
 def _trained(workspace: Workspace, lesson: Lesson, line: Line) -> Path:
@@ -395,13 +433,15 @@ def _noted(ladder: _Ladder, judged: Judged) -> Retrained:
     """Keep the gate's decision on `full`, and the model if the other variants may come from it; return the row."""
     ladder.last = judged.decision
     if judged.fit:
-        ladder.full = judged.files
+        ladder.full, ladder.update = judged.files, judged.decision.update
     return judged.row
 
 
 def _passed(ladder: _Ladder, judged: Judged) -> Retrained:
     """Keep the gate's decision on a variant; return the row."""
     ladder.last = judged.decision
+    if judged.fit and judged.decision.update:
+        ladder.students[judged.decision.update.master] = judged.decision.update.weights
     return judged.row
 
 
@@ -461,10 +501,16 @@ def comes_from(variant: train.Checkpoint, full: train.Checkpoint, settings: list
         return variant.weights_sha256 == full.weights_sha256 and any(source in line.sources(lineage.variant) for line in settings)
     return lineage.teacher == full.weights_sha256 and any(
         source in line.sources(lineage.variant)
-        and lineage.training_sha256 in {line.options(line.distillation, stored).sha256 for stored in get_args(PrecisionName)}
+        and lineage.training_sha256 in _lessons(line)
         and {name: getattr(lineage, name) for name in _taught(line)} == _taught(line)
         for line in settings
     )
+
+
+def _lessons(line: Line) -> set[Sha256]:
+    """Return the hashes of the options of distillations; a student of an older ferry has no master, and need not be taught again."""
+    stored = get_args(PrecisionName)
+    return {options.sha256 for p in stored for options in (line.options(line.distillation, p), line.distillation.options(p))}
 
 
 def _is_exported_so(workspace: Workspace, champion: Incumbent, line: Line) -> bool:

@@ -397,7 +397,8 @@ class Line(Section):
     update_method: MethodName | None = Field(
         default=None,
         description="how the change of a retraining of full is made small, and what that drops is kept for the next one: lowrank keeps nearly "
-        "all in the fewest bytes; the others are full, grid, small-tensors and seeded; not given: rounded as update_grid says, and the rest is lost",
+        "all in the fewest bytes; the others are full, grid, small-tensors and seeded; with lowrank and small-tensors, students get lowrank; not given: "
+        "rounded as update_grid says, and the rest is lost",
     )
     update_level: float | None = Field(
         default=None, gt=0, le=10,
@@ -506,11 +507,14 @@ class Line(Section):
         return self.sampler.model_copy(update={"steps": -(-steps // drawn.divisor), "shift": shift})
 
     def options(self, way: Training, stored: PrecisionName) -> TrainOptions:
-        """Convert one of the line's trainings to the options that `model.train` takes; with a method, `full` is trained as a master."""
-        options = way.options(stored)
-        if self.update_method is None or isinstance(way, Distillation):
-            return options
-        return options.model_copy(update={"method": self.update_method, "update_grid": 0.0})
+        """Convert one of the line's trainings to the options that `model.train` takes; with a method, the result is a master.
+
+        Students have the method `lowrank` where the size of the updates of `full` can be chosen, and are rounded by `update_grid` otherwise.
+        """
+        options, method = way.options(stored), self.update_method
+        if isinstance(way, Distillation):
+            method = "lowrank" if method in SIZED else None
+        return options if method is None else options.model_copy(update={"method": method, "update_grid": 0.0})
 
     def precision(self, configuration: ConfigurationName) -> PrecisionName:
         """Return the precision in which the classes of a configuration store weights; all of them share it."""

@@ -10,30 +10,35 @@ from registry.selection import Check, Decision
 
 
 def with_update(decision: Decision, update: Update) -> Decision:
-    """Add an update to the gate's decision on it; with a budget, both the budget and the share kept must hold.
+    """Add an update to the gate's decision on it; with a budget, it must hold, and for `full` the share kept.
 
     Args:
         decision: the gate's.
         update: how the update was made.
 
     Returns:
-        the decision with two more checks; it is "refuse" if one of them fails.
+        the decision with these checks, too; it is "refuse" if one of them fails.
     """
     began = f"; {update.why_fielded}" if update.why_fielded else ""
     made = decision.model_copy(update={"update_bytes": update.bytes, "update": update, "reason": decision.reason + began})
-    if update.budget is None or update.keep is None:
+    if update.budget is None:
         return made
-    checks = [_fits(update, update.budget), _keeps(update, update.keep)]
+    checks = [_fits(update, update.budget), *([] if update.keep is None else [_keeps(update, update.keep)])]
     failed = [check.text for check in checks if not check.passed]
     made = made.model_copy(update={"checks": [*checks, *decision.checks]})
     if not failed:
-        said = f"{made.reason}; {checks[0].text} and {checks[1].text}" if decision.outcome == "promote" else made.reason
+        said = f"{made.reason}; {' and '.join(check.text for check in checks)}" if decision.outcome == "promote" else made.reason
         return made.model_copy(update={"reason": said})
     return made.model_copy(update={"outcome": "refuse", "reason": f"{'; '.join(failed)}; {made.reason}", "becomes_anchor": False})
 
 
 def _fits(update: Update, budget: int) -> Check:
     text = f"a device fetches {update.bytes:,} bytes of the {budget:,} in the budget"
+    if update.beside is not None and update.bytes > budget:
+        text = (
+            f"a device fetches {update.bytes:,} bytes, and the budget has {budget:,}: {update.fixed:,} are no weights, {update.beside:,} are weights of "
+            f"others, and this student takes {update.weights:,} at its coarsest; raise update_budget to {_whole(update.bytes)}"
+        )
     return Check(name="update budget", passed=update.bytes <= budget, text=text)
 
 
@@ -66,7 +71,8 @@ def in_short(update: Update) -> str:
     """Say in one line what an update costs and keeps, and how it was made."""
     limit = f" of {update.budget:,}" if update.budget else ""
     began = "the champion's master" if update.start == "master" else "the fielded weights"
-    text = f"its update: {update.bytes:,} bytes{limit}, keeps {shares(update.kept)} of the gain; by {update.method}, trained from {began}"
+    brings = f"keeps {shares(update.kept)} of the gain" if update.beside is None else f"{update.weights:,} of them this student's"
+    text = f"its update: {update.bytes:,} bytes{limit}, {brings}; by {update.method}, trained from {began}"
     held = holding(update)
     return f"{text}; {held}" if held else text
 

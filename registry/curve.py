@@ -80,6 +80,11 @@ class Update(Frozen):
     )
     bytes: int = Field(description="bytes that a device fetches, everything included")
     fixed: int = Field(description="part of bytes that is not weights: signed metadata, golden outputs, tables")
+    beside: int | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="of a student: part of bytes that is weights of others in the same update, of full and of other students; null: it is full",
+    )
     unlimited: int | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
@@ -97,7 +102,9 @@ class Update(Frozen):
         description="bytes of weights to which it was held because of the first update of this setting; null: it is the first, or has a budget",
     )
     keep: float | None = Field(
-        default=None, exclude_if=lambda value: value is None, description="share of the gain that had to be kept; null: no budget"
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="share of the gain that had to be kept; null: no budget, or a student, whose gain is not measured",
     )
     kept: Kept | None = Field(default=None, description="share of the gain that it keeps; null: it was not measured")
     curve: list[Point] = Field(
@@ -107,7 +114,7 @@ class Update(Frozen):
     @property
     def weights(self) -> int:
         """Bytes of its weights."""
-        return self.bytes - self.fixed
+        return self.bytes - self.fixed - (self.beside or 0)
 
     @property
     def is_coarser(self) -> bool:

@@ -357,7 +357,8 @@ def test_workspace_of_before_keeps_rounding_until_it_asks(schema: int):
     assert options.sha256 == settings.retraining.options("bfloat16").sha256
     asked = Settings.model_validate({"schema": schema, "lines": {"x": line | {"update_method": "lowrank"}}}).lines["x"]
     assert asked.options(asked.retraining, "bfloat16").method == "lowrank"
-    assert asked.options(asked.distillation, "bfloat16").method is None
+    assert asked.options(asked.distillation, "bfloat16").method == "lowrank"
+    assert settings.options(settings.distillation, "bfloat16").sha256 == settings.distillation.options("bfloat16").sha256
 
 
 def test_budget_without_a_method_of_chosen_size_is_refused():

@@ -280,6 +280,29 @@ def test_update_larger_than_its_budget_is_refused_however_good():
     assert with_update(decision(), update(65537, share(0.999))).outcome == "refuse"
 
 
+def student(size: int) -> Update:
+    return update(size, None).model_copy(update={"keep": None, "curve": [], "beside": 30_000})
+
+
+def test_student_within_the_budget_needs_no_share_of_a_gain():
+    held = student(60_000)
+    made = with_update(decision(), held)
+    assert made.outcome == "promote"
+    assert made.reason.endswith("; a device fetches 60,000 bytes of the 65,536 in the budget")
+    assert in_short(held) == (
+        "its update: 60,000 bytes of 65,536, 14,000 of them this student's; by lowrank, trained from the champion's master"
+    )
+
+
+def test_student_that_does_not_fit_is_refused_with_its_parts_and_the_budget_that_would_do():
+    made = with_update(decision(), student(70_000))
+    assert made.outcome == "refuse"
+    assert made.reason.startswith(
+        "a device fetches 70,000 bytes, and the budget has 65,536: 16,000 are no weights, 30,000 are weights of others, and this student takes "
+        "24,000 at its coarsest; raise update_budget to 69 KiB; "
+    )
+
+
 def test_budget_does_not_overrule_the_gate():
     bad = judged(card(bad=0.5))
     assert with_update(bad, update(60000, share(0.999))).outcome == "refuse"

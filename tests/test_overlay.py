@@ -22,7 +22,7 @@ from ota.delta import files, read_header
 from ota.errors import AgentError, BaseError, GateError, ManifestError, OperatorError, RoomError, TransferError
 from ota.manifest import MAX_MANIFEST, Manifest, parse
 from ota.release import fielded
-from ota.release.bundle import Bundle, assemble, bytes_besides_weights, make_delta, make_overlay_delta
+from ota.release.bundle import Bundle, assemble, bytes_besides_weights, make_delta, make_overlay_delta, student_bytes
 from tests.conftest import CAPTIONS, LATENCY_MS, SAMPLER, origin
 from tests.fleet_kit import CLASS, LINE, WebServer, name_delta, publish, untouched
 from tests.test_agent_attacks import not_installed, offer
@@ -221,6 +221,25 @@ def test_what_a_delta_takes_besides_weights_is_known_before_there_are_new_ones(f
     alone = files.build(old, new, tmp_path / "weights", later.path("graph"), four.path("graph"), version=version).size
     known = bytes_besides_weights(four, version)
     assert made.size - alone <= known < made.size - alone + 700 * len(later.manifest.variants)
+
+
+def test_bytes_of_a_student_that_was_taught_anew_are_known_without_a_bundle(exports, four, later, tmp_path):
+    full = taught(exports["full"], tmp_path / "full", "full", seed=2, only=lambda name: not is_thin(name))
+    turbo = taught(full, tmp_path / "turbo", "turbo", seed=4, amount=0.3)
+    tables = {variant: table(full, tmp_path / variant, variant) for variant in ("dev", "fast")}
+    anew = assembled({"full": full, **tables, "turbo": turbo}, tmp_path, version=7)
+    old, new, graph = (
+        folder / name for folder, name in ((exports["turbo"], "weights.bin"), (turbo, "weights.bin"), (full, "graph.onnx"))
+    )
+    known = student_bytes(old, full / "weights.bin", new, graph)
+    carried, changed = (make_delta(four, target, tmp_path).size for target in (later, anew))
+    assert known > 5000
+    assert abs(changed - carried - known) < 1000  # golden outputs and a hash differ, too
+    assert student_bytes(old, full / "weights.bin", exports["turbo"] / "weights.bin", graph) < known
+    assert student_bytes(None, full / "weights.bin", full / "weights.bin", graph) == 0  # it shares the weights of full
+    carried_over = tmp_path / "carried"
+    carried_over.write_bytes(overlay.compose((full / "weights.bin").read_bytes(), four.path("overlay", "turbo").read_bytes()))
+    assert student_bytes(old, full / "weights.bin", carried_over, graph) < 100
 
 
 def test_device_with_variants_of_their_own_gets_shared_ones(scene, exports, four, exported, tmp_path):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from flows.settings import Settings
 from flows.setup import template
 from registry.cost import GpuTime, Prices, Work, energy, estimated, total, traffic, yearly
+from registry.curve import Setting, Update
 from registry.report import (
     Change,
     DecisionRow,
@@ -27,6 +28,7 @@ from registry.report import (
     ModelColumn,
     ReleaseRow,
     Report,
+    UpdateRow,
     VariantRow,
     change,
     distance,
@@ -210,6 +212,20 @@ def test_page_says_what_devices_further_behind_pay():
     page = render(replace(REPORT, releases=[replace(REPORT.releases[0], behind={1: 900_000, 2: 1_750_000, 3: 2_600_000})]))
     assert "900 kB as a delta, 1.75 MB from 2 releases before, 2.60 MB from 3 releases before, " in page
     assert "releases before" not in render(REPORT)
+
+
+def test_page_says_what_a_student_and_a_held_update_take():
+    full = Update(
+        method="lowrank", start="master", master="a" * 64, noise=0.041, bytes=70_000, fixed=10_000, held=60_500,
+        setting=Setting(network="b" * 64, precision="bfloat16", form=2, level=0.03),
+    )  # fmt: skip
+    student = full.model_copy(update={"noise": 0.03, "beside": 40_000, "budget": 65_536, "held": None, "setting": None})
+    rows = [UpdateRow("shapes/I/full", 3, "promote", full), UpdateRow("shapes/I/turbo", 2, "refuse", student)]
+    page = " ".join(render(replace(REPORT, updates=rows)).split())
+    assert "10,000 of them no weights; rounded at level 0.041 instead of 0.03, to hold its weights to 60,500 bytes" in page
+    assert "70,000 bytes, 10,000 of them no weights, 40,000 weights of others, 20,000 of this student." in page
+    assert "budget 65,536 bytes: 70,000 bytes" in page
+    assert "judged, beyond the budget" in page
 
 
 def test_first_version_has_nothing_before_it():

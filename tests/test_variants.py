@@ -21,7 +21,7 @@ from model.features import SPACES
 from model.scorecard import Lineage, Sampler, Scorecard
 from ota.agent import drawing
 from registry.catalog import Subject
-from registry.champions import champion_of, seals
+from registry.champions import champion_of, promote, seals, verdict
 from registry.seal import Seal
 from tests.conftest import write_images
 from tests.fleet_kit import Device
@@ -29,6 +29,9 @@ from tests.test_flows import settings
 
 pytestmark = pytest.mark.slow
 
+METHOD = ('tier = "test"', 'tier = "test"\nupdate_method = "lowrank"')
+LONGER = ("steps = 10\nbatch = 16\nlearning_rate = 1e-3", "steps = 120\nbatch = 16\nlearning_rate = 6e-3")
+LENIENT = ("images = 32", "images = 32\ntolerance = 2.0\ntolerance_bands = 10.0")
 ALL: tuple[VariantName, ...] = ("full", "dev", "fast", "turbo")
 
 SETTINGS = """
@@ -316,6 +319,78 @@ def test_student_starts_from_the_fielded_student_and_if_that_fails_from_full(wor
     assert lineage(workspace, first).parent == before["turbo"].checkpoint
     assert lineage(workspace, second).parent == before["full"].checkpoint
     assert {v: champion(workspace, v) for v in before} == before
+
+
+def test_student_of_a_line_with_a_method_has_a_master_and_its_bytes_are_those_of_a_real_delta(
+    workspace: Workspace, tmp_path: Path
+):
+    from flows.publish import factors_of, make_bundle
+    from flows.retrain import retrain as flow
+    from ota.release import bundle
+
+    turbos, old = subject("turbo"), champion(workspace, "turbo")
+    before = bundle.open_bundle(Path(make_bundle.fn(str(workspace.root), "shapes", "edge")))
+    with settings(workspace, *METHOD), settings(workspace, *LONGER), settings(workspace, *LENIENT):
+        full = flow(str(workspace.root), "shapes", promote_winners=False)[0]
+        promote(workspace, subject("full"), full["version"], "for the test", accept_worse=True)
+        known = len(seals(workspace, turbos))
+        with settings(workspace, "trajectories = 32", "trajectories = 40"):
+            opened = Workspace(workspace.root)
+            assert retrain(opened)[0]["outcome"] == "unchanged"
+            turbo = seals(workspace, turbos)[known]
+            if champion(workspace, "turbo") != turbo:  # a student of so few steps may be refused
+                promote(workspace, turbos, turbo.version, "for the test", overrule=True)
+            after = bundle.open_bundle(Path(make_bundle.fn(str(workspace.root), "shapes", "edge")))
+            factors = factors_of(opened, "shapes", "edge")
+    found = verdict(workspace, turbos, turbo.version)
+    assert found
+    assert found.update
+    student = found.update.model_dump()
+    assert lineage(workspace, turbo).parent == old.checkpoint
+    assert (student["method"], student["start"]) == ("lowrank", "fielded")  # the student before had no master
+    assert "no master was kept" in student["why_fielded"]
+    assert turbo.master
+    assert turbo.master.digest == student["master"] == lineage(workspace, turbo).master
+    assert student["beside"] == full["update"]["bytes"] - full["update"]["fixed"]
+    made = bundle.make_delta(before, after, tmp_path, factors, 2)
+    without = bundle.make_delta(before, after, tmp_path, {v: path for v, path in factors.items() if v != "turbo"}, 2)
+    assert made
+    assert without
+    assert made.size < without.size  # the factors of the student are used
+    fetched = made.size + len(after.manifest.canonical()) + workspace.repository.metadata_bytes("shapes", "edge")
+    assert fetched < student["bytes"] < fetched + 4000
+
+
+@pytest.mark.parametrize("coarsest", [4.0, 0.002])
+def test_student_takes_the_room_that_a_budget_leaves_and_is_refused_where_even_its_coarsest_update_takes_more(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, coarsest: float
+):
+    from flows import fitting
+    from flows.budget import fixed_bytes
+
+    budget = fixed_bytes(workspace, "shapes", "I") + 2048
+    monkeypatch.setitem(fitting.LEVELS, "lowrank", (0.001, coarsest))
+    method = (METHOD[0], f"{METHOD[1]}\nupdate_level = 0.002\nupdate_budget = {budget}")
+    taught = ("trajectories = 32", f"trajectories = {48 if coarsest > 1 else 56}")
+    with (
+        settings(workspace, *method),
+        settings(workspace, *LONGER),
+        settings(workspace, *LENIENT),
+        settings(workspace, *taught),
+    ):
+        rows = retrain(Workspace(workspace.root))
+    assert [row["outcome"] for row in rows[:3]] == ["unchanged"] * 3
+    update, reason = rows[3]["update"], rows[3]["reason"]
+    assert update["beside"] == 0  # devices have this full already
+    assert update["start"] == "master"
+    if coarsest > 1:
+        assert update["noise"] > 0.002
+        assert budget - 1024 < update["bytes"] <= budget
+    else:
+        assert update["bytes"] > budget
+        assert rows[3]["outcome"] == "refuse"
+        assert f"and the budget has {budget:,}" in reason
+        assert f"raise update_budget to {-(-update['bytes'] // 1024)} KiB" in reason
 
 
 def test_table_that_the_gate_refuses_is_followed_by_a_student(workspace: Workspace):

@@ -198,6 +198,7 @@ RUNS = {
     "ladder": "state and times",
     "train": "state and times",
     "fit the update": "state and times",
+    "fit the student": "state and times",
     "export": "state and times",
     "evaluate": "state and times",
     "register": "state and times",

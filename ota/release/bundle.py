@@ -286,6 +286,51 @@ def bytes_besides_weights(made: Bundle, version: int) -> int:
     return len(encode.header_of(kept, "0" * 64, "1" * 64, version)) + sum(_records(pair, version) for pair in alone)
 
 
+def student_bytes(old: Path | None, full: Path, new: Path, graph: Path, factors: Path | None = None, version: int = 2) -> int:
+    """Return how many bytes of a delta between bundles the weights of a student take.
+
+    As in a bundle, they are an overlay over the weights of the new `full` where that is small, and are made from what devices have of
+    the student, or from the new `full`, whichever is shorter.
+
+    Args:
+        old: weights of the student that devices have; None: they have none, or in another precision.
+        full: weights of the new `full`.
+        new: weights of the new student.
+        graph: ONNX file that says where the tensors of all of them lie.
+        factors: what the training says of its update.
+        version: of the format.
+
+    Raises:
+        OperatorError: a file of factors is not one, or its factors overflow.
+    """
+    tensors, weights = files.tensors(full, graph), new.read_bytes()
+    if weights == full.read_bytes():
+        return 0  # it shares them
+    whole = {(t.offset, t.length): t for t in tensors}
+    made = overlay.make(full.read_bytes(), weights, whole)
+    thin = made is not None and len(made) < THIN * len(weights)
+    role: Role = "overlay" if thin else "weights"
+    with tempfile.TemporaryDirectory() as folder:
+
+        def laid(name: str, of: Path) -> tuple[Path, Sequence[files.Tensor]]:
+            """Write those of the weights `of` that the overlay replaces, in its form; a bundle's own weights stay as they are."""
+            if made is None or not thin:
+                return of, tensors
+            ranges, data = overlay.ranges(made), of.read_bytes()
+            path = Path(folder) / name
+            path.write_bytes(made[: ranges[0].at] + b"".join(data[r.offset : r.offset + r.length] for r in ranges))
+            return path, [replace(whole[r.offset, r.length], offset=r.at) for r in ranges]
+
+        path, after = laid("new", new)
+        ways: list[tuple[Path, Sequence[files.Tensor]]] = [(full, tensors)]
+        if old and old.stat().st_size == len(weights):
+            ways.append(laid("old", old))
+        size, claims = path.stat().st_size, files.claims(factors)
+        named = BundleFile(role, "turbo", size, hashlib.sha256(path.read_bytes()).hexdigest())
+        pairs = [encode.Pair(named, path, before, files.stretches(after, held, size, claims)) for before, held in ways]
+        return min(_records(pair, version) for pair in pairs)
+
+
 def _records(pair: encode.Pair, version: int) -> int:
     """Return how many bytes the records of one file take."""
     header = len(encode.header_of([pair], "0" * 64, "1" * 64, version))
