@@ -321,6 +321,41 @@ def test_student_starts_from_the_fielded_student_and_if_that_fails_from_full(wor
     assert {v: champion(workspace, v) for v in before} == before
 
 
+def test_table_that_the_gate_refuses_is_followed_by_a_student(workspace: Workspace):
+    strict = ("images = 32", "images = 32\ntolerance = 0.001\ntolerance_bands = 0.0")
+    with settings(workspace, "steps = 8\n", "steps = 3\n"), settings(workspace, *strict):
+        rows = retrain(Workspace(workspace.root))
+    assert rows[2]["outcome"] in ("refuse", "more data")
+    table, student = (lineage(workspace, seal) for seal in seals(workspace, subject("fast"))[-2:])
+    assert table.teacher is None
+    assert student.teacher == table.parent == champion(workspace, "full").checkpoint
+    assert student.variant == "fast"
+    assert card(workspace, seals(workspace, subject("fast"))[-1]).sampler == Sampler(method="mean", steps=8, guidance=1.0)
+
+
+def test_variants_go_with_their_full(workspace: Workspace):
+    """Promote another full, which has no variants yet, and go back to the first one, which brings its own."""
+    from registry.champions import champions, promote, rollback
+    from registry.errors import CatalogError
+
+    before = {variant: champion(workspace, variant) for variant in ALL}
+    second = seals(workspace, subject("full"))[-1]
+    promote(workspace, subject("full"), second.version, "a drill", overrule=True)
+    with pytest.raises(CatalogError, match="has no champion to release"):  # the class runs other variants, all of the first full
+        champions(workspace, workspace.class_subjects("shapes", "edge"))
+    retrain(Workspace(workspace.root))
+    made = seals(workspace, subject("dev"))[-1]
+    assert made.origin == second.checkpoint
+    carried = next(seal for seal in seals(workspace, subject("turbo")) if seal.origin == second.checkpoint)
+    layers = lineage(workspace, carried)  # of the fielded student as they are, which no device has to fetch
+    assert (layers.steps, layers.parent) == (0, before["turbo"].checkpoint)
+    promote(workspace, subject("dev"), made.version, "a drill", overrule=True)
+    assert "dev" in champions(workspace, workspace.class_subjects("shapes", "edge"))
+    rollback(workspace, subject("full"), "the drill is over")
+    assert {variant: champion(workspace, variant) for variant in ALL} == before
+    assert set(champions(workspace, workspace.class_subjects("shapes", "edge"))) == {"fast", "turbo", "dev"}
+
+
 def test_student_of_a_line_with_a_method_has_a_master_and_its_bytes_are_those_of_a_real_delta(
     workspace: Workspace, tmp_path: Path
 ):
@@ -332,7 +367,7 @@ def test_student_of_a_line_with_a_method_has_a_master_and_its_bytes_are_those_of
     before = bundle.open_bundle(Path(make_bundle.fn(str(workspace.root), "shapes", "edge")))
     with settings(workspace, *METHOD), settings(workspace, *LONGER), settings(workspace, *LENIENT):
         full = flow(str(workspace.root), "shapes", promote_winners=False)[0]
-        promote(workspace, subject("full"), full["version"], "for the test", accept_worse=True)
+        promote(workspace, subject("full"), full["version"], "for the test", overrule=True)
         known = len(seals(workspace, turbos))
         with settings(workspace, "trajectories = 32", "trajectories = 40"):
             opened = Workspace(workspace.root)
@@ -391,38 +426,3 @@ def test_student_takes_the_room_that_a_budget_leaves_and_is_refused_where_even_i
         assert rows[3]["outcome"] == "refuse"
         assert f"and the budget has {budget:,}" in reason
         assert f"raise update_budget to {-(-update['bytes'] // 1024)} KiB" in reason
-
-
-def test_table_that_the_gate_refuses_is_followed_by_a_student(workspace: Workspace):
-    strict = ("images = 32", "images = 32\ntolerance = 0.001\ntolerance_bands = 0.0")
-    with settings(workspace, "steps = 8\n", "steps = 3\n"), settings(workspace, *strict):
-        rows = retrain(Workspace(workspace.root))
-    assert rows[2]["outcome"] in ("refuse", "more data")
-    table, student = (lineage(workspace, seal) for seal in seals(workspace, subject("fast"))[-2:])
-    assert table.teacher is None
-    assert student.teacher == table.parent == champion(workspace, "full").checkpoint
-    assert student.variant == "fast"
-    assert card(workspace, seals(workspace, subject("fast"))[-1]).sampler == Sampler(method="mean", steps=8, guidance=1.0)
-
-
-def test_variants_go_with_their_full(workspace: Workspace):
-    """Promote another full, which has no variants yet, and go back to the first one, which brings its own."""
-    from registry.champions import champions, promote, rollback
-    from registry.errors import CatalogError
-
-    before = {variant: champion(workspace, variant) for variant in ALL}
-    second = seals(workspace, subject("full"))[-1]
-    promote(workspace, subject("full"), second.version, "a drill", overrule=True)
-    with pytest.raises(CatalogError, match="has no champion to release"):  # the class runs other variants, all of the first full
-        champions(workspace, workspace.class_subjects("shapes", "edge"))
-    retrain(Workspace(workspace.root))
-    made = seals(workspace, subject("dev"))[-1]
-    assert made.origin == second.checkpoint
-    carried = next(seal for seal in seals(workspace, subject("turbo")) if seal.origin == second.checkpoint)
-    layers = lineage(workspace, carried)  # of the fielded student as they are, which no device has to fetch
-    assert (layers.steps, layers.parent) == (0, before["turbo"].checkpoint)
-    promote(workspace, subject("dev"), made.version, "a drill", overrule=True)
-    assert "dev" in champions(workspace, workspace.class_subjects("shapes", "edge"))
-    rollback(workspace, subject("full"), "the drill is over")
-    assert {variant: champion(workspace, variant) for variant in ALL} == before
-    assert set(champions(workspace, workspace.class_subjects("shapes", "edge"))) == {"fast", "turbo", "dev"}
