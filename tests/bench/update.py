@@ -6,7 +6,7 @@ pooled over the seeds. Bytes are those of a delta of the weights; `fetched` is e
 gate's kernel distance of the images to the held-out ones stands beside it.
 
 The default run takes the demo's product in the tier nano. `FULL=1` adds the tier small and Debian's dataset-fashion-mnist, for which
-champions are trained first. Every part is kept in build/bench/update, so a killed run resumes. It prints a table, and writes
+champions are trained first. Every part is kept in build/bench/update, so a killed run resumes. After each product it prints a table, and writes
 build/bench/update.json, tests/bench/results/update.md and update.svg.
 """
 
@@ -86,19 +86,22 @@ def main() -> None:
     wanted: list[tuple[str, TierName]] = [("surfaces", "nano")]
     if os.environ.get("FULL"):
         wanted += [("fashion", "nano"), ("surfaces", "small"), ("fashion", "small")]
-    found, releases = dict[str, Any](), 12 if os.environ.get("FULL") else 4
+    releases, products = 12 if os.environ.get("FULL") else 4, dict[str, Any]()
     PARTS.mkdir(parents=True, exist_ok=True)
     for name, tier in wanted:
-        product(name, tier, PARTS / "products")
-    with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(fill, name, tier, seed) for name, tier in wanted for seed in SEEDS]
-        waiting.append(pool.submit(fill_chain, releases))
-        for part in waiting:
-            part.result()
-    for name, tier in wanted:
         made = product(name, tier, PARTS / "products")
-        found[made.name] = measured(made, tier)
-    found["chain"] = fill_chain(releases)
+        with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
+            waiting = [pool.submit(fill, name, tier, seed) for seed in SEEDS]
+            waiting.append(pool.submit(fill_chain, releases))
+            for part in waiting:
+                part.result()
+        products[made.name] = measured(made, tier)
+        write(products, releases)
+
+
+def write(products: dict[str, Any], releases: int) -> None:
+    """Write the tables and the picture of the products that are measured so far."""
+    found = products | {"chain": fill_chain(releases)}
     found["behind"], found["aged"] = kept("behind", late, PARTS), kept("aged", in_an_old_repository, PARTS)
     found["machine"] = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -106,8 +109,8 @@ def main() -> None:
     OUT.write_text(json.dumps(found, indent=1))
     table = told(found)
     TABLE.write_text(table)
-    plot({name: rows for name, rows in found.items() if isinstance(rows, dict) and "rows" in rows})
-    print(table)
+    plot(products)
+    print(table, flush=True)
 
 
 def fill(name: str, tier: TierName, seed: int) -> None:
