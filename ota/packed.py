@@ -33,7 +33,10 @@ def pack(data: bytes) -> bytes:
 
 
 def unpack(data: bytes, limit: int) -> bytes | None:
-    """Unpack a file of at most `limit` bytes; None: it is longer, or not packed with this dictionary, or something follows it."""
+    """Unpack a file of at most `limit` bytes; None: it is longer, or no whole stream of zlib, or something follows it.
+
+    A stream without a dictionary opens, too; one that needs another dictionary does not.
+    """
     opened = zlib.decompressobj(zdict=DICTIONARY)
     try:
         found = opened.decompress(data, limit + 1)

@@ -19,8 +19,10 @@ from tuf.api.metadata import DelegatedRole, Targets
 
 from ota import packed
 from ota.agent import rules
+from ota.agent.network import LaterError
 from ota.agent.state import HighWater
-from ota.agent.trust import LONGEST
+from ota.agent.transport import Folder
+from ota.agent.trust import LIMITS, LONGEST
 from ota.errors import LeftBehindError, ManifestError, OperatorError, TrustError
 from ota.manifest import DeviceReport
 from ota.release import compatibility, delegation, roles, rotation, signatures, store, trust
@@ -108,8 +110,6 @@ def move(repository: Repository, *classes: str) -> None:
 
 def fetched(device: Device, repository: Repository, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Let a device look at a repository; return the bytes of each metadata file that it fetched, without its version."""
-    from ota.agent.transport import Folder
-
     found: dict[str, int] = {}
     real = Folder.read
 
@@ -580,6 +580,77 @@ def test_packed_file_that_the_disk_cannot_read_is_fetched_as_it_is(moved, bundle
     for path in list(moved.repository.folder.rglob(f"*{packed.SUFFIX}")):
         path.unlink()
         path.mkdir()
+    assert look(moved.device) == "release 2 is open to this device"
+
+
+@pytest.mark.parametrize("role", ["targets", *PACKED_ROLES])
+def test_packed_file_that_unpacks_to_more_than_is_allowed_does_not_end_the_look(moved, bundles, step, role):
+    """Take the signed file where a packed one opens to one byte more than that file may have, although it is short itself."""
+    publish(moved.repository, bundles["second"], step, bundles["first"])
+    if role == "targets":
+        move(moved.repository, OTHER)
+    limit = LIMITS.snapshot_max_length if role == "snapshot" else LONGEST
+    path = metadata_file(moved.repository, role)
+    packed_of(path).write_bytes(packed.pack(path.read_bytes().ljust(limit + 1)))
+    assert moved.device.update().way == "delta"
+
+
+def packed_asked(server: WebServer) -> list[str]:
+    """Name the packed files that were asked for, in order."""
+    return [request.name for request in server.requests if request.name.endswith(packed.SUFFIX)]
+
+
+def test_packed_files_that_drip_cost_one_deadline_in_an_update(moved, bundles, web, monkeypatch):
+    """Give packed files up at the first one that drips: each further one would cost minutes, and the second look would begin anew."""
+    monkeypatch.setattr("ota.agent.transport.DEADLINE_FLOOR", 1.0)
+    publish(moved.repository, bundles["second"])
+    web.faults.dripping = {packed.SUFFIX}
+    assert moved.device.update().reason == "release 2 is installed"
+    assert len(packed_asked(web)) == 1
+
+
+@pytest.mark.parametrize("kind", ["rollout", "models"])
+def test_packed_policy_or_manifest_that_a_server_fails_to_give_is_asked_once(moved, bundles, web, kind):
+    publish(moved.repository, bundles["second"])
+    (path,) = (p for p in moved.repository.target_files.rglob(f"*{packed.SUFFIX}") if f"{kind}/" in str(p))
+    web.faults.failing, web.faults.status = {path.name: 1000}, 500
+
+    def renew(number: int, _: str) -> None:
+        if number == 9:  # so that the second look has something to fetch
+            moved.repository.renew(["models"])
+
+    assert moved.device.update(renew).reason == "release 2 is installed"
+    names = packed_asked(web)
+    assert [name for name in names if name.endswith(path.name)] == names[-1:]
+
+
+def test_slow_packed_files_are_given_up_together(moved, bundles, web, monkeypatch):
+    """Count the time of all packed files of an update: a server may give each one whole, just before its deadline."""
+    monkeypatch.setattr("ota.agent.trust.PACKED_SECONDS", 0.0)
+    publish(moved.repository, bundles["second"])
+    assert moved.device.update().reason == "release 2 is installed"
+    assert len(packed_asked(web)) == 1
+
+
+def test_packed_file_that_was_never_made_keeps_no_other_from_use(moved, bundles, web):
+    """Use packed files after a missing one: what was published before the class was moved is not packed."""
+    publish(moved.repository, bundles["second"])
+    packed_of(metadata_file(moved.repository, "snapshot")).unlink()
+    look(moved.device)
+    assert {name.partition("/")[0] for name in packed_asked(web)} == {"metadata", "targets"}
+    assert len(packed_asked(web)) > 4
+
+
+def test_pause_that_is_asked_for_a_packed_policy_is_kept_for_the_file(moved, bundles, monkeypatch):
+    publish(moved.repository, bundles["second"])
+    real = Folder.read
+
+    def read(self: Folder, name: str, *given: Any, **more: Any) -> Iterator[bytes]:
+        if name.startswith("targets/") and name.endswith(packed.SUFFIX):
+            raise LaterError("try again in 1 s", 1)
+        return real(self, name, *given, **more)
+
+    monkeypatch.setattr(Folder, "read", read)
     assert look(moved.device) == "release 2 is open to this device"
 
 

@@ -55,6 +55,7 @@ PARENTS = {"timestamp": "root", "snapshot": "root", "targets": "root"}  # role t
 LONGEST = LIMITS.targets_max_length  # bytes of any metadata file, whatever length another one gives for it
 LOOK_SECONDS = 600.0  # for all metadata of one check together; 300 kB at `transport.MINIMUM_RATE`
 ALWAYS_PLAIN = (".root.json", "/timestamp.json")  # looked for at each check, and too small to gain by it
+PACKED_SECONDS = 60.0  # that packed files of an update may take before all others are fetched as they are
 KEYID = re.compile(r"[0-9a-f]{64}")
 
 log = logging.getLogger(__name__)
@@ -88,20 +89,24 @@ class Target(Document):
 class Trust:
     """One check of the repository: everything that it returns is signed, fresh, and not older than what was seen before."""
 
-    def __init__(self, home: Home, source: Transport, read: dict[str, bytes] | None = None) -> None:
+    def __init__(
+        self, home: Home, source: Transport, read: dict[str, bytes] | None = None, fetcher: _Fetcher | None = None
+    ) -> None:
         """Fetch and check the metadata.
 
         Args:
             home: the agent's directory.
             source: where they are fetched from.
             read: small targets that the same update has read before, by hash; what this check reads is added.
+            fetcher: that of an earlier check of the same update; it remembers whether packed files were given up.
 
         Raises:
             TrustError: a signature, version or expiry date is not valid, or the clock is behind.
             TransferError: the repository cannot be reached.
         """
         self._home, self._source, self._read = home, source, {} if read is None else read
-        self._fetcher = _Fetcher(source, self._is_packed)
+        self._fetcher = fetcher or _Fetcher(source, self._is_packed)
+        self._fetcher.begin()
         now = int(time.time())
         clock.check_built(now)
         home.disk.make_folder("metadata")
@@ -153,7 +158,7 @@ class Trust:
 
     def again(self) -> Trust:
         """Check the repository again; of the small targets, only those that changed are fetched again."""
-        return Trust(self._home, self._source, self._read)
+        return Trust(self._home, self._source, self._read, self._fetcher)
 
     def target(self, name: str) -> Target | None:
         """Return what is signed about a target; None if nothing is.
@@ -210,7 +215,7 @@ class Trust:
         if target.size > limit:
             raise RepositoryError(f"{target.name} has a signed size of {target.size} bytes, more than {limit}; it is not fetched")
         data = self._read.get(target.sha256)
-        if data is None and self._is_packed():
+        if data is None:
             data = self._unpacked(target)
         if data is None:
             data = read_small(self._source, target.published_as, target.size)
@@ -220,15 +225,13 @@ class Trust:
         return data
 
     def _unpacked(self, target: Target) -> bytes | None:
-        """Fetch a small target packed; None: it cannot be had, or is not the target."""
-        try:
-            data = packed.unpack(read_small(self._source, target.published_as + packed.SUFFIX, target.size), target.size)
-        except LaterError:
-            raise
-        except (TransferError, RepositoryError) as error:
-            log.debug("%s; fetching the file itself", error)
-            return None
-        return data if data is not None and hashlib.sha256(data).hexdigest() == target.sha256 else None
+        """Fetch a small target packed; None: it cannot be had so, or is not the target."""
+        with suppress(LaterError):  # the server says the same of the file itself, where the pause is kept
+            data = self._fetcher.unpacked(target.published_as, target.size)
+            if data is None or hashlib.sha256(data).hexdigest() == target.sha256:
+                return data
+            self._fetcher.give_up_packed(f"the packed {target.name} is another file")
+        return None
 
     def _is_packed(self) -> bool:
         """Tell whether the factory publishes packed files: one that gave this class its own roles does.
@@ -387,8 +390,8 @@ class _Fetcher(FetcherInterface):
 
     def __init__(self, source: Transport, is_packed: Callable[[], bool]) -> None:
         self._source, self._is_packed = source, is_packed
-        self._plain = False
-        self.begin()
+        self._plain, self._packed_seconds = False, 0.0
+        self._until, self._gave_unpacked = 0.0, False
 
     def begin(self) -> None:
         """Start the clock: everything that is fetched from now on has to arrive within `LOOK_SECONDS`."""
@@ -396,25 +399,26 @@ class _Fetcher(FetcherInterface):
 
     def distrusts_packed(self, error: TrustError) -> bool:
         """Fetch nothing packed from now on, because of an error; return False if nothing was since `begin`: a retry would change nothing."""
-        if self._plain or not self._gave_unpacked:
+        if not self._gave_unpacked:
             return False
-        log.warning("%s; fetching the files that are not packed", error)
-        self._plain = True
+        self._gave_unpacked = False
+        self.give_up_packed(error)
         return True
 
+    def give_up_packed(self, why: object) -> None:
+        """Fetch nothing packed from now on: where one packed file is wrong, others are, and each costs time."""
+        if not self._plain:
+            log.warning("%s; fetching the files that are not packed", why)
+        self._plain = True
+
     def _fetch(self, url: str) -> Iterator[bytes]:
-        if not (self._plain or url.endswith(ALWAYS_PLAIN)) and self._is_packed() and (data := self._unpacked(url)) is not None:
-            self._gave_unpacked = True
-            return iter((data,))
         pieces = self._source.read(url, deadline=self._deadline())
         try:
             first = next(pieces, b"")
-        except NotFoundError as error:
-            raise DownloadHTTPError(str(error), 404) from error
-        except RefusedError as error:
-            if error.status != 403:  # S3 says so of a file that it lacks, unless everybody may list the bucket
+        except (NotFoundError, RefusedError) as error:
+            if not _is_missing(error):
                 raise
-            raise DownloadHTTPError(str(error), 403) from error
+            raise DownloadHTTPError(str(error), error.status if isinstance(error, RefusedError) else 404) from error
         if page.is_page(first):
             raise TransferError(f"the repository cannot be reached: {page.PAGE}; it will be tried again")
         return self._rest(first, pieces)
@@ -422,29 +426,43 @@ class _Fetcher(FetcherInterface):
     def _deadline(self) -> transport.Deadline:
         return at_most(min(self._until - time.monotonic(), transport.DEADLINE_FLOOR))
 
-    def _unpacked(self, url: str) -> bytes | None:
-        """Fetch metadata packed; None: they cannot be had so, or are not packed, and are fetched as they are.
+    def unpacked(self, name: str, limit: int) -> bytes | None:
+        """Fetch a file packed, with one attempt; None: it cannot be had so, or unpacks to more than `limit` bytes or to nothing.
+
+        A packed file may be missing, because the factory did not pack when it published the file. Anything else that is wrong, and
+        `PACKED_SECONDS` of all packed files together, end the use of packed files.
 
         Raises:
             LaterError: the server asks to wait, which holds for the other file, too.
         """
-        data = bytearray()
+        if self._plain or not self._is_packed():
+            return None
+        began, data = time.monotonic(), bytearray()
         try:
-            for piece in self._source.read(url + packed.SUFFIX, deadline=self._deadline()):
+            for piece in self._source.read(name + packed.SUFFIX, deadline=self._deadline()):
                 data += piece
-                if len(data) > LONGEST:
-                    return None
+                if len(data) > limit:
+                    break  # without its end, it does not unpack
         except LaterError:
             raise
-        except (
-            TransferError
-        ) as error:  # of this file, such as one that ends early; if the link is at fault, the other one says so
-            log.debug("%s; fetching the file itself", error)
+        except TransferError as error:  # such as one that ends early; if the link is at fault, the file itself says so
+            if not _is_missing(error):
+                self.give_up_packed(error)
             return None
-        return packed.unpack(bytes(data), LONGEST)
+        finally:
+            self._packed_seconds += time.monotonic() - began
+            if self._packed_seconds > PACKED_SECONDS:
+                self.give_up_packed(f"packed files took more than {PACKED_SECONDS:.0f} s")
+        found = packed.unpack(bytes(data), limit)
+        if found is None:
+            self.give_up_packed(f"{name}{packed.SUFFIX} does not unpack to a file of at most {limit} bytes")
+        return found
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
         """Download into memory; python-tuf's own method needs a temporary folder with free space."""
+        if not url.endswith(ALWAYS_PLAIN) and (found := self.unpacked(url, max_length)) is not None:
+            self._gave_unpacked = True
+            return found
         data = bytearray()
         for piece in self.fetch(url):
             data += piece
@@ -460,6 +478,11 @@ class _Fetcher(FetcherInterface):
             if length > LONGEST:
                 raise DownloadLengthMismatchError(f"metadata are longer than {LONGEST} bytes")
             yield piece
+
+
+def _is_missing(error: TransferError) -> bool:
+    """Tell whether a file is not there; S3 answers 403 for one, unless everybody may list the bucket."""
+    return isinstance(error, NotFoundError) or (isinstance(error, RefusedError) and error.status == 403)
 
 
 class _foreign_errors:  # noqa: N801 - used as a statement
