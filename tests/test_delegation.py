@@ -633,7 +633,7 @@ def test_slow_packed_files_are_given_up_together(moved, bundles, web, monkeypatc
 
 
 def test_packed_file_that_was_never_made_keeps_no_other_from_use(moved, bundles, web):
-    """Use packed files after a missing one: what was published before the class was moved is not packed."""
+    """Fetch packed files after a missing one, too: what was published before the class was moved is not packed."""
     publish(moved.repository, bundles["second"])
     packed_of(metadata_file(moved.repository, "snapshot")).unlink()
     look(moved.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tuf.api.metadata import TargetFile, Targets
 
 from ota.delta.format import read_header, records
 from ota.errors import RoomError, StateError, TransferError, TrustError
+from ota.release.repository import delta_path
 from ota.release.rollout import halt, start
 from tests.conftest import origin
-from tests.fleet_kit import CLASS, LINE, Device, Field, WebServer, everyone, name_delta, publish, untouched
+from tests.fleet_kit import CLASS, LINE, Device, Field, WebServer, change_role, everyone, name_delta, publish, untouched
 from tests.test_agent_update import digest, files_of, slot_files, small_disk, stand_still, without_delta
 
 pytest_plugins = ("tests.fleet_kit",)
@@ -299,6 +302,46 @@ def test_delta_over_a_link_that_breaks_goes_on(offered, web, step):
     assert told(offered.device)[0] == [step.stat().st_size]
     assert told(offered.device) == ([step.stat().st_size - 1000], None)
     assert sent(web) == step.stat().st_size
+
+
+@pytest.mark.usefixtures("breaking")
+@pytest.mark.parametrize("way", ["to the bundle", "nowhere"])
+def test_delta_with_the_hash_of_the_weights_removes_nothing_of_them(offered, web, bundles, way):
+    """Keep what is here of the weights where a thief of the key of `deltas` signs a delta with their hash: both would be downloaded to one place."""
+    without_delta(offered)
+    weights = bundles["second"].path("weights", "full")
+    size = weights.stat().st_size
+    first, second = digest(bundles["first"]), digest(bundles["second"])
+    sign_delta(offered, first, second if way == "to the bundle" else "1" * 64, weights.name, 5000)
+    for part in (10_000, 20_000):
+        web.faults.cut_after = {weights.name: part}
+        assert isinstance(told(offered.device)[1], TransferError)
+    assert offered.device.update().way == "full"
+    assert web.bytes_sent(weights.name) == size
+    stand_still(offered)
+
+
+@pytest.mark.usefixtures("breaking")
+def test_two_deltas_with_one_hash_cost_the_full_bundle_and_no_more(offered, web, bundles, step):
+    """Fetch the full bundle where a thief signs the hash of a good delta with another length: each would remove what is here of the other."""
+    first, second = digest(bundles["first"]), digest(bundles["second"])
+    sign_delta(offered, first, second, hashlib.sha256(step.read_bytes()).hexdigest(), 10)
+    weights = bundles["second"].path("weights", "full")
+    web.faults.cut_after = {f".{offered.repository.deltas(LINE, CLASS)[0].name}": 1000, weights.name: 1000}
+    assert isinstance(told(offered.device)[1], TransferError)
+    assert offered.device.update().way == "full"
+    assert web.bytes_sent(weights.name) == weights.stat().st_size
+    assert not web.asked(f".{offered.repository.deltas(LINE, CLASS)[0].name}")
+
+
+def sign_delta(field: Field, base: str, target: str, sha256: str, size: int) -> None:
+    """Sign any hash and length as a delta of format 2, as the holder of the deltas keys can."""
+    path = delta_path(LINE, CLASS, base, target, 2)
+
+    def change(signed: Targets) -> None:
+        signed.targets[path] = TargetFile(size, {"sha256": sha256}, path)
+
+    change_role(field.repository, "deltas", change)
 
 
 @pytest.mark.usefixtures("breaking")

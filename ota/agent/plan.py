@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -85,18 +86,21 @@ def _manifest_of(home: Home, digest: str, signed: Target, trust: Trust) -> bytes
 def offered(trust: Trust, active: str | None, plan: Plan) -> list[Target]:
     """Return the signed deltas of the line and class, which may lead to the bundle; empty if none can.
 
-    The role `deltas` only offers a shorter way: if what it signs is not valid, the full bundle is fetched.
+    The role `deltas` only offers a shorter way: if what it signs is not valid, the full bundle is fetched. Downloads are named by their
+    hashes, so a delta with the hash of a file of the bundle, or of another delta, would remove what is here of that one. It is left out.
     """
     m = plan.manifest
     if active is None and not _overlays(plan):
         return []
     try:
-        return trust.listed(f"deltas/{m.line}/{m.device_class}")
+        listed = trust.listed(f"deltas/{m.line}/{m.device_class}")
     except ExpiredError as error:
         if active is not None:
             raise
         log.warning("%s; fetching the overlays as they are", error)  # a device without a base needs no delta
         return []
+    named = Counter([*m.objects, *(target.sha256 for target in listed)])
+    return [target for target in listed if named[target.sha256] == 1]
 
 
 def find_chain(home: Home, offers: Iterable[Target], active: str, plan: Plan, full: int, most: int = chain.MOST) -> list[Target]:

@@ -212,6 +212,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     "ota/agent/plan.py": [
         ("    if long != size or found != sha256:", "    if long != size:", "a damaged download is taken"),
         ("    kept = held(home, entries)\n", "    kept: dict[str, list[str]] = {}\n", "what a slot holds is fetched again"),
+        ("    return [target for target in listed if named[target.sha256] == 1]\n", "    return listed\n", "a thief's delta removes what is here of the weights"),
         ("replace(link, size=missing(home, (target,)))", "link", "a delta that is almost here is given up for another"),
         ("    if needed > free:", "    if needed > 2 * free:", "an update fills the disk"),
         ("    if signed is None or signed.custom.seq != policy.seq:", "    if signed is None:", "a policy gives a bundle any number"),
