@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -19,7 +20,7 @@ from model.students import is_thin
 from ota import overlay
 from ota.agent import child, drawing, sampler
 from ota.delta import files, read_header
-from ota.errors import AgentError, BaseError, GateError, ManifestError, OperatorError, RoomError, TransferError
+from ota.errors import AgentError, BaseError, GateError, ManifestError, OperatorError, RoomError, StateError, TransferError
 from ota.manifest import MAX_MANIFEST, Manifest, parse
 from ota.release import fielded
 from ota.release.bundle import Bundle, assemble, bytes_besides_weights, make_delta, make_overlay_delta, student_bytes
@@ -304,7 +305,13 @@ def test_overlay_delta_of_a_thief_gives_way_to_the_overlays(scene, bundles, two,
     stand_still(scene)
 
 
-@pytest.mark.parametrize("fault", ["the link breaks", "no memory"])
+FAULTS = {
+    "the link breaks": (TransferError, "it will be resumed"), "no memory": (RoomError, "too little memory"),
+    "the disk cannot read": (StateError, "cannot be read back: Input/output error"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_bundle_is_not_fetched_again_where_making_its_overlays_fails(scene, two, tmp_path, monkeypatch, fault):
     """Keep what was fetched, and fetch no delta again that did not serve, if the update ends after the files were moved."""
     made = make_overlay_delta(two, tmp_path).path.read_bytes()
@@ -317,15 +324,19 @@ def test_bundle_is_not_fetched_again_where_making_its_overlays_fails(scene, two,
             raise RoomError("there is too little memory to start a process; end other programs")
         return real(task, **request)
 
+    def unreadable(_: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
     monkeypatch.setattr("ota.agent.transport.ATTEMPTS", 1)
     with WebServer(scene.repository.folder) as server, monkeypatch.context() as patch:
         scene.device.configure(repository=server.address)
         if fault == "no memory":
             patch.setattr(child, "run", run)
+        elif fault == "the disk cannot read":  # in step 8, when the overlays are made
+            patch.setattr("ota.agent.slots.read_uncached", unreadable)
         else:
             server.faults.cut_after = {thin.sha256: 100}
-        error, sentence = (RoomError, "too little memory") if fault == "no memory" else (TransferError, "it will be resumed")
-        with untouched(scene.device, error, sentence, marks=False):
+        with untouched(scene.device, *FAULTS[fault], marks=False):
             scene.device.update()
         patch.undo()
         assert scene.device.update().way == "full"

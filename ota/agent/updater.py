@@ -456,6 +456,8 @@ def _fetch_full(home: Home, transport: Transport, plan: Plan, overlays: Target |
         if overlays:
             fetched += _make_overlays(home, transport, plan, overlays, way, fresh, latest)
         finish_slot(home, plan, fresh, step)
+        if overlays:
+            home.disk.remove(f"incoming/{overlays.sha256}")
     except OtaError:  # such as too little memory for a process, which is no reason to fetch everything again
         with suppress(OtaError):
             for entry in fetched:
@@ -471,7 +473,6 @@ def _make_overlays(
     try:
         home.disk.replace(f"{fresh}/manifest.json", plan.manifest_bytes, durable=False)  # the slot is its own base
         _apply(home, f"incoming/{overlays.sha256}", fresh, plan.manifest.digest, fresh, **_signed(plan, way.made))
-        home.disk.remove(f"incoming/{overlays.sha256}")
     except (DeltaError, DeviceError) as error:
         _give_way(home, overlays, error, "the overlays as they are")
         lacking = [
