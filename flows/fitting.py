@@ -60,7 +60,7 @@ class Fitted(Frozen):
 
 
 def judge_update(
-    workspace: Workspace, trained: Path, champion: Incumbent, allowed: float, promote_winners: bool
+    workspace: Workspace, trained: Path, champion: Incumbent, allowed: float, promote_winners: bool, fixed: int
 ) -> Judged:  # fmt: skip
     """Make the update of a trained master, judge it, and register and promote the smallest size that passes.
 
@@ -70,6 +70,7 @@ def judge_update(
         champion: what devices have; the master was trained from it.
         allowed: chance of a wrong promotion that all attempts on these held-out images may take together.
         promote_winners: promote what the gate lets through.
+        fixed: bytes that a device fetches besides the weights.
 
     Raises:
         PromotionError: another version has become champion since the training began.
@@ -83,7 +84,6 @@ def judge_update(
             f"{subject} {now.version if now else 'without a champion'} has become champion since this training began, so its update fits no "
             f"device; run `ferry retrain {subject.line}` again, which starts from that version (nothing was changed)"
         )
-    fixed = money.fixed_bytes(workspace, subject.line, subject.configuration)
     dataset = open_dataset(workspace, line, subject.configuration, opened.lineage.data)
     alpha = alpha_left(
         workspace, subject, evaluate.group_hashes(dataset), allowed,
@@ -370,10 +370,22 @@ class Taught(Frozen):
     size: int
     """Encoded bytes."""
 
+    @classmethod
+    def of(cls, checkpoint: Path, update: Update) -> Taught:
+        """Return a student that was judged, or is champion."""
+        return cls(checkpoint=checkpoint, level=update.noise, size=update.weights)
+
 
 def student_update(
-    workspace: Workspace, trained: train.Checkpoint, parent: train.Checkpoint, full: ModelFiles, champion: Incumbent | None, beside: int
-) -> tuple[Path, Update]:  # fmt: skip
+    workspace: Workspace,
+    trained: train.Checkpoint,
+    parent: train.Checkpoint,
+    full: ModelFiles,
+    champion: Incumbent | None,
+    beside: int,
+    known: Taught | None,
+    fixed: int,
+) -> tuple[Path, Update]:
     """Make the weights of a student that are fielded from its master; encoded bytes alone choose their level.
 
     A student is not shown to keep a share of a gain, because its teacher's images, not the held-out ones, are what it learns; the gate
@@ -387,19 +399,41 @@ def student_update(
         full: the published `full` that taught it.
         champion: of the variant; None: there is none.
         beside: bytes of other weights in the same update.
+        known: what another variant has of this master; then this one takes it, too, at whatever level. None: none has anything.
+        fixed: bytes that a device fetches besides the weights.
 
     Returns:
         the checkpoint's folder, and how it was made.
     """
     lineage = trained.lineage
     line, subject = workspace.line(lineage.data.line), subject_of(lineage)
-    fixed = money.fixed_bytes(workspace, subject.line, subject.configuration)
     usual = usual_level(line) if line.update_method == "lowrank" else METHODS["lowrank"].level
     setting = _setting(line, trained, usual) if parent.lineage.teacher else None  # the first student takes more than later ones
     others = (subject.model_copy(update={"variant": variant}) for variant in VARIANTS if variant != "full")
     first = first_of((made for other in others for made in updates(workspace, other)), "lowrank", setting) if setting else None
     held = held_to(first.weights) if first else None
-    limit = line.update_budget - fixed - beside if line.update_budget else held
+    made = known or _fitted(
+        workspace, trained, parent, full, champion, usual, line.update_budget - fixed - beside if line.update_budget else held
+    )
+    return made.checkpoint, Update(
+        method="lowrank", start="master" if lineage.start == "master" else "fielded", why_fielded=_why_fielded(trained, parent),
+        master=trained.weights_sha256, noise=made.level, bytes=fixed + beside + made.size, fixed=fixed, beside=beside, setting=setting, held=held,
+        budget=line.update_budget,
+    )  # fmt: skip
+
+
+def _fitted(
+    workspace: Workspace,
+    trained: train.Checkpoint,
+    parent: train.Checkpoint,
+    full: ModelFiles,
+    champion: Incumbent | None,
+    usual: float,
+    limit: int | None,
+) -> Taught:
+    """Make the fielded weights of a student, unless that was done before."""
+    lineage = trained.lineage
+    line, subject = workspace.line(lineage.data.line), subject_of(lineage)
     fielded = champion.files.bundle / "weights.bin" if champion and champion.seal.teacher else None
     form = line.delta_form(subject.configuration)
     key = canonical_sha256([
@@ -409,12 +443,7 @@ def student_update(
     folder = Path(renewed(fit_student, workspace.work / "updates" / key / FITTED)(
         workspace, trained.folder, parent.folder, full, fielded, usual, limit, key
     ))  # fmt: skip
-    made = Taught.model_validate_json((folder / FITTED).read_bytes())
-    return made.checkpoint, Update(
-        method="lowrank", start="master" if lineage.start == "master" else "fielded", why_fielded=_why_fielded(trained, parent),
-        master=trained.weights_sha256, noise=made.level, bytes=fixed + beside + made.size, fixed=fixed, beside=beside, setting=setting, held=held,
-        budget=line.update_budget,
-    )  # fmt: skip
+    return Taught.model_validate_json((folder / FITTED).read_bytes())
 
 
 def _named_student(parameters: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import alerts, budget, lifeline, lost, overrides, pages, progress, running, telling, triggers
 from flows.candidate import Incumbent, Judged, judge
 from flows.errors import VariantError
-from flows.fitting import judge_update, student_update
+from flows.fitting import Taught, judge_update, student_update
 from flows.settings import TEACHING_MS, Line
 from flows.steps import Lesson, ModelFiles, champion_files, fetch_master, pull_data, renewed, source_of, subject_of, train_model
 from flows.training_log import retraining_key
@@ -189,10 +189,21 @@ class _Ladder:
     """
     update: Update | None = None
     """How that `full` was updated; None: it was not, or it was rounded."""
-    students: dict[Sha256, int] = field(default_factory=dict)
-    """Bytes of the weights of the students of that `full`, by the hash of their master; variants may share one."""
+    students: dict[Sha256, Taught] = field(default_factory=dict)
+    """The students of that `full`, by the hash of their master; variants whose students have the same master share one."""
     last: Decision | None = None
     """The gate's last decision in this configuration; None: there is none yet."""
+    fixed: int | None = None
+    """Bytes that a device fetches besides weights; None: nothing has asked yet."""
+
+    def besides(self, workspace: Workspace, subject: Subject) -> int:
+        """Return the bytes that a device fetches besides weights, as they were before this run promoted anything.
+
+        All variants go out in one update, so all count the same bytes, from the champions that devices have.
+        """
+        if self.fixed is None:
+            self.fixed = budget.fixed_bytes(workspace, subject.line, subject.configuration)
+        return self.fixed
 
     def allowed(self, line: Line, attempts: int) -> float:
         """Return the chance of a wrong promotion that one of a model's attempts may take; each attempt may pass by luck."""
@@ -277,7 +288,9 @@ def _retrain_full(workspace: Workspace, data: DataVersion, subject: Subject, lad
     lesson = Lesson(data=data, configuration=subject.configuration, variant="full", parent=parent)
     checkpoint, allowed = _trained(workspace, lesson, line), ladder.allowed(line, 1)
     if line.update_method and champion and parent:
-        return _noted(ladder, judge_update(workspace, checkpoint, champion, allowed, promote_winners))
+        return _noted(
+            ladder, judge_update(workspace, checkpoint, champion, allowed, promote_winners, ladder.besides(workspace, subject))
+        )
     if line.update_method:
         checkpoint = _first(workspace, checkpoint, line)
     return _noted(ladder, judge(workspace, checkpoint, champion, allowed, promote_winners))
@@ -315,7 +328,7 @@ def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _
     full = train.load_checkpoint(ladder.full.checkpoint)
     if champion and before and comes_from(before, full, overrides.current(workspace, data.line)):
         if before.lineage.teacher and (made := _update_of(workspace, subject, champion)):
-            ladder.students[made.master] = made.weights
+            ladder.students[made.master] = Taught.of(champion.files.checkpoint, made)
         if _is_exported_so(workspace, champion, line):
             ladder.last = verdict(workspace, subject, champion.seal.version)
             why = "the champion comes from the present full with these settings"
@@ -399,9 +412,13 @@ def _made(
         )
         made = train.load_checkpoint(_trained(workspace, lesson, line))
         if _students_have_masters(line):
-            folder, update = student_update(workspace, made, parent, ladder.full, champion, _beside(ladder, champion, full, made))
+            known = ladder.students.get(made.weights_sha256)  # a second update of this master would be fetched beside the first
+            folder, update = student_update(
+                workspace, made, parent, ladder.full, champion, _beside(ladder, champion, full, made), known,
+                ladder.besides(workspace, subject),
+            )  # fmt: skip
             made = train.load_checkpoint(folder)
-        if subject.variant == "turbo":
+        if made.lineage.variant == subject.variant:
             return made.folder, update
     name = canonical_sha256([made.weights_sha256, made.lineage.sha256, subject.variant])[:32]
     return students.as_variant(made, subject.variant, workspace.work / "runs" / name).folder, update
@@ -414,7 +431,7 @@ def _students_have_masters(line: Line) -> bool:
 def _beside(ladder: _Ladder, champion: Incumbent | None, full: train.Checkpoint, trained: train.Checkpoint) -> int:
     """Return the bytes of the other weights of an update that brings a student: of `full`, unless the champion comes from it already, and of others."""
     known = champion is not None and champion.seal.origin == full.weights_sha256
-    others = (size for master, size in ladder.students.items() if master != trained.weights_sha256)
+    others = (student.size for master, student in ladder.students.items() if master != trained.weights_sha256)
     return (0 if known or ladder.update is None else ladder.update.weights) + sum(others)
 
 
@@ -441,7 +458,7 @@ def _passed(ladder: _Ladder, judged: Judged) -> Retrained:
     """Keep the gate's decision on a variant; return the row."""
     ladder.last = judged.decision
     if judged.fit and judged.decision.update:
-        ladder.students[judged.decision.update.master] = judged.decision.update.weights
+        ladder.students[judged.decision.update.master] = Taught.of(judged.files.checkpoint, judged.decision.update)
     return judged.row
 
 

@@ -1,0 +1,71 @@
+"""What an update brings besides a student: weights of `full`, of other students, and what devices have already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flows import budget, fitting, retrain
+from flows.fitting import Taught
+from flows.settings import Line, Settings
+from flows.steps import ModelFiles
+from model.config import VariantName
+from model.scorecard import DataVersion
+from model.train import LINEAGE, Checkpoint, load_checkpoint
+from registry.catalog import Subject
+from tests.conftest import VERSION
+
+
+def line(**changed: Any) -> Line:
+    given = {"data": "data/shapes", "tier": "test", "update_method": "lowrank"} | changed
+    return Settings.model_validate({"schema": 2, "lines": {"shapes": given}}).lines["shapes"]
+
+
+def student(of: Checkpoint, full: Checkpoint) -> Checkpoint:
+    """Make a student of a checkpoint whose weights were changed."""
+    taught = {"variant": "turbo", "teacher": full.weights_sha256, "parent": full.weights_sha256}
+    (of.folder / LINEAGE).write_text(of.lineage.model_copy(update=taught).model_dump_json())
+    return load_checkpoint(of.folder)
+
+
+def test_variants_whose_students_have_one_master_take_one_update_although_less_is_left(
+    checkpoint: Checkpoint,
+    changed: Callable[[str, float], Checkpoint],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The second one finds a budget that has less room, because the first was promoted in between."""
+    master, fielded = (
+        student(changed("master", 0.02), checkpoint),
+        [student(changed(f"at {n}", 0.01), checkpoint) for n in (0, 1)],
+    )
+    fixed, limits = iter([5000, 5040]), list[int]()
+    monkeypatch.setattr(budget, "fixed_bytes", lambda *_: next(fixed))
+    monkeypatch.setattr(retrain, "_trained", lambda *_: master.folder)
+
+    def fitted(*given: Any) -> Taught:
+        limits.append(given[-1])
+        return Taught(checkpoint=fielded[len(limits) - 1].folder, level=0.03 * len(limits), size=limits[-1])
+
+    monkeypatch.setattr(fitting, "_fitted", fitted)
+    workspace: Any = SimpleNamespace(line=lambda _: line(update_budget=16384), work=tmp_path)
+    ladder = retrain._Ladder(1, full=ModelFiles(checkpoint=checkpoint.folder, bundle=tmp_path))
+
+    def judged(variant: VariantName) -> tuple[Checkpoint, Any]:
+        subject = Subject(line="shapes", configuration="I", variant=variant)
+        data: DataVersion = VERSION
+        folder, update = retrain._made(workspace, data, subject, ladder, "student", checkpoint, None)
+        files, decision = ModelFiles(checkpoint=folder, bundle=tmp_path), SimpleNamespace(update=update)
+        retrain._passed(ladder, SimpleNamespace(fit=True, files=files, decision=decision, row=None))  # type: ignore[arg-type]
+        return load_checkpoint(folder), update
+
+    (fast, first), (turbo, second) = judged("fast"), judged("turbo")
+    assert limits == [16384 - 5000]
+    assert fast.weights_sha256 == turbo.weights_sha256 == fielded[0].weights_sha256
+    assert (fast.lineage.variant, turbo.lineage.variant) == ("fast", "turbo")
+    assert (second.noise, second.weights, second.beside) == (first.noise, first.weights, 0)
+    assert (first.bytes, second.bytes) == (16384, 16384)
