@@ -33,7 +33,7 @@ from model.publish import publish_first
 from model.scorecard import DataVersion, Lineage, Sha256
 from registry import runs
 from registry.catalog import Subject
-from registry.champions import champion_of, reconcile, verdict
+from registry.champions import champion_of, reconcile, seals, verdict
 from registry.curve import Update
 from registry.lineage import shortened
 from registry.runs import Retrained
@@ -187,8 +187,8 @@ class _Ladder:
 
     No variant comes from a version that somebody went back from, or from a champion of another network configuration.
     """
-    update: Update | None = None
-    """How that `full` was updated; None: it was not, or it was rounded."""
+    weights: int | None = None
+    """Bytes of the update that made the weights of that `full`; None: it is a first version, or an older ferry did not count them."""
     students: dict[Sha256, Taught] = field(default_factory=dict)
     """The students of that `full`, by the hash of their master; variants whose students have the same master share one."""
     last: Decision | None = None
@@ -271,7 +271,7 @@ def _retrain_full(workspace: Workspace, data: DataVersion, subject: Subject, lad
     champion, before = _present(workspace, subject, config)
     if champion and before:
         if before.lineage.config == config:
-            ladder.full, ladder.update = champion.files, _update_of(workspace, subject, champion)
+            ladder.full, ladder.weights = champion.files, _weights_of_update(workspace, subject, champion)
         if any(is_current(before.lineage, settings, data) for settings in overrides.current(workspace, data.line)):
             if _is_exported_so(workspace, champion, line):
                 # If a run was interrupted after this promotion, the next run must leave the other models the same level.
@@ -312,7 +312,7 @@ def _adopt_full(
     champion, before = _present(workspace, subject, config)
     if champion and before:
         if before.lineage.config == config:
-            ladder.full = champion.files
+            ladder.full, ladder.weights = champion.files, _weights_of_update(workspace, subject, champion)
         if (before.weights_sha256, champion.seal.data_md5) == (train.load_checkpoint(adopted).weights_sha256, data.md5):
             ladder.last = verdict(workspace, subject, champion.seal.version)
             return _row(subject, data, champion.seal.version, "unchanged", "the champion has these weights")
@@ -432,12 +432,28 @@ def _beside(ladder: _Ladder, champion: Incumbent | None, full: train.Checkpoint,
     """Return the bytes of the other weights of an update that brings a student: of `full`, unless the champion comes from it already, and of others."""
     known = champion is not None and champion.seal.origin == full.weights_sha256
     others = (student.size for master, student in ladder.students.items() if master != trained.weights_sha256)
-    return (0 if known or ladder.update is None else ladder.update.weights) + sum(others)
+    return (0 if known or ladder.weights is None else ladder.weights) + sum(others)
 
 
 def _update_of(workspace: Workspace, subject: Subject, champion: Incumbent) -> Update | None:
-    made = verdict(workspace, subject, champion.seal.version)
-    return made.update if made else None
+    """Return how a champion's weights were updated, also where later versions only store or draw them otherwise; None: no method did."""
+    same = (seal.version for seal in reversed(seals(workspace, subject)) if seal.checkpoint == champion.seal.checkpoint)
+    return next((made.update for number in same if (made := verdict(workspace, subject, number)) and made.update), None)
+
+
+def _weights_of_update(workspace: Workspace, subject: Subject, champion: Incumbent) -> int | None:
+    """Return the bytes of the update that made a champion's weights; None: it is a first version, or its decision has no bytes."""
+    update, made = _update_of(workspace, subject, champion), verdict(workspace, subject, champion.seal.version)
+    return _more(update.weights if update else None, _weights_in(made) if made else None)
+
+
+def _weights_in(decision: Decision) -> int | None:
+    """Return the bytes of the weights of a judged update; those of weights that no method made, such as adopted ones, are estimated."""
+    return decision.update.weights if decision.update else decision.update_bytes
+
+
+def _more(one: int | None, other: int | None) -> int | None:
+    return max((size for size in (one, other) if size is not None), default=None)
 
 
 def _trained(workspace: Workspace, lesson: Lesson, line: Line) -> Path:
@@ -450,7 +466,9 @@ def _noted(ladder: _Ladder, judged: Judged) -> Retrained:
     """Keep the gate's decision on `full`, and the model if the other variants may come from it; return the row."""
     ladder.last = judged.decision
     if judged.fit:
-        ladder.full, ladder.update = judged.files, judged.decision.update
+        # Where the champion was only exported anew, devices may miss its own update, too.
+        earlier = ladder.weights if ladder.full and ladder.full.checkpoint == judged.files.checkpoint else None
+        ladder.full, ladder.weights = judged.files, _more(_weights_in(judged.decision), earlier)
     return judged.row
 
 

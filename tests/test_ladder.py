@@ -19,6 +19,8 @@ from model.train import LINEAGE, Checkpoint, load_checkpoint
 from registry.catalog import Subject
 from tests.conftest import VERSION
 
+SUBJECT = Subject(line="shapes", configuration="I", variant="full")
+
 
 def line(**changed: Any) -> Line:
     given = {"data": "data/shapes", "tier": "test", "update_method": "lowrank"} | changed
@@ -69,3 +71,36 @@ def test_variants_whose_students_have_one_master_take_one_update_although_less_i
     assert (fast.lineage.variant, turbo.lineage.variant) == ("fast", "turbo")
     assert (second.noise, second.weights, second.beside) == (first.noise, first.weights, 0)
     assert (first.bytes, second.bytes) == (16384, 16384)
+
+
+def version(number: int, weights: str, update: int | None, estimated: int | None) -> tuple[Any, Any]:
+    """Make the seal of a version, and the decision on it."""
+    made = SimpleNamespace(weights=update) if update is not None else None
+    return SimpleNamespace(version=number, checkpoint=weights), SimpleNamespace(update=made, update_bytes=estimated)
+
+
+@pytest.mark.parametrize(
+    ("versions", "counted"),
+    [
+        ([version(1, "a", None, None)], None),  # a first version
+        ([version(1, "a", None, None), version(2, "b", 9000, 15_000)], 9000),
+        ([version(1, "a", None, None), version(2, "b", None, 2_000_000)], 2_000_000),  # adopted, or rounded
+        ([version(1, "a", None, None), version(2, "b", 9000, 15_000), version(3, "b", None, 40)], 9000),  # with another sampler
+        (
+            [version(1, "a", None, None), version(2, "b", 9000, 15_000), version(3, "b", None, 50_000)],
+            50_000,
+        ),  # in another precision
+    ],
+)
+def test_weights_of_full_are_counted_however_they_were_made(
+    versions: list[tuple[Any, Any]], counted: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(retrain, "seals", lambda *_: [seal for seal, _ in versions])
+    monkeypatch.setattr(retrain, "verdict", lambda _, __, number: versions[number - 1][1])
+    of: Any = SimpleNamespace(seal=versions[-1][0])
+    assert retrain._weights_of_update(SimpleNamespace(), SUBJECT, of) == counted  # type: ignore[arg-type]
+    ladder = retrain._Ladder(1)
+    for seal, decision in versions:  # all in one run
+        files = ModelFiles(checkpoint=tmp_path / seal.checkpoint, bundle=tmp_path)
+        retrain._noted(ladder, SimpleNamespace(fit=True, files=files, decision=decision, row=None))  # type: ignore[arg-type]
+    assert ladder.weights == counted
