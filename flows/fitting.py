@@ -38,11 +38,12 @@ from ota.delta import files
 from ota.release import bundle
 from registry.budget import passes
 from registry.champions import alpha_left, champion_of, updates
-from registry.curve import GATED, Point, Setting, Update, first_of, held_level, held_to, in_order, level_for, rooms
+from registry.curve import GATED, Point, Setting, Update, early, held_level, hold, in_order, level_for, rooms
 from registry.errors import PromotionError
 from registry.selection import Decision
 
 FITTED = "fitted.json"
+SPARE = 0.02  # share of the limit that is left free where the update is polished, which changes its bytes a little
 LEVELS = {"lowrank": (0.004, 4.0), "small-tensors": (0.05, 8.0)}  # finest and coarsest level that is tried
 
 
@@ -92,14 +93,13 @@ def judge_update(
         ),
     )  # fmt: skip
     setting = _setting(line, opened, usual_level(line))
-    first = first_of(updates(workspace, subject), line.update_method or "", setting) if setting else None
-    held = held_to(first.weights) if first else None
+    earlier = early(updates(workspace, [subject]), line.update_method or "", setting) if setting else []
     key = canonical_sha256([
         opened.weights_sha256, opened.lineage.sha256, champion.seal.weights, line.update_method, line.update_level, line.update_budget,
-        line.update_keep, line.update_polish, line.delta_form(subject.configuration), line.precision(subject.configuration), fixed, held, alpha, train.code_sha256(),
+        line.update_keep, line.update_polish, line.delta_form(subject.configuration), line.precision(subject.configuration), fixed, earlier, alpha, train.code_sha256(),
     ])[:32]  # fmt: skip
     folder = Path(renewed(fit_update, workspace.work / "updates" / key / FITTED)(
-        workspace, trained, champion.files, alpha, fixed, held, key
+        workspace, trained, champion.files, alpha, fixed, earlier, key
     ))  # fmt: skip
     fitted = Fitted.model_validate_json((folder / FITTED).read_bytes())
     return settle(workspace, _through_the_gate(workspace, fitted, champion, allowed), promote_winners)
@@ -155,7 +155,7 @@ def _named(parameters: dict[str, Any]) -> str:
     name="fit the update", task_run_name=cast("Any", _named), cache_key_fn=by_key, persist_result=True, result_serializer="json"
 )
 def fit_update(
-    workspace: Workspace, trained: Path, champion: ModelFiles, alpha: float, fixed: int, held: int | None, key: str
+    workspace: Workspace, trained: Path, champion: ModelFiles, alpha: float, fixed: int, earlier: list[int], key: str
 ) -> str:
     """Make the sizes of an update that the gate may judge; return their folder, with `FITTED`.
 
@@ -165,7 +165,7 @@ def fit_update(
         champion: what devices have.
         alpha: level of the tests of the share that is kept.
         fixed: bytes that a device fetches besides the weights.
-        held: most bytes of the weights of an update without a budget; None: it is the first of its setting.
+        earlier: bytes of the first updates without a budget at the usual level; empty: this one is the first of its setting.
         key: names the folder.
     """
     folder = workspace.work / "updates" / key
@@ -175,7 +175,7 @@ def fit_update(
     progress.say(f"make the update of {subject} by {line.update_method}")
     dataset = open_dataset(workspace, line, subject.configuration, opened.lineage.data)
     with _bench(line, opened, champion, dataset, alpha, fixed) as bench:
-        candidates = bench.within_budget(folder) if line.update_budget else [bench.at_the_usual_level(folder, held)]
+        candidates = bench.within_budget(folder) if line.update_budget else [bench.at_the_usual_level(folder, earlier)]
     fitted = Fitted(candidates=candidates)
     (folder / FITTED).write_text(fitted.model_dump_json(indent=1))
     return str(folder)
@@ -272,13 +272,10 @@ class _Bench:
         before, master = self.before
         return kept(before.proving, master.proving, of.proving, self.alpha)
 
-    def at_the_usual_level(self, folder: Path, held: int | None) -> Candidate:
+    def at_the_usual_level(self, folder: Path, earlier: list[int]) -> Candidate:
         """Make the update without a budget, at the usual level or at a coarser one that holds its bytes."""
-        usual = usual_level(self.line)
-        if held is None:
-            return self.candidate(usual, folder, [])
-        _, coarsest = LEVELS[self.method]
-        level = held_level(self.size, usual, coarsest, held - held // 50, self.sizes)  # polishing changes the bytes a little
+        usual, (_, coarsest) = usual_level(self.line), LEVELS.get(self.method, (0.0, 0.0))
+        level, held = hold(self.size, usual, coarsest, earlier, self.sizes, SPARE if self.line.update_polish else 0.0)
         self.finish(level, held)
         if level > usual:
             progress.say(f"it is made at level {level:.3g} instead of {usual:.3g}, to hold its weights to {held:,} bytes")
@@ -338,11 +335,11 @@ class _Bench:
         """Write the checkpoint of a level, with what is known of it."""
         finished = self.finish(level)
         made = write_published(self.trained, finished.update, folder / f"level-{level:.6g}", finished.polished)
-        budget = self.line.update_budget
+        budget, usual = self.line.update_budget, usual_level(self.line)
         update = Update(
             method=self.method, start="master" if self.trained.lineage.start == "master" else "fielded",
             why_fielded=_why_fielded(self.trained, self.fielded), master=self.trained.weights_sha256, noise=level, polished=finished.polished,
-            bytes=self.fixed + finished.size, fixed=self.fixed, setting=_setting(self.line, self.trained, usual_level(self.line)), held=held, budget=budget, keep=self.line.update_keep if budget else None,
+            bytes=self.fixed + finished.size, fixed=self.fixed, setting=_setting(self.line, self.trained, usual), held=held, usual=self.sizes[usual] if held and level > usual else None, budget=budget, keep=self.line.update_keep if budget else None,
             kept=found or self.kept(finished.losses), curve=list(curve),
             unlimited=self.fixed + self.sizes[LEVELS[self.method][0]] if budget else None,
         )  # fmt: skip
@@ -369,6 +366,10 @@ class Taught(Frozen):
     level: float
     size: int
     """Encoded bytes."""
+    held: int | None = None
+    """Bytes to which it was held without a budget; None: it is the first of its setting."""
+    usual: int | None = None
+    """Encoded bytes at the usual level, if it has a coarser one."""
 
     @classmethod
     def of(cls, checkpoint: Path, update: Update) -> Taught:
@@ -408,16 +409,15 @@ def student_update(
     lineage = trained.lineage
     line, subject = workspace.line(lineage.data.line), subject_of(lineage)
     usual = usual_level(line) if line.update_method == "lowrank" else METHODS["lowrank"].level
-    setting = _setting(line, trained, usual) if parent.lineage.teacher else None  # the first student takes more than later ones
+    # The first student takes more than later ones, and one that another variant has already takes nothing: neither is a measure.
+    setting = _setting(line, trained, usual) if parent.lineage.teacher and known is None else None
     others = (subject.model_copy(update={"variant": variant}) for variant in VARIANTS if variant != "full")
-    first = first_of((made for other in others for made in updates(workspace, other)), "lowrank", setting) if setting else None
-    held = held_to(first.weights) if first else None
-    made = known or _fitted(
-        workspace, trained, parent, full, champion, usual, line.update_budget - fixed - beside if line.update_budget else held
-    )
+    earlier = early(updates(workspace, others), "lowrank", setting) if setting else []
+    limit = line.update_budget - fixed - beside if line.update_budget else None
+    made = known or _fitted(workspace, trained, parent, full, champion, usual, limit, earlier)
     return made.checkpoint, Update(
         method="lowrank", start="master" if lineage.start == "master" else "fielded", why_fielded=_why_fielded(trained, parent),
-        master=trained.weights_sha256, noise=made.level, bytes=fixed + beside + made.size, fixed=fixed, beside=beside, setting=setting, held=held,
+        master=trained.weights_sha256, noise=made.level, bytes=fixed + beside + made.size, fixed=fixed, beside=beside, setting=setting, held=made.held, usual=made.usual,
         budget=line.update_budget,
     )  # fmt: skip
 
@@ -430,6 +430,7 @@ def _fitted(
     champion: Incumbent | None,
     usual: float,
     limit: int | None,
+    earlier: list[int],
 ) -> Taught:
     """Make the fielded weights of a student, unless that was done before."""
     lineage = trained.lineage
@@ -437,11 +438,11 @@ def _fitted(
     fielded = champion.files.bundle / "weights.bin" if champion and champion.seal.teacher else None
     form = line.delta_form(subject.configuration)
     key = canonical_sha256([
-        trained.weights_sha256, lineage.sha256, parent.weights_sha256, champion.seal.weights if champion and fielded else None, usual, limit, form,
+        trained.weights_sha256, lineage.sha256, parent.weights_sha256, champion.seal.weights if champion and fielded else None, usual, limit, earlier, form,
         line.precision(subject.configuration), train.code_sha256(),
     ])[:32]  # fmt: skip
     folder = Path(renewed(fit_student, workspace.work / "updates" / key / FITTED)(
-        workspace, trained.folder, parent.folder, full, fielded, usual, limit, key
+        workspace, trained.folder, parent.folder, full, fielded, usual, limit, earlier, key
     ))  # fmt: skip
     return Taught.model_validate_json((folder / FITTED).read_bytes())
 
@@ -458,7 +459,8 @@ def _named_student(parameters: dict[str, Any]) -> str:
     result_serializer="json",
 )
 def fit_student(
-    workspace: Workspace, trained: Path, parent: Path, full: ModelFiles, fielded: Path | None, usual: float, limit: int | None, key: str
+    workspace: Workspace, trained: Path, parent: Path, full: ModelFiles, fielded: Path | None, usual: float, limit: int | None,
+    earlier: list[int], key: str,
 ) -> str:  # fmt: skip
     """Make the weights of a student at the usual level, or at a coarser one that keeps a limit; return their folder, with `FITTED`.
 
@@ -469,7 +471,8 @@ def fit_student(
         full: the published `full`.
         fielded: exported weights of the student that devices have; None: they have none.
         usual: finest level.
-        limit: most bytes of its weights; None: any.
+        limit: most bytes of its weights; None: there is no budget.
+        earlier: bytes of the first students without a budget at the usual level; empty: this one is the first of its setting.
         key: names the folder.
     """
     folder = workspace.work / "updates" / key
@@ -493,8 +496,15 @@ def fit_student(
             return found
 
         known = {usual: size(usual)}
-        level = held_level(size, usual, LEVELS["lowrank"][1], limit, known)
-        made = Taught(checkpoint=publication.write(level, folder / "made").folder, level=level, size=known[level])
+        (_, coarsest), held = LEVELS["lowrank"], None
+        if limit is None:
+            level, held = hold(size, usual, coarsest, earlier, known)
+        else:
+            level = held_level(size, usual, coarsest, limit, known)
+        made = Taught(
+            checkpoint=publication.write(level, folder / "made").folder, level=level, size=known[level], held=held,
+            usual=known[usual] if held and level > usual else None,
+        )  # fmt: skip
     (folder / FITTED).write_text(made.model_dump_json(indent=1))
     return str(folder)
 

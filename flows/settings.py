@@ -403,7 +403,7 @@ class Line(Section):
     update_level: float | None = Field(
         default=None, gt=0, le=10,
         description="level of the method where there is no budget: a higher one takes fewer bytes and loses more; not given: the method's own. Where an "
-        "update would take more than 1.15 times the bytes of the first one at this level, its level is raised",
+        "update would take more than 1.15 times the bytes of the first ones at this level, its level is raised, to 4 times this one at most",
     )  # fmt: skip
     update_polish: int = Field(
         default=40, ge=0, le=1000,

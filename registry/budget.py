@@ -19,8 +19,8 @@ def with_update(decision: Decision, update: Update) -> Decision:
     Returns:
         the decision with these checks, too; it is "refuse" if one of them fails.
     """
-    began = f"; {update.why_fielded}" if update.why_fielded else ""
-    made = decision.model_copy(update={"update_bytes": update.bytes, "update": update, "reason": decision.reason + began})
+    told = "".join(f"; {said}" for said in (update.why_fielded, holding(update)) if said)
+    made = decision.model_copy(update={"update_bytes": update.bytes, "update": update, "reason": decision.reason + told})
     if update.budget is None:
         return made
     checks = [_fits(update, update.budget), *([] if update.keep is None else [_keeps(update, update.keep)])]
@@ -78,12 +78,19 @@ def in_short(update: Update) -> str:
 
 
 def holding(update: Update) -> str:
-    """Say why an update without a budget is coarser than the settings ask for; empty: it is not."""
-    if update.setting is None or update.held is None or not update.is_coarser:
+    """Say why an update without a budget is coarser than the settings ask for, or that it is larger than it should be; empty: neither."""
+    if update.setting is None or update.held is None:
         return ""
+    limit = f"{update.held:,} bytes, {HELD:g} times those of the first such update of usual size"
+    if update.weights > update.held:
+        return (
+            f"its weights take {update.weights:,} bytes at level {update.noise:.3g}, the coarsest that is tried without a budget, so they cannot be held "
+            f"to {limit}; another update_level begins anew"
+        )
     return (
-        f"rounded at level {update.noise:.3g} instead of {update.setting.level:.3g}, to hold its weights to {update.held:,} bytes, {HELD:g} times "
-        "those of the first such update"
+        f"rounded at level {update.noise:.3g} instead of {update.setting.level:.3g}, to hold its weights to {limit}"
+        if update.is_coarser
+        else ""
     )
 
 

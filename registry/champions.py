@@ -132,10 +132,14 @@ def verdict(records: Records, subject: Subject, number: int) -> Decision | None:
     return Decision.model_validate(found) if found else None
 
 
-def updates(records: Records, subject: Subject) -> list[Update]:
-    """Return how the champions so far were updated, the oldest first; those that a rollback left are not among them."""
-    line = _state(records, subject).line
-    return [made.update for number in line if (made := verdict(records, subject, number)) and made.update]
+def updates(records: Records, subjects: Iterable[Subject]) -> list[Update]:
+    """Return how the champions of subjects were updated, in the order in which they became champions; those that a rollback left are not among them."""
+    found: list[tuple[int, Update]] = []
+    for subject in subjects:
+        since = {entry.facts["version"]: entry.number for entry in reversed(promotions(records, subject))}
+        line = [(since.get(number, 0), verdict(records, subject, number)) for number in _state(records, subject).line]
+        found += [(entry, made.update) for entry, made in line if made and made.update]
+    return [update for _, update in sorted(found, key=lambda one: one[0])]
 
 
 def gate(

@@ -15,7 +15,7 @@ gate, which draws images, for those that passed, in the same order, and for `GAT
 that the gate sees depend on the budget alone.
 
 Without a budget there is one size. The method's usual level is only the first choice for it: what an update leaves out is part of the
-next one, so the bytes of updates at one level grow from release to release. `held_level` keeps them near those of the first update.
+next one, so the bytes of updates at one level grow from release to release. `hold` keeps them near those of the first updates.
 
     >>> passed = in_order(rooms(65536 - 16048, finest=400_000), keeps_enough)
 """
@@ -23,8 +23,8 @@ next one, so the bytes of updates at one level grow from release to release. `he
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from itertools import takewhile
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice, takewhile
 from typing import Literal, TypeVar
 
 from pydantic import Field
@@ -35,7 +35,10 @@ from model.scorecard import Frozen, Kept, Sha256
 LEAST = 1024  # bytes of weights below which no update is tried
 GATED = 3  # sizes that the gate judges at most
 TRIES = 12  # updates that are encoded at most to find the level of one size
-HELD = 1.15  # times the bytes of the first update: most that a later one without a budget takes
+HELD = 1.15  # times the bytes of an early update: most that a later one without a budget takes
+EARLY = 3  # updates among which the one that measures later ones is looked for
+SMALL = 4  # an early update of less than this part of the largest of them is no measure: its delivery was a small one
+COARSER = 4.0  # times the usual level: coarsest that is tried without a budget
 NEAR = 0.05  # share of a size that an update may be smaller than it
 Start = Literal["master", "fielded"]
 T = TypeVar("T")
@@ -99,7 +102,12 @@ class Update(Frozen):
     held: int | None = Field(
         default=None,
         exclude_if=lambda value: value is None,
-        description="bytes of weights to which it was held because of the first update of this setting; null: it is the first, or has a budget",
+        description="bytes of weights to which it was held because of the first updates of this setting; null: it is the first, or has a budget",
+    )
+    usual: int | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="of one that was made coarser: bytes that its weights would take at the level that was asked for",
     )
     keep: float | None = Field(
         default=None,
@@ -115,6 +123,11 @@ class Update(Frozen):
     def weights(self) -> int:
         """Bytes of its weights."""
         return self.bytes - self.fixed - (self.beside or 0)
+
+    @property
+    def at_the_usual_level(self) -> int:
+        """Bytes that its weights take, or would take, at the level that was asked for."""
+        return self.weights if self.usual is None else self.usual
 
     @property
     def is_coarser(self) -> bool:
@@ -188,31 +201,71 @@ def level_for(size_of: Callable[[float], int], limit: int, low: float, high: flo
     return fits
 
 
-def first_of(updates: Iterable[Update], method: str, setting: Setting) -> Update | None:
-    """Find the first update of a method and setting; None: there is none, so the next one is the first.
+def early(updates: Iterable[Update], method: str, setting: Setting) -> list[int]:
+    """List the bytes of the first updates of a method and setting at the usual level; empty: the next one is the first.
 
     Args:
         updates: those of the champions so far, the oldest first.
         method: row of the table of methods.
         setting: without a budget.
     """
-    return next((made for made in updates if (made.method, made.setting) == (method, setting)), None)
+    same = (made.at_the_usual_level for made in updates if (made.method, made.setting) == (method, setting))
+    return [*islice(same, EARLY)]
 
 
-def held_to(first: int) -> int:
-    """Return the most bytes of weights that an update may take whose first one took so many."""
-    return max(LEAST, int(HELD * first))
+def held_to(earlier: Sequence[int], own: int) -> int | None:
+    """Return the most bytes that the weights of an update without a budget may take; None: it is the first.
+
+    The measure is the first update, unless that was a small one: one that takes less than a quarter of the largest of the first three
+    is passed over. All are compared at the usual level, and this update is one of them. So a tiny delivery does not hold a line to its
+    bytes for good.
+
+    Args:
+        earlier: bytes of earlier updates at the usual level, the oldest first.
+        own: bytes of this one at the usual level.
+    """
+    if not earlier:
+        return None
+    first = [*earlier, own][:EARLY]
+    return max(LEAST, int(HELD * next(size for size in first if SMALL * size >= max(first))))
 
 
-def held_level(size_of: Callable[[float], int], usual: float, high: float, limit: int | None, known: dict[float, int]) -> float:
-    """Choose the level of an update without a budget: the usual one, or a coarser one that holds its bytes to a limit.
+def hold(
+    size_of: Callable[[float], int], usual: float, coarsest: float, earlier: Sequence[int], known: dict[float, int], spare: float = 0.0
+) -> tuple[float, int | None]:  # fmt: skip
+    """Choose the level of an update without a budget, from encoded bytes alone.
+
+    Args:
+        size_of: encodes the update of a level, and returns its bytes; they fall as the level rises.
+        usual: finest level.
+        coarsest: level of the method.
+        earlier: bytes of earlier updates at the usual level, the oldest first.
+        known: bytes of levels that were encoded before; what is encoded here is added.
+        spare: as for `held_level`.
+
+    Returns:
+        the level, and the bytes to which it is held; None: it is the first.
+    """
+    if not earlier:
+        return usual, None
+    if usual not in known:
+        known[usual] = size_of(usual)
+    limit = held_to(earlier, known[usual])
+    return held_level(size_of, usual, min(coarsest, COARSER * usual), limit, known, spare), limit
+
+
+def held_level(
+    size_of: Callable[[float], int], usual: float, high: float, limit: int | None, known: dict[float, int], spare: float = 0.0
+) -> float:  # fmt: skip
+    """Choose the usual level, or a coarser one that holds an update to a limit.
 
     Args:
         size_of: encodes the update of a level, and returns its bytes; they fall as the level rises.
         usual: finest level.
         high: coarsest level that is tried.
-        limit: bytes; None: there is none, because this update is the first.
+        limit: bytes; None: there is none.
         known: bytes of levels that were encoded before; what is encoded here is added.
+        spare: share of the limit that a coarser update leaves free, because polishing changes its bytes a little.
 
     Returns:
         the level; `high` where even that takes more.
@@ -223,5 +276,5 @@ def held_level(size_of: Callable[[float], int], usual: float, high: float, limit
         known[usual] = size_of(usual)
     if known[usual] <= limit:
         return usual
-    found = level_for(size_of, limit, usual, high, known)
+    found = level_for(size_of, int((1 - spare) * limit), usual, high, known)
     return high if found is None else found

@@ -307,7 +307,7 @@ def test_refused_challengers_master_does_not_leak_into_the_next_training(workspa
 def test_second_larger_update_without_a_budget_is_held_to_the_bytes_of_the_first(workspace: Workspace, tmp_path: Path):
     as_champion(workspace, 1)
     deliver(workspace, 7)
-    (first,) = retrained(workspace, "--steps", "12", "--no-promote")
+    (first,) = retrained(workspace, "--steps", "40", "--no-promote")
     assert "held" not in first["update"]
     assert first["update"]["noise"] == first["update"]["setting"]["level"]
     deliver(workspace, 8)

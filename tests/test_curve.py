@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.config import canonical_sha256
 from model.data import Dataset
 from model.kept import LEAST_GROUPS, Losses, kept, losses
 from model.network import Network
@@ -20,15 +21,18 @@ from model.scorecard import Kept
 from model.train import Checkpoint
 from registry.budget import in_short, passes, with_update
 from registry.curve import (
+    COARSER,
+    HELD,
     LEAST,
     NEAR,
+    SMALL,
     TRIES,
     Point,
     Setting,
     Update,
-    first_of,
-    held_level,
+    early,
     held_to,
+    hold,
     in_order,
     level_for,
     rooms,
@@ -145,40 +149,71 @@ def test_update_of_a_known_level_is_not_encoded_again():
 # The level without a budget
 
 
-@given(st.floats(0.4, 2.5), st.floats(1e3, 1e6), st.integers(300, 10**6), st.floats(0.002, 0.5))
+@given(st.floats(0.4, 2.5), st.floats(1e3, 1e6), st.integers(300, 10**6), st.floats(0.002, 0.5), st.sampled_from([0.0, 0.02]))
 def test_update_without_a_budget_is_held_to_the_bytes_of_the_first_and_is_never_finer_than_usual(
-    power: float, scale: float, first: int, usual: float
+    power: float, scale: float, first: int, usual: float, spare: float
 ):
     def size(level: float) -> int:
         return int(scale * (level / 0.05) ** -power) + 200
 
-    high, limit, known = 2.0, held_to(first), dict[float, int]()
-    level = held_level(size, usual, high, limit, known)
+    coarsest, known = 1.0, dict[float, int]()
+    level, limit = hold(size, usual, coarsest, [first], known, spare)
+    high = min(coarsest, COARSER * usual)
+    assert limit == max(LEAST, int(HELD * (first if SMALL * first >= size(usual) else size(usual))))
     assert usual <= level <= high
     assert set(known) <= {usual} or len(known) <= TRIES + 3
     if size(usual) <= limit:
         assert level == usual
-    elif size(high) > limit:
+    elif size(high) > (1 - spare) * limit:
         assert level == high
     else:
-        assert size(level) <= limit
-        assert size(level) >= (1 - NEAR) * limit or size(level / 1.02) > limit
-    assert held_level(lambda level: pytest.fail(f"encoded at {level}"), usual, high, None, {}) == usual  # the first one
+        assert size(level) <= (1 - spare) * limit
+        assert size(level) >= (1 - spare) * (1 - NEAR) * limit - 1 or size(level / 1.02) > (1 - spare) * limit
+    assert hold(lambda level: pytest.fail(f"encoded at {level}"), usual, coarsest, [], {}) == (usual, None)  # the first one
+
+
+def size_at(level: float) -> int:
+    return int(30_000 * (0.03 / level) ** 0.7) + 200
+
+
+@pytest.mark.parametrize("spare", [0.0, 0.02])
+def test_update_that_fits_at_the_usual_level_has_it_although_it_leaves_nothing_spare(spare: float):
+    first = math.ceil(size_at(0.03) / HELD)
+    assert hold(size_at, 0.03, 4.0, [first], {}, spare)[0] == 0.03
+    assert hold(size_at, 0.03, 4.0, [first - 1], {}, spare)[0] > 0.03
 
 
 def test_bytes_do_not_creep_up_over_twelve_releases():
     """Let each release need a tenth more bytes at the same level than the one before it, as error feedback makes them."""
-    sizes: list[int] = []
+    sizes, usual = list[int](), list[int]()
     for release in range(12):
 
         def size(level: float, release: int = release) -> int:
             return int(30_000 * 1.1**release * (0.03 / level))
 
-        level = held_level(size, 0.03, 4.0, held_to(sizes[0]) if sizes else None, {})
+        level, _ = hold(size, 0.03, 4.0, usual, {})
+        usual.append(size(0.03))
         sizes.append(size(level))
-    assert size(0.03) > 2 * sizes[0]  # so they would creep up
+    assert usual[-1] > 2 * sizes[0]  # so they would creep up
     assert max(sizes[-3:]) <= 1.2 * sizes[0]
     assert min(sizes) >= sizes[0]
+
+
+@pytest.mark.parametrize("tiny", [0, 1, 2])
+def test_tiny_delivery_among_the_first_does_not_hold_a_line_for_good(tiny: int):
+    usual = list[int]()
+    for release in range(8):
+        of = 0.03 if release == tiny else 1.0
+        level, _ = hold(lambda level, of=of: int(of * size_at(level)), 0.03, 4.0, usual, {})
+        usual.append(int(of * size_at(0.03)))
+        assert level == 0.03
+
+
+def test_level_rises_to_a_few_times_the_usual_one_at_most():
+    """Let the first three deliveries be tiny: the bytes of the next ones cannot be held."""
+    level, limit = hold(size_at, 0.03, 4.0, [200, 220, 250], {})
+    assert (level, limit) == (COARSER * 0.03, LEAST)
+    assert size_at(level) > 10 * LEAST
 
 
 def made(size: int, noise: float = 0.03, method: str = "lowrank", **changed: Any) -> Update:
@@ -186,7 +221,7 @@ def made(size: int, noise: float = 0.03, method: str = "lowrank", **changed: Any
     return update(size, None, budget=None).model_copy(update={"method": method, "noise": noise, "setting": setting})
 
 
-def test_first_update_of_the_same_settings_is_the_measure():
+def test_first_updates_of_the_same_settings_are_the_measure_at_the_usual_level():
     of = made(1).setting
     assert of
     with_budget = update(50_000, None)
@@ -197,21 +232,37 @@ def test_first_update_of_the_same_settings_is_the_measure():
         made(4, form=1),
         made(5, network="b" * 64),
     ]
-    assert first_of([with_budget, *others, made(60_000), made(70_000)], "lowrank", of) == made(60_000)
-    assert first_of([with_budget, *others], "lowrank", of) is None
+    held = made(70_000, 0.04).model_copy(update={"usual": 60_000})
+    assert early([with_budget, *others, made(60_000), held, made(62_000), made(80_000)], "lowrank", of) == [
+        44_000,
+        60_000,
+        46_000,
+    ]
+    assert early([with_budget, *others], "lowrank", of) == []
+    assert held_to([], 50_000) is None
 
 
-def test_update_that_is_held_says_so():
+def test_update_that_is_held_says_so_in_its_line_and_in_the_decision():
     held = made(60_000, 0.041).model_copy(update={"held": 51_750})
-    assert in_short(held).endswith(
-        "; rounded at level 0.041 instead of 0.03, to hold its weights to 51,750 bytes, 1.15 times those of the first such update"
-    )
+    said = "; rounded at level 0.041 instead of 0.03, to hold its weights to 51,750 bytes, 1.15 times those of the first such update of usual size"
+    assert in_short(held).endswith(said)
+    assert with_update(decision(), held).reason == decision().reason + said
     assert "rounded at" not in in_short(made(60_000))
     assert "rounded at" not in in_short(made(60_000).model_copy(update={"held": 51_750}))
 
 
+@pytest.mark.parametrize("level", [0.03, 0.12])
+def test_update_that_cannot_be_held_says_so(level: float):
+    large = made(60_000, 0.12, level=level).model_copy(update={"held": 1024})
+    said = "; its weights take 44,000 bytes at level 0.12, the coarsest that is tried without a budget, so they cannot be held to 1,024 bytes"
+    assert said in in_short(large)
+    assert said in with_update(decision(), large).reason
+
+
 def test_update_of_before_keeps_its_hash():
-    assert {"setting", "held"}.isdisjoint(update(60_000, None).model_dump(mode="json"))
+    """Compare with what the code before the settings made, which versions of then have signed."""
+    old = update(60_000, share(0.981))
+    assert canonical_sha256(old.model_dump(mode="json")) == "ca9d07fce4f18900ecd197f8f0cdb263b0bab35f10defb9e2fbaa9e2cc26917c"
 
 
 # The decision

@@ -40,7 +40,7 @@ def test_variants_whose_students_have_one_master_take_one_update_although_less_i
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """The second one finds a budget that has less room, because the first was promoted in between."""
+    """Give the second one less room, because the first was promoted in between."""
     master, fielded = (
         student(changed("master", 0.02), checkpoint),
         [student(changed(f"at {n}", 0.01), checkpoint) for n in (0, 1)],
@@ -50,7 +50,7 @@ def test_variants_whose_students_have_one_master_take_one_update_although_less_i
     monkeypatch.setattr(retrain, "_trained", lambda *_: master.folder)
 
     def fitted(*given: Any) -> Taught:
-        limits.append(given[-1])
+        limits.append(given[-2])
         return Taught(checkpoint=fielded[len(limits) - 1].folder, level=0.03 * len(limits), size=limits[-1])
 
     monkeypatch.setattr(fitting, "_fitted", fitted)

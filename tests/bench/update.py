@@ -49,7 +49,7 @@ from model.update import FACTORS, METHODS, MethodName, write_factors
 from ota.delta import files
 from ota.delta.streams import keep_memory
 from registry import selection
-from registry.curve import held_level, held_to
+from registry.curve import hold
 from tests.bench import fetched
 from tests.bench.deliveries import DATA, STORED, Product, lamps, product
 from tests.bench.variants import kept
@@ -416,7 +416,7 @@ def on_old_data(made: Product, seed: int) -> dict[str, Any]:
 def chain(releases: int) -> list[dict[str, Any]]:
     """Retrain on a drifting world, release after release, with error feedback; compare with the fp32 chain, which is the master.
 
-    Bytes are held to those of the first release, as without a budget in a factory; `usual` are those that the usual level would take.
+    Bytes are held to those of the first releases, as without a budget in a factory; `usual` are those that the usual level would take.
     """
     fielded, rows = product("surfaces", "nano", PARTS / "products").champion, list[dict[str, Any]]()
     for release in range(1, releases + 1):
@@ -435,7 +435,7 @@ def chain(releases: int) -> list[dict[str, Any]]:
             return scene.delta(update.network(), factors=factors)
 
         known = {CHAIN_LEVEL: size(CHAIN_LEVEL)}
-        level = held_level(size, CHAIN_LEVEL, COARSEST, held_to(rows[0]["bytes"]) if rows else None, known)
+        level, _ = hold(size, CHAIN_LEVEL, COARSEST, [row["usual"] for row in rows], known)
         made = publication.write(level, work / "published")
         means = [float(losses(of.network(), new).values.mean()) for of in (before, master, made)]
         rows.append({
