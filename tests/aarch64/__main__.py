@@ -40,6 +40,7 @@ from ota.delta.factors import read
 from ota.delta.header import PlainFile
 from ota.delta.numbers import KINDS, MAX_FACTOR, KindName
 from ota.delta.plan import sha256_of
+from ota.delta.updates import WAYS
 from tests import golden_kit
 from tests.conftest import CONFIG, VERSION, write_images
 from tests.test_delta_factors import factors, weights
@@ -316,6 +317,9 @@ def main() -> int:
     wanted, count = make_deltas()
     if missing := set(container.KINDS.values()) - count.keys():
         sys.exit(f"no delta has a record of the kind {', '.join(sorted(missing))}; add one to {Path(__file__).name}")
+    updates = [what for what in count if what.startswith("update ")]
+    if unmoved := [way for way in WAYS.values() if not any(what.endswith(f" {way}") for what in updates)]:
+        sys.exit(f"no delta moves numbers by {', '.join(unmoved)}; add one to {Path(__file__).name}")
     here = results([sys.executable], None, "x86-64")
     unequal = [f"x86-64: {name}: {here['results'][name]}" for name in wanted if here["results"][name] != wanted[name]]
     for processor in PROCESSORS:

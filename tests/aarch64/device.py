@@ -20,6 +20,7 @@ import numpy as np
 
 from ota.delta import cli, lowrank, numbers
 from ota.delta.numbers import KINDS, MAX_FACTOR, Kind
+from ota.delta.updates import MAX_SHARED
 
 RNG = np.random.default_rng(0)  # of integers only: a library draws floats by functions that differ between machines
 
@@ -27,6 +28,8 @@ PRODUCTS = ((1, -20, 900), (2, -1, 3), (3, -100, 9), (7, -9, 40), (16, -40, 2**1
 """Rank, exponent and largest factor."""
 SIZES = (2.0**-7, 1e-3, 0.3, 3e38, 6e-6, 2e-38)
 """Of steps."""
+SPREAD = ((0, 4096, 0), (0x9E3779B97F4A7C15, 4096, 12_345), (2**64 - 1, MAX_SHARED, 2**40), (7, 1, 3))
+"""Seed, how many shared numbers, and the first place."""
 
 
 def applied(folder: Path) -> Iterator[tuple[str, str]]:
@@ -63,6 +66,8 @@ def computed() -> Iterator[tuple[str, str]]:
                     f"{kind.name} {what}: product of rank {rank}, exponent {exponent}",
                     _hash(numbers.predicted(old, left, right, exponent, kind)),
                 )
+    for seed, count, first in SPREAD:
+        yield f"{count} shared numbers of seed {seed:x} from {first}", _hash(*numbers.spread(seed, count, first, 9999))
     for rows, columns, rank in ((64, 96, 3), (200, 150, 12)):
         change: Any = RNG.integers(-300, 301, (rows, rank)) @ RNG.integers(-300, 301, (rank, columns)) + RNG.integers(
             -9, 10, (rows, columns)
