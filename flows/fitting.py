@@ -372,9 +372,9 @@ class Taught(Frozen):
     """Encoded bytes at the usual level, if it has a coarser one."""
 
     @classmethod
-    def of(cls, checkpoint: Path, update: Update) -> Taught:
-        """Return a student that was judged, or is champion."""
-        return cls(checkpoint=checkpoint, level=update.noise, size=update.weights)
+    def of(cls, checkpoint: Path, update: Update, held: bool) -> Taught:
+        """Return a student that was judged, or is champion; it takes no bytes if devices have it already."""
+        return cls(checkpoint=checkpoint, level=update.noise, size=0 if held else update.weights)
 
 
 def student_update(
@@ -383,7 +383,7 @@ def student_update(
     parent: train.Checkpoint,
     full: ModelFiles,
     champion: Incumbent | None,
-    beside: int,
+    beside: int | None,
     known: Taught | None,
     fixed: int,
 ) -> tuple[Path, Update]:
@@ -399,7 +399,7 @@ def student_update(
         parent: weights from which it was trained: the fielded student's, or those of `full`.
         full: the published `full` that taught it.
         champion: of the variant; None: there is none.
-        beside: bytes of other weights in the same update.
+        beside: bytes of other weights in the same update; None: `full` is fetched as a whole, so the budget does not count.
         known: what another variant has of this master; then this one takes it, too, at whatever level. None: none has anything.
         fixed: bytes that a device fetches besides the weights.
 
@@ -413,12 +413,14 @@ def student_update(
     setting = _setting(line, trained, usual) if parent.lineage.teacher and known is None else None
     others = (subject.model_copy(update={"variant": variant}) for variant in VARIANTS if variant != "full")
     earlier = early(updates(workspace, others), "lowrank", setting) if setting else []
-    limit = line.update_budget - fixed - beside if line.update_budget else None
+    budget = None if beside is None else line.update_budget
+    beside = beside or 0
+    limit = budget - fixed - beside if budget else None
     made = known or _fitted(workspace, trained, parent, full, champion, usual, limit, earlier)
     return made.checkpoint, Update(
         method="lowrank", start="master" if lineage.start == "master" else "fielded", why_fielded=_why_fielded(trained, parent),
         master=trained.weights_sha256, noise=made.level, bytes=fixed + beside + made.size, fixed=fixed, beside=beside, setting=setting, held=made.held, usual=made.usual,
-        budget=line.update_budget,
+        budget=budget,
     )  # fmt: skip
 
 

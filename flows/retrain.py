@@ -21,6 +21,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import alerts, budget, lifeline, lost, overrides, pages, progress, running, telling, triggers
 from flows.candidate import Incumbent, Judged, judge
+from flows.clone import is_clone
 from flows.errors import VariantError
 from flows.fitting import Taught, judge_update, student_update
 from flows.settings import TEACHING_MS, Line
@@ -31,11 +32,12 @@ from model import students, train, versions
 from model.config import ConfigurationName, ModelConfig, PrecisionName, VariantName, canonical_sha256, check_same_pictures
 from model.publish import publish_first
 from model.scorecard import DataVersion, Lineage, Sha256
+from ota.release import fielded
 from registry import runs
 from registry.catalog import Subject
 from registry.champions import champion_of, reconcile, seals, verdict
 from registry.curve import Update
-from registry.lineage import shortened
+from registry.lineage import file_sha256, shortened
 from registry.runs import Retrained
 from registry.selection import Decision, level
 
@@ -174,6 +176,14 @@ def register_checkpoint(root: str, checkpoint: str) -> dict[str, Any]:
 Way = Literal["table", "carried over", "student"]
 
 
+@dataclass(frozen=True)
+class _Student:
+    """A student that variants of this run may draw with."""
+
+    files: ModelFiles
+    update: Update
+
+
 @dataclass
 class _Ladder:
     """Results of the variants of one configuration, and what `full` passes on to the others."""
@@ -189,7 +199,7 @@ class _Ladder:
     """
     weights: int | None = None
     """Bytes of the update that made the weights of that `full`; None: it is a first version, or an older ferry did not count them."""
-    students: dict[Sha256, Taught] = field(default_factory=dict)
+    students: dict[Sha256, _Student] = field(default_factory=dict)
     """The students of that `full`, by the hash of their master; variants whose students have the same master share one."""
     last: Decision | None = None
     """The gate's last decision in this configuration; None: there is none yet."""
@@ -328,7 +338,7 @@ def _derive(workspace: Workspace, data: DataVersion, subject: Subject, ladder: _
     full = train.load_checkpoint(ladder.full.checkpoint)
     if champion and before and comes_from(before, full, overrides.current(workspace, data.line)):
         if before.lineage.teacher and (made := _update_of(workspace, subject, champion)):
-            ladder.students[made.master] = Taught.of(champion.files.checkpoint, made)
+            ladder.students[made.master] = _Student(champion.files, made)
         if _is_exported_so(workspace, champion, line):
             ladder.last = verdict(workspace, subject, champion.seal.version)
             why = "the champion comes from the present full with these settings"
@@ -412,11 +422,12 @@ def _made(
         )
         made = train.load_checkpoint(_trained(workspace, lesson, line))
         if _students_have_masters(line):
-            known = ladder.students.get(made.weights_sha256)  # a second update of this master would be fetched beside the first
-            folder, update = student_update(
-                workspace, made, parent, ladder.full, champion, _beside(ladder, champion, full, made), known,
-                ladder.besides(workspace, subject),
-            )  # fmt: skip
+            held = _held(workspace, subject)
+            # A second update of this master would be fetched beside the first.
+            student = ladder.students.get(made.weights_sha256)
+            known = Taught.of(student.files.checkpoint, student.update, _is_in(held, student.files)) if student else None
+            beside, fixed = _beside(ladder, held, made.weights_sha256), ladder.besides(workspace, subject)
+            folder, update = student_update(workspace, made, parent, ladder.full, champion, beside, known, fixed)
             made = train.load_checkpoint(folder)
         if made.lineage.variant == subject.variant:
             return made.folder, update
@@ -428,10 +439,36 @@ def _students_have_masters(line: Line) -> bool:
     return line.options(line.distillation, "float32").method is not None
 
 
-def _beside(ladder: _Ladder, champion: Incumbent | None, full: train.Checkpoint, trained: train.Checkpoint) -> int:
-    """Return the bytes of the other weights of an update that brings a student: of `full`, unless the champion comes from it already, and of others."""
-    known = champion is not None and champion.seal.origin == full.weights_sha256
-    others = (student.size for master, student in ladder.students.items() if master != trained.weights_sha256)
+def _held(workspace: Workspace, subject: Subject) -> set[Sha256]:
+    """Return the hashes of the weights that devices have already: those in the release that they are meant to run, in every class with one."""
+    if is_clone(workspace.root):
+        return set()
+    classes = [name for name, c in workspace.line(subject.line).classes.items() if c.configuration == subject.configuration]
+    last = [release for name in classes if (release := fielded.meant_to_run(workspace, subject.line, name))]
+    manifests = [workspace.repository.manifest(release) for release in last]
+    held = [{made.weights_sha256(variant) for variant in made.variants} for made in manifests]
+    return set.intersection(*held) if held else set()
+
+
+def _is_in(held: set[Sha256], files: ModelFiles) -> bool:
+    return file_sha256(files.bundle / "weights.bin") in held
+
+
+def _beside(ladder: _Ladder, held: set[Sha256], master: Sha256) -> int | None:
+    """Return the bytes of the other weights of an update that brings a student: of `full` and of other students.
+
+    Args:
+        ladder: with the present `full` and the students so far.
+        held: hashes of the weights that devices have already.
+        master: of the student.
+
+    Returns:
+        bytes; None: the release will bring `full` as a whole, because it is a first version, so that no budget counts.
+    """
+    known = ladder.full is not None and _is_in(held, ladder.full)
+    if not known and ladder.weights is None:
+        return None
+    others = [s.update.weights for its, s in ladder.students.items() if its != master and not _is_in(held, s.files)]
     return (0 if known or ladder.weights is None else ladder.weights) + sum(others)
 
 
@@ -476,7 +513,7 @@ def _passed(ladder: _Ladder, judged: Judged) -> Retrained:
     """Keep the gate's decision on a variant; return the row."""
     ladder.last = judged.decision
     if judged.fit and judged.decision.update:
-        ladder.students[judged.decision.update.master] = Taught.of(judged.files.checkpoint, judged.decision.update)
+        ladder.students[judged.decision.update.master] = _Student(judged.files, judged.decision.update)
     return judged.row
 
 

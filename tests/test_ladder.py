@@ -17,6 +17,7 @@ from model.config import VariantName
 from model.scorecard import DataVersion
 from model.train import LINEAGE, Checkpoint, load_checkpoint
 from registry.catalog import Subject
+from registry.lineage import file_sha256
 from tests.conftest import VERSION
 
 SUBJECT = Subject(line="shapes", configuration="I", variant="full")
@@ -25,6 +26,13 @@ SUBJECT = Subject(line="shapes", configuration="I", variant="full")
 def line(**changed: Any) -> Line:
     given = {"data": "data/shapes", "tier": "test", "update_method": "lowrank"} | changed
     return Settings.model_validate({"schema": 2, "lines": {"shapes": given}}).lines["shapes"]
+
+
+def exported(folder: Path, weights: str) -> Path:
+    """Write the weights of an export."""
+    (folder / weights).mkdir(exist_ok=True)
+    (folder / weights / "weights.bin").write_bytes(weights.encode())
+    return folder / weights
 
 
 def student(of: Checkpoint, full: Checkpoint) -> Checkpoint:
@@ -48,6 +56,7 @@ def test_variants_whose_students_have_one_master_take_one_update_although_less_i
     fixed, limits = iter([5000, 5040]), list[int]()
     monkeypatch.setattr(budget, "fixed_bytes", lambda *_: next(fixed))
     monkeypatch.setattr(retrain, "_trained", lambda *_: master.folder)
+    monkeypatch.setattr(retrain, "_held", lambda *_: set())
 
     def fitted(*given: Any) -> Taught:
         limits.append(given[-2])
@@ -55,13 +64,14 @@ def test_variants_whose_students_have_one_master_take_one_update_although_less_i
 
     monkeypatch.setattr(fitting, "_fitted", fitted)
     workspace: Any = SimpleNamespace(line=lambda _: line(update_budget=16384), work=tmp_path)
-    ladder = retrain._Ladder(1, full=ModelFiles(checkpoint=checkpoint.folder, bundle=tmp_path))
+    ladder = retrain._Ladder(1, full=ModelFiles(checkpoint=checkpoint.folder, bundle=exported(tmp_path, "full")), weights=0)
 
     def judged(variant: VariantName) -> tuple[Checkpoint, Any]:
         subject = Subject(line="shapes", configuration="I", variant=variant)
         data: DataVersion = VERSION
         folder, update = retrain._made(workspace, data, subject, ladder, "student", checkpoint, None)
-        files, decision = ModelFiles(checkpoint=folder, bundle=tmp_path), SimpleNamespace(update=update)
+        files = ModelFiles(checkpoint=folder, bundle=exported(tmp_path, "student"))
+        decision = SimpleNamespace(update=update)
         retrain._passed(ladder, SimpleNamespace(fit=True, files=files, decision=decision, row=None))  # type: ignore[arg-type]
         return load_checkpoint(folder), update
 
@@ -104,3 +114,38 @@ def test_weights_of_full_are_counted_however_they_were_made(
         files = ModelFiles(checkpoint=tmp_path / seal.checkpoint, bundle=tmp_path)
         retrain._noted(ladder, SimpleNamespace(fit=True, files=files, decision=decision, row=None))  # type: ignore[arg-type]
     assert ladder.weights == counted
+
+
+def test_weights_that_the_last_release_holds_are_not_counted_and_those_of_no_release_are(tmp_path: Path):
+    def files(name: str) -> ModelFiles:
+        return ModelFiles(checkpoint=tmp_path, bundle=exported(tmp_path, name))
+
+    held = {name: file_sha256(files(name).bundle / "weights.bin") for name in ("full", "fast", "turbo")}
+    ladder = retrain._Ladder(1, full=files("full"), weights=9000)
+    for name, size in (("fast", 800), ("turbo", 70)):
+        ladder.students[name] = retrain._Student(files(name), SimpleNamespace(weights=size))  # type: ignore[arg-type]
+    assert retrain._beside(ladder, set(), "new") == 9870
+    assert retrain._beside(ladder, set(), "turbo") == 9800
+    assert retrain._beside(ladder, {held["full"]}, "new") == 870
+    assert retrain._beside(ladder, {held["full"], held["fast"]}, "new") == 70
+    first = retrain._Ladder(1, full=files("full"))  # a first version: the next release brings it as a whole
+    assert retrain._beside(first, set(), "new") is None
+    assert retrain._beside(first, {held["full"]}, "new") == 0
+
+
+def test_devices_have_what_every_class_with_a_release_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    manifests = {
+        "edge": SimpleNamespace(variants=["full", "turbo"], weights_sha256={"full": "a", "turbo": "b"}.get),
+        "kiosk": SimpleNamespace(variants=["full"], weights_sha256={"full": "a"}.get),
+    }
+    classes = {name: {"configuration": "I"} for name in ("edge", "kiosk", "new")} | {"other": {"configuration": "II"}}
+    workspace: Any = SimpleNamespace(
+        root=tmp_path, line=lambda _: line(classes=classes), repository=SimpleNamespace(manifest=lambda name: manifests[name])
+    )
+    monkeypatch.setattr(retrain, "is_clone", lambda _: False)
+    monkeypatch.setattr(retrain.fielded, "meant_to_run", lambda _, __, name: name if name in manifests else None)
+    assert retrain._held(workspace, SUBJECT) == {"a"}
+    del manifests["kiosk"]
+    assert retrain._held(workspace, SUBJECT) == {"a", "b"}
+    manifests.clear()
+    assert retrain._held(workspace, SUBJECT) == set()
