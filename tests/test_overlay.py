@@ -9,6 +9,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ota.errors import AgentError, BaseError, GateError, ManifestError, Operator
 from ota.manifest import MAX_MANIFEST, Manifest, parse
 from ota.release import fielded
 from ota.release.bundle import Bundle, assemble, bytes_besides_weights, make_delta, make_overlay_delta, student_bytes
+from registry.catalog import Subject
 from tests.conftest import CAPTIONS, LATENCY_MS, SAMPLER, origin
 from tests.fleet_kit import CLASS, LINE, WebServer, name_delta, publish, untouched
 from tests.test_agent_attacks import not_installed, offer
@@ -222,6 +224,27 @@ def test_what_a_delta_takes_besides_weights_is_known_before_there_are_new_ones(f
     alone = files.build(old, new, tmp_path / "weights", later.path("graph"), four.path("graph"), version=version).size
     known = bytes_besides_weights(four, version)
     assert made.size - alone <= known < made.size - alone + 700 * len(later.manifest.variants)
+
+
+def test_variants_that_have_no_champion_yet_are_counted_as_the_update_will_bring_them(exports, four, tmp_path):
+    from flows.budget import _exports
+
+    variants = four.manifest.variants
+    workspace: Any = SimpleNamespace(
+        class_subjects=lambda *_: [Subject(line=LINE, configuration="I", variant=variant) for variant in variants],
+        line=lambda _: SimpleNamespace(sources=lambda variant: ("student" if variant == "turbo" else "table",)),
+    )
+    found: Any = {"full": (None, exports["full"])}
+    alone, made = (
+        assembled(given, tmp_path)
+        for given in ({"full": exports["full"]}, _exports(workspace, LINE, CLASS, found, tmp_path / "x"))
+    )
+    rows = [sorted((entry.role, str(entry.variant)) for entry in of.manifest.files) for of in (made, four)]
+    assert rows[0] == rows[1]
+    besides = [bytes_besides_weights(of, 2) + len(of.manifest.canonical()) for of in (alone, made, four)]
+    assert (
+        besides[0] + 1000 < besides[2] <= besides[1] < besides[2] + 700
+    )  # the references of dev and fast are those of full here
 
 
 def test_bytes_of_a_student_that_was_taught_anew_are_known_without_a_bundle(exports, four, later, tmp_path):
