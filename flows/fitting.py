@@ -418,7 +418,7 @@ def student_update(
     limit = budget - fixed - beside if budget else None
     made = known or _fitted(workspace, trained, parent, full, champion, usual, limit, earlier)
     return made.checkpoint, Update(
-        method="lowrank", start="master" if lineage.start == "master" else "fielded", why_fielded=_why_fielded(trained, parent),
+        method="lowrank", start="master" if lineage.start == "master" else "fielded", of_full=parent.lineage.teacher is None, why_fielded=_why_fielded(trained, parent),
         master=trained.weights_sha256, noise=made.level, bytes=fixed + beside + made.size, fixed=fixed, beside=beside, setting=setting, held=made.held, usual=made.usual,
         budget=budget,
     )  # fmt: skip

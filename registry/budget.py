@@ -37,7 +37,7 @@ def _fits(update: Update, budget: int) -> Check:
     if update.beside is not None and update.bytes > budget:
         text = (
             f"a device fetches {update.bytes:,} bytes, and the budget has {budget:,}: {update.fixed:,} are no weights, {update.beside:,} are weights of "
-            f"others, and this student takes {update.weights:,} at its coarsest; raise update_budget to {_whole(update.bytes)}"
+            f"others, and this student takes {update.weights:,} at level {update.noise:.3g}, and no coarser one is tried; raise update_budget to {_whole(update.bytes)}"
         )
     return Check(name="update budget", passed=update.bytes <= budget, text=text)
 
@@ -70,11 +70,17 @@ def shares(kept: Kept | None) -> str:
 def in_short(update: Update) -> str:
     """Say in one line what an update costs and keeps, and how it was made."""
     limit = f" of {update.budget:,}" if update.budget else ""
-    began = "the champion's master" if update.start == "master" else "the fielded weights"
     brings = f"keeps {shares(update.kept)} of the gain" if update.beside is None else f"{update.weights:,} of them this student's"
-    text = f"its update: {update.bytes:,} bytes{limit}, {brings}; by {update.method}, trained from {began}"
+    text = f"its update: {update.bytes:,} bytes{limit}, {brings}; by {update.method}, trained from {began(update)}"
     held = holding(update)
     return f"{text}; {held}" if held else text
+
+
+def began(update: Update) -> str:
+    """Say from which weights training started."""
+    if update.of_full:
+        return "the master of full" if update.start == "master" else "the fielded weights of full"
+    return "the champion's master" if update.start == "master" else "the fielded weights"
 
 
 def holding(update: Update) -> str:

@@ -72,7 +72,12 @@ class Update(Frozen):
     """How an update was made, and what it costs and keeps."""
 
     method: str = Field(description="row of the table of methods")
-    start: Start = Field(description="weights from which training started: the champion's master, or what devices have")
+    start: Start = Field(description="weights from which training started: a master, or what devices have")
+    of_full: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="of a student: training started from full, because there was no student before, or the gate had refused what came from it",
+    )
     why_fielded: str | None = Field(
         default=None, exclude_if=lambda value: value is None, description="why training did not start from a master; null: it did"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from model.scorecard import CaptionCheck, Comparison, Quality
-from registry.budget import holding
+from registry.budget import began, holding
 from registry.cost import GpuTime, Prices, Row, Side, energy, images, total
 from registry.curve import Point, Update
 from registry.selection import quantile
@@ -189,7 +189,7 @@ class UpdateRow:
     @property
     def began(self) -> str:
         """Where its training started, in words."""
-        return "the champion's master" if self.update.start == "master" else "what devices have"
+        return began(self.update)
 
     @property
     def held(self) -> str:

@@ -345,12 +345,18 @@ def test_student_within_the_budget_needs_no_share_of_a_gain():
     )
 
 
+@pytest.mark.parametrize(("start", "said"), [("master", "the master of full"), ("fielded", "the fielded weights of full")])
+def test_first_student_says_that_it_was_trained_from_full(start: str, said: str):
+    first = student(60_000).model_copy(update={"start": start, "of_full": True})
+    assert in_short(first).endswith(f"; by lowrank, trained from {said}")
+
+
 def test_student_that_does_not_fit_is_refused_with_its_parts_and_the_budget_that_would_do():
     made = with_update(decision(), student(70_000))
     assert made.outcome == "refuse"
     assert made.reason.startswith(
         "a device fetches 70,000 bytes, and the budget has 65,536: 16,000 are no weights, 30,000 are weights of others, and this student takes "
-        "24,000 at its coarsest; raise update_budget to 69 KiB; "
+        "24,000 at level 0.04, and no coarser one is tried; raise update_budget to 69 KiB; "
     )
 
 
