@@ -400,13 +400,18 @@ def test_student_of_a_line_with_a_method_has_a_master_and_its_bytes_are_those_of
 def test_student_takes_the_room_that_a_budget_leaves_and_is_refused_where_even_its_coarsest_update_takes_more(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, coarsest: float
 ):
+    from flows import budget as money
     from flows import fitting
     from flows.budget import fixed_bytes
 
     full = verdict(workspace, subject("full"), champion(workspace, "full").version)
     assert full
     assert full.update  # no release brought it yet, so a device fetches it with the student
-    budget = fixed_bytes(workspace, "shapes", "I") + full.update.weights + 2048
+    fixed = fixed_bytes(workspace, "shapes", "I")
+    with monkeypatch.context() as patched:
+        patched.setattr(money, "champion_of", lambda place, of: None if of.variant == "turbo" else champion_of(place, of))
+        assert fixed < fixed_bytes(workspace, "shapes", "I") < fixed + 600  # a first student costs as much, and its table
+    budget = fixed + full.update.weights + 2048
     monkeypatch.setitem(fitting.LEVELS, "lowrank", (0.001, coarsest))
     method = (METHOD[0], f"{METHOD[1]}\nupdate_level = 0.002\nupdate_budget = {budget}")
     taught = ("trajectories = 32", f"trajectories = {48 if coarsest > 1 else 56}")
