@@ -360,7 +360,7 @@ def _why_fielded(trained: train.Checkpoint, fielded: train.Checkpoint) -> str | 
 
 
 class Taught(Frozen):
-    """A student's weights as they are fielded."""
+    """The fielded weights of a student, and what they cost."""
 
     checkpoint: Path
     level: float

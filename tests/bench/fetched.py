@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from model.config import PrecisionName
+from model.config import PrecisionName, VariantName
 from model.export import export
 from model.scorecard import Sampler
 from model.train import Checkpoint
@@ -48,8 +48,8 @@ class Site:
     def step(self, number: int, base: Bundle | None = None) -> int:
         """Publish a bundle with the delta from the one before it; return the bytes of the delta."""
         base, target = base or self.bundles[number - 1], self.bundles[number]
-        factors = {"full": self.checkpoints[number].folder / FACTORS}
-        delta = bundle.make_delta(base, target, self.root / f"deltas-{number}", factors=factors, version=2)  # type: ignore[arg-type]
+        factors: dict[VariantName, Path] = {"full": self.checkpoints[number].folder / FACTORS}
+        delta = bundle.make_delta(base, target, self.root / f"deltas-{number}", factors=factors, version=2)
         assert delta is not None
         self.publish(target, [(base.manifest.digest, delta.path)])
         return delta.size
