@@ -22,12 +22,13 @@ from model.errors import ModelError
 from model.pointer import recorded_md5
 from model.scorecard import Frozen
 from ota.errors import OtaError
-from ota.manifest import DeviceReport, Policy
+from ota.fleet.store import Heard
+from ota.manifest import Policy
 from ota.release import compatibility, fielded, rollout
-from ota.release.fleet import Heard
 from ota.release.metadata import LIFETIMES
 from ota.release.repository import Release
 from ota.release.trust import remedy
+from ota.report import DeviceReport
 from registry.errors import RegistryError
 from registry.ledger import Entry
 from registry.promotion import SubjectState, of_one_full, subject_state

@@ -38,7 +38,7 @@ from ota import output
 
 if TYPE_CHECKING:
     from model.revisions import LineData
-    from ota.release.fleet import Fleet
+    from ota.fleet.store import Fleet
     from ota.release.keys import KeyRing
     from ota.release.repository import Repository
     from registry.catalog import Catalog, Subject
@@ -185,7 +185,7 @@ class Workspace:
     @cached_property
     def fleet(self) -> Fleet:
         """Devices and their reports."""
-        from ota.release.fleet import Fleet
+        from ota.fleet.store import Fleet
 
         return Fleet(self.database)
 

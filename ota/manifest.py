@@ -1,4 +1,4 @@
-"""The signed documents: what a bundle is, how images are drawn with it, who may install it, and what a device reports.
+"""The signed documents: what a bundle is, how images are drawn with it, and who may install it.
 
 All are frozen values with a closed list of fields, and with a limit on every number and length that may come from outside. Their
 canonical JSON is hashed and signed, so its keys are sorted, and it holds no floats where TUF signs it (`Policy`).
@@ -37,7 +37,6 @@ MAX_MANIFEST = 64 * KiB
 MAX_POLICY = 16 * KiB
 MAX_TRACE = 4 * MiB
 MAX_WAVES = 16  # of a rollout
-MAX_NUMBER = 2**31 - 1  # largest number of a report; fits into the integer column of every database
 MAX_COUNT = 2**53
 MAX_TOLD = 500  # characters of a reason
 FORM = 1  # `schema_version` of every document that this agent knows, but for these
@@ -407,53 +406,3 @@ class Policy(Document):
         if any(a.bps >= b.bps or a.not_before > b.not_before for a, b in zip(self.waves, self.waves[1:], strict=False)):
             raise ValueError("each wave must be wider than the one before it, and not earlier")
         return self
-
-
-Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "base_corrupt", "strayed", "new_agent"]
-REPORT_FORM: Literal[2] = 2  # newest form of a report, which agents write and the factory reads
-
-
-class DeviceReport(Document):
-    """What a device tells the factory: what happened and how it ran, never an image."""
-
-    schema_version: Literal[1, 2] = Field(default=1, description="version of this form; 2 names the agent")
-    device: Name = Field(description="id of the device, which its owner chose")
-    boot: Token = Field(max_length=64, description="id of the machine's present start; the kernel makes a new one at every start")
-    number: int = Field(ge=1, le=MAX_NUMBER, description="rises by one with every report of this device")
-    time: int = Field(ge=0, le=MAX_COUNT, description="seconds since 1970 by the device's clock")
-    line: Name = Field(description="line (product) whose model the device runs")
-    device_class: Name = Field(description="device class of the device")
-    event: Event = Field(description="what happened")
-    manifest: Sha256 | None = Field(description="hash of the bundle that the event is about")
-    active: Sha256 | None = Field(description="hash of the bundle that runs now")
-    reason: Told = Field(default="", description="why it happened, as a sentence of the agent; it quotes measurements and errors")
-    received: int = Field(default=0, ge=0, le=MAX_COUNT, description="bytes fetched for this update, metadata included")
-    milliseconds: int = Field(default=0, ge=0, le=MAX_COUNT, description="median time of one image, where it was measured")
-    agent: str | None = Field(
-        default=None,
-        pattern=AGENT_VERSION,
-        description="version of ferry-agent that wrote the report; agents before 0.2.0 leave it out",
-    )
-
-    @model_validator(mode="after")
-    def _form_says_so(self) -> Self:
-        if (self.agent is not None) != (self.schema_version >= REPORT_FORM):
-            raise ValueError("form 2 names the agent, and form 1 does not")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _as_signed(self, rest: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave the agent out where the report does not name it, so that the bytes stay those that an older agent signed."""
-        made: dict[str, Any] = rest(self)
-        if self.agent is None:
-            made.pop("agent", None)
-        return made
-
-
-class SignedReport(Document):
-    """A report with its signature: Ed25519 over the report's canonical bytes."""
-
-    report: DeviceReport = Field(description="the report")
-    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")] = Field(
-        description="signature of the report by the device's private key, which stays on the device"
-    )

@@ -32,12 +32,13 @@ from ota import packed
 from ota.agent import slots, updater
 from ota.agent.plan import OnStep
 from ota.agent.state import Home, State
-from ota.manifest import DeviceReport, Manifest, Policy, SignedReport
+from ota.manifest import Manifest, Policy
 from ota.release import rollout
 from ota.release.bundle import Bundle, make_delta
 from ota.release.chains import NEWEST
 from ota.release.keys import KeyRing
 from ota.release.repository import Release, Repository, delta_path, policy_path
+from ota.report import DeviceReport, open_line
 from tests.conftest import agent, bundle_of
 
 LINE, CLASS = "shapes", "edge"
@@ -211,7 +212,7 @@ class Device:
         """Return the delivered reports, then those still queued, in order."""
         delivered = sorted((self.root.parent / "reports").glob("*.json"))
         queued = sorted((self.root / "queue").glob("*.json"))
-        return [SignedReport.model_validate_json(path.read_bytes()).report for path in (*delivered, *queued)]
+        return [open_line(path.read_bytes()).report for path in (*delivered, *queued)]
 
     def events(self) -> list[str]:
         return [report.event for report in self.reports()]

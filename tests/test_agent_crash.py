@@ -28,8 +28,8 @@ from ota.agent import child, drawing, history, reports, slots, transport
 from ota.agent.disk import Disk
 from ota.agent.state import HighWater, Home, State, opened
 from ota.errors import DeviceError, FaultError, GateError, OtaError
-from ota.manifest import DeviceReport, SignedReport
 from ota.release.bundle import Bundle, make_overlay_delta
+from ota.report import DeviceReport, open_line
 from tests import crash_kit
 from tests.conftest import few
 from tests.crash_kit import Log, Recorder, Tree, fingerprint, lay_out
@@ -258,7 +258,7 @@ class Scenario:
             if found != self.wanted:
                 return f"it ended otherwise: {difference(found, self.wanted)}"
             seen: dict[int, DeviceReport] = {}
-            for report in (*(SignedReport.model_validate_json(data).report for _, data in promised.queued), *device.reports()):
+            for report in (*(open_line(data).report for _, data in promised.queued), *device.reports()):
                 assert seen.setdefault(report.number, report) == report, "a report number was used twice"
         except (OtaError, OSError, ValueError, AssertionError) as error:
             return f"{type(error).__name__}: {error}"

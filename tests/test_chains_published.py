@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from ota.chain import DIGITS, MAGIC, Link, form_of, kept, name_of
-from ota.manifest import DeviceReport
 from ota.release import chains
 from ota.release.bundle import Bundle
 from ota.release.chains import FIRST, NEWEST, Wanted, behind, described, pays, wanted
 from ota.release.repository import KEPT_RELEASES, Repository
+from ota.report import DeviceReport
 from tests.fleet_kit import CLASS, LEDGER, LINE, everyone
 from tests.test_release import clone
 

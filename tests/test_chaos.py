@@ -30,7 +30,7 @@ import pytest
 
 from ota.agent.slots import is_sound
 from ota.errors import OtaError
-from ota.manifest import DeviceReport
+from ota.report import DeviceReport
 from tests.fleet_kit import Device, Field
 
 pytest_plugins = ["tests.fleet_kit"]

@@ -361,7 +361,7 @@ def test_init_where_nobody_may_write_makes_nothing(tmp_path: Path):
     few([
         "pathlib.Path.replace", "flows.workspace.configure_environment", "model.versions.git", "dvc.repo.Repo.init", "model.versions._configured",
         "ota.release.keys.create", "ota.release.repository.Repository.create", "shutil.copyfile", "registry.ledger.Ledger.head",
-        "ota.release.fleet.Fleet.devices",
+        "ota.fleet.store.Fleet.devices",
     ], 4),
 )  # fmt: skip
 def test_init_that_was_cut_short_is_completed_by_the_next(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 import ota
 from ota.errors import LeftBehindError, ManifestError
-from ota.manifest import AGENT_VERSION, FORMS, DeviceReport, Manifest
+from ota.fleet.store import Fleet
+from ota.manifest import AGENT_VERSION, FORMS, Manifest
 from ota.release import compatibility
 from ota.release.bundle import Bundle
-from ota.release.fleet import Fleet
+from ota.report import DeviceReport
 from tests.test_fleet import KEY, public, report, signed
 
 FORM_1 = (  # as an agent of version 0.1.0 signs it
@@ -139,7 +140,7 @@ def test_altered_agent_is_refused(tmp_path):
 def test_report_of_a_newer_agent_asks_for_a_newer_ferry(tmp_path):
     fleet = Fleet(f"sqlite:///{tmp_path / 'fleet.db'}")
     envelope = json.loads(signed(named("0.2.0")))
-    envelope["report"] |= {"schema_version": 3, "mood": "fine"}
+    envelope["report"] |= {"schema_version": 4, "mood": "fine"}
     inbox = tmp_path / "inbox"
     inbox.mkdir()
     (inbox / "dev-1-00000001.json").write_text(json.dumps(envelope))

@@ -24,7 +24,6 @@ from ota.agent.state import HighWater
 from ota.agent.transport import Folder
 from ota.agent.trust import LIMITS, LONGEST
 from ota.errors import LeftBehindError, ManifestError, OperatorError, TrustError
-from ota.manifest import DeviceReport
 from ota.release import compatibility, delegation, roles, rotation, signatures, store, trust
 from ota.release import keys as keys_module
 from ota.release import repository as repository_module
@@ -34,6 +33,7 @@ from ota.release.keys import KeyRing
 from ota.release.repository import Release, Repository
 from ota.release.roles import of_class
 from ota.release.rollout import halt
+from ota.report import DeviceReport
 from tests.fleet_kit import (
     CLASS,
     LINE,

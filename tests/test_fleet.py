@@ -20,8 +20,8 @@ from ota.agent import reports
 from ota.agent.disk import Disk
 from ota.agent.state import Config, Home, State
 from ota.errors import ManifestError, OperatorError, StateError, TransferError
-from ota.manifest import DeviceReport, SignedReport
-from ota.release.fleet import MAX_REPORT, Fleet
+from ota.fleet.store import MAX_REPORT, Fleet
+from ota.report import DeviceReport, SignedReport
 
 KEY, OTHER = Ed25519PrivateKey.from_private_bytes(b"k" * 32), Ed25519PrivateKey.from_private_bytes(b"o" * 32)
 
@@ -189,7 +189,7 @@ def test_tables_that_somebody_filled_end_in_a_sentence(database, name, body):
 
 def test_oversized_report_refused(fleet):
     data = signed(report())
-    refused(fleet, data + b" " * (MAX_REPORT - len(data) + 1), "more than 8192")
+    refused(fleet, data + b" " * (MAX_REPORT - len(data) + 1), "more than 16384")
     assert fleet.receive(data + b" " * (MAX_REPORT - len(data))) == report()
 
 
@@ -236,7 +236,7 @@ def test_collect_sorts_good_from_bad(fleet, tmp_path):
     assert [made.number for made in found.accepted] == [1, 3]
     assert {name: why.split(";")[0] for name, why in found.rejected.items()} == {
         "b.json": "the report is not signed by dev-1's key",
-        "c.json": "is larger than 8192 bytes",
+        "c.json": "is larger than 16384 bytes",
     }
     assert sorted(path.name for path in inbox.iterdir()) == [".half.json.1.tmp", "rejected"]
     assert sorted(path.name for path in (inbox / "rejected").iterdir()) == ["b.json", "c.json"]

@@ -30,11 +30,12 @@ from ota.agent.state import Config, opened
 from ota.delta.format import _USUAL, MAGIC, PREFIX, _numbered, read_header
 from ota.delta.header import BundleFile, DeltaFile, Header, PlainFile
 from ota.errors import DeltaError, FaultError, GateError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
-from ota.manifest import Document, Manifest, Origin, Policy, Reference, SamplerTable, SignedReport, parse
+from ota.manifest import Document, Manifest, Origin, Policy, Reference, SamplerTable, parse
 from ota.release import rotation
 from ota.release.bundle import Bundle
 from ota.release.keys import ROLES, KeyRing, create
 from ota.release.repository import Repository
+from ota.report import SignedReport
 from tests.conftest import few
 from tests.fleet_kit import (
     CLASS,

@@ -17,15 +17,14 @@ from ota.manifest import (
     MAX_TABLE,
     MAX_WEIGHTS,
     ROLES_OF_VARIANT,
-    DeviceReport,
     Document,
     Manifest,
     Policy,
     Reference,
     SamplerTable,
-    SignedReport,
     parse,
 )
+from ota.report import DeviceReport, SignedReport
 
 HASHES = [f"{i:064x}" for i in range(64)]
 

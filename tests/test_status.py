@@ -23,9 +23,10 @@ from flows import progress, running, triggers
 from flows.cli import app
 from flows.workspace import Workspace
 from ota.agent.rules import bucket
-from ota.manifest import DeviceReport, Policy, SignedReport
+from ota.fleet.store import Fleet
+from ota.manifest import Policy
 from ota.release import rollout
-from ota.release.fleet import Fleet
+from ota.report import DeviceReport, SignedReport
 from tests.bench.commands import roll_out
 from tests.test_policies import HEAVY
 

@@ -20,7 +20,8 @@ from pydantic import BaseModel
 
 from infra.site import example, leaves
 from model.scorecard import Lineage, Scorecard
-from ota.manifest import Manifest, Policy, Reference, SamplerTable, SignedReport
+from ota.manifest import Manifest, Policy, Reference, SamplerTable
+from ota.report import SignedReport, open_line
 from registry.selection import Decision
 from tests.fleet_kit import Device, Field
 
@@ -90,7 +91,7 @@ def test_device_sends_no_caption_no_image_and_no_key(offered: Field, tmp_path: P
         device.command("rollback")
         device.command("report")
     reports = [path.read_bytes() for path in (offered.folder / "reports").glob("*.json")]
-    assert {"starting", "confirmed", "rolled_back"} <= {json.loads(report)["report"]["event"] for report in reports}
+    assert {"starting", "confirmed", "rolled_back"} <= {open_line(report).report.event for report in reports}
     sent = b"\n".join([json.dumps(seen).encode(), *reports])
     key = (device.root / "device.key").read_bytes()
     for secret in (

@@ -19,7 +19,6 @@ from ota.agent.transport import connect
 from ota.errors import TransferError
 from ota.manifest import (
     ROLES_OF_VARIANT,
-    DeviceReport,
     FileEntry,
     Image,
     Manifest,
@@ -30,13 +29,13 @@ from ota.manifest import (
     Role,
     Runtime,
     SamplerTable,
-    SignedReport,
     VariantName,
     Wave,
 )
 from ota.manifest import Golden as Closeness
 from ota.release import keys, rollout
 from ota.release.repository import Repository
+from ota.report import DeviceReport, SignedReport
 
 LINE, CLASS = "gaskets", "edge"
 STATISTICS: tuple[Any, ...] = get_args(get_args(Reference.model_fields["statistics"].annotation)[0])

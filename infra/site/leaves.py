@@ -16,8 +16,9 @@ from infra.site.schema import kind
 from infra.site.text import code, joined, plain, sentence, table
 from model.config import ModelConfig
 from model.scorecard import Lineage, Sampler, Scorecard
-from ota.manifest import DeviceReport, Manifest, Policy, Reference, SamplerTable, SignedReport
+from ota.manifest import Manifest, Policy, Reference, SamplerTable
 from ota.release.repository import Release
+from ota.report import DeviceReport, SignedReport
 from registry.seal import PARTS
 from registry.selection import Decision
 
@@ -36,6 +37,7 @@ EVENTS = {
     "base_corrupt": "a file of the running bundle is damaged",
     "strayed": "the images load other experts than in the factory (routing shift)",
     "new_agent": "another version of the agent runs than at the report before",
+    "alive": "the heartbeat: how the device fares",
 }
 
 REQUEST = {

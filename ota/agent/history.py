@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ota.agent.state import MAX_STATE, Home, State
 from ota.errors import DeviceError, OtaError, printable
-from ota.manifest import MAX_COUNT, MAX_NUMBER, MAX_TOLD, Sha256, Told
+from ota.manifest import MAX_COUNT, MAX_TOLD, Sha256, Told
+from ota.report import MAX_NUMBER
 
 FILE = "history.json"
 KEPT = 100  # entries; the oldest are dropped first

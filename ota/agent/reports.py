@@ -7,7 +7,6 @@ leave a gap in the numbers, which means nothing.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import time
@@ -25,7 +24,7 @@ from ota.agent import history
 from ota.agent.state import Home
 from ota.agent.transport import HungError, within
 from ota.errors import DeviceError, OperatorError, StateError, TransferError
-from ota.manifest import MAX_NUMBER, REPORT_FORM, DeviceReport, Event, SignedReport
+from ota.report import MAX_NUMBER, REPORT_FORM, DeviceReport, Event, seal
 
 MOUNT_SECONDS = 30.0  # seconds to wait for the reports folder, which may be a mount that hangs
 MAX_QUEUE = 200  # reports; the oldest are dropped first
@@ -67,8 +66,7 @@ def queue(home: Home, event: Event, manifest: str | None, reason: str = "", rece
         device_class=config.device_class, event=event, manifest=manifest, active=home.load().active, reason=reason[:500],
         received=received, milliseconds=round(milliseconds), schema_version=REPORT_FORM, agent=ota.__version__,
     )  # fmt: skip
-    signed = SignedReport(report=report, signature=_key(home).sign(report.canonical()).hex())
-    home.disk.replace(f"queue/{number:08d}.json", json.dumps(signed.model_dump(mode="json")).encode())
+    home.disk.replace(f"queue/{number:08d}.json", seal(report, _key(home)))
     for old in sorted(home.disk.path("queue").glob("*.json"))[:-MAX_QUEUE]:
         home.disk.remove(f"queue/{old.name}")
     history.note(home, event, manifest, reason, received, milliseconds)

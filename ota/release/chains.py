@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ota.chain import DIGITS, Link, size_of, way
-from ota.manifest import DeviceReport
 from ota.release.compatibility import OLDEST_AGENT, is_older
+from ota.report import DeviceReport
 
 READ_SINCE: dict[int, str] = {1: "0.1.0", 2: "0.3.0"}
 """Format of a delta → oldest agent that reads it. Agents that read format 2 also chain deltas."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import ota
 from ota.errors import LeftBehindError
-from ota.manifest import DeviceReport, Manifest, as_numbers
+from ota.manifest import Manifest, as_numbers
+from ota.report import DeviceReport
 
 READ_SINCE: dict[int, str] = {1: "0.1.0", 2: "0.1.0", 3: "0.2.0", 4: "0.3.0"}
 """Form of a manifest → oldest agent that reads it."""

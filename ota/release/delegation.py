@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ota.errors import OperatorError
-from ota.manifest import DeviceReport
 from ota.release import compatibility, rotation
 from ota.release.ceremony import Waiting
 from ota.release.keys import DELEGATED
@@ -21,6 +20,7 @@ from ota.release.repository import Repository
 from ota.release.roles import of_class
 from ota.release.signatures import facts_of, put_in_force, text_of, usable_here
 from ota.release.trust import Place, check_finished
+from ota.report import DeviceReport
 
 MOST_CLASSES = (
     150  # with roles of their own: devices read a snapshot of up to 64 KiB, and the longest names need 390 bytes a class

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from ota.errors import OperatorError
 from ota.limits import OF_NUMBERS
-from ota.manifest import DeviceReport, FileEntry, Policy, VariantName
+from ota.manifest import FileEntry, Policy, VariantName
 from ota.release import rollout
 from ota.release.repository import Release, Repository
+from ota.report import DeviceReport
 
 if TYPE_CHECKING:
-    from ota.release.fleet import Fleet
+    from ota.fleet.store import Fleet
 
 
 class Fielded(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 import time
@@ -12,16 +11,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, String, Table, create_engine, func, insert, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from ota.errors import ManifestError, OperatorError, TransferError, printable
-from ota.manifest import NAME_PATTERN, REPORT_FORM, DeviceReport, SignedReport, parse
-
-MAX_REPORT = 8 * 1024  # bytes
+from ota.manifest import NAME_PATTERN
+from ota.report import MAX_REPORT, DeviceReport, open_line
 
 _metadata = MetaData()
 _devices = Table(
@@ -106,16 +103,14 @@ class Fleet:
             ManifestError: it is malformed, no enrolled device signed it, another report has its number, or it arrives twice at
                 once.
         """
-        signed, received = _opened(data)
-        report = signed.report
+        opened = open_line(data)
+        report = opened.report
         with _foreign_errors(), self._engine.begin() as connection:
             key = connection.execute(select(_devices.c.public_key).where(_devices.c.device == report.device)).scalar()
             if key is None:
                 raise ManifestError(f"{report.device} is not enrolled; run `ferry fleet enroll {report.device} KEY`")
-            try:
-                Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signed.signature), received)
-            except InvalidSignature:
-                raise ManifestError(f"the report is not signed by {report.device}'s key") from None
+            if not opened.is_signed_by(key):
+                raise ManifestError(f"the report is not signed by {report.device}'s key")
             body = report.canonical().decode()
             kept = connection.execute(
                 select(_reports.c.body).where(_reports.c.device == report.device, _reports.c.number == report.number)
@@ -192,33 +187,6 @@ class Fleet:
                     raise ValueError(name)
                 found[name] = None if body is None else Heard(DeviceReport.model_validate_json(body), int(at))
         return found
-
-
-def _opened(data: bytes) -> tuple[SignedReport, bytes]:
-    """Parse a signed report, and return it with the bytes that its signature covers.
-
-    These bytes are made from what was received, not from what was parsed, because parsing makes text printable.
-
-    Raises:
-        ManifestError: the report is too long, or malformed.
-    """
-    if len(data) > MAX_REPORT:
-        raise ManifestError(f"the report has {len(data)} bytes, more than {MAX_REPORT}; look at the device that left it")
-    try:
-        found = json.loads(data)
-        received = json.dumps(found["report"], sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-        again = json.dumps(found).encode()  # drops duplicate fields, so that both parsers see the same value
-        form = found["report"].get("schema_version")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ManifestError(
-            "the report is not valid: it is not a JSON object with a report; look at the device that left it"
-        ) from error
-    if isinstance(form, int) and form > REPORT_FORM:
-        raise ManifestError(
-            f"the report has form {form}, which a newer ferry-agent writes, and this ferry reads up to form {REPORT_FORM}; install the newer "
-            "ferry, and move the file back from rejected/"
-        )
-    return parse(SignedReport, again, 8 * MAX_REPORT), received
 
 
 def _read(path: Path) -> bytes:
