@@ -154,7 +154,9 @@ class SignedReport(Document):
 class SealedReport(Document):
     """A report from form 3 on with its signature: Ed25519 over `CONTEXT` and the UTF-8 bytes of the text."""
 
-    signed: str = Field(max_length=MAX_REPORT, description="the report, as a JSON text")
+    signed: Annotated[str, StringConstraints(pattern=r"^\{[ -~]*\}$")] = Field(
+        max_length=MAX_REPORT, description="the report, as a JSON text in printable ASCII"
+    )
     signature: Signature = Field(description="signature by the device's private key, which stays on the device")
 
 
@@ -211,7 +213,7 @@ def open_line(line: bytes) -> Opened:
         )
     if "signed" in found:
         sealed = parse(SealedReport, again, 8 * MAX_REPORT)
-        text = sealed.signed.encode(errors="surrogatepass")
+        text = sealed.signed.encode()
         report = parse(DeviceReport, json.dumps(inner).encode(), 8 * MAX_REPORT)
         if report.schema_version < 3:
             raise ManifestError(
@@ -237,7 +239,7 @@ class Refusal(BaseModel):
     code: str = Field(
         pattern=r"^[a-z_]{1,20}$", description="malformed, signature, line, conflict, retired, or one that later versions know"
     )
-    reason: str = Field(max_length=500)
+    reason: Told = Field(description="why, as a sentence")
 
 
 class Answer(BaseModel):

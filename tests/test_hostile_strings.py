@@ -35,7 +35,7 @@ from ota.release import rotation
 from ota.release.bundle import Bundle
 from ota.release.keys import ROLES, KeyRing, create
 from ota.release.repository import Repository
-from ota.report import SignedReport
+from ota.report import Answer, DeviceReport, Enrolment, SealedReport, SignedReport
 from tests.conftest import few
 from tests.fleet_kit import (
     CLASS,
@@ -269,7 +269,7 @@ def test_length_signed_by_a_thief_fills_no_memory(offered):
 # Documents: no string without a type
 
 DOCUMENTS: list[type[BaseModel]] = [
-    trust.Target, trust.Custom, Manifest, Policy, SamplerTable, Reference, SignedReport, Config,
+    trust.Target, trust.Custom, Manifest, Policy, SamplerTable, Reference, SignedReport, SealedReport, Enrolment, Answer, Config,
 ]  # fmt: skip
 HEADER = {
     "base": "1" * 64, "target": "1" * 64,
@@ -360,6 +360,14 @@ EXAMPLES: dict[type[Document], dict[str, Any]] = {
                    "manifest": "1" * 64, "active": None, "reason": "why"},
         "signature": "1" * 128,
     },
+    SealedReport: {"signed": '{"a":1}', "signature": "1" * 128},
+    DeviceReport: {
+        "schema_version": 3, "device": "d", "boot": "b-1", "number": 1, "time": 1, "line": "a", "device_class": "b", "event": "alive", "manifest": None,
+        "active": "1" * 64, "agent": "0.3.0",
+        "health": {"since": 1, "share": "all", "tags": ["site=berlin"], "variant": "full", "joules_source": "INA219", "totals": {"refused": 1},
+                   "outcomes": [{"event": "installed", "manifest": "1" * 64, "time": 1}], "statistics": {"mean": [1] * 8}},
+    },
+    Enrolment: {"device": "d", "line": "a", "device_class": "b", "public_key": "1" * 64, "token": "t" * 16, "signature": "1" * 128},
     Config: {"device": "d", "line": "a", "device_class": "b", "repository": "https://updates.example/f", "root_sha256": "1" * 64,
              "reports": "/mnt/inbox", "window": "22:00-05:00", "prefer": "default", "safe": "full"},
 }  # fmt: skip
@@ -412,7 +420,9 @@ def test_hostile_string_in_a_document_is_refused(kind, at):
             assert made.report.reason.isprintable()
         elif at in PLACES:
             assert not re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", hostile), hostile
-        elif at == ("salt",) or at[-1:] in (("data_rev",), ("data_md5",), ("model",), ("boot",)):
+        elif at[-1:] == ("joules_source",):
+            assert re.fullmatch(r"[ -~]*", hostile), hostile
+        elif at in (("salt",), ("token",)) or at[-1:] in (("data_rev",), ("data_md5",), ("model",), ("boot",)):
             assert re.fullmatch(r"[A-Za-z0-9._-]*", hostile), hostile  # letters of no path, URL or shell
         elif at[-1:] in (("line",), ("device_class",), ("device",), ("tier",)):
             assert re.fullmatch(r"[a-z0-9][a-z0-9-]*", hostile), hostile

@@ -13,6 +13,7 @@ PATTERNS = {
     r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$": "version, such as `0.1.0`",
     r"^[0-9]{1,4}$": "number of up to 4 digits",
     r"^[a-z0-9][a-z0-9_-]{0,19}=[A-Za-z0-9][A-Za-z0-9._-]{0,39}$": "name and value, such as `site=berlin`",
+    r"^\{[ -~]*\}$": "JSON text in printable ASCII",
     r"^[ -~]{0,80}$": "printable ASCII, at most 80 characters",
     r"^[0-9a-f]{40}([0-9a-f]{24})?$": "Git commit, in hex",
     r"^[0-9a-f]{32}(\.dir)?$": "md5 of DVC, in hex",
