@@ -22,6 +22,9 @@
     ├── ForetoldError        fielded devices would refuse a new bundle; nothing was signed
     ├── LeftBehindError      agents of fielded devices are too old for a new bundle; nothing was signed
     ├── OperatorError        a key, store or name given on the factory's side is wrong
+    │   └── EnrolmentError   a device shows a token that is wrong, expired or bound to another device, or lacks the key
+    │       ├── TakenError   the token was used before, or the id is enrolled
+    │       └── AttemptsError the token was tried too often with wrong data
     └── FaultError           an unforeseen error; the running bundle is kept, and the next try starts again
 
 `TrustError` and `GateError` are final for a release; `TransferError` is not. Each message is one sentence that says what
@@ -180,6 +183,18 @@ class LeftBehindError(OtaError):
 
 class OperatorError(OtaError):
     """Something given on the factory's side is wrong: a key, a store, a name, a version."""
+
+
+class EnrolmentError(OperatorError):
+    """A device cannot be enrolled: its token is wrong, expired or bound to another device, or it does not hold the key."""
+
+
+class TakenError(EnrolmentError):
+    """The token was used before, or the id is enrolled already."""
+
+
+class AttemptsError(EnrolmentError):
+    """The token was tried too often with wrong data."""
 
 
 class FaultError(OtaError):

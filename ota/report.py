@@ -198,7 +198,7 @@ def open_line(line: bytes) -> Opened:
     if len(line) > MAX_REPORT:
         raise ManifestError(f"the report has {len(line)} bytes, more than {MAX_REPORT}; look at the device that left it")
     try:
-        found = json.loads(line)
+        found = json.loads(line.decode())  # UTF-8 alone, which a database can keep as text
         again = json.dumps(found).encode()  # drops duplicate fields, so that both parsers see the same value
         inner = json.loads(found["signed"]) if "signed" in found else found["report"]
         form = inner.get("schema_version")

@@ -1,41 +1,56 @@
-"""The fleet: keys of enrolled devices and their signed reports, in tables of their own in the workspace's database."""
+"""What devices told: their signed reports verbatim, and the last state of each, in the tables of the workspace's database."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final, Literal
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import ValidationError
-from sqlalchemy import BigInteger, Column, Engine, Integer, MetaData, String, Table, create_engine, func, insert, select
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy import Connection, Row, Select, and_, bindparam, func, insert, select, tuple_, update
 
-from ota.errors import ManifestError, OperatorError, TransferError, printable
+from ota.errors import ManifestError, OperatorError, printable
+from ota.fleet.register import Register
+from ota.fleet.schema import archived, devices, keys, last, reading, reports, writing
 from ota.manifest import NAME_PATTERN
-from ota.report import MAX_REPORT, DeviceReport, open_line
+from ota.report import MAX_REPORT, DeviceReport, Opened, open_line
 
-_metadata = MetaData()
-_devices = Table(
-    "fleet_devices", _metadata,
-    Column("device", String(40), primary_key=True),
-    Column("public_key", String(64), nullable=False),
-    Column("enrolled", BigInteger, nullable=False),
-)  # fmt: skip
-_reports = Table(
-    "fleet_reports", _metadata,
-    Column("device", String(40), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("received_at", BigInteger, nullable=False),
-    Column("event", String(20), nullable=False),
-    Column("manifest", String(64)),
-    Column("body", String(MAX_REPORT), nullable=False),
-)  # fmt: skip
+AT_ONCE: Final = 100  # files of an inbox that are kept in one transaction
+NEVER_SET: Final = 1_577_836_800  # 2020-01-01: an earlier time is that of a clock that nobody set
+Proof = Literal["verified", "unverifiable", "forged"]
+"""Whether a kept report can be shown to come from its device.
+
+unverifiable: version 0.2 kept it without its signature. forged: its row was changed, or another key signed it.
+"""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A report whose signature was verified."""
+
+    opened: Opened
+    key: str
+    """Public key that verified it, as 64 hex digits."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a report."""
+
+    device: str
+    number: int
+    code: str
+    """Empty: it is kept, durably, now or since before. Otherwise one of `ota.report.Refusal`, or unenrolled."""
+    reason: str
+    highest: int
+    """Highest number that is kept of this device; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,59 @@ class Heard:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """A kept report, and whether its signature was verified again."""
+
+    report: DeviceReport
+    at: int
+    """When the factory received it, in seconds since 1970 by the factory's clock."""
+    proof: Proof
+
+
+@dataclass(frozen=True)
+class LastState:
+    """A device of the register with what was last heard of it; times are seconds since 1970 by the factory's clock."""
+
+    device: str
+    enrolled_line: str | None
+    enrolled_class: str | None
+    confirmed: int | None
+    retired: int | None
+    own_tags: str
+    """JSON: tags that an operator gave."""
+    number: int | None
+    """Of the last report; None: it never reported."""
+    received_at: int | None
+    heard_at: int | None
+    """When anything came from it, also a report that was kept before."""
+    heartbeat_at: int | None
+    line: str | None
+    device_class: str | None
+    active: str | None
+    agent: str | None
+    event: str | None
+    """Of the last report that is no heartbeat."""
+    reason: str | None
+    told_tags: str | None
+    """JSON: tags that the device's owner gave, of the last heartbeat."""
+    skew: int | None
+    """Seconds by which its clock is ahead of the factory's."""
+    conflicts: int
+    """Reports with a number that another report has."""
+    conflict_at: int | None
+    refused: int
+    refused_at: int | None
+    refused_why: str | None
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Tags by name; those of an operator win over those that the device tells."""
+        told: dict[str, str] = dict(tag.split("=", 1) for tag in json.loads(self.told_tags or "[]"))
+        own: dict[str, str] = json.loads(self.own_tags)
+        return told | own
+
+
+@dataclass(frozen=True)
 class Collected:
     """The result of reading an inbox."""
 
@@ -56,83 +124,90 @@ class Collected:
     """File name → reason."""
 
 
-class Fleet:
+class Fleet(Register):
     """Devices and their reports."""
 
-    def __init__(self, database: str) -> None:
-        """Open the tables in the database of a SQLAlchemy URL, and create those that are missing.
+    # Reports that come in
 
-        Raises:
-            TransferError: the database cannot be opened.
-        """
-        with _foreign_errors():
-            self._engine: Engine = create_engine(database)
-            _metadata.create_all(self._engine)
-
-    def close(self) -> None:
-        """Close the database connections."""
-        self._engine.dispose()
-
-    def enroll(self, device: str, public_key: str) -> None:
-        """Enrol a device, so that reports which it signs with this key are accepted; the same key again changes nothing.
+    def keep(
+        self,
+        arrived: Sequence[Arrived],
+        *,
+        now: int | None = None,
+        live: bool = True,
+        refused: Mapping[str, int] | None = None,
+    ) -> list[Verdict]:
+        """Keep reports in one transaction; they are durable when this returns. One bad report does not spoil the others.
 
         Args:
-            device: its id.
-            public_key: 64 hex digits of its Ed25519 key, as `ferry-agent init` prints it.
+            arrived: reports whose signatures the caller has verified. It is checked again, within the transaction, that the device is
+                in use and still has that key.
+            now: seconds since 1970; None: by the clock.
+            live: whether the devices send them now, so that the newest one tells how wrong a device's clock is; reports of a folder may
+                have waited for days.
+            refused: reports that the caller has refused, by device, to be counted.
+
+        Returns:
+            A verdict for each report, in order.
 
         Raises:
-            OperatorError: the id or key is malformed, or the device is enrolled with another key.
+            TransferError: the database is full or cannot be used; then nothing was kept.
         """
-        if not NAME_PATTERN.fullmatch(device):
-            raise OperatorError(f"{device!r} is not a device id; use lower-case letters, digits and '-', at most 40")
-        try:
-            Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
-        except ValueError:
-            raise OperatorError("the public key must be 64 hex digits; copy it from `ferry-agent init`") from None
-        with _foreign_errors(), self._engine.begin() as connection:
-            known = connection.execute(select(_devices.c.public_key).where(_devices.c.device == device)).scalar()
-            if known is None:
-                connection.execute(insert(_devices).values(device=device, public_key=public_key, enrolled=int(time.time())))
-            elif known != public_key:
-                raise OperatorError(f"{device} is enrolled with another key; give the replaced device a new id")
+        now = int(time.time()) if now is None else now
+        refused = refused or {}
+        names = {a.opened.report.device for a in arrived} | refused.keys()
+        if not names:
+            return []
+        with writing(self._engine) as connection:
+            batch = _Batch(connection, arrived, names, now, live)
+            verdicts = [batch.decide(a) for a in arrived]
+            batch.write(refused)
+        return [Verdict(*verdict, highest=batch.highest(verdict[0])) for verdict in verdicts]
 
     def receive(self, data: bytes) -> DeviceReport:
         """Check one signed report and keep it; a copy of a kept report is accepted and changes nothing.
 
         Raises:
-            ManifestError: it is malformed, no enrolled device signed it, another report has its number, or it arrives twice at
-                once.
+            ManifestError: it is malformed, no enrolled device signed it, the device is retired or of another line or class, or another
+                report has its number.
         """
-        opened = open_line(data)
-        report = opened.report
-        with _foreign_errors(), self._engine.begin() as connection:
-            key = connection.execute(select(_devices.c.public_key).where(_devices.c.device == report.device)).scalar()
-            if key is None:
-                raise ManifestError(f"{report.device} is not enrolled; run `ferry fleet enroll {report.device} KEY`")
-            if not opened.is_signed_by(key):
-                raise ManifestError(f"the report is not signed by {report.device}'s key")
-            body = report.canonical().decode()
-            kept = connection.execute(
-                select(_reports.c.body).where(_reports.c.device == report.device, _reports.c.number == report.number)
-            ).scalar()
-            if kept is not None and DeviceReport.model_validate_json(kept) == report:
-                return report
-            if kept is not None:
-                raise ManifestError(f"{report.device} has already sent another report number {report.number}")
+        (result,) = self._take([data], live=False)
+        if isinstance(result, ManifestError):
+            raise result
+        return result
+
+    def _take(self, lines: Sequence[bytes], live: bool) -> list[DeviceReport | ManifestError]:
+        """Verify and keep reports in one transaction, and return each or why it is refused."""
+        results: list[DeviceReport | ManifestError] = []
+        opened: dict[int, Opened] = {}
+        for place, line in enumerate(lines):
             try:
-                connection.execute(
-                    insert(_reports).values(
-                        device=report.device,
-                        number=report.number,
-                        received_at=int(time.time()),
-                        event=report.event,
-                        manifest=report.manifest,
-                        body=body,
-                    )
-                )
-            except IntegrityError as error:
-                raise ManifestError(f"report {report.number} of {report.device} arrived twice at once") from error
-        return report
+                opened[place] = open_line(line)
+                results.append(opened[place].report)
+            except ManifestError as error:
+                results.append(error)
+        held = self._keys_of({o.report.device for o in opened.values()})
+        arrived: dict[int, Arrived] = {}
+        wrong: Counter[str] = Counter()
+        for place, one in opened.items():
+            device = one.report.device
+            if device not in held:
+                results[place] = ManifestError(f"{device} is not enrolled; run `ferry fleet enroll {device} KEY`")
+            elif not one.is_signed_by(held[device]):
+                results[place] = ManifestError(f"the report is not signed by {device}'s key")
+                wrong[device] += 1
+            else:
+                arrived[place] = Arrived(one, held[device])
+        verdicts = self.keep(list(arrived.values()), live=live, refused=wrong)
+        for place, verdict in zip(arrived, verdicts, strict=True):
+            if verdict.code:
+                results[place] = ManifestError(verdict.reason)
+        return results
+
+    def _keys_of(self, names: set[str]) -> dict[str, str]:
+        query = select(devices.c.device, devices.c.public_key).where(devices.c.device.in_(names))
+        with reading(self._engine) as connection:
+            return {row.device: str(row.public_key) for row in connection.execute(query)}
 
     def collect(self, inbox: Path) -> Collected:
         """Receive every report file of a folder; remove the accepted files, and move the rejected ones to `rejected/`.
@@ -140,53 +215,317 @@ class Fleet:
         A file that cannot be read or removed is listed as rejected and stays. It does not stop the others from being received.
         """
         accepted, rejected = [], {}
-        for path in sorted(inbox.glob("*.json")):
-            shown = printable(path.name)
-            try:
-                accepted.append(self.receive(_read(path)))
-                path.unlink()
-            except ManifestError as error:
-                rejected[shown] = str(error)
-                _set_aside(path)
-            except OSError as error:
-                rejected[shown] = f"cannot be read and removed: {error.strerror}; it is left for the next time"
+        paths = sorted(inbox.glob("*.json"))
+        for first in range(0, len(paths), AT_ONCE):
+            read: dict[Path, bytes] = {}
+            for path in paths[first : first + AT_ONCE]:
+                try:
+                    read[path] = _read(path)
+                except ManifestError as error:
+                    rejected[printable(path.name)] = str(error)
+                    _set_aside(path)
+                except OSError as error:
+                    rejected[printable(path.name)] = _left(error)
+            for path, result in zip(read, self._take(list(read.values()), live=False), strict=True):
+                if isinstance(result, ManifestError):
+                    rejected[printable(path.name)] = str(result)
+                    _set_aside(path)
+                    continue
+                try:
+                    path.unlink()
+                    accepted.append(result)
+                except OSError as error:
+                    rejected[printable(path.name)] = _left(error)
         return Collected(accepted, rejected)
 
-    def reports(self, device: str | None = None) -> list[DeviceReport]:
-        """Return the kept reports of one device, or of all, by device and number."""
-        query = select(_reports.c.body).order_by(_reports.c.device, _reports.c.number)
-        if device:
-            query = query.where(_reports.c.device == device)
-        with _foreign_errors(), self._engine.connect() as connection:
-            return [DeviceReport.model_validate_json(body) for body in connection.execute(query).scalars()]
+    # What was heard
 
-    def devices(self) -> dict[str, DeviceReport | None]:
-        """Return every enrolled device with its last report; None: it has not reported."""
-        with _foreign_errors(), self._engine.connect() as connection:
-            names = connection.execute(select(_devices.c.device).order_by(_devices.c.device)).scalars().all()
-            for name in names:
-                if not NAME_PATTERN.fullmatch(name):  # a terminal shows it, and NULL would select all reports
-                    raise ValueError(name)
-        return {name: next(reversed(self.reports(name)), None) for name in names}
+    def states(self) -> list[LastState]:
+        """Return every device of the register with what was last heard of it, by id; retired and unconfirmed ones included."""
+        with reading(self._engine) as connection:
+            found = [LastState(*row) for row in connection.execute(_STATES)]
+        for state in found:
+            if not NAME_PATTERN.fullmatch(state.device):
+                raise OperatorError(
+                    "the fleet's tables hold data that ferry did not write; check who may write to the database, and restore it"
+                )
+        return found
 
     def heard(self) -> dict[str, Heard | None]:
-        """Return every enrolled device with its last report and when it came; None: it has not reported.
+        """Return every device that counts with its last report and when it came; None: it has not reported.
 
-        It reads one report of each device, however many are kept.
+        Confirmed devices count that are not retired. One row of each device is read, however many reports are kept.
         """
-        last = select(_reports.c.device, func.max(_reports.c.number).label("number")).group_by(_reports.c.device).subquery()
-        query = select(_devices.c.device, _reports.c.received_at, _reports.c.body).select_from(
-            _devices.outerjoin(last, _devices.c.device == last.c.device).outerjoin(
-                _reports, (_reports.c.device == last.c.device) & (_reports.c.number == last.c.number)
-            )
-        )
+        query = _COUNTING.with_only_columns(devices.c.device, last.c.received_at, last.c.report)
         found: dict[str, Heard | None] = {}
-        with _foreign_errors(), self._engine.connect() as connection:
-            for name, at, body in connection.execute(query.order_by(_devices.c.device)):
+        with reading(self._engine) as connection:
+            for name, at, body in connection.execute(query):
                 if not NAME_PATTERN.fullmatch(name):  # a terminal shows it
                     raise ValueError(name)
                 found[name] = None if body is None else Heard(DeviceReport.model_validate_json(body), int(at))
         return found
+
+    def devices(self) -> dict[str, DeviceReport | None]:
+        """Return every device that counts with its last report, as `heard` does; None: it has not reported."""
+        return {name: known.report if known else None for name, known in self.heard().items()}
+
+    def reports(self, device: str | None = None) -> list[DeviceReport]:
+        """Return the kept reports of one device, or of all, by device and number."""
+        return [checked.report for checked in self._rows(_of(device), verify=False)]
+
+    def timed(self, manifest: str) -> dict[str, int]:
+        """Return the milliseconds of an image by device, of each device's last report about a bundle that tells them."""
+        query = _REPORTS.where(reports.c.manifest == manifest, reports.c.event != "alive")
+        rows = self._rows(query, verify=False)
+        return {row.report.device: row.report.milliseconds for row in rows if row.report.milliseconds}
+
+    def verified(self, device: str | None = None, manifest: str | None = None, since: int = 0) -> Iterator[Checked]:
+        """Yield kept reports by device and number, each with its signature verified again.
+
+        Whoever can write to the database can change a row, but not sign one. A key counts until it is replaced.
+
+        Args:
+            device: whose reports; None: all.
+            manifest: hash of the bundle that they are about; None: any.
+            since: when they came at the earliest, in seconds since 1970 by the factory's clock.
+        """
+        query = _of(device).where(reports.c.received_at >= since)
+        yield from self._rows(query if manifest is None else query.where(reports.c.manifest == manifest), verify=True)
+
+    def deciding(self) -> dict[str, Checked | None]:
+        """Return every device that counts with its last report, whose signature was verified again; None: it has not reported.
+
+        Raises:
+            OperatorError: a last report was changed in the database.
+        """
+        query = _COUNTING.with_only_columns(devices.c.device)
+        with reading(self._engine) as connection:
+            found: dict[str, Checked | None] = dict.fromkeys(connection.execute(query).scalars())
+        joined = _REPORTS.join(last, and_(last.c.device == reports.c.device, last.c.number == reports.c.number))
+        told = self.heard()
+        for checked in self._rows(joined, verify=True):
+            if checked.report.device in found:
+                found[checked.report.device] = checked
+        for name, heard in told.items():
+            checked_one = found.get(name)
+            if heard and checked_one is None:  # its row is in the archive
+                found[name] = Checked(heard.report, heard.at, "unverifiable")
+            elif heard and checked_one and (checked_one.proof == "forged" or checked_one.report != heard.report):
+                raise OperatorError(
+                    f"the last report of {name} was changed in the database; check who may write to it, and restore it from a backup"
+                )
+        return found
+
+    def _rows(self, query: Select[Any], verify: bool) -> Iterator[Checked]:
+        """Yield the reports of a query, a thousand rows at a time."""
+        with reading(self._engine) as connection:
+            held = _History(connection) if verify else None
+            for row in connection.execution_options(yield_per=1000).execute(query.order_by(reports.c.device, reports.c.number)):
+                if row.envelope is None:
+                    yield Checked(DeviceReport.model_validate_json(row.body), row.received_at, "unverifiable")
+                    continue
+                try:
+                    opened = open_line(row.envelope.encode())
+                except ManifestError as error:
+                    raise ValueError(row.device) from error
+                told = opened.report
+                whole = (told.device, told.number, told.event, told.manifest) == (row.device, row.number, row.event, row.manifest)
+                genuine = held is None or (whole and held.signed(opened, row.received_at))
+                yield Checked(told, row.received_at, "verified" if genuine else "forged")
+
+
+def open_fleet(database: str, writer: bool = True) -> Fleet:
+    """Open the fleet for a gateway, which writes much and answers only for what is durable.
+
+    Args:
+        database: SQLAlchemy's URL. SQLite keeps a log beside the file from now on, so that readers and the writer do not wait for each
+            other, and syncs it before each answer. PostgreSQL is asked whether it does.
+        writer: whether this process writes.
+
+    Raises:
+        TransferError, OperatorError: as `Register`; OperatorError also if the server does not commit durably.
+    """
+    return Fleet(database, writer=writer, many=writer)
+
+
+_REPORTS = select(reports).select_from(reports)
+_COUNTING = (
+    select(devices).select_from(devices.outerjoin(last, devices.c.device == last.c.device))
+    .where(devices.c.confirmed.is_not(None), devices.c.retired.is_(None)).order_by(devices.c.device)
+)  # fmt: skip
+_STATES = (
+    select(
+        devices.c.device, devices.c.line, devices.c.device_class, devices.c.confirmed, devices.c.retired, devices.c.tags,
+        last.c.number, last.c.received_at, last.c.heard_at, last.c.heartbeat_at, last.c.line, last.c.device_class, last.c.active,
+        last.c.agent, last.c.event, last.c.reason, last.c.tags, last.c.skew, func.coalesce(last.c.conflicts, 0), last.c.conflict_at,
+        func.coalesce(last.c.refused, 0), last.c.refused_at, last.c.refused_why,
+    )
+    .select_from(devices.outerjoin(last, devices.c.device == last.c.device)).order_by(devices.c.device)
+)  # fmt: skip
+_KNOWN = (
+    select(
+        devices.c.device, devices.c.public_key, devices.c.line, devices.c.device_class, devices.c.retired,
+        *(column for column in last.c if column.name not in ("device", "line", "device_class")),
+        last.c.device.label("has_last"), last.c.line.label("told_line"), last.c.device_class.label("told_class"),
+    )
+    .select_from(devices.outerjoin(last, devices.c.device == last.c.device))
+    .where(devices.c.device.in_(bindparam("names", expanding=True))).order_by(devices.c.device)
+    .with_for_update(of=devices)
+)  # fmt: skip
+_THERE = select(reports.c.device, reports.c.number, reports.c.body, reports.c.envelope).where(
+    tuple_(reports.c.device, reports.c.number).in_(bindparam("pairs", expanding=True))
+)
+_LAST_FIELDS = [column.name for column in last.c if column.name != "device"]
+_UPDATE_LAST = (
+    update(last).where(last.c.device == bindparam("of")).values({name: bindparam(f"new_{name}") for name in _LAST_FIELDS})
+)
+_INSERT_LAST, _INSERT_REPORTS = insert(last), insert(reports)
+
+
+def _of(device: str | None) -> Select[Any]:
+    return _REPORTS if device is None else _REPORTS.where(reports.c.device == device)
+
+
+class _History:
+    """Keys of the devices and until when each was in use."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._held: dict[str, list[tuple[str, int | None]]] = {}
+        for row in connection.execute(select(keys.c.device, keys.c.public_key, keys.c.until)):
+            self._held.setdefault(row.device, []).append((row.public_key, row.until))
+
+    def signed(self, opened: Opened, at: int) -> bool:
+        """Check whether a key that the device still had at a time signed the report.
+
+        A former key vouches for nothing that came after it was replaced: whoever finds the old device may have it.
+        """
+        held = self._held.get(opened.report.device, [])
+        return any((until is None or at <= until) and opened.is_signed_by(key) for key, until in held)
+
+
+class _Batch:
+    """Reports that are kept in one transaction: what is known of their devices, what is decided, and what is written."""
+
+    def __init__(self, connection: Connection, arrived: Sequence[Arrived], names: Iterable[str], now: int, live: bool) -> None:
+        self._connection, self._now, self._live = connection, now, live
+        self._known: dict[str, Row[Any]] = {row.device: row for row in connection.execute(_KNOWN, {"names": sorted(names)})}
+        self._last: dict[str, dict[str, Any]] = {}
+        self._fresh: dict[tuple[str, int], Opened] = {}
+        self._timed: dict[str, int] = {}
+        highest = {device: row.number or 0 for device, row in self._known.items()}
+        numbers = [(a.opened.report.device, a.opened.report.number) for a in arrived]
+        seen = sorted({(device, number) for device, number in numbers if number <= highest.get(device, 0)})
+        rows: Iterable[Row[Any]] = connection.execute(_THERE, {"pairs": seen}) if seen else []
+        self._there: dict[tuple[str, int], Row[Any]] = {(row.device, row.number): row for row in rows}
+
+    def _state(self, device: str) -> dict[str, Any]:
+        """Return the device's row of `last`, which is written in the end."""
+        if device not in self._last:
+            row = self._known[device]._mapping  # noqa: SLF001 - SQLAlchemy's way to the fields by name
+            made = {name: row[name] for name in _LAST_FIELDS if name not in ("line", "device_class")}
+            made |= {"line": row["told_line"], "device_class": row["told_class"]}
+            self._last[device] = made | {"conflicts": made["conflicts"] or 0, "refused": made["refused"] or 0}
+        return self._last[device]
+
+    def highest(self, device: str) -> int:
+        """Return the highest number that is kept of a device; 0: none."""
+        if device not in self._known:
+            return 0
+        return int(self._state(device)["number"] or 0)
+
+    def decide(self, arrived: Arrived) -> tuple[str, int, str, str]:
+        """Decide on a report: its device, its number, the code and the reason."""
+        report = arrived.opened.report
+        device, number = report.device, report.number
+        known = self._known.get(device)
+        if known is None:
+            return device, number, "unenrolled", f"{device} is not enrolled; run `ferry fleet enroll {device} KEY`"
+        if known.retired is not None:
+            return self._refuse(report, "retired", f"{device} is retired; its reports are refused")
+        if known.public_key != arrived.key:
+            return self._refuse(report, "signature", f"the report is not signed by {device}'s present key")
+        if (known.line or report.line, known.device_class or report.device_class) != (report.line, report.device_class):
+            return self._refuse(
+                report, "line",
+                f"{device} is enrolled for {known.line}/{known.device_class}, and its report names {report.line}/{report.device_class}",
+            )  # fmt: skip
+        state = self._state(device)
+        if number <= (state["number"] or 0) and (kept := self._kept(arrived.opened)) is not None:
+            if kept:
+                state["heard_at"] = self._now
+                return device, number, "", ""
+            state["conflicts"] += 1
+            state["conflict_at"] = self._now
+            return device, number, "conflict", f"{device} has already sent another report number {number}"
+        self._fresh[device, number] = arrived.opened
+        self._note(state, arrived.opened)
+        return device, number, "", ""
+
+    def _refuse(self, report: DeviceReport, code: str, reason: str) -> tuple[str, int, str, str]:
+        state = self._state(report.device)
+        state |= {"refused": state["refused"] + 1, "refused_at": self._now, "refused_why": code}
+        return report.device, report.number, code, reason
+
+    def _kept(self, opened: Opened) -> bool | None:
+        """Check whether this report is kept already; False: another one has its number; None: none has."""
+        report = opened.report
+        if (waiting := self._fresh.get((report.device, report.number))) is not None:
+            return waiting.message == opened.message
+        row = self._there.get((report.device, report.number))
+        if row is None:
+            ranges = select(archived.c.first).where(
+                archived.c.device == report.device, archived.c.first <= report.number, archived.c.last >= report.number
+            )
+            return True if self._connection.execute(ranges).first() else None
+        if row.envelope is None:
+            return DeviceReport.model_validate_json(row.body) == report
+        return bool(row.envelope.encode() == opened.line) or open_line(row.envelope.encode()).message == opened.message
+
+    def _note(self, state: dict[str, Any], opened: Opened) -> None:
+        """Note a new report in the last state of its device."""
+        report, now = opened.report, self._now
+        state["heard_at"] = now
+        ahead = report.time - now
+        if self._live or ahead > 0 or report.time < NEVER_SET:
+            before = self._timed.get(report.device)
+            self._timed[report.device] = state["skew"] = ahead if before is None else max(before, ahead)
+        if report.event == "alive" and report.health is not None and report.number > (state["heartbeat"] or 0):
+            state |= {"heartbeat": report.number, "heartbeat_at": now, "tags": json.dumps(report.health.tags)}
+        elif report.event != "alive" and report.number > (state["event_number"] or 0):
+            state |= {"event_number": report.number, "event": report.event, "reason": report.reason}
+        if report.number > (state["number"] or 0):
+            state |= {
+                "number": report.number, "report": report, "received_at": now, "line": report.line,
+                "device_class": report.device_class, "active": report.active, "agent": report.agent,
+            }  # fmt: skip
+
+    def write(self, refused: Mapping[str, int]) -> None:
+        """Write the new reports and the last states."""
+        for device, count in refused.items():
+            if device in self._known:
+                state = self._state(device)
+                state |= {"refused": state["refused"] + count, "refused_at": self._now, "refused_why": "signature"}
+        if self._fresh:
+            self._connection.execute(_INSERT_REPORTS, [
+                {
+                    "device": device, "number": number, "received_at": self._now, "event": opened.report.event,
+                    "manifest": opened.report.manifest, "envelope": opened.line.decode(),
+                }
+                for (device, number), opened in self._fresh.items()
+            ])  # fmt: skip
+        for state in self._last.values():
+            if isinstance(state["report"], DeviceReport):
+                state["report"] = state["report"].model_dump_json()
+        there = {device: state for device, state in self._last.items() if self._known[device].has_last is not None}
+        if there:
+            rows = [{"of": device} | {f"new_{name}": value for name, value in state.items()} for device, state in there.items()]
+            self._connection.execute(_UPDATE_LAST, rows)
+        if missing := self._last.keys() - there.keys():
+            self._connection.execute(_INSERT_LAST, [{"device": device} | self._last[device] for device in sorted(missing)])
+
+
+def _left(error: OSError) -> str:
+    return f"cannot be read and removed: {error.strerror}; it is left for the next time"
 
 
 def _read(path: Path) -> bytes:
@@ -222,21 +561,3 @@ def _set_aside(path: Path) -> None:
             os.replace(path, path.name, dst_dir_fd=folder)
         finally:
             os.close(folder)
-
-
-@contextmanager
-def _foreign_errors() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise TransferError(
-            f"the database's driver {error.name} is not installed; `pip install 'deltaferry[postgres]'`"
-        ) from error
-    except SQLAlchemyError as error:
-        raise TransferError(f"the database cannot be used: {str(error).splitlines()[0]}; check its URL in ferry.toml") from error
-    except ValidationError as error:
-        raise OperatorError("the fleet's tables hold a report of another version; migrate the database") from error
-    except (ValueError, TypeError) as error:
-        raise OperatorError(
-            "the fleet's tables hold data that ferry did not write; check who may write to the database, and restore it"
-        ) from error

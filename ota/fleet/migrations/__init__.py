@@ -1,0 +1,1 @@
+"""Migrations of the fleet's tables, which Alembic runs one after the other."""
