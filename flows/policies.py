@@ -18,7 +18,7 @@ from flows.errors import BusyError
 from flows.workspace import Workspace
 from model.config import VariantName
 from ota.errors import OtaError, TransferError
-from ota.manifest import Policy
+from ota.policy import Policy
 from ota.release import compatibility, copies, fielded, rollout, store
 from ota.release.repository import Release
 from registry.errors import LedgerError, RegistryError

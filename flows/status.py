@@ -23,7 +23,7 @@ from model.pointer import recorded_md5
 from model.scorecard import Frozen
 from ota.errors import OtaError
 from ota.fleet.store import Heard
-from ota.manifest import Policy
+from ota.policy import Policy
 from ota.release import compatibility, fielded, rollout
 from ota.release.metadata import LIFETIMES
 from ota.release.repository import Release

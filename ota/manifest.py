@@ -1,7 +1,7 @@
-"""The signed documents: what a bundle is, how images are drawn with it, and who may install it.
+"""The signed documents: what a bundle is, and how images are drawn with it. Who may install it is in `ota.policy`.
 
 All are frozen values with a closed list of fields, and with a limit on every number and length that may come from outside. Their
-canonical JSON is hashed and signed, so its keys are sorted, and it holds no floats where TUF signs it (`Policy`).
+canonical JSON is hashed and signed, so its keys are sorted.
 
 A bundle is a closed set of files. File names never come from a document: on the device a file is named by its hash, and
 its purpose is one of six roles.
@@ -34,13 +34,11 @@ from ota.wording import first_fault
 KiB, MiB = limits.KiB, limits.MiB
 MAX_TABLE, MAX_GOLDEN, MAX_GRAPH, MAX_WEIGHTS = limits.MAX_TABLE, limits.MAX_GOLDEN, limits.MAX_GRAPH, limits.MAX_WEIGHTS
 MAX_MANIFEST = 64 * KiB
-MAX_POLICY = 16 * KiB
 MAX_TRACE = 4 * MiB
-MAX_WAVES = 16  # of a rollout
 MAX_COUNT = 2**53
 MAX_TOLD = 500  # characters of a reason
 FORM = 1  # `schema_version` of every document that this agent knows, but for these
-FORMS = {"manifest": 4, "reference": 2, "samplertable": 2}  # newest forms, which older agents do not know
+FORMS = {"manifest": 4, "reference": 2, "samplertable": 2, "policy2": 2}  # newest forms, which older agents do not know
 # Form 2 of manifest and reference allows a change of the images, that of the sampler table an interval of guidance. Form 3 of a
 # manifest lets variants share weights, and form 4 holds a sample of the golden outputs (`ota.golden`).
 MAX_ALLOWED = 0.1  # width of the range of an allowed statistic; pixel values span 2
@@ -52,6 +50,8 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]*$")]
 """Letters, digits, dots, dashes and underscores, or nothing: a hash of Git or DVC, a salt, the id of a boot."""
+Tag = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,19}=[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")]
+"""A name and a value by which an operator groups devices, such as site=berlin."""
 Told = Annotated[str, Field(max_length=MAX_TOLD), AfterValidator(lambda text: printable(text)[:MAX_TOLD])]
 """Text for people. Parsing makes it printable, so only documents whose signature covers the received bytes may hold it."""
 Bound = Annotated[str, StringConstraints(pattern=r"^(>=|<)[0-9]{1,6}(\.[0-9]{1,6}){0,3}$")]
@@ -108,7 +108,7 @@ def parse(kind: type[AnyDocument], data: bytes, limit: int) -> AnyDocument:
         AgentError: it needs a newer agent.
         ManifestError: it is too long, not JSON, or not of this form.
     """
-    what = kind.__name__.lower()
+    what = re.sub(r"(?<=[a-z])(?=\d)", " ", kind.__name__.lower())
     if len(data) > limit:
         raise ManifestError(f"the {what} has {len(data)} bytes, more than {limit}; publish a smaller one")
     try:
@@ -378,31 +378,4 @@ class Reference(Document):
     def _form_says_so(self) -> Self:
         if self.allowed and self.schema_version < 2:
             raise ValueError("only form 2 allows a change of the images")
-        return self
-
-
-class Wave(Document):
-    """A step of a rollout: from `not_before` on, devices whose bucket lies below `bps` may install the release."""
-
-    bps: int = Field(ge=0, le=10_000, description="share of the fleet in basis points")
-    not_before: int = Field(ge=0, le=MAX_COUNT, description="seconds since 1970, UTC")
-
-
-class Policy(Document):
-    """Which release the devices of one line and class may install, and when. The rollout role signs it; it holds no floats."""
-
-    schema_version: Literal[1] = Field(default=1, description="version of this form")
-    line: Name = Field(description="line (product) of the devices that the policy is for")
-    device_class: Name = Field(description="device class of the devices that the policy is for")
-    seq: int = Field(ge=1, le=MAX_COUNT, description="release number of the named bundle")
-    manifest: Sha256 = Field(description="hash of the manifest of the bundle to install")
-    salt: Token = Field(max_length=64, description="new for each release, so that the first devices are not always the same")
-    waves: list[Wave] = Field(max_length=MAX_WAVES, description="steps of the rollout")
-    halt: bool = Field(default=False, description="whether no further device may install the release")
-    revert: bool = Field(default=False, description="whether the named release is older than what runs, on purpose")
-
-    @model_validator(mode="after")
-    def _widening(self) -> Self:
-        if any(a.bps >= b.bps or a.not_before > b.not_before for a, b in zip(self.waves, self.waves[1:], strict=False)):
-            raise ValueError("each wave must be wider than the one before it, and not earlier")
         return self

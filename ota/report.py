@@ -28,7 +28,7 @@ from pydantic import (
 
 from ota.errors import ManifestError
 from ota.limits import KiB, VariantName
-from ota.manifest import AGENT_VERSION, MAX_COUNT, Document, Name, Sha256, StatisticName, Token, Told, parse
+from ota.manifest import AGENT_VERSION, MAX_COUNT, Document, Name, Sha256, StatisticName, Tag, Token, Told, parse
 
 Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "base_corrupt", "strayed", "new_agent", "alive"]
 REPORT_FORM: Literal[3] = 3  # newest form of a report, which agents write and the factory reads
@@ -45,8 +45,6 @@ CONTEXT = b"deltaferry report 3\n"
 ENROLMENT = b"deltaferry enrolment 1\n"
 """What the signature of an enrolment covers before the token's sha256, the id, the line and the class."""
 
-Tag = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,19}=[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")]
-"""A name and a value by which an operator groups devices, such as site=berlin."""
 Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 PublicKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]

@@ -32,7 +32,8 @@ from ota import packed
 from ota.agent import slots, updater
 from ota.agent.plan import OnStep
 from ota.agent.state import Home, State
-from ota.manifest import Manifest, Policy
+from ota.manifest import Manifest
+from ota.policy import Policy
 from ota.release import rollout
 from ota.release.bundle import Bundle, make_delta
 from ota.release.chains import NEWEST

@@ -29,7 +29,7 @@ from ota import fitness
 from ota.agent import child, disk, drawing, plan, reports, slots, transport, trial, trust
 from ota.agent.state import Slot
 from ota.errors import OtaError, UnfinishedError
-from ota.manifest import Policy
+from ota.policy import Policy
 from ota.release import rollout
 from ota.release.bundle import Bundle
 from tests.fleet_kit import CLASS, LINE, Cut, Device, Field, WebServer, publish

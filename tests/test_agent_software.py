@@ -24,7 +24,8 @@ from ota.agent import child, drawing, runtime, trial
 from ota.agent.rules import MAX_TRIES
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Trial
 from ota.errors import AgentError, GateError, ManifestError, SoftwareError, UnfinishedError
-from ota.manifest import FORMS, Manifest, Policy, Reference, SamplerTable, parse
+from ota.manifest import FORMS, Manifest, Reference, SamplerTable, parse
+from ota.policy import Policy
 from ota.release.bundle import Bundle
 from tests.conftest import few
 from tests.fleet_kit import Field, publish

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from flows.cli import app
 from ota import durations
 from ota.agent.measured import percentile
-from ota.manifest import Policy, Wave
+from ota.policy import Policy, Wave
 from ota.release import rollout
 from tests.conftest import agent
 

@@ -23,7 +23,8 @@ from model.train import Checkpoint, TrainOptions, train
 from ota import fitness
 from ota.errors import AgentError, GateError, OperatorError
 from ota.fitness import TrialResult
-from ota.manifest import Allowed, Manifest, Policy, Range, Reference, VariantName, Wave, parse
+from ota.manifest import Allowed, Manifest, Range, Reference, VariantName, parse
+from ota.policy import Policy, Wave
 from ota.release import foretell
 from ota.release.bundle import Bundle, assemble
 from ota.release.foretell import Refusal

@@ -30,7 +30,8 @@ from ota.agent.state import Config, opened
 from ota.delta.format import _USUAL, MAGIC, PREFIX, _numbered, read_header
 from ota.delta.header import BundleFile, DeltaFile, Header, PlainFile
 from ota.errors import DeltaError, FaultError, GateError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
-from ota.manifest import Document, Manifest, Origin, Policy, Reference, SamplerTable, parse
+from ota.manifest import Document, Manifest, Origin, Reference, SamplerTable, parse
+from ota.policy import Policy
 from ota.release import rotation
 from ota.release.bundle import Bundle
 from ota.release.keys import ROLES, KeyRing, create

@@ -13,17 +13,16 @@ from ota.errors import ManifestError
 from ota.manifest import (
     MAX_GRAPH,
     MAX_MANIFEST,
-    MAX_POLICY,
     MAX_TABLE,
     MAX_WEIGHTS,
     ROLES_OF_VARIANT,
     Document,
     Manifest,
-    Policy,
     Reference,
     SamplerTable,
     parse,
 )
+from ota.policy import MAX_POLICY, Policy
 from ota.report import DeviceReport, SignedReport
 
 HASHES = [f"{i:064x}" for i in range(64)]

@@ -21,7 +21,7 @@ from flows.errors import BusyError
 from flows.setup import create
 from flows.workspace import Workspace
 from ota.errors import OperatorError
-from ota.manifest import Policy
+from ota.policy import Policy
 from ota.release import fielded
 from ota.release.bundle import Bundle
 from ota.release.keys import KeyRing

@@ -17,7 +17,8 @@ from ota import fitness
 from ota.agent import rules
 from ota.agent.state import Config, State
 from ota.errors import AgentError, ManifestError, OperatorError, TrustError
-from ota.manifest import Manifest, Policy, Reference, Wave
+from ota.manifest import Manifest, Reference
+from ota.policy import Policy, Wave
 from ota.release import rollout
 from ota.release.repository import Release
 from tests.test_manifest import manifest

@@ -24,7 +24,7 @@ from flows.cli import app
 from flows.workspace import Workspace
 from ota.agent.rules import bucket
 from ota.fleet.store import Fleet
-from ota.manifest import Policy
+from ota.policy import Policy
 from ota.release import rollout
 from ota.report import DeviceReport, SignedReport
 from tests.bench.commands import roll_out

@@ -20,7 +20,8 @@ from pydantic import BaseModel
 
 from infra.site import example, leaves
 from model.scorecard import Lineage, Scorecard
-from ota.manifest import Manifest, Policy, Reference, SamplerTable
+from ota.manifest import Manifest, Reference, SamplerTable
+from ota.policy import Policy
 from ota.report import SignedReport, open_line
 from registry.selection import Decision
 from tests.fleet_kit import Device, Field

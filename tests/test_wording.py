@@ -12,7 +12,8 @@ from flows.errors import WorkspaceError
 from flows.settings import read
 from flows.setup import template
 from ota.errors import ManifestError
-from ota.manifest import Policy, Reference, parse
+from ota.manifest import Reference, parse
+from ota.policy import Policy
 from ota.wording import counted
 
 FOREIGN = (

@@ -23,16 +23,15 @@ from ota.manifest import (
     Image,
     Manifest,
     Origin,
-    Policy,
     Range,
     Reference,
     Role,
     Runtime,
     SamplerTable,
     VariantName,
-    Wave,
 )
 from ota.manifest import Golden as Closeness
+from ota.policy import Policy, Wave
 from ota.release import keys, rollout
 from ota.release.repository import Repository
 from ota.report import DeviceReport, SignedReport

@@ -16,7 +16,8 @@ from infra.site.schema import kind
 from infra.site.text import code, joined, plain, sentence, table
 from model.config import ModelConfig
 from model.scorecard import Lineage, Sampler, Scorecard
-from ota.manifest import Manifest, Policy, Reference, SamplerTable
+from ota.manifest import Manifest, Reference, SamplerTable
+from ota.policy import Policy
 from ota.release.repository import Release
 from ota.report import DeviceReport, SignedReport
 from registry.seal import PARTS

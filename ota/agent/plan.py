@@ -23,7 +23,8 @@ from ota.agent.state import Home
 from ota.agent.transport import Deadline, Transport, download
 from ota.agent.trust import Target, Trust
 from ota.errors import ExpiredError, ManifestError, RepositoryError, RoomError, StateError
-from ota.manifest import MAX_MANIFEST, MAX_POLICY, FileEntry, Manifest, Policy, parse
+from ota.manifest import MAX_MANIFEST, FileEntry, Manifest, parse
+from ota.policy import MAX_POLICY, Policy
 
 GROWTH = 1.25  # times the larger of two bundles that one between them may have
 

@@ -12,7 +12,8 @@ from ota.agent import clock, window
 from ota.agent.state import Config, HighWater, Rest, State
 from ota.durations import until
 from ota.errors import AgentError, ManifestError, OperatorError, TrustError
-from ota.manifest import MAX_COUNT, Manifest, Policy, as_numbers
+from ota.manifest import MAX_COUNT, Manifest, as_numbers
+from ota.policy import Policy
 
 BUCKETS = 10_000
 SEEDS = 2**128  # number of seeds: all keys that Philox accepts

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from ota.errors import OperatorError
 from ota.limits import OF_NUMBERS
-from ota.manifest import FileEntry, Policy, VariantName
+from ota.manifest import FileEntry, VariantName
+from ota.policy import Policy
 from ota.release import rollout
 from ota.release.repository import Release, Repository
 from ota.report import DeviceReport

@@ -42,7 +42,8 @@ from tuf.api.metadata import (
 
 from ota import chain, packed
 from ota.errors import OperatorError, printable
-from ota.manifest import MAX_COUNT, MAX_MANIFEST, MAX_POLICY, Document, Manifest, Policy, Sha256, parse
+from ota.manifest import MAX_COUNT, MAX_MANIFEST, Document, Manifest, Sha256, parse
+from ota.policy import MAX_POLICY, Policy
 from ota.release import chains
 from ota.release import roles as names
 from ota.release.keys import DELEGATED, Entry, KeyRing

@@ -41,5 +41,6 @@ def is_role(role: str) -> bool:
 def paths(role: str) -> list[str]:
     """Return the patterns of the targets that a role may name."""
     line, _, device_class = (owner(role) or "*/*").partition("/")
-    policy = f"{device_class}.json" if owner(role) else "*"
-    return [f"{kind(role)}/{line}/{policy if kind(role) == 'rollout' else f'{device_class}/*'}"]
+    if kind(role) != "rollout":
+        return [f"{kind(role)}/{line}/{device_class}/*"]
+    return [f"rollout/{line}/{name}" for name in ((f"{device_class}.json", f"{device_class}.2.json") if owner(role) else ("*",))]

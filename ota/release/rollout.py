@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from ota.durations import until
 from ota.errors import OperatorError
-from ota.manifest import MAX_WAVES, Policy, Wave
+from ota.policy import MAX_WAVES, Policy, Wave
 from ota.release.repository import Release
 
 FULL = 10_000  # basis points
