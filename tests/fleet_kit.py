@@ -33,7 +33,7 @@ from ota.agent import slots, updater
 from ota.agent.plan import OnStep
 from ota.agent.state import Home, State
 from ota.manifest import Manifest
-from ota.policy import Policy
+from ota.policy import Policy, Policy2
 from ota.release import rollout
 from ota.release.bundle import Bundle, make_delta
 from ota.release.chains import NEWEST
@@ -74,9 +74,9 @@ def change_role(repository: Repository, role: str, change: Callable[[Any], None]
     repository.commit({role: change})
 
 
-def name_policy(repository: Repository, policy: Policy) -> None:
+def name_policy(repository: Repository, policy: Policy | Policy2) -> None:
     """Sign any policy, past the checks of `set_policy`, as the holder of the rollout keys can."""
-    target = repository._add_target(policy_path(LINE, CLASS), policy.canonical(), {})
+    target = repository._add_target(policy_path(LINE, CLASS, policy.schema_version), policy.canonical(), {})
 
     def change(signed: Targets) -> None:
         signed.targets[target.path] = target

@@ -3,6 +3,7 @@
 disk        all durable writes to the agent's directory
 state       the agent's directory and its one state file
 rules       decisions about updates, without I/O
+policy      whether policy 2 lets this device in, without I/O
 variants    which variant draws, and when the expert routing has shifted, without I/O
 network     rules about proxies, redirects, refusals and secrets in addresses, without I/O
 line        connections to web servers and through proxies, which another thread can cut
@@ -22,6 +23,7 @@ reports     the signed, bounded queue of reports
 plan        what an update installs and from what: release, delta or full bundle, downloads, room
 slots       slots on disk: building one, verifying it, reporting what runs
 trial       trying a bundle before it is trusted, probation, going back
+acknowledgement  the wait until the factory has kept the report that a bundle starts
 updater     the twelve steps of an update
 drawing     an image on request, by the first bundle and variant that can
 poll        regular checks for updates

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import ota
 from ota import chain
-from ota.agent import rules
+from ota.agent import history, rules
+from ota.agent import policy as policy2
 from ota.agent.disk import FILES_NEEDED, read_uncached
-from ota.agent.state import Home
+from ota.agent.state import Home, LetIn
 from ota.agent.transport import Deadline, Transport, download
 from ota.agent.trust import Target, Trust
 from ota.errors import ExpiredError, ManifestError, RepositoryError, RoomError, StateError
 from ota.manifest import MAX_MANIFEST, FileEntry, Manifest, parse
-from ota.policy import MAX_POLICY, Policy
+from ota.policy import HEARTBEAT, MAX_POLICY, MAX_POLICY_2, Fallback, Policy, Policy2
 
 GROWTH = 1.25  # times the larger of two bundles that one between them may have
 
@@ -38,42 +39,165 @@ OnStep = Callable[[int, str], None]
 class Plan:
     """The release to be installed."""
 
-    policy: Policy
+    seq: int
+    """Its number."""
     manifest: Manifest
     manifest_bytes: bytes
     floor: int
     """Lowest release number that may be installed, as signed beside this release."""
+    acknowledge: bool
+    """Whether the device switches only after the factory has kept its report that it starts."""
 
 
 def decide(home: Home, trust: Trust) -> tuple[Plan | None, rules.Wanted]:
     """Decide which release to install, if any; also return what the policy asks for, and why."""
-    config, state = home.config(), home.load()
-    place = f"{config.line}/{config.device_class}"
+    config = home.config()
+    name = f"rollout/{config.line}/{config.device_class}"
     try:
-        target = trust.target(f"rollout/{place}.json")
+        newer = trust.target(f"{name}.2.json")
+        older = trust.target(f"{name}.json") if newer is None else None
+        if newer is not None:
+            return _by_limit(home, trust, newer)
+        if trust.obeyed(f"{name}.2.json")[0]:
+            return None, rules.Wanted(False, policy2.GONE)
     except ExpiredError:
-        if state.active is None:
+        if home.load().active is None:
             raise
         # This is intended: a rollout that nobody renews stops spreading. The roles above it are fresh; `Trust` has checked them.
         reason = "the rollout policy has expired, so nothing newer can be installed until it is signed again; the running model is kept"
         return None, rules.Wanted(False, reason)
-    if target is None:
-        return None, rules.Wanted(False, f"nothing is rolled out to {place} yet")
-    policy = parse(Policy, trust.read(target, MAX_POLICY), MAX_POLICY)
-    # `rollout` alone cannot make anything run: what it names must be in `models`, under the same number.
-    signed = trust.target(f"models/{place}/{policy.manifest}.json")
-    if signed is None or signed.custom.seq != policy.seq:
-        raise ManifestError(f"the policy names release {policy.seq}, which the models role does not sign; nothing is installed")
-    state = home.load()  # again: new keys of `models` may have reset the running bundle's number and the refusals
-    wanted = rules.want(policy, config, state, signed.custom.revertible, int(time.time()))
-    if not wanted.install:
-        return None, wanted
-    data = _manifest_of(home, policy.manifest, signed, trust)
+    if older is None:
+        return None, rules.Wanted(False, f"nothing is rolled out to {config.line}/{config.device_class} yet")
+    policy = parse(Policy, trust.read(older, MAX_POLICY), MAX_POLICY)
+    wanted = _in_waves(home, trust, policy)
+    return (_plan(home, trust, policy) if wanted.install else None), wanted
+
+
+def _in_waves(home: Home, trust: Trust, policy: Policy) -> rules.Wanted:
+    """Decide by the waves of policy 1."""
+    signed = _signed(home, trust, policy)
+    # The state is read afterwards: new keys of `models` may have reset the running bundle's number and the refusals.
+    return rules.want(policy, home.config(), home.load(), signed.custom.revertible, int(time.time()))
+
+
+def _by_limit(home: Home, trust: Trust, target: Target) -> tuple[Plan | None, rules.Wanted]:
+    """Decide by policy 2, and keep its numbers: from now on this device obeys no lower one."""
+    config, now = home.config(), int(time.time())
+    policy = parse(Policy2, trust.read(target, MAX_POLICY_2), MAX_POLICY_2)
+    highest, acted = trust.obeyed(target.name)
+    policy2.check(policy, config, highest)
+    signed = _signed(home, trust, policy)
+    if policy.retry > acted:
+        _lift(home, policy.manifest)  # before the mark: after a power cut, the next call repeats it
+    trust.obey(target.name, policy.policy, max(policy.retry, acted))
+    _keep(home, "heartbeat", str(policy.heartbeat).encode())
+    named: Policy | Policy2 = policy
+    if why := policy2.unheard(config, policy.acknowledge):
+        named, wanted = _unheard(home, trust, policy, why)
+    else:
+        wanted = policy2.admit(policy, config, home.load(), signed.custom.revertible, now)
+        if wanted.install:
+            wanted = policy2.begins(policy, config, _since(home, policy, now), now)
+    if wanted.install:
+        return _plan(home, trust, named), wanted
+    if policy.fallback and not wanted.let_in and home.load().active is None:
+        return _fall_back(home, trust, policy.fallback, wanted)
+    return None, wanted
+
+
+def _unheard(home: Home, trust: Trust, policy: Policy2, why: str) -> tuple[Policy | Policy2, rules.Wanted]:
+    """Decide for a device that cannot be heard: the waves of policy 1 let it in, unless policy 2 bars their release."""
+    config, state, now = home.config(), home.load(), int(time.time())
+    told = f"{why}, so it installs only what is opened to devices that are not watched"
+    older = trust.target(f"rollout/{config.line}/{config.device_class}.json")
+    if older is None:
+        return policy, rules.Wanted(False, f"release {policy.seq} is not open to this device: {told}")
+    waves = parse(Policy, trust.read(older, MAX_POLICY), MAX_POLICY)
+    if waves.manifest == policy.manifest != state.active:
+        if barred := policy2.barred(policy, config):
+            return waves, rules.Wanted(False, barred, settled=True)
+        if ended := policy2.ended(policy, now):
+            return waves, rules.Wanted(False, ended)
+    if waves.seq < state.seq and waves.manifest != policy.manifest:
+        return waves, rules.Wanted(False, f"release {state.seq} runs; release {policy.seq} is not open to this device: {told}")
+    wanted = _in_waves(home, trust, waves)
+    if waves.manifest != policy.manifest != state.active and not wanted.install:
+        wanted = replace(wanted, reason=f"{wanted.reason}; release {policy.seq} is not open to this device: {told}")
+    return waves, wanted
+
+
+def _fall_back(home: Home, trust: Trust, named: Fallback, wanted: rules.Wanted) -> tuple[Plan | None, rules.Wanted]:
+    """Decide about the last release that was open to all, on a device that has nothing to run and is not let in yet."""
+    _signed(home, trust, named)
+    config, state = home.config(), home.load()
+    if why := rules.refused(named.seq, named.manifest, state) or rules.outside_window(named.seq, config, int(time.time())):
+        return None, rules.Wanted(False, f"{wanted.reason}; {why}")
+    told = f"release {named.seq} was open to all devices, and this one has nothing to run: {wanted.reason}"
+    return _plan(home, trust, named), rules.Wanted(True, told)
+
+
+def _signed(home: Home, trust: Trust, named: Policy | Policy2 | Fallback) -> Target:
+    """Return what `models` signs about a named release: `rollout` alone cannot make anything run.
+
+    Raises:
+        ManifestError: `models` does not sign it, or under another number.
+    """
+    config = home.config()
+    signed = trust.target(f"models/{config.line}/{config.device_class}/{named.manifest}.json")
+    if signed is None or signed.custom.seq != named.seq:
+        raise ManifestError(f"the policy names release {named.seq}, which the models role does not sign; nothing is installed")
+    return signed
+
+
+def _plan(home: Home, trust: Trust, named: Policy | Policy2 | Fallback) -> Plan:
+    """Read the manifest of a release that is to be installed, and check that it fits.
+
+    Raises:
+        ManifestError: the manifest is another one, or for another device.
+        AgentError: the bundle needs a newer agent.
+    """
+    signed = _signed(home, trust, named)
+    data = _manifest_of(home, named.manifest, signed, trust)
     manifest = parse(Manifest, data, MAX_MANIFEST)
-    if signed.sha256 != policy.manifest or manifest.digest != policy.manifest:
+    if signed.sha256 != named.manifest or manifest.digest != named.manifest:
         raise ManifestError("the manifest is not the one that the policy names; nothing is installed")
-    rules.check_fits(manifest, config, ota.__version__)
-    return Plan(policy, manifest, data, signed.custom.floor), wanted
+    rules.check_fits(manifest, home.config(), ota.__version__)
+    return Plan(named.seq, manifest, data, signed.custom.floor, isinstance(named, Policy2) and named.acknowledge)
+
+
+def _lift(home: Home, digest: str) -> None:
+    """Let a bundle be tried once more, as `ferry-agent forget` does: the policy asks for it."""
+    state, rest = home.load(), home.rest()
+    if digest in state.refused or digest in state.tries or (rest and rest.bundle == digest):
+        home.disk.remove("resting.json")
+        refused, tries = ({d: was for d, was in old.items() if d != digest} for old in (state.refused, state.tries))
+        home.save(state.model_copy(update={"refused": refused, "tries": tries}))
+        history.note(home, "forgotten", digest, "the policy asks for one more try")
+
+
+def _since(home: Home, policy: Policy2, now: int) -> int:
+    """Return when this device first found itself let in; a file that is lost, or a clock that was set back, begins anew."""
+    if not policy.spread:
+        return now
+    with suppress(ManifestError):
+        found = parse(LetIn, home.disk.read("let-in.json") or b"", MAX_MANIFEST)
+        if found.bundle == policy.manifest and found.at <= now:
+            return found.at
+    _keep(home, "let-in.json", LetIn(bundle=policy.manifest, at=now).canonical())
+    return now
+
+
+def heartbeat(home: Home) -> int:
+    """Return the seconds between two heartbeats that the newest policy asks for."""
+    with suppress(ValueError):
+        return min(86_400, max(3600, int(home.disk.read("heartbeat") or b"")))
+    return HEARTBEAT
+
+
+def _keep(home: Home, name: str, data: bytes) -> None:
+    """Keep a small file that may be lost, if it changed."""
+    if home.disk.read(name) != data:
+        home.disk.replace(name, data, durable=False)
 
 
 def _manifest_of(home: Home, digest: str, signed: Target, trust: Trust) -> bytes:

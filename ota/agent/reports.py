@@ -12,18 +12,20 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from pydantic import Field
 
 import ota
 from ota import output
 from ota.agent import history
-from ota.agent.state import Home
+from ota.agent.state import MAX_STATE, Home
 from ota.agent.transport import HungError, within
-from ota.errors import DeviceError, OperatorError, StateError, TransferError
+from ota.errors import DeviceError, ManifestError, OperatorError, StateError, TransferError
+from ota.manifest import Document, Sha256, parse
 from ota.report import MAX_NUMBER, REPORT_FORM, DeviceReport, Event, seal
 
 MOUNT_SECONDS = 30.0  # seconds to wait for the reports folder, which may be a mount that hangs
@@ -66,6 +68,8 @@ def queue(home: Home, event: Event, manifest: str | None, reason: str = "", rece
         device_class=config.device_class, event=event, manifest=manifest, active=home.load().active, reason=reason[:500],
         received=received, milliseconds=round(milliseconds), schema_version=REPORT_FORM, agent=ota.__version__,
     )  # fmt: skip
+    if event == "starting":
+        _write_fate(home, Started(manifest=str(manifest), number=number, fate="waiting"))
     home.disk.replace(f"queue/{number:08d}.json", seal(report, _key(home)))
     for old in sorted(home.disk.path("queue").glob("*.json"))[:-MAX_QUEUE]:
         home.disk.remove(f"queue/{old.name}")
@@ -106,6 +110,41 @@ def _next_number(home: Home) -> int:
         last = max(0, max(int(time.time()), home.high_water().signed) - EPOCH, *queued)
     home.disk.replace("number", str(last + 1).encode())
     return last + 1
+
+
+class Started(Document):
+    """What became of the newest report that a bundle starts."""
+
+    manifest: Sha256
+    number: int = Field(ge=1, le=MAX_NUMBER)
+    fate: Literal["waiting", "accepted", "refused", "delivered"]
+
+
+def fate(home: Home, manifest: str) -> Literal["none", "waiting", "accepted", "refused", "delivered"]:
+    """Say what became of the newest report that a bundle starts.
+
+    Returns:
+        none: there is none, or what is known of it is lost; accepted, refused: the factory's answer, which came over TLS; delivered: it left
+        by a folder or over plain http, where no answer can be trusted.
+    """
+    found = _started(home)
+    return found.fate if found and found.manifest == manifest else "none"
+
+
+def _started(home: Home) -> Started | None:
+    with suppress(ManifestError, StateError):
+        return parse(Started, home.disk.read("starting.json") or b"", MAX_STATE)
+    return None
+
+
+def _write_fate(home: Home, started: Started) -> None:
+    home.disk.replace("starting.json", started.canonical())
+
+
+def _note_fate(home: Home, number: int, what: Literal["accepted", "refused", "delivered"]) -> None:
+    """Keep what became of a report before it leaves the queue, if it is the newest one that a bundle starts."""
+    if (found := _started(home)) and found.number == number and found.fate != what:
+        _write_fate(home, found.model_copy(update={"fate": what}))
 
 
 def _boot() -> str:
@@ -213,6 +252,7 @@ def _deliver(home: Home, channel: Channel, waiting: list[Path]) -> tuple[int, st
         except TransferError as error:  # something else may have taken this report's place in the folder, and not the next one's
             left, why = left + 1, why or str(error)
         else:
+            _note_fate(home, int(path.stem), "delivered")
             home.disk.remove(f"queue/{path.name}")
     return left, why
 

@@ -13,9 +13,11 @@ from ota.agent.state import Config, HighWater, Rest, State
 from ota.durations import until
 from ota.errors import AgentError, ManifestError, OperatorError, TrustError
 from ota.manifest import MAX_COUNT, Manifest, as_numbers
-from ota.policy import Policy
+from ota.policy import Policy, Policy2
 
 BUCKETS = 10_000
+POLICY, RETRY = "policy", "retry"
+"""High-water marks beside those of the roles: the highest numbers of policy 2 that this device obeyed."""
 SEEDS = 2**128  # number of seeds: all keys that Philox accepts
 MAX_TRIES = 3  # trials of a bundle in a row that may begin and give no result before the bundle has to wait
 FIRST_REST = 3600  # seconds that a bundle waits; each wait is twice as long as the one before
@@ -32,6 +34,8 @@ class Wanted:
     reason: str
     settled: bool = False
     """Whether the named bundle is installed, refused or halted, so that what was fetched of it can be removed."""
+    let_in: bool = False
+    """Whether the release is open to this device, though it may wait for its hour."""
 
 
 def bucket(device: str, salt: str) -> int:
@@ -153,27 +157,49 @@ def want(policy: Policy, config: Config, state: State, revertible: bool, now: in
         raise ManifestError(f"the policy is for {policy.line}/{policy.device_class}, not for this device")
     if policy.manifest == state.active:
         return Wanted(False, f"release {policy.seq} is installed", settled=True)
-    if policy.manifest in state.refused:
-        why = f"release {policy.seq} was refused before: {state.refused[policy.manifest]}; {lifting(policy.manifest)}"
+    if why := refused(policy.seq, policy.manifest, state):
         return Wanted(False, why, settled=True)
     if policy.halt:
         return Wanted(False, f"release {policy.seq} is halted", settled=True)
-    if policy.seq < state.seq:
-        if not policy.revert:
-            raise TrustError(f"the policy names release {policy.seq}, older than {state.seq}, but does not mark it as a revert")
-        if not revertible:
-            raise TrustError(f"the policy goes back to release {policy.seq}, which is not marked as revertible")
+    check_direction(policy, state, revertible)
     mine = bucket(config.device, policy.salt)
     opening = [wave.not_before for wave in policy.waves if mine < wave.bps]
     if not opening:
         return Wanted(False, f"release {policy.seq} is not meant for this device yet (bucket {mine})")
     if min(opening) > now:
         return Wanted(False, f"release {policy.seq} opens for this device at {until(min(opening), now)}")
+    if why := outside_window(policy.seq, config, now):
+        return Wanted(False, why, let_in=True)
+    return Wanted(True, f"release {policy.seq} is open to this device", let_in=True)
+
+
+def refused(seq: int, digest: str, state: State) -> str:
+    """Say that this device refused a bundle before, why, and how to lift that; empty: it did not."""
+    if digest not in state.refused:
+        return ""
+    return f"release {seq} was refused before: {state.refused[digest]}; {lifting(digest)}"
+
+
+def check_direction(policy: Policy | Policy2, state: State, revertible: bool) -> None:
+    """Refuse to go back to an older release, unless both the policy and `models` say that devices may.
+
+    Raises:
+        TrustError: the policy names an older release without calling it a revert, or one that devices may not go back to.
+    """
+    if policy.seq < state.seq:
+        if not policy.revert:
+            raise TrustError(f"the policy names release {policy.seq}, older than {state.seq}, but does not mark it as a revert")
+        if not revertible:
+            raise TrustError(f"the policy goes back to release {policy.seq}, which is not marked as revertible")
+
+
+def outside_window(seq: int, config: Config, now: int) -> str:
+    """Say that a release waits for the device's maintenance window; empty: it need not."""
     if problem := window.problem(config.window):
-        return Wanted(False, f"release {policy.seq} waits for the maintenance window, but {problem}, with `ferry-agent init`")
+        return f"release {seq} waits for the maintenance window, but {problem}, with `ferry-agent init`"
     if config.window and not in_window(config.window, now):
-        return Wanted(False, f"release {policy.seq} waits for the maintenance window {window.shown(config.window, now)}")
-    return Wanted(True, f"release {policy.seq} is open to this device")
+        return f"release {seq} waits for the maintenance window {window.shown(config.window, now)}"
+    return ""
 
 
 def lifting(digest: str) -> str:

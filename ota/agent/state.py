@@ -8,6 +8,10 @@ agent            version of the agent that the newest report names; may be lost
 state.json       what runs, what ran before, what is on trial; replacing this file is the only commit point
 state.prev.json  the state before, in case the disk damages state.json
 resting.json     until when a bundle waits whose trials gave no result; may be lost
+heartbeat        seconds between two heartbeats, as the newest policy says; may be lost
+let-in.json      when a policy first let this device in; may be lost
+passed.json      a bundle that passed its trial and waits for the factory's acknowledgement; may be lost
+starting.json    what became of the newest report that a bundle starts
 measured.json    what the variants cost, from `ferry-agent bench`; may be lost
 highwater.json   the newest metadata versions ever accepted, their keys, and the latest time that was signed
 metadata/        python-tuf's cache; may be lost at any moment
@@ -39,7 +43,21 @@ from ota import overlay
 from ota.agent import window as hours
 from ota.agent.disk import Disk
 from ota.errors import BaseError, BusyError, ManifestError, OperatorError, StateError
-from ota.manifest import MAX_MANIFEST, MAX_TABLE, Document, FileEntry, Manifest, Name, Reference, Role, Sha256, VariantName, parse
+from ota.manifest import (
+    MAX_COUNT,
+    MAX_MANIFEST,
+    MAX_TABLE,
+    Document,
+    FileEntry,
+    Manifest,
+    Name,
+    Reference,
+    Role,
+    Sha256,
+    Tag,
+    VariantName,
+    parse,
+)
 
 MAX_STATE = 1024 * 1024  # bytes; more than MAX_REFUSED reasons take, even if each of their characters takes twelve
 TRIAL_GOOD = 3  # inferences that must succeed before a bundle is trusted
@@ -81,6 +99,9 @@ class Config(Document):
         default="",
         pattern=hours.FORM,
         description="hours in which the agent may switch, in UTC or a time zone, such as 22:00-05:00 Europe/Berlin; empty: any",
+    )
+    tags: list[Tag] = Field(
+        default=[], max_length=8, description="names and values by which policies and people group devices, such as site=berlin"
     )
     prefer: Literal["default", "quality", "latency", "energy"] = Field(default="default", description="see `variants.chain`")
     latency_ms: float | None = Field(default=None, gt=0, le=1e6, description="budget for one image")
@@ -130,8 +151,15 @@ class Rest(Document):
     until: int = Field(ge=0, le=2**35, description="seconds since 1970")
 
 
+class LetIn(Document):
+    """When a policy first let this device in."""
+
+    bundle: Sha256
+    at: int = Field(ge=0, le=MAX_COUNT, description="seconds since 1970")
+
+
 class HighWater(Document):
-    """What must never go back: metadata versions by role, and time; `rules.binding` says which still bind."""
+    """What must never go back: metadata versions by role, the numbers of policy 2, and time; `rules.binding` says which still bind."""
 
     versions: dict[str, int] = Field(default_factory=dict)
     keys: dict[str, list[str]] = Field(

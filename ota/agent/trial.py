@@ -63,7 +63,7 @@ def resting(home: Home, plan: Plan) -> str:
         return ""
     why = f"its trial started {tries} times and never finished" if tries >= MAX_TRIES else "its trial did not finish in time"
     return (
-        f"release {plan.policy.seq} waits until {until(rest.until, now)}, {why}; give this device what it "
+        f"release {plan.seq} waits until {until(rest.until, now)}, {why}; give this device what it "
         f"lacks, then run `ferry-agent forget {digest[:12]}` to try the release at once"
     )
 

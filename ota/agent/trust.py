@@ -205,6 +205,39 @@ class Trust:
                     log.warning("%s", error)
         return valid
 
+    def obeyed(self, policy: str) -> tuple[int, int]:
+        """Return the highest number of a policy 2, and of its `retry`, that this device obeyed, as far as they bind; 0: none does.
+
+        Args:
+            policy: name of the policy's target, which was asked for before: this reads the role from the cache.
+        """
+        marks, rollout = self._home.high_water(), self._keys_of(policy)
+        bound = rules.binding(marks, dict.fromkeys((rules.POLICY, rules.RETRY), rollout))
+        return bound.get(rules.POLICY, 0), bound.get(rules.RETRY, 0)
+
+    def obey(self, policy: str, number: int, retry: int) -> None:
+        """Store the numbers of a policy 2 that this device obeys, with the keys of the rollout role; durable on return.
+
+        The marks are kept beside those of the roles, where older agents leave them as they are.
+
+        Args:
+            policy: name of the policy's target.
+            number: of the policy.
+            retry: highest `retry` that this device acted on.
+        """
+        marks, numbers = self._home.high_water(), {rules.POLICY: number, rules.RETRY: retry}
+        keys = dict.fromkeys(numbers, sorted(self._keys_of(policy).keys))
+        self._home.raise_high_water(marks.model_copy(update={"versions": marks.versions | numbers, "keys": marks.keys | keys}))
+
+    def _keys_of(self, name: str) -> rules.Trusted:
+        """Return the keys of the role that decides about a target, which was asked for before."""
+        role = self._role(name)
+        loaded = {found: cached for found in ("targets", role) if (cached := self._cached(f"{found}.json"))}
+        try:
+            return _trusted(loaded)[role]
+        except KeyError as error:
+            raise StateError(f"the metadata cache lost {role} while it was read; check the disk of {self._home.root}") from error
+
     def read(self, target: Target, limit: int) -> bytes:
         """Read a small target, and check it against its signed length and hash; a target that was read before is not fetched again.
 

@@ -9,7 +9,8 @@
      7  apply into a new slot, in a process with limits
      8  verify every file of the slot, read back from the disk
      9  refresh again, so that a halt takes effect before the switch
-    10  try the bundle on this device, unless it has to wait; report that it is starting
+    10  try the bundle on this device, unless it has to wait; report that it is starting, and wait until the factory has kept that report
+        where the policy says so, with step 9 again after each minute
     11  switch: replace the state file, the only commit point
     12  probation: the bundle is trusted after some good inferences; one that fails is rolled back and refused from then on
 
@@ -28,7 +29,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ota import chain
-from ota.agent import history, reports, rules, trial
+from ota.agent import acknowledgement, history, reports, rules, trial
+from ota.agent.acknowledgement import Patience
 from ota.agent.network import UnavailableError
 from ota.agent.plan import (
     FullWay,
@@ -91,13 +93,16 @@ class Outcome:
     """Bytes fetched, including metadata."""
 
 
-def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) -> Outcome:
+def update(
+    home: Home, on_step: OnStep | None = None, check_only: bool = False, patience: Patience = Patience()  # noqa: B008 - frozen
+) -> Outcome:  # fmt: skip
     """Bring the device to the release that its policy asks for.
 
     Args:
         home: the agent's directory, locked by the caller.
         on_step: called as each step begins.
         check_only: stop after step 2 and say what would be done.
+        patience: how the update waits for the factory where the policy asks for an acknowledgement.
 
     Raises:
         GateError: the new bundle was tried and refused; the refusal is stored and reported.
@@ -117,14 +122,14 @@ def update(home: Home, on_step: OnStep | None = None, check_only: bool = False) 
                 trial.finish_probation(home, on_step or _silent)  # what an earlier call left on trial comes first
             config = home.config()
             with closing(connect(config.repository, config.authorities)) as transport:
-                return _update(home, transport, on_step or _silent, check_only)
+                return _update(home, transport, on_step or _silent, check_only, patience)
     except OtaError as error:
         if not check_only and not isinstance(error, GateError):  # the refusal is noted where it is made
             history.failed(home, error)
         raise
 
 
-def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) -> Outcome:
+def _update(home: Home, transport: Transport, step: OnStep, check_only: bool, patience: Patience) -> Outcome:
     step(1, "refresh metadata")
     trust = Trust(home, transport)
     state = home.load()
@@ -168,26 +173,63 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool) ->
         return Outcome(False, state.active, f"stopped before the switch: {wanted.reason}", way, transport.received)
 
     step(10, "try it on this device")
-    milliseconds = trial.try_counted(home, plan, state, transport.received)
-    reports.queue(home, "starting", digest, received=transport.received, milliseconds=milliseconds)
-    reports.send(home)
+    state = home.load()  # step 9 may have met new keys of `models`
+    milliseconds, stopped = _start(home, trust, plan, state, step, patience, transport)
+    if stopped:
+        return Outcome(False, state.active, stopped, way, transport.received)
 
     step(11, "switch")
     home.save(
         State(
             active=digest,
             previous=state.active,
-            seq=plan.policy.seq,
+            seq=plan.seq,
             previous_seq=state.seq,
             trial=Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS),
             refused=state.refused,
-            tries=home.load().tries,
+            tries={digest: state.tries.get(digest, 0) + 1},
         )
     )
     reports.queue(home, "installed", digest, reason=way, received=transport.received, milliseconds=milliseconds)
     trial.finish_probation(home, step)
     reports.send(home)
-    return Outcome(True, digest, f"release {plan.policy.seq} is installed", way, transport.received)
+    return Outcome(True, digest, f"release {plan.seq} is installed", way, transport.received)
+
+
+def _start(
+    home: Home, trust: Trust, plan: Plan, state: State, step: OnStep, patience: Patience, transport: Transport
+) -> tuple[float, str]:
+    """Take step 10: try the bundle and report that it starts; return the milliseconds of an image, and why it may not start, or "".
+
+    Where the policy asks for an acknowledgement, the trial is not counted while the device waits, and is kept, so that neither a kill nor a
+    gateway that is away is held against the bundle.
+    """
+    digest, received = plan.manifest.digest, transport.received
+    before = acknowledgement.passed(home, plan, state)
+    milliseconds = before.milliseconds if before else trial.try_counted(home, plan, state, received)
+    if plan.acknowledge and not before:
+        acknowledgement.keep(home, plan, state, milliseconds)
+        home.save(state)
+    if not (before and reports.fate(home, digest) in ("waiting", "accepted")):
+        reports.queue(home, "starting", digest, received=received, milliseconds=milliseconds)
+
+    def look() -> str | None:
+        nonlocal trust
+        step(9, "refresh again")
+        trust = trust.again()
+        fresh, wanted = decide(home, trust)
+        if fresh is None or fresh.manifest != plan.manifest:
+            return f"stopped before the switch: {wanted.reason}"
+        return "" if fresh.acknowledge else None
+
+    if plan.acknowledge:
+        stopped = acknowledgement.wait(home, plan, look, patience)
+    else:
+        reports.send(home)
+        stopped = ""
+    if not stopped:
+        acknowledgement.forget(home)
+    return milliseconds, stopped
 
 
 def _silent(number: int, name: str) -> None:

@@ -43,7 +43,7 @@ from tuf.api.metadata import (
 from ota import chain, packed
 from ota.errors import OperatorError, printable
 from ota.manifest import MAX_COUNT, MAX_MANIFEST, Document, Manifest, Sha256, parse
-from ota.policy import MAX_POLICY, Policy
+from ota.policy import MAX_POLICY, MAX_POLICY_2, Policy, Policy2
 from ota.release import chains
 from ota.release import roles as names
 from ota.release.keys import DELEGATED, Entry, KeyRing
@@ -149,9 +149,9 @@ def delta_path(line: str, device_class: str, base: str, target: str, form: int =
     return f"deltas/{line}/{device_class}/{chain.name_of(form, base, target)}"
 
 
-def policy_path(line: str, device_class: str) -> str:
-    """Return the target path of a policy."""
-    return f"rollout/{line}/{device_class}.json"
+def policy_path(line: str, device_class: str, form: int = 1) -> str:
+    """Return the target path of a policy of a form."""
+    return f"rollout/{line}/{device_class}{'' if form == 1 else f'.{form}'}.json"
 
 
 def _sign_head(models: Targets, path: str, ledger: str) -> None:
@@ -292,12 +292,32 @@ class Repository:
         return chains.behind(order, release.manifest, links, release.full_bytes)
 
     def policy(self, line: str, device_class: str) -> Policy | None:
-        """Return the policy in force; None: there is none."""
-        path = policy_path(line, device_class)
+        """Return policy 1, by which devices are let in that are not watched; None: there is none."""
+        data = self._policy_bytes(line, device_class, 1)
+        return None if data is None else parse(Policy, data, MAX_POLICY)
+
+    def policy2(self, line: str, device_class: str) -> Policy2 | None:
+        """Return policy 2, which watched devices obey; None: no rollout was started since ferry knows it."""
+        data = self._policy_bytes(line, device_class, 2)
+        return None if data is None else parse(Policy2, data, MAX_POLICY_2)
+
+    def rolled_out(self, line: str, device_class: str) -> Policy | Policy2 | None:
+        """Return the policy that names what is rolled out: policy 2 where there is one; None: nothing is rolled out."""
+        return self.policy2(line, device_class) or self.policy(line, device_class)
+
+    def _policy_bytes(self, line: str, device_class: str, form: int) -> bytes | None:
+        path = policy_path(line, device_class, form)
         target = self._targets(self.role_of("rollout", line, device_class)).targets.get(path)
-        if target is None:
-            return None
-        return parse(Policy, self._target_file(path, target).read_bytes(), MAX_POLICY)
+        return None if target is None else self._target_file(path, target).read_bytes()
+
+    def _in_use(self, line: str, device_class: str) -> set[str]:
+        """Return the bundles that the policies tell devices to install; they must stay installable, and cheap."""
+        found: set[str] = set()
+        for policy in (self.policy(line, device_class), self.policy2(line, device_class)):
+            found |= {policy.manifest} if policy else set()
+            if isinstance(policy, Policy2) and policy.fallback:
+                found.add(policy.fallback.manifest)
+        return found
 
     def manifest(self, release: Release) -> Manifest:
         """Return the manifest of a published bundle."""
@@ -398,9 +418,8 @@ class Repository:
             for base, data in read
         ]
         order = list(dict.fromkeys([*(r.manifest for r in known), manifest.digest]))
-        newest = {manifest.digest, *order[-KEPT_DELTAS_TO:]}
-        if policy := self.policy(line, device_class):  # what devices are told to install must stay cheap
-            newest.add(policy.manifest)
+        in_use = self._in_use(line, device_class)
+        newest = {manifest.digest, *order[-KEPT_DELTAS_TO:], *in_use}
 
         def change_deltas(all_deltas: Targets) -> None:
             for delta in delta_targets:
@@ -441,9 +460,7 @@ class Repository:
         custom = made.model_dump(exclude={"line", "device_class", "manifest"}, exclude_defaults=True)
         path = manifest_path(line, device_class, manifest.digest)
         target = self._add_target(path, manifest.canonical(), custom)
-        kept = {r.manifest for r in [*known, made][-KEPT_RELEASES:]}
-        if policy:  # what devices are told to install must stay installable
-            kept.add(policy.manifest)
+        kept = {r.manifest for r in [*known, made][-KEPT_RELEASES:]} | in_use
 
         def change_models(models: Targets) -> None:
             models.targets[path] = target
@@ -455,31 +472,36 @@ class Repository:
         return made
 
     @alone
-    def set_policy(self, policy: Policy) -> None:
-        """Sign a policy; it replaces the policy of its line and class.
+    def set_policy(self, *policies: Policy | Policy2) -> None:
+        """Sign policies of a line and class, all in one commit; each replaces that of its form.
 
         Raises:
-            OperatorError: its release is not published, has another number, lies below the floor, or may not be returned to.
+            OperatorError: a release is not published, has another number, lies below the floor, or may not be returned to.
         """
-        releases = {r.manifest: r for r in self.releases(policy.line, policy.device_class)}
-        release = releases.get(policy.manifest)
-        if release is None or release.seq != policy.seq:
-            raise OperatorError(
-                f"release {policy.seq} ({policy.manifest[:12]}) of {policy.line}/{policy.device_class} is not published; "
-                "publish it with `ferry release` first"
-            )
-        if policy.revert and not release.revertible:
-            raise OperatorError(
-                f"release {policy.seq} of {policy.line} is not marked as revertible, so no rollout can go back to it"
-            )
-        if release.seq < release.floor:
-            raise OperatorError(f"release {policy.seq} of {policy.line} is below the floor, {release.floor}; choose a newer one")
-        target = self._add_target(policy_path(policy.line, policy.device_class), policy.canonical(), {})
+        targets = []
+        for policy in policies:
+            self._check_installable(policy.line, policy.device_class, policy.seq, policy.manifest, policy.revert)
+            if isinstance(policy, Policy2) and policy.fallback:
+                fallback = policy.fallback
+                self._check_installable(policy.line, policy.device_class, fallback.seq, fallback.manifest, False)
+            path = policy_path(policy.line, policy.device_class, policy.schema_version)
+            targets.append(self._add_target(path, policy.canonical(), {}))
 
         def change(rollout: Targets) -> None:
-            rollout.targets[target.path] = target
+            rollout.targets |= {target.path: target for target in targets}
 
-        self.commit({self.role_of("rollout", policy.line, policy.device_class): change})
+        self.commit({self.role_of("rollout", policies[0].line, policies[0].device_class): change})
+
+    def _check_installable(self, line: str, device_class: str, seq: int, manifest: str, revert: bool) -> None:
+        release = {r.manifest: r for r in self.releases(line, device_class)}.get(manifest)
+        if release is None or release.seq != seq:
+            raise OperatorError(
+                f"release {seq} ({manifest[:12]}) of {line}/{device_class} is not published; publish it with `ferry release` first"
+            )
+        if revert and not release.revertible:
+            raise OperatorError(f"release {seq} of {line} is not marked as revertible, so no rollout can go back to it")
+        if release.seq < release.floor:
+            raise OperatorError(f"release {seq} of {line} is below the floor, {release.floor}; choose a newer one")
 
     @alone
     def set_floor(self, line: str, device_class: str, seq: int) -> None:
@@ -492,18 +514,25 @@ class Repository:
         if seq not in {release.seq for release in releases}:
             known = ", ".join(str(release.seq) for release in releases) or "none"
             raise OperatorError(f"{line}/{device_class} has no release {seq} to be the floor; it has {known}")
-        policy = self.policy(line, device_class)
-        if policy and policy.seq < seq:
-            raise OperatorError(
-                f"release {policy.seq} of {line}/{device_class} is being rolled out; start a rollout of {seq} or a newer one first"
-            )
+        watched, policy = self.policy2(line, device_class), self.policy(line, device_class)
+        for named in (watched, policy):
+            if named and named.seq < seq:
+                who = "" if named is watched or watched is None else " to devices that are not watched"
+                raise OperatorError(
+                    f"release {named.seq} of {line}/{device_class} is being rolled out{who}; start a rollout of {seq} or a newer one first"
+                )
 
         def change(models: Targets) -> None:
             for release in releases:
                 custom = models.targets[manifest_path(line, device_class, release.manifest)].unrecognized_fields["custom"]
                 custom["floor"] = seq
 
-        self.commit({self.role_of("models", line, device_class): change})
+        changes: dict[str, Callable[[Targets], None]] = {self.role_of("models", line, device_class): change}
+        if watched and watched.fallback and watched.fallback.seq < seq:  # no device may install it any more
+            without = watched.model_copy(update={"fallback": None, "policy": watched.policy + 1})
+            target = self._add_target(policy_path(line, device_class, 2), without.canonical(), {})
+            changes[self.role_of("rollout", line, device_class)] = lambda rollout: rollout.targets.update({target.path: target})
+        self.commit(changes)
 
     @alone
     def refresh(self) -> None:
