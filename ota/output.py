@@ -37,7 +37,8 @@ WORKSPACE = (
 )  # fmt: skip
 AGENT = (
     "config.json", "root.json", "device.key", "number", "agent", "state.json", "state.prev.json", "resting.json", "measured.json",
-    "highwater.json", "metadata", "slots", "incoming", "queue", "history.json", "undelivered.txt", "lock",
+    "highwater.json", "metadata", "slots", "incoming", "queue", "history.json", "undelivered.txt", "starting.json", "gateway.json",
+    "dropped", "lock",
 )  # fmt: skip
 # A file that marks a folder → what such a folder is, and which names in it are its own.
 _RECORDS = {"ferry.toml": ("a workspace", WORKSPACE), "device.key": ("an agent's directory", AGENT)}

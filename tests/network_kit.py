@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import gzip
 import http.client
 import ipaddress
+import json
 import select
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from ota.report import open_line
 from tests.fleet_kit import WebServer
 
 # Certificates
@@ -231,3 +234,71 @@ def relay(one: socket.socket, other: socket.socket) -> None:
                 if not data:
                     return
                 (other if source is one else one).sendall(data)
+
+
+# A gateway
+
+
+@dataclass
+class Posted:
+    """One request with a body that a gateway received."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    """As sent."""
+
+    @property
+    def lines(self) -> list[bytes]:
+        """Lines of a packed batch."""
+        return gzip.decompress(self.body).splitlines()
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of the reports of a batch."""
+        return [open_line(line).report.number for line in self.lines]
+
+
+Reply = tuple[int, dict[str, str], bytes]
+
+
+class Inbox(WebServer):
+    """A gateway on the loopback interface that accepts all reports, or answers as its `rule` says."""
+
+    def __init__(self, folder: Path, certificate: Path | None = None) -> None:
+        super().__init__(folder)
+        self.posted: list[Posted] = []
+        self.time = 1_900_000_000
+        self.rule: Callable[[Posted], Reply] = lambda posted: self.answer(accepted=posted.numbers)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
+            self.address = self.address.replace("http:", "https:")
+
+    def answer(
+        self, accepted: Sequence[int] = (), refused: Sequence[tuple[int, str]] = (), highest: int = 0, **headers: str
+    ) -> Reply:
+        """Make an answer that names reports."""
+        refusals = [{"number": number, "code": code, "reason": f"because of {code}"} for number, code in refused]
+        told = {"accepted": [*accepted], "refused": refusals, "highest": highest, "time": self.time}
+        return 200, {"Content-Type": "application/json"} | headers, json.dumps(told).encode()
+
+    def _handler(self, folder: Path) -> type[BaseHTTPRequestHandler]:
+        inbox, parent = self, super()._handler(folder)
+
+        class Handler(parent):  # type: ignore[misc,valid-type]
+            def do_POST(self) -> None:  # noqa: N802 - its name in the base class
+                self.close_connection = True
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                posted = Posted(self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+                inbox.posted.append(posted)
+                status, headers, data = inbox.rule(posted)
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(data)), "Connection": "close"} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with suppress(OSError):
+                    self.wfile.write(data)
+
+        return Handler

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from model.export import Export
-from ota.agent import child, drawing, history, reports, slots, transport
+from ota.agent import channel, child, drawing, history, reports, slots, transport
 from ota.agent.disk import Disk
 from ota.agent.state import HighWater, Home, State, opened
 from ota.errors import DeviceError, FaultError, GateError, OtaError
@@ -54,6 +54,8 @@ class Promised:
     queued: tuple[tuple[str, bytes], ...] = ()
     delivered: tuple[tuple[str, bytes], ...] = ()
     histories: tuple[tuple[history.Entry, ...], ...] = ((),)
+    begun: tuple[reports.Starting | None, ...] = (None,)
+    """What became of the newest report that a trial began."""
     kept: tuple[tuple[str, int], ...] = ()
     """Downloads, and how many bytes of each were synced."""
 
@@ -62,7 +64,13 @@ class Promised:
         """Return what holds for a directory at rest."""
         queue = sorted(home.disk.path("queue").glob("*.json"))
         reported = tuple((path.name, path.read_bytes()) for path in queue)
-        return cls((home.load(),), (home.high_water(),), reported, histories=(tuple(history.read(home)),))
+        return cls(
+            (home.load(),),
+            (home.high_water(),),
+            reported,
+            histories=(tuple(history.read(home)),),
+            begun=(reports._starting(home),),
+        )
 
     def after(self, notes: Iterator[tuple[str, Any]]) -> Promised:
         found = self
@@ -79,6 +87,10 @@ class Promised:
                 found = replace(found, histories=(*found.histories, value))
             elif kind == "noted":
                 found = replace(found, histories=(value,))
+            elif kind == "deciding":
+                found = replace(found, begun=(*found.begun, value))
+            elif kind == "decided":
+                found = replace(found, begun=(value,))
             elif kind == "queued":
                 found = replace(found, queued=(*found.queued, value))
             elif kind == "delivered":
@@ -94,6 +106,7 @@ class Promised:
         assert state in self.states, "a state was forgotten"
         assert home.high_water() in self.marks, "marks were forgotten"
         assert tuple(history.read(home)) in self.histories, "what happened was forgotten"
+        assert reports._starting(home) in self.begun, "what became of a report was forgotten"
         for digest in (state.active, state.previous if state.trial else None):
             assert damaged or digest is None or slots.is_sound(home, digest), "what is to run is not whole"
         queue = {path.name: path.read_bytes() for path in home.disk.path("queue").glob("*.json")}
@@ -121,7 +134,8 @@ def noting(recorder: Recorder, patch: pytest.MonkeyPatch) -> Iterator[None]:
         recorder.look()
         recorder.did("note", kind, value)
 
-    save, mark, queue, drop, past = Home.save, Home.raise_high_water, reports.queue, reports._drop, history._write
+    save, mark, queue, drop, past = Home.save, Home.raise_high_water, reports.queue, channel._drop, history._write
+    decide = reports._decide
     writing, sync, remove, rename = Disk.writing, Disk.sync_folder, Disk.remove, Disk.rename
 
     def saved(home: Home, state: State) -> None:
@@ -138,6 +152,11 @@ def noting(recorder: Recorder, patch: pytest.MonkeyPatch) -> Iterator[None]:
         note("noting", tuple(entries))
         past(home, entries)
         note("noted", tuple(entries))
+
+    def decided(home: Home, found: reports.Starting) -> None:
+        note("deciding", found)
+        decide(home, found)
+        note("decided", found)
 
     def queued(home: Home, *words: Any, **fields: Any) -> None:
         queue(home, *words, **fields)
@@ -177,7 +196,8 @@ def noting(recorder: Recorder, patch: pytest.MonkeyPatch) -> Iterator[None]:
         inner.setattr(Home, "save", saved)
         inner.setattr(Home, "raise_high_water", marked)
         inner.setattr(reports, "queue", queued)
-        inner.setattr(reports, "_drop", dropped)
+        inner.setattr(channel, "_drop", dropped)
+        inner.setattr(reports, "_decide", decided)
         inner.setattr(history, "_write", happened)
         inner.setattr(Disk, "writing", written)
         inner.setattr(Disk, "sync_folder", synced)

@@ -580,7 +580,7 @@ def test_agent_without_a_directory_says_so(arguments: tuple[str, ...], tmp_path:
         ({"--repository": "/etc/passwd"}, "--repository is not valid: /etc/passwd is not a folder"),
         ({"--reports": "/etc/passwd"}, "--reports is not valid: /etc/passwd is not a folder"),
         ({"--reports": "/etc/passwd/inbox"}, "--reports is not valid: /etc/passwd is not a folder"),
-        ({"--reports": "https://user:secret@x/"}, "give --reports a folder"),
+        ({"--reports": "http://user:secret@x/"}, "reports do not leave this device by plain http"),
         ({"--dir": "/etc/passwd"}, "/etc/passwd is not a folder; give the agent's directory with --dir"),
         *(
             ({"--repository": place}, "--repository is not valid; give an http(s) address or a folder")

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import pytest
 
-from ota.agent import doctor, reports, transport, updater
+from ota.agent import channel, doctor, transport, updater
 from ota.agent.disk import Disk
 from ota.agent.transport import Folder, NotFoundError, Web, at_most, connect, download, read_small
 from ota.errors import RepositoryError, TransferError, TrustError
@@ -402,9 +402,9 @@ def test_mount_that_answers_again_is_read_again(folder, monkeypatch):
 
 def test_mount_that_hangs_holds_no_report_and_no_lock(offered: Field, monkeypatch):
     reading, writing = os.pipe()
-    monkeypatch.setattr(reports, "MOUNT_SECONDS", 0.3)
+    monkeypatch.setattr(channel, "MOUNT_SECONDS", 0.3)
     monkeypatch.setattr(transport, "DEADLINE_FLOOR", PATIENCE)
-    monkeypatch.setattr(reports, "_drop", lambda *_: os.read(reading, 1))
+    monkeypatch.setattr(channel, "_drop", lambda *_: os.read(reading, 1))
     look, folder = os.access, offered.device.home.config().reports
     monkeypatch.setattr(
         os, "access", lambda at, *rest, **named: os.read(reading, 1) if str(at) == folder else look(at, *rest, **named)

@@ -67,7 +67,7 @@ _PLACE = "of 500 characters at most, none of them a control character"
 _WATTS = "give the watts at rest (0 to 10000) and the watts that a busy core adds (above 0, at most 10000), such as 2.1,3.5"
 WRITTEN = {
     "device": ("device", _NAME), "line": ("line", _NAME), "device_class": ("class", _NAME),
-    "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "reports": ("reports", f"give a folder, {_PLACE}"),
+    "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "reports": ("reports", f"give a folder or an https address, {_PLACE}"),
     "window": ("window", window.WRITTEN), "prefer": ("prefer", "choose default, quality, latency or energy"),
     "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev, fast or turbo"),
     "authorities": ("ca", "give fewer certificates"), "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
@@ -113,9 +113,15 @@ def parser() -> argparse.ArgumentParser:
         "--root-sha256", required=True, metavar="HEX", help="sha256 of FILE, from another channel (never trust on first use)"
     )
     made.add_argument(
-        "--ca", type=Path, metavar="FILE", help="PEM certificates of the authority that signs the repository's certificate; kept"
+        "--ca",
+        type=Path,
+        metavar="FILE",
+        help="PEM certificates of the authority that signs the repository's certificate and the gateway's; kept",
     )
-    made.add_argument("--reports", default="", metavar="FOLDER", help="folder for reports; the agent never creates it")
+    made.add_argument(
+        "--reports", default="", metavar="PLACE",
+        help="folder for reports, which the agent never creates, or the gateway's https address; --ca holds for it, too",
+    )  # fmt: skip
     made.add_argument(
         "--window",
         default="",
@@ -250,6 +256,7 @@ def init(given: Arguments) -> None:
     """
     from ota.agent import network
     from ota.agent import reports as report_queue
+    from ota.agent.channel import place_of
     from ota.agent.transport import Folder, connect
 
     data = _read(given.root, "the repository's root.json")
@@ -271,14 +278,15 @@ def init(given: Arguments) -> None:
         raise OperatorError(_not_valid("repository")) from error
     if isinstance(place, Folder):
         _check_folder("repository", place.folder)
-    if config.reports:
-        _check_folder("reports", report_queue.folder_of(config.reports))
+    if config.reports and isinstance(reported := place_of(config.reports), Path):
+        _check_folder("reports", reported)
     home = Home(given.dir)
     home.check_owner()
     home.check_same(config)
     home.disk.make_folder("slots")
     report_queue.make_key(home)
     home.disk.replace("root.json", data)
+    report_queue.forget_gateway(home)
     home.disk.replace("config.json", config.canonical())  # last: with it the directory counts as set up
     key = report_queue.public_key(home)
     _answer(
@@ -552,7 +560,7 @@ def _not_valid(field: str) -> str:
 
 def _check_folder(option: str, folder: Path) -> None:
     """Refuse what lies in a folder's place. A folder may still be missing: it may be mounted later."""
-    from ota.agent.reports import MOUNT_SECONDS
+    from ota.agent.channel import MOUNT_SECONDS
     from ota.agent.transport import within
 
     def in_its_place() -> Path | None:

@@ -9,14 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime
+from pathlib import Path
 
-from ota.agent import child, energy, reports, rules
+from ota.agent import channel, child, energy, reports, rules
 from ota.agent.ground import Finding, Level, directory, inodes, time_of_day
 from ota.agent.page import not_metadata
 from ota.agent.slots import is_sound
 from ota.agent.state import Home, opened
 from ota.agent.transport import bare, connect, read_small, within
-from ota.errors import DeviceError, OtaError, TransferError, printable
+from ota.errors import DeviceError, OperatorError, OtaError, TransferError, printable
 from ota.manifest import MAX_TABLE, MiB, SamplerTable, parse
 
 SOON = 2 * 24 * 3600  # seconds before a signature expires, from which on there is a warning
@@ -147,23 +148,33 @@ def _reports(home: Home) -> Iterator[Finding]:
         wait = f"{waiting} wait; " if waiting else ""
         yield Finding("reports", "warn", f"{wait}{reports.NO_FOLDER}")
         return
-    folder = reports.folder_of(config.reports)
     kept = f"reports are kept, at most {reports.MAX_QUEUE}"
-
-    def look() -> str:
-        if not folder.is_dir():
-            return reports.missing(folder)
-        return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
-
     try:
-        if problem := within(reports.MOUNT_SECONDS, folder, look):
+        place = channel.place_of(config.reports)
+        if isinstance(place, Path):
+            problem = within(channel.MOUNT_SECONDS, place, lambda: _not_writable(place))
+        else:
+            with closing(channel.Gateway(place, config.authorities)) as gateway:
+                problem = gateway.look()
+        if problem:
             yield Finding("reports", "fail", f"{problem}; {kept}")
-    except TransferError as error:
+    except (OperatorError, TransferError) as error:
         yield Finding("reports", "fail", f"{error}; {kept}")
+    said = reports.heard(home)
+    if said.copies:
+        yield Finding("reports", "warn", reports.two_copies(said))
+    if said.refusal:
+        yield Finding("reports", "warn", f"the factory refused {said.refusal}")
     if waiting and (why := reports.problem(home)):
         yield Finding("reports", "fail", f"{waiting} wait; when last tried: {why}")
     elif waiting:
         yield Finding("reports", "warn" if waiting > MANY_WAITING else "ok", f"{waiting} wait to be delivered")
+
+
+def _not_writable(folder: Path) -> str:
+    if not folder.is_dir():
+        return channel.missing(folder)
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
 
 
 def _runtime(home: Home) -> Iterator[Finding]:

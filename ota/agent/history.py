@@ -28,7 +28,7 @@ WAYS = {
     "full": "in full",
     "kept": "from the bundle that was kept",
 }  # as `installed` has them
-QUIET = ("starting",)  # events that lead to another one at once
+QUIET = ("starting", "alive")  # events that lead to another one at once, and the heartbeat
 
 log = logging.getLogger(__name__)
 

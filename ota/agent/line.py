@@ -58,11 +58,20 @@ class Line:
             TransferError: the proxy does not connect to that server.
             FAULTS: the link failed.
         """
+        return self._request("GET", url, headers, proxy, None)
+
+    def post(self, url: str, headers: dict[str, str], proxy: Proxy | None, body: bytes) -> urllib3.BaseHTTPResponse:
+        """Send a request with a body, once, and return the answer as soon as its headers are here; see `get`."""
+        return self._request("POST", url, headers, proxy, body)
+
+    def _request(
+        self, method: str, url: str, headers: dict[str, str], proxy: Proxy | None, body: bytes | None
+    ) -> urllib3.BaseHTTPResponse:
         self._asked = url
         if proxy not in self._pools:
             self._pools[proxy] = self._manager(proxy)
         return self._pools[proxy].request(
-            "GET", url, headers=headers, preload_content=False, decode_content=False, redirect=False
+            method, url, headers=headers, body=body, preload_content=False, decode_content=False, redirect=False
         )
 
     def _manager(self, proxy: Proxy | None) -> urllib3.PoolManager:

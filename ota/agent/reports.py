@@ -6,35 +6,57 @@ leave a gap in the numbers, which means nothing.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
+import random
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field
 
 import ota
-from ota import output
 from ota.agent import history
-from ota.agent.state import MAX_STATE, Home
-from ota.agent.transport import HungError, within
+from ota.agent.channel import Channel, Receipt, Waiting, channel_to
+from ota.agent.network import LaterError
+from ota.agent.state import Home
+from ota.agent.transport import HungError
 from ota.errors import DeviceError, ManifestError, OperatorError, StateError, TransferError
-from ota.manifest import Document, Sha256, parse
-from ota.report import MAX_NUMBER, REPORT_FORM, DeviceReport, Event, seal
+from ota.limits import KiB
+from ota.manifest import MAX_COUNT, MAX_TOLD, Document, Sha256, Told, parse
+from ota.report import MAX_BATCH, MAX_JUMP, MAX_NUMBER, MOST_REPORTS, REPORT_FORM, DeviceReport, Event, Health, open_line, seal
 
-MOUNT_SECONDS = 30.0  # seconds to wait for the reports folder, which may be a mount that hangs
 MAX_QUEUE = 200  # reports; the oldest are dropped first
+MAX_DAMAGED = 20  # damaged files that are kept aside, for people
+LONGEST_WAIT = 86_400.0  # seconds that a gateway may ask to wait
 EPOCH = 1_700_000_000  # seconds since 1970; if the last number is lost, numbers continue with the seconds since then
-NO_FOLDER = "this device has no folder for reports; run `ferry-agent init` again, with --reports FOLDER"
+NO_FOLDER = "this device has no folder for reports, and no gateway; run `ferry-agent init` again, with --reports"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
+Fate = Literal["waiting", "accepted", "refused", "delivered"]
+
 log = logging.getLogger(__name__)
+
+
+class Starting(Document):
+    """What became of the newest report that a trial began; it outlives the report's copy in the queue."""
+
+    number: int = Field(ge=1, le=MAX_NUMBER, description="number of the report")
+    manifest: Sha256 = Field(description="bundle that it is about")
+    fate: Fate = Field(description="accepted and refused only by an answer over TLS; delivered: it left in another way")
+
+
+class Heard(Document):
+    """What the factory's gateway said last."""
+
+    time: int = Field(default=0, ge=0, le=MAX_COUNT, description="when it answered last, by its own clock; 0: never")
+    later: int = Field(default=0, ge=0, le=MAX_COUNT, description="until when it asked not to be asked, by this device's clock")
+    copies: int = Field(default=0, ge=0, le=MAX_COUNT, description="when a number of this device was found used; 0: never")
+    refusal: Told = Field(default="", description="why it refused the last report that it refused")
 
 
 def make_key(home: Home) -> None:
@@ -58,25 +80,81 @@ def public_key(home: Home) -> str:
     return _key(home).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
-def queue(home: Home, event: Event, manifest: str | None, reason: str = "", received: int = 0, milliseconds: float = 0) -> None:
+def queue(
+    home: Home, event: Event, manifest: str | None, reason: str = "", received: int = 0, milliseconds: float = 0,
+    health: Health | None = None,
+) -> None:  # fmt: skip
     """Sign a report and put it into the queue, and note the event in the device's history; durable on return."""
-    config = home.config()
     home.disk.make_folder("queue")
-    number = _next_number(home)
-    report = DeviceReport(
-        device=config.device, boot=_boot(), number=number, time=int(time.time()), line=config.line,
-        device_class=config.device_class, event=event, manifest=manifest, active=home.load().active, reason=reason[:500],
-        received=received, milliseconds=round(milliseconds), schema_version=REPORT_FORM, agent=ota.__version__,
-    )  # fmt: skip
-    if event == "starting":
-        _write_fate(home, Started(manifest=str(manifest), number=number, fate="waiting"))
-    home.disk.replace(f"queue/{number:08d}.json", seal(report, _key(home)))
-    for old in sorted(home.disk.path("queue").glob("*.json"))[:-MAX_QUEUE]:
-        home.disk.remove(f"queue/{old.name}")
+    number = _last(home) + 1
+    home.disk.replace("number", str(number).encode())
+    report = made(home, number, event, manifest, reason, received, milliseconds, health)
+    home.disk.replace(_file(number), seal(report, _key(home)))
+    if event == "starting" and manifest:
+        _decide(home, Starting(number=number, manifest=manifest, fate="waiting"))
+    _make_room(home, report)
     history.note(home, event, manifest, reason, received, milliseconds)
     if _named_agent(home) != ota.__version__:
         with suppress(DeviceError):  # then the next update says it again
             home.disk.replace("agent", ota.__version__.encode(), durable=False)
+
+
+def made(
+    home: Home, number: int, event: Event, manifest: str | None, reason: str = "", received: int = 0, milliseconds: float = 0,
+    health: Health | None = None,
+) -> DeviceReport:  # fmt: skip
+    """Make a report of this moment; nothing is written."""
+    config = home.config()
+    return DeviceReport(
+        device=config.device, boot=_boot(), number=number, time=int(time.time()), line=config.line,
+        device_class=config.device_class, event=event, manifest=manifest, active=home.load().active, reason=reason[:500],
+        received=received, milliseconds=round(milliseconds), schema_version=REPORT_FORM, agent=ota.__version__, health=health,
+    )  # fmt: skip
+
+
+def foretold(home: Home, health: Health) -> bytes:
+    """Return the heartbeat as it would be signed now; nothing is written, and its number is not used up."""
+    return seal(made(home, _last(home) + 1, "alive", home.load().active, health=health), _key(home))
+
+
+def _file(number: int) -> str:
+    return f"queue/{number:08d}.json"
+
+
+def _queued(home: Home) -> list[Path]:
+    """List the files of the queue, the oldest first."""
+    found = [path for path in home.disk.path("queue").glob("*.json") if path.stem.isascii() and path.stem.isdigit()]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def _make_room(home: Home, newest: DeviceReport) -> None:
+    """Drop the oldest reports that the queue has no room for, and count them; the `starting` that a trial waits for stays.
+
+    A heartbeat takes the place of an older one about the same bundle, because its counters hold what the older one said.
+    """
+    waiting = _queued(home)
+    if newest.event == "alive":
+        for path in waiting:
+            old = _read(path)
+            if old and old[1].number < newest.number and (old[1].event, old[1].active) == ("alive", newest.active):
+                home.disk.remove(f"queue/{path.name}")
+        waiting = _queued(home)
+    if len(waiting) <= MAX_QUEUE:
+        return
+    begun = _starting(home)
+    kept = begun.number if begun and begun.fate == "waiting" else 0
+    old_ones = [path for path in waiting if int(path.stem) != kept][: len(waiting) - MAX_QUEUE]
+    home.disk.replace("dropped", str(dropped(home) + len(old_ones)).encode())
+    for path in old_ones:
+        home.disk.remove(f"queue/{path.name}")
+
+
+def dropped(home: Home) -> int:
+    """Return how many reports the full queue dropped before they were delivered."""
+    try:
+        return min(max(0, int(home.disk.read("dropped") or b"0")), MAX_COUNT)
+    except ValueError:
+        return 0
 
 
 def announce(home: Home) -> None:
@@ -100,51 +178,16 @@ def _named_agent(home: Home) -> str:
     return (home.disk.read("agent") or b"").decode(errors="replace")
 
 
-def _next_number(home: Home) -> int:
+def _last(home: Home) -> int:
+    """Return the highest number that can have been used."""
     try:
         last = int(home.disk.read("number") or b"")
     except ValueError:
         last = -1
-    if not 0 <= last < MAX_NUMBER:  # lost: skip all numbers that can have been used, at less than one report a second
-        queued = [int(p.stem) for p in home.disk.path("queue").glob("*.json")]
-        last = max(0, max(int(time.time()), home.high_water().signed) - EPOCH, *queued)
-    home.disk.replace("number", str(last + 1).encode())
-    return last + 1
-
-
-class Started(Document):
-    """What became of the newest report that a bundle starts."""
-
-    manifest: Sha256
-    number: int = Field(ge=1, le=MAX_NUMBER)
-    fate: Literal["waiting", "accepted", "refused", "delivered"]
-
-
-def fate(home: Home, manifest: str) -> Literal["none", "waiting", "accepted", "refused", "delivered"]:
-    """Say what became of the newest report that a bundle starts.
-
-    Returns:
-        none: there is none, or what is known of it is lost; accepted, refused: the factory's answer, which came over TLS; delivered: it left
-        by a folder or over plain http, where no answer can be trusted.
-    """
-    found = _started(home)
-    return found.fate if found and found.manifest == manifest else "none"
-
-
-def _started(home: Home) -> Started | None:
-    with suppress(ManifestError, StateError):
-        return parse(Started, home.disk.read("starting.json") or b"", MAX_STATE)
-    return None
-
-
-def _write_fate(home: Home, started: Started) -> None:
-    home.disk.replace("starting.json", started.canonical())
-
-
-def _note_fate(home: Home, number: int, what: Literal["accepted", "refused", "delivered"]) -> None:
-    """Keep what became of a report before it leaves the queue, if it is the newest one that a bundle starts."""
-    if (found := _started(home)) and found.number == number and found.fate != what:
-        _write_fate(home, found.model_copy(update={"fate": what}))
+    if 0 <= last < MAX_NUMBER:
+        return last
+    # It is lost: skip all numbers that can have been used, at less than one report a second.
+    return max(0, max(int(time.time()), home.high_water().signed) - EPOCH, *(int(path.stem) for path in _queued(home)))
 
 
 def _boot() -> str:
@@ -154,60 +197,67 @@ def _boot() -> str:
         return "unknown"
 
 
-class Channel(Protocol):
-    """A way on which reports leave the device. To add one, write this method, and choose it by its address in `channel_to`."""
-
-    def deliver(self, name: str, data: bytes) -> None:
-        """Deliver a report, durably, because its only other copy is removed next; delivering it twice is the same as once.
-
-        Raises:
-            HungError: nothing answers, so the next reports would wait as long.
-            TransferError: this report cannot be delivered.
-        """
+# What became of a report
 
 
-class FolderChannel:
-    """A folder, which may be a mount that hangs. A report becomes a file that is named by device and number."""
+def fate(home: Home, manifest: str) -> Literal["none"] | Fate:
+    """Say what became of the newest `starting` report about a bundle.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def deliver(self, name: str, data: bytes) -> None:
-        """Write the report into the folder."""
-        within(MOUNT_SECONDS, self._folder, lambda: _drop(data, self._folder, name))
-
-
-def channel_to(address: str) -> Channel:
-    """Return the channel that an address names.
-
-    Raises:
-        OperatorError: as `folder_of`, because a folder is the only kind of channel so far.
+    Returns:
+        waiting: it lies in the queue. accepted, refused: the gateway said so over TLS. delivered: it left by a folder, or by plain http
+        on this device. none: there is no such report, or its copy in the queue was lost.
     """
-    return FolderChannel(folder_of(address))
+    found = _starting(home)
+    if found is None or found.manifest != manifest:
+        return "none"
+    return "none" if found.fate == "waiting" and not home.disk.path(_file(found.number)).is_file() else found.fate
 
 
-def folder_of(address: str) -> Path:
-    """Return the folder for reports that an address names.
-
-    Raises:
-        OperatorError: the address is not a folder; reports sent to another kind of place would be lost silently.
-    """
+def _starting(home: Home) -> Starting | None:
     try:
-        parts = urlsplit(address)
-    except ValueError as error:
-        raise OperatorError("--reports is not valid; give a folder") from error  # the address may hold a password
-    if parts.scheme not in ("", "file") or parts.netloc:
-        raise OperatorError("reports cannot be left at an address; give --reports a folder")
-    return Path(parts.path if parts.scheme else address)
+        return parse(Starting, home.disk.read("starting.json") or b"", 4 * KiB)
+    except (ManifestError, StateError):
+        return None
 
 
-def missing(folder: Path) -> str:
-    """Say that a folder does not exist. The agent does not make it: under an unmounted mount point nobody would find it."""
-    return f"there is no folder {folder}; mount it or make it"
+def _decide(home: Home, found: Starting) -> None:
+    home.disk.replace("starting.json", found.canonical())
+
+
+def heard(home: Home) -> Heard:
+    """Return what the gateway said last; a lost file says nothing."""
+    try:
+        return parse(Heard, home.disk.read("gateway.json") or b"", 64 * KiB)
+    except (ManifestError, StateError):
+        return Heard()
+
+
+def two_copies(said: Heard) -> str:
+    """Say that the factory knows another device of this name."""
+    return (
+        f"two copies of this device? On {datetime.fromtimestamp(min(said.copies, 2**37), UTC):%Y-%m-%d} the factory had a report of "
+        "another one under this device's number; give each device an id and a folder of its own, then run `ferry-agent init` again"
+    )
+
+
+def _hear(home: Home, **fields: Any) -> None:
+    before = heard(home)
+    now = before.model_copy(update=fields)
+    if now != before:
+        with suppress(DeviceError):  # a full disk must not end an update because of this note
+            home.disk.replace("gateway.json", now.canonical(), durable=False)
+
+
+def forget_gateway(home: Home) -> None:
+    """Forget what the gateway said, because another one may be set up, or two copies of the device are one again."""
+    home.disk.remove("gateway.json")
+
+
+# Sending
 
 
 def problem(home: Home) -> str:
-    """Say why reports wait: no folder is configured, or the last delivery failed; return an empty string if neither is so."""
+    """Say why reports wait: no place is configured, or the last delivery failed; return an empty string if neither is so."""
     try:
         if not home.config().reports:
             return NO_FOLDER
@@ -227,48 +277,162 @@ def _note(home: Home, problem_now: str) -> None:
             home.disk.remove("undelivered.txt")
 
 
+def waiting(home: Home) -> list[Waiting]:
+    """Return the reports of the queue, the oldest first; a damaged file is left out."""
+    return [found[0] for path in _queued(home) if (found := _read(path))]
+
+
+def _read(path: Path) -> tuple[Waiting, DeviceReport] | None:
+    try:
+        data = path.read_bytes()
+        report = open_line(data).report
+    except (OSError, ManifestError):
+        return None
+    if report.number != int(path.stem) or b"\n" in data:
+        return None
+    return Waiting(report.number, report.device, data), report
+
+
+def _set_damaged_aside(home: Home) -> None:
+    """Rename files of the queue that hold no report, so that they hold no other report back; the newest are kept for people."""
+    for path in _queued(home):
+        if _read(path) is None:
+            log.warning("%s is damaged, so it is set aside and not sent", path)
+            home.disk.rename(f"queue/{path.name}", f"queue/{path.name}.damaged", durable=False)
+    for path in sorted(home.disk.path("queue").glob("*.damaged"))[:-MAX_DAMAGED]:
+        home.disk.remove(f"queue/{path.name}")
+
+
+def batches(reports: Sequence[Waiting]) -> Iterator[list[Waiting]]:
+    """Split reports into batches: of one device, of at most `MOST_REPORTS` and `MAX_BATCH` bytes, in their order."""
+    batch, size = list[Waiting](), 0
+    for report in reports:
+        length = len(report.line) + 1
+        if batch and (len(batch) == MOST_REPORTS or size + length > MAX_BATCH or report.device != batch[0].device):
+            yield batch
+            batch, size = [], 0
+        batch.append(report)
+        size += length
+    if batch:
+        yield batch
+
+
 def send(home: Home) -> int:
     """Deliver the queued reports and return how many could not be delivered; they stay, and `problem` says why."""
     config = home.config()
-    waiting = sorted(home.disk.path("queue").glob("*.json"))
     if not config.reports:
         _note(home, "")
-        return len(waiting)
-    left, why = _deliver(home, channel_to(config.reports), waiting)
+        return len(_queued(home))
+    _set_damaged_aside(home)
+    found, now = waiting(home), int(time.time())
+    if not found:
+        _note(home, "")
+        return 0
+    if (later := heard(home).later) and now < later <= now + 1.25 * LONGEST_WAIT:  # later than that: the clock was set back
+        moment = f"{datetime.fromtimestamp(later, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        _note(home, f"the gateway asked to wait until {moment}; the reports are kept and will be sent then")
+        return len(found)
+    with closing(channel_to(config.reports, config.authorities)) as channel:
+        again, why = _deliver(home, channel, found)
+        if again and not why:  # they have new numbers, once
+            why = _deliver(home, channel, [report for report in waiting(home) if report.number in again])[1]
+    left = len(_queued(home))
+    if left and not why:
+        why = f"the factory's answer does not name {left} of the reports; they are kept and will be sent again"
     if why:
         log.warning("%s", why)
     _note(home, why)
     return left
 
 
-def _deliver(home: Home, channel: Channel, waiting: list[Path]) -> tuple[int, str]:
-    """Deliver reports; return how many could not be delivered, and why."""
-    left, why = 0, ""
-    for done, path in enumerate(waiting):
+def _deliver(home: Home, channel: Channel, found: Sequence[Waiting]) -> tuple[set[int], str]:
+    """Deliver reports; return the numbers of those that were signed once more, and why others could not be delivered."""
+    again, why = set[int](), ""
+    for batch in batches(found):
         try:
-            channel.deliver(f"{home.config().device}-{path.name}", path.read_bytes())
+            receipt = channel.deliver(batch)
         except HungError as error:  # the next ones would hang too, and the lock is held meanwhile
-            return left + len(waiting) - done, f"{error}; the reports are kept and will be sent again"
-        except TransferError as error:  # something else may have taken this report's place in the folder, and not the next one's
-            left, why = left + 1, why or str(error)
+            return again, why or f"{error}; the reports are kept and will be sent again"
+        except LaterError as error:
+            seconds = min(error.seconds, LONGEST_WAIT) * (1 + random.random() / 4)  # noqa: S311
+            _hear(home, later=min(int(time.time() + seconds) + 1, MAX_COUNT))
+            return again, why or str(error)
+        except TransferError as error:
+            return again, why or str(error)
+        why = why or receipt.problem or _strangers(batch, receipt)
+        again |= _settle(home, batch, receipt)
+    return again, why
+
+
+def _strangers(batch: Sequence[Waiting], receipt: Receipt) -> str:
+    """Say which numbers an answer names that were not sent."""
+    named = receipt.taken | {refusal.number for refusal in receipt.refused}
+    others = sorted(named - {report.number for report in batch})
+    if not others:
+        return ""
+    return (
+        f"the factory's answer names reports that were not sent ({', '.join(map(str, others[:5]))}); nothing was removed for them"
+    )
+
+
+def _settle(home: Home, batch: Sequence[Waiting], receipt: Receipt) -> set[int]:
+    """Remove from the queue what an answer names of a batch; return the numbers of those that were signed once more."""
+    refused, again, refusal = {one.number: one for one in receipt.refused}, set[int](), ""
+    copies = 0
+    for report in batch:
+        no = refused.get(report.number)
+        if no is None and report.number not in receipt.taken:
+            continue
+        fresh = None
+        if no and no.code == "conflict":
+            copies = max(0, min(int(time.time()), MAX_COUNT))
+            fresh = _sign_again(home, report, receipt.answer.highest if receipt.answer else 0)
+        if fresh:
+            again.add(fresh)
         else:
-            _note_fate(home, int(path.stem), "delivered")
-            home.disk.remove(f"queue/{path.name}")
-    return left, why
+            if no:
+                refusal = f"report {no.number}: {no.code}: {no.reason}"[:MAX_TOLD]
+                log.warning("the factory refuses %s", refusal)
+            _came_to(home, report.number, ("refused" if no else "accepted") if receipt.proven else "delivered")
+        home.disk.remove(_file(report.number))
+    if receipt.answer:
+        said = {"refusal": refusal} if refusal or receipt.taken else {}
+        _hear(home, time=receipt.answer.time, later=0, **said, **({"copies": copies} if copies else {}))
+    return again
 
 
-def _drop(data: bytes, folder: Path, name: str) -> None:
-    """Write a report into a folder that others may write to; durable on return, because its only other copy is removed next."""
-    try:
-        if not folder.is_dir():
-            raise TransferError(f"{missing(folder)}; the reports are kept and will be sent again")
-        with output.fresh(folder / name) as file:
-            os.fchmod(file.fileno(), 0o644)  # whatever the agent's umask is: another user collects the file
-            file.write(data)
-    except (OSError, OperatorError) as error:
-        reason = str((error.strerror if isinstance(error, OSError) else "") or error)
-        if isinstance(error.__cause__, FileNotFoundError):  # the folder exists but takes no files, as in /proc
-            reason = "no file can be created there, so name another folder with `ferry-agent init`"
-        if os.strerror(errno.EROFS) in reason:
-            reason += " (systemd lets a service write what its unit names in ReadWritePaths)"
-        raise TransferError(f"reports cannot be left in {folder}: {reason}; they are kept and will be sent again") from error
+def _came_to(home: Home, number: int, end: Fate) -> None:
+    """Note what became of a report, if a trial may wait for it; durable before the report's copy goes."""
+    begun = _starting(home)
+    if begun and begun.number == number:
+        _decide(home, begun.model_copy(update={"fate": end}))
+
+
+def renumbered(number: int, last: int, highest: int) -> int | None:
+    """Choose the number under which a report is signed once more, because the factory has its number with another content.
+
+    Args:
+        number: the report's number.
+        last: highest number that this device has used.
+        highest: highest number that the factory has of it.
+
+    Returns:
+        a number above both; None: it would lie more than `MAX_JUMP` above the report's own one.
+    """
+    fresh = max(last, highest) + 1
+    return fresh if fresh <= min(number + MAX_JUMP, MAX_NUMBER) else None
+
+
+def _sign_again(home: Home, report: Waiting, highest: int) -> int | None:
+    """Put a report into the queue once more, under a fresh number, and return that; None: there is none."""
+    fresh = renumbered(report.number, _last(home), highest)
+    if fresh is None:
+        return None
+    log.warning("the factory has another report %d of this device: are there two copies of it?", report.number)
+    home.disk.replace("number", str(fresh).encode())
+    again = open_line(report.line).report.model_copy(update={"number": fresh})
+    home.disk.replace(_file(fresh), seal(again, _key(home)))
+    begun = _starting(home)
+    if begun and begun.number == report.number:
+        _decide(home, begun.model_copy(update={"number": fresh}))
+    return fresh

@@ -18,6 +18,9 @@ metadata/        python-tuf's cache; may be lost at any moment
 slots/<sha256>/  installed bundles, named by the hash of their manifest; their files, named by their own hash
 incoming/        downloads in progress
 queue/           reports that are not delivered yet
+starting.json    what became of the newest report that a trial began
+gateway.json     what the factory's gateway said last; may be lost
+dropped          number of reports that the full queue dropped
 history.json     what happened on this device, for people; may be lost
 undelivered.txt  why the last delivery of reports failed; may be lost
 lock             held while an agent changes the directory
@@ -94,7 +97,9 @@ class Config(Document):
         max_length=MAX_AUTHORITIES,
         description="PEM certificates that the repository's must lead to; empty: the system's",
     )
-    reports: Place = Field(default="", description="folder in which reports are left; empty: nowhere")
+    reports: Place = Field(
+        default="", description="folder in which reports are left, or a gateway's https address; empty: nowhere"
+    )
     window: str = Field(
         default="",
         pattern=hours.FORM,

@@ -14,7 +14,7 @@ import random
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
@@ -111,7 +111,7 @@ class Folder:
 
     def read(self, name: str, offset: int = 0, deadline: Deadline | None = None) -> Iterator[bytes]:
         """See `Transport.read`."""
-        return _until(deadline or at_most(DEADLINE_FLOOR), name, self._pieces(name, offset), str(self.folder))
+        return timely(deadline or at_most(DEADLINE_FLOOR), name, self._pieces(name, offset), str(self.folder))
 
     def close(self) -> None:
         """See `Transport.close`; a folder has no open connections."""
@@ -158,7 +158,7 @@ class Web:
             self.close()
             self._line = self._new_line()
         line = self._line
-        return _until(deadline or at_most(DEADLINE_FLOOR), name, self._pieces(name, offset, line), cut=line.cut)
+        return timely(deadline or at_most(DEADLINE_FLOOR), name, self._pieces(name, offset, line), cut=line.cut)
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -239,9 +239,9 @@ def at_most(seconds: float) -> Deadline:
     return lambda: moment
 
 
-def _until(
+def timely(
     deadline: Deadline, name: str, pieces: Iterator[bytes], mount: str = "", cut: Callable[[], None] | None = None
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     """Yield what a separate thread reads until the deadline; every byte that arrived before the deadline is yielded.
 
     Args:
