@@ -89,9 +89,9 @@ def queue(
     number = _last(home) + 1
     home.disk.replace("number", str(number).encode())
     report = made(home, number, event, manifest, reason, received, milliseconds, health)
-    home.disk.replace(_file(number), seal(report, _key(home)))
-    if event == "starting" and manifest:
+    if event == "starting" and manifest:  # before the report itself: an earlier one's fate must not pass for this one's
         _decide(home, Starting(number=number, manifest=manifest, fate="waiting"))
+    home.disk.replace(_file(number), seal(report, _key(home)))
     _make_room(home, report)
     history.note(home, event, manifest, reason, received, milliseconds)
     if _named_agent(home) != ota.__version__:
