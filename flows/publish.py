@@ -173,7 +173,10 @@ def left_behind(workspace: Workspace, made: Bundle, leave_behind: bool) -> list[
     """
     manifest = made.manifest
     signed = {release.manifest for release in workspace.repository.releases(manifest.line, manifest.device_class)}
-    return compatibility.check(manifest, workspace.fleet.devices(), leave_behind or manifest.digest in signed)
+    told = workspace.fleet.deciding()
+    unsigned = {device for device, last in told.items() if last and last.proof == "unverifiable"}
+    reports = {device: last.report if last else None for device, last in told.items()}
+    return compatibility.check(manifest, reports, leave_behind or manifest.digest in signed, unsigned)
 
 
 @task(name="deltas", task_run_name="build deltas to the bundle")

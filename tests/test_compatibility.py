@@ -148,3 +148,11 @@ def test_report_of_a_newer_agent_asks_for_a_newer_ferry(tmp_path):
     assert "install the newer ferry, and move the file back from rejected/" in why
     assert (inbox / "rejected" / "dev-1-00000001.json").is_file()
     fleet.close()
+
+
+def test_report_without_its_signature_is_named_where_it_decides(manifest):
+    told = named("0.1.0")
+    with pytest.raises(LeftBehindError, match=r"dev-1 \(0\.1\.0, which version 0\.2 kept without the signature\)"):
+        compatibility.check(manifest, {"dev-1": told}, leave_behind=False, unsigned={"dev-1"})
+    with pytest.raises(LeftBehindError, match=r"dev-1 \(0\.1\.0\)"):
+        compatibility.check(manifest, {"dev-1": told}, leave_behind=False)

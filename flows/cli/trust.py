@@ -243,9 +243,8 @@ def trust_delegate(
         moves = [Move(*place, workspace.device_class(*place).oldest_agent) for place in places]
         policies.check_newest(workspace)
         with showing_progress():
-            value, text = delegate(
-                workspace, moves, partial(policies.publish, workspace), workspace.fleet.devices(), leave_behind, out
-            )
+            last = {device: told.report if told else None for device, told in workspace.fleet.deciding().items()}
+            value, text = delegate(workspace, moves, partial(policies.publish, workspace), last, leave_behind, out)
         answer(as_json, value, text)
 
 

@@ -171,13 +171,17 @@ class Fleet(Register):
             ManifestError: it is malformed, no enrolled device signed it, the device is retired or of another line or class, or another
                 report has its number.
         """
-        (result,) = self._take([data], live=False)
+        (result,) = self.take([data])
         if isinstance(result, ManifestError):
             raise result
         return result
 
-    def _take(self, lines: Sequence[bytes], live: bool) -> list[DeviceReport | ManifestError]:
-        """Verify and keep reports in one transaction, and return each or why it is refused."""
+    def take(self, lines: Sequence[bytes], *, live: bool = False) -> list[DeviceReport | ManifestError]:
+        """Verify and keep reports in one transaction, and return each or why it is refused; `live` is that of `keep`.
+
+        Raises:
+            TransferError: the database is full or cannot be used; then nothing was kept.
+        """
         results: list[DeviceReport | ManifestError] = []
         opened: dict[int, Opened] = {}
         for place, line in enumerate(lines):
@@ -226,7 +230,7 @@ class Fleet(Register):
                     _set_aside(path)
                 except OSError as error:
                     rejected[printable(path.name)] = _left(error)
-            for path, result in zip(read, self._take(list(read.values()), live=False), strict=True):
+            for path, result in zip(read, self.take(list(read.values())), strict=True):
                 if isinstance(result, ManifestError):
                     rejected[printable(path.name)] = str(result)
                     _set_aside(path)

@@ -6,8 +6,8 @@ know beforehand. Devices name their agent in each report.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import ota
 from ota.errors import LeftBehindError
@@ -22,6 +22,7 @@ NOT_NAMED = f"{OLDEST_AGENT} or older"  # the agent of a device whose reports do
 UNKNOWN = "unknown"  # that of a device that never reported
 OWN_ROLES_SINCE = "0.3.0"
 """Oldest agent that remembers the versions of a class's own roles (`ota.release.delegation`)."""
+UNSIGNED = ", which version 0.2 kept without the signature"
 SHOWN = 10  # devices that a message names; the others are counted
 
 
@@ -32,6 +33,8 @@ class Behind:
     device: str
     agent: str
     """Its version in words."""
+    unsigned: bool = False
+    """Whether the report that names it has lost its signature, because version 0.2 kept it."""
 
 
 def minimum_agent(form: int) -> str:
@@ -134,13 +137,21 @@ def check_own_roles(
     return found
 
 
-def check(manifest: Manifest, last: Mapping[str, DeviceReport | None], leave_behind: bool) -> list[Behind]:
+def check(
+    manifest: Manifest, last: Mapping[str, DeviceReport | None], leave_behind: bool, unsigned: Collection[str] = ()
+) -> list[Behind]:
     """Return the devices that a bundle leaves behind, if somebody decided to leave them.
+
+    Args:
+        manifest: of the bundle.
+        last: last report of each enrolled device.
+        leave_behind: whether somebody decided.
+        unsigned: ids of the devices whose last report can no longer be verified.
 
     Raises:
         LeftBehindError: there are some, and nobody decided.
     """
-    found = left_behind(manifest, last)
+    found = [replace(behind, unsigned=behind.device in unsigned) for behind in left_behind(manifest, last)]
     if found and not leave_behind:
         place = f"{manifest.line}/{manifest.device_class}"
         oldest = min((behind.agent.split()[0] for behind in found), key=as_numbers)
@@ -161,7 +172,7 @@ def described(manifest: Manifest, behind: Iterable[Behind]) -> str:
 
 
 def _named(found: list[Behind], then: str = "") -> str:
-    named = ", ".join(f"{b.device} ({b.agent})" for b in found[:SHOWN])
+    named = ", ".join(f"{b.device} ({b.agent}{UNSIGNED if b.unsigned else ''})" for b in found[:SHOWN])
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     count = "1 device has" if len(found) == 1 else f"{len(found)} devices have"
     return f"{count} an older one{then}: {named}{more}"

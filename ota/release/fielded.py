@@ -200,6 +200,5 @@ def median_time(place: Fielded, line: str, classes: Iterable[str]) -> tuple[floa
     told: dict[str, int] = {}
     for device_class in classes:
         if release := meant_to_run(place, line, device_class):
-            reports = place.fleet.reports()
-            told |= {r.device: r.milliseconds for r in reports if r.milliseconds and r.manifest == release.manifest}
+            told |= place.fleet.timed(release.manifest)
     return (median(told.values()), len(told)) if told else None
