@@ -581,6 +581,9 @@ def test_agent_without_a_directory_says_so(arguments: tuple[str, ...], tmp_path:
         ({"--reports": "/etc/passwd"}, "--reports is not valid: /etc/passwd is not a folder"),
         ({"--reports": "/etc/passwd/inbox"}, "--reports is not valid: /etc/passwd is not a folder"),
         ({"--reports": "http://user:secret@x/"}, "reports do not leave this device by plain http"),
+        ({"--tag": "berlin"}, "--tag is not valid; give a name and a value such as site=berlin"),
+        ({"--tag": "site=berlin\n"}, "--tag is not valid; give a name and a value"),
+        ({"--share": "some"}, "--share is not valid; choose all or minimal"),
         ({"--dir": "/etc/passwd"}, "/etc/passwd is not a folder; give the agent's directory with --dir"),
         *(
             ({"--repository": place}, "--repository is not valid; give an http(s) address or a folder")
@@ -602,6 +605,25 @@ def test_agent_init_refuses_what_does_not_fit(change: dict[str, str], says: str,
     refused(result, 3, says)
     assert "secret" not in result.stderr
     assert not (tmp_path / "device").exists()
+
+
+def test_agent_keeps_tags_and_says_how_to_enroll(prepared: Path, tmp_path: Path):
+    import hashlib
+
+    anchor = prepared / "root.json"
+    words = [
+        "init", "--device", "press-01", "--line", "shapes", "--class", "edge", "--repository", str(prepared / "published"),
+        "--root", str(anchor), "--root-sha256", hashlib.sha256(anchor.read_bytes()).hexdigest(), "--dir", str(tmp_path / "device"),
+        "--reports", "https://gateway.example.com/plant",
+    ]  # fmt: skip
+    many = [word for number in range(9) for word in ("--tag", f"t{number}=x")]
+    refused(agent(*words, *many), 3, "8 of them at most")
+    refused(agent(*words, "--tag", "site=a", "--tag", "site=b"), 3, "--tag gives site twice")
+    assert not (tmp_path / "device").exists()
+    result = agent(*words, "--tag", "site=berlin", "--tag", "hall=3")
+    assert "ferry-agent enroll --token-file FILE" in result.stdout
+    told = json.loads(agent("status", "--json", "--dir", str(tmp_path / "device")).stdout)
+    assert told["tags"] == ["site=berlin", "hall=3"]
 
 
 @pytest.mark.parametrize("place", ["https://updates.example.com:8443/f", "HTTP://10.0.0.1", "http://[::1]:80/f", "file:///srv/a b",

@@ -18,7 +18,10 @@ from ota.agent import channel, reports
 from ota.agent.channel import Waiting
 from ota.agent.state import Config, Home, State
 from ota.errors import OperatorError
-from ota.report import MAX_ANSWER, MAX_BATCH, MAX_JUMP, MOST_REPORTS, open_line
+from ota.manifest import parse
+from ota.report import MAX_ANSWER, MAX_BATCH, MAX_JUMP, MOST_REPORTS, Enrolment, open_line
+from tests.conftest import agent
+from tests.fleet_kit import closed_port
 from tests.network_kit import Authority, Inbox, Posted, Proxy, Reply
 
 BUNDLE, OTHER = "1" * 64, "2" * 64
@@ -446,3 +449,112 @@ def test_fresh_number_is_above_all_known_and_near(number, last, highest):
         assert max(last, highest) < fresh <= min(number + MAX_JUMP, 2**31 - 1)
     else:
         assert max(last, highest) >= min(number + MAX_JUMP, 2**31 - 1)
+
+
+# Enrolment
+
+
+TOKEN = "t0ken_of-the-operator-4711"
+
+
+def enrolling(home: Home, tmp_path: Path, inbox: Inbox, reply: Reply, code: int, *words: str) -> str:
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    inbox.rule = lambda _: reply
+    result = agent("enroll", "--token-file", str(tmp_path / "token"), "--dir", str(home.root), *words)
+    assert result.exit_code == code, result.output
+    assert TOKEN not in result.output
+    return result.output
+
+
+def said(status: int, **fields: Any) -> Reply:
+    return status, {"Content-Type": "application/json"}, json.dumps(fields).encode()
+
+
+@pytest.mark.parametrize(("confirmed", "told"), [(True, "sends what waits"), (False, "once the operator has confirmed it")])
+def test_device_enrolls_itself_with_a_token(home, secure, tmp_path, confirmed, told):
+    assert told in enrolling(home, tmp_path, secure, said(200, device="dev-1", confirmed=confirmed), 0)
+    (posted,) = secure.posted
+    assert (posted.path, posted.headers["content-type"]) == ("/v1/enroll", "application/json")
+    sent = parse(Enrolment, posted.body, 4096)
+    assert sent.is_signed
+    assert (sent.device, sent.line, sent.device_class, sent.token) == ("dev-1", "shapes", "edge", TOKEN)
+    assert sent.public_key == reports.public_key(home)
+    assert not sent.model_copy(update={"device": "dev-2"}).is_signed
+
+
+@pytest.mark.parametrize(
+    ("reply", "code", "sentence"),
+    [
+        (said(403, error="no", code="token"), 3, "it is wrong or has expired"),
+        (said(409, error="no", code="used"), 3, "the token was used before"),
+        (said(429, error="no"), 4, "try again in 60 s with the same token"),
+        (said(404), 3, "takes no enrolment"),
+        (said(200, device="dev-2", confirmed=True), 4, "not that of a gateway"),
+        ((200, {"Content-Type": "text/html"}, b"<html>"), 4, "not that of a gateway"),
+        ((403, {"Content-Type": "text/html"}, b"<html>"), 4, "not that of a gateway"),
+        ((302, {"Location": "/elsewhere"}, b""), 4, "redirect"),
+        (said(500), 4, "not that of a gateway"),
+    ],
+)
+def test_enrolment_that_is_not_answered_well_says_what_to_do(home, inbox, tmp_path, reply, code, sentence):
+    assert sentence in enrolling(home, tmp_path, inbox, reply, code)
+    assert reports.heard(home).later == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"short", b"x" * 129, b"two tokens-in-one-file", b"\xff" * 20, "é".encode() * 20, b"y" * 10**6]
+)
+def test_file_without_a_token_is_not_sent_and_not_shown(home, inbox, tmp_path, content):
+    (tmp_path / "token").write_bytes(content)
+    result = agent("enroll", "--token-file", str(tmp_path / "token"), "--dir", str(home.root))
+    assert (result.exit_code, inbox.posted) == (3, [])
+    assert "does not hold one token" in result.output
+    assert len(content) < 5 or content.decode("latin-1") not in result.output
+
+
+@pytest.mark.parametrize("place", ["", "/mnt/inbox"])
+def test_enrolment_needs_a_gateway(home, tmp_path, place):
+    configure(home, reports=place)
+    (tmp_path / "token").write_text(TOKEN)
+    result = agent("enroll", "--token-file", str(tmp_path / "token"), "--dir", str(home.root))
+    assert result.exit_code == 3
+    assert "reports to no gateway" in result.output
+
+
+# What the device says
+
+
+def test_status_says_when_it_was_heard_what_waits_and_whether_there_are_two(home, inbox):
+    def shown() -> str:
+        return agent("status", "--dir", str(home.root)).stdout
+
+    assert "heard" not in shown()
+    reports.queue(home, "installed", BUNDLE)
+    inbox.rule = lambda _: inbox.answer([], [(1, "conflict")], highest=7)
+    reports.send(home)
+    reports.queue(home, "confirmed", BUNDLE)
+    assert "last heard by the factory on 2030-03-17 17:46:40 UTC, by its clock" in shown()
+    assert "two copies of this device?" in shown()
+    assert "2 reports wait" in shown()
+    told = json.loads(agent("status", "--json", "--dir", str(home.root)).stdout)
+    assert (told["gateway"]["time"], told["waiting_reports"], told["tags"]) == (inbox.time, 2, [])
+    assert told["gateway"]["copies"] > 0
+
+
+def test_reason_of_a_refusal_is_shown_as_one_harmless_line(home, inbox):
+    reports.queue(home, "installed", BUNDLE)
+    body = json.loads(inbox.answer([], [(1, "retired")])[2])
+    body["refused"][0]["reason"] = "red \x1b[31m\nline\u202e"
+    inbox.rule = lambda _: (200, {"Content-Type": "application/json"}, json.dumps(body).encode())
+    assert reports.send(home) == 0
+    assert reports.heard(home).refusal.isprintable()
+    assert "\x1b" not in agent("status", "--dir", str(home.root)).stdout
+
+
+def test_doctor_looks_at_the_gateway(home, inbox, tmp_path):
+    assert "does not answer as a gateway does (status 404)" in agent("doctor", "--no-draw", "--dir", str(home.root)).stdout
+    (tmp_path / "served" / "healthz").write_bytes(b"ok")
+    assert "does not answer as" not in agent("doctor", "--no-draw", "--dir", str(home.root)).stdout
+    configure(home, reports=closed_port())
+    assert "cannot reach 127.0.0.1" in agent("doctor", "--no-draw", "--dir", str(home.root)).stdout
+    assert inbox.posted == []

@@ -132,6 +132,8 @@ def test_device_wheel_holds_the_device_alone(wheels):
             "output",
             "overlay",
             "packed",
+            "policy",
+            "report",
             "wording",
         )
     }

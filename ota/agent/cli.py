@@ -43,6 +43,7 @@ from ota.errors import (
 )
 from ota.limits import VariantName
 from ota.manifest import Trace
+from ota.report import MOST_TAGS
 
 ABOUT = f"""Keep this device's model up to date: verify, apply and try updates, and roll them back if necessary.
 
@@ -68,6 +69,7 @@ _WATTS = "give the watts at rest (0 to 10000) and the watts that a busy core add
 WRITTEN = {
     "device": ("device", _NAME), "line": ("line", _NAME), "device_class": ("class", _NAME),
     "repository": ("repository", f"give an http(s) address or a folder, {_PLACE}"), "reports": ("reports", f"give a folder or an https address, {_PLACE}"),
+    "tags": ("tag", f"give a name and a value such as site=berlin, {MOST_TAGS} of them at most"), "share": ("share", "choose all or minimal"),
     "window": ("window", window.WRITTEN), "prefer": ("prefer", "choose default, quality, latency or energy"),
     "latency_ms": ("latency-ms", _NUMBER), "joules": ("joules", _NUMBER), "safe": ("safe", "choose full, dev, fast or turbo"),
     "authorities": ("ca", "give fewer certificates"), "idle_watts": ("watts", _WATTS), "core_watts": ("watts", _WATTS),
@@ -123,6 +125,14 @@ def parser() -> argparse.ArgumentParser:
         help="folder for reports, which the agent never creates, or the gateway's https address; --ca holds for it, too",
     )  # fmt: skip
     made.add_argument(
+        "--tag", dest="tags", action="append", default=[], metavar="NAME=VALUE",
+        help="group of this device, such as site=berlin; give it again for more, 8 at most",
+    )  # fmt: skip
+    made.add_argument(
+        "--share", default="all",
+        help="all, or minimal: heartbeats then hold health counters only, and nothing of what the images look like or are of (%(default)s)",
+    )  # fmt: skip
+    made.add_argument(
         "--window",
         default="",
         metavar="HOURS",
@@ -140,6 +150,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="IDLE,CORE",
         help="power at rest, and of one busy core in addition, if there is no sensor",
     )
+
+    made = command(enroll)
+    made.add_argument(
+        "--token-file", type=Path, required=True, metavar="FILE",
+        help="file with the token from the factory's operator (`ferry fleet invite`); the token counts once and is never shown",
+    )  # fmt: skip
 
     made = command(update)
     made.add_argument("--check", action="store_true", help="only print what would be done")
@@ -266,10 +282,14 @@ def init(given: Arguments) -> None:
         config = Config.model_validate({
             "device": given.device, "line": given.line, "device_class": given.device_class, "repository": _absolute(given.repository),
             "authorities": network.certificates(_read(given.ca, "the authority's certificate")) if given.ca else "", "root_sha256": given.root_sha256.lower(), "reports": _absolute(given.reports.strip()), "window": given.window,
+            "tags": given.tags, "share": given.share,
             "prefer": given.prefer, "latency_ms": given.latency_ms, "joules": given.joules, "safe": given.safe, **_watts(given.watts),
         })  # fmt: skip
     except ValidationError as error:
         raise OperatorError(_not_valid(str(error.errors()[0]["loc"][0]))) from error
+    names = [tag.partition("=")[0] for tag in config.tags]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OperatorError(f"--tag gives {twice} twice; give each name one value")
     if problem := window.problem(config.window):
         raise OperatorError(f"--window is not valid: {problem}")
     try:
@@ -278,7 +298,8 @@ def init(given: Arguments) -> None:
         raise OperatorError(_not_valid("repository")) from error
     if isinstance(place, Folder):
         _check_folder("repository", place.folder)
-    if config.reports and isinstance(reported := place_of(config.reports), Path):
+    reported = place_of(config.reports) if config.reports else Path()
+    if config.reports and isinstance(reported, Path):
         _check_folder("reports", reported)
     home = Home(given.dir)
     home.check_owner()
@@ -292,8 +313,24 @@ def init(given: Arguments) -> None:
     _answer(
         given.json,
         {"device": given.device, "public_key": key},
-        f"{given.device} is set up; enroll it with\n  ferry fleet enroll {given.device} {key}",
+        f"{given.device} is set up; enroll it with\n  ferry fleet enroll {given.device} {key}"
+        + (
+            ""
+            if isinstance(reported, Path)
+            else "\nor here, with a token of the operator:\n  ferry-agent enroll --token-file FILE"
+        ),
     )
+
+
+def enroll(given: Arguments) -> None:
+    """Enroll this device at the factory's gateway, with a token of its operator."""
+    from ota.agent import enroll as enrolment
+
+    home = Home(given.dir)
+    home.check_owner()
+    confirmed = enrolment.enroll(home, enrolment.token_in(given.token_file))
+    device = home.config().device
+    _answer(given.json, {"device": device, "confirmed": confirmed}, enrolment.told(device, confirmed))
 
 
 def update(given: Arguments) -> None:
@@ -312,7 +349,7 @@ def update(given: Arguments) -> None:
 
 def status(given: Arguments) -> None:
     """Show what runs, and verify every file of it again."""
-    from ota.agent import slots
+    from ota.agent import reports, slots
 
     found = slots.status(Home(given.dir))
     text = f"{found['device']} runs nothing yet; run `ferry-agent update`"
@@ -327,6 +364,7 @@ def status(given: Arguments) -> None:
         text += f"\n{rules.resting(Rest(**found['rests']))}"
     if waiting := found["waiting_reports"]:
         text += f"\n{waiting} report{'s wait' if waiting > 1 else ' waits'} to be delivered{f': {problem}' if (problem := found['reports_problem']) else ''}"
+    text += "".join(f"\n{line}" for line in reports.told(found["gateway"]))
     _answer(given.json, found, text)
 
 

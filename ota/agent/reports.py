@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from ota.agent.channel import Channel, Receipt, Waiting, channel_to
 from ota.agent.network import LaterError
 from ota.agent.state import Home
 from ota.agent.transport import HungError
-from ota.errors import DeviceError, ManifestError, OperatorError, StateError, TransferError
+from ota.errors import DeviceError, ManifestError, OperatorError, StateError, TransferError, printable
 from ota.limits import KiB
 from ota.manifest import MAX_COUNT, MAX_TOLD, Document, Sha256, Told, parse
 from ota.report import MAX_BATCH, MAX_JUMP, MAX_NUMBER, MOST_REPORTS, REPORT_FORM, DeviceReport, Event, Health, open_line, seal
@@ -78,6 +78,11 @@ def _key(home: Home) -> Ed25519PrivateKey:
 def public_key(home: Home) -> str:
     """Return the device's public key, 64 hex digits, for `ferry fleet enroll`."""
     return _key(home).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+
+
+def signed(home: Home, message: bytes) -> str:
+    """Sign a message by the device's key; return the signature as 128 hex digits."""
+    return _key(home).sign(message).hex()
 
 
 def queue(
@@ -240,6 +245,21 @@ def two_copies(said: Heard) -> str:
     )
 
 
+def told(said: Mapping[str, Any]) -> list[str]:
+    """Say what the gateway said last, in lines for people; `said` has the fields of `Heard`."""
+    found = Heard(**said)
+    lines = []
+    if found.time:
+        lines.append(
+            f"last heard by the factory on {datetime.fromtimestamp(min(found.time, 2**37), UTC):%Y-%m-%d %H:%M:%S} UTC, by its clock"
+        )
+    if found.refusal:
+        lines.append(f"the factory refused {found.refusal}")
+    if found.copies:
+        lines.append(two_copies(found))
+    return lines
+
+
 def _hear(home: Home, **fields: Any) -> None:
     before = heard(home)
     now = before.model_copy(update=fields)
@@ -391,7 +411,7 @@ def _settle(home: Home, batch: Sequence[Waiting], receipt: Receipt) -> set[int]:
             again.add(fresh)
         else:
             if no:
-                refusal = f"report {no.number}: {no.code}: {no.reason}"[:MAX_TOLD]
+                refusal = printable(f"report {no.number}: {no.code}: {no.reason}")[:MAX_TOLD]
                 log.warning("the factory refuses %s", refusal)
             _came_to(home, report.number, ("refused" if no else "accepted") if receipt.proven else "delivered")
         home.disk.remove(_file(report.number))

@@ -93,6 +93,9 @@ def status(home: Home) -> dict[str, Any]:
         "rests": rest.model_dump() if (rest := home.rest()) and rest.until > time.time() else None,
         "waiting_reports": len(list(home.disk.path("queue").glob("*.json"))),
         "reports_problem": reports.problem(home),
+        "tags": config.tags,
+        "gateway": reports.heard(home).model_dump(),
+        "dropped_reports": reports.dropped(home),
     }
 
 

@@ -61,6 +61,7 @@ from ota.manifest import (
     VariantName,
     parse,
 )
+from ota.report import MOST_TAGS
 
 MAX_STATE = 1024 * 1024  # bytes; more than MAX_REFUSED reasons take, even if each of their characters takes twelve
 TRIAL_GOOD = 3  # inferences that must succeed before a bundle is trusted
@@ -100,13 +101,16 @@ class Config(Document):
     reports: Place = Field(
         default="", description="folder in which reports are left, or a gateway's https address; empty: nowhere"
     )
+    tags: list[Tag] = Field(
+        default=[], max_length=MOST_TAGS, description="names and values by which an operator groups devices, such as site=berlin"
+    )
+    share: Literal["all", "minimal"] = Field(
+        default="all", description="minimal: heartbeats tell nothing of what the images look like or are of"
+    )
     window: str = Field(
         default="",
         pattern=hours.FORM,
         description="hours in which the agent may switch, in UTC or a time zone, such as 22:00-05:00 Europe/Berlin; empty: any",
-    )
-    tags: list[Tag] = Field(
-        default=[], max_length=8, description="names and values by which policies and people group devices, such as site=berlin"
     )
     prefer: Literal["default", "quality", "latency", "energy"] = Field(default="default", description="see `variants.chain`")
     latency_ms: float | None = Field(default=None, gt=0, le=1e6, description="budget for one image")
