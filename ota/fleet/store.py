@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row, Select, and_, bindparam, func, insert, s
 
 from ota.errors import ManifestError, OperatorError, printable
 from ota.fleet.register import Register
-from ota.fleet.schema import archived, devices, keys, last, reading, reports, writing
+from ota.fleet.schema import archived, changes, devices, keys, last, reading, reports, writing
 from ota.manifest import NAME_PATTERN
 from ota.report import MAX_REPORT, DeviceReport, Opened, open_line
 
@@ -244,16 +244,39 @@ class Fleet(Register):
 
     # What was heard
 
-    def states(self) -> list[LastState]:
-        """Return every device of the register with what was last heard of it, by id; retired and unconfirmed ones included."""
+    def states(self, device: str = "", after: str = "", limit: int = 0) -> list[LastState]:
+        """Return the devices of the register with what was last heard of them, by id; retired and unconfirmed ones included.
+
+        Args:
+            device: the only one that is returned, if it is there.
+            after: only ids that come after this one.
+            limit: how many at most; 0: all.
+        """
+        query = _STATES.where(devices.c.device == device) if device else _STATES
+        query = query.where(devices.c.device > after) if after else query
         with reading(self._engine) as connection:
-            found = [LastState(*row) for row in connection.execute(_STATES)]
+            found = [LastState(*row) for row in connection.execute(query.limit(limit) if limit else query)]
         for state in found:
             if not NAME_PATTERN.fullmatch(state.device):
                 raise OperatorError(
                     "the fleet's tables hold data that ferry did not write; check who may write to the database, and restore it"
                 )
         return found
+
+    def running(self) -> dict[str, int]:
+        """Return how many devices that count run each bundle, by the hash of its manifest, as they said last."""
+        query = _COUNTING.with_only_columns(last.c.active, func.count()).where(last.c.active.is_not(None)).group_by(last.c.active)
+        with reading(self._engine) as connection:
+            return {str(active): int(count) for active, count in connection.execute(query.order_by(None))}
+
+    def probe(self) -> None:
+        """Commit a change that changes nothing, to see whether the database takes reports.
+
+        Raises:
+            TransferError: it does not.
+        """
+        with writing(self._engine) as connection:
+            connection.execute(update(changes).values(number=changes.c.number))
 
     def heard(self) -> dict[str, Heard | None]:
         """Return every device that counts with its last report and when it came; None: it has not reported.

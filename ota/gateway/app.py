@@ -1,0 +1,490 @@
+"""The gateway's application: what each address answers, to whom, and within which limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import ipaddress
+import logging
+import math
+import os
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ota.errors import AttemptsError, EnrolmentError, ManifestError, OtaError, TakenError, TransferError, printable
+from ota.fleet.register import Known
+from ota.fleet.store import Fleet, LastState, Verdict
+from ota.gateway import files, intake, releases
+from ota.gateway.intake import Batch, RefusedError
+from ota.gateway.metrics import Metrics
+from ota.gateway.openapi import Endpoint, document
+from ota.gateway.quota import Quota
+from ota.gateway.server import is_loopback
+from ota.gateway.writer import Writer
+from ota.limits import KiB, MiB
+from ota.manifest import NAME_PATTERN, parse
+from ota.report import MAX_BATCH, Answer, Enrolment, Opened, Refusal
+
+log = logging.getLogger("ota.gateway")
+
+BURST, HOURLY = 200, 120  # reports of one device: a full queue at once, then so many an hour
+MOST_HELD = 16 * MiB  # bytes of bodies that are read at this moment
+MOST_ENROLMENT = 4 * KiB  # bytes of an enrolment
+WRITING_SECONDS = 30.0  # until a request is told that the database is too slow
+LOOK_SECONDS = 1.0  # between two looks whether the devices changed
+TOKEN_SECONDS = 30.0  # that the role of an API token is remembered
+MOST_DEVICES = 1_000  # of one answer
+CLOCK_SECONDS = 3_600  # that a device's clock may differ from the factory's
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the gateway is started with."""
+
+    repository: str = ""
+    """Folder of the published repository; empty: devices fetch it elsewhere."""
+    access_log: bool = False
+    proxies: tuple[str, ...] = ()
+
+
+class Gateway:
+    """What all requests share: the store, the writer, the quotas, and the devices that are known."""
+
+    def __init__(self, fleet: Fleet, options: Options) -> None:
+        """Take the store; `running` begins."""
+        self.fleet, self.options, self.metrics = fleet, options, Metrics()
+        self.writer = Writer(fleet, self.metrics)
+        self.known: Mapping[str, Known] = {}
+        self.room = intake.Room(MOST_HELD)
+        self.quota = Quota(BURST, HOURLY / 3600)
+        self.wrong = Quota(500, 1.0)  # signatures that do not verify, by address
+        self.bad_tokens = Quota(10, 1 / 60)  # API tokens that are unknown, by address
+        self.enrolments, self.bad_enrolments = Quota(200, 2.0), Quota(10, 1 / 60)
+        self.reading = asyncio.Semaphore(2)
+        self._changes = -1
+        self._roles: dict[bytes, tuple[float, str]] = {}
+        self.metrics.gauge("ferry_gateway_waiting_reports", "Reports that wait for a commit.", lambda: self.writer.waiting)
+        self.metrics.gauge("ferry_gateway_held_bytes", "Bytes of bodies that are read.", lambda: self.room.held)
+        self.metrics.gauge("ferry_gateway_devices", "Devices in the register.", lambda: len(self.known))
+        self.metrics.gauge("ferry_gateway_healthy", "1: the last commit succeeded, not long ago.", lambda: self.writer.is_healthy)
+
+    @contextlib.asynccontextmanager
+    async def running(self, _: Starlette) -> AsyncIterator[None]:
+        """Write and look for changes of the devices during the block; at its end, write what waits."""
+        await self.look()
+        self.writer.start()
+        looking = asyncio.create_task(self._keep_looking())
+        try:
+            yield
+        finally:
+            looking.cancel()
+            await asyncio.to_thread(self.writer.close)
+
+    async def look(self) -> None:
+        """Read the devices if they changed.
+
+        Raises:
+            TransferError: the database cannot be read.
+        """
+        changes = await asyncio.to_thread(self.fleet.changes)
+        if changes != self._changes:
+            self.known = await asyncio.to_thread(self.fleet.known)
+            self._changes = changes
+            self._roles.clear()
+
+    async def _keep_looking(self) -> None:
+        """Look again and again; after a look that took long, less often, so that it costs at most a tenth of the time."""
+        told = ""
+        while True:
+            began = time.monotonic()
+            try:
+                await self.look()
+                told = ""
+            except OtaError as error:
+                if told != str(error):
+                    log.error("the devices cannot be read: %s", error)  # noqa: TRY400 - one sentence, no traceback
+                told = str(error)
+            await asyncio.sleep(max(LOOK_SECONDS, 10 * (time.monotonic() - began)))
+
+    async def written(self, start: Callable[[Callable[[Any, Exception | None], None]], bool]) -> Any:
+        """Wait for the writer.
+
+        Args:
+            start: gives the writer a job with the function that takes its result; returns whether there is room.
+
+        Raises:
+            RefusedError: 429, too much waits; 503, the database does not take it or is too slow. Nothing is to be acknowledged.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def settle(value: Any, error: Exception | None) -> None:
+            if done.done():  # nobody waits any more
+                return
+            if error:
+                done.set_exception(error)
+            else:
+                done.set_result(value)
+
+        def result(value: Any, error: Exception | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(settle, value, error)
+
+        if not start(result):
+            raise RefusedError(429, "busy", "too many reports wait to be written; send them again later", random.randint(5, 60))  # noqa: S311
+        try:
+            async with asyncio.timeout(WRITING_SECONDS):
+                return await done
+        except TimeoutError:
+            raise RefusedError(503, "unavailable", "the database is too slow; nothing was acknowledged", 60) from None
+        except EnrolmentError:
+            raise
+        except Exception as error:
+            if not isinstance(error, OtaError):
+                log.exception("the writer failed")
+            raise RefusedError(
+                503, "unavailable", "the database takes nothing at this moment; nothing was acknowledged", 60
+            ) from error
+
+    async def role(self, request: Request) -> str:
+        """Return the role of the request's API token; empty: it has none.
+
+        Raises:
+            RefusedError: 401, the token is unknown or expired; 429, too many wrong ones came from this address.
+        """
+        given = request.headers.get("authorization", "")
+        if not given:
+            return ""
+        address, now = address_of(request), time.monotonic()
+        if wait := self.bad_tokens.wait(address, 1, now):
+            raise RefusedError(429, "quota", "too many wrong tokens came from this address; try again later", wait)
+        scheme, _, token = given.partition(" ")
+        digest = hashlib.sha256(token.encode()).digest()
+        until, role = self._roles.get(digest, (0.0, ""))
+        if now >= until:
+            found = await self.read(self.fleet.role_of, token) if scheme.lower() == "bearer" and len(token) <= 200 else None
+            role = found or ""
+            if role:
+                if len(self._roles) >= 256:
+                    self._roles.clear()
+                self._roles[digest] = now + TOKEN_SECONDS, role
+        if not role:
+            self.bad_tokens.take(address, 1, now)
+            raise RefusedError(401, "token", "the token is unknown or has expired; an operator makes a new one")
+        return role
+
+    async def read(self, what: Callable[..., Any], *given: Any) -> Any:
+        """Read from the database in a thread; a few at a time, so that readers do not take the processor from reports.
+
+        Raises:
+            RefusedError: 503, the database cannot be read.
+        """
+        try:
+            async with self.reading:
+                return await asyncio.to_thread(what, *given)
+        except TransferError as error:
+            raise RefusedError(503, "unavailable", "the database cannot be read at this moment", 60) from error
+
+
+def address_of(request: Request) -> str:
+    """Return the address of the sender, as far as it is known; of IPv6, the network of one customer."""
+    host = request.client.host if request.client else ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "unknown"
+    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)
+
+
+async def take_reports(gateway: Gateway, request: Request) -> Response:
+    """Take a batch of reports, and answer once they are kept durably."""
+    role = await gateway.role(request)
+    if role and role != "reporter":
+        raise RefusedError(403, "role", "this token may not send reports; a device needs none")
+    address, now = address_of(request), time.monotonic()
+    if wait := gateway.wrong.wait(address, 1, now):
+        raise RefusedError(429, "quota", "too many wrong signatures came from this address; try again later", wait)
+    body = await body_of(gateway, request)
+    try:
+        found, unknown = await intake.parsed(intake.lines_of(body, bool(role)), gateway.known, bool(role), gateway.metrics)
+        waits = {device: gateway.quota.wait(device, len(reports), now) for device, reports in found.items()}
+        late = max(waits.values(), default=0.0)
+        if late and not role:
+            raise RefusedError(429, "quota", f"a device may send {HOURLY} reports an hour, and {BURST} after a silence", late)
+        answers = await keep(gateway, address, {device: reports for device, reports in found.items() if not waits[device]})
+    finally:
+        gateway.room.give_back(len(body))
+    if not role:
+        return JSONResponse(next(iter(answers.values())).model_dump())
+    return JSONResponse({
+        "devices": {device: answer.model_dump() for device, answer in answers.items()},
+        "unenrolled": unknown, "later": [device for device, wait in waits.items() if wait],
+    })  # fmt: skip
+
+
+async def keep(gateway: Gateway, address: str, found: Mapping[str, list[Opened]]) -> dict[str, Answer]:
+    """Verify the reports of known devices, and let the writer keep them; return the answer for each device."""
+    batches: dict[str, Batch] = {}
+    now = time.monotonic()
+    for device, reports in found.items():
+        batches[device] = batch = await intake.checked(gateway.known[device], reports, gateway.metrics)
+        if wrong := sum(one.code == "signature" for one in batch.refused):
+            gateway.wrong.take(address, wrong, now)
+            gateway.writer.note({device: wrong})
+        gateway.quota.take(device, len(batch.arrived), now)
+    arrived = [one for batch in batches.values() for one in batch.arrived]
+    size = sum(batch.size for batch in batches.values())
+    verdicts: list[Verdict] = []
+    if arrived:
+        try:
+            verdicts = await gateway.written(lambda result: gateway.writer.keep(arrived, size, result))
+        except RefusedError:
+            for device, batch in batches.items():  # what was not taken does not count
+                gateway.quota.take(device, -len(batch.arrived), now)
+            raise
+    moment, at = int(time.time()), 0
+    answers = {}
+    for device, batch in batches.items():
+        own = verdicts[at : at + len(batch.arrived)]
+        at += len(own)
+        answers[device] = _answer(gateway.metrics, batch, own, moment)
+    return answers
+
+
+def _answer(metrics: Metrics, batch: Batch, verdicts: list[Verdict], moment: int) -> Answer:
+    accepted = [verdict.number for verdict in verdicts if not verdict.code]
+    metrics.reports.add("accepted", len(accepted))
+    refused = list(batch.refused)
+    for verdict in verdicts:
+        if verdict.code and verdict.code != "unenrolled":  # removed a moment ago; it may be enrolled again
+            metrics.reports.add(verdict.code)
+            refused.append(Refusal(number=verdict.number, code=verdict.code, reason=verdict.reason[:500]))
+    highest = max((verdict.highest for verdict in verdicts), default=0)
+    return Answer(accepted=accepted, refused=refused, highest=highest, time=moment)
+
+
+async def body_of(gateway: Gateway, request: Request) -> bytes:
+    """Read and unpack the body of a batch; the caller gives its length back to `gateway.room`.
+
+    Raises:
+        RefusedError: as `intake.unpacked`; 413 before anything is read, if the header says that it is too large.
+    """
+    length = request.headers.get("content-length")  # h11 lets only digits pass
+    if length and int(length) > MAX_BATCH:
+        raise RefusedError(413, "too_large", f"a batch may have at most {MAX_BATCH} bytes, as it is sent and unpacked")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if encoding not in ("gzip", "identity") or kind != "application/x-ndjson":
+        raise RefusedError(400, "malformed", "reports are sent as application/x-ndjson, plain or with gzip")
+    return await intake.unpacked(request.stream(), encoding, gateway.room)
+
+
+async def take_enrolment(gateway: Gateway, request: Request) -> Response:
+    """Enrol a device that shows a token; who guesses tokens is slowed down."""
+    address, now = address_of(request), time.monotonic()
+    if wait := max(gateway.enrolments.wait("", 1, now), gateway.bad_enrolments.wait(address, 1, now)):
+        raise RefusedError(429, "quota", "too many enrolments were tried; try again later", wait)
+    gateway.enrolments.take("", 1, now)
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_ENROLMENT:
+            raise RefusedError(413, "too_large", f"an enrolment may have at most {MOST_ENROLMENT} bytes")
+    try:
+        enrolment = parse(Enrolment, body, MOST_ENROLMENT)
+        if not enrolment.is_signed:
+            raise EnrolmentError("the enrolment is not signed by the key that it names")
+        known: Known = await gateway.written(lambda result: gateway.writer.call(lambda: gateway.fleet.redeem(enrolment), result))
+    except ManifestError as error:
+        gateway.bad_enrolments.take(address, 1, now)
+        raise RefusedError(400, "malformed", "the body is no enrolment of a device") from error
+    except EnrolmentError as error:
+        gateway.bad_enrolments.take(address, 1, now)
+        status, code = next(((s, c) for kind, s, c in _ENROLMENT_FAULTS if isinstance(error, kind)), (403, "token"))
+        raise RefusedError(status, code, str(error), 3600 if status == 429 else None) from error
+    # Its next report must pass; the next look reads all others.
+    gateway.known = {**gateway.known, known.device: known}
+    return JSONResponse({"device": known.device, "confirmed": known.confirmed})
+
+
+_ENROLMENT_FAULTS = ((TakenError, 409, "taken"), (AttemptsError, 429, "attempts"))
+
+
+async def list_devices(gateway: Gateway, request: Request) -> Response:
+    """List devices by id, a page at a time."""
+    after, limit = request.query_params.get("after", ""), request.query_params.get("limit", "100")
+    if (after and not NAME_PATTERN.fullmatch(after)) or not re.fullmatch("[1-9][0-9]{0,3}", limit) or int(limit) > MOST_DEVICES:
+        raise RefusedError(400, "malformed", f"`after` is a device's id, and `limit` a number up to {MOST_DEVICES}")
+    states = await gateway.read(lambda: gateway.fleet.states(after=after, limit=int(limit)))
+    rows = [shown(state) for state in states]
+    return JSONResponse({"devices": rows, "next": rows[-1]["device"] if len(rows) == int(limit) else None})
+
+
+async def show_device(gateway: Gateway, request: Request) -> Response:
+    """Show one device."""
+    name = request.path_params["device"]
+    states = await gateway.read(lambda: gateway.fleet.states(device=name)) if NAME_PATTERN.fullmatch(name) else []
+    if not states:
+        raise RefusedError(404, "unknown", "there is no such device in the register")
+    return JSONResponse(shown(states[0]))
+
+
+def shown(state: LastState) -> dict[str, Any]:
+    """Return what an operator sees of a device; texts that it sent are printable."""
+    return {
+        "device": state.device, "line": state.enrolled_line or state.line, "device_class": state.enrolled_class or state.device_class,
+        "confirmed": state.confirmed is not None, "retired": state.retired is not None, "tags": state.tags,
+        "heard_at": state.heard_at, "heartbeat_at": state.heartbeat_at, "number": state.number, "active": state.active,
+        "agent": state.agent, "event": state.event, "reason": printable(state.reason or ""), "clock_ahead_s": state.skew,
+        "clock_wrong": state.skew is not None and abs(state.skew) > CLOCK_SECONDS,
+        "conflicts": state.conflicts, "refused": state.refused, "refused_why": state.refused_why,
+    }  # fmt: skip
+
+
+async def list_releases(gateway: Gateway, _: Request) -> Response:
+    """List published releases, and how many devices run each."""
+    if not gateway.options.repository:
+        raise RefusedError(404, "elsewhere", "this gateway serves no repository; devices fetch it elsewhere")
+    try:
+        version, rows = await asyncio.to_thread(releases.read, gateway.options.repository)
+    except releases.DamagedError as error:
+        raise RefusedError(503, "unavailable", str(error), 60) from error
+    running = await gateway.read(gateway.fleet.running)
+    return JSONResponse({"timestamp": version, "releases": [{**row, "devices": running.get(row["manifest"], 0)} for row in rows]})
+
+
+async def show_health(gateway: Gateway, _: Request) -> Response:
+    """Say whether reports can be kept: the last commit succeeded, and was not long ago."""
+    good = gateway.writer.is_healthy
+    return JSONResponse({"healthy": good}, 200 if good else 503, {"Cache-Control": "no-store"})
+
+
+async def show_metrics(gateway: Gateway, request: Request) -> Response:
+    """Show figures to Prometheus on this machine, or to one with a token."""
+    local = request.client is not None and is_loopback(request.client.host) and "x-forwarded-for" not in request.headers
+    if not local and await gateway.role(request) not in ("viewer", "operator"):
+        raise RefusedError(401, "token", "from another machine, the figures need a token with the role viewer")
+    return PlainTextResponse(gateway.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def show_document(_: Gateway, __: Request) -> Response:
+    """Describe these addresses, as an OpenAPI document."""
+    return JSONResponse(document(ENDPOINTS))
+
+
+ENDPOINTS = (
+    Endpoint(
+        "/v1/reports", "POST", take_reports, ("", "reporter"), (400, 401, 403, 413, 429, 503), Answer, "application/x-ndjson"
+    ),
+    Endpoint("/v1/enroll", "POST", take_enrolment, ("",), (400, 403, 409, 413, 429, 503), None, "application/json"),
+    Endpoint("/v1/devices", "GET", list_devices, ("viewer", "operator"), (400, 401, 403, 429, 503)),
+    Endpoint("/v1/devices/{device}", "GET", show_device, ("viewer", "operator"), (401, 403, 404, 429, 503)),
+    Endpoint("/v1/releases", "GET", list_releases, ("viewer", "operator"), (401, 403, 404, 429, 503)),
+    Endpoint("/v1/openapi.json", "GET", show_document, ("",), ()),
+    Endpoint("/healthz", "GET", show_health, ("",), (503,)),
+    Endpoint("/metrics", "GET", show_metrics, ("", "viewer", "operator"), (401, 429)),
+)
+"""All that is answered beside the files of the repository. The OpenAPI document is made of it."""
+
+
+def _endpoint(gateway: Gateway, found: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """Make what Starlette calls: check the role, and turn refusals into answers."""
+    counted = {"/v1/reports": gateway.metrics.batches, "/v1/enroll": gateway.metrics.enrolments}.get(found.path)
+
+    async def answer(request: Request) -> Response:
+        try:
+            if "" not in found.roles:
+                role = await gateway.role(request)
+                if not role:
+                    raise RefusedError(401, "token", "this needs an API token; send it as Authorization: Bearer TOKEN")
+                if role not in found.roles:
+                    raise RefusedError(403, "role", f"this needs a token with the role {' or '.join(found.roles)}")
+            response = await found.call(gateway, request)
+        except RefusedError as error:
+            headers = {"Retry-After": str(math.ceil(error.retry_after))} if error.retry_after else {}
+            if error.status == 401:
+                headers["WWW-Authenticate"] = "Bearer"
+            response = JSONResponse({"error": str(error), "code": error.code}, error.status, headers)
+        except ClientDisconnect:
+            response = Response(status_code=400)  # nobody reads it
+        except OtaError as error:
+            log.error("%s: %s", found.path, error)  # noqa: TRY400 - one sentence, no traceback
+            response = JSONResponse({"error": "the gateway cannot answer; its log says why", "code": "failed"}, 500)
+        except Exception:
+            log.exception("a request of %s failed", found.path)
+            response = JSONResponse({"error": "the gateway failed; its log says why", "code": "failed"}, 500)
+        if counted:
+            counted.add(str(response.status_code))
+        response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+    return answer
+
+
+def application(gateway: Gateway) -> ASGIApp:
+    """Build the application around the shared state."""
+
+    async def nothing(_: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        body = {"error": "there is nothing here; /v1/openapi.json lists what there is", "code": "nothing"}
+        return JSONResponse(body, status, {"Cache-Control": "no-store"})
+
+    routes = [Route(one.path, _endpoint(gateway, one), methods=[one.method]) for one in ENDPOINTS]
+    made = Starlette(routes=routes, exception_handlers={HTTPException: nothing}, lifespan=gateway.running)
+    made.router.redirect_slashes = False  # a path is taken as it is, or not at all
+    return _Front(made, gateway)
+
+
+class _Front:
+    """ASGI application around all: gives each answer an id, writes the access log, and serves the published files."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app, self._gateway = app, gateway
+        self._files = files.Repository(gateway.options.repository) if gateway.options.repository else None
+        self._proxied = bool(gateway.options.proxies)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Give one answer."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        published = self._files is not None and scope["path"].split("/", 2)[1] in files.FOLDERS
+        status, began, number = 0, time.monotonic(), self._id(scope)
+
+        async def answering(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
+            await send(message)
+
+        try:
+            await (self._files if published and self._files else self._app)(scope, receive, answering)
+        finally:
+            if published:
+                self._gateway.metrics.files.add(str(status))
+            if self._gateway.options.access_log:
+                who = scope["client"][0] if scope.get("client") else "-"
+                took = 1000 * (time.monotonic() - began)
+                log.info("%s %s %s %d %.0f ms %s", who, scope["method"], printable(scope["path"], 200), status, took, number)
+
+    def _id(self, scope: Scope) -> str:
+        """Return the id that a proxy of ours gave the request, or a new one."""
+        if self._proxied:
+            for name, value in scope["headers"]:
+                if name == b"x-request-id" and (found := _REQUEST_ID.fullmatch(value.decode("latin-1"))):
+                    return found[0]
+        return os.urandom(8).hex()
