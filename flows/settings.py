@@ -186,6 +186,26 @@ class Alerts(Section):
         return url
 
 
+class Gateway(Section):
+    """Where the gateway for devices listens, for `ferry gateway` and `ferry serve --gateway`."""
+
+    host: str = Field(
+        default="127.0.0.1", min_length=1, description="address that it listens at; without TLS it must be the loopback"
+    )
+    port: int = Field(default=8443, ge=1, le=65_535, description="port that it listens at")
+    tls_cert: str = Field(
+        default="", description="file with the certificate chain, as PEM; empty: no TLS, because a proxy on this machine adds it"
+    )
+    tls_key: str = Field(default="", description="file with the certificate's private key, as PEM")
+    insecure_bind: StrictBool = Field(
+        default=False, description="whether it may listen beyond the loopback without TLS, because a proxy elsewhere adds it"
+    )
+    trusted_proxies: list[str] = Field(
+        default=[], description="addresses or networks of the proxies whose X-Forwarded-For is believed, such as 10.0.0.7"
+    )
+    access_log: StrictBool = Field(default=False, description="whether it writes a line for each request, without queries")
+
+
 class Energy(Section):
     """Joules for an image as `ferry-agent bench` measured them on a device, for the report."""
 
@@ -559,6 +579,7 @@ class Settings(Section):
         description="where things are stored; the environment variable FERRY_STORES_KEY, such as FERRY_STORES_DATABASE, replaces a key",
     )
     alerts: Alerts = Field(default=Alerts(), description="who is told when something needs a person")
+    gateway: Gateway = Field(default=Gateway(), description="where the gateway for devices listens")
     prices: Prices = Field(default=Prices(), description="your prices, for the report")
     require_approval: StrictBool = Field(
         default=False, description="whether a version that passes the gate waits for `ferry approve`; a line may say otherwise"

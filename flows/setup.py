@@ -112,7 +112,7 @@ def _check_name(root: Path) -> None:
 
 
 IGNORED = (
-    "keys", "repository", "published", "dvc-remote", "ferry.db", "mlflow.db", "mlartifacts", "inbox", "work", "report.html", "explain.html",
+    "keys", "repository", "published", "dvc-remote", "ferry.db", "ferry.db-wal", "ferry.db-shm", "mlflow.db", "mlartifacts", "inbox", "work", "report.html", "explain.html",
     "devices", "pictures", "ratings",
 )  # fmt: skip
 
@@ -152,6 +152,15 @@ reports = "inbox"                  # folder in which devices leave their reports
 [alerts]                           # tells failed retrainings, refused promotions and expiring signatures, once for each change
 # command = ["/usr/local/bin/page", "factory"]  # is run with JSON on standard input
 # webhook = "https://alerts.example/ferry"  # is sent JSON, signed with the secret in the environment variable FERRY_ALERT_SECRET
+
+[gateway]                          # where devices report and fetch updates: `ferry gateway`, or `ferry serve --gateway`
+# host = "127.0.0.1"               # address to listen at; without TLS it must be the loopback
+# port = 8443
+# tls_cert = "/etc/ferry/cert.pem"  # certificate chain; without it, a proxy on this machine adds TLS
+# tls_key = "/etc/ferry/key.pem"   # its private key
+# insecure_bind = false            # true: listen beyond the loopback without TLS, because a proxy elsewhere adds it
+# trusted_proxies = []             # proxies whose X-Forwarded-For is believed, such as "10.0.0.7"
+# access_log = false               # true: a line for each request, without queries
 
 [prices]                           # for the yearly cost in `ferry report`; what stays a comment counts as assumed, and is marked so
 # currency = "EUR"

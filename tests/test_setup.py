@@ -20,6 +20,8 @@ OPTIONAL = re.compile(r"^# ([\w.-]+ = .+)$", re.MULTILINE)  # "# key = value"; o
 EXAMPLES = {
     "command",
     "webhook",
+    "tls_cert",
+    "tls_key",
     "cloud_thousand_images",
     f"{LINE}.edge.full",
     f"{LINE}.I.full",

@@ -18,6 +18,7 @@ from flows.cli.data import data_app
 from flows.cli.delta import delta_app
 from flows.cli.doctor import doctor
 from flows.cli.fleet import fleet_app, rollout_app
+from flows.cli.gateway import gateway
 from flows.cli.poc import poc
 from flows.cli.report import explain, rate, report
 from flows.cli.shared import (
@@ -412,6 +413,7 @@ def release(
         answer(as_json, made, said)
 
 
+app.command()(gateway)
 app.command()(doctor)
 app.command()(poc)
 app.command()(report)
@@ -468,6 +470,9 @@ def serve(
         str,
         typer.Option(metavar="[HOST:]PORT", show_default=False, help="Address for MLflow's signed webhooks; polling goes on."),
     ] = "",
+    with_gateway: Annotated[
+        bool, typer.Option("--gateway", help="Also run the gateway for devices, as [gateway] in ferry.toml says.")
+    ] = False,
 ) -> None:
     """Retrain by schedule, for new data and events, until stopped.
 
@@ -480,6 +485,7 @@ def serve(
         for line in chosen:
             workspace.line(line)
         from flows import alerts, schedules
+        from flows import gateway as devices
         from flows import serve as schedule
 
         schedules.check_cron(cron, timezone)
@@ -489,7 +495,12 @@ def serve(
         from flows.web import webhook
 
         at = webhook.address_of(webhooks) if webhooks else None
-        with schedule.server(workspace, port) as (address, asked), webhook.watching(workspace, at) as taken:
+        told = devices.command(workspace, devices.place(workspace)) if with_gateway else None
+        with (
+            schedule.server(workspace, port) as (address, asked),
+            webhook.watching(workspace, at) as taken,
+            devices.beside(*told) if told else nullcontext(),
+        ):
             if taken:
                 typer.echo(
                     f"MLflow's webhooks go to http://{taken[0]}:{taken[1]}{webhook.PATH}, their secret is in "

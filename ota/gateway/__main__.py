@@ -76,12 +76,12 @@ def only_one(database: str) -> IO[bytes] | None:
         return None
     if not url.database or url.database == ":memory:":
         raise OperatorError(f"the database in {DATABASE} is in memory, so nothing would last; name a file")
-    path = Path(os.path.realpath(url.database) + ".gateway")
     try:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "r+b")
+        # SQLite itself uses locks of another kind (POSIX), so this one is in nobody's way. It is held by the file, whatever its name.
+        file = os.fdopen(os.open(url.database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
     except OSError as error:
         raise OperatorError(
-            f"{path} cannot be written: {error.strerror}; run the gateway as the user who owns the database"
+            f"{url.database} cannot be opened: {error.strerror}; run the gateway as the user who owns the database"
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,8 +121,8 @@ def serve(given: argparse.Namespace) -> None:
     database = os.environ.pop(DATABASE, "")
     if not database:
         raise OperatorError(f"{DATABASE} is not set; start the gateway with `ferry gateway`, which reads it from ferry.toml")
-    if given.repository and not given.repository.is_dir():
-        raise OperatorError(f"{given.repository} is no folder; publish a release first, or name the folder with --repository")
+    if given.repository and given.repository.exists() and not given.repository.is_dir():
+        raise OperatorError(f"{given.repository} is no folder; name the folder of the published repository with --repository")
     with ExitStack() as life:
         if lock := only_one(database):
             life.enter_context(lock)

@@ -1,0 +1,153 @@
+"""`ferry gateway` and `ferry serve --gateway`: what the process is given, and that it ends with its ferry."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import gateway
+from flows.setup import create
+from flows.workspace import Workspace
+from ota.errors import OperatorError
+from tests.test_slow import clean_environment
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return create(tmp_path_factory.mktemp("factory") / "ws", ["shapes"]).root
+
+
+@pytest.fixture
+def workspace(folder: Path) -> Workspace:
+    return Workspace(folder)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
+def test_the_database_is_told_in_the_environment_and_nothing_else_of_ours(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    for name in ("AWS_SECRET_ACCESS_KEY", "FERRY_ALERT_SECRET", "FERRY_WEBHOOK_SECRET"):
+        monkeypatch.setenv(name, "S3cret")
+    monkeypatch.setenv("FERRY_STORES_DATABASE", "postgresql://ferry:S3cret-db@db.example/ferry")
+    workspace = Workspace(workspace.root)
+    words, environment = gateway.command(workspace, gateway.place(workspace))
+    assert "S3cret" not in " ".join(words)
+    assert [name for name, value in environment.items() if "S3cret" in value] == ["FERRY_STORES_DATABASE"]
+    assert str(workspace.root / "published") in words
+    assert "keys" not in " ".join(words)
+
+
+def test_options_win_over_ferry_toml(workspace: Workspace, tmp_path: Path):
+    path = workspace.root / "ferry.toml"
+    before = path.read_text()
+    path.write_text(
+        before.replace(
+            "[gateway]",
+            '[gateway]\nport = 9000\ntls_cert = "tls/cert.pem"\ntls_key = "tls/key.pem"\ntrusted_proxies = ["10.0.0.7"]',
+        )
+    )
+    try:
+        opened = Workspace(workspace.root)
+        at = gateway.place(opened, host="0.0.0.0")
+        assert (at.host, at.port, at.certificate, at.proxies) == ("0.0.0.0", 9000, workspace.root / "tls/cert.pem", ("10.0.0.7",))
+        assert gateway.place(opened, port=9001).port == 9001
+    finally:
+        path.write_text(before)
+
+
+def test_beyond_the_loopback_without_tls_is_refused_before_anything_starts(workspace: Workspace):
+    with pytest.raises(OperatorError, match="listens on the loopback only"):
+        gateway.place(workspace, host="0.0.0.0")
+    with pytest.raises(OperatorError, match="no address and no network"):
+        gateway.place(workspace, proxies=("proxy.example",))
+
+
+def test_a_repository_on_s3_is_not_served(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FERRY_STORES_PUBLISH", "s3://bucket/prefix")
+    assert gateway.published(Workspace(workspace.root)) is None
+
+
+def test_ferry_gateway_becomes_the_gateway(folder: Path, tmp_path: Path):
+    with (tmp_path / "log").open("wb") as log:
+        ferry = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "-w", str(folder), "gateway", "--port", str(free_port())],
+            stderr=log,
+            env=clean_environment(),
+        )
+    try:
+        until(lambda: b"the gateway listens at http://127.0.0.1:" in (tmp_path / "log").read_bytes())
+        assert "ota.gateway" in psutil.Process(ferry.pid).cmdline()
+        ferry.terminate()
+        assert ferry.wait(60) == 0
+    finally:
+        ferry.kill()
+        ferry.wait()
+
+
+PROGRAM = """
+import sys, threading
+from pathlib import Path
+from flows import gateway
+from flows.workspace import Workspace
+w = Workspace(Path(sys.argv[1]))
+with gateway.beside(*gateway.command(w, gateway.place(w, port=int(sys.argv[2])))):
+    print("up", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_it_is_started_again_and_ends_with_its_ferry(folder: Path, tmp_path: Path):
+    port = free_port()
+    for number in (0, signal.SIGKILL):
+        ferry = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(folder), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=clean_environment(),
+        )  # fmt: skip
+        assert ferry.stdout
+        assert ferry.stdin
+        try:
+            assert ferry.stdout.readline() == b"up\n"
+            until(lambda: listens(port))
+            (first,) = psutil.Process(ferry.pid).children()
+            first.kill()  # as the kernel does when memory is short
+            until(
+                lambda ferry=ferry, first=first: [p.pid for p in psutil.Process(ferry.pid).children() if p.pid != first.pid] != []
+            )
+            until(lambda: listens(port))
+            (second,) = psutil.Process(ferry.pid).children()
+            if number:
+                ferry.send_signal(number)
+            else:
+                ferry.communicate()  # its input ends, and so does its block
+            until(lambda second=second: not second.is_running() or second.status() == psutil.STATUS_ZOMBIE)
+            assert not listens(port)
+        finally:
+            ferry.kill()
+            ferry.communicate()
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
+def until(holds) -> None:
+    for _ in range(3_000):
+        if holds():
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError(f"it never became true; process {os.getpid()}")
