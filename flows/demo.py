@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ from ota.durations import spoken
 from ota.manifest import Manifest
 from registry.lineage import file_sha256
 
+GATEWAY_SECONDS = 120.0  # that the gateway may take to answer
+TOKEN_SECONDS = 3600  # that a device's token is valid
 LINE, SECOND, CLASS = "surfaces", "digits", "edge"
 DEVICES = ("press-01", "press-02", "press-03")
 BASE = Path(__file__).parent / "bases" / f"{LINE}.safetensors"
@@ -157,7 +163,11 @@ class Demo:
         self.step("adopt", f"adopt a base for {LINE} (nano, configuration I) → evaluate → gate → MLflow", self._adopt)
         self.step("train digits", f"train {SECOND} (test tier) from noise, and the same flow", lambda: self._retrain(SECOND))
         self.step("release 1", "ONNX bundles → signed repository → rollout", lambda: self._release([LINE, SECOND]))
-        self.step("install", "three devices install it and draw an image each", lambda: self._update("installed", CAPTIONS))
+        self.step(
+            "install",
+            "a gateway starts; three devices enroll, install it, draw an image each, and report over HTTP",
+            lambda: self._update("installed", CAPTIONS),
+        )
         self.step(
             "data 2", "second delivery: dim, slanting light, and a new surface → DVC",
             lambda: self._deliver("lamp moved, printed pages added", {LINE: lambda folder: photographs.surfaces(folder, 2)}),
@@ -215,23 +225,42 @@ class Demo:
             policies.start(self.workspace, line, CLASS, [100], soak=0, number=made["release"], why="to all devices at once")
 
     def _update(self, act: str, captions: dict[str, str], refuses: bool = False) -> None:
-        """Update all devices at the same time, each in a process of its own; then read their folders and reports."""
-        with ThreadPoolExecutor(len(DEVICES)) as pool:
-            list(pool.map(lambda device: self._one_update(device, captions.get(device), refuses), DEVICES))
+        """Update all devices at the same time through a gateway, each in a process of its own; then read their folders."""
+        with self._gateway() as address, ThreadPoolExecutor(len(DEVICES)) as pool:
+            list(pool.map(lambda device: self._one_update(device, address, captions.get(device), refuses), DEVICES))
         for device in DEVICES:
             self.notes["devices"][device][act] = active_manifest(self.root / "devices" / device)
-        self.workspace.fleet.collect(self.workspace.inbox)
 
-    def _one_update(self, device: str, caption: str | None, refuses: bool) -> None:
-        folder = self.root / "devices" / device
-        if device not in self.workspace.fleet.devices():  # both calls may be repeated, because a kill may come between them
-            anchor = self.root / "root.json"
-            known = agent(
-                folder, "init", "--device", device, "--line", LINE, "--class", CLASS,
-                "--repository", str(self.root / self.workspace.settings.stores.publish), "--root", str(anchor),
-                "--root-sha256", file_sha256(anchor), "--reports", str(self.workspace.inbox),
-            )  # fmt: skip
-            self.workspace.fleet.enroll(device, known["public_key"])
+    @contextmanager
+    def _gateway(self) -> Iterator[str]:
+        """Run the gateway on a free port of the loopback during the block; yield its address."""
+        from flows import gateway
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        address = f"http://127.0.0.1:{port}"
+        with gateway.beside(*gateway.command(self.workspace, gateway.place(self.workspace, host="127.0.0.1", port=port))):
+            until = time.monotonic() + GATEWAY_SECONDS
+            while not answers(port):
+                if time.monotonic() > until:
+                    raise DemoError(f"the gateway does not answer at {address}; run the demo again, and look at what it says")
+                time.sleep(0.1)
+            yield address
+
+    def _one_update(self, device: str, address: str, caption: str | None, refuses: bool) -> None:
+        folder, anchor, fleet = self.root / "devices" / device, self.root / "root.json", self.workspace.fleet
+        agent(  # each time, because the gateway's port changes
+            folder, "init", "--device", device, "--line", LINE, "--class", CLASS, "--repository", address, "--root", str(anchor),
+            "--root-sha256", file_sha256(anchor), "--reports", address, "--tag", "site=demo",
+        )  # fmt: skip
+        if device not in fleet.devices():  # all of it may be repeated, because a kill may come in between
+            token = folder / "token"
+            token.touch(mode=0o600)
+            token.write_text(fleet.invite(device, LINE, CLASS, TOKEN_SECONDS))
+            agent(folder, "enroll", "--token-file", str(token))
+        (folder / "token").unlink(missing_ok=True)
+        fleet.confirm(device)
+        fleet.close()
         if refuses:
             # Exit code 6: the device refuses the release now. 0: it refused it before, in a run of the demo that was killed.
             agent(folder, "update", expect=(6, 0))
@@ -245,6 +274,7 @@ class Demo:
             pictures.mkdir(exist_ok=True)
             name = f"{device}-{caption.replace(', ', '-').replace(' ', '-')}.png"
             agent(folder, "generate", caption, "--output", str(pictures / name), "--seed", str(DEVICES.index(device)))
+        agent(folder, "report")  # what is still in its queue
 
     def _break(self) -> None:
         """Register the champion with shuffled weights, as after a fault in the factory, and promote it by overruling the gate."""
@@ -331,6 +361,7 @@ class Demo:
                 for number, said in sorted(judged(w, subject).items())
             },
             "refused": {device: " ".join(refusals(w.root / "devices" / device).values()) for device in DEVICES},
+            "heard": {device: [report.event for report in w.fleet.reports(device)] for device in DEVICES},
             "champion": next((v.number for v in registered if "champion" in v.aliases), None),
             "variants": self._variants(w.repository.manifest(releases[updated])),
             "ledger_entries": len(w.ledger.entries()),
@@ -385,6 +416,18 @@ def agent(folder: Path, *arguments: str, expect: tuple[int, ...] = (0,)) -> dict
     return answer
 
 
+def answers(port: int) -> bool:
+    """Check whether the gateway at a port of this machine is well."""
+    link = HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        link.request("GET", "/healthz")
+        return link.getresponse().status == HTTPStatus.OK
+    except (OSError, HTTPException):
+        return False
+    finally:
+        link.close()
+
+
 def active_manifest(folder: Path) -> str:
     """Compute the sha256 of the manifest of the bundle that a device runs, from its folder."""
     active = json.loads((folder / "state.json").read_bytes())["state"]["active"]
@@ -423,6 +466,8 @@ def text(summary: dict[str, Any]) -> str:
         )
     for device, reason in summary["refused"].items():
         lines.append(f"{device}    refused: {_first(reason)}")
+    heard = ", ".join(f"{len(events)} from {device}" for device, events in summary["heard"].items())
+    lines.append(f"heard       reports over HTTP through the gateway: {heard}")
     lines += [
         f"champion    version {summary['champion']}; {summary['ledger_entries']} decisions in the ledger",
         f"time        {spoken(summary['seconds']['all'])} in all",

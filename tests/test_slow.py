@@ -126,7 +126,7 @@ def test_small_demo_killed_twice_still_tells_the_whole_story(tmp_path: Path, mon
 
         return say
 
-    for where in ("three devices install", "the devices update by delta"):
+    for where in ("three devices enroll", "the devices update by delta"):
         with pytest.raises(PulledPlugError):
             demo.Demo(tmp_path / "demo", until(where)).play()
     story = demo.Demo(tmp_path / "demo", said.append)
@@ -140,6 +140,8 @@ def test_small_demo_killed_twice_still_tells_the_whole_story(tmp_path: Path, mon
     assert summary["champion"] == 2
     for acts in summary["devices"].values():
         assert acts["installed"] != acts["updated"] == acts["after_broken"]
+    assert all({"starting", "installed", "confirmed", "refused"} <= {*events} for events in summary["heard"].values())
+    assert not any((tmp_path / "demo" / "inbox").glob("*.json"))  # all came through the gateway
     assert summary["bytes"]["delta"] < summary["bytes"]["full"]
     assert all("the running model's range is" in reason for reason in summary["refused"].values())
     assert Path(summary["report"]).read_text().startswith("<!doctype html>")

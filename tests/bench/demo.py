@@ -110,6 +110,12 @@ def check(said: dict[str, Any], folder: Path) -> list[tuple[str, bool]]:
         )
         digest = hashlib.sha256((slot / "manifest.json").read_bytes()).hexdigest()
         rows += [
+            (
+                f"{device} was heard over HTTP, and nothing waits",
+                {"starting", "installed", "confirmed", "refused"} <= {*said["heard"][device]}
+                and not any((folder / "devices" / device / "queue").glob("*.json"))
+                and not any((folder / "inbox").glob("*.json")),
+            ),
             (f"{device} runs version 2, whole", digest == acts["after_broken"] == acts["updated"] and whole),
             (f"{device} had another before", acts["installed"] != acts["updated"] and manifest["origin"]["version"] == 2),
         ]
