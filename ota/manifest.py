@@ -38,7 +38,7 @@ MAX_TRACE = 4 * MiB
 MAX_COUNT = 2**53
 MAX_TOLD = 500  # characters of a reason
 FORM = 1  # `schema_version` of every document that this agent knows, but for these
-FORMS = {"manifest": 4, "reference": 2, "samplertable": 2, "policy2": 2}  # newest forms, which older agents do not know
+FORMS = {"manifest": 4, "reference": 3, "samplertable": 2, "policy2": 2}  # newest forms, which older agents do not know
 # Form 2 of manifest and reference allows a change of the images, that of the sampler table an interval of guidance. Form 3 of a
 # manifest lets variants share weights, and form 4 holds a sample of the golden outputs (`ota.golden`).
 MAX_ALLOWED = 0.1  # width of the range of an allowed statistic; pixel values span 2
@@ -362,10 +362,17 @@ class Allowed(Document):
         return self
 
 
+MOST_CAPTIONS = 64  # that a release lists
+ListedCaption = Annotated[str, Field(min_length=1, max_length=64)]
+"""A caption of at most 64 characters."""
+
+
 class Reference(Document):
     """`reference.json`: measurements of a bundle in the factory, with which devices compare their own."""
 
-    schema_version: Literal[1, 2] = Field(description="version of this form; 2 where it allows a change")
+    schema_version: Literal[1, 2, 3] = Field(
+        description="version of this form; 2 where it allows a change, 3 where it lists captions"
+    )
     golden: Golden = Field(description="how close a device must come to the golden outputs")
     load: list[list[float]] = Field(min_length=1, max_length=256, description="mean load of each expert of each block")
     statistics: dict[StatisticName, Range] = Field(
@@ -373,9 +380,16 @@ class Reference(Document):
     )
     latency_ms: float = Field(gt=0, description="budget for one image")
     allowed: Allowed | None = Field(default=None, description="change of the images that the factory wants; null: none")
+    captions: list[ListedCaption] = Field(
+        default=[],
+        max_length=MOST_CAPTIONS,
+        description="most frequent captions of the training data, by which devices count their images",
+    )
 
     @model_validator(mode="after")
     def _form_says_so(self) -> Self:
         if self.allowed and self.schema_version < 2:
             raise ValueError("only form 2 allows a change of the images")
+        if self.captions and self.schema_version < 3:
+            raise ValueError("only form 3 lists captions")
         return self

@@ -38,7 +38,7 @@ WORKSPACE = (
 AGENT = (
     "config.json", "root.json", "device.key", "number", "agent", "state.json", "state.prev.json", "resting.json", "measured.json",
     "highwater.json", "metadata", "slots", "incoming", "queue", "history.json", "undelivered.txt", "starting.json", "gateway.json",
-    "dropped", "lock",
+    "dropped", "beat.json", "counts.json", "counting", "lock",
 )  # fmt: skip
 # A file that marks a folder → what such a folder is, and which names in it are its own.
 _RECORDS = {"ferry.toml": ("a workspace", WORKSPACE), "device.key": ("an agent's directory", AGENT)}

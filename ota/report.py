@@ -81,11 +81,15 @@ class Health(Document):
     joules: float | None = Field(default=None, ge=0, le=1e9, description="energy of an image, from the last `ferry-agent bench`")
     joules_source: Source = Field(default="", description="where that figure comes from")
     outcomes: list[Outcome] = Field(default=[], max_length=8, description="how the last updates ended, the newest last")
-    totals: dict[Event, Count] = Field(default={}, description="how often each of them happened on this device")
+    totals: dict[Event, Count] = Field(
+        default={}, description="how often each of them happened, of the newest 100 entries of the device's history"
+    )
     dropped: Count = Field(default=0, description="reports that the full queue dropped before they were delivered")
     free: Count = Field(default=0, description="free bytes on the disk of the agent's directory")
     load: list[list[Count]] = Field(
-        default=[], max_length=256, description="images' tokens by block and expert; at most 256 numbers"
+        default=[],
+        max_length=256,
+        description="thousandths of a block's load that went to each expert, by block and expert, summed over the images; at most 256 numbers",
     )
     captions: list[Count] = Field(default=[], max_length=64, description="images of each caption of the release's list")
     other_captions: Count = Field(default=0, description="images of all other captions together")

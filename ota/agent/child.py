@@ -455,7 +455,7 @@ class Drawing:
         self._sessions: dict[tuple[str, bytes], Any] = {}  # by the hash of the weights, and the settings of the runtime
 
     def draw(self, variant: VariantName, caption: str, seed: int, trace: bool = False) -> dict[str, Any]:
-        """Draw one image; return the PNG in base64, whether it is good, its time, the peak memory and the expert load [M][E].
+        """Draw one image; return the PNG in base64, whether it is good, its statistics, time, peak memory and expert load [M][E].
 
         With `trace`, also return how it was drawn, and the load at each step.
         """
@@ -486,6 +486,7 @@ class Drawing:
             "png": base64.b64encode(sampler.png(np.nan_to_num(image))).decode(),
             "good": bool(np.isfinite(image).all() and image.std() > 0.01),
             "load": model.load(),
+            "statistics": sampler.statistics(np.nan_to_num(image)[None]),
             "milliseconds": 1000 * elapsed,
             "peak_mib": peak_mib(),
             **({"trace": _trace(variant, model)} if trace else {}),

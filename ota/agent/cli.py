@@ -190,7 +190,14 @@ def parser() -> argparse.ArgumentParser:
         "-n", "--number", type=_at_least(1), default=100, metavar="N", help="show at most the newest N entries (%(default)s)"
     )
 
-    command(report)
+    made = command(report)
+    chosen = made.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--beat", action="store_true", help="send a heartbeat too, if one is due: every 6 hours or so, whoever asks"
+    )
+    chosen.add_argument(
+        "--show", action="store_true", help="print the lines that would leave this device now, byte for byte, and send nothing"
+    )
 
     made = command(run, answers=False)
     made.add_argument(
@@ -323,7 +330,7 @@ def init(given: Arguments) -> None:
 
 
 def enroll(given: Arguments) -> None:
-    """Enroll this device at the factory's gateway, with a token of its operator."""
+    """Enrol this device at the factory's gateway, with a token of its operator."""
     from ota.agent import enroll as enrolment
 
     home = Home(given.dir)
@@ -444,10 +451,14 @@ def history(given: Arguments) -> None:
 
 def report(given: Arguments) -> None:
     """Deliver waiting reports; exit code 4 if some cannot be delivered."""
-    from ota.agent import reports
+    from ota.agent import beat, reports
 
     home = Home(given.dir)
+    if given.show:
+        return _show_reports(given.json, [line.decode() for line in beat.waiting(home)], beat.due(home))
     with home.locked():
+        if given.beat:
+            beat.queue_if_due(home)
         left = reports.send(home)
         why = reports.problem(home)
     if not left:
@@ -455,6 +466,16 @@ def report(given: Arguments) -> None:
     if given.json:
         _answer(True, {"waiting": left, "problem": why}, "")
     raise TransferError(f"{left} report{'s are' if left > 1 else ' is'} waiting: {why}")
+
+
+def _show_reports(as_json: bool, lines: list[str], due: int) -> None:
+    if as_json:
+        return _answer(True, {"lines": lines, "next_heartbeat": due}, "")
+    for line in lines:
+        _answer(False, {}, line)
+    if not lines:
+        _answer(False, {}, "nothing would leave this device now")
+    return None
 
 
 def run(given: Arguments) -> None:

@@ -6,8 +6,9 @@ It needs no lock unless a bundle is on trial, so a running update does not stop 
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
-from ota.agent import rules, trial
+from ota.agent import counts, rules, trial
 from ota.agent.state import Home
 from ota.errors import (
     BaseError,
@@ -42,6 +43,26 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
         GateError: the bundle on trial failed and was rolled back; ask again.
     """
     home.config()  # raises an error if this is no agent's directory
+    counting = counts.Counting(home)
+    try:
+        drawn = _generate(home, caption, seed, variant, trace)
+    except OperatorError:
+        counting.missed(home.load().active, "refused")
+        raise
+    except (DeviceError, ManifestError):
+        counting.missed(home.load().active, "failed")
+        raise
+    else:
+        with suppress(OtaError):  # the image is there; its count may lack what cannot be read
+            how = drawn[1]
+            reference = home.slot(how["bundle"]).reference(how["variant"])
+            counting.drew(how["bundle"], how["variant"], caption, how, reference)
+        return drawn
+    finally:
+        counting.store()
+
+
+def _generate(home: Home, caption: str, seed: int, variant: VariantName | None, trace: bool) -> trial.Drawn:
     rules.check_request(caption, seed)
     problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
     if home.load().trial is not None:

@@ -39,7 +39,7 @@ def token_in(path: Path) -> str:
 
 
 def enroll(home: Home, token: str) -> bool:
-    """Enroll this device with a token; return whether it counts in rollouts already, or waits for the operator's confirmation.
+    """Enrol this device with a token; return whether it counts in rollouts already, or waits for the operator's confirmation.
 
     Raises:
         OperatorError: there is no gateway, or the factory does not accept the token.

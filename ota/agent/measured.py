@@ -28,6 +28,17 @@ def read(home: Home, digest: str) -> dict[VariantName, Figures]:
         return {}
 
 
+def energy(home: Home, digest: str, variant: VariantName | None) -> tuple[float | None, str]:
+    """Return the joules of an image of a bundle's variant, and where they come from; None and an empty text if they are not known."""
+    try:
+        row = json.loads(home.disk.read(NAME) or b"{}")[digest][variant]
+        joules, found = _number(row["joules"]), row["energy"]
+        source = f"{found['source']} ({found['quality']})" if joules is not None else ""
+    except (ValueError, KeyError, TypeError, RecursionError, StateError):
+        return None, ""
+    return joules, "".join(letter for letter in source if " " <= letter <= "~")[:80]
+
+
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and 0 < value < 1e9 else None
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ota.agent import reports, updater
+from ota.agent import beat, reports, updater
 from ota.agent.network import LaterError, RefusedError
 from ota.agent.notify import Supervisor
 from ota.agent.plan import OnStep
@@ -19,6 +19,7 @@ from ota.errors import BusyError, OtaError, TransferError, own_errors
 SOONER = 60.0  # seconds until the retry after the first failure of the link; doubles with each further one
 LONGEST_LOOK = 3 * 3600.0  # seconds; all deadlines of an update end before that, so one that takes longer hangs
 FIRST_WITHIN = 300.0  # seconds within which devices that were switched on together make their first check
+LONGEST_SILENCE = 4_500.0  # seconds between two looks whether a heartbeat is due, where the next check is further away
 LONGEST_WAIT = 86_400.0  # seconds until the next check, however long the server asks to wait
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,6 @@ def run(
         try:
             with supervisor.working(LONGEST_LOOK), own_errors(), home.locked():
                 outcome = updater.update(home, on_step)
-                reports.send(home)
             failures = 0
             tell(outcome)
         except TransferError as error:
@@ -83,7 +83,23 @@ def run(
         except OtaError as error:
             failures = 0
             tell(error)
-        _wait(stopped, pause(every, failures, random.random(), asked), supervisor)  # noqa: S311
+        left = pause(every, failures, random.random(), asked)  # noqa: S311
+        while left > 0 and not stopped.is_set():
+            _report(home, supervisor)
+            _wait(stopped, min(left, LONGEST_SILENCE), supervisor)
+            left -= LONGEST_SILENCE
+
+
+def _report(home: Home, supervisor: Supervisor) -> None:
+    """Send what waits, and a heartbeat if one is due; a repository that cannot be reached is no reason to be silent."""
+    try:
+        with supervisor.working(LONGEST_LOOK), own_errors(), home.locked():
+            beat.queue_if_due(home)
+            reports.send(home)
+    except BusyError:
+        pass  # who is updating by hand sends them
+    except OtaError as error:
+        log.warning("%s", error)
 
 
 def _wait(stopped: threading.Event, seconds: float, supervisor: Supervisor) -> bool:

@@ -34,7 +34,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, cast
 
-from ota.agent import child, measured, reports, rules, variants
+from ota.agent import child, counts, measured, reports, rules, variants
 from ota.agent.notify import Supervisor
 from ota.agent.state import Home, Slot
 from ota.agent.variants import Figures
@@ -54,6 +54,7 @@ from ota.errors import (
 )
 from ota.manifest import Reference, VariantName
 
+STORE_EVERY = 60.0  # seconds between two writings of the counts
 LOOK_EVERY = 0.5  # seconds between two checks of what runs
 READY_WAIT = 20.0  # seconds that a request waits for a bundle to be loaded
 TRIES = 2  # workers that are given a request before it fails: the request itself may kill them
@@ -128,6 +129,7 @@ class Service:
         """Time until which a bundle pauses, because it failed repeatedly."""
         self._problem: OtaError = StateError(f"no bundle is installed in {home.root}; run `ferry-agent update`")
         self._unsaid: list[tuple[str, str]] = []
+        self.counting, self._stored = counts.Counting(home), time.monotonic()
         self.supervisor, self.listener = Supervisor(), cast("threading.Thread | None", None)
 
     # For requests, in any thread
@@ -179,8 +181,11 @@ class Service:
                     raise UnfinishedError(str(error)) from error
                 continue
             if not answer["good"]:
+                self.counting.missed(serving.digest, "not_finite")
                 problem = DeviceError(f"variant {variant} made an image that is constant or not finite")
                 continue
+            self.counting.drew(serving.digest, variant, caption, answer, serving.references[variant])
+            answer.pop("statistics", None)
             with self._changed:
                 self._failures.pop(serving.digest, None)
                 self._took.pop(serving.digest, None)
@@ -217,6 +222,11 @@ class Service:
                 serving.worker.close()
             self._changed.notify_all()
 
+    def missed(self, how: counts.Missed) -> None:
+        """Count a request that gets no image."""
+        serving = self._serving
+        self.counting.missed(serving.digest if serving else None, how)
+
     def status(self) -> dict[str, Any]:
         """Report what is served, how fast, and whether the expert routing has shifted."""
         state = self.home.load()
@@ -247,6 +257,9 @@ class Service:
             except OtaError as error:
                 log.warning("%s", error)
             self._beat()
+            if time.monotonic() >= self._stored + STORE_EVERY:
+                self.counting.store()
+                self._stored = time.monotonic()
             with self._changed:
                 dead = self._serving is not None and not self._serving.worker.alive
                 if not dead or not looked:
@@ -255,6 +268,7 @@ class Service:
             if self._serving:
                 self._serving.worker.close()
             self._serving = None
+        self.counting.store()
 
     def _beat(self) -> None:
         """Tell systemd what draws, and that this loop and the listener are alive."""
@@ -512,11 +526,24 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(HTTPStatus.NOT_FOUND, "there is GET /status and POST /generate")
         if self.headers.get_content_type() != "application/json":
             raise _Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
-        request = _request(self.rfile.read(self._length()))
-        with self._mine.drawing(self.connection):
-            png, how = self._mine.service.draw(**request)
-            told = {f"X-Ferry-{name.title()}": str(how[name]) for name in ("bundle", "variant")}
-            self._send(HTTPStatus.OK, "image/png", png, told | {"X-Ferry-Milliseconds": f"{how['milliseconds']:.1f}"})
+        with self._counted():
+            request = _request(self.rfile.read(self._length()))
+            with self._mine.drawing(self.connection):
+                png, how = self._mine.service.draw(**request)
+                told = {f"X-Ferry-{name.title()}": str(how[name]) for name in ("bundle", "variant")}
+                self._send(HTTPStatus.OK, "image/png", png, told | {"X-Ferry-Milliseconds": f"{how['milliseconds']:.1f}"})
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the request in the block if it gets no image."""
+        try:
+            yield
+        except (_Refusal, OperatorError):
+            self._mine.service.missed("refused")
+            raise
+        except OtaError:
+            self._mine.service.missed("failed")
+            raise
 
     def _length(self) -> int:
         length = self.headers.get("Content-Length", "")

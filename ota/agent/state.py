@@ -21,6 +21,9 @@ queue/           reports that are not delivered yet
 starting.json    what became of the newest report that a trial began
 gateway.json     what the factory's gateway said last; may be lost
 dropped          number of reports that the full queue dropped
+beat.json        when the next heartbeat is due; may be lost
+counts.json      what was counted of the images that were drawn; may be lost
+counting         locked while a process writes counts.json
 history.json     what happened on this device, for people; may be lost
 undelivered.txt  why the last delivery of reports failed; may be lost
 lock             held while an agent changes the directory

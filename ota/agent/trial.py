@@ -11,7 +11,7 @@ import time
 from typing import Any, NoReturn
 
 from ota import fitness
-from ota.agent import history, measured, reports, rules, variants
+from ota.agent import counts, history, measured, reports, rules, variants
 from ota.agent.plan import OnStep, Plan
 from ota.agent.rules import MAX_TRIES
 from ota.agent.slots import in_variant, is_sound
@@ -261,8 +261,11 @@ def draw(home: Home, digest: str, caption: str, seed: int, variant: VariantName,
     slot = home.slot(digest)
     answer = child.run("generate", slot=str(slot.folder), digest=digest, variant=variant, caption=caption, seed=seed, **how)
     if not answer["good"]:
+        counting = counts.Counting(home)
+        counting.missed(digest, "not_finite")
+        counting.store()
         raise DeviceError("it made an image that is constant or not finite")
-    return base64.b64decode(answer["png"]), answer | {"bundle": digest}
+    return base64.b64decode(answer["png"]), answer | {"bundle": digest, "variant": variant}
 
 
 def _count_good(home: Home, state: State, milliseconds: float) -> None:
