@@ -22,6 +22,7 @@ from ota.agent.state import State
 from ota.errors import DeviceError, OtaError
 from ota.manifest import Range, Reference
 from ota.report import BINS, MAX_REPORT, DeviceReport, Health, open_line
+from tests.conftest import agent
 from tests.fleet_kit import Field
 from tests.network_kit import Inbox
 from tests.test_agent_serve import serving
@@ -358,3 +359,11 @@ def test_show_prints_exactly_what_leaves_then(scene: Field, tmp_path: Path, monk
         assert device.command("report", "--show") == "nothing would leave this device now\n"
         device.command("report", "--beat")  # the timer runs again: no second one
         assert len(server.posted) == 1
+
+
+def test_timer_that_meets_an_update_says_so_and_is_no_fault(home, inbox):
+    with home.locked():
+        result = agent("report", "--beat", "--dir", str(home.root))
+        assert agent("report", "--dir", str(home.root)).exit_code == 3
+    assert (result.exit_code, inbox.posted) == (0, [])
+    assert "another agent is at work" in result.stdout

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from ota.agent.beat import LEAST
 from ota.report import open_line
 from tests.bench.timer import PROFILES, Timer, measure
 from tests.fleet_kit import Field
@@ -38,6 +39,16 @@ def unit(name: str) -> configparser.ConfigParser:
 def seconds(span: str) -> float:
     number = span.rstrip("abcdefghijklmnopqrstuvwxyz")
     return float(number) * SPANS[span.removeprefix(number)]
+
+
+def test_report_timer_looks_more_often_than_a_heartbeat_can_be_due():
+    timer, service = unit("ferry-agent-report.timer")["Timer"], unit("ferry-agent-report.service")["Service"]
+    assert seconds(timer["OnUnitActiveSec"]) + seconds(timer["RandomizedDelaySec"]) < LEAST
+    assert seconds(timer["RandomizedDelaySec"]) >= 300  # devices of a plant get power together
+    assert "report --beat" in service["ExecStart"]
+    others = unit("ferry-agent.service")["Service"]
+    for name in ("User", "StateDirectory", "ReadWritePaths", "RestrictAddressFamilies", "ProtectSystem", "SystemCallFilter"):
+        assert service[name] == others[name]
 
 
 @pytest.mark.parametrize("profile", PROFILES)

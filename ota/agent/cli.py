@@ -31,6 +31,7 @@ from ota.agent import rules, window
 from ota.agent.state import Config, Home, OwnerError, Rest
 from ota.errors import (
     AgentError,
+    BusyError,
     DeviceError,
     GateError,
     OperatorError,
@@ -456,11 +457,16 @@ def report(given: Arguments) -> None:
     home = Home(given.dir)
     if given.show:
         return _show_reports(given.json, [line.decode() for line in beat.waiting(home)], beat.due(home))
-    with home.locked():
-        if given.beat:
-            beat.queue_if_due(home)
-        left = reports.send(home)
-        why = reports.problem(home)
+    try:
+        with home.locked():
+            if given.beat:
+                beat.queue_if_due(home)
+            left = reports.send(home)
+            why = reports.problem(home)
+    except BusyError as error:
+        if not given.beat:
+            raise
+        return _answer(given.json, {"waiting": None}, f"{error}; the timer looks again")  # no fault of the unit
     if not left:
         return _answer(given.json, {"waiting": 0}, "all reports are delivered")
     if given.json:

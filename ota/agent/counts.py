@@ -135,6 +135,7 @@ def store(home: Home, fresh: Mapping[Sha256, Counts]) -> None:
     """
     if not fresh:
         return
+    home.check_owner()  # root may draw, too, and must leave nothing here that the owner could not change
     with _locked(home):
         found = read(home)
         for digest, more in fresh.items():
