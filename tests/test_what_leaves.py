@@ -20,17 +20,30 @@ from pydantic import BaseModel
 
 from infra.site import example, leaves
 from model.scorecard import Lineage, Scorecard
+from ota.agent.beat import Beat
 from ota.manifest import Manifest, Reference, SamplerTable
 from ota.policy import Policy
-from ota.report import SignedReport, open_line
+from ota.report import DeviceReport, Enrolment, SealedReport, open_line
 from registry.selection import Decision
 from tests.fleet_kit import Device, Field
+from tests.network_kit import Inbox
 
 pytest_plugins = ("tests.fleet_kit",)
 
 ROOT = Path(__file__).parent.parent
-CAPTION = "zq7 wx"
-DOCUMENTS: list[type[BaseModel]] = [SignedReport, Manifest, Policy, SamplerTable, Reference, Lineage, Scorecard, Decision]
+CAPTION, SEED = "zq7 wx", 918_273_645
+DOCUMENTS: list[type[BaseModel]] = [
+    SealedReport,
+    DeviceReport,
+    Enrolment,
+    Manifest,
+    Policy,
+    SamplerTable,
+    Reference,
+    Lineage,
+    Scorecard,
+    Decision,
+]
 
 
 @contextmanager
@@ -82,30 +95,47 @@ def test_page_lists_what_a_device_asks_for(offered: Field, tmp_path: Path):
     assert example.request_headers().keys() == leaves.REQUEST.keys()
 
 
-def test_device_sends_no_caption_no_image_and_no_key(offered: Field, tmp_path: Path):
+@pytest.mark.parametrize("share", ["all", "minimal"])
+@pytest.mark.parametrize("way", ["folder", "gateway"])
+def test_device_sends_no_caption_no_image_and_no_key(offered: Field, tmp_path: Path, way: str, share: str):
     device, picture = offered.device, tmp_path / "picture.png"
-    with recording(offered.repository.folder) as (address, seen):
-        device.configure(repository=address)
+    with recording(offered.repository.folder) as (address, seen), Inbox(tmp_path) as gateway:
+        device.configure(repository=address, share=share, **({"reports": gateway.address} if way == "gateway" else {}))
         device.command("generate", CAPTION, "-o", str(picture))
         device.update()
-        device.command("generate", CAPTION, "-o", str(picture))
+        device.command("generate", CAPTION, "-o", str(picture), "--seed", str(SEED))
+        device.home.disk.replace("beat.json", Beat(last=0, due=0).canonical())
+        device.command("report", "--beat")
         device.command("rollback")
         device.command("report")
-    reports = [path.read_bytes() for path in (offered.folder / "reports").glob("*.json")]
-    assert {"starting", "confirmed", "rolled_back"} <= {open_line(report).report.event for report in reports}
-    sent = b"\n".join([json.dumps(seen).encode(), *reports])
+    lines = [path.read_bytes() for path in (offered.folder / "reports").glob("*.json")]
+    lines += [line for posted in gateway.posted for line in posted.lines]
+    opened = [open_line(line).report for line in lines]
+    assert {"starting", "confirmed", "rolled_back", "alive"} <= {report.event for report in opened}
+    (health,) = [report.health for report in opened if report.health]
+    assert (health.images, health.share) == (1, share)
+    assert bool(health.load and health.statistics) == (share == "all")
+    headers = json.dumps([posted.headers for posted in gateway.posted]).encode()
+    sent = b"\n".join([json.dumps(seen).encode(), headers, *lines])
     key = (device.root / "device.key").read_bytes()
     for secret in (
         CAPTION.encode(),
         CAPTION.encode().hex().encode(),
+        str(SEED).encode(),
         key,
         key.hex().encode(),
         b"PNG",
         picture.read_bytes()[-200:-20],
     ):
         assert secret not in sent
-    assert max(map(len, reports)) < 1_500
+    assert max(map(len, lines)) < 3_000
     assert len(picture.read_bytes()) > 200
+    for posted in gateway.posted:
+        assert posted.headers.keys() == {name.lower() for name in leaves.POSTED} - {"authorization"}
+
+
+def test_page_lists_the_headers_of_a_request_with_reports():
+    assert example.posted_headers().keys() == leaves.POSTED.keys()
 
 
 def test_repository_holds_no_private_key():

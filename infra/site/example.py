@@ -7,13 +7,16 @@ import json
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from ota.agent import serve
+from ota.agent.channel import Waiting, channel_to
 from ota.agent.state import Home
 from ota.agent.transport import connect
 from ota.errors import TransferError
@@ -34,9 +37,10 @@ from ota.manifest import Golden as Closeness
 from ota.policy import Policy, Wave
 from ota.release import keys, rollout
 from ota.release.repository import Repository
-from ota.report import DeviceReport, SignedReport
+from ota.report import REPORT_FORM, DeviceReport, Enrolment, Event, Health, Outcome, seal
 
 LINE, CLASS = "gaskets", "edge"
+_KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 STATISTICS: tuple[Any, ...] = get_args(get_args(Reference.model_fields["statistics"].annotation)[0])
 
 
@@ -83,15 +87,57 @@ def reference() -> Reference:
     )  # fmt: skip
 
 
-def report() -> SignedReport:
-    """Return an example of a report; its signature is no real one."""
-    said = DeviceReport(
-        device="press-01", boot="3d0f8bd2-6c1e-4d38-9d9c-1f3fa1b7a9c4", number=42, time=1_760_000_000, line=LINE, device_class=CLASS,
-        event="refused", manifest=manifest()[0].digest, active=digest("before"),
-        reason="full: the images' edge strength is 1.76; the running model's range is 0.10 to 0.44", received=266_542, milliseconds=31,
-        schema_version=2, agent="0.3.0",
+def report() -> DeviceReport:
+    """Return an example of a report: a heartbeat, which has all fields."""
+    own = manifest()[0].digest
+    ends: tuple[tuple[Event, str], ...] = (("refused", digest("next")), ("confirmed", own))
+    happened = [Outcome(event=event, manifest=of, time=1_759_900_000) for event, of in ends]
+    health = Health(
+        since=1_759_000_000, share="all", tags=["site=berlin", "hall=3"], variant="full", images=5_210, refused=3, failed=1, not_finite=0,
+        out_of_range=12, late=40, p50_ms=31.2, p95_ms=44.8, joules=0.41, joules_source="RAPL package-0 (measured)", outcomes=happened,
+        totals={"confirmed": 4, "refused": 1}, dropped=0, free=3_221_225_472, load=[[2_610_000, 2_600_000], [1_900_000, 3_310_000]],
+        captions=[1_200, 950], other_captions=3_060, statistics={name: [2, 300, 900, 1_500, 1_400, 800, 300, 8] for name in STATISTICS},
     )  # fmt: skip
-    return SignedReport(report=said, signature=digest("a") + digest("b"))
+    return DeviceReport(
+        device="press-01", boot="3d0f8bd2-6c1e-4d38-9d9c-1f3fa1b7a9c4", number=42, time=1_760_000_000, line=LINE, device_class=CLASS,
+        event="alive", manifest=own, active=own, schema_version=REPORT_FORM, agent="0.3.0", health=health,
+    )  # fmt: skip
+
+
+def report_line(made: DeviceReport) -> bytes:
+    """Return a report as it is sent, signed by an example of a key."""
+    return seal(made, _KEY)
+
+
+def enrolment() -> Enrolment:
+    """Return an example of what a device sends to be enrolled."""
+    token, named = "TOKEN-OF-THE-OPERATOR", ("press-01", LINE, CLASS)
+    return Enrolment(
+        device=named[0], line=LINE, device_class=CLASS, token=token, signature=_KEY.sign(Enrolment.message(token, *named)).hex(),
+        public_key=_KEY.public_key().public_bytes_raw().hex(),
+    )  # fmt: skip
+
+
+def posted_headers() -> dict[str, str]:
+    """Return the headers of the request with which an agent sends reports, as a gateway receives them."""
+    received: dict[str, str] = {}
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            received.update(self.headers.items())
+            self.send_error(500)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    line = report_line(report())
+    with _serving(HTTPServer(("127.0.0.1", 0), Server)) as port:
+        gateway = channel_to(f"http://NAME:PASSWORD@127.0.0.1:{port}/plant")
+        with closing(gateway), suppress(TransferError):
+            gateway.deliver([Waiting(42, "press-01", line)])
+    received["Host"] = "gateway.example.com"  # not the port of this server
+    return received
 
 
 def policy() -> Policy:

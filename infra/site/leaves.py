@@ -19,7 +19,7 @@ from model.scorecard import Lineage, Sampler, Scorecard
 from ota.manifest import Manifest, Reference, SamplerTable
 from ota.policy import Policy
 from ota.release.repository import Release
-from ota.report import DeviceReport, SignedReport
+from ota.report import DeviceReport, Enrolment, SealedReport
 from registry.seal import PARTS
 from registry.selection import Decision
 
@@ -48,6 +48,17 @@ REQUEST = {
     "Cache-Control": "a proxy must not answer with an old copy; only for metadata",
     "Authorization": "name and password in the address that `ferry-agent init` was given; only if it has them, and only to that server",
     "Range": "first byte that is missing; only when a download is resumed",
+}
+
+POSTED = {
+    "Host": "the gateway's host, from the address that `ferry-agent init --reports` was given",
+    "User-Agent": "name and version of the HTTP library",
+    "Accept": "the answer is JSON",
+    "Accept-Encoding": "the answer must arrive as it is",
+    "Content-Type": "one report in each line",
+    "Content-Encoding": "the lines are packed",
+    "Content-Length": "bytes of the body",
+    "Authorization": "name and password in that address; only if it has them, and only to that server",
 }
 
 PATHS = {
@@ -231,7 +242,13 @@ def page() -> str:
 
 def _overview() -> str:
     rows = (
-        ("[Reports](#reports)", "device → factory", "each event of an update, and a routing shift", "none", "none"),
+        (
+            "[Reports](#reports)",
+            "device → factory",
+            "each event of an update, a routing shift, and a heartbeat every six hours or so",
+            "none; counts and histograms",
+            "none; counts by the release's list",
+        ),
         ("[Requests](#requests)", "device → server of the repository", "each check for updates", "none", "none"),
         (
             "[Endpoint](#endpoint)",
@@ -285,19 +302,34 @@ def _overview() -> str:
 
 
 def _reports() -> str:
-    signed = example.report()
-    body = json.dumps(signed.model_dump(mode="json"))
-    rows = fields(SignedReport, signed)
+    made = example.report()
+    line = example.report_line(made)
     events = [(code(event), EVENTS[event]) for event in get_args(DeviceReport.model_fields["event"].annotation)]
+    sent = example.posted_headers()
+    headers = [(code(name), plain(value), POSTED[name], str(len(f"{name}: {value}\r\n"))) for name, value in sent.items()]
+    enrolment = example.enrolment()
     return joined(
         "### Reports {#reports}",
-        "A device writes one file for each event into the folder that `ferry-agent init --reports` names, as `DEVICE-NUMBER.json`. Without "
-        "`--reports`, nothing is sent. Something that you choose (a mount, a copy job, a stick) brings the files to the factory.",
-        f"The example has {len(body)} bytes. The form is closed: the agent cannot add a field, and the factory refuses a report that has one.",
-        table(HEAD, rows),
+        "A device makes a report of each event, and a heartbeat every six hours or so. `ferry-agent init --reports` says where they go; without it, "
+        "nothing is sent. If it names a folder, each report becomes a file there, `DEVICE-NUMBER.json`, and something that you choose (a mount, a "
+        "copy job, a stick) brings the files to the factory. If it names a gateway's `https` address, the device sends up to 20 reports in one "
+        "request. `ferry-agent report --show` prints the lines that would leave the device now, byte for byte.",
+        "A report is one line of JSON with two fields:",
+        table(HEAD, fields(SealedReport)),
+        f"The text in `signed` is a JSON document. The line of the example has {len(line):,} bytes. The form is closed: the agent cannot add a field, "
+        "and the factory refuses a report that has one. Only a heartbeat has `health`. With `ferry-agent init --share minimal`, it leaves out "
+        "`load`, `captions`, `other_captions` and `statistics`, and nothing tells what the images look like or are of.",
+        table(HEAD, fields(DeviceReport, made)),
         "Events:",
         table(("event", "meaning"), events),
-        f"An example:\n\n```json\n{json.dumps(signed.model_dump(mode='json'), indent=1)}\n```",
+        f"An example:\n\n```json\n{json.dumps(json.loads(made.canonical()), indent=1)}\n```",
+        "#### Requests to the gateway {#gateway}",
+        "The first line of a request with reports is `POST /v1/reports HTTP/1.1`, below the path of the gateway's address. The body is the lines of the "
+        "reports. Whoever is on the way sees the device's address and the time, but with `https` no report. The headers:",
+        table(("header", "example", "meaning", "bytes"), headers),
+        "`ferry-agent enroll` sends one document to `POST /v1/enroll`, as `application/json`. `ferry-agent doctor` asks for `GET /healthz`, and sends "
+        "nothing with it.",
+        table(HEAD, fields(Enrolment, enrolment)),
     )
 
 
@@ -335,7 +367,8 @@ def _endpoint() -> str:
 def _device_never() -> str:
     return joined(
         "### What never leaves a device {#device-never}",
-        "- **Images and captions.** No document and no request that a device sends has a field for them. `test_device_sends_no_caption_no_image_and_no_key` "
+        "- **Images and captions.** No document and no request that a device sends has a field for them. A heartbeat counts images: how many had each "
+        "caption of a list that the release brings, and how many had others. `test_device_sends_no_caption_no_image_and_no_key` "
         "lets a device draw, update and report, and searches everything that it sent.\n"
         "- **The device's private key** (`device.key`). Its public half is printed by `ferry-agent init`, and a person brings it to the factory. "
         "`test_key_is_private_and_kept` and the test above hold this.\n"

@@ -15,6 +15,7 @@ PATTERNS = {
     r"^[a-z0-9][a-z0-9_-]{0,19}=[A-Za-z0-9][A-Za-z0-9._-]{0,39}$": "name and value, such as `site=berlin`",
     r"^\{[ -~]*\}$": "JSON text in printable ASCII",
     r"^[ -~]{0,80}$": "printable ASCII, at most 80 characters",
+    r"^[A-Za-z0-9_-]{16,128}$": "16 to 128 letters, digits, dashes and underscores",
     r"^[0-9a-f]{40}([0-9a-f]{24})?$": "Git commit, in hex",
     r"^[0-9a-f]{32}(\.dir)?$": "md5 of DVC, in hex",
 }
