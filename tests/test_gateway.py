@@ -226,6 +226,10 @@ def test_a_device_that_is_enrolled_beside_the_gateway_is_known_soon(served: Runn
     assert served.send([new.line(1)]).json["accepted"] == [1]
 
 
+def test_a_name_and_password_for_a_proxy_are_not_taken_for_a_token(served: Running, device: Device):
+    assert served.send([device.line(1)], Authorization="Basic d3Jvbmc6d3Jvbmc=").json["accepted"] == [1]
+
+
 # Enrolment
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +19,9 @@ from flows import gateway
 from flows.setup import create
 from flows.workspace import Workspace
 from ota.errors import OperatorError
+from ota.gateway.__main__ import parser
+from ota.gateway.server import ENDING_SECONDS, IDLE_SECONDS, MOST_CONNECTIONS
+from ota.report import MAX_BATCH
 from tests.test_slow import clean_environment
 
 
@@ -151,3 +156,30 @@ def until(holds) -> None:
             return
         threading.Event().wait(0.02)
     raise AssertionError(f"it never became true; process {os.getpid()}")
+
+
+def test_the_unit_calls_the_program_as_it_is(tmp_path: Path):
+    text = (Path(__file__).parents[1] / "infra/factory/ferry-gateway.service").read_text().replace("\\\n", " ")
+    made = configparser.ConfigParser(interpolation=None, strict=False)
+    made.optionxform = str  # type: ignore[assignment,method-assign]
+    made.read_string(text)
+    service = made["Service"]
+    _, *words = service["ExecStart"].split()
+    assert words[:3] == ["-P", "-m", "ota.gateway"]
+    given = parser().parse_args(words[3:])
+    assert (given.host, given.tls_cert.name, given.tls_key.name) == ("0.0.0.0", "cert.pem", "key.pem")
+    assert float(service["TimeoutStopSec"]) > ENDING_SECONDS  # it is not killed while it finishes
+    assert int(service["LimitNOFILE"]) > 2 * MOST_CONNECTIONS
+    assert "keys" in service["InaccessiblePaths"]
+
+
+def test_the_proxies_know_the_gateways_limits():
+    infra = Path(__file__).parents[1] / "infra/proxy"
+    nginx, caddy = (infra / "nginx.conf").read_text(), (infra / "Caddyfile").read_text()
+    assert f"client_max_body_size {MAX_BATCH // 1024}k;" in nginx
+    assert f"max_size {MAX_BATCH // 1024}KiB" in caddy
+    assert nginx.count("{") == nginx.count("}")
+    assert caddy.count("{") == caddy.count("}")
+    assert "$proxy_add_x_forwarded_for" not in nginx  # it would pass on what the sender wrote
+    for text, name in ((nginx, r"keepalive_timeout (\d+)s"), (caddy, r"keepalive (\d+)s")):
+        assert int(re.findall(name, text)[0]) < IDLE_SECONDS

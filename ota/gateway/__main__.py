@@ -26,6 +26,9 @@ from ota.gateway import server
 from ota.gateway.app import Gateway, Options, application
 
 DATABASE = "FERRY_STORES_DATABASE"
+SWITCH_SECONDS = 0.0002
+"""How long one thread may keep the other waiting: the writer needs Python's lock after each call of the database, and 5 ms, which is
+Python's own choice, made each commit wait for requests that are being parsed."""
 LIFELINE = "FERRY_LIFELINE"
 """Descriptor of a pipe whose other end is closed when the `ferry serve` that started this process has ended."""
 
@@ -144,6 +147,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in ("uvicorn", "uvicorn.error", "asyncio", "alembic"):  # what a stranger sends must not fill the log
         logging.getLogger(name).setLevel(logging.ERROR)
     hold_on()
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         serve(given)
     except OtaError as error:

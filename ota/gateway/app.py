@@ -44,6 +44,7 @@ MOST_HELD = 16 * MiB  # bytes of bodies that are read at this moment
 MOST_ENROLMENT = 4 * KiB  # bytes of an enrolment
 WRITING_SECONDS = 30.0  # until a request is told that the database is too slow
 LOOK_SECONDS = 1.0  # between two looks whether the devices changed
+MOST_TOKEN = 200  # characters of an API token
 TOKEN_SECONDS = 30.0  # that the role of an API token is remembered
 MOST_DEVICES = 1_000  # of one answer
 CLOCK_SECONDS = 3_600  # that a device's clock may differ from the factory's
@@ -165,17 +166,16 @@ class Gateway:
         Raises:
             RefusedError: 401, the token is unknown or expired; 429, too many wrong ones came from this address.
         """
-        given = request.headers.get("authorization", "")
-        if not given:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":  # a name and password are meant for a proxy on the way
             return ""
         address, now = address_of(request), time.monotonic()
         if wait := self.bad_tokens.wait(address, 1, now):
             raise RefusedError(429, "quota", "too many wrong tokens came from this address; try again later", wait)
-        scheme, _, token = given.partition(" ")
         digest = hashlib.sha256(token.encode()).digest()
         until, role = self._roles.get(digest, (0.0, ""))
         if now >= until:
-            found = await self.read(self.fleet.role_of, token) if scheme.lower() == "bearer" and len(token) <= 200 else None
+            found = await self.read(self.fleet.role_of, token) if len(token) <= MOST_TOKEN else None
             role = found or ""
             if role:
                 if len(self._roles) >= 256:
