@@ -21,6 +21,7 @@ from ota.agent.disk import Disk
 from ota.agent.state import State
 from ota.errors import DeviceError, OtaError
 from ota.manifest import Range, Reference
+from ota.policy import HEARTBEAT
 from ota.report import BINS, MAX_REPORT, DeviceReport, Health, open_line
 from tests.conftest import agent
 from tests.fleet_kit import Field
@@ -55,43 +56,42 @@ def beats(home: Any) -> list[DeviceReport]:
 def test_next_heartbeat_is_a_quarter_around_and_never_within_the_hour(now, every, part, device):
     plan = beat.after(now, every, part)
     assert max(LEAST, 0.75 * every - 1) <= plan.due - now <= max(LEAST, 1.25 * every + 1)
-    assert beat.planned(plan, now, device) == plan  # a restart changes nothing
+    assert beat.planned(plan, now, every, device) == plan  # a restart changes nothing
 
 
-@given(st.lists(st.tuples(st.integers(0, 3 * 86_400), st.booleans()), max_size=60), everies, names, st.integers(0, 2**32))
-def test_restarts_and_lost_files_make_no_storm(restarts, every, device, start):
-    """Look after each restart, with the file lost at some of them: no two heartbeats are within an hour."""
-    found, now, said = Beat(last=0, due=start, every=every), start, list[int]()
-    for later, lost in restarts:
+@given(st.lists(st.tuples(st.integers(0, 3 * 86_400), st.booleans(), everies), max_size=60), names, st.integers(0, 2**32))
+def test_restarts_and_lost_files_make_no_storm(restarts, device, start):
+    """Look after each restart, with the file lost at some of them, and another policy each time: no two heartbeats are within an hour."""
+    found, now, said = Beat(last=0, due=start), start, list[int]()
+    for later, lost, every in restarts:
         now += later
-        plan = beat.planned(None if lost else found, now, device)
+        plan = beat.planned(None if lost else found, now, every, device)
         assert now < plan.due or not lost
         found = plan
         if now >= plan.due:
             said.append(now)
-            found = beat.after(now, plan.every, 0.0)
+            found = beat.after(now, every, 0.0)
     assert all(b - a >= LEAST for a, b in pairwise(said))
 
 
-@given(moments, names)
-def test_lost_file_is_made_up_for_within_one_period(now, device):
-    plan = beat.planned(None, now, device)
-    assert LEAST <= plan.due - now <= LEAST + beat.EVERY
+@given(moments, everies, names)
+def test_lost_file_is_made_up_for_within_one_period(now, every, device):
+    plan = beat.planned(None, now, every, device)
+    assert LEAST <= plan.due - now <= LEAST + every
     for later in range(now, plan.due, 3600):  # lost again at each restart, it still comes to its turn
-        assert beat.planned(None, later, device).due <= later + LEAST + beat.EVERY
+        assert beat.planned(None, later, every, device).due <= later + LEAST + every
 
 
 def test_devices_whose_files_were_lost_together_speak_apart():
-    due = sorted(beat.planned(None, 1_800_000_000, f"press-{number}").due for number in range(1000))
+    due = sorted(beat.planned(None, 1_800_000_000, HEARTBEAT, f"press-{number}").due for number in range(1000))
     busiest = max(sum(at <= other < at + 60 for other in due) for at in due)
     assert busiest <= 15  # of 1,000 in six hours
 
 
-@given(moments, moments, everies, names)
-def test_clock_that_was_set_back_silences_no_device(now, last, every, device):
-    plan = beat.planned(Beat(last=last, due=last + every, every=every), now, device)
-    assert plan.due <= now + LEAST + max(every, round(1.25 * every))
-    assert plan.every == every
+@given(moments, moments, everies, everies, names)
+def test_clock_that_was_set_back_silences_no_device(now, last, before, every, device):
+    plan = beat.planned(Beat(last=last, due=last + before), now, every, device)
+    assert plan.due <= now + LEAST + max(every, beat.latest(every))
 
 
 # When it is due: the device
@@ -105,12 +105,12 @@ def test_heartbeat_is_queued_once_and_not_again_after_a_restart(home, inbox, mon
     for _ in range(5):
         assert not beat.queue_if_due(type(home)(home.root))
     (first,) = beats(home)
-    now[0] += 1.25 * beat.EVERY + 1
+    now[0] += 1.25 * HEARTBEAT + 1
     assert beat.queue_if_due(home)
     (second,) = beats(home)  # it takes the place of the one before, about the same bundle
     assert second.number > first.number
     home.save(State(active=BUNDLE))
-    now[0] += 1.25 * beat.EVERY + 1
+    now[0] += 1.25 * HEARTBEAT + 1
     assert beat.queue_if_due(home)
     assert [report.active for report in beats(home)] == [None, BUNDLE]
     assert reports.dropped(home) == 0
@@ -124,14 +124,19 @@ def test_device_without_a_place_for_reports_queues_no_heartbeat(home, monkeypatc
     assert not home.disk.path("queue").exists()
 
 
-def test_policy_changes_how_often(home, inbox):
-    beat.follow(home, 10**9)
-    assert json.loads((home.root / beat.FILE).read_bytes())["every"] == MOST
-    beat.follow(home, LEAST)
-    assert time.time() < beat.due(home) <= time.time() + 2 * LEAST + 1
-    before = (home.root / beat.FILE).stat().st_mtime_ns
-    beat.follow(home, LEAST)
-    assert (home.root / beat.FILE).stat().st_mtime_ns == before
+def test_policy_changes_how_often(home, inbox, monkeypatch):
+    now = [1_900_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    home.disk.replace(beat.FILE, Beat(last=0, due=0).canonical())
+    home.disk.replace("heartbeat", b"86400")
+    assert beat.queue_if_due(home)
+    assert 0.75 * MOST <= beat.due(home) - now[0] <= 1.25 * MOST
+    home.disk.replace("heartbeat", b"3600")
+    assert beat.due(home) - now[0] <= 1.25 * LEAST
+    now[0] += LEAST - 1
+    assert not beat.queue_if_due(home)
+    now[0] += 0.25 * LEAST + 1
+    assert beat.queue_if_due(home)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"last": -1, "due": 5}', b'{"last": 0, "due": 99999999999999999999}'])

@@ -14,13 +14,13 @@ from typing import Any, get_args
 from pydantic import Field
 
 from ota.agent import counts, history, measured, reports
+from ota.agent.plan import heartbeat
 from ota.agent.state import Config, Home
 from ota.errors import ManifestError, StateError
 from ota.limits import KiB
 from ota.manifest import MAX_COUNT, Document, parse
 from ota.report import Event, Health, Outcome
 
-EVERY = 6 * 3600  # seconds between two heartbeats, where no policy says otherwise
 LEAST, MOST = 3600, 24 * 3600  # seconds that a policy may ask for; no two heartbeats are closer than `LEAST`
 SPREAD = 0.25  # share by which the time between two of them varies
 FILE = "beat.json"
@@ -33,29 +33,32 @@ class Beat(Document):
 
     last: int = Field(ge=0, le=MAX_COUNT, description="0: none that this file knows of")
     due: int = Field(ge=0, le=MAX_COUNT)
-    every: int = Field(default=EVERY, ge=LEAST, le=MOST, description="seconds between two of them")
 
 
 # Rules
 
 
-def planned(found: Beat | None, now: int, device: str) -> Beat:
+def planned(found: Beat | None, now: int, every: int, device: str) -> Beat:
     """Return the plan that holds now: the one that was made or, if it is lost or the clock was set back, one by the device's id.
 
     Args:
         found: the plan in the file; None: it is lost.
         now: seconds since 1970.
+        every: seconds between two heartbeats, from `LEAST` to `MOST`; where that changed, an earlier plan holds no longer than it.
         device: id of the device.
     """
-    every = found.every if found else EVERY
-    latest = round((1 + SPREAD) * every)
-    if found is None or found.last > now or found.due > now + LEAST + max(every, latest):
+    if found is None or found.last > now or found.due > now + LEAST + latest(MOST):
         earliest = now + LEAST  # the last one may have been just now
         turn = int.from_bytes(hashlib.sha256(device.encode()).digest()[:8], "big") % every
-        return Beat(last=0, due=min(earliest + (turn - earliest) % every, MAX_COUNT), every=every)
+        return Beat(last=0, due=min(earliest + (turn - earliest) % every, MAX_COUNT))
     if found.last:
-        return found.model_copy(update={"due": max(found.last + LEAST, min(found.due, found.last + latest))})
-    return found
+        return found.model_copy(update={"due": max(found.last + LEAST, min(found.due, found.last + latest(every)))})
+    return found.model_copy(update={"due": min(found.due, now + LEAST + every)})
+
+
+def latest(every: int) -> int:
+    """Return the most seconds between two heartbeats."""
+    return round((1 + SPREAD) * every)
 
 
 def after(now: int, every: int, part: float) -> Beat:
@@ -66,7 +69,7 @@ def after(now: int, every: int, part: float) -> Beat:
         every: seconds between two of them.
         part: random number from [0, 1).
     """
-    return Beat(last=now, due=min(now + max(LEAST, round(every * (1 - SPREAD + 2 * SPREAD * part))), MAX_COUNT), every=every)
+    return Beat(last=now, due=min(now + max(LEAST, round(every * (1 - SPREAD + 2 * SPREAD * part))), MAX_COUNT))
 
 
 # The file
@@ -83,16 +86,9 @@ def _now() -> int:
     return min(max(0, int(time.time())), MAX_COUNT)
 
 
-def follow(home: Home, every: int) -> None:
-    """Keep how often the policy wants a heartbeat, in seconds, from `LEAST` to `MOST`; the caller holds the lock."""
-    plan = planned(_read(home), _now(), home.config().device)
-    if plan.every != (wanted := min(max(LEAST, every), MOST)):
-        home.disk.replace(FILE, planned(plan.model_copy(update={"every": wanted}), _now(), home.config().device).canonical())
-
-
 def due(home: Home) -> int:
     """Return when the next heartbeat is due, in seconds since 1970; nothing is written."""
-    return planned(_read(home), _now(), home.config().device).due
+    return planned(_read(home), _now(), heartbeat(home), home.config().device).due
 
 
 def queue_if_due(home: Home) -> bool:
@@ -103,16 +99,16 @@ def queue_if_due(home: Home) -> bool:
     Raises:
         StateError, RoomError: the disk takes nothing.
     """
-    config, now = home.config(), _now()
+    config, now, every = home.config(), _now(), heartbeat(home)
     if not config.reports:
         return False
     found = _read(home)
-    plan = planned(found, now, config.device)
+    plan = planned(found, now, every, config.device)
     if now < plan.due:
         if plan != found:
             home.disk.replace(FILE, plan.canonical())
         return False
-    home.disk.replace(FILE, after(now, plan.every, random.random()).canonical())  # noqa: S311
+    home.disk.replace(FILE, after(now, every, random.random()).canonical())  # noqa: S311
     reports.queue(home, "alive", home.load().active, health=health(home))
     return True
 
