@@ -11,7 +11,19 @@ from ota.errors import printable
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")  # what S3 and its relatives allow
 HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 OURS = frozenset(
-    {"keys", "repository", "work", "events", "ratings", "features", "mlartifacts", "ferry.toml", "ferry.db", "mlflow.db"}
+    {
+        "keys",
+        "repository",
+        "work",
+        "events",
+        "ratings",
+        "features",
+        "mlartifacts",
+        "reports-archive",
+        "ferry.toml",
+        "ferry.db",
+        "mlflow.db",
+    }
 )
 
 

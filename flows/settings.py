@@ -44,7 +44,7 @@ READS_FACTORS = "0.3.0"  # oldest ferry-agent that reads format version 2 of del
 TEACHING_MS = 3_600_000.0  # latency budget of one image, for a `full` that only gives its weights to the variants of a class
 # Names in a workspace that serve other purposes than data; compared without case, because some file systems ignore case.
 NOT_DATA = frozenset({
-    "keys", "repository", "published", "dvc-remote", "mlartifacts", "features", "inbox", "events", "ratings", "work", "ferry.toml",
+    "keys", "repository", "published", "dvc-remote", "mlartifacts", "features", "inbox", "reports-archive", "events", "ratings", "work", "ferry.toml",
     "ferry.db", "mlflow.db", "root.json", "report.html", "explain.html",
 })  # fmt: skip
 

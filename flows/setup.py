@@ -112,7 +112,8 @@ def _check_name(root: Path) -> None:
 
 
 IGNORED = (
-    "keys", "repository", "published", "dvc-remote", "ferry.db", "ferry.db-wal", "ferry.db-shm", "mlflow.db", "mlartifacts", "inbox", "work", "report.html", "explain.html",
+    "keys", "repository", "published", "dvc-remote", "ferry.db", "ferry.db-shm", "ferry.db-wal", "mlflow.db", "mlartifacts", "inbox",
+    "reports-archive", "work", "report.html", "explain.html",
     "devices", "pictures", "ratings",
 )  # fmt: skip
 

@@ -22,18 +22,23 @@ from model.errors import ModelError
 from model.pointer import recorded_md5
 from model.scorecard import Frozen
 from ota.errors import OtaError
-from ota.fleet.store import Heard
+from ota.fleet import query
+from ota.fleet.store import LastState
 from ota.policy import Policy
 from ota.release import compatibility, fielded, rollout
 from ota.release.metadata import LIFETIMES
 from ota.release.repository import Release
 from ota.release.trust import remedy
-from ota.report import DeviceReport
 from registry.errors import RegistryError
 from registry.ledger import Entry
 from registry.promotion import SubjectState, of_one_full, subject_state
 
 UNREAD = 60  # most new reports that `ferry status` receives; each takes milliseconds
+SILENT = (
+    2 * 86_400
+)  # seconds without a heartbeat after which a device that sends them counts as silent; they are a day apart at most
+SKEW = 3600  # seconds by which a clock may be wrong before that is shown
+RECENT = 7 * 86_400  # seconds for which two copies of a device, and what was refused, are shown
 PROBLEMS = (FlowError, ModelError, RegistryError, OtaError, OSError)
 
 
@@ -78,10 +83,10 @@ class DeviceStanding(Frozen):
     """A device, by its last report."""
 
     device: str
-    heard: datetime | None = Field(description="when its last report came; null: it never reported")
+    heard: datetime | None = Field(description="when anything was heard of it last; null: it never reported")
     line: str = ""
     device_class: str = ""
-    event: str = Field(default="", description="what the last report is about")
+    event: str = Field(default="", description="what the last report is about that is no heartbeat; alive: there is none")
     reason: str = ""
     runs: str = Field(default="", description="hash of the bundle that it runs; empty: none or not known")
     release: int | None = Field(default=None, description="number of the release that it runs; null: none or not known")
@@ -90,6 +95,10 @@ class DeviceStanding(Frozen):
     behind: bool = Field(default=False, description="whether its wave is open and it does not run the release")
     agent: str = Field(default=compatibility.UNKNOWN, description="version of its ferry-agent, as far as it is known")
     too_old: bool = Field(default=False, description="whether its agent is too old for the release that is rolled out")
+    state: str = Field(default="counts", description="counts, unconfirmed or retired: whether decisions rest on its reports")
+    heartbeat: datetime | None = Field(default=None, description="when its last heartbeat came; null: none came")
+    tags: dict[str, str] = Field(default={}, description="tags of the device's owner and of operators")
+    concerns: dict[str, str] = Field(default={}, description="what needs attention, by its kind")
 
 
 class Standing(Frozen):
@@ -262,41 +271,79 @@ def devices(workspace: Workspace, receive: bool = True) -> tuple[list[DeviceStan
     rejected = workspace.fleet.collect(workspace.inbox).rejected if receive else {}
     releases: dict[str, Release] = {}
     policies: dict[tuple[str, str], Policy] = {}
-    told = workspace.fleet.heard()
-    last = {name: heard.report if heard else None for name, heard in told.items()}
-    too_old: set[str] = set()
+    needs: dict[tuple[str, str], str] = {}  # agent that the release in force needs
     for line, name in _classes(workspace):
         releases |= {release.manifest: release for release in workspace.repository.releases(line, name)}
         if policy := workspace.repository.policy(line, name):
             policies[line, name] = policy
             if policy.manifest in releases:
-                manifest = workspace.repository.manifest(releases[policy.manifest])
-                too_old |= {behind.device for behind in compatibility.left_behind(manifest, last)}
+                needs[line, name] = workspace.repository.manifest(releases[policy.manifest]).minimum_agent
     now = int(datetime.now(UTC).timestamp())
-    return [_device(name, heard, releases.get, policies, now, name in too_old) for name, heard in told.items()], rejected
+    return [_device(state, releases.get, policies, needs, now) for state in workspace.fleet.states()], rejected
 
 
 def _device(
-    name: str,
-    last: Heard | None,
+    state: LastState,
     release_of: Callable[[str], Release | None],
     policies: dict[tuple[str, str], Policy],
+    needs: dict[tuple[str, str], str],
     now: int,
-    too_old: bool,
 ) -> DeviceStanding:
-    if last is None:
-        return DeviceStanding(device=name, heard=None)
-    report: DeviceReport = last.report
-    policy, runs = policies.get((report.line, report.device_class)), release_of(report.active or "")
-    wave = rollout.wave_of(policy, name) if policy else None
+    standing, where = (
+        query.state_of(state),
+        (state.line or state.enrolled_line or "", state.device_class or state.enrolled_class or ""),
+    )
+    if state.number is None:
+        return DeviceStanding(
+            device=state.device, heard=None, line=where[0], device_class=where[1], state=standing, tags=state.tags,
+            concerns=concerns(state, now),
+        )  # fmt: skip
+    policy, runs = policies.get(where), release_of(state.active or "")
+    wave = rollout.wave_of(policy, state.device) if policy else None
     is_open = policy is not None and wave is not None and not policy.halt and policy.waves[wave].not_before <= now
+    agent = state.agent or compatibility.OLDEST_AGENT
     return DeviceStanding(
-        device=name, heard=datetime.fromtimestamp(last.at, UTC), line=report.line, device_class=report.device_class,
-        event=report.event, reason=report.reason, runs=report.active or "", release=runs.seq if runs else None,
+        device=state.device, heard=_moment(state.heard_at), line=where[0], device_class=where[1],
+        event=state.event or "alive", reason=state.reason or "", runs=state.active or "", release=runs.seq if runs else None,
         wave=None if wave is None else wave + 1, waves=len(policy.waves) if policy else 0,
-        behind=is_open and policy is not None and report.active != policy.manifest,
-        agent=compatibility.agent_of(report), too_old=too_old,
+        behind=is_open and policy is not None and state.active != policy.manifest,
+        agent=state.agent or compatibility.NOT_NAMED, too_old=where in needs and compatibility.is_older(agent, needs[where]),
+        state=standing, heartbeat=_moment(state.heartbeat_at), tags=state.tags, concerns=concerns(state, now),
     )  # fmt: skip
+
+
+def _moment(at: int | None) -> datetime | None:
+    return None if at is None else datetime.fromtimestamp(at, UTC)
+
+
+def concerns(state: LastState, now: int) -> dict[str, str]:
+    """Say what about a device needs a person's attention, by its kind; a retired one needs none.
+
+    Args:
+        state: of the device.
+        now: seconds since 1970, by the factory's clock.
+    """
+    found: dict[str, str] = {}
+    if state.retired is not None:
+        return found
+    if state.confirmed is None:
+        found["unconfirmed"] = f"it enrolled itself and counts once you confirm it: ferry fleet confirm {state.device}"
+    if state.heartbeat_at is not None and state.heard_at is not None and now - state.heard_at > SILENT:
+        found["silent"] = f"nothing was heard for {age(now - state.heard_at)}"
+    if state.conflict_at is not None and now - state.conflict_at < RECENT:
+        found["two copies"] = (
+            f"{state.conflicts} of its reports had the number of another one: are there two copies of this device?"
+        )
+    if state.skew is not None and abs(state.skew) > SKEW:
+        found["clock"] = f"its clock is {age(abs(state.skew))} {'ahead' if state.skew > 0 else 'behind'}"
+    if state.refused_at is not None and now - state.refused_at < RECENT:
+        found["refused"] = (
+            f"{state.refused} of its reports were refused, the last one for its {_FOR.get(state.refused_why or '', 'content')}"
+        )
+    return found
+
+
+_FOR = {"line": "line or class", "retired": "retirement", "signature": "signature"}
 
 
 def age(seconds: float) -> str:

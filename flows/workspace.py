@@ -7,6 +7,7 @@ repository/     the signed repository; copied to where it is published
 ferry.db        ledger and fleet      mlflow.db, mlartifacts/   catalogue
 features/       the frozen feature spaces: for each line one file, and those of its former spaces
 inbox/          where devices leave reports
+reports-archive/  reports that left the database
 events/         requests for a retraining, which `ferry serve` reads
 ratings/        answer sheets of `ferry rate`, which say which version drew which image
 work/           everything that can be made again: caches, checkpoints, bundles, Prefect's own files
@@ -181,6 +182,11 @@ class Workspace:
         if not ring.ledger:
             ring.begin_ledger(since=Ledger.length(self.database) + 1)
         return Ledger(self.database, ring, ring.folder / SEEN)
+
+    @property
+    def archive(self) -> Path:
+        """Folder of the reports that left the database."""
+        return self.root / "reports-archive"
 
     @cached_property
     def fleet(self) -> Fleet:

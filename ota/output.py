@@ -32,7 +32,7 @@ _KINDS = {
 }  # fmt: skip
 DATABASE = ("", "-wal", "-shm", "-journal")  # endings of the files of an SQLite database
 WORKSPACE = (
-    "ferry.toml", *(name + end for name in ("ferry.db", "mlflow.db") for end in DATABASE), "root.json", "keys", "repository", "published", "dvc-remote", "mlartifacts", "mlruns", "features", "inbox",
+    "ferry.toml", *(name + end for name in ("ferry.db", "mlflow.db") for end in DATABASE), "root.json", "keys", "repository", "published", "dvc-remote", "mlartifacts", "mlruns", "features", "inbox", "reports-archive",
     "events", "ratings", "work", "data", ".git", ".gitignore", ".gitattributes", ".dvc", ".dvcignore",
 )  # fmt: skip
 AGENT = (

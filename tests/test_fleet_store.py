@@ -500,7 +500,7 @@ def test_read_only_database_is_read_and_not_written(tmp_path):
 
 def test_full_disk_keeps_nothing_and_says_so(fleet, database):
     kept(fleet, report(1))
-    with fleet._engine.connect() as connection:  # the pool hands out this one connection
+    with fleet.engine.connect() as connection:  # the pool hands out this one connection
         pages = connection.execute(text("pragma page_count")).scalar_one()
         connection.execute(text(f"pragma max_page_count = {pages}"))
     with pytest.raises(TransferError, match="the database's disk is full"):
@@ -510,7 +510,7 @@ def test_full_disk_keeps_nothing_and_says_so(fleet, database):
 
 
 def test_gateway_syncs_and_leaves_readers_alone(database):
-    with open_fleet(database) as fleet, fleet._engine.connect() as connection:
+    with open_fleet(database) as fleet, fleet.engine.connect() as connection:
         assert connection.execute(text("pragma journal_mode")).scalar() == "wal"
         assert connection.execute(text("pragma synchronous")).scalar() == 2  # FULL
 

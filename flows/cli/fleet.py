@@ -1,4 +1,4 @@
-"""`ferry rollout` and `ferry fleet`."""
+"""`ferry rollout`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Annotated
 import typer
 
 from flows.cli.shared import Json, answer, fail, open_workspace, reported_errors, showing_progress, time_of
-from ota.errors import printable
 
 rollout_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Open a release to the fleet in waves, halt it, renew it."
 )
-fleet_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Devices and their reports.")
 MAX_SOAK = 365 * 86_400  # seconds; a longer one is a slip
 
 
@@ -143,41 +141,4 @@ def rollout_status(
             as_json,
             policy.model_dump() | {"allowed": allowed, "behind": behind, "publication": place.state, "public": not place.private},
             "\n".join([rollout.describe(policy), *allowed, *behind, *place.lines]),
-        )  # fmt: skip
-
-
-@fleet_app.command("enroll")
-def fleet_enroll(
-    device: Annotated[str, typer.Argument(help="ID of the device.")],
-    public_key: Annotated[str, typer.Argument(help="Public key that `ferry-agent init` printed.")],
-    as_json: Json = False,
-) -> None:
-    """Accept a device's reports."""
-    with reported_errors():
-        open_workspace().fleet.enroll(device, public_key)
-        answer(as_json, {"device": device}, f"{device} is enrolled")
-
-
-@fleet_app.command("status")
-def fleet_status(as_json: Json = False) -> None:
-    """Read new reports; show each device's last one, release and wave.
-
-    Counts by class and release come last. Times are the factory's, in UTC.
-    """
-    with reported_errors():
-        workspace = open_workspace()
-        from flows.cli.status import fleet_text
-        from flows.status import devices
-
-        standing, rejected = devices(workspace)
-        for name, why in rejected.items():
-            typer.echo(printable(f"{name}: {why}"), err=True)
-        last = workspace.fleet.heard()
-        told = {
-            d.device: (known.report.model_dump() | {"standing": d.model_dump(mode="json")}) if (known := last[d.device]) else None
-            for d in standing
-        }
-        answer(
-            as_json, {"devices": told, "rejected": rejected},
-            fleet_text(standing) if standing else "no device is enrolled; `ferry fleet enroll DEVICE KEY` adds one, with the key that `ferry-agent init` prints",
         )  # fmt: skip

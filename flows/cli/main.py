@@ -16,8 +16,9 @@ from flows.cli import completion, promotion
 from flows.cli.config import config_app
 from flows.cli.data import data_app
 from flows.cli.delta import delta_app
+from flows.cli.devices import fleet_app
 from flows.cli.doctor import doctor
-from flows.cli.fleet import fleet_app, rollout_app
+from flows.cli.fleet import rollout_app
 from flows.cli.gateway import gateway
 from flows.cli.poc import poc
 from flows.cli.report import explain, rate, report

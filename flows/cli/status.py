@@ -7,12 +7,16 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from flows.cli.shared import Json, answer, open_workspace, reported_errors
+from ota.durations import utc
 from ota.errors import printable
 
 if TYPE_CHECKING:
     from flows.status import DeviceStanding, Standing
+    from ota.fleet.register import Invite
 
 WIDTH, LINES, LABEL = 80, 24, 10
+SHOWN = 50  # devices of `ferry fleet status` without --all
+TROUBLE = ("rolled_back", "refused", "base_corrupt", "strayed")  # events that somebody should read about
 CLASSES, WAITS, NAMED = 3, 2, 3  # most lines about device classes, things that wait, and names of devices; models get the rest
 
 
@@ -110,15 +114,16 @@ def _expires(found: Standing) -> list[str]:
 
 
 def _devices(found: Standing) -> list[str]:
-    silent = [d for d in found.devices if d.heard is None]
-    heard = [d for d in found.devices if d.heard is not None]
+    used = [d for d in found.devices if d.state != "retired"]
+    silent = [d for d in used if d.heard is None or "silent" in d.concerns]
+    heard = [d for d in used if d.heard is not None]
     behind = [d for d in heard if d.behind]
     if not found.devices:
         return ["none is enrolled; ferry fleet enroll DEVICE KEY"]
     last = max((d.heard for d in heard if d.heard), default=None)
     when = f", last {stamp(last)}" if last and not found.unread else ""
     unread = f"; {found.unread} unread: ferry fleet status" if found.unread else ""
-    rows = [f"{len(found.devices)} enrolled, {len(heard)} heard{when}, {len(silent)} silent{unread}"]
+    rows = [f"{len(used)} enrolled, {len(heard)} heard{when}, {len(silent)} silent{unread}"]
     rows += [f"  silent: {_names(silent)}"] if silent else []
     old = [d for d in heard if d.too_old]
     rows += [f"  agent too old for what is rolled out: {_names(old)}"] if old else []
@@ -130,15 +135,47 @@ def _names(devices: list[DeviceStanding]) -> str:
     return ", ".join(d.device for d in devices[:NAMED]) + more
 
 
-def fleet_text(devices: list[DeviceStanding]) -> str:
-    """Describe every device on a line: when it was heard, what it runs, its wave, and its last report; counts come last."""
+def fleet_text(devices: list[DeviceStanding], every: bool = False) -> str:
+    """Describe each device on a line: when it was heard, what it runs, its wave, and its last report; what needs attention and counts follow.
+
+    Of more than `SHOWN` devices, only those that need attention are shown, unless all are asked for. Retired ones are counted.
+    """
+    used = [d for d in devices if d.state != "retired"]
+    many = len(used) > SHOWN and not every
+    shown = [d for d in used if d.concerns or d.event in TROUBLE] if many else used
+    rows = _table(shown[:SHOWN] if many else shown)
+    if many:
+        left = f"{len(used) - min(len(shown), SHOWN):,} other devices are not shown; --all shows each, `ferry fleet list --where` chooses"
+        rows = [*rows, left] if shown else [left]
+    return "\n".join([*rows, *_attention(used), *_counts(used), *_retired(devices)])
+
+
+def _retired(devices: list[DeviceStanding]) -> list[str]:
+    gone = sum(d.state == "retired" for d in devices)
+    return [f"{gone} of {len(devices)} devices: retired"] if gone else []
+
+
+def _attention(devices: list[DeviceStanding]) -> list[str]:
+    """Name the devices that need attention, by what it is about."""
+    kinds: dict[str, list[DeviceStanding]] = {}
+    for d in devices:
+        for kind in d.concerns:
+            kinds.setdefault(kind, []).append(d)
+    rows = []
+    for kind, named in sorted(kinds.items()):
+        rows.append(f"needs attention, {kind}: {_names(named)}")
+        rows += [f"  {d.device}: {d.concerns[kind]}" for d in named[:NAMED]]
+    return rows
+
+
+def _table(devices: list[DeviceStanding]) -> list[str]:
     rows = [f"{'device':20}  {'heard (UTC)':16}  {'event':11}  {'release':8}  {'wave':6}  {'agent':14}  why"]
     for d in devices:
         runs = f"{d.release}" if d.release else f"{d.runs[:8]}" if d.runs else "-"
         wave = f"{d.wave} of {d.waves}" if d.wave else "-"
         heard = stamp(d.heard) if d.heard else "never"
         rows.append(f"{d.device:20}  {heard:16}  {d.event or 'silent':11}  {runs:8}  {wave:6}  {d.agent:14}  {d.reason}".rstrip())
-    return "\n".join([*rows, *_counts(devices)])
+    return rows
 
 
 def _counts(devices: list[DeviceStanding]) -> list[str]:
@@ -158,3 +195,14 @@ def _counts(devices: list[DeviceStanding]) -> list[str]:
     rows += [f"{behind} {of}: their wave is open, and they do not run the release"] if behind else []
     rows += [f"{old} {of}: their agent is too old for the release that is rolled out"] if old else []
     return rows + ([f"{silent} {of}: silent"] if silent else [])
+
+
+def refused_tokens(invites: Iterable[Invite], now: int) -> list[str]:
+    """Name the tokens for enrolment that were refused lately, and why."""
+    from flows.status import RECENT
+
+    return [
+        f"needs attention, token of {invite.device}: refused {invite.attempts} times, last at {utc(invite.refused_at)}: {printable(invite.refused_why or '')}"
+        for invite in invites
+        if invite.refused_at is not None and now - invite.refused_at < RECENT
+    ]

@@ -95,7 +95,7 @@ class Register:
             TransferError: the database cannot be opened, or must be migrated and cannot be written.
             OperatorError: a newer ferry made the tables, or they must be migrated and `writer` is not set.
         """
-        self._engine = schema.connect(database, writer, many)
+        self.engine = schema.connect(database, writer, many)
 
     def __enter__(self) -> Self:
         return self
@@ -105,7 +105,7 @@ class Register:
 
     def close(self) -> None:
         """Close the database connections."""
-        self._engine.dispose()
+        self.engine.dispose()
 
     # Devices
 
@@ -114,15 +114,15 @@ class Register:
         query = select(
             devices.c.device, devices.c.public_key, devices.c.line, devices.c.device_class, devices.c.confirmed, devices.c.retired
         )
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             return {
                 _name(device): Known(device, key, line, device_class, confirmed is not None, retired is not None)
-                for device, key, line, device_class, confirmed, retired in connection.execute(query)
+                for device, key, line, device_class, confirmed, retired in connection.execute(query).all()
             }
 
     def changes(self) -> int:
         """Return a number that rises with each change of the devices or API tokens, so that a cache knows when to read them again."""
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             return int(connection.execute(select(changes.c.number)).scalar_one())
 
     def enroll(self, device: str, public_key: str) -> None:
@@ -140,7 +140,7 @@ class Register:
         check_device(device)
         check_key(public_key)
         now = int(time.time())
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             row = _row(connection, device)
             if row is None:
                 _add(connection, [Newcomer(device, public_key, "", "", {})], now)
@@ -163,9 +163,9 @@ class Register:
         for newcomer in asked:
             check_device(newcomer.device)
             check_key(newcomer.public_key)
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             query = select(devices.c.device, devices.c.public_key, devices.c.line, devices.c.device_class, devices.c.retired)
-            there = {row.device: row for row in connection.execute(query)}
+            there = {row.device: row for row in connection.execute(query).all()}
             fresh = []
             for newcomer in asked:
                 row = there.get(newcomer.device)
@@ -187,7 +187,7 @@ class Register:
         Raises:
             OperatorError: it is not enrolled, or is retired.
         """
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             row = _known_row(connection, device)
             if not row.confirmed:
                 _set(connection, device, confirmed=int(time.time()))
@@ -198,7 +198,7 @@ class Register:
         Raises:
             OperatorError: it is not enrolled.
         """
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             if _row(connection, device) is None:
                 raise _unknown(device)
             now = int(time.time())
@@ -214,7 +214,7 @@ class Register:
             OperatorError: it is not enrolled or is retired, the key is malformed, or the device had it before.
         """
         check_key(public_key)
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             if _known_row(connection, device).public_key != public_key:
                 _rekey(connection, device, public_key, int(time.time()))
 
@@ -224,7 +224,7 @@ class Register:
         Raises:
             OperatorError: the device is not enrolled or is retired, or has more than `MOST_TAGS` tags.
         """
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             made = {**json.loads(_known_row(connection, device).tags), **tags}
             made = {name: value for name, value in sorted(made.items()) if value}
             if len(made) > MOST_TAGS:
@@ -251,7 +251,7 @@ class Register:
         """
         check_device(device)
         token, now = secrets.token_urlsafe(32), int(time.time())
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             if replaces:
                 row = _known_row(connection, device)
                 line, device_class = row.line or line, row.device_class or device_class
@@ -285,7 +285,7 @@ class Register:
         now = int(time.time()) if now is None else now
         digest = sha256(enrolment.token)
         fault: EnrolmentError | None = None
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             invite = connection.execute(select(invites).where(invites.c.sha256 == digest).with_for_update()).first()
             if invite is None:
                 raise EnrolmentError("the token is unknown; ask for a new one, which `ferry fleet invite` makes")
@@ -309,12 +309,12 @@ class Register:
             invites.c.device, invites.c.line, invites.c.device_class, invites.c.replaces, invites.c.made, invites.c.expires,
             invites.c.used, invites.c.attempts, invites.c.refused_at, invites.c.refused_why,
         ).order_by(invites.c.made.desc(), invites.c.device)  # fmt: skip
-        with reading(self._engine) as connection:
-            return [Invite(*row) for row in connection.execute(query)]
+        with reading(self.engine) as connection:
+            return [Invite(*row) for row in connection.execute(query).all()]
 
     # API tokens
 
-    def add_token(self, name: str, role: Role, seconds: int) -> str:
+    def add_token(self, name: str, role: str, seconds: int) -> str:
         """Make an API token, and return it; it is kept as a hash.
 
         Raises:
@@ -325,7 +325,7 @@ class Register:
         if role not in get_args(Role):
             raise OperatorError(f"there is no role {role!r}; give {', '.join(get_args(Role))}")
         token, now = secrets.token_urlsafe(32), int(time.time())
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             if connection.execute(select(tokens.c.name).where(tokens.c.name == name)).first():
                 raise OperatorError(
                     f"there is a token {name} already; remove it with `ferry fleet token remove {name}`, or choose another name"
@@ -338,8 +338,8 @@ class Register:
     def api_tokens(self) -> list[ApiToken]:
         """Return the API tokens by name."""
         query = select(tokens.c.name, tokens.c.role, tokens.c.made, tokens.c.expires).order_by(tokens.c.name)
-        with reading(self._engine) as connection:
-            return [ApiToken(*row) for row in connection.execute(query)]
+        with reading(self.engine) as connection:
+            return [ApiToken(*row) for row in connection.execute(query).all()]
 
     def remove_token(self, name: str) -> None:
         """Remove an API token, which is refused from now on.
@@ -347,7 +347,7 @@ class Register:
         Raises:
             OperatorError: there is none of this name.
         """
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             if not connection.execute(delete(tokens).where(tokens.c.name == name)).rowcount:
                 raise OperatorError(f"there is no token {name!r}; `ferry fleet token list` shows them")
             _count(connection)
@@ -356,7 +356,7 @@ class Register:
         """Return what the holder of an API token may do; None: the token is unknown or expired."""
         now = int(time.time()) if now is None else now
         query = select(tokens.c.role).where(tokens.c.sha256 == sha256(token), tokens.c.expires > now)
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             role: Role | None = connection.execute(query).scalar()
         return role if role in get_args(Role) else None
 

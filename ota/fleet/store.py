@@ -10,18 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from sqlalchemy import Connection, Row, Select, and_, bindparam, func, insert, select, tuple_, update
+from sqlalchemy import Connection, Row, Select, and_, bindparam, func, insert, or_, select, tuple_, update
 
 from ota.errors import ManifestError, OperatorError, printable
 from ota.fleet.register import Register
-from ota.fleet.schema import archived, changes, devices, keys, last, reading, reports, writing
+from ota.fleet.schema import archived, changes, devices, foreign_errors, keys, last, reading, reports, writing
 from ota.manifest import NAME_PATTERN
 from ota.report import MAX_REPORT, DeviceReport, Opened, open_line
 
+PAGE: Final = 1000  # rows that are read at once
 AT_ONCE: Final = 100  # files of an inbox that are kept in one transaction
 NEVER_SET: Final = 1_577_836_800  # 2020-01-01: an earlier time is that of a clock that nobody set
 Proof = Literal["verified", "unverifiable", "forged"]
@@ -158,7 +159,7 @@ class Fleet(Register):
         names = {a.opened.report.device for a in arrived} | refused.keys()
         if not names:
             return []
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             batch = _Batch(connection, arrived, names, now, live)
             verdicts = [batch.decide(a) for a in arrived]
             batch.write(refused)
@@ -210,8 +211,8 @@ class Fleet(Register):
 
     def _keys_of(self, names: set[str]) -> dict[str, str]:
         query = select(devices.c.device, devices.c.public_key).where(devices.c.device.in_(names))
-        with reading(self._engine) as connection:
-            return {row.device: str(row.public_key) for row in connection.execute(query)}
+        with reading(self.engine) as connection:
+            return {row.device: str(row.public_key) for row in connection.execute(query).all()}
 
     def collect(self, inbox: Path) -> Collected:
         """Receive every report file of a folder; remove the accepted files, and move the rejected ones to `rejected/`.
@@ -254,19 +255,13 @@ class Fleet(Register):
         """
         query = _STATES.where(devices.c.device == device) if device else _STATES
         query = query.where(devices.c.device > after) if after else query
-        with reading(self._engine) as connection:
-            found = [LastState(*row) for row in connection.execute(query.limit(limit) if limit else query)]
-        for state in found:
-            if not NAME_PATTERN.fullmatch(state.device):
-                raise OperatorError(
-                    "the fleet's tables hold data that ferry did not write; check who may write to the database, and restore it"
-                )
-        return found
+        with reading(self.engine) as connection:
+            return [_state(row) for row in connection.execute(query.limit(limit) if limit else query).all()]
 
     def running(self) -> dict[str, int]:
         """Return how many devices that count run each bundle, by the hash of its manifest, as they said last."""
         query = _COUNTING.with_only_columns(last.c.active, func.count()).where(last.c.active.is_not(None)).group_by(last.c.active)
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             return {str(active): int(count) for active, count in connection.execute(query.order_by(None))}
 
     def probe(self) -> None:
@@ -275,7 +270,7 @@ class Fleet(Register):
         Raises:
             TransferError: it does not.
         """
-        with writing(self._engine) as connection:
+        with writing(self.engine) as connection:
             connection.execute(update(changes).values(number=changes.c.number))
 
     def heard(self) -> dict[str, Heard | None]:
@@ -285,8 +280,8 @@ class Fleet(Register):
         """
         query = _COUNTING.with_only_columns(devices.c.device, last.c.received_at, last.c.report)
         found: dict[str, Heard | None] = {}
-        with reading(self._engine) as connection:
-            for name, at, body in connection.execute(query):
+        with reading(self.engine) as connection:
+            for name, at, body in connection.execute(query).all():
                 if not NAME_PATTERN.fullmatch(name):  # a terminal shows it
                     raise ValueError(name)
                 found[name] = None if body is None else Heard(DeviceReport.model_validate_json(body), int(at))
@@ -326,7 +321,7 @@ class Fleet(Register):
             OperatorError: a last report was changed in the database.
         """
         query = _COUNTING.with_only_columns(devices.c.device)
-        with reading(self._engine) as connection:
+        with reading(self.engine) as connection:
             found: dict[str, Checked | None] = dict.fromkeys(connection.execute(query).scalars())
         joined = _REPORTS.join(last, and_(last.c.device == reports.c.device, last.c.number == reports.c.number))
         told = self.heard()
@@ -344,21 +339,40 @@ class Fleet(Register):
         return found
 
     def _rows(self, query: Select[Any], verify: bool) -> Iterator[Checked]:
-        """Yield the reports of a query, a thousand rows at a time."""
-        with reading(self._engine) as connection:
-            held = _History(connection) if verify else None
-            for row in connection.execution_options(yield_per=1000).execute(query.order_by(reports.c.device, reports.c.number)):
-                if row.envelope is None:
-                    yield Checked(DeviceReport.model_validate_json(row.body), row.received_at, "unverifiable")
-                    continue
-                try:
-                    opened = open_line(row.envelope.encode())
-                except ManifestError as error:
-                    raise ValueError(row.device) from error
-                told = opened.report
-                whole = (told.device, told.number, told.event, told.manifest) == (row.device, row.number, row.event, row.manifest)
-                genuine = held is None or (whole and held.signed(opened, row.received_at))
-                yield Checked(told, row.received_at, "verified" if genuine else "forged")
+        """Yield the reports of a query; a thousand rows are read at a time, so that no writer waits for whoever takes them."""
+        query = query.order_by(reports.c.device, reports.c.number).limit(PAGE)
+        page, held = query, None
+        while True:
+            with reading(self.engine) as connection:
+                if verify and held is None:
+                    held = _History(connection)
+                rows = connection.execute(page).all()
+            for row in rows:
+                with foreign_errors():
+                    checked = _checked(row, held)
+                yield checked
+            if len(rows) < PAGE:
+                return
+            device, number = rows[-1].device, rows[-1].number
+            page = query.where(or_(reports.c.device > device, and_(reports.c.device == device, reports.c.number > number)))
+
+
+def _checked(row: Row[Any], held: _History | None) -> Checked:
+    """Parse the report of a row, and verify it if keys are given.
+
+    Raises:
+        ValueError: somebody else wrote the row.
+    """
+    if row.envelope is None:
+        return Checked(DeviceReport.model_validate_json(row.body), row.received_at, "unverifiable")
+    try:
+        opened = open_line(row.envelope.encode())
+    except ManifestError as error:
+        raise ValueError(row.device) from error
+    told = opened.report
+    whole = (told.device, told.number, told.event, told.manifest) == (row.device, row.number, row.event, row.manifest)
+    genuine = held is None or (whole and held.signed(opened, row.received_at))
+    return Checked(told, row.received_at, "verified" if genuine else "forged")
 
 
 def open_fleet(database: str, writer: bool = True) -> Fleet:
@@ -389,6 +403,8 @@ _STATES = (
     )
     .select_from(devices.outerjoin(last, devices.c.device == last.c.device)).order_by(devices.c.device)
 )  # fmt: skip
+_STATE_FIELDS = [field.name for field in fields(LastState)]
+_NUMBERS = {field.name for field in fields(LastState) if "int" in str(field.type)}
 _KNOWN = (
     select(
         devices.c.device, devices.c.public_key, devices.c.line, devices.c.device_class, devices.c.retired,
@@ -407,6 +423,22 @@ _UPDATE_LAST = (
     update(last).where(last.c.device == bindparam("of")).values({name: bindparam(f"new_{name}") for name in _LAST_FIELDS})
 )
 _INSERT_LAST, _INSERT_REPORTS = insert(last), insert(reports)
+
+
+def _state(row: Row[Any]) -> LastState:
+    """Return a row as a value; others may write to the database, too.
+
+    Raises:
+        ValueError: it holds something else than ferry writes.
+    """
+    made = LastState(*row)
+    for name, value in zip(_STATE_FIELDS, row, strict=True):
+        if value is not None and not isinstance(value, int if name in _NUMBERS else str):
+            raise ValueError(name)
+    words = [*made.tags, *made.tags.values(), *(word for word in row if isinstance(word, str))]
+    if not (NAME_PATTERN.fullmatch(made.device) and all(word.isprintable() for word in words)):
+        raise ValueError(made.device)
+    return made
 
 
 def _of(device: str | None) -> Select[Any]:

@@ -166,7 +166,20 @@ class _Folder:
         return True
 
 
-class _Bucket:
+@contextmanager
+def bucket(url: str, endpoint: str | None = None) -> Iterator[Bucket]:
+    """Open the bucket of `s3://bucket/prefix` for reading and clearing; the errors of the block are those of `publish`.
+
+    Args:
+        url: of the bucket.
+        endpoint: URL of an S3-compatible server; None: AWS.
+    """
+    parts = urlsplit(url)
+    with _s3(parts.netloc, parts.path.strip("/"), endpoint) as place:
+        yield place
+
+
+class Bucket:
     """A bucket, or what is below a prefix of it."""
 
     def __init__(self, client: Any, anybody: Any, bucket: str, prefix: str) -> None:
@@ -183,12 +196,45 @@ class _Bucket:
         """Return the size in bytes that a file had when the bucket was listed; None: it was not there."""
         return self._sizes.get(self._prefix + name)
 
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a small published file; None: it is not there."""
+    def names(self) -> list[str]:
+        """List the files, by their names below the prefix."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
+        return [row["Key"][len(self._prefix) :] for page in pages for row in page.get("Contents", [])]
+
+    def remove(self, name: str) -> None:
+        """Remove a file.
+
+        Raises:
+            TransferError: it cannot be removed.
+        """
         from botocore.exceptions import ClientError
 
         try:
-            content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read(MOST)
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+        except ClientError as error:
+            raise TransferError(f"S3 refused with {error.response.get('Error', {}).get('Code', 'unknown')}") from error
+
+    def move(self, name: str, to: str) -> None:
+        """Give a file another name.
+
+        Raises:
+            TransferError: it cannot be moved; it may then be there under both names.
+        """
+        from botocore.exceptions import ClientError
+
+        try:
+            source = {"Bucket": self._bucket, "Key": self._prefix + name}
+            self._client.copy_object(Bucket=self._bucket, Key=self._prefix + to, CopySource=source)
+        except ClientError as error:
+            raise TransferError(f"S3 refused with {error.response.get('Error', {}).get('Code', 'unknown')}") from error
+        self.remove(name)
+
+    def read(self, name: str, most: int = MOST) -> bytes | None:
+        """Return the content of a small file, up to a number of bytes; None: it is not there."""
+        from botocore.exceptions import ClientError
+
+        try:
+            content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read(most)
         except ClientError as error:
             if error.response.get("Error", {}).get("Code") == "NoSuchKey":
                 return None
@@ -214,7 +260,7 @@ class _Bucket:
 
 
 @contextmanager
-def _s3(bucket: str, prefix: str, endpoint: str | None) -> Iterator[Store]:
+def _s3(name: str, prefix: str, endpoint: str | None) -> Iterator[Bucket]:
     """Open a bucket, and turn boto's errors within the block into ours."""
     import boto3
     from botocore import UNSIGNED
@@ -225,11 +271,11 @@ def _s3(bucket: str, prefix: str, endpoint: str | None) -> Iterator[Store]:
     try:
         unsigned = retrying.merge(Config(signature_version=UNSIGNED))
         client, anybody = (boto3.client("s3", endpoint_url=endpoint, config=config) for config in (retrying, unsigned))
-        yield _Bucket(client, anybody, bucket, prefix)
+        yield Bucket(client, anybody, name, prefix)
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "unknown")
         if code in ("NoSuchBucket", "404"):
-            raise OperatorError(f"there is no bucket {bucket!r}; make it, or name another in ferry.toml") from error
+            raise OperatorError(f"there is no bucket {name!r}; make it, or name another in ferry.toml") from error
         raise TransferError(f"S3 refused with {code}; check the credentials and the bucket's policy") from error
     except (BotoCoreError, boto3.exceptions.Boto3Error, ValueError) as error:  # ValueError: the endpoint is no address
         raise TransferError(f"S3 cannot be used: {error}; check the endpoint and the credentials") from error
