@@ -222,7 +222,9 @@ class Demo:
 
         for line in lines:
             made = release(str(self.root), line, CLASS, drill=drill)
-            policies.start(self.workspace, line, CLASS, [100], soak=0, number=made["release"], why="to all devices at once")
+            policies.start(
+                self.workspace, line, CLASS, policies.Shares([100]), number=made["release"], why="to all devices at once"
+            )
 
     def _update(self, act: str, captions: dict[str, str], refuses: bool = False) -> None:
         """Update all devices at the same time through a gateway, each in a process of its own; then read their folders."""
@@ -318,7 +320,13 @@ class Demo:
         promote(self.workspace, subject, good.facts["version"], "drill ended")
         made = release(str(self.root), LINE, CLASS)
         policies.start(
-            self.workspace, LINE, CLASS, [100], soak=0, number=made["release"], revert=True, why="back to the release before"
+            self.workspace,
+            LINE,
+            CLASS,
+            policies.Shares([100]),
+            number=made["release"],
+            revert=True,
+            why="back to the release before",
         )
 
     def _report(self) -> None:

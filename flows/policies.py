@@ -17,10 +17,11 @@ from flows.clone import is_clone
 from flows.errors import BusyError
 from flows.workspace import Workspace
 from model.config import VariantName
-from ota.errors import OtaError, TransferError
-from ota.policy import Policy
+from ota.errors import OperatorError, OtaError, TransferError
+from ota.policy import BUCKETS, Policy, Policy2
 from ota.release import compatibility, copies, fielded, rollout, store
 from ota.release.repository import Release
+from ota.release.rollout import Terms
 from registry.errors import LedgerError, RegistryError
 from registry.ledger import START
 from registry.promotion import of_one_full, subject_state
@@ -37,7 +38,7 @@ HALT_SECONDS = 5.0  # that a published halt waits to be recorded
 class Halted:
     """A rollout that was halted."""
 
-    policy: Policy
+    policies: InForce
     unrecorded: RegistryError | OtaError | BusyError | None
     """Why the halt is not in the ledger; None: it is. A damaged record must not keep a bad release going."""
 
@@ -133,40 +134,223 @@ def _change(workspace: Workspace, target: str, why: str, sign: Callable[[], dict
         _copy(workspace)
 
 
+@dataclass(frozen=True)
+class InForce:
+    """The policies of a line and class."""
+
+    watched: Policy2 | None
+    """Policy 2; None: no rollout was started since ferry knows it."""
+    waves: Policy | None
+    """Policy 1, for devices that are not watched; None: nothing was opened to them."""
+
+    @classmethod
+    def of(cls, workspace: Workspace, line: str, device_class: str) -> InForce:
+        """Read them."""
+        return cls(workspace.repository.policy2(line, device_class), workspace.repository.policy(line, device_class))
+
+    @property
+    def named(self) -> Policy | Policy2 | None:
+        """The one that names what is rolled out."""
+        return self.watched or self.waves
+
+    @property
+    def both(self) -> list[Policy | Policy2]:
+        """Those that there are."""
+        return [policy for policy in (self.watched, self.waves) if policy]
+
+    @property
+    def text(self) -> str:
+        """The state of the rollout in one line for people."""
+        return rollout.summary(self.watched, self.waves)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What names the rollout, as JSON, and policy 1 as `unwatched`."""
+        named = self.named.model_dump() if self.named else {}
+        return named | {"unwatched": self.waves.model_dump() if self.waves else None}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How far a rollout opens: shares of the fleet in percent, rising."""
+
+    watched: Sequence[float]
+    unwatched: Sequence[float] = ()
+    """For devices that are not watched, in timed waves; empty: they stay where they are."""
+    soak: int = 0
+    """Seconds between two of these waves."""
+
+
 def start(
-    workspace: Workspace, line: str, device_class: str, shares: Sequence[float], soak: int, number: int = 0, revert: bool = False,
-    why: str = "",
-) -> Policy:  # fmt: skip
-    """Open a release to the fleet, wave by wave.
+    workspace: Workspace, line: str, device_class: str, shares: Shares, number: int = 0, revert: bool = False, why: str = "",
+    terms: Terms = Terms(),  # noqa: B008 - frozen
+) -> InForce:  # fmt: skip
+    """Open a release to the first share of the watched devices, and to the others if it is open to all of these.
+
+    A revert opens to all at once, watched or not: the present release does harm, and the release to return to has run on devices before.
 
     Args:
         workspace: workspace of the release.
         line: of the release.
         device_class: of the release.
-        shares: of the fleet in percent, rising.
-        soak: seconds between two waves.
+        shares: how far it opens.
         number: of the release; 0: the one that holds the present champions.
         revert: the release is older than what devices run, on purpose.
         why: reason, for the ledger.
+        terms: what else holds for watched devices.
 
     Raises:
-        OperatorError: there is no such release, or it is older than what was rolled out and `revert` does not say so.
+        OperatorError: there is no such release, it is older than what was rolled out and `revert` does not say so, or it would open to
+            devices that are not watched before it is open to all that are.
         LedgerError: the ledger cannot take it; nothing was signed.
     """
-    rollout.check_shares(shares)
+    rollout.check_shares(shares.watched)
+    unwatched = shares.unwatched or (shares.watched if revert else ())
+    repository, made = workspace.repository, list[InForce]()
     champions = partial(of_the_champions, workspace, line, device_class)
-    release = fielded.chosen(workspace.repository, line, device_class, number, champions)
-    policy = rollout.start(release, shares, soak, revert=revert)
+    release = fielded.chosen(repository, line, device_class, number, champions)
+    waves = rollout.start(release, unwatched, shares.soak, revert=revert) if unwatched else None
 
     def sign() -> dict[str, Any]:
         fielded.check_not_older(workspace, release, revert)
-        workspace.repository.set_policy(policy)
-        return {"release": release.seq, "soak": soak}
+        before = InForce.of(workspace, line, device_class)
+        fallback = None if revert else rollout.last_open(release, before.named, repository.releases(line, device_class))
+        policy = rollout.watched(release, shares.watched, before.watched, fallback, terms, revert)
+        if waves and not revert:
+            _check_open(policy)
+        made.append(InForce(policy, waves or before.waves))
+        repository.set_policy(policy, *([waves] if waves else []))
+        return {"release": release.seq, "policy": policy.policy, "soak": shares.soak}
 
-    _change(
-        workspace, f"{line}/{device_class}", why or f"waves {','.join(f'{share:g}' for share in shares)} % of the fleet", sign
+    told = f"waves {','.join(f'{share:g}' for share in shares.watched)} % of the fleet"
+    told += f", {','.join(f'{share:g}' for share in unwatched)} % of the devices that are not watched" if unwatched else ""
+    _change(workspace, f"{line}/{device_class}", why or told, sign)
+    return made[0]
+
+
+def _check_open(policy: Policy2) -> None:
+    """Refuse to open a release to devices that nobody hears before all others have it.
+
+    Raises:
+        OperatorError: it is not open to all watched devices, or is halted.
+    """
+    if policy.halt:
+        raise OperatorError(f"release {policy.seq} is halted, so it is not opened to devices that are not watched either")
+    if policy.limit < BUCKETS:
+        raise OperatorError(
+            f"release {policy.seq} is open to {rollout.share_of(policy.limit)} % of the watched devices; open it to all of them before it opens to "
+            f"devices that are not watched: `ferry rollout widen {policy.line}/{policy.device_class} --to 100`"
+        )
+
+
+def widen(workspace: Workspace, line: str, device_class: str, share: float | None = None) -> InForce:
+    """Open the present release to more of the watched devices.
+
+    Args:
+        workspace: workspace of the release.
+        line: of the release.
+        device_class: of the release.
+        share: in percent; None: the next of the shares that were stated at the start.
+
+    Raises:
+        OperatorError: nothing is rolled out to watched devices, it is halted, or it is open that far already.
+        LedgerError: the ledger cannot take it; nothing was signed.
+    """
+
+    def change(watched: Policy2) -> tuple[Policy2, Policy | None]:
+        return rollout.widened(watched, share), None
+
+    def told(policy: Policy2) -> str:
+        return f"widened to {rollout.share_of(policy.limit)} % of the fleet"
+
+    return _changed(workspace, line, device_class, "widen", change, told)
+
+
+def open_unwatched(workspace: Workspace, line: str, device_class: str, shares: Sequence[float], soak: int) -> InForce:
+    """Open the present release to devices that are not watched, in timed waves.
+
+    Args:
+        workspace: workspace of the release.
+        line: of the release.
+        device_class: of the release.
+        shares: shares of the fleet in percent, rising.
+        soak: seconds between two waves.
+
+    Raises:
+        OperatorError: nothing is rolled out to watched devices, it is not open to all of them, or it is halted.
+        LedgerError: the ledger cannot take it; nothing was signed.
+    """
+    rollout.check_shares(shares)
+
+    def change(watched: Policy2) -> tuple[Policy2, Policy | None]:
+        _check_open(watched)
+        release = fielded.chosen(workspace.repository, line, device_class, watched.seq, lambda: None)
+        return watched, rollout.start(release, shares, soak, revert=watched.revert)
+
+    def told(_: Policy2) -> str:
+        return f"waves {','.join(f'{share:g}' for share in shares)} % of the devices that are not watched"
+
+    return _changed(workspace, line, device_class, "open", change, told)
+
+
+def retry(workspace: Workspace, line: str, device_class: str) -> InForce:
+    """Let each watched device that refused the present release try it once more.
+
+    Raises:
+        OperatorError: nothing is rolled out to watched devices.
+        LedgerError: the ledger cannot take it; nothing was signed.
+    """
+
+    def change(watched: Policy2) -> tuple[Policy2, Policy | None]:
+        return rollout.numbered(watched, retry=watched.retry + 1), None
+
+    return _changed(workspace, line, device_class, "retry", change, lambda _: "devices that refused it may try it once more")
+
+
+def _changed(
+    workspace: Workspace, line: str, device_class: str, doing: str, change: Callable[[Policy2], tuple[Policy2, Policy | None]],
+    told: Callable[[Policy2], str],
+) -> InForce:  # fmt: skip
+    """Change the policies of a rollout that is under way, and record why.
+
+    Args:
+        workspace: workspace of the release.
+        line: of the release.
+        device_class: of the release.
+        doing: what is done, for a message.
+        change: makes the new policy 2, and a new policy 1 unless that one stays.
+        told: reason for the ledger.
+    """
+    repository, made = workspace.repository, list[InForce]()
+
+    def sign() -> dict[str, Any]:
+        before = _under_way(workspace, line, device_class, doing)
+        watched, waves = change(before)
+        made.append(InForce(watched, waves or repository.policy(line, device_class)))
+        repository.set_policy(*made[0].both)
+        return {"release": watched.seq, "policy": watched.policy}
+
+    planned, _ = change(_under_way(workspace, line, device_class, doing))  # a refusal comes before anything is locked
+    _change(workspace, f"{line}/{device_class}", told(planned), sign)
+    return made[0]
+
+
+def _under_way(workspace: Workspace, line: str, device_class: str, doing: str) -> Policy2:
+    named = fielded.rolled_out(workspace.repository, line, device_class, doing)
+    if isinstance(named, Policy2):
+        return named
+    raise OperatorError(
+        f"release {named.seq} of {line}/{device_class} was rolled out by an older ferry, so there is nothing to {doing}; `ferry rollout start "
+        f"{line}/{device_class}` starts a rollout that can be watched"
     )
-    return policy
+
+
+def not_watched(workspace: Workspace, line: str, device_class: str) -> list[str]:
+    """Name the devices that wait until a release is opened to those that are not watched, and why, by their last reports."""
+    heard = workspace.fleet.heard()
+    last = {device: found.report if found else None for device, found in heard.items()}
+    old = {found.device: found.agent for found in compatibility.older(line, device_class, compatibility.POLICY_2_SINCE, last)}
+    return [f"{device} ({old.get(device, 'never reported')})" for device, found in last.items() if found is None or device in old]
 
 
 def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Release | None:
@@ -182,9 +366,11 @@ def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Rele
 def opened(workspace: Workspace, line: str, device_class: str) -> set[int]:
     """Return the numbers of the releases that policies opened and that may still run.
 
-    These are the last one, unless it is halted, and the one before, as long as the last is not open to all devices.
+    These are the last one, unless it is halted; what devices have that are not watched; and the one before, as long as the last is not open
+    to all devices.
     """
-    policy = workspace.repository.policy(line, device_class)
+    policies = InForce.of(workspace, line, device_class)
+    policy = policies.named
     if policy is None:
         return set()
     before = [
@@ -192,8 +378,9 @@ def opened(workspace: Workspace, line: str, device_class: str) -> set[int]:
         for entry in workspace.ledger.entries(f"{line}/{device_class}")
         if entry.kind == "rollout" and entry.facts.get("release") not in (None, policy.seq)
     ]
-    last = set() if policy.halt else {policy.seq}
-    return last | (set() if rollout.is_open(policy) else set(before[-1:]))
+    last = {known.seq for known in policies.both if not known.halt}
+    everywhere = all(rollout.is_open(known) and known.seq == policy.seq for known in policies.both)
+    return last | (set() if everywhere else set(before[-1:]))
 
 
 def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Halted:
@@ -208,33 +395,40 @@ def halt(workspace: Workspace, line: str, device_class: str, reason: str) -> Hal
     """
     check_newest(workspace)
     with workspace.repository.held():
-        policy = rollout.halt(fielded.rolled_out(workspace.repository, line, device_class, "halt"))
-        workspace.repository.set_policy(policy)
+        named = fielded.rolled_out(workspace.repository, line, device_class, "halt")
+        before = InForce.of(workspace, line, device_class)
+        halted = InForce(
+            rollout.halt(before.watched) if before.watched else None,
+            # Devices that are not watched may still install another release, which did no harm.
+            rollout.halt(before.waves) if before.waves and before.waves.manifest == named.manifest else before.waves,
+        )
+        workspace.repository.set_policy(*halted.both)
         _copy(workspace, urgent=True)
     unrecorded: RegistryError | OtaError | BusyError | None = None
     try:
         with workspace.locked("records", HALT_SECONDS):
-            workspace.ledger.append("halt", f"{line}/{device_class}", reason, {"release": policy.seq})
+            workspace.ledger.append("halt", f"{line}/{device_class}", reason, {"release": named.seq})
     except (RegistryError, OtaError, BusyError) as error:
         unrecorded = error
-    return Halted(policy, unrecorded)
+    return Halted(halted, unrecorded)
 
 
-def renew(workspace: Workspace, line: str, device_class: str) -> tuple[Policy, str]:
-    """Sign the present policy anew, unchanged; return it, and when its signature ends.
+def renew(workspace: Workspace, line: str, device_class: str) -> tuple[InForce, str]:
+    """Sign the present policies anew, unchanged; return them, and when their signature ends.
 
     Raises:
         OperatorError: nothing is rolled out.
         LedgerError: the ledger cannot take it; nothing was signed.
     """
-    made: list[tuple[Policy, str]] = []
+    made: list[tuple[InForce, str]] = []
 
     def sign() -> dict[str, Any]:
-        policy = fielded.rolled_out(workspace.repository, line, device_class, "renew")
-        workspace.repository.set_policy(policy)
+        named = fielded.rolled_out(workspace.repository, line, device_class, "renew")
+        policies = InForce.of(workspace, line, device_class)
+        workspace.repository.set_policy(*policies.both)
         role = workspace.repository.role_of("rollout", line, device_class)
-        made.append((policy, workspace.repository.in_force(role).signed.expires.isoformat()))
-        return {"release": policy.seq, "until": made[0][1]}
+        made.append((policies, workspace.repository.in_force(role).signed.expires.isoformat()))
+        return {"release": named.seq, "until": made[0][1]}
 
     _change(workspace, f"{line}/{device_class}", "renewed, waves unchanged", sign)
     return made[0]

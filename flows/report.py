@@ -9,7 +9,7 @@ from flows.workspace import Workspace
 from model import versions
 from model.config import VARIANTS
 from ota import output
-from ota.release import fielded, rollout
+from ota.release import fielded
 from registry import columns, report
 from registry.catalog import Subject
 from registry.columns import Champion
@@ -110,7 +110,7 @@ def _releases(workspace: Workspace, line: str, champions: list[Champion]) -> lis
         default = next((c for c in own if c.subject.variant == settings.variants[0]), None)
         if shown is None or default is None:
             continue
-        policy = workspace.repository.policy(line, name)
+        policy = workspace.repository.rolled_out(line, name)
         rows.append(
             columns.release_row(
                 default,
@@ -120,7 +120,7 @@ def _releases(workspace: Workspace, line: str, champions: list[Champion]) -> lis
                 full_bytes=shown.full_bytes,
                 deltas=[d.size for d in workspace.repository.deltas(line, name) if d.target == shown.manifest],
                 metadata_bytes=workspace.repository.metadata_bytes(line, name),
-                rollout=rollout.describe(policy) if policy else "not rolled out",
+                rollout=fielded.summary(workspace.repository, line, name) if policy else "not rolled out",
                 on_devices=_on_devices(workspace, default.subject),
                 energy=_energy(workspace, default.subject),
                 prices=workspace.settings.prices,

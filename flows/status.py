@@ -24,7 +24,7 @@ from model.scorecard import Frozen
 from ota.errors import OtaError
 from ota.fleet import query
 from ota.fleet.store import LastState
-from ota.policy import Policy
+from ota.policy import BUCKETS, Policy, Policy2
 from ota.release import compatibility, fielded, rollout
 from ota.release.metadata import LIFETIMES
 from ota.release.repository import Release
@@ -216,7 +216,7 @@ def _data(workspace: Workspace, states: dict[str, SubjectState]) -> Iterator[Wai
 def _class(workspace: Workspace, line: str, name: str, states: dict[str, SubjectState], waits: list[Waits]) -> ClassStanding:
     """Describe a device class, and add to `waits` what a person does next about its releases."""
     target, settings = f"{line}/{name}", workspace.device_class(line, name)
-    releases, policy = workspace.repository.releases(line, name), workspace.repository.policy(line, name)
+    releases, policy = workspace.repository.releases(line, name), workspace.repository.rolled_out(line, name)
     wanted = _weights(line, settings, states)
     release = fielded.release_with(workspace.repository, line, name, settings.configuration, wanted) if wanted else None
     if wanted and release is None:
@@ -227,11 +227,13 @@ def _class(workspace: Workspace, line: str, name: str, states: dict[str, Subject
         waits.append(
             Waits(what=f"release {release.seq} of {target} is not rolled out", command=f"ferry rollout start {target}{back}")
         )
+    elif isinstance(policy, Policy2) and not policy.halt and policy.limit < BUCKETS:
+        waits.append(Waits(what=f"{rollout.describe(policy)}, for {target}", command=f"ferry rollout widen {target}"))
     elif policy and policy.halt:
         waits.append(Waits(what=f"release {policy.seq} of {target} is halted", command=f"ferry rollout status {target}"))
     return ClassStanding(
         line=line, device_class=name, release=releases[-1].seq if releases else None, rolled_out=policy.seq if policy else None,
-        rollout=rollout.describe(policy) if policy else "nothing is rolled out",
+        rollout=fielded.summary(workspace.repository, line, name),
     )  # fmt: skip
 
 
@@ -253,7 +255,7 @@ def _events(workspace: Workspace) -> Iterator[Waits]:
 def _expiries(workspace: Workspace, now: datetime) -> list[Expiry]:
     found = []
     for state in workspace.repository.states():
-        rolled = (f"{line}/{name}" for line, name in _classes(workspace) if workspace.repository.policy(line, name))
+        rolled = (f"{line}/{name}" for line, name in _classes(workspace) if workspace.repository.rolled_out(line, name))
         renew = remedy(state).replace("LINE/CLASS", next(rolled, "LINE/CLASS")) if state.role == "rollout" else remedy(state)
         if not state.empty:
             alarm = state.expires - now < LIFETIMES[state.role] / 2
@@ -270,12 +272,12 @@ def devices(workspace: Workspace, receive: bool = True) -> tuple[list[DeviceStan
     """
     rejected = workspace.fleet.collect(workspace.inbox).rejected if receive else {}
     releases: dict[str, Release] = {}
-    policies: dict[tuple[str, str], Policy] = {}
+    policies: dict[tuple[str, str], tuple[Policy2 | None, Policy | None]] = {}
     needs: dict[tuple[str, str], str] = {}  # agent that the release in force needs
     for line, name in _classes(workspace):
         releases |= {release.manifest: release for release in workspace.repository.releases(line, name)}
-        if policy := workspace.repository.policy(line, name):
-            policies[line, name] = policy
+        if policy := workspace.repository.rolled_out(line, name):
+            policies[line, name] = workspace.repository.policy2(line, name), workspace.repository.policy(line, name)
             if policy.manifest in releases:
                 needs[line, name] = workspace.repository.manifest(releases[policy.manifest]).minimum_agent
     now = int(datetime.now(UTC).timestamp())
@@ -285,7 +287,7 @@ def devices(workspace: Workspace, receive: bool = True) -> tuple[list[DeviceStan
 def _device(
     state: LastState,
     release_of: Callable[[str], Release | None],
-    policies: dict[tuple[str, str], Policy],
+    policies: dict[tuple[str, str], tuple[Policy2 | None, Policy | None]],
     needs: dict[tuple[str, str], str],
     now: int,
 ) -> DeviceStanding:
@@ -298,14 +300,16 @@ def _device(
             device=state.device, heard=None, line=where[0], device_class=where[1], state=standing, tags=state.tags,
             concerns=concerns(state, now),
         )  # fmt: skip
-    policy, runs = policies.get(where), release_of(state.active or "")
-    wave = rollout.wave_of(policy, state.device) if policy else None
-    is_open = policy is not None and wave is not None and not policy.halt and policy.waves[wave].not_before <= now
+    watched, waves = policies.get(where, (None, None))
     agent = state.agent or compatibility.OLDEST_AGENT
+    policy = watched if watched and not compatibility.is_older(agent, compatibility.POLICY_2_SINCE) else waves
+    runs = release_of(state.active or "")
+    wave = rollout.wave_of(policy, state.device) if policy else None
+    is_open = policy is not None and rollout.holds(policy, state.device, now)
     return DeviceStanding(
         device=state.device, heard=_moment(state.heard_at), line=where[0], device_class=where[1],
         event=state.event or "alive", reason=state.reason or "", runs=state.active or "", release=runs.seq if runs else None,
-        wave=None if wave is None else wave + 1, waves=len(policy.waves) if policy else 0,
+        wave=None if wave is None else wave + 1, waves=rollout.steps(policy) if policy else 0,
         behind=is_open and policy is not None and state.active != policy.manifest,
         agent=state.agent or compatibility.NOT_NAMED, too_old=where in needs and compatibility.is_older(agent, needs[where]),
         state=standing, heartbeat=_moment(state.heartbeat_at), tags=state.tags, concerns=concerns(state, now),

@@ -36,9 +36,9 @@ OLD = np.random.default_rng(0).normal(size=2000).astype(np.float32).tobytes()
 
 def parse_with(kind: str) -> Callable[[bytes], None]:
     """Return a check that parses a document as it comes from the repository or a device."""
-    from ota import manifest
+    from ota import manifest, policy, report
 
-    document, limit = getattr(manifest, kind), LARGEST
+    document, limit = next(getattr(module, kind) for module in (manifest, policy, report) if hasattr(module, kind)), LARGEST
 
     def check(data: bytes) -> None:
         found = manifest.parse(document, data, limit)
@@ -160,7 +160,7 @@ def request(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
-    "manifest": lambda: parse_with("Manifest"), "policy": lambda: parse_with("Policy"), "sampler": lambda: parse_with("SamplerTable"),
+    "manifest": lambda: parse_with("Manifest"), "policy": lambda: parse_with("Policy"), "policy2": lambda: parse_with("Policy2"), "sampler": lambda: parse_with("SamplerTable"),
     "reference": lambda: parse_with("Reference"), "report": lambda: report, "state": lambda: state, "header": lambda: header,
     "delta": lambda: delta, "numbers": lambda: numbers, "update": lambda: update, "factors": lambda: factors, "streams": lambda: streams, "overlay": lambda: composed, "request": lambda: request,
 }  # fmt: skip
@@ -189,6 +189,8 @@ def documents() -> Iterator[tuple[str, dict[str, Any]]]:
         "default_variant": "full", "origin": origin, "minimum_agent": "0.2.0",
         "files": [entry | {"role": "graph", "variant": None}, *roles, thin, *(role | {"variant": "turbo"} for role in roles[1:])],
     }  # fmt: skip
+    yield "policy2", {"schema_version": 2, "line": "a", "device_class": "b", "seq": 1, "manifest": "1" * 64, "salt": "s", "policy": 1, "limit": 9,
+                      "first": ["d"], "only": ["site=b"], "fallback": {"seq": 1, "manifest": "2" * 64}, "requires": ["x"]}  # fmt: skip
     yield "policy", {"schema_version": 1, "line": "a", "device_class": "b", "seq": 1, "manifest": "1" * 64, "salt": "s",
                      "waves": [{"bps": 1, "not_before": 0}], "halt": False, "revert": False}  # fmt: skip
     runtime = {"onnxruntime": [">=1.20", "<2"], "graph_optimization_level": "all", "config": {"a": "1"}}

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from model.export import Export
-from ota.agent import channel, child, drawing, history, reports, slots, transport
+from ota.agent import channel, child, drawing, history, policy, reports, slots, transport
 from ota.agent.disk import Disk
 from ota.agent.state import HighWater, Home, State, opened
 from ota.errors import DeviceError, FaultError, GateError, OtaError
@@ -33,10 +33,11 @@ from ota.report import DeviceReport, open_line
 from tests import crash_kit
 from tests.conftest import few
 from tests.crash_kit import Log, Recorder, Tree, fingerprint, lay_out
-from tests.fleet_kit import Device, Field, name_delta, publish, releases
+from tests.fleet_kit import Device, Field, name_delta, name_policy, publish, releases
 from tests.test_agent_machine import Children
 from tests.test_chaos import difference, facts
 from tests.test_overlay import assembled, taught
+from tests.test_policy2 import policy2
 
 pytest_plugins = ["tests.fleet_kit", "tests.test_agent_machine"]
 LOOSE = "metadata"
@@ -313,7 +314,7 @@ class Scenario:
             shutil.rmtree(folder)
 
 
-NAMES = ["delta", "chain", "full", "first", "overlay", "broken delta", "refused", "taken back", "damaged"]
+NAMES = ["delta", "chain", "full", "first", "overlay", "broken delta", "refused", "taken back", "damaged", "acknowledged"]
 
 
 class Failing(Children):
@@ -366,6 +367,11 @@ def scenario(
         publish(field.repository, thin, patch.path, thin)
     else:
         publish(field.repository, second, step if name != "full" else None, first)
+    if name == "acknowledged":  # the folder of reports stands for the gateway, and what is there was kept
+        name_policy(field.repository, policy2(field.release, acknowledge=True))
+        fate = reports.fate
+        monkeypatch.setattr(reports, "fate", lambda *given: "accepted" if (found := fate(*given)) == "delivered" else found)
+        monkeypatch.setattr(policy, "unheard", lambda *_: "")
     if name == "broken delta":
         name_delta(field.repository, first.manifest.digest, second.manifest.digest, step.read_bytes()[:-20] + bytes(20))
     if name == "taken back":

@@ -25,7 +25,7 @@ from ota.agent.rules import MAX_TRIES
 from ota.agent.state import TRIAL_GOOD, TRIAL_LOADS, Trial
 from ota.errors import AgentError, GateError, ManifestError, SoftwareError, UnfinishedError
 from ota.manifest import FORMS, Manifest, Reference, SamplerTable, parse
-from ota.policy import Policy
+from ota.policy import Policy, Policy2
 from ota.release.bundle import Bundle
 from tests.conftest import few
 from tests.fleet_kit import Field, publish
@@ -227,6 +227,7 @@ def changed(data: bytes, **fields: Any) -> bytes:
             f"the manifest has form {FORMS['manifest'] + 1} and needs an agent that knows it, but this is {ota.__version__}; update",
         ),
         (Policy, {"schema_version": 7, "when": "soon"}, "the policy has form 7"),
+        (Policy2, {"schema_version": 3, "limit": "all"}, "the policy 2 has form 3"),
         (SamplerTable, {"schema_version": 3, "method": "new"}, "the samplertable has form 3"),
         (Reference, {"schema_version": 3}, "the reference has form 3"),
     ],
@@ -235,6 +236,7 @@ def test_document_for_a_newer_agent_says_so(bundles, kind, fields, sentence):
     data = {
         Manifest: bundles["first"].manifest.canonical,
         Policy: lambda: Policy(line="a", device_class="b", seq=1, manifest="0" * 64, salt="", waves=[]).canonical(),
+        Policy2: lambda: Policy2(line="a", device_class="b", seq=1, manifest="0" * 64, salt="", policy=1, limit=0).canonical(),
         SamplerTable: lambda: bundles["first"].path("sampler", "full").read_bytes(),
         Reference: lambda: bundles["first"].path("reference", "full").read_bytes(),
     }[kind]()

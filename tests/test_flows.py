@@ -717,11 +717,11 @@ def test_lost_feature_spaces_are_not_replaced_in_silence(workspace: Workspace):
 def test_rollout_is_halted_while_a_model_is_trained(workspace: Workspace):
     with FileLock(workspace.work / "retraining.lock"):
         assert ferry(workspace, "rollout", "start", "shapes").exit_code == 0
-        begun = workspace.repository.policy("shapes", "edge")
+        begun = workspace.repository.policy2("shapes", "edge")
         assert ferry(workspace, "rollout", "renew", "shapes").exit_code == 0
-        assert workspace.repository.policy("shapes", "edge") == begun
+        assert workspace.repository.policy2("shapes", "edge") == begun
         assert ferry(workspace, "rollout", "halt", "shapes", "--reason", "blurred").exit_code == 0
-    policy = workspace.repository.policy("shapes", "edge")
+    policy = workspace.repository.policy2("shapes", "edge")
     assert policy is not None
     assert policy.halt
     assert kinds(workspace)[-2:] == ["rollout", "halt"]

@@ -96,7 +96,7 @@ def release_of_today(world: World) -> Any:
     today(world, "update")
     made = ferry(world, "release", LINE)
     assert made["minimum_agent"] == ota.__version__
-    ferry(world, "rollout", "start", LINE, "--waves", "100")
+    ferry(world, "rollout", "start", LINE, "--waves", "100", "--unwatched", "100")
     return made
 
 
@@ -132,7 +132,7 @@ def released_once(unpacked: World, tmp_path_factory: pytest.TempPathFactory) -> 
     assert (made["release"], len(made["deltas"]), made["minimum_agent"]) == (2, 1, VERSION)
     with opened(world) as workspace:
         assert 1 in {link.form for link in workspace.repository.links(LINE, CLASS)}  # agents of before look for no other delta
-    ferry(world, "rollout", "start", LINE, "--waves", "100")
+    ferry(world, "rollout", "start", LINE, "--waves", "100", "--unwatched", "100")
     return world
 
 
@@ -151,6 +151,23 @@ def test_old_agent_updates_by_delta_from_todays_factory(old, released):
     draws_all(old, released.device)
     standing = ferry(released, "fleet", "status")["devices"][DEVICE]["standing"]
     assert (standing["release"], standing["agent"], standing["behind"]) == (2, VERSION, False)
+
+
+def test_old_agent_never_reads_policy_2_and_follows_policy_1_alone(old, world):
+    ferry(world, "release", LINE)
+    before = runs(world)
+    with WebServer(world.factory / "published") as server:
+        config = world.device / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_bytes()) | {"repository": server.address}))
+        made = ferry(world, "rollout", "start", LINE, "--waves", "100")
+        assert (made["schema_version"], made["seq"], made["unwatched"]["seq"]) == (2, 2, 1)
+        assert made["not_watched"] == [f"{DEVICE} ({VERSION})"]
+        assert answer(old.agent(world.device, "update"))["changed"] is False
+        assert runs(world) == before
+        ferry(world, "rollout", "widen", LINE, "--unwatched", "100")
+        assert answer(old.agent(world.device, "update"))["reason"] == "release 2 is installed"
+        assert server.asked("edge.json")
+        assert server.asked("edge.2.json") == []
 
 
 @pytest.mark.parametrize("way", ["delta", "full"])
@@ -360,7 +377,7 @@ def test_todays_factory_retrains_what_the_old_one_trained(old, world):
     assert [row["subject"] for row in others] == ["shapes/I/dev", "shapes/I/turbo"]
     # So few images and steps may make other edges than before, which is what a device refuses unless it is allowed.
     ferry(world, "release", LINE, "--allow-change", "--reason", "trained anew on the same images")
-    ferry(world, "rollout", "start", LINE, "--waves", "100")
+    ferry(world, "rollout", "start", LINE, "--waves", "100", "--unwatched", "100")
     assert answer(old.agent(world.device, "update"))["changed"] is True
 
 
@@ -389,7 +406,7 @@ def test_leaving_devices_behind_is_a_recorded_decision(old, raised):
     made = ferry(raised, "release", LINE, "--leave-behind")
     assert made["left_behind"] == {DEVICE: VERSION}
     assert ferry(raised, "history")["entries"][-1]["facts"]["left_behind"] == made["left_behind"]
-    ferry(raised, "rollout", "start", LINE, "--waves", "100")
+    ferry(raised, "rollout", "start", LINE, "--waves", "100", "--unwatched", "100")
     assert DEVICE in "".join(ferry(raised, "rollout", "status", LINE)["behind"])
     assert [device["too_old"] for device in ferry(raised, "status")["devices"]] == [True]
     assert (

@@ -31,7 +31,7 @@ from ota.delta.format import _USUAL, MAGIC, PREFIX, _numbered, read_header
 from ota.delta.header import BundleFile, DeltaFile, Header, PlainFile
 from ota.errors import DeltaError, FaultError, GateError, InvalidError, ManifestError, OtaError, StateError, TrustError, printable
 from ota.manifest import Document, Manifest, Origin, Reference, SamplerTable, parse
-from ota.policy import Policy
+from ota.policy import Policy, Policy2
 from ota.release import rotation
 from ota.release.bundle import Bundle
 from ota.release.keys import ROLES, KeyRing, create
@@ -270,7 +270,7 @@ def test_length_signed_by_a_thief_fills_no_memory(offered):
 # Documents: no string without a type
 
 DOCUMENTS: list[type[BaseModel]] = [
-    trust.Target, trust.Custom, Manifest, Policy, SamplerTable, Reference, SignedReport, SealedReport, Enrolment, Answer, Config,
+    trust.Target, trust.Custom, Manifest, Policy, Policy2, SamplerTable, Reference, SignedReport, SealedReport, Enrolment, Answer, Config,
 ]  # fmt: skip
 HEADER = {
     "base": "1" * 64, "target": "1" * 64,
@@ -349,6 +349,10 @@ EXAMPLES: dict[type[Document], dict[str, Any]] = {
         "minimum_agent": "0.1.0", "schema_version": 1,
     },
     Policy: {"line": "a", "device_class": "b", "seq": 1, "manifest": "1" * 64, "salt": "1-1", "waves": []},
+    Policy2: {
+        "schema_version": 2, "line": "a", "device_class": "b", "seq": 2, "manifest": "1" * 64, "salt": "1-1", "policy": 1, "limit": 9,
+        "first": ["dev-1", "site=berlin"], "only": ["site=a"], "never": ["dev-2"], "fallback": {"seq": 1, "manifest": "2" * 64}, "requires": ["x"],
+    },
     SamplerTable: {
         "schema_version": 1, "variant": "full", "method": "ab2", "times": [1.0, 0.0], "guidance": 1.0, "image": {"channels": 1, "size": 8},
         "text_length": 8, "runtime": {"onnxruntime": [">=1.20", "<2"], "graph_optimization_level": "all",
@@ -370,7 +374,7 @@ EXAMPLES: dict[type[Document], dict[str, Any]] = {
     },
     Enrolment: {"device": "d", "line": "a", "device_class": "b", "public_key": "1" * 64, "token": "t" * 16, "signature": "1" * 128},
     Config: {"device": "d", "line": "a", "device_class": "b", "repository": "https://updates.example/f", "root_sha256": "1" * 64,
-             "reports": "/mnt/inbox", "window": "22:00-05:00", "prefer": "default", "safe": "full"},
+             "reports": "/mnt/inbox", "tags": ["site=berlin"], "window": "22:00-05:00", "prefer": "default", "safe": "full"},
 }  # fmt: skip
 PLACES = {("repository",), ("reports",)}  # folders and addresses from the device's owner: all but control characters
 TEXTS = {("report", "reason")}  # for people: made printable

@@ -12,22 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock, Timeout
 from typer.testing import CliRunner
 
 from flows import policies
 from flows.cli import app
 from flows.errors import BusyError
+from flows.policies import Shares
 from flows.setup import create
 from flows.workspace import Workspace
 from ota.errors import OperatorError
-from ota.policy import Policy
-from ota.release import fielded
+from ota.policy import BUCKETS, Fallback, Policy, Policy2
+from ota.release import fielded, rollout
 from ota.release.bundle import Bundle
 from ota.release.keys import KeyRing
 from ota.release.repository import Repository
+from ota.report import DeviceReport, seal
 from registry.errors import LedgerError
-from tests.fleet_kit import CLASS, LINE, Device
+from tests.fleet_kit import CLASS, LINE, Device, everyone
 
 pytest_plugins = ("tests.fleet_kit",)
 
@@ -116,7 +119,7 @@ def refused(factory: Factory, sentence: str, *words: str, code: int = 3) -> str:
 def test_start_takes_the_release_of_the_present_champion(two: Factory):
     two.release("garbage")  # newer, but of no champion
     two.ferry("rollout", "start", LINE)
-    policy = two.workspace.repository.policy(LINE, CLASS)
+    policy = two.workspace.repository.policy2(LINE, CLASS)
     assert policy is not None
     assert policy.seq == 2
 
@@ -180,7 +183,7 @@ def test_next_step_is_what_is_true(factory: Factory):
 
     assert step(1) == "no device installs it yet; run `ferry rollout start shapes/edge`"
     factory.ferry("rollout", "start", LINE, "--waves", "100", "--soak", "0")
-    assert step(1) == "release 1 is open to 100 % of the fleet"
+    assert step(1) == "release 1 is open to 100 % of the watched devices"
     factory.promote("second")
     factory.release("second")
     assert step(2) == "no device installs it yet; run `ferry rollout start shapes/edge`"
@@ -231,7 +234,7 @@ def test_each_change_is_recorded_and_published(two: Factory, words: tuple[str, .
 @pytest.mark.parametrize(
     "change",
     [
-        lambda w: policies.start(w, LINE, CLASS, [100], 0, 2), lambda w: policies.renew(w, LINE, CLASS),
+        lambda w: policies.start(w, LINE, CLASS, Shares([100]), 2), lambda w: policies.renew(w, LINE, CLASS),
         lambda w: policies.floor(w, LINE, CLASS, 2), policies.publish,
     ],
     ids=["start", "renew", "floor", "publish"],
@@ -279,7 +282,9 @@ def test_halt_goes_out_while_another_ferry_holds_the_records(two: Factory, tmp_p
         assert "release 2 is halted, and that is published, but it could not be recorded" in told
         assert "another ferry process holds the records" in told
         outcome = device.update()
-    assert (outcome.changed, outcome.reason) == (False, "release 2 is halted")
+        again = device.update()
+    assert (outcome.reason, device.state.seq) == ("release 1 is installed", 1)  # it had nothing, and that was open to all before
+    assert (again.changed, again.reason) == (False, "release 2 is halted")
     assert two.workspace.ledger.head() == entries
     two.ferry("rollout", "halt", LINE, "--reason", "")  # and is recorded once they are free
     assert [(e.kind, e.why) for e in two.workspace.ledger.entries()][-1] == ("halt", "halted by hand")
@@ -324,13 +329,15 @@ def test_changes_at_the_same_moment_are_all_signed(two: Factory):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(renew, range(4)))
     assert json.loads((folder / "metadata/timestamp.json").read_bytes())["signed"]["version"] == first + 20
-    assert two.workspace.repository.policy(LINE, CLASS)
+    assert two.workspace.repository.policy2(LINE, CLASS)
 
 
 def test_rollout_that_changes_one_of_the_same_release_says_what_was(two: Factory):
     two.ferry("rollout", "halt", LINE)
     assert "before, release 2 is halted" in two.ferry("rollout", "start", LINE)
-    assert "before, release 2 is open to 1 % of the fleet" in two.ferry("rollout", "start", LINE, "--waves", "50")
+    assert "before, release 2 is open to 1 % of the watched devices, then to 10 %" in two.ferry(
+        "rollout", "start", LINE, "--waves", "50"
+    )
 
 
 @pytest.mark.parametrize(
@@ -353,7 +360,7 @@ def test_nothing_but_a_halt_is_signed_that_cannot_be_recorded(two: Factory, monk
 
     monkeypatch.setattr(two.workspace.ledger, "check_ready", damaged)
     before = two.facts()
-    given = {"start": ([100], 0, 2), "renew": (), "floor": (2,)}[change]
+    given = {"start": (Shares([100]), 2), "renew": (), "floor": (2,)}[change]
     with pytest.raises(LedgerError):
         getattr(policies, change)(two.workspace, LINE, CLASS, *given)
     assert two.facts() == before
@@ -399,7 +406,7 @@ def test_what_must_be_quick_loads_nothing_large(two: Factory, name: str):
 def test_shares_that_do_not_rise_are_refused_before_anything_is_read(two: Factory, shares: list[float]):
     before = two.facts()
     with pytest.raises(OperatorError):
-        policies.start(two.workspace, "nosuch", "nosuch", shares, 0)
+        policies.start(two.workspace, "nosuch", "nosuch", Shares(shares))
     assert two.facts() == before
 
 
@@ -421,3 +428,185 @@ def test_one_process_at_a_time_opens_mlflow(factory: Factory, monkeypatch: pytes
     assert len(opened) == 1
     lock.acquire(timeout=0)
     lock.release()
+
+
+# Policy 2 and the devices that are not watched
+
+
+def in_force(factory: Factory) -> tuple[Policy2, Policy | None]:
+    found = policies.InForce.of(factory.workspace, LINE, CLASS)
+    assert found.watched
+    return found.watched, found.waves
+
+
+def test_start_opens_the_first_share_and_widen_the_next(two: Factory):
+    two.ferry("rollout", "start", LINE, "--waves", "1,10,100")
+    watched, waves = in_force(two)
+    assert (watched.limit, watched.steps) == (BUCKETS // 100, [BUCKETS // 100, BUCKETS // 10, BUCKETS])
+    assert waves is None  # nothing was ever opened to devices that are not watched
+    number = watched.policy
+    assert "release 2 is open to 10 % of the watched devices, then to 100 %" in two.ferry("rollout", "widen", LINE)
+    assert (in_force(two)[0].policy, in_force(two)[0].limit) == (number + 1, BUCKETS // 10)
+    two.ferry("rollout", "widen", LINE, "--to", "50")
+    assert in_force(two)[0].limit == BUCKETS // 2
+    refused(two, "release 2 is open to 50 % of the watched devices already", "rollout", "widen", LINE, "--to", "20")
+    two.ferry("rollout", "widen", LINE)
+    assert in_force(two)[0].limit == BUCKETS
+    refused(two, "release 2 is open to 100 % of the watched devices already", "rollout", "widen", LINE)
+    last = two.workspace.ledger.entries(f"{LINE}/{CLASS}")[-1]
+    assert (last.kind, last.why, last.facts) == (
+        "rollout",
+        "widened to 100 % of the fleet",
+        {"release": 2, "policy": number + 3},
+    )
+
+
+def test_devices_that_are_not_watched_come_last(two: Factory):
+    two.ferry("rollout", "start", LINE)
+    refused(
+        two, "release 2 is open to 1 % of the watched devices; open it to all", "rollout", "widen", LINE, "--unwatched", "100"
+    )
+    refused(
+        two, "release 2 is open to 1 % of the watched devices; open it to all", "rollout", "start", LINE, "--unwatched", "100"
+    )
+    two.ferry("rollout", "widen", LINE, "--to", "100")
+    told = two.ferry("rollout", "widen", LINE, "--unwatched", "10,100", "--soak", "2h")
+    assert (
+        "release 2 is open to 100 % of the watched devices; for devices that are not watched, release 2 is open to 10 % of the fleet"
+        in told
+    )
+    watched, waves = in_force(two)
+    assert watched.limit == BUCKETS
+    assert waves
+    assert [wave.bps for wave in waves.waves] == [1000, 10_000]
+    assert waves.waves[1].not_before - waves.waves[0].not_before == 7200
+    two.ferry("rollout", "widen", LINE, "--unwatched", "100")
+    assert "release 2 is open to 100 % of the fleet" in two.ferry("rollout", "status", LINE)
+
+
+def test_policy_1_stays_on_what_it_named_before(two: Factory):
+    two.ferry("rollout", "start", LINE, "--waves", "100", "--unwatched", "100")
+    before = in_force(two)[1]
+    two.promote("garbage")
+    two.release("garbage")
+    two.ferry("rollout", "start", LINE)
+    watched, waves = in_force(two)
+    assert (watched.seq, waves) == (3, before)
+    assert watched.fallback == Fallback(seq=2, manifest=str(before and before.manifest))
+    two.ferry("rollout", "halt", LINE)
+    watched, waves = in_force(two)
+    assert watched.halt
+    assert waves == before  # release 2 did no harm
+
+
+def test_fallback_is_the_last_release_that_was_open_to_all(two: Factory):
+    first = two.workspace.repository.releases(LINE, CLASS)[0]
+    assert in_force(two)[0].fallback == Fallback(seq=1, manifest=first.manifest)
+    two.ferry("rollout", "start", LINE, "--waves", "10")
+    assert in_force(two)[0].fallback == Fallback(seq=1, manifest=first.manifest)
+    two.promote("garbage")
+    two.release("garbage")
+    two.ferry("rollout", "start", LINE)
+    assert in_force(two)[0].fallback == Fallback(seq=1, manifest=first.manifest)  # the second was open to 10 % only
+    two.ferry("trust", "floor", LINE, "3")
+    assert in_force(two)[0].fallback is None
+
+
+def test_revert_opens_both_at_once_and_names_no_fallback(two: Factory):
+    two.ferry("rollout", "start", LINE, "--release", "1", "--revert")
+    watched, waves = in_force(two)
+    assert waves
+    assert (watched.seq, watched.revert, watched.limit, watched.fallback) == (1, True, BUCKETS, None)
+    assert (waves.seq, waves.revert, rollout.is_open(waves)) == (1, True, True)
+
+
+def test_both_policies_change_in_one_commit(two: Factory):
+    two.ferry("rollout", "start", LINE, "--waves", "100", "--unwatched", "100")
+    for words in (("halt", LINE), ("renew", LINE), ("start", LINE, "--waves", "100", "--unwatched", "100")):
+        before = two.workspace.repository.in_force("rollout").signed.version
+        two.ferry("rollout", *words)
+        assert two.workspace.repository.in_force("rollout").signed.version == before + 1
+        watched, waves = in_force(two)
+        assert waves
+        assert watched.halt == waves.halt == (words[0] != "start")
+
+
+def test_terms_of_a_rollout_are_signed(two: Factory):
+    two.ferry(
+        "rollout", "start", LINE, "--first", "press-07,site=berlin", "--only", "site=berlin", "--never", "press-09", "--not-before",
+        "2030-01-02T03:04", "--until", "2030-02-01T00:00+01:00", "--acknowledge", "--spread", "1h", "--heartbeat", "2h",
+    )  # fmt: skip
+    made, _ = in_force(two)
+    assert (made.first, made.only, made.never) == (["press-07", "site=berlin"], ["site=berlin"], ["press-09"])
+    assert (made.not_before, made.until) == (1_893_553_440, 1_896_130_800)
+    assert (made.acknowledge, made.spread, made.heartbeat) == (True, 3600, 7200)
+    two.ferry("rollout", "start", LINE)
+    made, _ = in_force(two)
+    assert (made.first, made.acknowledge, made.heartbeat) == ([], False, 7200)  # only the heartbeat is no matter of one rollout
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "code"),
+    [
+        (("--first", "Press 7"), "first.0", 3), (("--never", ",".join(f"d{i}" for i in range(201))), "at most 200 entries", 3),
+        (("--not-before", "tomorrow"), "is no moment", 2), (("--until", "2030-13-01"), "is no moment", 2),
+        (("--heartbeat", "30m"), "is not between 1h and 1d", 2), (("--spread", "8d"), "is not between", 2),
+        (("--not-before", "3h", "--until", "2h"), "a rollout ends after it begins", 3), (("--unwatched", "x"), "are not shares", 3),
+    ],
+)  # fmt: skip
+def test_terms_that_cannot_be_are_refused(two: Factory, words: tuple[str, ...], says: str, code: int):
+    refused(two, says, "rollout", "start", LINE, *words, code=code)
+
+
+def test_retry_counts_up_over_rollouts(two: Factory):
+    two.ferry("rollout", "retry", LINE)
+    assert in_force(two)[0].retry == 1
+    two.ferry("rollout", "start", LINE)
+    two.ferry("rollout", "retry", LINE)
+    assert in_force(two)[0].retry == 2
+
+
+def test_halted_rollout_is_not_widened(two: Factory):
+    two.ferry("rollout", "start", LINE)
+    two.ferry("rollout", "halt", LINE)
+    refused(two, "release 2 is halted, so it is not opened further", "rollout", "widen", LINE)
+
+
+def test_first_start_after_the_update_writes_policy_2_beside_policy_1(factory: Factory):
+    factory.promote("first")
+    factory.release("first")
+    release = factory.workspace.repository.releases(LINE, CLASS)[0]
+    factory.workspace.repository.set_policy(everyone(release))  # as the version before left it
+    refused(factory, "was rolled out by an older ferry, so there is nothing to widen", "rollout", "widen", LINE)
+    assert "release 1 is open to 100 % of the fleet" in factory.ferry("rollout", "status", LINE)
+    factory.promote("second")
+    factory.release("second")
+    factory.ferry("rollout", "start", LINE)
+    watched, waves = in_force(factory)
+    assert (watched.seq, watched.policy, watched.fallback) == (2, 1, Fallback(seq=1, manifest=release.manifest))
+    assert waves == everyone(release)
+
+
+def test_answer_counts_who_waits_for_unwatched(two: Factory):
+    for name, agent in (("dev-1", "0.2.0"), ("dev-2", "0.3.0"), ("dev-3", "")):
+        key = Ed25519PrivateKey.generate()
+        two.workspace.fleet.enroll(name, key.public_key().public_bytes_raw().hex())
+        if agent:
+            made = DeviceReport(
+                schema_version=2, device=name, boot="b", number=1, time=0, line=LINE, device_class=CLASS, event="confirmed",
+                manifest=None, active=None, agent=agent,
+            )  # fmt: skip
+            two.workspace.fleet.receive(seal(made, key))
+    told = two.ferry("rollout", "start", LINE)
+    assert (
+        "2 devices are not watched and wait for `ferry rollout widen shapes/edge --unwatched 1,10,100`: dev-1 (0.2.0), dev-3 (never reported)"
+        in told
+    )
+    two.ferry("rollout", "widen", LINE, "--to", "100")
+    assert "not watched and wait" not in two.ferry("rollout", "widen", LINE, "--unwatched", "100")
+
+
+def test_release_that_devices_fall_back_to_stays_installable(two: Factory, bundles: dict[str, Bundle]):
+    two.ferry("rollout", "start", LINE, "--waves", "10")
+    first = two.workspace.repository.releases(LINE, CLASS)[0]
+    assert two.workspace.repository._in_use(LINE, CLASS) >= {first.manifest}

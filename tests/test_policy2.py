@@ -48,6 +48,12 @@ def test_unknown_optional_fields_are_ignored_at_every_depth():
     assert parse(Policy2, json.dumps(given).encode(), MAX_POLICY_2) == policy2(fallback={"seq": 1, "manifest": OTHER})
 
 
+def test_defaults_are_not_sent():
+    said = json.loads(policy2().canonical())
+    assert sorted(said) == ["device_class", "limit", "line", "manifest", "policy", "salt", "schema_version", "seq"]
+    assert parse(Policy2, policy2().canonical(), MAX_POLICY_2) == policy2()
+
+
 def test_unknown_feature_in_requires_needs_a_newer_agent():
     with pytest.raises(AgentError, match=r"requires moon-phase, but this is .*; update the agent first"):
         policy.check(policy2(requires=["moon-phase"]), config(), 0)

@@ -29,14 +29,15 @@ from ota.agent import rules
 from ota.agent.disk import Disk
 from ota.agent.state import HighWater
 from ota.errors import TrustError
+from ota.policy import Policy2
 from ota.release import keys as keys_module
 from ota.release import repository as repository_module
 from ota.release import rotation, store
 from ota.release.bundle import Bundle
 from ota.release.ceremony import Waiting, taken_out
 from ota.release.keys import KeyRing
-from ota.release.repository import Repository
-from ota.release.rollout import start
+from ota.release.repository import Release, Repository
+from ota.release.rollout import Terms, watched
 from tests.conftest import few
 from tests.fleet_kit import (
     CLASS,
@@ -211,7 +212,9 @@ def test_drill_stolen_online_keys(plant, bundles):
     plant.follow(bundles["second"])
 
     # The thief releases what he likes, as the factory did before.
-    name_policy(thief, everyone(thief.releases(LINE, CLASS)[0], manifest=bundles["garbage"].manifest.digest, seq=9))
+    bad = {"manifest": bundles["garbage"].manifest.digest, "seq": 9}
+    name_policy(thief, everyone(thief.releases(LINE, CLASS)[0], **bad))
+    name_policy(thief, to_all(thief, thief.releases(LINE, CLASS)[0]).model_copy(update=bad))
     name_manifest(thief, bundles["garbage"].manifest, seq=9)
     plant.refuse(thief.folder)
     # He adds the factory's new roots, so that none is missing.
@@ -272,7 +275,7 @@ def test_stolen_root_keys_lead_no_device_along_another_chain(plant, bundles, tmp
     new = Device(tmp_path / "new" / "device")
     new.command(
         "init", "--device", "dev-9", "--line", LINE, "--class", CLASS, "--repository", str(thief.folder), "--root", str(root),
-        "--root-sha256", hashlib.sha256(root.read_bytes()).hexdigest(),
+        "--root-sha256", hashlib.sha256(root.read_bytes()).hexdigest(), "--reports", str(tmp_path / "new"),
     )  # fmt: skip
     with pytest.raises(TrustError):
         new.update()
@@ -802,7 +805,7 @@ def test_ledger_key_moves_to_a_vault_and_signs_from_there_on(plant, vault):
     vault("ledger")  # somebody made another key under its name
     told = plant.start("--waves", "100", "--soak", "0", code=3)
     assert "the ledger's key vault:ledger cannot sign" in told
-    before = plant.repository.policy(LINE, CLASS)
+    before = plant.repository.policy2(LINE, CLASS)
     assert before is not None
     assert before.halt  # nothing is rolled out that could not be recorded
     assert len(json.loads(plant.ferry("history", "--json"))["entries"]) == entries + 1
@@ -947,13 +950,18 @@ def test_empty_rollout_is_no_alarm(bare):
 # The floor below which nothing may be installed
 
 
+def to_all(thief: Repository, release: Release, revert: bool = False) -> Policy2:
+    """Return what the holder of the rollout key signs to open a release to all devices."""
+    return watched(release, (100,), thief.policy2(LINE, CLASS), None, Terms(), revert)
+
+
 def test_floor_holds_against_the_rollout_key(plant, bundles, tmp_path):
     for bundle in (bundles["garbage"], bundles["second"]):
         plant.repository.publish_release(bundle.manifest, bundle.folder, "0" * 64, [])
     thief = plant.thief()
     old, bad, _ = thief.releases(LINE, CLASS)
     # Without a floor, the thief of the rollout key can make devices install any release that is still listed.
-    name_policy(thief, everyone(bad))
+    name_policy(thief, to_all(thief, bad))
     assert visit_reason(plant.near, thief.folder) == "release 2 is open to this device"
     shutil.rmtree(thief.folder.parent)
 
@@ -968,7 +976,7 @@ def test_floor_holds_against_the_rollout_key(plant, bundles, tmp_path):
     new = Device.init(tmp_path / "new" / "device", thief)  # it runs nothing, so no release is older
     plant.near.configure(repository=str(thief.folder))
     for release, revert, devices in ((bad, False, (plant.near, new)), (bad, True, (plant.near, new)), (old, True, (new,))):
-        name_policy(thief, start(release, (100,), 0, now=0, revert=revert))
+        name_policy(thief, to_all(thief, release, revert))
         for device in devices:
             with untouched(device, TrustError, f"release {release.seq} is below the floor, 3", marks=False):
                 device.update()

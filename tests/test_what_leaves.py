@@ -22,11 +22,12 @@ from infra.site import example, leaves
 from model.scorecard import Lineage, Scorecard
 from ota.agent.beat import Beat
 from ota.manifest import Manifest, Reference, SamplerTable
-from ota.policy import Policy
+from ota.policy import Policy, Policy2
 from ota.report import DeviceReport, Enrolment, SealedReport, open_line
 from registry.selection import Decision
-from tests.fleet_kit import Device, Field
+from tests.fleet_kit import Device, Field, name_policy
 from tests.network_kit import Inbox
+from tests.test_policy2 import policy2
 
 pytest_plugins = ("tests.fleet_kit",)
 
@@ -38,6 +39,7 @@ DOCUMENTS: list[type[BaseModel]] = [
     Enrolment,
     Manifest,
     Policy,
+    Policy2,
     SamplerTable,
     Reference,
     Lineage,
@@ -86,6 +88,8 @@ def test_page_lists_what_a_device_asks_for(offered: Field, tmp_path: Path):
         (tmp_path / "new").mkdir()
         fresh = Device.init(tmp_path / "new" / "device", offered.repository, address=address, name="dev-2")
         assert fresh.update().way == "full"
+        name_policy(offered.repository, policy2(offered.release))
+        assert fresh.update().reason == "release 2 is installed"
     assert {line.split()[0] for line, _ in seen} == {"GET"}
     asked = {line.split()[1].lstrip("/") for line, _ in seen}
     known = {path: pattern_of(path) for path in leaves.PATHS}

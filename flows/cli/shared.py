@@ -104,6 +104,24 @@ def time_of(low: int, high: int) -> Callable[[object], int]:
     return seconds
 
 
+def moment_of(given: object) -> int:
+    """Parse an option that is a moment: a date and time in UTC, such as 2026-12-02T18:00, or a time from now, such as 2h."""
+    from datetime import UTC, datetime
+
+    from ota import durations
+
+    text, now = str(given), datetime.now(UTC)
+    try:
+        if text[:4].isdigit() and text[4:5] == "-":
+            found = datetime.fromisoformat(text)
+            return int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp())
+        return int(now.timestamp()) + durations.parse(text)
+    except (ValueError, OverflowError) as error:
+        raise typer.BadParameter(
+            f"{printable(text, 60)} is no moment; write it as 2026-12-02T18:00, which is UTC, or as a time from now, such as 2h"
+        ) from error
+
+
 def phase(sentence: str) -> None:
     """Say on stderr what takes a while now, before progress can be shown; not with --quiet."""
     if not Options.quiet:

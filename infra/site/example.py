@@ -34,7 +34,7 @@ from ota.manifest import (
     VariantName,
 )
 from ota.manifest import Golden as Closeness
-from ota.policy import Policy, Wave
+from ota.policy import Policy, Policy2, Wave
 from ota.release import keys, rollout
 from ota.release.repository import Repository
 from ota.report import REPORT_FORM, DeviceReport, Enrolment, Event, Health, Outcome, seal
@@ -147,6 +147,16 @@ def policy() -> Policy:
     return Policy(line=LINE, device_class=CLASS, seq=1, manifest=made.digest, salt=f"1-{made.digest[:16]}", waves=waves)
 
 
+def policy2() -> Policy2:
+    """Return an example of a policy 2 that is open to a hundredth of the watched devices."""
+    made, _ = manifest()
+    steps = [rollout.limit_of(bps) for bps in (100, 1_000, 10_000)]
+    return Policy2(
+        line=LINE, device_class=CLASS, seq=1, manifest=made.digest, salt=f"1-{made.digest[:16]}", policy=1, limit=steps[0], steps=steps,
+        first=["press-01", "site=berlin"],
+    )  # fmt: skip
+
+
 @contextmanager
 def repository() -> Iterator[Repository]:
     """Make a repository with one release, a delta to it, a policy and a floor; it is removed after the block."""
@@ -159,7 +169,9 @@ def repository() -> Iterator[Repository]:
         (root / "delta").write_bytes(b"a delta")
         published = Repository.create(root / "repository", keys.create(root / "keys"))
         release = published.publish_release(made, root / "files", digest("ledger"), [(digest("before"), root / "delta")])
-        published.set_policy(rollout.start(release, (1, 10, 100), soak=86_400))
+        published.set_policy(
+            rollout.start(release, (1, 10, 100), soak=86_400), rollout.watched(release, (1, 10, 100), None, None, rollout.Terms())
+        )
         published.set_floor(LINE, CLASS, release.seq)
         yield published
 

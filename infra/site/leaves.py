@@ -17,7 +17,7 @@ from infra.site.text import code, joined, plain, sentence, table
 from model.config import ModelConfig
 from model.scorecard import Lineage, Sampler, Scorecard
 from ota.manifest import Manifest, Reference, SamplerTable
-from ota.policy import Policy
+from ota.policy import Policy, Policy2
 from ota.release.repository import Release
 from ota.report import DeviceReport, Enrolment, SealedReport
 from registry.seal import PARTS
@@ -69,7 +69,8 @@ PATHS = {
     "metadata/N.rollout.json": "if it is new",
     "metadata/N.models.json": "if it is new",
     "metadata/N.deltas.json": "if it is new, and an update is to be installed",
-    "targets/rollout/LINE/HASH.CLASS.json": "the policy: tells the server the device's line and class",
+    "targets/rollout/LINE/HASH.CLASS.2.json": "policy 2, where there is one: tells the server the device's line and class",
+    "targets/rollout/LINE/HASH.CLASS.json": "policy 1, where there is no other, or the device has no place for reports: alike",
     "targets/models/LINE/CLASS/HASH.BUNDLE.json": "the manifest of the bundle to install",
     "targets/deltas/LINE/CLASS/HASH.OLD.NEW": "a delta: tells the server which bundle the device runs",
     "objects/HASH": "a file of the bundle, where no delta is used",
@@ -380,7 +381,7 @@ def _device_never() -> str:
 
 def _published() -> str:
     manifest, _ = example.manifest()
-    policy = example.policy()
+    policy, policy2 = example.policy(), example.policy2()
     with example.repository() as made:
         rows = list(metadata_rows(made.metadata))
         sizes = {name: path.stat().st_size for name, path in made.files()}
@@ -395,6 +396,9 @@ def _published() -> str:
         table(HEAD, fields(Manifest, manifest)),
         f"**Policies**, in `targets/rollout/LINE/`. The example has {len(policy.canonical()):,} bytes.",
         table(HEAD, fields(Policy, policy)),
+        f"**Policies 2**, `HASH.CLASS.2.json` beside them, which agents from 0.3 on read in their place. The example has "
+        f"{len(policy2.canonical()):,} bytes. Whoever can read the repository learns the ids and the tags that `first`, `only` and `never` name.",
+        table(HEAD, fields(Policy2, policy2)),
         "**Files of bundles**, in `objects/`, named by their hashes. Together they are as large as the model.",
         table(("file", "content"), ((code(role), said) for role, said in FILES.items())),
         "**Deltas**, in `targets/deltas/LINE/CLASS/`: the differences between the files of two bundles, in the form that "

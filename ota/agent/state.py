@@ -41,9 +41,9 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from ota import overlay
 from ota.agent import window as hours
@@ -125,6 +125,12 @@ class Config(Document):
     core_watts: float | None = Field(
         default=None, gt=0, le=1e4, description="power that a busy core adds, in watts, if the device has no sensor"
     )
+
+    @model_serializer(mode="wrap")
+    def _as_in_older_agents(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what agents before 0.3 do not know where it has its default, so that they read the file."""
+        said: dict[str, Any] = handler(self)
+        return {name: value for name, value in said.items() if (name, value) not in (("tags", []), ("share", "all"))}
 
 
 class Trial(Document):

@@ -168,9 +168,10 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool, pa
         way = _fetch(home, trust, transport, plan, step)
 
     step(9, "refresh again")
-    fresh, wanted = decide(home, trust.again())
-    if fresh is None or fresh.manifest != plan.manifest:
-        return Outcome(False, state.active, f"stopped before the switch: {wanted.reason}", way, transport.received)
+    trust = trust.again()
+    fresh, stopped = _again(home, trust, plan)
+    if fresh is None:
+        return Outcome(False, state.active, stopped, way, transport.received)
 
     step(10, "try it on this device")
     state = home.load()  # step 9 may have met new keys of `models`
@@ -217,10 +218,8 @@ def _start(
         nonlocal trust
         step(9, "refresh again")
         trust = trust.again()
-        fresh, wanted = decide(home, trust)
-        if fresh is None or fresh.manifest != plan.manifest:
-            return f"stopped before the switch: {wanted.reason}"
-        return "" if fresh.acknowledge else None
+        fresh, why = _again(home, trust, plan)
+        return why if fresh is None or fresh.acknowledge else None
 
     if plan.acknowledge:
         stopped = acknowledgement.wait(home, plan, look, patience)
@@ -230,6 +229,14 @@ def _start(
     if not stopped:
         acknowledgement.forget(home)
     return milliseconds, stopped
+
+
+def _again(home: Home, trust: Trust, plan: Plan) -> tuple[Plan | None, str]:
+    """Decide again, after a refresh; return the plan of the same bundle, or None and why the update stops."""
+    fresh, wanted = decide(home, trust)
+    if fresh is None or fresh.manifest != plan.manifest:
+        return None, f"stopped before the switch: {wanted.reason}"
+    return fresh, ""
 
 
 def _silent(number: int, name: str) -> None:

@@ -23,6 +23,8 @@ UNKNOWN = "unknown"  # that of a device that never reported
 OWN_ROLES_SINCE = "0.3.0"
 """Oldest agent that remembers the versions of a class's own roles (`ota.release.delegation`)."""
 UNSIGNED = ", which version 0.2 kept without the signature"
+POLICY_2_SINCE = "0.3.0"
+"""Oldest agent that obeys policy 2 (`ota.policy`)."""
 SHOWN = 10  # devices that a message names; the others are counted
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from ota.errors import OperatorError
 from ota.limits import OF_NUMBERS
 from ota.manifest import FileEntry, VariantName
-from ota.policy import Policy
+from ota.policy import Policy, Policy2
 from ota.release import rollout
 from ota.release.repository import Release, Repository
 from ota.report import DeviceReport
@@ -33,8 +33,8 @@ class Fielded(Protocol):
         """Devices and their reports."""
 
 
-def rolled_out(repository: Repository, line: str, device_class: str, doing: str) -> Policy:
-    """Return the policy in force.
+def rolled_out(repository: Repository, line: str, device_class: str, doing: str) -> Policy | Policy2:
+    """Return the policy that names what is rolled out: policy 2 where there is one.
 
     Args:
         repository: the signed repository.
@@ -45,7 +45,7 @@ def rolled_out(repository: Repository, line: str, device_class: str, doing: str)
     Raises:
         OperatorError: nothing is rolled out.
     """
-    policy = repository.policy(line, device_class)
+    policy = repository.rolled_out(line, device_class)
     if policy is None:
         raise OperatorError(
             f"nothing of {line}/{device_class} is rolled out, so there is nothing to {doing}; `ferry rollout start {line}/{device_class}` rolls a release out"
@@ -53,13 +53,23 @@ def rolled_out(repository: Repository, line: str, device_class: str, doing: str)
     return policy
 
 
+def summary(repository: Repository, line: str, device_class: str) -> str:
+    """Describe the state of the rollout of a line and class in one line for people."""
+    return rollout.summary(repository.policy2(line, device_class), repository.policy(line, device_class))
+
+
+def is_opened_to_all(watched: Policy2 | None, waves: Policy | None) -> bool:
+    """Tell whether a release opens to devices that are not watched, too, now or by its waves."""
+    return watched is None or (waves is not None and waves.manifest == watched.manifest and waves.waves[-1].bps == rollout.FULL)
+
+
 def newest_fielded(place: Fielded, line: str, device_class: str) -> int:
     """Find the highest number of a release that is rolled out now, or that a device of the class reported as running; 0: none."""
-    policy = place.repository.policy(line, device_class)
+    policies = (place.repository.policy(line, device_class), place.repository.policy2(line, device_class))
     reports = [report for report in place.fleet.devices().values() if report and report.device_class == device_class]
     running = {report.active for report in reports if report.line == line}
     numbers = [r.seq for r in place.repository.releases(line, device_class) if r.manifest in running]
-    return max([policy.seq if policy else 0, *numbers])
+    return max([0, *(policy.seq for policy in policies if policy), *numbers])
 
 
 def check_not_older(place: Fielded, release: Release, revert: bool) -> None:
@@ -152,9 +162,9 @@ def files_beside(
 
 def next_step(place: Fielded, line: str, device_class: str, number: int) -> str:
     """Say what a published release means for devices, and which command comes next."""
-    target, policy = f"{line}/{device_class}", place.repository.policy(line, device_class)
+    target, policy = f"{line}/{device_class}", place.repository.rolled_out(line, device_class)
     if policy and policy.seq == number:
-        return rollout.describe(policy)
+        return summary(place.repository, line, device_class)
     if number < newest_fielded(place, line, device_class):
         return f"to make all devices go back to it at once, run `ferry rollout start {target} --release {number} --revert`"
     return f"no device installs it yet; run `ferry rollout start {target}`"
@@ -167,7 +177,7 @@ def meant_to_run(place: Fielded, line: str, device_class: str) -> Release | None
     newest one.
     """
     releases = place.repository.releases(line, device_class)
-    policy = place.repository.policy(line, device_class)
+    policy = place.repository.rolled_out(line, device_class)
     wanted = [r for r in releases if policy and not policy.halt and r.manifest == policy.manifest]
     running = {report.active for report in place.fleet.devices().values() if report}
     fielded = [r for r in releases if r.manifest in running]

@@ -47,10 +47,13 @@ MOVED = "tests/test_delegation.py"
 # The tests that concern a file, quick ones first; the first failure ends them.
 CONCERNED = {
     "ota/agent/rules.py": ["tests/test_rollout.py", "tests/test_agent_window.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
+    "ota/agent/policy.py": ["tests/test_policy2.py"],
+    "ota/agent/acknowledgement.py": ["tests/test_policy2.py"],
     "ota/agent/clock.py": ["tests/test_agent_clock.py"],
     "ota/fitness.py": ["tests/test_rollout.py", "tests/test_foretell.py", TRUST, UPDATE, "tests/test_agent_turns.py"],
     "ota/agent/trust.py": [MOVED, TRUST, ATTACKS, "tests/test_hostile_strings.py", UPDATE, "tests/test_agent_clock.py"],
     "ota/agent/updater.py": [
+        "tests/test_policy2.py",
         "tests/test_fetched_once.py",
         "tests/test_chain.py",
         "tests/test_overlay.py",
@@ -60,6 +63,7 @@ CONCERNED = {
         "tests/test_agent_turns.py",
     ],
     "ota/agent/plan.py": [
+        "tests/test_policy2.py",
         "tests/test_fetched_once.py",
         UPDATE,
         "tests/test_agent_software.py",
@@ -118,6 +122,20 @@ CONCERNED = {
 
 # fmt: off
 MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
+    "ota/agent/policy.py": [
+        ("    if policy.policy < highest:", "    if policy.policy < 0:", "an old policy opens a halted release again"),
+        ("    if unknown := [name for name in policy.requires if name not in FEATURES]:", "    if unknown := [name for name in policy.requires if name in FEATURES]:", "what must not be ignored is ignored"),
+        ("    if found := _named(policy.never, config):", "    if found := _named([], config):", "a device that must not have a release gets it"),
+        ("    if policy.only and not", "    if False and not", "a release for some devices reaches all"),
+        ("    if mine >= policy.limit and", "    if mine > policy.limit and", "a limit lets one device too many in"),
+        ('    if not acknowledge or config.reports.lower().startswith("https://"):', "    if config.reports:", "an answer that anybody can forge counts"),
+        ("    if start > now:", "    if start > now + 10**9:", "all devices begin at once"),
+    ],
+    "ota/agent/acknowledgement.py": [
+        ("        if found == _now(plan, state, found.milliseconds):", "        if found:", "a trial of another bundle counts"),
+        ('    if fate == "accepted":', '    if fate in ("accepted", "refused"):', "a refused report lets a device switch"),
+        ("        if stopped is None or stopped:", "        if stopped is None:", "a halt does not reach a device that waits"),
+    ],
     "ota/agent/rules.py": [
         ("if now < floor - clock.SLACK:", "if now < floor - 2 * clock.SLACK:", "a clock two days behind is believed"),
         (">= trusted[role].threshold\n", "> trusted[role].threshold\n", "marks under keys that still hold are forgotten"),
@@ -126,7 +144,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("if seq is not None and seq < floor:", "if seq is not None and seq < floor - 1:", "a release below the floor is installed"),
         ("        if version > MAX_COUNT:", "        if version > MAX_COUNT + 1:", "a version that no device can remember is accepted"),
         ("        if version < marks.get(role, 0):", "        if version + 1 < marks.get(role, 0):", "a role goes back by one"),
-        ("    if policy.manifest in state.refused:", "    if policy.manifest in ():", "a refused bundle is fetched and tried again and again"),
+        ("    if digest not in state.refused:", "    if digest in state.refused:", "a refused bundle is fetched and tried again and again"),
         ("    if policy.halt:", "    if policy.halt and policy.revert:", "a halt stops nothing"),
         ("    if policy.seq < state.seq:", "    if policy.seq < state.seq - 1:", "a policy goes back by one without saying so"),
         ("        if not policy.revert:", "        if not policy.revert and policy.seq == 0:", "a policy goes back without saying so"),
@@ -189,12 +207,15 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "ota/agent/updater.py": [
         ("    if fresh is None or fresh.manifest != plan.manifest:", "    if fresh is None:", "another bundle than the one that was checked is switched to"),
-        ("    fresh, wanted = decide(home, trust.again())\n", "    fresh, wanted = plan, wanted\n", "a halt during the download is not seen"),
+        ("    trust = trust.again()\n    fresh, stopped", "    fresh, stopped", "a halt during the download is not seen"),
         ("        with suppress(OtaError):\n            for entry in fetched:\n", "        with suppress(OtaError):\n            for entry in ():\n", "an error after the downloads costs all of them"),
-        ("            refused=state.refused,\n            tries=home.load().tries,", "            refused={},\n            tries=home.load().tries,", "refused bundles are forgotten at the next install"),
+        ("            refused=state.refused,\n            tries={digest", "            refused={},\n            tries={digest", "refused bundles are forgotten at the next install"),
         ("            trial=Trial(left=TRIAL_GOOD, loads=TRIAL_LOADS),", "            trial=None,", "a new bundle is trusted at once"),
         ("            previous=state.active,\n            seq=plan", "            previous=state.previous,\n            seq=plan", "after a bad bundle there is none to go back to"),
-        ("    milliseconds = trial.try_counted(home, plan, state, transport.received)\n", "    milliseconds = 0.0\n", "a bundle is not tried"),
+        ("    milliseconds = before.milliseconds if before else trial.try_counted(home, plan, state, received)\n", "    milliseconds = 0.0\n", "a bundle is not tried"),
+        ("    if plan.acknowledge:\n        stopped = ack", "    if False:\n        stopped = ack", "a device switches before the factory has its report"),
+        ("        acknowledgement.keep(home, plan, state, milliseconds)\n        home.save(state)\n", "        acknowledgement.keep(home, plan, state, milliseconds)\n", "an outage of the gateway counts against the bundle"),
+        ("        acknowledgement.forget(home)\n", "", "a bundle that was rolled back starts again without a trial"),
         ('lambda d: verify(home, f"incoming/{d.sha256}", d.size, d.sha256)', "lambda _: None", "a delta is not held against its hash"),
         ("            left.remove(useless)\n", "            break\n", "one bad delta of a chain costs the full bundle"),
         ("        digest = _apply(home, part, base, digest, made, limit=limit)\n", "        digest = _apply(home, part, base, digest, made, limit=limit + 2**40)\n", "a result in between fills the disk"),
@@ -215,9 +236,9 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         ("    return [target for target in listed if named[target.sha256] == 1]\n", "    return listed\n", "a thief's delta removes what is here of the weights"),
         ("replace(link, size=missing(home, (target,)))", "link", "a delta that is almost here is given up for another"),
         ("    if needed > free:", "    if needed > 2 * free:", "an update fills the disk"),
-        ("    if signed is None or signed.custom.seq != policy.seq:", "    if signed is None:", "a policy gives a bundle any number"),
-        ("    if signed.sha256 != policy.manifest or manifest.digest != policy.manifest:", "    if manifest.digest != manifest.digest:", "another manifest than the policy's is installed"),
-        ("    rules.check_fits(manifest, config, ota.__version__)\n", "", "another class's bundle is installed"),
+        ("    if signed is None or signed.custom.seq != named.seq:", "    if signed is None:", "a policy gives a bundle any number"),
+        ("    if signed.sha256 != named.manifest or manifest.digest != named.manifest:", "    if manifest.digest != manifest.digest:", "another manifest than the policy's is installed"),
+        ("    rules.check_fits(manifest, home.config(), ota.__version__)\n", "", "another class's bundle is installed"),
         ("    if digest.hexdigest() == sha256:\n", "    if digest:\n", "a damaged file of a slot is copied"),
     ],
     "ota/agent/slots.py": [
@@ -309,11 +330,11 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
         (" // SAMPLED | 1  #", " // SAMPLED + 1  #", "the sample leaves out columns of the images"),
     ],
     "ota/release/repository.py": [
-        ("        if release is None or release.seq != policy.seq:", "        if release is None:", "a policy is signed that no device accepts"),
-        ("        if policy.revert and not release.revertible:", "        if policy.revert and release is None:", "a revert is signed that no device accepts"),
+        ("        if release is None or release.seq != seq:", "        if release is None:", "a policy is signed that no device accepts"),
+        ("        if revert and not release.revertible:", "        if revert and release is None:", "a revert is signed that no device accepts"),
         ("        if release.seq < release.floor:", "        if release.seq < release.floor - 1:", "a rollout below the floor is signed"),
-        ("        if policy and policy.seq < seq:", "        if policy and policy.seq < seq - 1:", "the floor rises above what is rolled out"),
-        ("            kept.add(policy.manifest)", "            pass", "what devices are told to install is not listed any more"),
+        ("            if named and named.seq < seq:", "            if named and named.seq < seq - 1:", "the floor rises above what is rolled out"),
+        ("[*known, made][-KEPT_RELEASES:]} | in_use", "[*known, made][-KEPT_RELEASES:]}", "what devices are told to install is not listed any more"),
         ("seq = 1 + max((release.seq for release in known), default=0)", "seq = 1 + len(known)", "a release number comes twice"),
         ("            if release.manifest == manifest.digest:  #", "            if release.manifest == manifest.line:  #", "the same bundle gets a new number"),
         ('            if hashlib.file_digest(file, "sha256").hexdigest() != digest:', "            if not digest:", "an altered file is published"),
@@ -328,7 +349,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "ota/release/fielded.py": [
         ("    if release.floor <= release.seq < newest and not revert:", "    if release.floor > release.seq:", "a release is signed that every device refuses"),
-        ("    return max([policy.seq if policy else 0, *numbers])", "    return policy.seq if policy else 0", "what devices run is not looked at"),
+        ("    return max([0, *(policy.seq for policy in policies if policy), *numbers])", "    return max([0, *(policy.seq for policy in policies if policy)])", "what devices run is not looked at"),
         ("    for release in reversed(repository.releases(line, device_class)):", "    for release in []:", "no release of the champion is found"),
         ("manifest.configuration == configuration and held == weights", "manifest.configuration == configuration", "the version just taken back is rolled out"),
         ("    if number < newest_fielded(place, line, device_class):", "    if number < 0:", "the printed command is refused"),
