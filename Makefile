@@ -156,6 +156,10 @@ bench-timer: install ## which timer lets devices look that are on for an hour a 
 bench-commands: install ## processor time of the emergency stop and of refusals; a minute; figures to build/bench/commands.json
 	$(BIN)/python -m tests.bench.commands
 
+.PHONY: bench-gateway
+bench-gateway: install ## the gateway under load, killed and traced, at most 20 minutes (SHORT=1: memory for one minute); needs strace; table to tests/bench/results/, figures to build/bench/gateway.json
+	$(BIN)/python -m tests.bench.gateway
+
 .PHONY: bench-data
 bench-data: install ## time and memory of ferry data with 5,000 and 50,000 images, ten minutes; table to tests/bench/results/, figures to build/bench/data.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.data
