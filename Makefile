@@ -160,6 +160,10 @@ bench-commands: install ## processor time of the emergency stop and of refusals;
 bench-gateway: install ## the gateway under load, killed and traced, at most 20 minutes (SHORT=1: memory for one minute); needs strace; table to tests/bench/results/, figures to build/bench/gateway.json
 	$(BIN)/python -m tests.bench.gateway
 
+.PHONY: bench-fleet
+bench-fleet: install ## what 10,000 devices with 100 reports each cost the factory's commands and the store; two minutes; figures to build/bench/fleet.json
+	$(BIN)/python -m tests.bench.fleet
+
 .PHONY: bench-data
 bench-data: install ## time and memory of ferry data with 5,000 and 50,000 images, ten minutes; table to tests/bench/results/, figures to build/bench/data.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.data

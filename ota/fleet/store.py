@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -111,9 +112,7 @@ class LastState:
     @property
     def tags(self) -> dict[str, str]:
         """Tags by name; those of an operator win over those that the device tells."""
-        told: dict[str, str] = dict(tag.split("=", 1) for tag in json.loads(self.told_tags or "[]"))
-        own: dict[str, str] = json.loads(self.own_tags)
-        return told | own
+        return dict(_tags(self.told_tags or "[]", self.own_tags))
 
 
 @dataclass(frozen=True)
@@ -403,8 +402,7 @@ _STATES = (
     )
     .select_from(devices.outerjoin(last, devices.c.device == last.c.device)).order_by(devices.c.device)
 )  # fmt: skip
-_STATE_FIELDS = [field.name for field in fields(LastState)]
-_NUMBERS = {field.name for field in fields(LastState) if "int" in str(field.type)}
+_STATE_KINDS = [(int if "int" in str(field.type) else str, type(None)) for field in fields(LastState)]
 _KNOWN = (
     select(
         devices.c.device, devices.c.public_key, devices.c.line, devices.c.device_class, devices.c.retired,
@@ -432,13 +430,19 @@ def _state(row: Row[Any]) -> LastState:
         ValueError: it holds something else than ferry writes.
     """
     made = LastState(*row)
-    for name, value in zip(_STATE_FIELDS, row, strict=True):
-        if value is not None and not isinstance(value, int if name in _NUMBERS else str):
-            raise ValueError(name)
-    words = [*made.tags, *made.tags.values(), *(word for word in row if isinstance(word, str))]
-    if not (NAME_PATTERN.fullmatch(made.device) and all(word.isprintable() for word in words)):
-        raise ValueError(made.device)
+    sound = all(map(isinstance, row, _STATE_KINDS))
+    words = [word for word in row if isinstance(word, str)] + [*made.tags, *made.tags.values()]
+    if not (sound and NAME_PATTERN.fullmatch(made.device) and "".join(words).isprintable()):
+        raise ValueError(made)
     return made
+
+
+@lru_cache(maxsize=10_000)  # most devices have the tags of others
+def _tags(told: str, own: str) -> dict[str, str]:
+    """Return the tags of a device by name, from both columns."""
+    found: dict[str, str] = dict(str(tag).split("=", 1) for tag in json.loads(told))
+    given: dict[str, str] = json.loads(own)
+    return found | given
 
 
 def _of(device: str | None) -> Select[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import ota
 from ota.errors import LeftBehindError
@@ -71,6 +72,7 @@ def oldest_agent(line: str, device_class: str, last: Mapping[str, DeviceReport |
     return READ_SINCE[newest - 1] if older else ota.__version__
 
 
+@lru_cache(maxsize=1000)  # a fleet has few versions, and each of its devices is asked
 def is_older(agent: str, minimum: str) -> bool:
     """Check whether an agent's version is older than another one."""
     return as_numbers(agent) < as_numbers(minimum)
