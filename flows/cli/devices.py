@@ -93,7 +93,7 @@ def fleet_preauthorize(
     file: Annotated[Path, typer.Argument(help="CSV file with the columns device,public_key,line,class and, if wanted, tags.")],
     as_json: Json = False,
 ) -> None:
-    """Enrol the devices of a list; all of them or, if a row is wrong, none.
+    """Enrol the devices of a list: all of them, or none.
 
     Tags are written as `site=berlin hall=2`. A device that is enrolled with the same values stays as it is.
     """
@@ -130,9 +130,9 @@ def fleet_rekey(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Give a device another key, such as after its disk was replaced.
+    """Give a device another key.
 
-    The former key is refused from then on. The reports that it signed before stay and can still be verified. With --invite, the
+    This is for a device whose disk was replaced, for example. The former key is refused from then on. The reports that it signed before stay and can still be verified. With --invite, the
     device counts again after `ferry fleet confirm`.
     """
     with reported_errors():
@@ -154,9 +154,9 @@ def fleet_tag(
     tags: Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Tags such as site=berlin; NAME= removes one.")],
     as_json: Json = False,
 ) -> None:
-    """Set tags of a device, by which `ferry fleet list --where` finds it.
+    """Set tags of a device, such as site=berlin.
 
-    They win over the tags that the device's owner gave with `ferry-agent init --tag`.
+    `ferry fleet list --where` finds it by them. They win over the tags that the device's owner gave.
     """
     with reported_errors():
         from ota.fleet import table
@@ -170,9 +170,9 @@ def fleet_tag(
 
 @fleet_app.command("list")
 def fleet_list(where: Where = "", as_json: Json = False) -> None:
-    """List devices that meet conditions, such as `--where 'site=berlin silent>2d'`.
+    """List devices that meet conditions.
 
-    Retired devices are left out, unless a condition names their state.
+    For example: `--where 'site=berlin silent>2d'`. Retired devices are left out, unless a condition names their state.
     """
     with reported_errors():
         found, releases = _chosen(open_workspace(), where)
@@ -200,7 +200,7 @@ def fleet_export(
     where: Where = "",
     as_json: Json = False,
 ) -> None:
-    """Write devices and their last state as a table for spreadsheets (CSV).
+    """Write devices as a table for spreadsheets (CSV).
 
     A text that a spreadsheet would take for a formula gets an apostrophe in front.
     """
@@ -226,9 +226,9 @@ def fleet_status(
     every: Annotated[bool, typer.Option("--all", help="Show every device, however many there are.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Read new reports; show each device's last one, release and wave.
+    """Receive reports; show each device's last one.
 
-    What needs attention and counts by class and release come last. Of more than 50 devices, those that need attention are shown. Times
+    A line shows its release and wave, too. What needs attention and counts by class and release come last. Of more than 50 devices, those that need attention are shown. Times
     are the factory's, in UTC.
     """
     with reported_errors():
@@ -267,13 +267,16 @@ def fleet_ingest(
     """Receive the reports of a folder, a stick or a bucket.
 
     Accepted reports are removed there once they are kept; rejected ones move to rejected/. What cannot be moved stays and is named.
+    Reports that came more than 90 days ago are archived, as by `ferry fleet archive`.
     """
     with reported_errors():
         workspace = open_workspace()
         from flows.ingest import ingest
+        from ota.fleet.archive import archive
 
         with showing_progress():
             found = ingest(workspace, url)
+            archive(workspace.fleet, workspace.archive, int(time.time()) - ARCHIVE_DAYS * 86_400)
         for name, why in found.rejected.items():
             typer.echo(printable(f"{name}: {why}"), err=True)
         count = len(found.accepted)
@@ -286,9 +289,9 @@ def fleet_archive(
     days: Annotated[int, typer.Option(min=1, max=36_500, help="Reports that came longer ago are archived.")] = ARCHIVE_DAYS,
     as_json: Json = False,
 ) -> None:
-    """Move old reports from the database to compressed files in the workspace's reports-archive/.
+    """Move old reports from the database to files.
 
-    Each report stays as the device signed it. The last report, heartbeat and event of each device stay in the database.
+    They are compressed and in the workspace's reports-archive/. Each report stays as the device signed it. The last report, heartbeat and event of each device stay in the database.
     """
     with reported_errors():
         workspace = open_workspace()

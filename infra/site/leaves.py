@@ -456,7 +456,7 @@ def _others() -> str:
         "workspace. Prefect's own telemetry is off.",
         "### Database {#database}",
         "`stores.database` is a file in the workspace, or PostgreSQL. It holds the ledger (each decision with its subject, time, person, reason and facts, and "
-        "its signature) and the fleet (ids, public keys and reports of devices).",
+        "its signature) and the fleet (ids, public keys, tags and signed reports of devices; tokens as hashes).",
         "### Webhooks {#webhooks}",
         "`ferry` sends no webhooks. `ferry serve --webhooks` receives MLflow's, and answers with a status and a sentence.",
         "### Pages {#pages}",
