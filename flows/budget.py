@@ -75,7 +75,7 @@ def _of_class(workspace: Workspace, line: str, device_class: str) -> int:
             made = assembled()
         besides = bundle.bytes_besides_weights(made, workspace.line(line).delta_form(settings.configuration))
         besides += sum(len(packed.pack(table.read_bytes())) for table in added)  # devices have no table to make it from
-    policy = None if cloned else workspace.repository.policy(line, device_class)
+    policy = None if cloned else workspace.repository.rolled_out(line, device_class)
     small = [made.manifest.canonical(), policy.canonical() if policy else bytes(POLICY)]
     packs = not cloned and workspace.repository.role_of("models", line, device_class) != "models"
     return total + besides + sum(len(packed.pack(file)) if packs and policy else len(file) for file in small)

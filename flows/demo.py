@@ -266,7 +266,7 @@ class Demo:
         if refuses:
             # Exit code 6: the device refuses the release now. 0: it refused it before, in a run of the demo that was killed.
             agent(folder, "update", expect=(6, 0))
-            wanted = self.workspace.repository.policy(LINE, CLASS)
+            wanted = self.workspace.repository.rolled_out(LINE, CLASS)
             if wanted is None or wanted.manifest not in refusals(folder):
                 raise DemoError(f"{device} did not refuse the broken release; see {folder / 'state.json'}")
         else:

@@ -18,6 +18,7 @@ from ota.agent.updater import Outcome
 from ota.errors import AgentError, ManifestError, TransferError, TrustError
 from ota.manifest import MAX_COUNT, Manifest, parse
 from ota.policy import BUCKETS, MAX_NAMED, MAX_POLICY_2, Policy2
+from ota.release import rollout
 from ota.release.bundle import Bundle
 from ota.release.keys import KeyRing
 from ota.release.repository import Release, Repository, policy_path
@@ -612,3 +613,38 @@ def test_rolled_back_bundle_is_tried_again_before_it_starts_again(asking: Field,
     trial.forget(asking.device.home, asking.release.manifest)
     assert update(asking.device, Waiting()).reason == "release 2 is installed"
     assert (len(trials), gateway.started) == (2, 2)
+
+
+# What the factory says of a device
+
+
+def test_factory_computes_what_the_device_computes():
+    made = policy2(limit=BUCKETS // 10, steps=[BUCKETS // 10, BUCKETS // 2], first=["dev-3"], never=["dev-4"])
+    for number in range(200):
+        name = f"dev-{number}"
+        let_in = policy.admit(made, config(device=name), State(), True, 0).install
+        assert rollout.holds(made, name, 0) == let_in, name
+        assert (rollout.wave_of(made, name) == 0) == let_in, name
+    assert [rollout.wave_of(made, name) for name in ("dev-3", "dev-4")] == [0, None]
+    assert not rollout.holds(made.model_copy(update={"halt": True}), "dev-3", 0)
+    assert not rollout.holds(made.model_copy(update={"not_before": 1}), "dev-3", 0)
+    assert rollout.wave_of(policy2(only=["site=berlin"]), "dev-1") == 0  # the factory does not decide about tags
+    assert rollout.wave_of(policy2(only=["dev-2"]), "dev-1") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "release 5 is open to 100 % of the watched devices"),
+        (
+            {"limit": BUCKETS // 200, "steps": [BUCKETS // 200, BUCKETS]},
+            "release 5 is open to 0.5 % of the watched devices, then to 100 %",
+        ),
+        ({"halt": True}, "release 5 is halted"),
+        ({"until": 999}, "release 5 could be installed until 1970-01-01 00:16 UTC"),
+        ({"not_before": 1060}, "release 5 opens to 100 % of the watched devices at 1970-01-01 00:17 UTC (in 1m)"),
+        ({"never": list("abcdef")}, "release 5 is open to 100 % of the watched devices, never to a, b, c, d, e …"),
+    ],
+)
+def test_rollout_is_described_in_a_line(fields: dict[str, Any], text: str):
+    assert rollout.describe(policy2(**fields), now=1000) == text

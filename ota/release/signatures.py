@@ -140,7 +140,7 @@ def _targets_of(repository: Repository, role: str, classes: Classes) -> str:
             found += [f"{line}/{device_class} release {r.seq}" for r in repository.releases(line, device_class)]
         elif role == "deltas":
             found += [f"{line}/{device_class} delta to {d.target[:SHORT]}" for d in repository.deltas(line, device_class)]
-        elif policy := repository.policy(line, device_class):
+        elif policy := repository.rolled_out(line, device_class):
             found.append(f"{line}/{device_class} release {policy.seq}")
     return ", ".join(found) or "which holds nothing"
 

@@ -65,7 +65,8 @@ def roll_out(root: Path) -> None:
         files=entries, origin=origin, minimum_agent="0.1.0",
     )  # fmt: skip
     release = workspace.repository.publish_release(manifest, files, workspace.ledger.head(), [])
-    workspace.repository.set_policy(rollout.start(release, [100], 0))
+    watched = rollout.watched(release, [100], None, None, rollout.Terms())
+    workspace.repository.set_policy(rollout.start(release, [100], 0), watched)
     workspace.ledger.append("rollout", "shapes/edge", "all", {"release": 1})
 
 
