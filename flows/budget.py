@@ -59,7 +59,8 @@ def _of_class(workspace: Workspace, line: str, device_class: str) -> int:
     found = _champions(workspace, line, device_class)
     if not found:
         return total
-    origin = _origin(next(seal for seal, _ in found.values()))
+    first = next(seal for seal, _ in found.values())
+    captions = [row.caption for row in workspace.catalog.card(first).captions]
     devices = {} if cloned else workspace.fleet.devices()
     agent = settings.oldest_agent or compatibility.oldest_agent(line, device_class, devices)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +68,8 @@ def _of_class(workspace: Workspace, line: str, device_class: str) -> int:
         added = [exports[variant] / bundle.FILE_NAMES["sampler"] for variant in exports if variant not in found]
         assembled = partial(
             bundle.assemble, exports, line=line, device_class=device_class, tier=workspace.line(line).tier,
-            configuration=settings.configuration, precision=settings.precision, origin=origin, out=Path(folder) / "bundle",
+            configuration=settings.configuration, precision=settings.precision, origin=_origin(first), out=Path(folder) / "bundle",
+            captions=captions,
         )  # fmt: skip
         try:
             made = assembled(oldest_agent=agent)

@@ -71,7 +71,8 @@ def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[Varian
     exports = {variant: champion_files(workspace, champion).bundle for variant, champion in found.items()}
     first = next(iter(found.values()))
     lineage = load_checkpoint(champion_files(workspace, first).checkpoint).lineage
-    stored = workspace.catalog.card(first).precision
+    card = workspace.catalog.card(first)
+    stored = card.precision
     if stored != settings.precision:
         raise CatalogError(
             f"{first.name} is stored as {stored}, but ferry.toml asks for {settings.precision}; run `ferry retrain {line}`"
@@ -88,6 +89,7 @@ def make_bundle(root: str, line: str, device_class: str, allowed: Mapping[Varian
         bundle.assemble, exports, line=line, device_class=device_class, tier=lineage.config.tier, configuration=settings.configuration,
         precision=settings.precision, origin=origin, out=workspace.work / "bundles", allowed=allowed,
         latency_ms={v: settings.latency_ms for v, export in exports.items() if latency_of(export) == TEACHING_MS},  # a teacher until then
+        captions=[row.caption for row in card.captions],
     )  # fmt: skip
     made = assembled(oldest_agent=settings.oldest_agent or _oldest_agent(workspace, line, device_class))
     releases = workspace.repository.releases(line, device_class)

@@ -363,8 +363,9 @@ class Allowed(Document):
 
 
 MOST_CAPTIONS = 64  # that a release lists
-ListedCaption = Annotated[str, Field(min_length=1, max_length=64)]
-"""A caption of at most 64 characters."""
+MAX_CAPTION = 64  # characters of each
+ListedCaption = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION)]
+"""A caption of the data. A device compares it with what it is asked to draw, and shows it nowhere."""
 
 
 class Reference(Document):
@@ -383,7 +384,7 @@ class Reference(Document):
     captions: list[ListedCaption] = Field(
         default=[],
         max_length=MOST_CAPTIONS,
-        description="most frequent captions of the training data, by which devices count their images",
+        description="most frequent captions of the held-out images, by which devices count what they draw; of a bundle, the first variant has them",
     )
 
     @model_validator(mode="after")

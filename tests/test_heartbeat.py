@@ -34,9 +34,10 @@ pytest_plugins = ("tests.fleet_kit",)
 __all__ = ["home", "inbox"]  # fixtures
 
 CAPTION, SEED = "zq7 wx", 918_273_645
+LISTED = ["bolt", "nut"]
 REFERENCE = {
     "schema_version": 3, "golden": {"tolerance": 0.1, "share": 0.9}, "load": [[0.5, 0.5], [0.5, 0.5]],
-    "statistics": {"mean": {"low": -0.3, "high": 0.3}, "edges": {"low": 0.1, "high": 0.1}}, "latency_ms": 50.0, "captions": ["bolt", "nut"],
+    "statistics": {"mean": {"low": -0.3, "high": 0.3}, "edges": {"low": 0.1, "high": 0.1}}, "latency_ms": 50.0, "captions": LISTED,
 }  # fmt: skip
 
 moments = st.integers(0, 2**33)
@@ -183,8 +184,8 @@ def answer(
 
 def test_image_is_counted_by_the_bundles_own_reference():
     made = counts.Counts(since=1)
-    made.drew("full", "bolt", answer(), reference())
-    made.drew("fast", "a customer's words", answer(mean=5.0, milliseconds=60.0), reference())
+    made.drew("full", "bolt", answer(), reference(), LISTED)
+    made.drew("fast", "a customer's words", answer(mean=5.0, milliseconds=60.0), reference(), LISTED)
     assert (made.images, made.late, made.out_of_range, made.variant) == (2, 1, 1, "fast")
     assert (made.captions, made.other_captions) == ([1, 0], 1)
     assert made.statistics["mean"] == [0, 0, 0, 0, 1, 0, 0, 1]
@@ -218,8 +219,8 @@ def test_counts_in_two_parts_are_the_counts_of_all(kinds):
     parts = [counts.Counts(since=1), counts.Counts(since=1)]
     whole = counts.Counts(since=1)
     for number, one in enumerate(given_):
-        whole.drew("full", "bolt" if number % 2 else "x", one, reference())
-        parts[number * 2 // len(given_)].drew("full", "bolt" if number % 2 else "x", one, reference())
+        whole.drew("full", "bolt" if number % 2 else "x", one, reference(), LISTED)
+        parts[number * 2 // len(given_)].drew("full", "bolt" if number % 2 else "x", one, reference(), LISTED)
     parts[0].add(parts[1])
     assert parts[0] == whole
 
@@ -262,7 +263,7 @@ def test_counts_wait_for_a_file_that_is_in_use(home, monkeypatch):
 
 def test_answer_that_cannot_be_counted_breaks_nothing(home):
     counting = counts.Counting(home)
-    counting.drew(BUNDLE, "full", "bolt", {}, reference())
+    counting.drew(BUNDLE, "full", "bolt", {}, {"full": reference()})
     counting.store()
 
 
@@ -302,7 +303,7 @@ def test_heartbeat_tells_counters_outcomes_and_energy(home, inbox):
         reports.queue(home, "refused" if number % 2 else "rolled_back", OTHER)
     made = counts.Counts(since=7)
     for milliseconds in range(1, 101):
-        made.drew("full", "nut", answer(milliseconds=float(milliseconds)), reference())
+        made.drew("full", "nut", answer(milliseconds=float(milliseconds)), reference(), LISTED)
     counts.store(home, {BUNDLE: made})
     row = {"p95_ms": 3.0, "joules": 1.5, "energy": {"source": "RAPL package-0\n", "quality": "measured"}}
     measured.write(home, BUNDLE, {"full": row})
@@ -319,7 +320,7 @@ def test_heartbeat_tells_counters_outcomes_and_energy(home, inbox):
 def test_minimal_share_tells_nothing_of_the_images(home, inbox):
     home.save(State(active=BUNDLE))
     made = counts.Counts(since=7)
-    made.drew("full", "bolt", answer(), reference())
+    made.drew("full", "bolt", answer(), reference(), LISTED)
     counts.store(home, {BUNDLE: made})
     configure(home, share="minimal")
     said = beat.health(home)

@@ -21,8 +21,10 @@ from moto.server import ThreadedMotoServer
 from safetensors.numpy import save
 from tuf.api.metadata import Metadata, Root
 
+from model.export import Export
 from ota.delta import encode, files, numbers
 from ota.errors import DeltaError, ManifestError, OperatorError, TransferError
+from ota.manifest import MAX_TABLE, Reference, parse
 from ota.release import keys as keys_module
 from ota.release import metadata, rollout, store
 from ota.release import repository as repository_module
@@ -753,3 +755,24 @@ def test_no_credentials_is_transfer_error(repository, s3_server, credentials, tm
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     with pytest.raises(TransferError, match="credentials"):
         store.publish(repository.files(), "s3://bucket/x", tmp_path, s3_server)
+
+
+def test_captions_are_listed_once_and_only_for_agents_that_know_them(exported: Export, tmp_path: Path):
+    dev = shutil.copytree(exported.folder, tmp_path / "dev")
+    (dev / "sampler.json").write_bytes((dev / "sampler.json").read_bytes() + b"\n")
+    captions = ["nut", "bolt", "", "x" * 65, "crack “a”", *(f"n{number:02d}" for number in range(80))]
+
+    def listed(**more: Any) -> list[list[str]]:
+        made = assemble(
+            {"full": exported.folder, "dev": dev}, line="shapes", device_class="edge", tier="test", configuration="I", precision="bfloat16",
+            origin=origin(1), out=tmp_path / "out", **more,
+        )  # fmt: skip
+        return [
+            parse(Reference, made.path("reference", variant).read_bytes(), MAX_TABLE).captions
+            for variant in made.manifest.variants
+        ]
+
+    found = listed(captions=captions)
+    assert found == [sorted(["nut", "bolt", "crack “a”", *(f"n{number:02d}" for number in range(61))]), []]
+    assert listed(captions=captions, oldest_agent="0.2.0") == [[], []]
+    assert listed() == [[], []]

@@ -137,7 +137,7 @@ FILES = {
     "weights": "the weights",
     "sampler": "how images are drawn ([fields](#sampler))",
     "golden": "8 fixed inputs and some of the network's outputs for them, as numbers; **with them up to 8 captions of your data**, as bytes; no images",
-    "reference": "what the factory measured ([fields](#reference))",
+    "reference": "what the factory measured, **with up to 12 of the most frequent captions of your data** ([fields](#reference))",
 }
 
 TAGS = {
@@ -263,7 +263,7 @@ def _overview() -> str:
             "factory → everybody who can fetch it",
             "`ferry release`, `rollout`, `trust`",
             "none",
-            "up to 8 for each variant",
+            "up to 8 for each variant, and the 12 most frequent",
         ),
         (
             "[MLflow](#mlflow)",

@@ -19,7 +19,11 @@ board       what kind of board this is
 kit         a PoC kit: its documents and files, each checked before use
 poc         what the candidates of a kit cost here, by measurement
 measured    the stored figures of `bench`
-reports     the signed, bounded queue of reports
+counts      what is counted of the images that are drawn, by bundle
+channel     the ways on which reports leave: a folder, or the factory's gateway
+reports     the signed, bounded queue of reports, and what became of each
+enroll      the device's enrolment with a token
+beat        the heartbeat: when it is due, and what it says
 plan        what an update installs and from what: release, delta or full bundle, downloads, room
 slots       slots on disk: building one, verifying it, reporting what runs
 trial       trying a bundle before it is trusted, probation, going back

@@ -62,7 +62,9 @@ class Counts(BaseModel):
     other_captions: Number = 0
     statistics: dict[StatisticName, list[Number]] = {}
 
-    def drew(self, variant: VariantName, caption: str, answer: Mapping[str, Any], reference: Reference) -> None:
+    def drew(
+        self, variant: VariantName, caption: str, answer: Mapping[str, Any], reference: Reference, listed: Sequence[str] = ()
+    ) -> None:
         """Count an image.
 
         Args:
@@ -70,6 +72,7 @@ class Counts(BaseModel):
             caption: what was asked for; only its place in the release's list is kept.
             answer: what the child process said of it, see `child.Drawing.draw`.
             reference: the variant's measurements at the factory.
+            listed: captions of the release's list.
         """
         self.variant, self.images = variant, self.images + 1
         self.took = [*self.took, round(answer["milliseconds"], 1)][-KEPT:]
@@ -78,10 +81,10 @@ class Counts(BaseModel):
         for name, value in answer["statistics"]:
             if expected := reference.statistics.get(name):
                 self.statistics.setdefault(name, [0] * BINS)[bin_of(value, expected)] += 1
-        if reference.captions:
-            places = [0] * len(reference.captions)
-            if caption in reference.captions:
-                places[reference.captions.index(caption)] = 1
+        if listed:
+            places = [0] * len(listed)
+            if caption in listed:
+                places[listed.index(caption)] = 1
             else:
                 self.other_captions += 1
             (self.captions,) = added([self.captions], [places])
@@ -178,11 +181,19 @@ class Counting:
         self._home, self._lock = home, threading.Lock()
         self._fresh: dict[Sha256, Counts] = {}
 
-    def drew(self, digest: Sha256, variant: VariantName, caption: str, answer: Mapping[str, Any], reference: Reference) -> None:
-        """Count an image; see `Counts.drew`."""
+    def drew(
+        self,
+        digest: Sha256,
+        variant: VariantName,
+        caption: str,
+        answer: Mapping[str, Any],
+        references: Mapping[VariantName, Reference],
+    ) -> None:
+        """Count an image; see `Counts.drew`. Of the references of a bundle, that of the first variant lists captions."""
         try:
             with self._lock:
-                self._of(digest).drew(variant, caption, answer, reference)
+                listed = next((known.captions for known in references.values() if known.captions), [])
+                self._of(digest).drew(variant, caption, answer, references[variant], listed)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a count, the image is good
             log.debug("an image was not counted: %s", error)
 

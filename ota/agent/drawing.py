@@ -55,8 +55,9 @@ def generate(home: Home, caption: str, seed: int, variant: VariantName | None = 
     else:
         with suppress(OtaError):  # the image is there; its count may lack what cannot be read
             how = drawn[1]
-            reference = home.slot(how["bundle"]).reference(how["variant"])
-            counting.drew(how["bundle"], how["variant"], caption, how, reference)
+            slot = home.slot(how["bundle"])
+            references = {name: slot.reference(name) for name in {how["variant"]: None, slot.manifest.default_variant: None}}
+            counting.drew(how["bundle"], how["variant"], caption, how, references)
         return drawn
     finally:
         counting.store()

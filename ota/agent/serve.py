@@ -184,7 +184,7 @@ class Service:
                 self.counting.missed(serving.digest, "not_finite")
                 problem = DeviceError(f"variant {variant} made an image that is constant or not finite")
                 continue
-            self.counting.drew(serving.digest, variant, caption, answer, serving.references[variant])
+            self.counting.drew(serving.digest, variant, caption, answer, serving.references)
             answer.pop("statistics", None)
             with self._changed:
                 self._failures.pop(serving.digest, None)

@@ -25,8 +25,10 @@ from ota.delta.header import BundleFile
 from ota.errors import DeltaError, ManifestError, OperatorError
 from ota.limits import OF_NUMBERS
 from ota.manifest import (
+    MAX_CAPTION,
     MAX_MANIFEST,
     MAX_TABLE,
+    MOST_CAPTIONS,
     WEIGHTS_LOCATION,
     Allowed,
     FileEntry,
@@ -98,7 +100,7 @@ def update_bytes(old: Path, new: Path, factors: Path | None = None) -> int:
 def assemble(
     exports: Mapping[VariantName, Path], *, line: str, device_class: str, tier: str, configuration: Literal["I", "II"],
     precision: Precision, origin: Origin, out: Path, allowed: Mapping[VariantName, Allowed] | None = None,
-    latency_ms: Mapping[VariantName, float] | None = None, oldest_agent: str = ota.__version__,
+    latency_ms: Mapping[VariantName, float] | None = None, oldest_agent: str = ota.__version__, captions: Sequence[str] = (),
 ) -> Bundle:  # fmt: skip
     """Build a bundle from exported variants as `out/<manifest's sha256>/`; the same input makes the same folder.
 
@@ -109,7 +111,8 @@ def assemble(
     keeps what it runs, and fetches nothing. `latency_ms` limits the budget for an image, by variant; a smaller one in a reference stays.
     `oldest_agent` is the oldest version of ferry-agent that must be able to use the bundle. For one before 0.3.0, the bundle holds all
     golden outputs, and has form 3 if it holds something else that older agents do not know. For one before 0.2.0, each variant has its
-    own weights, and the bundle has form 1 or 2.
+    own weights, and the bundle has form 1 or 2. `captions`, by which devices count their images, go into the reference of the first
+    variant, in form 4 alone; those that are too long, or too many, are left out.
 
     Raises:
         OperatorError: a file is missing, or the variants do not share one graph, or agents of `oldest_agent` do not know what it holds.
@@ -135,7 +138,8 @@ def assemble(
             source: bytes | Path = folder / name
             changed = data
             if role == "reference":
-                changed = _adapted(data, allowed.get(variant), (latency_ms or {}).get(variant))
+                listed = captions if newest >= 4 and variant == next(iter(exports)) else ()
+                changed = _adapted(data, allowed.get(variant), (latency_ms or {}).get(variant), listed)
             elif role == "golden" and newest >= 4:
                 changed = _sampled(data, folder / name)
             data, source = changed, source if changed == data else changed
@@ -207,12 +211,14 @@ def _sampled(outputs: bytes, path: Path) -> bytes:
         raise ManifestError(f"{path} does not hold golden outputs; export the checkpoint again") from error
 
 
-def _adapted(reference: bytes, change: Allowed | None, latency_ms: float | None) -> bytes:
-    """Add an allowed change to a reference, and limit its budget; otherwise it stays as it was exported, byte for byte."""
+def _adapted(reference: bytes, change: Allowed | None, latency_ms: float | None, captions: Sequence[str]) -> bytes:
+    """Add an allowed change and captions to a reference, and limit its budget; otherwise it stays as it was exported, byte for byte."""
     fields = json.loads(reference)
     more: dict[str, object] = {"schema_version": 2, "allowed": change.model_dump(mode="json")} if change else {}
     if latency_ms is not None and fields["latency_ms"] > latency_ms:
         more["latency_ms"] = latency_ms
+    if fitting := [caption for caption in captions if 0 < len(caption) <= MAX_CAPTION][:MOST_CAPTIONS]:
+        more |= {"schema_version": 3, "captions": sorted(fitting)}  # in an order that a new scorecard does not change
     return f"{json.dumps(fields | more, indent=1, sort_keys=True)}\n".encode() if more else reference
 
 
