@@ -180,6 +180,10 @@ bench-gpu: install ## training on this machine's GPU beside its processor: ten m
 bench-variants: install ## solvers and students at 56 to 1 evaluations, from the demo's base; 20 minutes of one core; table to tests/bench/results/, figures to build/bench/variants.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.variants
 
+.PHONY: bench-devices
+bench-devices: install ## 200 real agents update by delta through one gateway over TLS, agents of the version before beside them; ten minutes (DEVICES=n); table to tests/bench/results/, figures to build/bench/devices.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.devices
+
 .PHONY: bench-update
 bench-update: install ## how small an update may be at which share of a retraining's gain, beside other tools; resumes (FULL=1: four products, hours, needs Debian's dataset-fashion-mnist); figures to build/bench/update.json
 	OMP_NUM_THREADS=1 FULL=$(FULL) $(BIN)/python -m tests.bench.update
