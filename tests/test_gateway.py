@@ -230,6 +230,15 @@ def test_a_name_and_password_for_a_proxy_are_not_taken_for_a_token(served: Runni
     assert served.send([device.line(1)], Authorization="Basic d3Jvbmc6d3Jvbmc=").json["accepted"] == [1]
 
 
+def test_another_key_counts_at_once_and_loses_no_report(served: Running, device: Device):
+    assert served.send([device.line(1)]).json["accepted"] == [1]
+    new = Device(device.name)
+    with served.fleet() as fleet:
+        fleet.rekey(device.name, new.public_key)
+    answer = served.send([new.line(2), device.line(3)])  # at once: what the gateway knows is of before
+    assert (answer.json["accepted"], refusals(answer)) == ([2], {3: "signature"})
+
+
 # Enrolment
 
 

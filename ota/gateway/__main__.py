@@ -23,7 +23,8 @@ from sqlalchemy.exc import ArgumentError
 from ota.errors import OperatorError, OtaError, TransferError
 from ota.fleet.store import open_fleet
 from ota.gateway import server
-from ota.gateway.app import Gateway, Options, application
+from ota.gateway.app import application
+from ota.gateway.shared import Gateway, Options
 
 DATABASE = "FERRY_STORES_DATABASE"
 SWITCH_SECONDS = 0.0002

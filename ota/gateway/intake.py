@@ -173,7 +173,6 @@ async def checked(known: Known, opened: list[Opened], metrics: Metrics) -> Batch
             if not one.is_signed_by(known.public_key):
                 code = "signature"
         if code:
-            metrics.reports.add(code)
             batch.refused.append(Refusal(number=one.report.number, code=code, reason=_REASONS[code]))
         else:
             batch.arrived.append(Arrived(one, known.public_key))
