@@ -448,7 +448,7 @@ def test_two_gateways_on_one_sqlite(tmp_path: Path):
     with gateway(tmp_path) as running:
         for database in ("ferry.db", "link.db"):
             environment = os.environ | {"FERRY_STORES_DATABASE": f"sqlite:///{tmp_path / database}"}
-            second = subprocess.run(words(), env=environment, capture_output=True, text=True)
+            second = subprocess.run(words(), env=environment, capture_output=True, text=True, timeout=60)
             assert (second.returncode, "another gateway runs on this database" in second.stderr) == (3, True)
         assert running.send([one.line(1)]).status == 200
     with gateway(tmp_path) as running:  # the lock ended with its process
@@ -475,7 +475,7 @@ def test_full_disk(tmp_path: Path):
 
 def test_no_database_at_the_start(tmp_path: Path):
     environment = os.environ | {"FERRY_STORES_DATABASE": f"sqlite:///{tmp_path / 'nowhere' / 'ferry.db'}"}
-    done = subprocess.run(words(), env=environment, capture_output=True, text=True)
+    done = subprocess.run(words(), env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode in (3, 4)
     assert "Traceback" not in done.stderr
     assert "listens" not in done.stderr
@@ -515,7 +515,7 @@ def test_postgresql_that_does_not_sync_is_refused(tmp_path: Path):
         server.stop()
         server.start("-c synchronous_commit=off")
         environment = os.environ | {"FERRY_STORES_DATABASE": server.url}
-        done = subprocess.run(words(), env=environment, capture_output=True, text=True)
+        done = subprocess.run(words(), env=environment, capture_output=True, text=True, timeout=60)
         assert (done.returncode, "synchronous_commit" in done.stderr) == (3, True)
 
 
@@ -524,7 +524,7 @@ def test_postgresql_that_does_not_sync_is_refused(tmp_path: Path):
 
 def start(*more: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"FERRY_STORES_DATABASE": f"sqlite:///{folder / 'ferry.db'}"}
-    return subprocess.run(words(*more), env=environment, capture_output=True, text=True)
+    return subprocess.run(words(*more), env=environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
