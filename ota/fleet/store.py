@@ -402,6 +402,11 @@ _STATES = (
     )
     .select_from(devices.outerjoin(last, devices.c.device == last.c.device)).order_by(devices.c.device)
 )  # fmt: skip
+# On PostgreSQL in a statement of its own: the one after it then sees what whoever held the rows has committed.
+_HELD = (
+    select(devices.c.device).where(devices.c.device.in_(bindparam("names", expanding=True))).order_by(devices.c.device)
+    .with_for_update()
+)  # fmt: skip
 _STATE_KINDS = [(int if "int" in str(field.type) else str, type(None)) for field in fields(LastState)]
 _KNOWN = (
     select(
@@ -411,7 +416,6 @@ _KNOWN = (
     )
     .select_from(devices.outerjoin(last, devices.c.device == last.c.device))
     .where(devices.c.device.in_(bindparam("names", expanding=True))).order_by(devices.c.device)
-    .with_for_update(of=devices)
 )  # fmt: skip
 _THERE = select(reports.c.device, reports.c.number, reports.c.body, reports.c.envelope).where(
     tuple_(reports.c.device, reports.c.number).in_(bindparam("pairs", expanding=True))
@@ -471,6 +475,8 @@ class _Batch:
 
     def __init__(self, connection: Connection, arrived: Sequence[Arrived], names: Iterable[str], now: int, live: bool) -> None:
         self._connection, self._now, self._live = connection, now, live
+        if connection.dialect.name != "sqlite":  # there the whole file is held
+            connection.execute(_HELD, {"names": sorted(names)}).all()
         self._known: dict[str, Row[Any]] = {row.device: row for row in connection.execute(_KNOWN, {"names": sorted(names)})}
         self._last: dict[str, dict[str, Any]] = {}
         self._fresh: dict[tuple[str, int], Opened] = {}
