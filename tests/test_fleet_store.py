@@ -408,6 +408,20 @@ def test_database_of_version_0_2_goes_on(tmp_path):
         assert raw.execute("select * from ledger_entries").fetchall() == ledger
 
 
+def test_device_that_a_ferry_of_0_2_enrolled_meanwhile_is_verified_confirmed_and_rekeyed(fleet, database):
+    with create_engine(database).begin() as connection:
+        connection.execute(
+            text("insert into fleet_devices (device, public_key, enrolled) values ('dev-7', :key, 9)"), {"key": public(KEY)}
+        )
+    assert kept(fleet, report(1, device="dev-7"), now=int(time.time())) == [""]
+    assert [checked.proof for checked in fleet.verified("dev-7")] == ["verified"]
+    fleet.enroll("dev-7", public(KEY))
+    assert fleet.devices()["dev-7"] == report(1, device="dev-7")
+    fleet.rekey("dev-7", public(OTHER))
+    assert [checked.proof for checked in fleet.verified("dev-7")] == ["verified"]
+    assert kept(fleet, report(2, device="dev-7")) == ["signature"]
+
+
 def test_migrations_lead_to_the_tables_that_the_code_uses(database):
     Fleet(database).close()
     engine = create_engine(database)

@@ -447,8 +447,12 @@ def _rekey(connection: Connection, device: str, public_key: str, now: int) -> No
     held = connection.execute(select(keys.c.number, keys.c.public_key).where(mine)).all()
     if public_key in {row.public_key for row in held}:
         raise OperatorError(f"{device} had this key before; make a new one with `ferry-agent init` on the device")
+    if not held:  # a ferry of 0.2 on the same database enrolled it
+        former = connection.execute(select(devices.c.public_key, devices.c.enrolled).where(devices.c.device == device)).one()
+        row = {"device": device, "number": 1, "public_key": former.public_key, "since": former.enrolled, "until": now}
+        connection.execute(insert(keys).values(row))
     connection.execute(update(keys).where(and_(mine, keys.c.until.is_(None))).values(until=now))
-    number = max((row.number for row in held), default=0) + 1
+    number = max((row.number for row in held), default=1) + 1
     connection.execute(insert(keys).values(device=device, number=number, public_key=public_key, since=now))
     _set(connection, device, public_key=public_key)
 

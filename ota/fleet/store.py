@@ -458,8 +458,10 @@ class _History:
 
     def __init__(self, connection: Connection) -> None:
         self._held: dict[str, list[tuple[str, int | None]]] = {}
-        for row in connection.execute(select(keys.c.device, keys.c.public_key, keys.c.until)):
+        for row in connection.execute(select(keys.c.device, keys.c.public_key, keys.c.until)).all():
             self._held.setdefault(row.device, []).append((row.public_key, row.until))
+        for row in connection.execute(select(devices.c.device, devices.c.public_key)).all():
+            self._held.setdefault(row.device, [(row.public_key, None)])  # a ferry of 0.2 on the same database enrolled it
 
     def signed(self, opened: Opened, at: int) -> bool:
         """Check whether a key that the device still had at a time signed the report.
