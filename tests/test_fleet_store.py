@@ -523,6 +523,20 @@ def test_full_disk_keeps_nothing_and_says_so(fleet, database):
     assert state(fleet).number == 1
 
 
+def test_database_that_another_process_holds_keeps_nothing_and_says_so(database, tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "WAIT", 0.05)
+    with Fleet(database) as fleet:
+        fleet.enroll("dev-1", public(KEY))
+        holder = sqlite3.connect(tmp_path / "fleet.db", isolation_level=None)
+        holder.execute("begin immediate")
+        with pytest.raises(TransferError, match=r"another process held the database for 0\.05 s; wait until it ends"):
+            kept(fleet, report(1))
+        assert fleet.reports() == []
+        holder.execute("rollback")
+        holder.close()
+        assert kept(fleet, report(1)) == [""]
+
+
 def test_gateway_syncs_and_leaves_readers_alone(database):
     with open_fleet(database) as fleet, fleet.engine.connect() as connection:
         assert connection.execute(text("pragma journal_mode")).scalar() == "wal"

@@ -286,6 +286,8 @@ def foreign_errors() -> Iterator[None]:
             raise TransferError(
                 f"the database cannot be written: {said}; run ferry as the user who owns it, or let this user write to it"
             ) from error
+        if "database is locked" in said:
+            raise TransferError(f"another process held the database for {WAIT:g} s; wait until it ends, then repeat") from error
         if "disk is full" in said or "No space left" in said or "could not extend" in said:
             raise TransferError(f"the database's disk is full: {said}; make room, then repeat") from error
         raise TransferError(f"the database cannot be used: {said}; check its URL in ferry.toml") from error
