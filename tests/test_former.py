@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +362,11 @@ def test_old_factory_refuses_a_bundle_of_today_in_one_sentence_and_signs_nothing
     made = release_of_today(world)
     before = {path: path.read_bytes() for path in (world.factory / "repository").rglob("*") if path.is_file()}
     done = old_factory.ferry(world.factory, "release", LINE)
+    assert (done.returncode, len(done.stderr.splitlines())) == (3, 1)
+    assert "the fleet's tables hold a report of another version" in done.stderr  # one that today's factory kept as it was signed
+    with closing(sqlite3.connect(world.factory / "ferry.db")) as connection, connection:
+        connection.execute("delete from fleet_reports where body is null")
+    done = old_factory.ferry(world.factory, "release", LINE)
     assert done.returncode == 3
     assert f"needs agent {made['minimum_agent']}, but this is {VERSION}" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -396,7 +402,7 @@ def test_release_names_devices_left_behind_and_signs_nothing(raised):
     entries = len(ferry(raised, "history")["entries"])
     said = ferry(raised, "release", LINE, code=5)
     assert f"needs ferry-agent {ota.__version__}, but 1 device has an older one" in said
-    assert f"{DEVICE} ({VERSION})" in said
+    assert f"{DEVICE} ({VERSION}, which version 0.2 kept without the signature)" in said
     assert all(way in said for way in ("update their agents", f'oldest_agent = "{VERSION}"', "--leave-behind"))
     assert {path: path.read_bytes() for path in (raised.factory / "repository").rglob("*") if path.is_file()} == before
     assert len(ferry(raised, "history")["entries"]) == entries
