@@ -92,9 +92,10 @@ def queue(
     """Sign a report and put it into the queue, and note the event in the device's history; durable on return."""
     home.disk.make_folder("queue")
     number = _last(home) + 1
-    home.disk.replace("number", str(number).encode())
+    begins = event == "starting" and manifest is not None
+    home.disk.replace("number", str(number).encode(), durable=not begins)  # the note that follows syncs the same folder
     report = made(home, number, event, manifest, reason, received, milliseconds, health)
-    if event == "starting" and manifest:  # before the report itself: an earlier one's fate must not pass for this one's
+    if begins and manifest:  # before the report itself: an earlier one's fate must not pass for this one's
         _decide(home, Starting(number=number, manifest=manifest, fate="waiting"))
     home.disk.replace(_file(number), seal(report, _key(home)))
     _make_room(home, report)
