@@ -11,7 +11,6 @@ resting.json     until when a bundle waits whose trials gave no result; may be l
 heartbeat        seconds between two heartbeats, as the newest policy says; may be lost
 let-in.json      when a policy first let this device in; may be lost
 passed.json      a bundle that passed its trial and waits for the factory's acknowledgement; may be lost
-starting.json    what became of the newest report that a bundle starts
 measured.json    what the variants cost, from `ferry-agent bench`; may be lost
 highwater.json   the newest metadata versions ever accepted, their keys, and the latest time that was signed
 metadata/        python-tuf's cache; may be lost at any moment
