@@ -347,10 +347,16 @@ def _under_way(workspace: Workspace, line: str, device_class: str, doing: str) -
 
 def not_watched(workspace: Workspace, line: str, device_class: str) -> list[str]:
     """Name the devices that wait until a release is opened to those that are not watched, and why, by their last reports."""
-    heard = workspace.fleet.heard()
-    last = {device: found.report if found else None for device, found in heard.items()}
-    old = {found.device: found.agent for found in compatibility.older(line, device_class, compatibility.POLICY_2_SINCE, last)}
-    return [f"{device} ({old.get(device, 'never reported')})" for device, found in last.items() if found is None or device in old]
+    found = []
+    for state in workspace.fleet.states():
+        where = (state.line or state.enrolled_line, state.device_class or state.enrolled_class)
+        if state.retired or not state.confirmed or where not in ((None, None), (line, device_class)):
+            continue
+        if state.number is None:
+            found.append(f"{state.device} (never reported)")
+        elif compatibility.is_older(state.agent or compatibility.OLDEST_AGENT, compatibility.POLICY_2_SINCE):
+            found.append(f"{state.device} ({state.agent or compatibility.NOT_NAMED})")
+    return found
 
 
 def of_the_champions(workspace: Workspace, line: str, device_class: str) -> Release | None:
