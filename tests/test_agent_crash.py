@@ -438,7 +438,7 @@ def test_no_sync_can_be_left_out(scenario: Scenario):
             continue
         log, promised = scenario.killed(scenario.log, count)
         for nth, at in enumerate(log.syncs()[:3]):
-            states = scenario.distinct(log.without(at), promised, at, min(at + 80, len(log.ops)))
+            states = scenario.distinct(log.without(at), promised, at, min(at + 120, len(log.ops)))
             if nth not in needed and any(scenario.forgotten(state, known) for _, known, state in states):
                 needed.add(nth)
     assert needed == {0, 1, 2}
