@@ -5,6 +5,7 @@ A halt is an emergency stop. Prefect is not needed for it and takes seconds to l
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from registry.ledger import START
 from registry.promotion import of_one_full, subject_state
 
 if TYPE_CHECKING:
+    from ota.manifest import FileEntry
     from ota.release.published import Published
     from registry.catalog import Subject
     from registry.sealing import Released
@@ -529,7 +531,7 @@ def released(workspace: Workspace, subject: Subject, weights: str) -> list[Relea
         weights: sha256 of its exported weights.
     """
     from ota.release import foretell
-    from ota.release.bundle import FILE_NAMES  # it loads the codec, for which a halt does not wait
+    from ota.release.bundle import FILE_NAMES, as_exported  # it loads the codec, for which a halt does not wait
     from registry.sealing import Released
 
     line, repository = subject.line, workspace.repository
@@ -541,8 +543,15 @@ def released(workspace: Workspace, subject: Subject, weights: str) -> list[Relea
             repository, repository.manifest(release)
         )  # changes in its references, which the version's do not hold
     }
+
+    def exported(file: FileEntry) -> str:
+        """Return the hash of a file as it was exported: a reference got captions afterwards."""
+        if file.role != "reference":
+            return file.sha256
+        return hashlib.sha256(as_exported((repository.folder / "objects" / file.sha256).read_bytes())).hexdigest()
+
     return [
-        Released(f"{line}/{device_class} release {release.seq}", f"bundle/{FILE_NAMES[file.role]}", file.sha256)
+        Released(f"{line}/{device_class} release {release.seq}", f"bundle/{FILE_NAMES[file.role]}", exported(file))
         for device_class in workspace.line(line).classes
         for release, file in fielded.files_beside(repository, line, device_class, subject.variant, weights)
         if file.role != "golden" or repository.manifest(release).schema_version < 4  # from then on a sample of the version's

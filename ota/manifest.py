@@ -36,6 +36,7 @@ MAX_TABLE, MAX_GOLDEN, MAX_GRAPH, MAX_WEIGHTS = limits.MAX_TABLE, limits.MAX_GOL
 MAX_MANIFEST = 64 * KiB
 MAX_TRACE = 4 * MiB
 MAX_COUNT = 2**53
+MOST_TAGS = 8  # of a device
 MAX_TOLD = 500  # characters of a reason
 FORM = 1  # `schema_version` of every document that this agent knows, but for these
 FORMS = {"manifest": 4, "reference": 3, "samplertable": 2, "policy2": 2}  # newest forms, which older agents do not know

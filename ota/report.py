@@ -28,7 +28,7 @@ from pydantic import (
 
 from ota.errors import ManifestError
 from ota.limits import KiB, VariantName
-from ota.manifest import AGENT_VERSION, MAX_COUNT, Document, Name, Sha256, StatisticName, Tag, Token, Told, parse
+from ota.manifest import AGENT_VERSION, MAX_COUNT, MOST_TAGS, Document, Name, Sha256, StatisticName, Tag, Token, Told, parse
 
 Event = Literal["installed", "starting", "confirmed", "rolled_back", "refused", "base_corrupt", "strayed", "new_agent", "alive"]
 REPORT_FORM: Literal[3] = 3  # newest form of a report, which agents write and the factory reads
@@ -38,7 +38,6 @@ MAX_REPORT = 16 * KiB  # bytes of one line
 MOST_REPORTS = 20  # of a batch that a device sends
 MAX_BATCH = 256 * KiB  # bytes of a batch, as it is sent and unpacked
 MAX_ANSWER = 64 * KiB  # bytes of an answer that a device reads
-MOST_TAGS = 8  # of a device
 BINS = 8  # of a histogram of an output statistic
 CONTEXT = b"deltaferry report 3\n"
 """What the signature of a report of form 3 covers before the report's bytes."""

@@ -470,8 +470,8 @@ def test_wrong_word_at_init_refused(repository, tmp_path, option):
     assert not (tmp_path / "device").exists()
 
 
-@pytest.mark.parametrize("address", ["https://gw.example.com/inbox", "s3://bucket/inbox", "file://host/inbox", "http://[::1"])
-def test_reports_go_to_folders_only(repository, tmp_path, address):
+@pytest.mark.parametrize("address", ["http://gw.example.com/inbox", "s3://bucket/inbox", "file://host/inbox", "http://[::1"])
+def test_reports_go_to_no_other_place_than_a_folder_or_https(repository, tmp_path, address):
     # If the address were taken for the path of a folder, the reports would end up there unnoticed.
     (tmp_path / "root.json").write_bytes(repository.root_bytes())
     output = Device(tmp_path / "device").command(

@@ -267,7 +267,7 @@ def test_halted_release_is_not_expected_on_devices():
     workspace: Any = SimpleNamespace(
         repository=SimpleNamespace(policy=lambda *_: Policy(
             line=LINE, device_class=CLASS, seq=3, manifest=FIRST, salt="", waves=[Wave(bps=10_000, not_before=0)], halt=True
-        )),
+        ), policy2=lambda *_: None),
         ledger=SimpleNamespace(entries=lambda _: [SimpleNamespace(kind="rollout", facts={"release": seq}) for seq in (1, 2, 3)]),
     )  # fmt: skip
     assert policies.opened(workspace, LINE, CLASS) == {2}

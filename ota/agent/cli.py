@@ -43,8 +43,7 @@ from ota.errors import (
     printable,
 )
 from ota.limits import VariantName
-from ota.manifest import Trace
-from ota.report import MOST_TAGS
+from ota.manifest import MOST_TAGS, Trace
 
 ABOUT = f"""Keep this device's model up to date: verify, apply and try updates, and roll them back if necessary.
 

@@ -52,6 +52,7 @@ from ota.manifest import (
     MAX_COUNT,
     MAX_MANIFEST,
     MAX_TABLE,
+    MOST_TAGS,
     Document,
     FileEntry,
     Manifest,
@@ -63,7 +64,6 @@ from ota.manifest import (
     VariantName,
     parse,
 )
-from ota.report import MOST_TAGS
 
 MAX_STATE = 1024 * 1024  # bytes; more than MAX_REFUSED reasons take, even if each of their characters takes twelve
 TRIAL_GOOD = 3  # inferences that must succeed before a bundle is trusted

@@ -19,8 +19,8 @@ from sqlalchemy import Connection, and_, delete, insert, select, update
 from ota.errors import AttemptsError, EnrolmentError, OperatorError, TakenError
 from ota.fleet import schema
 from ota.fleet.schema import changes, devices, invites, keys, last, reading, tokens, writing
-from ota.manifest import NAME_PATTERN
-from ota.report import MOST_TAGS, Enrolment
+from ota.manifest import MOST_TAGS, NAME_PATTERN
+from ota.report import Enrolment
 
 Role = Literal["reporter", "viewer", "operator"]
 MOST_ATTEMPTS: Final = 5  # wrong uses of a token, after which it is refused for good

@@ -13,7 +13,7 @@ from ota.errors import OperatorError, printable
 from ota.fleet.query import state_of
 from ota.fleet.register import Newcomer, check_device, check_key
 from ota.fleet.store import LastState
-from ota.report import MOST_TAGS
+from ota.manifest import MOST_TAGS
 
 MOST_BYTES: Final = 16 * 1024 * 1024
 NEEDED: Final = ("device", "public_key", "line", "class")

@@ -222,6 +222,15 @@ def _adapted(reference: bytes, change: Allowed | None, latency_ms: float | None,
     return f"{json.dumps(fields | more, indent=1, sort_keys=True)}\n".encode() if more else reference
 
 
+def as_exported(reference: bytes) -> bytes:
+    """Take the captions out of a reference again; without another change, that is what was exported, byte for byte."""
+    fields = json.loads(reference)
+    if not fields.pop("captions", None):
+        return reference
+    form = 2 if fields.get("allowed") else 1
+    return f"{json.dumps(fields | {'schema_version': form}, indent=1, sort_keys=True)}\n".encode()
+
+
 def open_bundle(folder: Path) -> Bundle:
     """Open a bundle that `assemble` made.
 
