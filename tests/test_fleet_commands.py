@@ -30,7 +30,7 @@ from ota.fleet.register import Newcomer
 from ota.fleet.store import Fleet
 from ota.report import seal
 from tests.bench.commands import roll_out
-from tests.test_fleet_store import KEY, OTHER, alive, enrolment, kept, public, report
+from tests.test_fleet_store import KEY, OTHER, alive, arrived, enrolment, kept, public, report
 
 DAY = 86_400
 CLASSES = {"shapes": ["edge"]}
@@ -331,8 +331,23 @@ def test_archived_reports_stay_as_they_were_signed_and_are_known(workspace):
     assert [row["envelope"] for row in held] == [seal(one, KEY).decode() for one in made[1:-1]]
     assert workspace.fleet.states() == before
     assert "no report is old enough" in ferry(workspace, "archive")
-    assert kept(workspace.fleet, made[4], alive(31)) == ["", ""]  # a copy that comes late counts as kept
+    assert kept(workspace.fleet, alive(31)) == [""]
     assert [one.number for one in workspace.fleet.reports()] == [1, 30, 31]
+    for path in workspace.archive.iterdir():
+        path.unlink()
+
+
+def test_new_report_with_an_archived_number_is_not_called_kept(workspace):
+    """Start a device from an old image, or with a new key: it counts its reports from a number that is in the archive."""
+    made = old_reports(workspace.fleet)
+    ferry(workspace, "archive")
+    new = report(made[4].number, boot="another", event="installed")
+    (verdict,) = workspace.fleet.keep([arrived(new)])
+    assert (verdict.code, verdict.highest) == ("conflict", 30)
+    assert [one.number for one in workspace.fleet.reports()] == [1, 30]
+    assert kept(workspace.fleet, new.model_copy(update={"number": 31})) == [
+        ""
+    ]  # signed again above the highest, as the agent does
     for path in workspace.archive.iterdir():
         path.unlink()
 

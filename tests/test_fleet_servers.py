@@ -120,7 +120,7 @@ def test_enrolment_archive_and_query_work(database, tmp_path):
         assert not fleet.redeem(enrolment(token, OTHER)).confirmed
         fleet.confirm("dev-2")
         assert archive(fleet, tmp_path, int(time.time())).reports == 2
-        assert kept(fleet, report(2, schema_version=2, agent="0.2.0")) == [""]
+        assert kept(fleet, report(2, schema_version=2, agent="0.2.0")) == ["conflict"]
         assert [one.number for one in fleet.reports()] == [3]
 
 

@@ -422,6 +422,19 @@ def test_device_that_a_ferry_of_0_2_enrolled_meanwhile_is_verified_confirmed_and
     assert kept(fleet, report(2, device="dev-7")) == ["signature"]
 
 
+def test_report_that_a_ferry_of_0_2_kept_meanwhile_spoils_no_batch(fleet, database):
+    kept(fleet, report(1))
+    old = report(5, schema_version=2, agent="0.2.0")
+    with create_engine(database).begin() as connection:  # that ferry knows no last states
+        connection.execute(
+            text("insert into fleet_reports values ('dev-1', 5, :now, 'installed', :manifest, :body, null)"),
+            {"now": NOW, "manifest": old.manifest, "body": old.canonical().decode()},
+        )
+    found = fleet.keep([arrived(report(2)), arrived(old), arrived(report(6))], now=NOW)
+    assert [(verdict.code, verdict.highest) for verdict in found] == [("", 6)] * 3
+    assert [one.number for one in fleet.reports()] == [1, 2, 5, 6]
+
+
 def test_migrations_lead_to_the_tables_that_the_code_uses(database):
     Fleet(database).close()
     engine = create_engine(database)

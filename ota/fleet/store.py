@@ -483,10 +483,9 @@ class _Batch:
         self._last: dict[str, dict[str, Any]] = {}
         self._fresh: dict[tuple[str, int], Opened] = {}
         self._timed: dict[str, int] = {}
-        highest = {device: row.number or 0 for device, row in self._known.items()}
-        numbers = [(a.opened.report.device, a.opened.report.number) for a in arrived]
-        seen = sorted({(device, number) for device, number in numbers if number <= highest.get(device, 0)})
-        rows: Iterable[Row[Any]] = connection.execute(_THERE, {"pairs": seen}) if seen else []
+        # Also numbers above the highest: a ferry of 0.2 on the same database keeps reports, and does not know the last states.
+        pairs = sorted({(a.opened.report.device, a.opened.report.number) for a in arrived})
+        rows: Iterable[Row[Any]] = connection.execute(_THERE, {"pairs": pairs}) if pairs else []
         self._there: dict[tuple[str, int], Row[Any]] = {(row.device, row.number): row for row in rows}
 
     def _state(self, device: str) -> dict[str, Any]:
@@ -521,9 +520,11 @@ class _Batch:
                 f"{device} is enrolled for {known.line}/{known.device_class}, and its report names {report.line}/{report.device_class}",
             )  # fmt: skip
         state = self._state(device)
-        if number <= (state["number"] or 0) and (kept := self._kept(arrived.opened)) is not None:
+        if (kept := self._kept(arrived.opened, state["number"] or 0)) is not None:
             if kept:
                 state["heard_at"] = self._now
+                if number > (state["number"] or 0):  # a ferry of 0.2 on the same database kept it
+                    self._note(state, arrived.opened)
                 return device, number, "", ""
             state["conflicts"] += 1
             state["conflict_at"] = self._now
@@ -537,17 +538,23 @@ class _Batch:
         state |= {"refused": state["refused"] + 1, "refused_at": self._now, "refused_why": code}
         return report.device, report.number, code, reason
 
-    def _kept(self, opened: Opened) -> bool | None:
-        """Check whether this report is kept already; False: another one has its number; None: none has."""
+    def _kept(self, opened: Opened, highest: int) -> bool | None:
+        """Check whether this report is kept already; False: another one has its number; None: none has.
+
+        What is in the archive cannot be compared. Its number counts as that of another report, so that the device signs this one under a new
+        number: twice in the archive is better than nowhere.
+        """
         report = opened.report
         if (waiting := self._fresh.get((report.device, report.number))) is not None:
             return waiting.message == opened.message
         row = self._there.get((report.device, report.number))
         if row is None:
+            if report.number > highest:  # the archive never takes the highest
+                return None
             ranges = select(archived.c.first).where(
                 archived.c.device == report.device, archived.c.first <= report.number, archived.c.last >= report.number
             )
-            return True if self._connection.execute(ranges).first() else None
+            return False if self._connection.execute(ranges).first() else None
         if row.envelope is None:
             return DeviceReport.model_validate_json(row.body) == report
         return bool(row.envelope.encode() == opened.line) or open_line(row.envelope.encode()).message == opened.message
