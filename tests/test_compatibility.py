@@ -156,3 +156,15 @@ def test_report_without_its_signature_is_named_where_it_decides(manifest):
         compatibility.check(manifest, {"dev-1": told}, leave_behind=False, unsigned={"dev-1"})
     with pytest.raises(LeftBehindError, match=r"dev-1 \(0\.1\.0\)"):
         compatibility.check(manifest, {"dev-1": told}, leave_behind=False)
+
+
+@pytest.mark.parametrize("agent", ["0.3.0", "9.0.0"])
+def test_report_without_its_signature_vouches_for_no_agent_that_signs(manifest, agent):
+    """Remove the signature from a row: version 0.2 has kept no report of such an agent, so somebody changed what it says."""
+    told = {"dev-1": named(agent)}
+    assert compatibility.check(manifest, told, leave_behind=False) == []
+    with pytest.raises(LeftBehindError, match="without the signature"):
+        compatibility.check(manifest, told, leave_behind=False, unsigned={"dev-1"})
+    assert compatibility.check_own_roles("shapes", "edge", told, None, leave_behind=False) == []
+    with pytest.raises(LeftBehindError, match="without the signature"):
+        compatibility.check_own_roles("shapes", "edge", told, None, leave_behind=False, unsigned={"dev-1"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import resource
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import create_engine, text
 
 from ota.errors import AttemptsError, EnrolmentError, ManifestError, OperatorError, TakenError, TransferError
-from ota.fleet import schema
+from ota.fleet import schema, store
 from ota.fleet.register import MOST_ATTEMPTS, Newcomer
 from ota.fleet.store import Arrived, Fleet, Verdict, open_fleet
 from ota.report import CONTEXT, DeviceReport, Enrolment, Health, open_line, seal
@@ -176,6 +178,53 @@ def test_last_state_that_somebody_changed_decides_nothing(fleet, database):
         connection.execute(text("update fleet_last set report = :changed"), {"changed": changed})
     with pytest.raises(OperatorError, match="the last report of dev-1 was changed in the database"):
         fleet.deciding()
+
+
+@pytest.mark.parametrize("change", [
+    "delete from fleet_reports", "update fleet_reports set envelope = null, body = :changed",
+    "update fleet_last set number = null", "update fleet_last set report = null",
+])  # fmt: skip
+def test_last_report_that_somebody_removed_decides_nothing(fleet, database, change):
+    kept(fleet, report(1))
+    with create_engine(database).begin() as connection:
+        changed = report(1, agent="9.0.0").model_dump_json()
+        connection.execute(text("update fleet_last set report = :changed"), {"changed": changed})
+        connection.execute(text(change), {"changed": changed} if ":" in change else {})
+    with pytest.raises(OperatorError, match="the last report of dev-1 was changed in the database"):
+        fleet.deciding()
+
+
+@pytest.mark.parametrize("meanwhile", ["a report", "a rekey"])
+def test_decision_is_not_disturbed_by_what_comes_meanwhile(fleet, database, monkeypatch, meanwhile):
+    """Let a report, or another key and its first report, be committed between any two transactions that the decision reads in."""
+    fleet.preauthorize([Newcomer(f"dev-{n}", public(OTHER), "shapes", "edge", {}) for n in (2, 3, 4)])
+    for name in ("dev-1", "dev-3", "dev-4"):
+        now = int(time.time())
+        kept(fleet, report(1, device=name, time=now), key=KEY if name == "dev-1" else OTHER, now=now)
+    monkeypatch.setattr(store, "PAGE", 1)
+    real, other = store.reading, Fleet(database)
+    third = Ed25519PrivateKey.from_private_bytes(b"t" * 32)
+    turns = itertools.count()
+
+    @contextmanager
+    def disturbed(engine):
+        with real(engine) as connection:
+            yield connection
+        at, now = next(turns), int(time.time())
+        if meanwhile == "a rekey" and at == 2:
+            other.rekey("dev-4", public(third))
+            kept(other, report(2, device="dev-4", time=now), key=third, now=now)
+        elif meanwhile == "a report" and at < 8:
+            for name, key in (("dev-1", KEY), ("dev-3", OTHER), ("dev-4", OTHER)):
+                kept(other, report(2 + at, device=name, time=now), key=key, now=now)
+
+    monkeypatch.setattr(store, "reading", disturbed)
+    found = fleet.deciding()
+    assert {name: one and one.proof for name, one in found.items()} == {
+        "dev-1": "verified", "dev-2": None, "dev-3": "verified", "dev-4": "verified",
+    }  # fmt: skip
+    assert {one.proof for one in fleet.verified()} == {"verified"}
+    other.close()
 
 
 def test_envelope_is_kept_as_it_was_sent(fleet, database):

@@ -243,8 +243,10 @@ def trust_delegate(
         moves = [Move(*place, workspace.device_class(*place).oldest_agent) for place in places]
         policies.check_newest(workspace)
         with showing_progress():
-            last = {device: told.report if told else None for device, told in workspace.fleet.deciding().items()}
-            value, text = delegate(workspace, moves, partial(policies.publish, workspace), last, leave_behind, out)
+            told = workspace.fleet.deciding()
+            last = {device: checked.report if checked else None for device, checked in told.items()}
+            unsigned = {device for device, checked in told.items() if checked and checked.proof == "unverifiable"}
+            value, text = delegate(workspace, moves, partial(policies.publish, workspace), last, leave_behind, out, unsigned)
         answer(as_json, value, text)
 
 

@@ -316,36 +316,31 @@ class Fleet(Register):
     def deciding(self) -> dict[str, Checked | None]:
         """Return every device that counts with its last report, whose signature was verified again; None: it has not reported.
 
+        The last state and its report are read as one row, so a report that comes meanwhile is seen whole or not at all.
+
         Raises:
-            OperatorError: a last report was changed in the database.
+            OperatorError: a last report was changed or removed in the database.
         """
-        query = _COUNTING.with_only_columns(devices.c.device)
-        with reading(self.engine) as connection:
-            found: dict[str, Checked | None] = dict.fromkeys(connection.execute(query).scalars())
-        joined = _REPORTS.join(last, and_(last.c.device == reports.c.device, last.c.number == reports.c.number))
-        told = self.heard()
-        for checked in self._rows(joined, verify=True):
-            if checked.report.device in found:
-                found[checked.report.device] = checked
-        for name, heard in told.items():
-            checked_one = found.get(name)
-            if heard and checked_one is None:  # its row is in the archive
-                found[name] = Checked(heard.report, heard.at, "unverifiable")
-            elif heard and checked_one and (checked_one.proof == "forged" or checked_one.report != heard.report):
-                raise OperatorError(
-                    f"the last report of {name} was changed in the database; check who may write to it, and restore it from a backup"
-                )
+        found: dict[str, Checked | None] = {}
+        after, more = "", True
+        while more:
+            with reading(self.engine) as connection:
+                rows = connection.execute(_DECIDING.where(devices.c.device > after).limit(PAGE)).all()
+                history = _History(connection, [row.name for row in rows])
+            with foreign_errors():
+                found.update((row.name, _decisive(row, history)) for row in rows)
+            more = len(rows) == PAGE
+            after = rows[-1].name if more else after
         return found
 
     def _rows(self, query: Select[Any], verify: bool) -> Iterator[Checked]:
         """Yield the reports of a query; a thousand rows are read at a time, so that no writer waits for whoever takes them."""
         query = query.order_by(reports.c.device, reports.c.number).limit(PAGE)
-        page, held = query, None
+        page = query
         while True:
             with reading(self.engine) as connection:
-                if verify and held is None:
-                    held = _History(connection)
                 rows = connection.execute(page).all()
+                held = _History(connection, {row.device for row in rows}) if verify else None
             for row in rows:
                 with foreign_errors():
                     checked = _checked(row, held)
@@ -374,6 +369,29 @@ def _checked(row: Row[Any], held: _History | None) -> Checked:
     return Checked(told, row.received_at, "verified" if genuine else "forged")
 
 
+def _decisive(row: Row[Any], held: _History) -> Checked | None:
+    """Verify the last report of a device, in a row of `_DECIDING`; None: it has not reported.
+
+    Raises:
+        OperatorError: the report was changed or removed in the database.
+        ValueError: somebody else wrote the row.
+    """
+    if not NAME_PATTERN.fullmatch(row.name):  # a terminal shows it
+        raise ValueError(row.name)
+    if row.last_number is None and row.last_report is None:
+        return None
+    told = row.last_report and DeviceReport.model_validate_json(row.last_report)
+    checked = _checked(row, held) if told and row.device is not None else None  # the archive never takes the last one
+    lost = (
+        checked is not None and checked.proof == "unverifiable" and checked.report.schema_version > 2
+    )  # 0.2 kept no such report
+    if checked is None or checked.report != told or checked.proof == "forged" or lost:
+        raise OperatorError(
+            f"the last report of {row.name} was changed in the database; check who may write to it, and restore it from a backup"
+        )
+    return checked
+
+
 def open_fleet(database: str, writer: bool = True) -> Fleet:
     """Open the fleet for a gateway, which writes much and answers only for what is durable.
 
@@ -391,6 +409,14 @@ def open_fleet(database: str, writer: bool = True) -> Fleet:
 _REPORTS = select(reports).select_from(reports)
 _COUNTING = (
     select(devices).select_from(devices.outerjoin(last, devices.c.device == last.c.device))
+    .where(devices.c.confirmed.is_not(None), devices.c.retired.is_(None)).order_by(devices.c.device)
+)  # fmt: skip
+_DECIDING = (
+    select(devices.c.device.label("name"), last.c.number.label("last_number"), last.c.report.label("last_report"), reports)
+    .select_from(
+        devices.outerjoin(last, devices.c.device == last.c.device)
+        .outerjoin(reports, and_(reports.c.device == last.c.device, reports.c.number == last.c.number))
+    )
     .where(devices.c.confirmed.is_not(None), devices.c.retired.is_(None)).order_by(devices.c.device)
 )  # fmt: skip
 _STATES = (
@@ -454,13 +480,18 @@ def _of(device: str | None) -> Select[Any]:
 
 
 class _History:
-    """Keys of the devices and until when each was in use."""
+    """Keys of some devices and until when each was in use.
 
-    def __init__(self, connection: Connection) -> None:
+    They are read after the reports that they verify: a key that is replaced in between still vouches for what came before.
+    """
+
+    def __init__(self, connection: Connection, names: Iterable[str]) -> None:
         self._held: dict[str, list[tuple[str, int | None]]] = {}
-        for row in connection.execute(select(keys.c.device, keys.c.public_key, keys.c.until)).all():
+        these = sorted(names)
+        query = select(keys.c.device, keys.c.public_key, keys.c.until).where(keys.c.device.in_(these))
+        for row in connection.execute(query).all():
             self._held.setdefault(row.device, []).append((row.public_key, row.until))
-        for row in connection.execute(select(devices.c.device, devices.c.public_key)).all():
+        for row in connection.execute(select(devices.c.device, devices.c.public_key).where(devices.c.device.in_(these))).all():
             self._held.setdefault(row.device, [(row.public_key, None)])  # a ferry of 0.2 on the same database enrolled it
 
     def signed(self, opened: Opened, at: int) -> bool:

@@ -7,7 +7,7 @@ know beforehand. Devices name their agent in each report.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import ota
@@ -24,6 +24,8 @@ UNKNOWN = "unknown"  # that of a device that never reported
 OWN_ROLES_SINCE = "0.3.0"
 """Oldest agent that remembers the versions of a class's own roles (`ota.release.delegation`)."""
 UNSIGNED = ", which version 0.2 kept without the signature"
+SIGNED_SINCE = "0.3.0"
+"""Oldest agent whose reports a factory keeps with their signatures only; version 0.2 takes none of it without setting it aside."""
 POLICY_2_SINCE = "0.3.0"
 """Oldest agent that obeys policy 2 (`ota.policy`)."""
 SHOWN = 10  # devices that a message names; the others are counted
@@ -85,7 +87,7 @@ def agent_of(report: DeviceReport | None) -> str:
     return report.agent or NOT_NAMED
 
 
-def left_behind(manifest: Manifest, last: Mapping[str, DeviceReport | None]) -> list[Behind]:
+def left_behind(manifest: Manifest, last: Mapping[str, DeviceReport | None], unsigned: Collection[str] = ()) -> list[Behind]:
     """Find the devices that a bundle is for and whose agents are too old to read it.
 
     A device that never reported is not among them: it runs nothing, and neither its class nor its agent is known.
@@ -93,24 +95,36 @@ def left_behind(manifest: Manifest, last: Mapping[str, DeviceReport | None]) -> 
     Args:
         manifest: of the bundle.
         last: last report of each enrolled device.
+        unsigned: ids of the devices whose last report can no longer be verified.
     """
-    return older(manifest.line, manifest.device_class, manifest.minimum_agent, last)
+    return older(manifest.line, manifest.device_class, manifest.minimum_agent, last, unsigned)
 
 
-def older(line: str, device_class: str, minimum: str, last: Mapping[str, DeviceReport | None]) -> list[Behind]:
-    """Find the devices of a line and class whose agents are older than a version; the arguments are as in `left_behind`."""
+def older(
+    line: str, device_class: str, minimum: str, last: Mapping[str, DeviceReport | None], unsigned: Collection[str] = ()
+) -> list[Behind]:
+    """Find the devices of a line and class whose agents are older than a version; the arguments are as in `left_behind`.
+
+    A report without a signature shows at most that the agent is one of those before signatures were kept: nobody else's row lacks one.
+    """
     return [
-        Behind(device, agent_of(report))
+        Behind(device, agent_of(report), device in unsigned)
         for device, report in last.items()
         if report
         and (report.line, report.device_class) == (line, device_class)
-        and is_older(report.agent or OLDEST_AGENT, minimum)
+        and (is_older(report.agent or OLDEST_AGENT, minimum) or (device in unsigned and not _is_former(report, minimum)))
     ]
 
 
+def _is_former(report: DeviceReport, minimum: str) -> bool:
+    """Check whether a report's agent and the wanted one are both of the time when no signatures were kept."""
+    return is_older(report.agent or OLDEST_AGENT, SIGNED_SINCE) and is_older(minimum, SIGNED_SINCE)
+
+
 def check_own_roles(
-    line: str, device_class: str, last: Mapping[str, DeviceReport | None], oldest_agent: str | None, leave_behind: bool
-) -> list[Behind]:
+    line: str, device_class: str, last: Mapping[str, DeviceReport | None], oldest_agent: str | None, leave_behind: bool,
+    unsigned: Collection[str] = (),
+) -> list[Behind]:  # fmt: skip
     """Return the devices that would not remember the versions of their class's own roles, if somebody decided to leave them.
 
     Args:
@@ -119,12 +133,13 @@ def check_own_roles(
         last: last report of each enrolled device.
         oldest_agent: oldest agent that ferry.toml names for the class; None: the newest.
         leave_behind: whether somebody decided.
+        unsigned: ids of the devices whose last report can no longer be verified.
 
     Raises:
         LeftBehindError: there are some, and nobody decided.
     """
     place = f"{line}/{device_class}"
-    found = older(line, device_class, OWN_ROLES_SINCE, last)
+    found = older(line, device_class, OWN_ROLES_SINCE, last, unsigned)
     if leave_behind:
         return found
     if oldest_agent is not None and is_older(oldest_agent, OWN_ROLES_SINCE):
@@ -155,7 +170,7 @@ def check(
     Raises:
         LeftBehindError: there are some, and nobody decided.
     """
-    found = [replace(behind, unsigned=behind.device in unsigned) for behind in left_behind(manifest, last)]
+    found = left_behind(manifest, last, unsigned)
     if found and not leave_behind:
         place = f"{manifest.line}/{manifest.device_class}"
         oldest = min((behind.agent.split()[0] for behind in found), key=as_numbers)

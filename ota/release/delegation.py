@@ -43,7 +43,7 @@ class Move:
 
 def delegate(
     place: Place, moves: Collection[Move], publish: Callable[[], object], last: Mapping[str, DeviceReport | None],
-    leave_behind: bool = False, out: Path | None = None,
+    leave_behind: bool = False, out: Path | None = None, unsigned: Collection[str] = (),
 ) -> tuple[dict[str, Any], str]:  # fmt: skip
     """Move lines and classes to roles of their own, and publish it; those that have them are left as they are. Rerun a killed call.
 
@@ -54,6 +54,7 @@ def delegate(
         last: last report of each enrolled device.
         leave_behind: whether to move them although the agents of some devices do not remember the versions of such roles.
         out: file in which the new metadata wait for signatures; None: enough keys are here.
+        unsigned: ids of the devices whose last report can no longer be verified.
 
     Returns:
         What was done, as JSON and as text.
@@ -66,7 +67,7 @@ def delegate(
     behind = [
         found
         for move in moves
-        for found in compatibility.check_own_roles(move.line, move.device_class, last, move.oldest_agent, leave_behind)
+        for found in compatibility.check_own_roles(move.line, move.device_class, last, move.oldest_agent, leave_behind, unsigned)
     ]
     if out and out.exists():
         raise OperatorError(f"{out} already exists; name another file")
