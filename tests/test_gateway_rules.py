@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
-from ota.errors import TransferError
-from ota.fleet.store import Arrived, Fleet, Verdict
+import pytest
+from sqlalchemy import text
+
+from ota.errors import OperatorError, TransferError
+from ota.fleet.store import Arrived, Fleet, Verdict, open_fleet
 from ota.gateway.metrics import Metrics
 from ota.gateway.quota import Quota
 from ota.gateway.writer import MOST_BYTES, MOST_TOGETHER, MOST_WAITING, Writer
 from ota.report import open_line
 from tests.gateway_kit import Device
+
+CONSTRAINT = (
+    "create trigger strict before insert on fleet_reports when new.device = 'press-2' begin select raise(abort, 'no'); end"
+)
 
 
 def test_a_quota_allows_a_burst_and_then_a_rate():
@@ -108,3 +116,27 @@ def test_after_a_failed_commit_nothing_is_acknowledged_and_the_writer_goes_on():
     assert isinstance(told[0], TransferError)
     assert told[1][0].code == ""
     assert writer.is_healthy
+
+
+@pytest.mark.parametrize("damage", ["update fleet_last set number = 'x' where device = 'press-2'", CONSTRAINT])
+def test_a_damaged_row_of_one_device_holds_up_no_other(tmp_path: Path, damage: str):
+    """Damage what is known of one device, or let its row be refused by a constraint, while reports of three wait for one commit."""
+    devices, told, go = [Device(f"press-{n}") for n in (1, 2, 3)], cast("dict[str, Any]", {}), threading.Event()
+    with open_fleet(f"sqlite:///{tmp_path / 'fleet.db'}") as fleet:
+        for device in devices:
+            fleet.enroll(device.name, device.public_key)
+        with fleet.engine.begin() as connection:
+            connection.execute(text(damage))
+        writer, begun = Writer(fleet, Metrics()), threading.Event()
+        writer.start()
+        writer.call(lambda: (begun.set(), go.wait(60)), lambda *_: None)
+        assert begun.wait(60)
+        for device in devices:
+            reports = [Arrived(open_line(device.line(n)), device.public_key) for n in (1, 2)]
+            assert writer.keep(reports, 100, lambda found, error, name=device.name: told.update({name: error or found}))
+        go.set()
+        writer.close()
+        assert isinstance(told["press-2"], OperatorError)
+        assert [one.code for name in ("press-1", "press-3") for one in told[name]] == [""] * 4
+        assert {one.device for one in fleet.reports()} == {"press-1", "press-3"}
+        assert writer.is_healthy

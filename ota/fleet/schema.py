@@ -28,7 +28,7 @@ from sqlalchemy import (
     inspect,
     text,
 )
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError, SQLAlchemyError
 
 from ota.errors import OperatorError, TransferError
 
@@ -282,6 +282,10 @@ def foreign_errors() -> Iterator[None]:
         ) from error
     except SQLAlchemyError as error:
         said = (str(error).splitlines() or ["no reason given"])[0]
+        if isinstance(error, DataError | IntegrityError):  # of what is written, and not of the database: others may succeed
+            raise OperatorError(
+                f"the fleet's tables do not take this: {said}; repeat it, and if it stays so, check who else writes to the database"
+            ) from error
         if "readonly database" in said or "read-only transaction" in said or "permission denied" in said:
             raise TransferError(
                 f"the database cannot be written: {said}; run ferry as the user who owns it, or let this user write to it"

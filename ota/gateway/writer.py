@@ -51,7 +51,7 @@ class Writer:
         self._refused: Counter[str] = Counter()
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._good_at, self.fault = time.monotonic(), ""
+        self._good_at, self.fault, self._told = time.monotonic(), "", ""
 
     def start(self) -> None:
         """Start to write.
@@ -142,7 +142,10 @@ class Writer:
         return taken
 
     def _commit(self, jobs: list[_Job]) -> None:
-        """Keep the reports of some requests in one transaction, and tell each request; without requests, try whether it can."""
+        """Keep the reports of some requests in one transaction, and tell each request; without requests, try whether it can.
+
+        Where the database can be used and something else fails, such as at a damaged row of one device, each request is tried alone.
+        """
         together = [one for job in jobs for one in job.arrived]
         with self._ready:
             refused, self._refused = self._refused, Counter()
@@ -153,10 +156,19 @@ class Writer:
                 verdicts = self._fleet.keep(together, refused=refused)
             else:
                 self._fleet.probe()
-        except Exception as error:  # noqa: BLE001 - whatever fails, nothing is acknowledged, and the writer goes on
+        except TransferError as error:
             self._failed(error)
             for job in jobs:
                 job.result(None, error)
+            return
+        except Exception as error:  # noqa: BLE001 - whatever fails, nothing is acknowledged, and the writer goes on
+            if len(jobs) > 1 or refused:  # the counts of refused reports are given up, for they may be what fails
+                for alone in [[job] for job in jobs] or [[]]:
+                    self._commit(alone)
+            elif jobs:
+                self._spoilt(jobs[0], error)
+            else:
+                self._failed(error)
             return
         self._good(len(together), time.monotonic() - began)
         at = 0
@@ -183,6 +195,18 @@ class Writer:
         self.fault, self._good_at = "", time.monotonic()
         if rows:
             self._metrics.committed(rows, seconds)
+
+    def _spoilt(self, job: _Job, error: Exception) -> None:
+        """Tell a request that its reports cannot be kept, although the database takes others."""
+        names = ", ".join(sorted({one.opened.report.device for one in job.arrived})[:5])
+        said = f"{names}: {error if isinstance(error, OtaError) else type(error).__name__}"
+        if said != self._told:  # the device comes back with the same reports
+            log.error(
+                "these reports cannot be kept, and are not acknowledged: %s", said, exc_info=not isinstance(error, OtaError)
+            )
+        self._told = said
+        self._metrics.failed()
+        job.result(None, error)
 
     def _failed(self, error: Exception) -> None:
         said = str(error) if isinstance(error, OtaError) else f"{type(error).__name__}"
