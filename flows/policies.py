@@ -190,6 +190,7 @@ def start(
     """Open a release to the first share of the watched devices, and to the others if it is open to all of these.
 
     A revert opens to all at once, watched or not: the present release does harm, and the release to return to has run on devices before.
+    Where the terms keep devices out, it opens to watched ones alone unless `unwatched` says otherwise: policy 1 knows no such terms.
 
     Args:
         workspace: workspace of the release.
@@ -202,12 +203,13 @@ def start(
         terms: what else holds for watched devices.
 
     Raises:
-        OperatorError: there is no such release, it is older than what was rolled out and `revert` does not say so, or it would open to
-            devices that are not watched before it is open to all that are.
+        OperatorError: there is no such release, it is older than what was rolled out and `revert` does not say so, it would open to
+            devices that are not watched before it is open to all that are, or policy 1 cannot keep out a device that `never` names.
         LedgerError: the ledger cannot take it; nothing was signed.
     """
     rollout.check_shares(shares.watched)
-    unwatched = shares.unwatched or (shares.watched if revert else ())
+    bounded = bool(terms.only or terms.never or terms.not_before or terms.until)
+    unwatched = shares.unwatched or (shares.watched if revert and not bounded else ())
     repository, made = workspace.repository, list[InForce]()
     champions = partial(of_the_champions, workspace, line, device_class)
     release = fielded.chosen(repository, line, device_class, number, champions)
@@ -218,8 +220,10 @@ def start(
         before = InForce.of(workspace, line, device_class)
         fallback = None if revert else rollout.last_open(release, before.named, repository.releases(line, device_class))
         policy = rollout.watched(release, shares.watched, before.watched, fallback, terms, revert)
-        if waves and not revert:
-            _check_open(policy)
+        if waves:
+            _check_kept_out(workspace, policy)
+            if not revert:
+                _check_open(policy)
         made.append(InForce(policy, waves or before.waves))
         repository.set_policy(policy, *([waves] if waves else []))
         return {"release": release.seq, "policy": policy.policy, "soak": shares.soak}
@@ -234,7 +238,7 @@ def _check_open(policy: Policy2) -> None:
     """Refuse to open a release to devices that nobody hears before all others have it.
 
     Raises:
-        OperatorError: it is not open to all watched devices, or is halted.
+        OperatorError: it is not open to all watched devices at this moment, or is halted.
     """
     if policy.halt:
         raise OperatorError(f"release {policy.seq} is halted, so it is not opened to devices that are not watched either")
@@ -242,6 +246,32 @@ def _check_open(policy: Policy2) -> None:
         raise OperatorError(
             f"release {policy.seq} is open to {rollout.share_of(policy.limit)} % of the watched devices; open it to all of them before it opens to "
             f"devices that are not watched: `ferry rollout widen {policy.line}/{policy.device_class} --to 100`"
+        )
+    if not rollout.is_open(policy):
+        raise OperatorError(
+            f"{rollout.describe(policy)}, so it is not opened to devices that are not watched, which policy 1 lets in whatever `--only`, "
+            f"`--not-before` and `--until` say; open it to all watched devices before: `ferry rollout start {policy.line}/{policy.device_class} "
+            "--waves 100` without these options"
+        )
+
+
+def _check_kept_out(workspace: Workspace, policy: Policy2) -> None:
+    """Refuse to open a release to devices that are not watched if `never` names some that read policy 1 alone.
+
+    Raises:
+        OperatorError: there are some; a device that never reported may be one.
+    """
+    if not policy.never:
+        return
+    named = set(policy.never)
+    tagged = {state.device: {f"{name}={value}" for name, value in state.tags.items()} for state in workspace.fleet.states()}
+    told = {text.split(" ", 1)[0]: text for text in not_watched(workspace, policy.line, policy.device_class)}
+    found = [text for device, text in told.items() if named & {device, *tagged[device]}]
+    if found:
+        more = f" and {len(found) - compatibility.SHOWN} more" if len(found) > compatibility.SHOWN else ""
+        raise OperatorError(
+            f"`--never` names {', '.join(found[: compatibility.SHOWN])}{more}, and policy 1, which such devices read, cannot keep them out; update "
+            "their agents first, or leave out --unwatched or these devices; nothing was signed"
         )
 
 
@@ -279,13 +309,15 @@ def open_unwatched(workspace: Workspace, line: str, device_class: str, shares: S
         soak: seconds between two waves.
 
     Raises:
-        OperatorError: nothing is rolled out to watched devices, it is not open to all of them, or it is halted.
+        OperatorError: nothing is rolled out to watched devices, it is not open to all of them, it is halted, or policy 1 cannot keep out a
+            device that `never` names.
         LedgerError: the ledger cannot take it; nothing was signed.
     """
     rollout.check_shares(shares)
 
     def change(watched: Policy2) -> tuple[Policy2, Policy | None]:
         _check_open(watched)
+        _check_kept_out(workspace, watched)
         release = fielded.chosen(workspace.repository, line, device_class, watched.seq, lambda: None)
         return watched, rollout.start(release, shares, soak, revert=watched.revert)
 

@@ -520,6 +520,55 @@ def test_revert_opens_both_at_once_and_names_no_fallback(two: Factory):
     assert (waves.seq, waves.revert, rollout.is_open(waves)) == (1, True, True)
 
 
+@pytest.mark.parametrize(
+    "terms", [("--only", "lab-01"), ("--never", "press-09"), ("--not-before", "3h"), ("--until", "2030-01-02T03:04")]
+)
+def test_revert_with_terms_reaches_no_device_that_does_not_obey_them(two: Factory, terms: tuple[str, str]):
+    two.ferry("rollout", "start", LINE, "--waves", "100", "--unwatched", "100")
+    before = in_force(two)[1]
+    two.ferry("rollout", "start", LINE, "--release", "1", "--revert", *terms)
+    watched, waves = in_force(two)
+    assert (watched.seq, watched.revert, watched.limit) == (1, True, BUCKETS)
+    assert waves == before  # it still names release 2
+    two.ferry("rollout", "start", LINE, "--release", "1", "--revert", *terms, "--unwatched", "100")
+    waves = in_force(two)[1]
+    assert waves
+    assert waves.seq == 1
+
+
+@pytest.mark.parametrize("terms", [("--only", "lab-01"), ("--not-before", "3h")])
+def test_unwatched_devices_wait_for_all_watched_ones(two: Factory, terms: tuple[str, str]):
+    """Open the whole limit to some devices, or for later: the release is not open to all watched devices."""
+    before = in_force(two)[1]
+    says = "so it is not opened to devices that are not watched, which policy 1 lets in whatever `--only`"
+    refused(two, says, "rollout", "start", LINE, "--waves", "100", *terms, "--unwatched", "100")
+    two.ferry("rollout", "start", LINE, "--waves", "100", *terms)
+    refused(two, says, "rollout", "widen", LINE, "--unwatched", "100")
+    assert in_force(two)[1] == before
+
+
+def test_device_that_policy_1_cannot_keep_out_is_named(two: Factory):
+    before = in_force(two)[1]
+    for name, agent in (("dev-1", "0.2.0"), ("dev-2", "0.3.0"), ("dev-3", ""), ("dev-4", "0.2.0")):
+        key = Ed25519PrivateKey.generate()
+        two.workspace.fleet.enroll(name, key.public_key().public_bytes_raw().hex())
+        if agent:
+            made = DeviceReport(
+                schema_version=2, device=name, boot="b", number=1, time=0, line=LINE, device_class=CLASS, event="confirmed",
+                manifest=None, active=None, agent=agent,
+            )  # fmt: skip
+            two.workspace.fleet.receive(seal(made, key))
+    two.workspace.fleet.tag("dev-3", {"site": "berlin"})
+    words = ("rollout", "start", LINE, "--waves", "100", "--never", "dev-1,dev-2,site=berlin")
+    says = r"`--never` names dev-1 \(0\.2\.0\), dev-3 \(never reported\), and policy 1, which such devices read, cannot keep them out"
+    refused(two, says, *words, "--unwatched", "100")
+    two.ferry(*words)
+    refused(two, says, "rollout", "widen", LINE, "--unwatched", "100")
+    assert in_force(two)[1] == before
+    two.ferry("rollout", "start", LINE, "--waves", "100", "--never", "dev-2", "--unwatched", "100")  # that one obeys policy 2
+    assert in_force(two)[1] != before
+
+
 def test_both_policies_change_in_one_commit(two: Factory):
     two.ferry("rollout", "start", LINE, "--waves", "100", "--unwatched", "100")
     for words in (("halt", LINE), ("renew", LINE), ("start", LINE, "--waves", "100", "--unwatched", "100")):
