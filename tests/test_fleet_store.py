@@ -310,6 +310,15 @@ def test_invited_device_reports_at_once_and_counts_once_it_is_confirmed(fleet):
     assert fleet.devices()["dev-2"] == report(1, device="dev-2")
 
 
+def test_enrolment_is_answered_whatever_others_do_to_the_register_meanwhile(fleet, database, monkeypatch):
+    """Fail whatever reads the register again after the enrolment's transaction: what it says is of another moment."""
+    token = fleet.invite("dev-1", "", "", WEEK, replaces=True)
+    kept(fleet, report(7))
+    monkeypatch.setattr(Fleet, "known", lambda _: {})
+    made = fleet.redeem(enrolment(token, OTHER, device="dev-1"))
+    assert (made.device, made.public_key, made.confirmed, made.highest) == ("dev-1", public(OTHER), False, 7)
+
+
 def test_token_used_twice_is_refused_and_shown(fleet):
     token = fleet.invite("dev-2", "shapes", "edge", WEEK)
     fleet.redeem(enrolment(token, OTHER))

@@ -43,6 +43,14 @@ class Known:
 
 
 @dataclass(frozen=True)
+class Redeemed(Known):
+    """A device that enrolled itself."""
+
+    highest: int
+    """Highest number of a report that is kept of it, from before it had another key; 0: none."""
+
+
+@dataclass(frozen=True)
 class Newcomer:
     """A device that an operator puts into the register."""
 
@@ -268,7 +276,7 @@ class Register:
             )  # fmt: skip
         return token
 
-    def redeem(self, enrolment: Enrolment, now: int | None = None) -> Known:
+    def redeem(self, enrolment: Enrolment, now: int | None = None) -> Redeemed:
         """Enrol the device that shows a token; it counts in decisions once an operator confirms it.
 
         The very same enrolment again, such as after an answer that got lost, is answered as before and changes nothing.
@@ -294,6 +302,7 @@ class Register:
             if fault is None:
                 if invite.used is None:
                     _redeem(connection, enrolment, digest, now, known=row is not None)
+                made = _redeemed(connection, enrolment.device)
             elif not isinstance(fault, AttemptsError):
                 connection.execute(
                     update(invites).where(invites.c.sha256 == digest)
@@ -301,7 +310,7 @@ class Register:
                 )  # fmt: skip
         if fault is not None:
             raise fault  # after the commit, so that the attempt is counted
-        return self.known()[enrolment.device]
+        return made
 
     def invites(self) -> list[Invite]:
         """Return all invitations, the newest first."""
@@ -495,3 +504,19 @@ def _redeem(connection: Connection, enrolment: Enrolment, digest: str, now: int,
         new = Newcomer(enrolment.device, enrolment.public_key, enrolment.line, enrolment.device_class, {})
         _add(connection, [new], now, confirmed=False)
     connection.execute(update(invites).where(invites.c.sha256 == digest).values(used=now))
+
+
+def _redeemed(connection: Connection, device: str) -> Redeemed:
+    query = select(devices, last.c.number.label("highest")).select_from(
+        devices.outerjoin(last, devices.c.device == last.c.device)
+    )
+    row = connection.execute(query.where(devices.c.device == device)).one()
+    return Redeemed(
+        row.device,
+        row.public_key,
+        row.line,
+        row.device_class,
+        row.confirmed is not None,
+        row.retired is not None,
+        int(row.highest or 0),
+    )
