@@ -250,8 +250,18 @@ def invite(running: Running, name: str, seconds: int = 3600) -> str:
 def test_a_token_enrols_a_device_that_reports_at_once(served: Running):
     new = Device("newcomer-1")
     answer = served.ask("POST", "/v1/enroll", enrolment(new, invite(served, new.name)))
-    assert (answer.status, answer.json) == (200, {"device": new.name, "confirmed": False})
+    assert (answer.status, answer.json) == (200, {"device": new.name, "confirmed": False, "highest": 0})
     assert served.send([new.line(1)]).json["accepted"] == [1]
+
+
+def test_device_with_another_key_is_told_its_highest_number(served: Running, device: Device):
+    assert served.send([device.line(90_000_000)]).json["accepted"] == [90_000_000]
+    with served.fleet() as fleet:
+        token = fleet.invite(device.name, LINE, CLASS, 3600, replaces=True)
+    new = Device(device.name)
+    answer = served.ask("POST", "/v1/enroll", enrolment(new, token))
+    assert (answer.status, answer.json["highest"]) == (200, 90_000_000)
+    assert served.send([new.line(90_000_001)]).json["accepted"] == [90_000_001]
 
 
 def test_token_used_twice(served: Running):

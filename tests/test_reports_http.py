@@ -19,7 +19,7 @@ from ota.agent.channel import Waiting
 from ota.agent.state import Config, Home, State
 from ota.errors import OperatorError
 from ota.manifest import parse
-from ota.report import MAX_ANSWER, MAX_BATCH, MAX_JUMP, MOST_REPORTS, Enrolment, open_line
+from ota.report import MAX_ANSWER, MAX_BATCH, MAX_JUMP, MAX_NUMBER, MOST_REPORTS, Enrolment, open_line
 from tests.conftest import agent
 from tests.fleet_kit import closed_port
 from tests.network_kit import Authority, Inbox, Posted, Proxy, Reply
@@ -480,6 +480,22 @@ def test_device_enrolls_itself_with_a_token(home, secure, tmp_path, confirmed, t
     assert (sent.device, sent.line, sent.device_class, sent.token) == ("dev-1", "shapes", "edge", TOKEN)
     assert sent.public_key == reports.public_key(home)
     assert not sent.model_copy(update={"device": "dev-2"}).is_signed
+
+
+@pytest.mark.parametrize(
+    ("highest", "follows"),
+    [
+        (90_000_000, True), (7, False), (None, False), ("90000000", False), (True, False), (-1, False), (MAX_NUMBER - 1, False),
+        (MAX_NUMBER, False), (10**30, False),
+    ],
+)  # fmt: skip
+def test_device_with_a_new_disk_counts_on_from_what_the_factory_has(home, secure, tmp_path, highest, follows):
+    for _ in range(8):
+        reports.queue(home, "installed", BUNDLE)
+    fields = {} if highest is None else {"highest": highest}
+    enrolling(home, tmp_path, secure, said(200, device="dev-1", confirmed=True, **fields), 0)
+    reports.queue(home, "installed", BUNDLE)
+    assert reports.waiting(home)[-1].number == (90_000_001 if follows else 9)
 
 
 @pytest.mark.parametrize(

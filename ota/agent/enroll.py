@@ -14,6 +14,7 @@ from ota.agent.state import Home
 from ota.errors import OperatorError, TransferError
 from ota.report import Enrolment
 
+LOCK_WAIT = 60.0  # seconds to wait for an update that goes on
 MAX_TOKEN = 4096  # bytes read of the token's file
 UNUSABLE = "does not hold one token; ask the factory's operator for the file that `ferry fleet invite` wrote"
 NO_GATEWAY = (
@@ -41,7 +42,10 @@ def token_in(path: Path) -> str:
 def enroll(home: Home, token: str) -> bool:
     """Enrol this device with a token; return whether it counts in rollouts already, or waits for the operator's confirmation.
 
+    Where the factory has reports of this device from before it got a new key, this device counts on from their highest number.
+
     Raises:
+        BusyError: another agent changes the directory; the token was not used.
         OperatorError: there is no gateway, or the factory does not accept the token.
         TransferError: the gateway is not reached, or is too busy.
         StateError: the device's key is lost.
@@ -58,14 +62,18 @@ def enroll(home: Home, token: str) -> bool:
         )  # fmt: skip
     except ValidationError:
         raise OperatorError(f"the token's file {UNUSABLE}") from None  # the foreign error quotes the token
-    with closing(Gateway(place, config.authorities)) as gateway:
+    with home.locked(LOCK_WAIT), closing(Gateway(place, config.authorities)) as gateway:
         try:
             said = gateway.ask("v1/enroll", wanted.canonical(), {"Content-Type": "application/json"})
         except LaterError as error:
             raise TransferError(
                 f"the gateway takes no enrolment now; try again in {max(1, round(error.seconds))} s with the same token"
             ) from error
-    return _confirmed(said, config.device)
+        confirmed = _confirmed(said, config.device)
+        highest = said.fields().get("highest")  # gateways of before do not say it
+        if isinstance(highest, int) and not isinstance(highest, bool):
+            reports.go_on_from(home, highest)
+    return confirmed
 
 
 def _confirmed(said: Said, device: str) -> bool:

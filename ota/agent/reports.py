@@ -196,6 +196,23 @@ def _last(home: Home) -> int:
     return max(0, max(int(time.time()), home.high_water().signed) - EPOCH, *(int(path.stem) for path in _queued(home)))
 
 
+def go_on_from(home: Home, highest: int) -> None:
+    """Count this device's reports on from the highest number that the factory has of it, if that is above its own.
+
+    A device that got a new disk begins at 1, and the factory has its former reports, perhaps with numbers from after a lost counter. No such
+    number is above the seconds since `EPOCH` by more than `MAX_JUMP`, so nobody can use up the device's numbers with a higher one.
+    """
+    latest = max(int(time.time()), home.high_water().signed) - EPOCH + MAX_JUMP
+    if not _last(home) < highest < MAX_NUMBER:
+        return
+    if highest > latest:
+        log.warning(
+            "the factory says that it has a report %d of this device, which cannot be; its number is not followed", highest
+        )
+        return
+    home.disk.replace("number", str(highest).encode())
+
+
 def _boot() -> str:
     try:
         return BOOT_ID.read_text().strip()

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ota.errors import AttemptsError, EnrolmentError, ManifestError, OtaError, TakenError, printable
-from ota.fleet.register import Known
+from ota.fleet.register import Redeemed
 from ota.fleet.store import LastState, Verdict
 from ota.gateway import files, intake, releases
 from ota.gateway.intake import Batch, RefusedError
@@ -144,7 +144,9 @@ async def take_enrolment(gateway: Gateway, request: Request) -> Response:
         enrolment = parse(Enrolment, body, MOST_ENROLMENT)
         if not enrolment.is_signed:
             raise EnrolmentError("the enrolment is not signed by the key that it names")
-        known: Known = await gateway.written(lambda result: gateway.writer.call(lambda: gateway.fleet.redeem(enrolment), result))
+        known: Redeemed = await gateway.written(
+            lambda result: gateway.writer.call(lambda: gateway.fleet.redeem(enrolment), result)
+        )
         await gateway.look_now()  # its next report must pass
     except ManifestError as error:
         gateway.bad_enrolments.take(address, 1, now)
@@ -153,7 +155,7 @@ async def take_enrolment(gateway: Gateway, request: Request) -> Response:
         gateway.bad_enrolments.take(address, 1, now)
         status, code = next(((s, c) for kind, s, c in _ENROLMENT_FAULTS if isinstance(error, kind)), (403, "token"))
         raise RefusedError(status, code, str(error), 3600 if status == 429 else None) from error
-    return JSONResponse({"device": known.device, "confirmed": known.confirmed})
+    return JSONResponse({"device": known.device, "confirmed": known.confirmed, "highest": known.highest})
 
 
 _ENROLMENT_FAULTS = ((TakenError, 409, "taken"), (AttemptsError, 429, "attempts"))
