@@ -118,6 +118,16 @@ def test_other_methods_are_refused(served: Running, folder: Path):
     assert (folder / NAME).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("line", ["OPTIONS *", "CONNECT press:1", "GET metadata", "OPTIONS metadata/x"])
+def test_target_without_a_slash_is_answered_and_leaves_no_line_in_the_log(served: Running, line: str):
+    before = served.log.read_bytes()
+    with served.raw() as link:
+        link.sendall(f"{line} HTTP/1.1\r\nHost: press\r\nConnection: close\r\n\r\n".encode())
+        answer = link.makefile("rb").read()
+    assert answer.split(b" ", 2)[1] in (b"400", b"404", b"405"), answer
+    assert served.log.read_bytes() == before
+
+
 def test_a_file_that_is_replaced_while_it_is_served(served: Running, folder: Path):
     old, new = b"o" * 8_000_000, b"n" * 8_000_000
     (folder / "objects/moving").write_bytes(old)

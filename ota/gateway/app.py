@@ -299,7 +299,8 @@ class _Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        published = self._files is not None and scope["path"].split("/", 2)[1] in files.FOLDERS
+        _, _, path = scope["path"].partition("/")  # `OPTIONS *` and `CONNECT host:1` have a path without a slash
+        published = self._files is not None and path.partition("/")[0] in files.FOLDERS
         status, began, number = 0, time.monotonic(), self._id(scope)
 
         async def answering(message: Message) -> None:
