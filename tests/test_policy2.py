@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from ota.agent import acknowledgement, plan, policy, reports, trial, updater
 from ota.agent.acknowledgement import Patience
 from ota.agent.rules import Wanted
 from ota.agent.state import Config, Home, State
+from ota.agent.transport import connect
 from ota.agent.updater import Outcome
 from ota.errors import AgentError, ManifestError, TransferError, TrustError
 from ota.manifest import MAX_COUNT, Manifest, parse
@@ -219,7 +221,14 @@ def withdraw(field: Field, form: int) -> None:
 
 
 def reason(device: Device) -> str:
+    """Return what a look says."""
     return device.update(check_only=True).reason
+
+
+def obey(device: Device) -> str:
+    """Let a device read its policy as an update does, and return what it decides; nothing is downloaded."""
+    with device.home.locked(), closing(connect(device.home.config().repository)) as transport:
+        return plan.decide(device.home, plan.Trust(device.home, transport))[1].reason
 
 
 def test_policy_2_is_obeyed_in_the_place_of_policy_1(two: Field):
@@ -327,14 +336,37 @@ def test_retry_lifts_a_refusal_once(two: Field):
     assert reason(two.device).startswith("release 2 was refused before: too slow")
     offer(two, policy=2, retry=3)
     assert reason(two.device) == "release 2 is open to this device"
+    assert obey(two.device) == "release 2 is open to this device"
     assert two.device.state.refused == {OTHER: "too dark"}
     assert two.device.state.tries == {}
     refuse()
     assert reason(two.device).startswith("release 2 was refused before")  # the same number lifts nothing any more
     offer(two, policy=3, retry=2)
-    assert reason(two.device).startswith("release 2 was refused before")
+    assert obey(two.device).startswith("release 2 was refused before")
     offer(two, policy=4, retry=4)
     assert two.device.update().reason == "release 2 is installed"
+
+
+def test_look_writes_nothing_that_the_policy_asks_for(two: Field):
+    digest = two.release.manifest
+    two.device.home.save(two.device.state.model_copy(update={"refused": {digest: "too slow"}, "tries": {digest: 2}}))
+    offer(two, policy=7, retry=7, heartbeat=3600, spread=7200)
+    two.device.home.disk.replace("resting.json", b"{}")
+    name = "highwater.json"
+
+    def files() -> dict[str, bytes]:
+        root = two.device.root
+        found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        return {path: data for path, data in found.items() if path != name and not path.startswith("metadata/")}
+
+    before = files()
+    assert reason(two.device).startswith("release 2 begins on this device at")  # it says what an update would do
+    assert files() == before
+    assert not {"policy", "retry"} & set(two.device.home.high_water().versions)
+    obey(two.device)
+    assert {"let-in.json", "heartbeat"} <= set(files())
+    assert two.device.state.refused == {}
+    assert two.device.home.high_water().versions["policy"] == 7
 
 
 def test_empty_device_takes_the_last_release_that_was_open_to_all(two: Field, tmp_path: Path):
@@ -556,6 +588,21 @@ def test_refused_report_never_switches(asking: Field, gateway: Gateway, trials: 
     gateway.answers = "accepted"  # the device was enrolled anew: another report asks again
     assert update(asking.device, waiting).reason == "release 2 is installed"
     assert (gateway.started, len(trials)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("fate", "says"), [("none", "this device lost its report of it"), ("delivered", "left this device without TLS")]
+)
+def test_wait_that_ends_at_once_does_not_say_that_it_waited(
+    asking: Field, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, fate: str, says: str
+):
+    monkeypatch.setattr(reports, "fate", lambda *_: fate)
+    waiting = Waiting()
+    found = update(asking.device, waiting).reason
+    assert found.startswith("release 2 does not start yet, because ")
+    assert says in found
+    assert "waited" not in found
+    assert waiting.pauses == []
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "folder", ""])

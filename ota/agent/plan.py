@@ -20,7 +20,7 @@ from ota import chain
 from ota.agent import history, rules
 from ota.agent import policy as policy2
 from ota.agent.disk import FILES_NEEDED, read_uncached
-from ota.agent.state import Home, LetIn
+from ota.agent.state import Home, LetIn, State
 from ota.agent.transport import Deadline, Transport, download
 from ota.agent.trust import Target, Trust
 from ota.errors import ExpiredError, ManifestError, RepositoryError, RoomError, StateError
@@ -49,15 +49,21 @@ class Plan:
     """Whether the device switches only after the factory has kept its report that it starts."""
 
 
-def decide(home: Home, trust: Trust) -> tuple[Plan | None, rules.Wanted]:
-    """Decide which release to install, if any; also return what the policy asks for, and why."""
+def decide(home: Home, trust: Trust, check_only: bool = False) -> tuple[Plan | None, rules.Wanted]:
+    """Decide which release to install, if any; also return what the policy asks for, and why.
+
+    Args:
+        home: the agent's directory.
+        trust: what is published and valid.
+        check_only: write nothing of what a policy asks for: lifted refusals, its number, when this device was let in, heartbeats.
+    """
     config = home.config()
     name = f"rollout/{config.line}/{config.device_class}"
     try:
         newer = trust.target(f"{name}.2.json")
         older = trust.target(f"{name}.json") if newer is None else None
         if newer is not None:
-            return _by_limit(home, trust, newer)
+            return _by_limit(home, trust, newer, check_only)
         if trust.obeyed(f"{name}.2.json")[0]:
             return None, rules.Wanted(False, policy2.GONE)
     except ExpiredError:
@@ -73,41 +79,44 @@ def decide(home: Home, trust: Trust) -> tuple[Plan | None, rules.Wanted]:
     return (_plan(home, trust, policy) if wanted.install else None), wanted
 
 
-def _in_waves(home: Home, trust: Trust, policy: Policy) -> rules.Wanted:
-    """Decide by the waves of policy 1."""
+def _in_waves(home: Home, trust: Trust, policy: Policy, state: State | None = None) -> rules.Wanted:
+    """Decide by the waves of policy 1; the state is that of the disk, unless another one is given."""
     signed = _signed(home, trust, policy)
     # The state is read afterwards: new keys of `models` may have reset the running bundle's number and the refusals.
-    return rules.want(policy, home.config(), home.load(), signed.custom.revertible, int(time.time()))
+    return rules.want(policy, home.config(), state or home.load(), signed.custom.revertible, int(time.time()))
 
 
-def _by_limit(home: Home, trust: Trust, target: Target) -> tuple[Plan | None, rules.Wanted]:
-    """Decide by policy 2, and keep its numbers: from now on this device obeys no lower one."""
+def _by_limit(home: Home, trust: Trust, target: Target, check_only: bool) -> tuple[Plan | None, rules.Wanted]:
+    """Decide by policy 2, and keep its numbers unless this is only a look: from now on this device obeys no lower one."""
     config, now = home.config(), int(time.time())
     policy = parse(Policy2, trust.read(target, MAX_POLICY_2), MAX_POLICY_2)
     highest, acted = trust.obeyed(target.name)
     policy2.check(policy, config, highest)
     signed = _signed(home, trust, policy)
-    if policy.retry > acted:
-        _lift(home, policy.manifest)  # before the mark: after a power cut, the next call repeats it
-    trust.obey(target.name, policy.policy, max(policy.retry, acted))
-    _keep(home, "heartbeat", str(policy.heartbeat).encode())
+    lifts = policy.retry > acted
+    if not check_only:
+        if lifts:
+            _lift(home, policy.manifest)  # before the mark: after a power cut, the next call repeats it
+        trust.obey(target.name, policy.policy, max(policy.retry, acted))
+        _keep(home, "heartbeat", str(policy.heartbeat).encode())
+    state = _lifted(home.load(), policy.manifest) if lifts else home.load()
     named: Policy | Policy2 = policy
     if why := policy2.unheard(config, policy.acknowledge):
-        named, wanted = _unheard(home, trust, policy, why)
+        named, wanted = _unheard(home, trust, policy, why, state)
     else:
-        wanted = policy2.admit(policy, config, home.load(), signed.custom.revertible, now)
+        wanted = policy2.admit(policy, config, state, signed.custom.revertible, now)
         if wanted.install:
-            wanted = policy2.begins(policy, config, _since(home, policy, now), now)
+            wanted = policy2.begins(policy, config, _since(home, policy, now, check_only), now)
     if wanted.install:
         return _plan(home, trust, named), wanted
-    if policy.fallback and not wanted.let_in and home.load().active is None:
+    if policy.fallback and not wanted.let_in and state.active is None:
         return _fall_back(home, trust, policy.fallback, wanted)
     return None, wanted
 
 
-def _unheard(home: Home, trust: Trust, policy: Policy2, why: str) -> tuple[Policy | Policy2, rules.Wanted]:
+def _unheard(home: Home, trust: Trust, policy: Policy2, why: str, state: State) -> tuple[Policy | Policy2, rules.Wanted]:
     """Decide for a device that cannot be heard: the waves of policy 1 let it in, unless policy 2 bars their release."""
-    config, state, now = home.config(), home.load(), int(time.time())
+    config, now = home.config(), int(time.time())
     told = f"{why}, so it installs only what is opened to devices that are not watched"
     older = trust.target(f"rollout/{config.line}/{config.device_class}.json")
     if older is None:
@@ -120,7 +129,7 @@ def _unheard(home: Home, trust: Trust, policy: Policy2, why: str) -> tuple[Polic
             return waves, rules.Wanted(False, ended)
     if waves.seq < state.seq and waves.manifest != policy.manifest:
         return waves, rules.Wanted(False, f"release {state.seq} runs; release {policy.seq} is not open to this device: {told}")
-    wanted = _in_waves(home, trust, waves)
+    wanted = _in_waves(home, trust, waves, state)
     if waves.manifest != policy.manifest != state.active and not wanted.install:
         wanted = replace(wanted, reason=f"{wanted.reason}; release {policy.seq} is not open to this device: {told}")
     return waves, wanted
@@ -170,12 +179,17 @@ def _lift(home: Home, digest: str) -> None:
     state, rest = home.load(), home.rest()
     if digest in state.refused or digest in state.tries or (rest and rest.bundle == digest):
         home.disk.remove("resting.json")
-        refused, tries = ({d: was for d, was in old.items() if d != digest} for old in (state.refused, state.tries))
-        home.save(state.model_copy(update={"refused": refused, "tries": tries}))
+        home.save(_lifted(state, digest))
         history.note(home, "forgotten", digest, "the policy asks for one more try")
 
 
-def _since(home: Home, policy: Policy2, now: int) -> int:
+def _lifted(state: State, digest: str) -> State:
+    """Return a state without what it holds against a bundle."""
+    refused, tries = ({d: was for d, was in old.items() if d != digest} for old in (state.refused, state.tries))
+    return state.model_copy(update={"refused": refused, "tries": tries})
+
+
+def _since(home: Home, policy: Policy2, now: int, check_only: bool = False) -> int:
     """Return when this device first found itself let in; a file that is lost, or a clock that was set back, begins anew."""
     if not policy.spread:
         return now
@@ -183,7 +197,8 @@ def _since(home: Home, policy: Policy2, now: int) -> int:
         found = parse(LetIn, home.disk.read("let-in.json") or b"", MAX_MANIFEST)
         if found.bundle == policy.manifest and found.at <= now:
             return found.at
-    _keep(home, "let-in.json", LetIn(bundle=policy.manifest, at=now).canonical())
+    if not check_only:
+        _keep(home, "let-in.json", LetIn(bundle=policy.manifest, at=now).canonical())
     return now
 
 

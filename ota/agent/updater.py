@@ -142,7 +142,7 @@ def _update(home: Home, transport: Transport, step: OnStep, check_only: bool, pa
             log.warning("the running bundle is damaged and cannot be repaired: %s", error)
             problem = error
     step(2, "read the policy")
-    plan, wanted = decide(home, trust)
+    plan, wanted = decide(home, trust, check_only)
     reason, state = wanted.reason, home.load()
     if plan is None and problem:
         raise problem
