@@ -290,6 +290,30 @@ def test_wrong_enrolments_are_refused_and_slowed_down(tmp_path: Path):
             assert fleet.known() == {}
 
 
+def from_elsewhere(running: Running, address: str, body: bytes, length: int | None = None) -> int:
+    """Send an enrolment from another address of the loopback, and return the status; 0: the rest of the body never came."""
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60, source_address=(address, 0)) as link:
+        size = len(body) if length is None else length
+        link.sendall(b"POST /v1/enroll HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % size + body)
+        if size > len(body):
+            link.shutdown(socket.SHUT_WR)
+        answer = link.makefile("rb").readline()
+    return int(answer.split()[1]) if answer else 0
+
+
+def test_a_stranger_cannot_use_up_everybodys_enrolments(tmp_path: Path):
+    thief, new = Device("thief"), Device("newcomer")
+    unsigned = enrolment(thief, "A" * 43).replace(thief.public_key.encode(), new.public_key.encode())
+    with gateway(tmp_path) as running:
+        token = invite(running, new.name)
+        bodies: list[tuple[bytes, int | None]] = [(b"{}", None), (b"\xff" * 5000, None), (b"{", 100), (unsigned, None)]
+        for at, (body, length) in enumerate(bodies):
+            statuses = [from_elsewhere(running, f"127.0.0.{at + 2}", body, length) for _ in range(60)]
+            assert statuses[0] != 429
+            assert statuses[12:] == [429] * 48, body[:9]  # each kind counts as wrong for its address
+        assert running.ask("POST", "/v1/enroll", enrolment(new, token)).status == 200
+
+
 # Who may ask
 
 

@@ -25,6 +25,7 @@ from ota.gateway import files, intake, releases
 from ota.gateway.intake import Batch, RefusedError
 from ota.gateway.metrics import Metrics
 from ota.gateway.openapi import Endpoint, document
+from ota.gateway.quota import Quota
 from ota.gateway.server import is_loopback
 from ota.gateway.shared import BURST, HOURLY, Gateway, address_of
 from ota.limits import KiB
@@ -131,31 +132,57 @@ async def body_of(gateway: Gateway, request: Request) -> bytes:
 
 async def take_enrolment(gateway: Gateway, request: Request) -> Response:
     """Enrol a device that shows a token; who guesses tokens is slowed down."""
-    address, now = address_of(request), time.monotonic()
-    if wait := max(gateway.enrolments.wait("", 1, now), gateway.bad_enrolments.wait(address, 1, now)):
-        raise RefusedError(429, "quota", "too many enrolments were tried; try again later", wait)
-    gateway.enrolments.take("", 1, now)
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MOST_ENROLMENT:
-            raise RefusedError(413, "too_large", f"an enrolment may have at most {MOST_ENROLMENT} bytes")
+    address = address_of(request)
+    _check_enrolments(gateway.bad_enrolments, address)
     try:
-        enrolment = parse(Enrolment, body, MOST_ENROLMENT)
-        if not enrolment.is_signed:
-            raise EnrolmentError("the enrolment is not signed by the key that it names")
+        enrolment = await _enrolment_of(request)
+        _check_enrolments(gateway.bad_enrolments, address)  # others of this address may have ended meanwhile
+        _check_enrolments(gateway.enrolments, "")  # only now: what anybody can send must not use up what all devices share
+        gateway.enrolments.take("", 1, time.monotonic())
         known: Redeemed = await gateway.written(
             lambda result: gateway.writer.call(lambda: gateway.fleet.redeem(enrolment), result)
         )
         await gateway.look_now()  # its next report must pass
+    except (ClientDisconnect, _TooLargeError):  # who sends too slowly is cut off, which looks the same
+        gateway.bad_enrolments.take(address, 1, time.monotonic())
+        raise
     except ManifestError as error:
-        gateway.bad_enrolments.take(address, 1, now)
+        gateway.bad_enrolments.take(address, 1, time.monotonic())
         raise RefusedError(400, "malformed", "the body is no enrolment of a device") from error
     except EnrolmentError as error:
-        gateway.bad_enrolments.take(address, 1, now)
+        gateway.bad_enrolments.take(address, 1, time.monotonic())
         status, code = next(((s, c) for kind, s, c in _ENROLMENT_FAULTS if isinstance(error, kind)), (403, "token"))
         raise RefusedError(status, code, str(error), 3600 if status == 429 else None) from error
     return JSONResponse({"device": known.device, "confirmed": known.confirmed, "highest": known.highest})
+
+
+class _TooLargeError(RefusedError):
+    """A body that is larger than an enrolment."""
+
+
+def _check_enrolments(quota: Quota, name: str) -> None:
+    if wait := quota.wait(name, 1, time.monotonic()):
+        raise RefusedError(429, "quota", "too many enrolments were tried; try again later", wait)
+
+
+async def _enrolment_of(request: Request) -> Enrolment:
+    """Read an enrolment, and check that it is signed by the key that it names.
+
+    Raises:
+        RefusedError: 413, it is too large.
+        ManifestError: it is malformed.
+        EnrolmentError: it is not signed by that key.
+        ClientDisconnect: the sender went away, or was cut off because it is too slow.
+    """
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_ENROLMENT:
+            raise _TooLargeError(413, "too_large", f"an enrolment may have at most {MOST_ENROLMENT} bytes")
+    enrolment = parse(Enrolment, body, MOST_ENROLMENT)
+    if not enrolment.is_signed:
+        raise EnrolmentError("the enrolment is not signed by the key that it names")
+    return enrolment
 
 
 _ENROLMENT_FAULTS = ((TakenError, 409, "taken"), (AttemptsError, 429, "attempts"))
