@@ -24,6 +24,7 @@ import pytest
 from ota.fleet.register import Newcomer
 from ota.fleet.store import open_fleet
 from ota.gateway.app import ENDPOINTS
+from ota.gateway.server import OF_ONE_ADDRESS
 from ota.report import MAX_BATCH, MAX_NUMBER, Enrolment
 from tests.fleet_kit import Field
 from tests.gateway_kit import CLASS, LINE, PACKED, Answered, Device, Running, enrolled, gateway, postgres, words
@@ -442,7 +443,7 @@ def refuses(port: int) -> bool:
 
 
 def test_more_connections_than_one_address_may_have_are_told_to_come_back(served: Running, device: Device):
-    links = [served.raw() for _ in range(257)]
+    links = [served.raw() for _ in range(OF_ONE_ADDRESS + 1)]
     try:
         links[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
         answer = links[-1].makefile("rb").read()
@@ -453,6 +454,18 @@ def test_more_connections_than_one_address_may_have_are_told_to_come_back(served
             link.close()
     served.until(lambda: served.ask("GET", "/healthz").status == 200)
     assert served.send([device.line(1)]).status == 200
+
+
+def test_a_few_addresses_cannot_take_all_connections(served: Running, device: Device):
+    links = [
+        socket.create_connection(("127.0.0.1", served.port), timeout=60, source_address=(f"127.0.0.{2 + at % 6}", 0))
+        for at in range(6 * OF_ONE_ADDRESS)
+    ]
+    try:
+        assert served.send([device.line(1)]).status == 200
+    finally:
+        for link in links:
+            link.close()
 
 
 @pytest.mark.slow
@@ -621,6 +634,24 @@ def test_only_a_named_proxy_says_who_sends(tmp_path: Path):
         with gateway(folder, *more) as running:
             assert guesses(running, "203.0.113.1")[-1] == 429
             assert guesses(running, "203.0.113.2")[0] == (401 if more else 429)
+
+
+def test_a_valid_token_passes_whatever_else_came_from_its_address(served: Running, token: Callable[[str], dict[str, str]]):
+    old, unused = token("viewer"), token("viewer")
+    assert served.ask("GET", "/v1/devices", headers=old).status == 200
+    wrong = [served.ask("GET", "/v1/devices", headers={"Authorization": f"Bearer {at}"}).status for at in range(30)]
+    assert wrong[-1] == 429
+    for headers in (old, unused):
+        assert served.ask("GET", "/v1/devices", headers=headers).status == 200
+    assert served.ask("GET", "/v1/devices", headers={"Authorization": "Bearer x"}).status == 429
+
+
+@pytest.mark.parametrize(("proxy", "lines"), [("203.0.113.9", 1), ("127.0.0.1", 0)])
+def test_a_proxy_that_nobody_named_is_said_once(tmp_path: Path, proxy: str, lines: int):
+    with gateway(tmp_path, "--trusted-proxy", proxy) as running:
+        for address in ("203.0.113.1", "203.0.113.2:5000", "127.0.0.1", "nonsense"):
+            running.ask("GET", "/healthz", headers={"X-Forwarded-For": address})
+        assert running.log.read_text().count("127.0.0.1 sends X-Forwarded-For and is no --trusted-proxy") == lines
 
 
 def test_no_secret_in_the_log(tmp_path: Path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import signal
 import socket
 import ssl
@@ -21,17 +22,20 @@ from typing import Any, ClassVar, cast
 import h11
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ota.errors import OperatorError
 from ota.limits import KiB
+
+log = logging.getLogger("ota.gateway")
 
 REQUEST_SECONDS = 30  # from the first byte of a request to its last; 256 KiB on a link of 100 kbit/s take 21 s
 STALLED_SECONDS = 60.0  # until a reader must have taken something of what waits to be sent
 IDLE_SECONDS = 20  # between two requests of a connection
 HANDSHAKE_SECONDS = 10.0  # of TLS
 CONNECTIONS = 512  # at one time; requests on further ones are answered 429
-OF_ONE_ADDRESS = CONNECTIONS // 2  # of them, unless the address is a trusted proxy
+OF_ONE_ADDRESS = CONNECTIONS // 8  # of them, unless the address is a trusted proxy
 MOST_CONNECTIONS = 2 * CONNECTIONS  # further ones are closed
 MOST_HEADER = 16 * KiB  # bytes of a request's header
 ENDING_SECONDS = 20  # until requests that are in progress must have ended, when the process is to end
@@ -81,12 +85,52 @@ def check(place: Place) -> None:
             ) from error
 
 
+def customer(host: str) -> str:
+    """Return whom an address stands for: itself or, of IPv6, the network of one customer; "unknown": it is no address."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "unknown"
+    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)
+
+
 def is_loopback(host: str) -> bool:
     """Check whether a host to listen at is reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+Networks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+
+
+def is_in(networks: Networks, host: str) -> bool:
+    """Check whether a host is an address in one of the networks."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return any(address in network for network in networks)
+
+
+class _Peers:
+    """ASGI application around all: it warns once if a proxy that nobody named says who sends."""
+
+    def __init__(self, app: ASGIApp, proxies: Networks) -> None:
+        self._app, self._proxies, self._told = app, proxies, False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Look who sends, before X-Forwarded-For changes that, and pass the request on."""
+        if not self._told and scope["type"] == "http" and any(name == b"x-forwarded-for" for name, _ in scope["headers"]):
+            peer = scope["client"][0] if scope.get("client") else ""
+            if not is_in(self._proxies, peer):
+                self._told = True
+                log.warning(
+                    "%s sends X-Forwarded-For and is no --trusted-proxy, so all who send through it share the limits of one address; "
+                    "if it is a proxy that you run, name it with --trusted-proxy", peer,
+                )  # fmt: skip
+        await self._app(scope, receive, send)
 
 
 class _Crowded:
@@ -106,7 +150,7 @@ class _Crowded:
 class Connection(H11Protocol):
     """A connection that ends at its deadlines, however slowly the other side sends or reads."""
 
-    proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = ()
+    proxies: Networks = ()
     """Set by `run`: their connections count for many senders."""
     seconds: float = REQUEST_SECONDS
     """Set by `run`: of a request."""
@@ -118,7 +162,7 @@ class Connection(H11Protocol):
         super().connection_made(cast("asyncio.Transport", transport))
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
-        self._sender = self.client[0] if self.client else ""
+        self._sender = customer(self.client[0] if self.client else "")
         self.senders[self._sender] += 1
         many = self.senders[self._sender] > OF_ONE_ADDRESS and not self._is_proxy()
         if many or len(self.connections) > CONNECTIONS:
@@ -129,11 +173,7 @@ class Connection(H11Protocol):
         self._deadline = self.loop.call_later(self.seconds, self.transport.abort)
 
     def _is_proxy(self) -> bool:
-        try:
-            address = ipaddress.ip_address(self._sender)
-        except ValueError:
-            return False
-        return any(address in proxy for proxy in self.proxies)
+        return is_in(self.proxies, self.client[0] if self.client else "")
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, and start or end the deadline."""
@@ -216,9 +256,11 @@ def run(app: ASGIApp, place: Place, listening: Sequence[socket.socket]) -> None:
     tls: dict[str, Any] = {}
     if place.certificate and place.key:
         tls = {"ssl_certfile": str(place.certificate), "ssl_keyfile": str(place.key)}
+    proxies = tuple(ipaddress.ip_network(proxy, strict=False) for proxy in place.proxies)
+    believing = cast("ASGIApp", ProxyHeadersMiddleware(cast("Any", app), list(place.proxies))) if proxies else app
     config = uvicorn.Config(
-        app, http=Connection, ws="none", lifespan="on", loop="ota.gateway.server:Loop", log_config=None, access_log=False,
-        proxy_headers=bool(place.proxies), forwarded_allow_ips=list(place.proxies), server_header=False,
+        _Peers(believing, proxies), http=Connection, ws="none", lifespan="on", loop="ota.gateway.server:Loop", log_config=None, access_log=False,
+        proxy_headers=False, server_header=False,
         timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=ENDING_SECONDS, h11_max_incomplete_event_size=MOST_HEADER, **tls,
     )  # fmt: skip
     try:
@@ -228,7 +270,7 @@ def run(app: ASGIApp, place: Place, listening: Sequence[socket.socket]) -> None:
     if config.ssl:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
     Connection.seconds = place.seconds
-    Connection.proxies = tuple(ipaddress.ip_network(proxy, strict=False) for proxy in place.proxies)
+    Connection.proxies = proxies
     # uvicorn raises the signal again when it has ended; whoever sent it wanted an orderly end, and got it.
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)

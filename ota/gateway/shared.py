@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import random
 import time
@@ -23,6 +22,7 @@ from ota.gateway import intake
 from ota.gateway.intake import RefusedError
 from ota.gateway.metrics import Metrics
 from ota.gateway.quota import Quota
+from ota.gateway.server import customer
 from ota.gateway.writer import Writer
 from ota.limits import MiB
 
@@ -60,6 +60,7 @@ class Gateway:
         self.bad_tokens = Quota(10, 1 / 60)  # API tokens that are unknown, by address
         self.enrolments, self.bad_enrolments = Quota(200, 2.0), Quota(10, 1 / 60)
         self.reading = asyncio.Semaphore(2)
+        self._guessing = asyncio.Lock()
         self._looking, self._changes = asyncio.Lock(), -1
         self._roles: dict[bytes, tuple[float, str]] = {}
         self.metrics.gauge("ferry_gateway_waiting_reports", "Reports that wait for a commit.", lambda: self.writer.waiting)
@@ -160,25 +161,30 @@ class Gateway:
     async def role(self, request: Request) -> str:
         """Return the role of the request's API token; empty: it has none.
 
+        A valid token passes whatever else came from its address, because a stranger may sit behind the same one. So each token is looked
+        up; those of an address that guesses wait for one another, and not in the way of others.
+
         Raises:
-            RefusedError: 401, the token is unknown or expired; 429, too many wrong ones came from this address.
+            RefusedError: 401, the token is unknown or expired; 429, so are too many that came from this address.
         """
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":  # a name and password are meant for a proxy on the way
             return ""
         address, now = address_of(request), time.monotonic()
-        if wait := self.bad_tokens.wait(address, 1, now):
-            raise RefusedError(429, "quota", "too many wrong tokens came from this address; try again later", wait)
         digest = hashlib.sha256(token.encode()).digest()
         until, role = self._roles.get(digest, (0.0, ""))
         if now >= until:
-            found = await self.read(self.fleet.role_of, token) if len(token) <= MOST_TOKEN else None
-            role = found or ""
+            role = ""
+            if len(token) <= MOST_TOKEN:
+                async with self._guessing if self.bad_tokens.wait(address, 1, now) else contextlib.nullcontext():
+                    role = await self.read(self.fleet.role_of, token) or ""
             if role:
                 if len(self._roles) >= 256:
                     self._roles.clear()
                 self._roles[digest] = now + TOKEN_SECONDS, role
         if not role:
+            if wait := self.bad_tokens.wait(address, 1, now):
+                raise RefusedError(429, "quota", "too many wrong tokens came from this address; try again later", wait)
             self.bad_tokens.take(address, 1, now)
             raise RefusedError(401, "token", "the token is unknown or has expired; an operator makes a new one")
         return role
@@ -198,9 +204,4 @@ class Gateway:
 
 def address_of(request: Request) -> str:
     """Return the address of the sender, as far as it is known; of IPv6, the network of one customer."""
-    host = request.client.host if request.client else ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return "unknown"
-    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else str(address)
+    return customer(request.client.host if request.client else "")
