@@ -108,8 +108,6 @@ def wait(home: Home, plan: Plan, look: Callable[[], str | None], patience: Patie
     if fate == "none":
         return f"release {plan.seq} does not start yet, because this device lost its report of it; {kept} and reports it again"
     if fate == "delivered":
-        return (
-            f"release {plan.seq} does not start yet, because its report left this device without TLS, where no answer can be trusted; {kept}"
-        )
+        return f"release {plan.seq} does not start yet, because its report left this device without TLS, where no answer can be trusted; {kept}"
     why = reports.problem(home) or "it does not answer"
     return f"release {plan.seq} waited {spoken(WAIT)} for the factory to acknowledge that it starts: {why}; {kept}"
