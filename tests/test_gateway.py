@@ -93,6 +93,19 @@ def test_forged(served: Running, device: Device):
         assert fleet.states(device=device.name)[0].refused == 1
 
 
+def test_forged_in_numbers_silences_neither_the_device_nor_its_neighbours(served: Running, device: Device, shared: Any):
+    thief, neighbour = Device(device.name), shared[1].pop()
+    statuses = [served.send([thief.line(number) for number in range(1, 21)]).status for _ in range(8)]
+    assert (statuses[0], statuses[-1]) == (200, 429)
+    assert served.send([neighbour.line(1)]).json["accepted"] == [1]  # of the same address
+    assert served.send([device.line(1), device.line(2)]).json["accepted"] == [1, 2]
+    verified = served.figure("ferry_gateway_signatures_checked_total")
+    again = served.send([thief.line(number) for number in range(1, 21)])
+    assert (again.status, "retry-after" in again.headers) == (429, True)
+    assert served.figure("ferry_gateway_signatures_checked_total") == verified + 1  # of twenty
+    assert served.kept()[device.name] == [1, 2]
+
+
 def test_replayed(served: Running, device: Device):
     first = device.line(1)
     served.send([first])

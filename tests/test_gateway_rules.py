@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 from sqlalchemy import text
 
 from ota.errors import OperatorError, TransferError
+from ota.fleet.register import Known
 from ota.fleet.store import Arrived, Fleet, Verdict, open_fleet
+from ota.gateway.intake import RefusedError
 from ota.gateway.metrics import Metrics
 from ota.gateway.quota import Quota
+from ota.gateway.shared import Gateway, Options
 from ota.gateway.writer import MOST_BYTES, MOST_TOGETHER, MOST_WAITING, Writer
 from ota.report import open_line
 from tests.gateway_kit import Device
@@ -140,3 +144,42 @@ def test_a_damaged_row_of_one_device_holds_up_no_other(tmp_path: Path, damage: s
         assert [one.code for name in ("press-1", "press-3") for one in told[name]] == [""] * 4
         assert {one.device for one in fleet.reports()} == {"press-1", "press-3"}
         assert writer.is_healthy
+
+
+class Register:
+    """Stands for the register: a look takes until `goes_on`, and fails while `away`."""
+
+    def __init__(self) -> None:
+        self.looks, self.away, self.began, self.goes_on = 0, False, threading.Event(), threading.Event()
+
+    def changes(self) -> int:
+        self.looks += 1
+        self.began.set()
+        assert self.goes_on.wait(60)
+        if self.away:
+            raise TransferError("the database is away")
+        return self.looks
+
+    def known(self) -> dict[str, Known]:
+        return {}
+
+
+def test_many_refusals_share_a_look_that_began_after_them():
+    register = Register()
+
+    async def looks(count: int) -> list[object]:
+        register.looks = 0
+        register.began.clear()
+        register.goes_on.clear()
+        gateway = Gateway(cast("Fleet", register), Options())
+        first = asyncio.create_task(gateway.look_now())
+        assert await asyncio.to_thread(register.began.wait, 60)
+        others = [asyncio.create_task(gateway.look_now()) for _ in range(count)]
+        await asyncio.sleep(0)  # they wait for the first one, which may have read the register before they came
+        register.goes_on.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    assert asyncio.run(looks(50)) == [None] * 51
+    assert register.looks == 2
+    register.away = True  # a look that failed serves nobody: no report is refused for what may be old
+    assert {type(found) for found in asyncio.run(looks(5))} == {RefusedError}

@@ -56,12 +56,12 @@ class Gateway:
         self.known: Mapping[str, Known] = {}
         self.room = intake.Room(MOST_HELD)
         self.quota = Quota(BURST, HOURLY / 3600)
-        self.wrong = Quota(500, 1.0)  # signatures that do not verify, by address
+        self.wrong = Quota(100, 0.1)  # signatures that do not verify, by address and device
         self.bad_tokens = Quota(10, 1 / 60)  # API tokens that are unknown, by address
         self.enrolments, self.bad_enrolments = Quota(200, 2.0), Quota(10, 1 / 60)
         self.reading = asyncio.Semaphore(2)
         self._guessing = asyncio.Lock()
-        self._looking, self._changes = asyncio.Lock(), -1
+        self._looking, self._changes, self._looked = asyncio.Lock(), -1, 0.0
         self._roles: dict[bytes, tuple[float, str]] = {}
         self.metrics.gauge("ferry_gateway_waiting_reports", "Reports that wait for a commit.", lambda: self.writer.waiting)
         self.metrics.gauge("ferry_gateway_held_bytes", "Bytes of bodies that are read.", lambda: self.room.held)
@@ -86,12 +86,17 @@ class Gateway:
         Raises:
             TransferError: the database cannot be read.
         """
+        asked = time.monotonic()
         async with self._looking:
+            if self._looked >= asked:  # for another call, and it began after this one: forged reports cost one look at a time
+                return
+            began = time.monotonic()
             changes = await asyncio.to_thread(self.fleet.changes)
             if changes != self._changes:
                 self.known = await asyncio.to_thread(self.fleet.known)
                 self._changes = changes
                 self._roles.clear()
+            self._looked = began
 
     async def look_now(self) -> None:
         """Read the devices before something is refused for good: what is known may be a second old.
