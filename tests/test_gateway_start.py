@@ -20,7 +20,7 @@ from flows.setup import create
 from flows.workspace import Workspace
 from ota.errors import OperatorError
 from ota.gateway.__main__ import parser
-from ota.gateway.server import ENDING_SECONDS, IDLE_SECONDS, MOST_CONNECTIONS
+from ota.gateway.server import ENDING_SECONDS, IDLE_SECONDS, MOST_CONNECTIONS, OF_ONE_ADDRESS
 from ota.report import MAX_BATCH
 from tests.test_slow import clean_environment
 
@@ -180,6 +180,14 @@ def test_the_proxies_know_the_gateways_limits():
     assert f"max_size {MAX_BATCH // 1024}KiB" in caddy
     assert nginx.count("{") == nginx.count("}")
     assert caddy.count("{") == caddy.count("}")
+    requests, burst = (int(re.findall(rf"{name}=(\d+)", nginx)[0]) for name in ("rate", "burst"))
+    assert (
+        burst / requests + 10_000 / requests < 60
+    )  # a plant of ten thousand devices behind one address is heard within a minute
+    assert re.search(
+        r"error_page 429 = @later;.*location @later \{[^}]*add_header Retry-After 60 always;[^{]*return 429 ", nginx, re.DOTALL
+    )
+    assert int(re.findall(r"limit_conn ferry_connections (\d+);", nginx)[0]) <= OF_ONE_ADDRESS
     assert "$proxy_add_x_forwarded_for" not in nginx  # it would pass on what the sender wrote
     for text, name in ((nginx, r"keepalive_timeout (\d+)s"), (caddy, r"keepalive (\d+)s")):
         assert int(re.findall(name, text)[0]) < IDLE_SECONDS

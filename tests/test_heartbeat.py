@@ -8,6 +8,7 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,27 @@ def test_run_sends_a_heartbeat_even_if_the_repository_is_gone(home, inbox):
     assert (report.event, report.schema_version, report.active) == ("alive", 3, None)
     assert report.health
     assert report.health.free > 0
+
+
+@pytest.mark.parametrize(("asked", "least", "most"), [(300, 300, 480), (1, 60, 75), (10**7, 4500, 4500)])
+def test_run_sends_again_when_the_wait_that_the_gateway_asked_for_is_over(home, inbox, monkeypatch, asked, least, most):
+    home.disk.replace(beat.FILE, Beat(last=0, due=0).canonical())
+    accepts, waits, really = inbox.rule, list[float](), time.time
+    inbox.rule = lambda _: (429, {"Retry-After": str(asked)}, b"")
+    monkeypatch.setattr(reports, "time", SimpleNamespace(time=lambda: really() + sum(waits)))
+
+    class Stopper(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            inbox.rule = accepts
+            if len(waits) == 2:
+                self.set()
+            return self.is_set()
+
+    poll.run(home, 86_400, Stopper(), lambda _: None, at_once=True)
+    assert least <= waits[0] <= most
+    assert len(inbox.posted) == (2 if asked < 4500 else 1)  # until then it does not even try
+    assert len(queued(home)) == (0 if asked < 4500 else 1)
 
 
 # What is counted: rules

@@ -38,6 +38,16 @@ def pause(every: float, failures: int, part: float, asked: float = 0.0) -> float
     return max(wanted * (0.75 + part / 2), min(asked, LONGEST_WAIT) * (1 + part / 4))
 
 
+def until_reports(asked: float, part: float) -> float:
+    """Compute the seconds until reports are sent again between two checks.
+
+    Args:
+        asked: seconds that are left of the wait that the gateway asked for; 0: it asked for none.
+        part: random number from [0, 1), so that devices which were told to wait at the same moment do not come back at the same one.
+    """
+    return min(LONGEST_SILENCE, max(asked, SOONER) * (1 + part / 4)) if asked else LONGEST_SILENCE
+
+
 def run(
     home: Home,
     every: float,
@@ -86,8 +96,9 @@ def run(
         left = pause(every, failures, random.random(), asked)  # noqa: S311
         while left > 0 and not stopped.is_set():
             _report(home, supervisor)
-            _wait(stopped, min(left, LONGEST_SILENCE), supervisor)
-            left -= LONGEST_SILENCE
+            silence = min(left, until_reports(reports.asked_to_wait(home), random.random()))  # noqa: S311
+            _wait(stopped, silence, supervisor)
+            left -= silence
 
 
 def _report(home: Home, supervisor: Supervisor) -> None:

@@ -278,6 +278,12 @@ def told(said: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def asked_to_wait(home: Home) -> int:
+    """Return the seconds that are left of the wait that the gateway asked for; 0: none are."""
+    left = heard(home).later - int(time.time())
+    return left if 0 < left <= 1.25 * LONGEST_WAIT else 0  # more than that: the clock was set back
+
+
 def _hear(home: Home, **fields: Any) -> None:
     before = heard(home)
     now = before.model_copy(update=fields)
@@ -366,8 +372,8 @@ def send(home: Home) -> int:
     if not found:
         _note(home, "")
         return 0
-    if (later := heard(home).later) and now < later <= now + 1.25 * LONGEST_WAIT:  # later than that: the clock was set back
-        moment = f"{datetime.fromtimestamp(later, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    if later := asked_to_wait(home):
+        moment = f"{datetime.fromtimestamp(now + later, UTC):%Y-%m-%d %H:%M:%S} UTC"
         _note(home, f"the gateway asked to wait until {moment}; the reports are kept and will be sent then")
         return len(found)
     with closing(channel_to(config.reports, config.authorities)) as channel:
