@@ -42,13 +42,18 @@ class Dripper:
         self.port = self._listening.getsockname()[1]
         self.hung_up = threading.Event()
         self._stopped = threading.Event()
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._serving = threading.Thread(target=self._serve, daemon=True)
+        self._serving.start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
+        # To close it ends no `accept` that waits. The kernel may start that call again after a signal, with the number of the descriptor,
+        # which a later server may have by then: it would take that server's callers.
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._serving.join(PATIENCE)
         self._listening.close()
 
     def _serve(self) -> None:
@@ -217,7 +222,8 @@ def test_look_leaves_no_connection_open(offered: Field, monkeypatch, how):
         try:
             for _ in range(looks):
                 if how == "doctor":
-                    doctor.examine(offered.device.home, draw=False)
+                    found = doctor.examine(offered.device.home, draw=False)
+                    assert [one.text for one in found if one.about == "repository" and one.level != "ok"] == []
                 else:
                     with suppress(TrustError):
                         offered.device.update(check_only=True)

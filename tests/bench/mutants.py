@@ -287,7 +287,7 @@ MUTATIONS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "ota/agent/reports.py": [
         ("        if no is None and report.number not in receipt.taken:\n            continue\n", "", "a report that no answer names leaves the queue"),
-        ("    if (later := heard(home).later) and now < later <=", "    if (later := heard(home).later) and now > later <=", "a gateway that asked to wait is asked again at once"),
+        ("    return left if 0 < left <=", "    return left if 0 > left <=", "a gateway that asked to wait is asked again at once"),
         ('    kept = begun.number if begun and begun.fate == "waiting" else 0', "    kept = 0", "a full queue drops the report that a trial waits for"),
         ("    return fresh if fresh <= min(number + MAX_JUMP, MAX_NUMBER) else None", "    return fresh", "an answer uses up the numbers of a device"),
         ("    if report.number != int(path.stem) or b", "    if b", "a report is sent under a number that its file does not have"),
