@@ -454,14 +454,18 @@ def test_long_pause_that_a_server_asks_for_is_reported(offered, site, asked):
 )
 def test_next_check_waits_as_long_as_the_server_asks(offered, site, asked, least, most):
     class Stopper(threading.Event):
-        waited: float
+        waited = 0.0
 
         def wait(self, timeout: float | None = None) -> bool:
-            self.waited = timeout or 0.0
-            self.set()
-            return True
+            self.waited += timeout or 0.0  # in pieces, between which reports are sent
+            return self.is_set()
 
-    site.rule = lambda _: (503, {"Retry-After": asked})
+    def later(_: object) -> tuple[int, dict[str, str]]:
+        if stopper.waited:  # this is the next check
+            stopper.set()
+        return 503, {"Retry-After": asked}
+
+    site.rule = later
     offered.device.configure(repository=site.address)
     stopper = Stopper()
     poll.run(offered.device.home, 3600, stopper, lambda _: None, at_once=True)

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ota.errors import AttemptsError, EnrolmentError, ManifestError, OtaError, TakenError, printable
-from ota.fleet.register import Redeemed
+from ota.fleet.register import Known, Redeemed
 from ota.fleet.store import LastState, Verdict
 from ota.gateway import files, intake, releases
 from ota.gateway.intake import Batch, RefusedError
