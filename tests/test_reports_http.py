@@ -21,8 +21,10 @@ from ota.errors import OperatorError
 from ota.manifest import parse
 from ota.report import MAX_ANSWER, MAX_BATCH, MAX_JUMP, MAX_NUMBER, MOST_REPORTS, Enrolment, open_line
 from tests.conftest import agent
-from tests.fleet_kit import closed_port
+from tests.fleet_kit import CLASS, LINE, Device, Field, closed_port
 from tests.network_kit import Authority, Inbox, Posted, Proxy, Reply
+
+pytest_plugins = ("tests.fleet_kit",)
 
 BUNDLE, OTHER = "1" * 64, "2" * 64
 
@@ -574,3 +576,41 @@ def test_doctor_looks_at_the_gateway(home, inbox, tmp_path):
     configure(home, reports=closed_port())
     assert "cannot reach 127.0.0.1" in agent("doctor", "--no-draw", "--dir", str(home.root)).stdout
     assert inbox.posted == []
+
+
+# Identity
+
+
+def set_up_again(device: Device, name: str, *more: str, code: int = 0) -> str:
+    """Run `init` on a device's folder again, as its owner would to change something."""
+    anchor = device.root.parent / "root.json"
+    anchor.write_bytes(device.home.root_bytes())
+    return device.command(
+        "init", "--device", name, "--line", LINE, "--class", CLASS, "--repository", device.home.config().repository, "--reports",
+        "https://gateway.example.com", "--root", str(anchor), "--root-sha256", device.home.config().root_sha256, *more, code=code,
+    )  # fmt: skip
+
+
+def test_init_again_keeps_tags_and_what_is_shared(scene: Field):
+    set_up_again(scene.device, "dev-1", "--share", "minimal", "--tag", "site=berlin", "--tag", "hall=2")
+    set_up_again(scene.device, "dev-1")
+    kept = scene.device.home.config()
+    assert (kept.share, kept.tags) == ("minimal", ["site=berlin", "hall=2"])
+    set_up_again(scene.device, "dev-1", "--share", "all", "--tag", "")
+    assert (scene.device.home.config().share, scene.device.home.config().tags) == ("all", [])
+
+
+def test_copy_of_a_disk_becomes_a_device_of_its_own(scene: Field):
+    device, key, active = scene.device, reports.public_key(scene.device.home), scene.device.active
+    reports.queue(device.home, "confirmed", active)
+    before = queued(device.home)
+    assert "add --new-key" in set_up_again(device, "dev-2", code=3)
+    assert (device.home.config().device, reports.public_key(device.home), queued(device.home)) == ("dev-1", key, before)
+    set_up_again(device, "dev-2", "--new-key")
+    assert (device.home.config().device, device.active, device.sound) == ("dev-2", active, True)
+    assert reports.public_key(device.home) != key
+    assert queued(device.home) == {}  # they are the other device's, which has them, too
+    reports.queue(device.home, "confirmed", active)
+    (line,) = queued(device.home).values()
+    assert open_line(line).report.device == "dev-2"
+    assert open_line(line).is_signed_by(reports.public_key(device.home))

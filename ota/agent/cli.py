@@ -125,12 +125,16 @@ def parser() -> argparse.ArgumentParser:
         help="folder for reports, which the agent never creates, or the gateway's https address; --ca holds for it, too",
     )  # fmt: skip
     made.add_argument(
-        "--tag", dest="tags", action="append", default=[], metavar="NAME=VALUE",
-        help="group of this device, such as site=berlin; give it again for more, 8 at most",
+        "--tag", dest="tags", action="append", metavar="NAME=VALUE",
+        help="group of this device, such as site=berlin; give it again for more, 8 at most; an empty one removes all (as before)",
     )  # fmt: skip
     made.add_argument(
-        "--share", default="all",
-        help="all, or minimal: heartbeats then hold health counters only, and nothing of what the images look like or are of (%(default)s)",
+        "--share",
+        help="all, or minimal: heartbeats then hold health counters only, and nothing of what the images look like or are of (as before, or all)",
+    )  # fmt: skip
+    made.add_argument(
+        "--new-key", action="store_true",
+        help="make a new key, such as for a copy of another device's disk under another ID; its waiting reports are dropped",
     )  # fmt: skip
     made.add_argument(
         "--window",
@@ -275,7 +279,7 @@ def _time(low: int, high: int) -> Callable[[str], int]:
 def init(given: Arguments) -> None:
     """Set up this device: identity, repository, trust anchor.
 
-    It prints the public key to enroll. Run it again to change addresses or the window; what is installed stays.
+    It prints the public key to enroll. Run it again to change addresses or the window; what is installed stays, and so do tags and what is shared.
     """
     from ota.agent import network
     from ota.agent import reports as report_queue
@@ -285,11 +289,14 @@ def init(given: Arguments) -> None:
     data = _read(given.root, "the repository's root.json")
     if hashlib.sha256(data).hexdigest() != given.root_sha256.lower():
         raise OperatorError(f"{given.root} does not have the sha256 that was given; do not trust it, and ask for the right file")
+    home = Home(given.dir)
+    before = _before(home)
+    tags = before.tags if given.tags is None and before else [tag for tag in given.tags or [] if tag]
     try:
         config = Config.model_validate({
             "device": given.device, "line": given.line, "device_class": given.device_class, "repository": _absolute(given.repository),
             "authorities": network.certificates(_read(given.ca, "the authority's certificate")) if given.ca else "", "root_sha256": given.root_sha256.lower(), "reports": _absolute(given.reports.strip()), "window": given.window,
-            "tags": given.tags, "share": given.share,
+            "tags": tags, "share": given.share or (before.share if before else "all"),
             "prefer": given.prefer, "latency_ms": given.latency_ms, "joules": given.joules, "safe": given.safe, **_watts(given.watts),
         })  # fmt: skip
     except ValidationError as error:
@@ -308,10 +315,11 @@ def init(given: Arguments) -> None:
     reported = place_of(config.reports) if config.reports else Path()
     if config.reports and isinstance(reported, Path):
         _check_folder("reports", reported)
-    home = Home(given.dir)
     home.check_owner()
-    home.check_same(config)
+    home.check_same(config, given.new_key)
     home.disk.make_folder("slots")
+    if given.new_key:
+        report_queue.drop_key(home)
     report_queue.make_key(home)
     home.disk.replace("root.json", data)
     report_queue.forget_gateway(home)
@@ -327,6 +335,14 @@ def init(given: Arguments) -> None:
             else "\nor here, with a token of the operator:\n  ferry-agent enroll --token-file FILE"
         ),
     )
+
+
+def _before(home: Home) -> Config | None:
+    """Return the configuration of an earlier `init`; None: there is none that can be read."""
+    try:
+        return home.config()
+    except DeviceError:
+        return None
 
 
 def enroll(given: Arguments) -> None:

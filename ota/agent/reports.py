@@ -59,6 +59,17 @@ class Heard(Document):
     refusal: Told = Field(default="", description="why it refused the last report that it refused")
 
 
+def drop_key(home: Home) -> None:
+    """Drop the device's key, its waiting reports and what the factory knows of them, because they may be another device's.
+
+    A killed call may be repeated: the key goes last.
+    """
+    for path in _queued(home):
+        home.disk.remove(f"queue/{path.name}")
+    for name in ("starting.json", "gateway.json", "beat.json", "device.key"):
+        home.disk.remove(name)
+
+
 def make_key(home: Home) -> None:
     """Make the device's key if there is none; the numbers of its reports start at 1."""
     if not home.disk.path("device.key").is_file():
@@ -259,7 +270,7 @@ def two_copies(said: Heard) -> str:
     """Say that the factory knows another device of this name."""
     return (
         f"two copies of this device? On {datetime.fromtimestamp(min(said.copies, 2**37), UTC):%Y-%m-%d} the factory had a report of "
-        "another one under this device's number; give each device an id and a folder of its own, then run `ferry-agent init` again"
+        "another one under this device's number; run `ferry-agent init` on one of them with another --device and with --new-key"
     )
 
 

@@ -225,15 +225,24 @@ class Home:
         except ManifestError as error:
             raise StateError(f"{self.root / 'config.json'} is damaged; run `ferry-agent init` again") from error
 
-    def check_same(self, config: Config) -> None:
+    def check_same(self, config: Config, new_key: bool = False) -> None:
         """Refuse to set this directory up for another root, line or class: what is installed and refused would not fit.
 
+        Args:
+            config: the new configuration.
+            new_key: whether a new key is made, without which another device would report with this one's.
+
         Raises:
-            OperatorError: the directory is set up for another root, line or class.
+            OperatorError: the directory is set up for another root, line or class, or for another device whose key it holds.
         """
         if self.disk.read("config.json") is None:
             return
         old = self.config()
+        if old.device != config.device and not new_key:
+            raise OperatorError(
+                f"{self.root} is set up for device {old.device} and holds its key; add --new-key if this is a copy that becomes {config.device}, or "
+                "use another folder"
+            )
         for what, before, now in (
             ("root", old.root_sha256, config.root_sha256),
             ("line", old.line, config.line),

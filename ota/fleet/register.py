@@ -455,7 +455,7 @@ def _rekey(connection: Connection, device: str, public_key: str, now: int) -> No
     mine = keys.c.device == device
     held = connection.execute(select(keys.c.number, keys.c.public_key).where(mine)).all()
     if public_key in {row.public_key for row in held}:
-        raise OperatorError(f"{device} had this key before; make a new one with `ferry-agent init` on the device")
+        raise OperatorError(f"{device} had this key before; make a new one with `ferry-agent init --new-key` on the device")
     if not held:  # a ferry of 0.2 on the same database enrolled it
         former = connection.execute(select(devices.c.public_key, devices.c.enrolled).where(devices.c.device == device)).one()
         row = {"device": device, "number": 1, "public_key": former.public_key, "since": former.enrolled, "until": now}

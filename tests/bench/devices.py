@@ -74,12 +74,12 @@ def gateway(world: World, certificate: Path) -> Iterator[tuple[str, psutil.Proce
             process.terminate()
 
 
-def set_up(world: World, folder: Path, name: str, address: str, authority: Path) -> str:
+def set_up(world: World, folder: Path, name: str, address: str, authority: Path, *more: str) -> str:
     """Set a device up for the gateway, and return its public key."""
     anchor = world.factory / "root.json"
     return str(agent(
         folder, "init", "--device", name, "--line", LINE, "--class", CLASS, "--repository", address, "--reports", address, "--ca", str(authority),
-        "--root", str(anchor), "--root-sha256", hashlib.sha256(anchor.read_bytes()).hexdigest(), "--tag", f"site=hall-{len(name) % 3}",
+        "--root", str(anchor), "--root-sha256", hashlib.sha256(anchor.read_bytes()).hexdigest(), "--tag", f"site=hall-{int(name[-1]) % 3}", *more,
     )["public_key"])  # fmt: skip
 
 
@@ -92,10 +92,7 @@ def fleet(world: World, address: str, authority: Path) -> dict[str, Path]:
     for number in range(1, DEVICES):
         folder = place / f"dev-{number:03d}"
         shutil.copytree(first, folder)
-        for own in ("device.key", "number", "queue"):
-            path = folder / own
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        keys[folder.name] = set_up(world, folder, folder.name, address, authority)
+        keys[folder.name] = set_up(world, folder, folder.name, address, authority, "--new-key")
     listed = world.factory.parent / "devices.csv"
     with listed.open("w", newline="") as file:
         rows = csv.writer(file)
