@@ -364,7 +364,7 @@ def test_wrong_attempts_are_limited(fleet):
     for _ in range(MOST_ATTEMPTS):
         with pytest.raises(EnrolmentError, match="another device"):
             fleet.redeem(enrolment(token, device="dev-3"))
-    with pytest.raises(AttemptsError):
+    with pytest.raises(AttemptsError, match="is void; ask for a new one"):
         fleet.redeem(enrolment(token))
     assert fleet.known().keys() == {"dev-1"}
 
@@ -385,6 +385,15 @@ def test_invitation_for_another_key_waits_for_a_confirmation(fleet):
     known = fleet.known()["dev-1"]
     assert (known.public_key, known.confirmed) == (public(OTHER), False)
     assert kept(fleet, report(1)) == ["signature"]
+
+
+def test_invitation_for_another_key_refuses_one_that_the_device_had(fleet):
+    token = fleet.invite("dev-1", "", "", WEEK, replaces=True)
+    with pytest.raises(TakenError, match="used before; run `ferry-agent init --new-key`"):
+        fleet.redeem(enrolment(token, KEY, device="dev-1"))
+    assert fleet.known()["dev-1"].public_key == public(KEY)
+    fleet.redeem(enrolment(token, OTHER, device="dev-1"))  # the token still serves
+    assert fleet.known()["dev-1"].public_key == public(OTHER)
 
 
 def test_token_is_nowhere_in_the_database(fleet, tmp_path):

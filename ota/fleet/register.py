@@ -299,6 +299,10 @@ class Register:
                 raise EnrolmentError("the token is unknown; ask for a new one, which `ferry fleet invite` makes")
             row = _row(connection, invite.device)
             fault = _fault(enrolment, invite, row, now)
+            if fault is None and invite.used is None and _had(connection, enrolment):
+                fault = TakenError(
+                    "this key was used before; run `ferry-agent init --new-key` on the device, then enroll it with the same token"
+                )
             if fault is None:
                 if invite.used is None:
                     _redeem(connection, enrolment, digest, now, known=row is not None)
@@ -477,7 +481,7 @@ def _fault(enrolment: Enrolment, invite, row, now: int) -> EnrolmentError | None
     """
     again = "ask for a new one, which `ferry fleet invite` makes"
     if invite.attempts >= MOST_ATTEMPTS:
-        return AttemptsError(f"the token was tried {MOST_ATTEMPTS} times with wrong data; {again}")
+        return AttemptsError(f"the token was tried {MOST_ATTEMPTS} times with wrong data and is void; {again}")
     if (invite.device, invite.line, invite.device_class) != (enrolment.device, enrolment.line, enrolment.device_class):
         return EnrolmentError(f"the token is for another device, line or class; {again}")
     if not enrolment.is_signed:
@@ -493,6 +497,12 @@ def _fault(enrolment: Enrolment, invite, row, now: int) -> EnrolmentError | None
     if row is None and invite.replaces:
         return EnrolmentError(f"there is no device whose key the token could replace; {again}")
     return None
+
+
+def _had(connection: Connection, enrolment: Enrolment) -> bool:
+    """Check whether the device had the key before."""
+    mine = and_(keys.c.device == enrolment.device, keys.c.public_key == enrolment.public_key)
+    return connection.execute(select(keys.c.number).where(mine)).first() is not None
 
 
 def _redeem(connection: Connection, enrolment: Enrolment, digest: str, now: int, *, known: bool) -> None:

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ota.errors import AttemptsError, EnrolmentError, ManifestError, OtaError, TakenError, printable
+from ota.errors import EnrolmentError, ManifestError, OtaError, TakenError, printable
 from ota.fleet.register import Known, Redeemed
 from ota.fleet.store import LastState, Verdict
 from ota.gateway import files, intake, releases
@@ -174,8 +174,9 @@ async def take_enrolment(gateway: Gateway, request: Request) -> Response:
         raise RefusedError(400, "malformed", "the body is no enrolment of a device") from error
     except EnrolmentError as error:
         gateway.bad_enrolments.take(address, 1, time.monotonic())
-        status, code = next(((s, c) for kind, s, c in _ENROLMENT_FAULTS if isinstance(error, kind)), (403, "token"))
-        raise RefusedError(status, code, str(error), 3600 if status == 429 else None) from error
+        # A token that was tried too often is void for good, so nobody is told to wait with it.
+        status, code = (409, "taken") if isinstance(error, TakenError) else (403, "token")
+        raise RefusedError(status, code, str(error)) from error
     return JSONResponse({"device": known.device, "confirmed": known.confirmed, "highest": known.highest})
 
 
@@ -206,9 +207,6 @@ async def _enrolment_of(request: Request) -> Enrolment:
     if not enrolment.is_signed:
         raise EnrolmentError("the enrolment is not signed by the key that it names")
     return enrolment
-
-
-_ENROLMENT_FAULTS = ((TakenError, 409, "taken"), (AttemptsError, 429, "attempts"))
 
 
 async def list_devices(gateway: Gateway, request: Request) -> Response:
