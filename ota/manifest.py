@@ -365,7 +365,15 @@ class Allowed(Document):
 
 MOST_CAPTIONS = 64  # that a release lists
 MAX_CAPTION = 64  # characters of each
-ListedCaption = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION)]
+
+
+def _shown(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it holds a character that cannot be printed")
+    return text
+
+
+ListedCaption = Annotated[str, Field(min_length=1, max_length=MAX_CAPTION), AfterValidator(_shown)]
 """A caption of the data. A device compares it with what it is asked to draw, and shows it nowhere."""
 
 

@@ -229,7 +229,7 @@ def changed(data: bytes, **fields: Any) -> bytes:
         (Policy, {"schema_version": 7, "when": "soon"}, "the policy has form 7"),
         (Policy2, {"schema_version": 3, "limit": "all"}, "the policy 2 has form 3"),
         (SamplerTable, {"schema_version": 3, "method": "new"}, "the samplertable has form 3"),
-        (Reference, {"schema_version": 3}, "the reference has form 3"),
+        (Reference, {"schema_version": 4}, "the reference has form 4"),
     ],
 )
 def test_document_for_a_newer_agent_says_so(bundles, kind, fields, sentence):
@@ -271,12 +271,12 @@ def test_table_for_a_newer_agent_condemns_no_bundle(scene, bundles, tmp_path, mo
 
     monkeypatch.setattr("ota.release.bundle.parse", of_a_later_factory)
     made = variation(
-        bundles["second"], tmp_path / "newer", role, changed_json(bundles["second"], role, schema_version=3, more=[])
+        bundles["second"], tmp_path / "newer", role, changed_json(bundles["second"], role, schema_version=4, more=[])
     )
     publish(scene.repository, made)
     before = scene.device.state
     for _ in range(2):
-        with pytest.raises(AgentError, match="has form 3 and needs an agent that knows it"):
+        with pytest.raises(AgentError, match="has form 4 and needs an agent that knows it"):
             scene.device.update()
         assert scene.device.state == before
     assert "update the agent first" in scene.device.command("--quiet", "update", code=7)

@@ -358,7 +358,7 @@ EXAMPLES: dict[type[Document], dict[str, Any]] = {
         "text_length": 8, "runtime": {"onnxruntime": [">=1.20", "<2"], "graph_optimization_level": "all",
                                       "config": {"session.qdq_matmulnbits_accuracy_level": "1"}},
     },
-    Reference: {"schema_version": 1, "golden": {"tolerance": 0.1, "share": 0.9}, "load": [[1.0]], "statistics": {"mean": {"low": 0.0, "high": 1.0}},
+    Reference: {"schema_version": 3, "captions": ["gasket, torn"], "golden": {"tolerance": 0.1, "share": 0.9}, "load": [[1.0]], "statistics": {"mean": {"low": 0.0, "high": 1.0}},
                 "latency_ms": 1.0},
     SignedReport: {
         "report": {"device": "d", "boot": "b-1", "number": 1, "time": 1, "line": "a", "device_class": "b", "event": "installed",
@@ -421,6 +421,10 @@ def test_hostile_string_in_a_document_is_refused(kind, at):
         if made is None:
             assert refusal.isprintable()
             assert len(refusal) < 2100
+        elif kind is Policy2 and at[1:] == (None,):  # a field that this agent does not know is ignored; what it says is not kept
+            assert hostile not in json.loads(made.canonical())
+        elif at[:1] == ("captions",):  # compared with what is asked for, and shown nowhere
+            assert hostile.isprintable(), hostile
         elif at in TEXTS:
             assert made.report.reason.isprintable()
         elif at in PLACES:

@@ -217,7 +217,7 @@ def _adapted(reference: bytes, change: Allowed | None, latency_ms: float | None,
     more: dict[str, object] = {"schema_version": 2, "allowed": change.model_dump(mode="json")} if change else {}
     if latency_ms is not None and fields["latency_ms"] > latency_ms:
         more["latency_ms"] = latency_ms
-    if fitting := [caption for caption in captions if 0 < len(caption) <= MAX_CAPTION][:MOST_CAPTIONS]:
+    if fitting := [caption for caption in captions if 0 < len(caption) <= MAX_CAPTION and caption.isprintable()][:MOST_CAPTIONS]:
         more |= {"schema_version": 3, "captions": sorted(fitting)}  # in an order that a new scorecard does not change
     return f"{json.dumps(fields | more, indent=1, sort_keys=True)}\n".encode() if more else reference
 
