@@ -65,10 +65,10 @@ $(VENV)/.postgres: $(VENV)/.installed
 
 .PHONY: test-servers
 test-servers: $(VENV)/.postgres ## the same loop on Prefect's and MLflow's servers, PostgreSQL (where installed) and S3; minutes
-	$(BIN)/python -m pytest -m servers tests/test_servers.py tests/test_gateway.py
+	$(BIN)/python -m pytest -m servers tests/test_servers.py tests/test_gateway.py tests/test_fleet_servers.py
 
-ATTACKS := agent_attacks agent_crash agent_graph agent_turns agent_update catalog data_folder delegation delta delta_safety fleet flows gateway gateway_files \
-  git hostile_strings ledger overlay owner_only promotion release transport trust_drills
+ATTACKS := agent_attacks agent_crash agent_graph agent_turns agent_update catalog data_folder delegation delta delta_safety fleet fleet_store flows gateway gateway_files \
+  git hostile_strings ledger overlay owner_only policy2 promotion release reports_http transport trust_drills
 .PHONY: attacks
 attacks: install wheelhouse ## the threat list with all its inputs: a test for each row, which ends with what did not change; ten minutes
 	$(PYTEST) -m "not servers and not chaos and not crash" $(ATTACKS:%=tests/test_%.py)
