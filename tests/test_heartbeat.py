@@ -291,6 +291,7 @@ def test_answer_that_cannot_be_counted_breaks_nothing(home):
 
 def test_generate_and_serve_count_and_nobody_s_words_are_in_the_file(scene: Field, tmp_path: Path):
     device = scene.device
+    device.home.disk.remove(counts.FILE)  # other tests draw with the device that this one is a copy of
     picture = tmp_path / "picture.png"
     device.command("generate", CAPTION, "--seed", str(SEED), "-o", str(picture))
     device.command("generate", "x" * 10_000, "-o", str(picture), code=3)
@@ -307,6 +308,7 @@ def test_generate_and_serve_count_and_nobody_s_words_are_in_the_file(scene: Fiel
 
 
 def test_image_that_is_no_image_is_counted(scene: Field, monkeypatch):
+    scene.device.home.disk.remove(counts.FILE)  # other tests draw with the device that this one is a copy of
     monkeypatch.setattr("ota.agent.child.run", lambda *_, **__: {"good": False})
     with pytest.raises(DeviceError):
         drawing.generate(scene.device.home, "", 0)
